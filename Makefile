@@ -1,0 +1,34 @@
+# `make demo` and `make test` each do all their own set-up; they share one .venv in this folder.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.capstan-installed
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	$(BIN)/capstan demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Made once, and made anew when what is to be installed changes. The stamp comes last: a set-up that was cut off is redone.
+$(STAMP): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) capstan-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

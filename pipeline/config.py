@@ -1,0 +1,230 @@
+"""The recipe: YAML text → a validated, frozen `Recipe`. Unknown keys are errors that name the field and the mend.
+
+The sections `recaption` and `train` belong to the floors above; they travel through here as plain mappings and are
+validated by those floors (`cluster.config.load` checks all of them at once).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and with no room for unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class WorldSource(Section):
+    """The captioned world (`source.format: world`): drawn scenes, served as a web site on loopback while building."""
+
+    scenes: Annotated[int, Field(ge=1)] = 1000
+    size: Annotated[int, Field(ge=16, le=2048)] = 256  # pixels, both sides
+    seed: int = 0
+    captions: Literal["alt", "short", "descriptive"] = "alt"  # alt: what a careless web would write
+    defects: bool = True  # serve everything that the web does wrong, in known proportions
+    shapes: list[str] | None = None  # restrict the vocabulary (None: all)
+    colours: list[str] | None = None
+    textures: list[str] | None = None
+    min_objects: Annotated[int, Field(ge=1, le=3)] = 1
+    max_objects: Annotated[int, Field(ge=1, le=3)] = 3
+
+
+class Source(Section):
+    path: str | list[str] | None = None
+    format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
+    url: str = "url"  # column with the address
+    image: str | None = None  # column with embedded bytes, instead of an address
+    caption: str = "caption"
+    world: WorldSource | None = None
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> Source:
+        if self.format == "world":
+            if self.path is not None:
+                raise ValueError("format: world draws its own rows; remove path")
+        elif self.path is None:
+            raise ValueError("path is missing; name a file, glob, folder or URL")
+        elif self.world is not None:
+            raise ValueError("world is only for format: world; remove it")
+        return self
+
+
+class Fetch(Section):
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests in flight in one worker
+    per_host: Annotated[int, Field(ge=1)] = 8
+    timeout_s: Annotated[float, Field(gt=0)] = 20.0  # over the whole exchange, body included
+    max_bytes: Annotated[int, Field(ge=1)] = 20_000_000
+    retries: Annotated[int, Field(ge=0, le=20)] = 2
+    allow_private: bool = False
+    robots: bool = True
+    user_agent: str = "capstan/0.1 (image-text dataset builder)"
+
+
+class Image(Section):
+    size: Annotated[int, Field(ge=8, le=16384)] = 512  # pixels
+    resize: Literal["keep_ratio", "center_crop", "border", "none"] = "keep_ratio"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    min_size: Annotated[int, Field(ge=1)] = 64  # shorter side of the source, pixels
+
+
+class Condition(Section):
+    """A named SQL condition over ledger columns; rows for which it is not true are rejected under its name."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    where: Annotated[str, Field(min_length=1)]
+
+
+class Dedup(Section):
+    exact: bool = True
+    perceptual: Annotated[int, Field(ge=0, le=16)] | None = 4  # Hamming distance of 64-bit pHash; null: off
+
+
+class Shards(Section):
+    samples: Annotated[int, Field(ge=1)] = 10_000
+
+
+class Unit(Section):
+    rows: Annotated[int, Field(ge=1)] = 10_000
+
+
+class Resources(Section):
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    model_workers: Annotated[int, Field(ge=1)] | None = None
+
+
+class Recipe(Section):
+    """One recipe drives every stage; each stage reads its own sections."""
+
+    dataset: str
+    storage: dict[str, Any] = {}  # fsspec options; secrets only from the environment
+    source: Source | None = None
+    fetch: Fetch = Fetch()
+    image: Image = Image()
+    select: list[Condition] = []
+    dedup: Dedup = Dedup()
+    shards: Shards = Shards()
+    unit: Unit = Unit()
+    resources: Resources = Resources()
+    recaption: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Recipe:
+        names = [condition.name for condition in self.select]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"select names a condition twice: {', '.join(sorted(twice))}")
+        return self
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], raw: Any, where: str = "") -> Model:
+    """`raw` as a `model`, or a RecipeError that names the first wrong field (dotted, below `where`) and the mend."""
+    if not isinstance(raw, Mapping):
+        raise RecipeError(where or "recipe", "must be a mapping of keys to values", "write `key: value` lines")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([where] * bool(where) + [str(part) for part in first["loc"]]) or "recipe"
+        raise RecipeError(field, *_explain(model, first)) from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
+    """pydantic's error → (problem, mend)."""
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        known = _keys_beside(model, error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"remove it; known keys: {', '.join(known)}"
+        return "unknown key", mend
+    if kind == "missing":
+        return "is missing", "add it to the recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error":
+        return message, "correct the recipe"
+    return f"{message} (found {_short(value)})", "correct the value"
+
+
+def _keys_beside(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """The keys that are allowed where `loc` stands."""
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list
+        inner = [a for a in _walk_types(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _walk_types(annotation: Any) -> list[Any]:
+    arguments = getattr(annotation, "__args__", ())
+    return [annotation] + [inner for argument in arguments for inner in _walk_types(argument)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe file as plain data, `a.b=value` overrides applied (values are YAML)."""
+    file = Path(path)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError("RECIPE", f"no file {file}", "check the path, or write one with `capstan init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("RECIPE", f"cannot read {file}: {error}", "name a readable YAML file") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError("RECIPE", f"{file} is not valid YAML: {problem}", "correct the line it names") from None
+    if not isinstance(raw, dict):
+        raise RecipeError("RECIPE", f"{file} is not a mapping", "start from `capstan init`")
+    for override in overrides:
+        _apply(raw, override)
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise RecipeError("--set", f"{override!r} is not a.b=value", "write e.g. --set image.size=256")
+    *parents, last = name.split(".")
+    node = raw
+    for depth, parent in enumerate(parents):
+        inner = node.get(parent)
+        if inner is None:
+            inner = node[parent] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError("--set", f"{'.'.join(parents[: depth + 1])} holds no keys", "name a key of a section")
+        node = inner
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError("--set", f"the value in {override!r} is not valid YAML", "quote it") from None
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that change with anything in `value` (plain data or a pydantic model)."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

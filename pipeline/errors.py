@@ -1,0 +1,60 @@
+"""Every error that Capstan raises on purpose, and the exit code that each one becomes.
+
+    CapstanError             1    something failed; the message says what
+    ├── RecipeError          2    bad recipe, arguments or input: names the field and the mend
+    │   └── MissingExtra     2    an optional package is not installed: names the extra to install
+    └── Quarantined          3    finished, but some units kept failing
+
+An interrupt (Ctrl-C, SIGTERM) ends with 130; the command line sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class CapstanError(Exception):
+    """Something failed in a way that Capstan foresaw. Printed without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(CapstanError):
+    """The user can mend this: which field is wrong, what is wrong with it, and what to do.
+
+    >>> str(RecipeError("fetch.retries", "must be a whole number", "write e.g. retries: 2"))
+    'fetch.retries: must be a whole number. Mend: write e.g. retries: 2'
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, problem: str, mend: str) -> None:
+        super().__init__(field, problem, mend)
+        self.field, self.problem, self.mend = field, problem, mend
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}. Mend: {self.mend}"
+
+
+class MissingExtra(RecipeError):
+    """An optional part is asked for and its package is not installed."""
+
+    def __init__(self, field: str, package: str, extra: str) -> None:
+        super().__init__(field, f"needs the package {package}", f"pip install 'capstan[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str, str]]:
+        return RecipeError, (self.field, self.problem, self.mend)
+
+
+class Quarantined(CapstanError):
+    """The job finished, but these units kept failing: unit id → reason."""
+
+    exit_code = 3
+
+    def __init__(self, job: str, units: Mapping[str, str]) -> None:
+        super().__init__(job, dict(units))
+        self.job, self.units = job, dict(units)
+
+    def __str__(self) -> str:
+        lines = [f"  {unit}: {reason}" for unit, reason in sorted(self.units.items())]
+        return "\n".join([f"{self.job}: {len(lines)} unit(s) quarantined; run again to retry them"] + lines)

@@ -1,0 +1,104 @@
+"""What crosses all stages: keys, outcomes, failure reasons and the Arrow schemas of the tables.
+
+Loads neither torch nor ray, so that any tool can read what Capstan wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import pyarrow as pa
+
+FORMAT_VERSION: Final = 1
+
+# Outcome of an input row (contract: one ledger row for every input row).
+KEPT: Final = "kept"
+REJECTED: Final = "rejected"
+DUPLICATE: Final = "duplicate"
+FAILED: Final = "failed"
+OUTCOMES: Final = (KEPT, REJECTED, DUPLICATE, FAILED)
+
+# Why a row failed. `http_<status>` stands beside these.
+REASONS: Final = frozenset(
+    ["bad_url", "private_address", "dns", "connect", "tls", "timeout", "redirects", "robots", "noai", "too_large_bytes", "empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_many_pixels", "too_small", "bad_caption", "read_error"]
+)
+
+
+def is_reason(reason: str) -> bool:
+    """Whether `reason` is one of the failure reasons that users may rely on.
+
+    >>> is_reason("timeout"), is_reason("http_404"), is_reason("because")
+    (True, True, False)
+    """
+    return reason in REASONS or (reason.startswith("http_") and reason[5:].isdigit())
+
+
+def make_key(*parts: str | bytes) -> str:
+    """The 128-bit BLAKE2b of where a sample comes from, as 32 hexadecimal digits.
+
+    Each part is preceded by its length, so that ("ab", "c") and ("a", "bc") differ.
+
+    >>> len(make_key("http://example.org/a.jpg", "a cat"))
+    32
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+# What planning hands to ingest: one row a key, sorted by key. `image` holds embedded bytes, if any;
+# `extra` is a JSON object of the source's other columns.
+PLAN_SCHEMA: Final = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=True),
+        pa.field("extra", pa.string(), nullable=False),
+    ]
+)
+
+# Sizes in pixels of the stored picture and of the source (as a viewer shows it), 0 where unknown;
+# `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash.
+MEASURED: Final = [
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("original_width", pa.int32(), nullable=False),
+    pa.field("original_height", pa.int32(), nullable=False),
+    pa.field("bytes", pa.int64(), nullable=False),
+    pa.field("sha256", pa.string(), nullable=False),
+    pa.field("phash", pa.uint64(), nullable=False),
+]
+
+# One row an input row. `unit` names the staged unit, `shard` the packed shard ("" unless kept).
+LEDGER_SCHEMA: Final = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        *MEASURED,
+        pa.field("extra", pa.string(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+    ]
+)
+
+# One row a sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar.
+SHARD_SCHEMA: Final = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        *MEASURED,
+        pa.field("extra", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)

@@ -1,0 +1,168 @@
+"""Folders of finished files, local or in a bucket: the one door to fsspec.
+
+Everything written appears under its final name whole or not at all: locally by a temporary name, fsync and rename;
+in a bucket because an object exists only once its upload has completed. Nothing here relies on conditional puts or on
+listing being more than eventually right about *other* writers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from pipeline.errors import RecipeError
+
+_PARTIAL = ".partial-"  # part of every temporary name; never listed
+
+
+class Storage:
+    """A folder at `url`; names are relative to it, with forward slashes. Can be pickled to workers.
+
+    `field` is the recipe's field that the URL came from; errors that the user can mend name it.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, *, field: str = "dataset") -> None:
+        self.url, self.options, self.field = str(url).rstrip("/") or "/", dict(options or {}), field
+        try:
+            self._fs, self._root = url_to_fs(self.url, **self.options)
+        except (ValueError, TypeError, ImportError) as error:
+            raise RecipeError(
+                field, f"cannot open {self.url}: {error}", "use a folder or a URL like s3://bucket/x"
+            ) from None
+        self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.url, self.options, self.field)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def folder(self, name: str) -> Storage:
+        """The folder `name` inside this one."""
+        return Storage(f"{self.url}/{name}", self.options, field=self.field)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def local_path(self, name: str = "") -> Path | None:
+        """Where `name` lies on this machine's disk, or None in a bucket."""
+        return Path(self._path(name)) if self._local else None
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self._path(name)))
+
+    def size(self, name: str) -> int:
+        """Size of a file in bytes."""
+        return int(self._fs.size(self._path(name)))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._fs.cat_file(self._path(name)))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file."""
+        return bytes(self._fs.cat_file(self._path(name), start=start, end=stop))
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable reader over a finished file."""
+        return self._fs.open(self._path(name), "rb")  # type: ignore[no-any-return]
+
+    def list(self, folder: str = "") -> list[str]:
+        """Names of all finished files at any depth below `folder`, sorted, relative to this storage."""
+        self._fs.invalidate_cache()
+        root = self._root.rstrip("/") + "/"
+        found = self._fs.find(self._path(folder))
+        return sorted(path.removeprefix(root) for path in found if _PARTIAL not in path)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.read_table(io.BytesIO(self.read(name)), columns=columns)
+
+    # Writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publish `data` as `name`, whole or not at all."""
+        if not self._local:
+            self._fs.pipe_file(self._path(name), data)
+            return
+        with _Publish(Path(self._path(name))) as partial, partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def put(self, source: Path, name: str) -> None:
+        """Publish the finished local file `source` as `name`; `source` may be moved away."""
+        if not self._local:
+            self._fs.put_file(str(source), self._path(name))
+            return
+        with _Publish(Path(self._path(name))) as partial:
+            shutil.move(source, partial)  # a rename where both lie on one disk
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Publish a table as Parquet (zstd); the same table gives the same bytes."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write(name, buffer.getvalue())
+
+    def delete(self, name: str) -> None:
+        """Remove a file if it is there."""
+        if self._fs.exists(self._path(name)):
+            self._fs.rm_file(self._path(name))
+
+    def check_writable(self) -> None:
+        """Raise RecipeError unless a file can be written here, read back and removed."""
+        name = f"{_PARTIAL}check-{uuid.uuid4().hex}"
+        try:
+            self.write(name, b"capstan")
+            self.read(name)
+            self.delete(name)
+        except PermissionError as error:
+            raise RecipeError(
+                self.field, f"no permission to write to {self.url} ({error})", "grant it, or name another place"
+            ) from None
+        except OSError as error:
+            raise RecipeError(
+                self.field,
+                f"cannot write to {self.url} ({error})",
+                "check the address, the bucket and storage.endpoint_url",
+            ) from None
+        except Exception as error:  # noqa: BLE001 - every client library has its own errors for an unreachable endpoint
+            raise RecipeError(
+                self.field,
+                f"cannot reach {self.url} ({error})",
+                "check the bucket, storage.endpoint_url and credentials",
+            ) from None
+
+
+class _Publish:
+    """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.partial = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}-{target.name}")
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.partial.replace(self.target)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def _rebuild(url: str, options: dict[str, Any], field: str) -> Storage:
+    return Storage(url, options, field=field)

@@ -1,0 +1,1 @@
+"""Fits every model that Capstan learns; samples, evaluates and exports it."""
