@@ -57,4 +57,4 @@ class Quarantined(CapstanError):
 
     def __str__(self) -> str:
         lines = [f"  {unit}: {reason}" for unit, reason in sorted(self.units.items())]
-        return "\n".join([f"{self.job}: {len(lines)} unit(s) quarantined; run again to retry them"] + lines)
+        return "\n".join([f"{self.job}: {len(lines)} unit(s) quarantined; run again to retry them", *lines])

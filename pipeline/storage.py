@@ -78,7 +78,7 @@ class Storage:
         """A seekable reader over a finished file."""
         return self._fs.open(self._path(name), "rb")  # type: ignore[no-any-return]
 
-    def list(self, folder: str = "") -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         """Names of all finished files at any depth below `folder`, sorted, relative to this storage."""
         self._fs.invalidate_cache()
         root = self._root.rstrip("/") + "/"
