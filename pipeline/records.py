@@ -20,9 +20,11 @@ FAILED: Final = "failed"
 OUTCOMES: Final = (KEPT, REJECTED, DUPLICATE, FAILED)
 
 # Why a row failed. `http_<status>` stands beside these.
-REASONS: Final = frozenset(
-    ["bad_url", "private_address", "dns", "connect", "tls", "timeout", "redirects", "robots", "noai", "too_large_bytes", "empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_many_pixels", "too_small", "bad_caption", "read_error"]
-)
+_REASONS = """
+    bad_url private_address dns connect tls timeout redirects robots noai too_large_bytes empty not_an_image
+    unsupported truncated corrupt too_many_pixels too_small bad_caption read_error
+"""
+REASONS: Final = frozenset(_REASONS.split())
 
 
 def is_reason(reason: str) -> bool:
