@@ -1,0 +1,194 @@
+"""The recipe's section `train`: plain mapping → a validated `TrainConfig` with its model family's own settings.
+
+    recipe.train = {model, run, steps, batch, ..., data: {}, engine: {}, checkpoint: {}, <family>: {}}
+
+`train.model` names a family of `FAMILIES`, or a class of your own as `package.module:Class`. The settings of a family
+stand in the section that bears its name (`train.diffusion`, ...); the family itself says what may stand there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from pipeline.config import Recipe, Section, fingerprint, validate
+from pipeline.errors import RecipeError
+
+# A family is a folder: adding one here is all that the rest of the training floor has to know of it.
+FAMILIES: Final = {
+    "autoencoder": "training.autoencoder:AutoencoderFamily",
+    "captioner": "training.captioner:CaptionerFamily",
+    "diffusion": "training.diffusion:DiffusionFamily",
+}
+
+ORIGINAL: Final = "original"  # the slot of the caption that came with the image
+
+
+class Data(Section):
+    """What a training step sees of the dataset, and in which order."""
+
+    layer: str | None = "latest"  # caption layer: an id, "latest", or null for the original captions only
+    blend: dict[str, Annotated[float, Field(ge=0)]] | None = None  # slot → weight; null: see `Data.weights`
+    latents: str | None = None  # encoder id of a latents/ folder: read latents in place of images
+    holdout: Annotated[int, Field(ge=0)] = 0  # so many samples, the dataset's last, are never trained on
+    block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are mixed with each other within an epoch
+    prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches held ready on each worker
+    threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
+
+    @model_validator(mode="after")
+    def _blend_has_weight(self) -> Data:
+        if self.blend is not None:
+            if sum(self.blend.values()) <= 0:
+                raise ValueError(
+                    "blend gives no slot any weight; write e.g. blend: {descriptive: 0.95, original: 0.05}"
+                )
+            if self.layer is None and set(self.blend) != {ORIGINAL}:
+                raise ValueError("blend names slots of a caption layer, and layer is null; name a layer")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Slot → share of the draws, summing to 1 (default: 95% descriptive, 5% original, as in the DALL-E 3 paper)."""
+        default = {ORIGINAL: 1.0} if self.layer is None else {"descriptive": 0.95, ORIGINAL: 0.05}
+        blend = self.blend or default
+        return {slot: weight / sum(blend.values()) for slot, weight in sorted(blend.items()) if weight > 0}
+
+
+class Engine(Section):
+    """How the work is spread over processes."""
+
+    strategy: Literal["deepspeed", "ddp"] = "deepspeed"
+    zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
+    workers: Annotated[int, Field(ge=1)] = 1  # processes; with GPUs one each
+    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: this process (one worker)
+    retries: Annotated[int, Field(ge=0)] = 2  # Ray Train: restarts after a worker died, each from the last checkpoint
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
+
+    @model_validator(mode="after")
+    def _local_is_one(self) -> Engine:
+        if self.launcher == "local" and self.workers > 1:
+            raise ValueError("launcher: local runs one worker; use launcher: ray, or `accelerate launch`")
+        return self
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=1)] = 500  # steps
+    keep: Annotated[int, Field(ge=1)] = 2  # the newest so many
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    model: str  # a name of FAMILIES, or package.module:Class
+    run: Annotated[str, Field(min_length=1)]  # the run folder: log, checkpoints, product
+    steps: Annotated[int, Field(ge=1)]  # optimizer steps
+    batch: Annotated[int, Field(ge=1)] = 64  # samples a step, over all workers
+    accumulate: Annotated[int, Field(ge=1)] = 1  # each worker goes through its share of a batch in so many parts
+    seed: int = 0
+    init: str | None = None  # a run folder or its product: start from these weights
+    lr: Annotated[float, Field(gt=0)] = 1e-4  # peak learning rate of AdamW
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up: hold, or fall towards final_lr
+    warmup: Annotated[int, Field(ge=0)] = 100  # steps in which the learning rate rises linearly from 0
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # where cosine and linear end, as a share of lr
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and kernels; never on biases, norms and scalars
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest norm of the gradient; null: unclipped
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999  # decay of the weights' moving average; null: none
+    log_every: Annotated[int, Field(ge=1)] = 10  # steps
+    data: Data = Data()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+
+    _settings: Any = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        parts = self.engine.workers * self.accumulate
+        if self.batch % parts:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of engine.workers × accumulate ({parts}); "
+                f"use e.g. batch: {-(-self.batch // parts) * parts}"
+            )
+        if self.engine.strategy == "ddp" and self.engine.zero not in (0, Engine.model_fields["zero"].default):
+            raise ValueError("engine.zero is for strategy: deepspeed; remove it or the strategy")
+        return self
+
+    @property
+    def settings(self) -> Any:
+        """The settings of the family that `model` names (an instance of `Family.settings`)."""
+        return self._settings
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> TrainConfig:
+        """The validated section `train`, every family's section in it included. Raises RecipeError."""
+        if recipe.train is None:
+            raise RecipeError("train", "is missing", "add the section, e.g. train: {model: diffusion, run: ./run, ...}")
+        return cls.from_section(recipe.train)
+
+    @classmethod
+    def from_section(cls, raw: dict[str, Any]) -> TrainConfig:
+        """As `from_recipe`, from the section's own mapping."""
+        name = raw.get("model")
+        chosen = family_class(name) if isinstance(name, str) else None
+        section = chosen.name if chosen else None
+        inner = {key: raw[key] for key in raw if key in FAMILIES or key == section}
+        config = validate(cls, {key: value for key, value in raw.items() if key not in inner}, "train")
+        for key, value in inner.items():
+            family = chosen if chosen and key == section else family_class(key)
+            settings = validate(family.settings, value or {}, f"train.{key}")
+            if key == section:
+                config._settings = settings
+        if chosen and config._settings is None:
+            config._settings = validate(chosen.settings, {}, f"train.{section}")
+        return config
+
+    def identity(self) -> dict[str, Any]:
+        """What a run may not change between a stop and its resume, as plain data.
+
+        Left out: where it runs and on how much, how often it logs and saves, and how many steps it goes.
+        """
+        free = {"run", "steps", "log_every", "engine", "checkpoint"}
+        fixed = self.model_dump(mode="json", exclude=free | {"data"})
+        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads"})
+        fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
+        return fixed
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything in `identity`."""
+        return fingerprint(self.identity())
+
+
+def family_class(name: str) -> Any:
+    """The `Family` class that `train.model` names. Raises RecipeError when there is none."""
+    target = FAMILIES.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        mend = f"use one of {', '.join(sorted(FAMILIES))}, or package.module:Class"
+        raise RecipeError("train.model", f"no model family {name!r}", mend)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if name in FAMILIES:
+            raise  # ours: a broken installation, not a mistake in the recipe
+        raise RecipeError("train.model", f"cannot load {name} ({error})", "name an importable class") from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the section `train`, the families' own sections included."""
+    schema = TrainConfig.model_json_schema()
+    for name in FAMILIES:
+        inner = family_class(name).settings.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        for key, definition in inner.pop("$defs", {}).items():
+            schema.setdefault("$defs", {})[f"{name}.{key}"] = definition
+        schema["properties"][name] = inner
+    return schema
