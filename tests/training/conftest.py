@@ -1,0 +1,69 @@
+"""Small datasets of drawn squares for the training tests, and a tiny model family that trains in milliseconds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.records import SHARD_SCHEMA, make_key
+from pipeline.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
+from pipeline.storage import Storage
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+
+
+def jpeg(index: int, size: int = 16) -> tuple[bytes, str]:
+    """A square of one colour on grey, and a caption that says so."""
+    name = list(COLOURS)[index % len(COLOURS)]
+    pixels = np.full((size, size, 3), 90 + index % 40, dtype=np.uint8)
+    pixels[size // 4 : -size // 4, size // 4 : -size // 4] = COLOURS[name]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue(), f"a {name} square, number {index}"
+
+
+def write_dataset(folder: Path, counts: list[int], size: int = 16) -> Path:
+    """A finished dataset with shards of these many samples."""
+    storage, entries, index = Storage(str(folder)), [], 0
+    (folder / "shards").mkdir(parents=True)
+    for number, count in enumerate(counts):
+        name, rows, samples = f"shard-{number:06d}", [], []
+        for _ in range(count):
+            data, caption = jpeg(index, size)
+            key = make_key(str(index))
+            samples.append(Sample(key, data, {"key": key}, caption))
+            rows.append(
+                {"key": key, "caption": caption, "url": f"http://x.test/{index}.jpg", "width": size, "height": size}
+                | {"original_width": size, "original_height": size, "bytes": len(data), "sha256": sha256_of(data)}
+                | {"phash": 0, "extra": f'{{"index":{index}}}'}
+            )
+            index += 1
+        spans = write_tar(folder / "shards" / f"{name}.tar", samples)
+        rows = [row | {"offset": offset, "size": length} for row, (offset, length) in zip(rows, spans, strict=True)]
+        storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, schema=SHARD_SCHEMA))
+        tar = (folder / "shards" / f"{name}.tar").read_bytes()
+        table = storage.read(f"shards/{name}.parquet")
+        entry = ShardEntry(
+            name=name, samples=count, bytes=len(tar), sha256=sha256_of(tar), table_sha256=sha256_of(table)
+        )
+        entries.append(entry)
+    write_manifest(storage, Manifest(shards=entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Path]:
+    """`make_dataset(folder, [3, 5])` writes a dataset of two shards with three and five samples."""
+    return write_dataset
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 samples in four shards."""
+    return write_dataset(tmp_path_factory.mktemp("squares") / "ds", [20, 20, 20, 4])
