@@ -1,0 +1,252 @@
+"""Pictures → captions by an open_clip CoCa: a name with a tag or checkpoint, or a folder that Capstan trained.
+
+    folder/  open_clip_config.json  open_clip_model.safetensors     what open_clip's `local-dir:` schema reads
+             bpe.txt.gz             the merges of its own vocabulary, where it has one
+             capstan.json           {"slots": {"short": prompt, ...}}
+
+The image is encoded once for all slots; slots differ only in the words that their captions continue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pipeline.config import fingerprint
+from pipeline.errors import RecipeError
+from recaption import pixels, prompts
+from recaption.config import RecaptionConfig
+from recaption.engines import Caption
+
+if TYPE_CHECKING:
+    from recaption.engines.decode import CachedCoca
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE: Final = "open_clip_config.json"
+WEIGHTS_FILE: Final = "open_clip_model.safetensors"
+BPE_FILE: Final = "bpe.txt.gz"
+SLOTS_FILE: Final = "capstan.json"
+
+VERSION: Final = 1  # of this engine's own arithmetic; part of a layer's id
+
+
+class CocaEngine:
+    """A `CaptionEngine`; pickles as its settings, without weights."""
+
+    def __init__(self, config: RecaptionConfig) -> None:
+        self.config = config
+        self.folder = product_folder(Path(config.model))
+        if self.folder is None:
+            self.architecture, preprocess = _by_name(config.model, config.pretrained)
+            own: Mapping[str, str] = {}
+        else:
+            self.architecture, preprocess, own = _by_folder(self.folder)
+        _check(self.architecture, config)
+        try:
+            self.preprocessing = pixels.Preprocessing.of(self.architecture["vision_cfg"]["image_size"], preprocess)
+        except ValueError as error:
+            raise RecipeError("recaption.model", str(error), "use another model") from None
+        self.prompts = prompts.choose(config.slots, config.prompts, own)
+        self._identity: dict[str, Any] | None = None
+        self._loaded: _Loaded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def identity(self) -> dict[str, Any]:
+        if self._identity is None:
+            self._identity = {
+                "engine": "coca",
+                "version": VERSION,
+                "weights": self._weights_id(),
+                "architecture": self.architecture,
+                "vocabulary": _digest(self.vocabulary) if self.vocabulary else "clip",
+                "preprocessing": {**vars(self.preprocessing)},
+                "prompts": {slot: self.prompts[slot] for slot in self.config.slots},
+                "decoding": self.config.decoding.model_dump() if self.config.decoding.method != "greedy" else "greedy",
+                "max_tokens": self.config.max_tokens,
+                "precision": self.config.precision,
+            }
+        return self._identity
+
+    def prepare(self, data: bytes) -> np.ndarray:
+        return pixels.read(data, self.preprocessing)
+
+    def caption(self, images: np.ndarray, keys: Sequence[str]) -> list[Mapping[str, Caption]]:
+        import torch
+
+        loaded = self._loaded = self._loaded or _Loaded(self)
+        step = self.config.batch
+        with torch.inference_mode():
+            return [
+                captions
+                for first in range(0, len(keys), step)
+                for captions in self._batch(loaded, images[first : first + step], keys[first : first + step])
+            ]
+
+    def _batch(self, loaded: _Loaded, images: np.ndarray, keys: Sequence[str]) -> list[dict[str, Caption]]:
+        from recaption.engines.decode import decode
+
+        decoding, found = self.config.decoding, [dict[str, Caption]() for _ in keys]
+        cache = loaded.look(images, self.preprocessing)
+        for slot, (prompt, limit) in loaded.slots.items():
+            seeds = [self.seed(key, slot) for key in keys]
+            for captions, seed, (tokens, ended) in zip(
+                found, seeds, decode(cache, prompt, limit, loaded.tokens, decoding, seeds), strict=True
+            ):
+                text = loaded.tokenizer.decode(tokens).strip()
+                captions[slot] = Caption(text, len(tokens), "end" if ended else "length", seed)
+        return found
+
+    def seed(self, key: str, slot: str) -> int:
+        """Of what is drawn for one picture and slot: 63 bits from its content, this engine's identity and the slot."""
+        if self.config.decoding.method == "greedy":
+            return 0
+        digest = hashlib.blake2b(f"{key} {fingerprint(self.identity())} {slot}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    @property
+    def vocabulary(self) -> Path | None:
+        """The merges of the model's own vocabulary; None where it has CLIP's."""
+        own = self.folder / BPE_FILE if self.folder else None
+        return own if own and own.is_file() else None
+
+    def weights_file(self) -> Path | None:
+        """The checkpoint on this machine, or None for one of open_clip's tags."""
+        if self.config.pretrained and Path(self.config.pretrained).is_file():
+            return Path(self.config.pretrained)
+        return self.folder / WEIGHTS_FILE if self.folder else None
+
+    def _weights_id(self) -> str:
+        file = self.weights_file()
+        return _digest(file) if file else f"open_clip:{self.config.model}/{self.config.pretrained}"
+
+
+class _Loaded:
+    """What a model worker holds: the model on its device, the tokenizer and the slots' prompts as tokens."""
+
+    def __init__(self, engine: CocaEngine) -> None:
+        import torch
+        from open_clip.tokenizer import SimpleTokenizer
+
+        from recaption.engines.decode import Tokens
+
+        config = engine.config
+        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.model = _load(engine).to(self.device, self.dtype).eval()
+        self.tokenizer = SimpleTokenizer(**({"bpe_path": str(engine.vocabulary)} if engine.vocabulary else {}))
+        self.tokens = Tokens(self.tokenizer.sot_token_id, self.tokenizer.eot_token_id, self.model.pad_id)
+        self.slots = {slot: self._prompt(engine, slot) for slot in config.slots}
+        log.info("%s loaded on %s, %s", config.model, self.device, config.precision)
+
+    def look(self, images: np.ndarray, how: pixels.Preprocessing) -> CachedCoca:
+        """Encode uint8 images [B, height, width, 3]."""
+        import torch
+
+        from recaption.engines.decode import CachedCoca
+
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2)
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (how.mean, how.std))
+        _, image_tokens = self.model.visual(((x.float() / 255 - mean) / std).to(self.dtype))
+        cache = CachedCoca(self.model)
+        cache.look(image_tokens)
+        return cache
+
+    def _prompt(self, engine: CocaEngine, slot: str) -> tuple[list[int], int]:
+        """A slot's prompt as tokens, and how many tokens may follow it."""
+        text = engine.prompts[slot]
+        prompt = self.tokenizer.encode(text)
+        room = min(self.model.text.context_length, self.model.text_decoder.context_length) - 1 - len(prompt)
+        if room < 1 or self.tokens.pad in prompt:
+            problem = f"{text!r} fills the model's context" if room < 1 else f"{text!r} holds the model's padding token"
+            raise RecipeError(f"recaption.prompts.{slot}", problem, "use other, or fewer, words")
+        return prompt, min(room, engine.config.max_tokens or room)
+
+
+def product_folder(path: Path) -> Path | None:
+    """The folder that holds the model: `path` itself, or product/ in it where it is a run; None where there is none."""
+    return next((folder for folder in (path, path / "product") if (folder / CONFIG_FILE).is_file()), None)
+
+
+def _by_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(architecture, preprocessing, slots' prompts) of a model in a folder."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        slots = folder / SLOTS_FILE
+        own = json.loads(slots.read_text(encoding="utf-8"))["slots"] if slots.is_file() else {}
+        return config["model_cfg"], config.get("preprocess_cfg", {}), own
+    except (KeyError, ValueError) as error:
+        mend = "name a folder that open_clip or `capstan train` wrote"
+        raise RecipeError("recaption.model", f"cannot read the model in {folder} ({error!r})", mend) from None
+
+
+def _by_name(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(architecture, preprocessing) of one of open_clip's models."""
+    import open_clip
+
+    known = [model for model in open_clip.list_models() if model.startswith("coca_")]
+    if name not in known:
+        mend = f"name a folder with {CONFIG_FILE}, or one of {', '.join(known)}"
+        raise RecipeError("recaption.model", f"no folder and no CoCa of open_clip is named {name!r}", mend)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
+        problem = "is missing" if pretrained is None else f"{pretrained!r} is neither a file nor a tag of {name}"
+        raise RecipeError("recaption.pretrained", problem, f"name a checkpoint file, or one of {', '.join(tags)}")
+    tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained) if pretrained in tags else {}
+    return open_clip.get_model_config(name), tag
+
+
+def _check(architecture: Mapping[str, Any], config: RecaptionConfig) -> None:
+    """Refuse what cannot be decoded here."""
+    text = architecture.get("text_cfg", {})
+    if "multimodal_cfg" not in architecture:
+        raise RecipeError("recaption.model", f"{config.model} writes no captions: it is not a CoCa", "name a CoCa")
+    custom = {
+        "block_type",
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+    }
+    causal = text.get("embed_cls") and not text.get("hf_model_name") and not text.get("no_causal_mask")
+    if not causal or any(text.get(name) for name in custom):
+        problem = f"{config.model} has another text tower than CoCa's own, which cannot be decoded with a cache"
+        raise RecipeError("recaption.model", problem, "name a CoCa with its own text tower, e.g. coca_ViT-L-14")
+
+
+def _load(engine: CocaEngine) -> Any:
+    """The model with its weights, fp32 on the CPU."""
+    import open_clip
+    from open_clip.coca_model import CoCa
+
+    file = engine.weights_file()
+    if file is None:
+        return open_clip.create_model(engine.config.model, pretrained=engine.config.pretrained)
+    architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
+    model = CoCa(**architecture)
+    try:
+        open_clip.load_checkpoint(model, str(file))
+    except (RuntimeError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError("recaption.model", f"cannot load {file} ({first})", "name its own architecture") from None
+    return model
+
+
+def _digest(file: Path) -> str:
+    """BLAKE2b of a file. Raises RecipeError where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise RecipeError("recaption.model", f"cannot read {file} ({error.strerror})", "check the path") from None

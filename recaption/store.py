@@ -1,0 +1,168 @@
+"""The caption store: captions are layers beside the shards, and never rewrite one.
+
+    captions/<layer id>/shard-000000.parquet    a row an image and slot, in the shard's order (SCHEMA)
+    captions/<layer id>/recipe.json             what made the layer; published last: without it a layer is not listed
+
+A layer's id is a hash of everything that can change a caption, so that a new prompt makes a new layer and the same
+recipe always adds to the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+
+from pipeline.config import fingerprint
+from pipeline.errors import RecipeError
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from recaption import lint
+
+ROOT: Final = "captions"
+GIVEN: Final = "given"  # the engine of layers that no model wrote
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the image's source bytes, as in the shard's table
+        pa.field("slot", pa.string(), nullable=False),
+        pa.field("raw", pa.string(), nullable=False),  # as the model wrote it
+        pa.field("text", pa.string(), nullable=False),  # cleaned; empty where there is no caption
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("finish", pa.string(), nullable=False),  # lint.Finish
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("flags", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the store keeps of one image and slot beside its key."""
+
+    raw: str
+    text: str
+    tokens: int
+    finish: lint.Finish
+    seed: int
+    flags: tuple[str, ...]
+
+    @classmethod
+    def written(cls, raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
+        """A caption, cleaned and flagged."""
+        linted = lint.lint(raw, finish)
+        return cls(raw, linted.text, tokens, finish, seed, linted.flags)
+
+    @classmethod
+    def unreadable(cls) -> Row:
+        """In place of a caption where the image cannot be decoded."""
+        return cls("", "", 0, "none", 0, (lint.UNREADABLE,))
+
+
+def layer_id(identity: Mapping[str, Any]) -> str:
+    """The layer of an engine with this identity: 16 hexadecimal digits."""
+    return fingerprint({"engine": dict(identity), "cleaner": lint.VERSION})
+
+
+def file_name(layer: str, shard: str) -> str:
+    return f"{ROOT}/{layer}/{shard}.parquet"
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def list_layers(storage: Storage) -> list[str]:
+    """Ids of the dataset's published layers, the oldest first."""
+    recipes = [name for name in storage.names(ROOT) if name.count("/") == 2 and name.endswith("/recipe.json")]
+    numbered = [(json.loads(storage.read(name))["number"], name.split("/")[1]) for name in recipes]
+    return [layer for _, layer in sorted(numbered)]
+
+
+def latest_layer(storage: Storage) -> str | None:
+    """The layer that was published last, or None where there is none."""
+    layers = list_layers(storage)
+    return layers[-1] if layers else None
+
+
+def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
+    """What made a layer: {layer, number, slots, cleaner, engine: {...}}. Raises RecipeError where there is none."""
+    name = f"{ROOT}/{layer}/recipe.json"
+    if not storage.exists(name):
+        known = ", ".join(list_layers(storage)) or "none"
+        mend = f"run `capstan recaption`, or name one of its layers: {known}"
+        raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", mend)
+    return dict(json.loads(storage.read(name)))
+
+
+def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | None = None) -> pa.Table:
+    """A shard's captions (SCHEMA). Raises FileNotFoundError where it has not been captioned yet."""
+    return storage.read_table(file_name(layer, shard), columns)
+
+
+def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, str]]:
+    """Key → slot → text of a shard's captions. Images and slots without a caption are left out.
+
+    Raises FileNotFoundError where the shard has not been captioned yet.
+    """
+    table = read_rows(storage, layer, shard, ["key", "slot", "text"])
+    captions: dict[str, dict[str, str]] = {}
+    for key, slot, text in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        if text:
+            captions.setdefault(key, {})[slot] = text
+    return captions
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(storage: Storage, layer: str, shard: str, rows: Iterable[tuple[str, str, str, Row]]) -> None:
+    """Publish a shard's captions: (key, sha256, slot, row) in the shard's order. The same rows give the same bytes."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for key, sha256, slot, row in rows:
+        values = (key, sha256, slot, row.raw, row.text, row.tokens, row.finish, row.seed, list(row.flags))
+        for name, value in zip(SCHEMA.names, values, strict=True):
+            columns[name].append(value)
+    storage.write_table(file_name(layer, shard), pa.table(columns, schema=SCHEMA))
+
+
+def publish(storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any]) -> None:
+    """List the layer from now on. Does nothing for one that is listed."""
+    if storage.exists(f"{ROOT}/{layer}/recipe.json"):
+        return
+    before = list_layers(storage)
+    number = 1 + (layer_recipe(storage, before[-1])["number"] if before else 0)
+    recipe = {
+        "layer": layer,
+        "number": number,  # layers are numbered in the order in which they were published
+        "slots": list(slots),
+        "cleaner": lint.VERSION,
+        "engine": dict(engine),
+    }
+    storage.write(f"{ROOT}/{layer}/recipe.json", json.dumps(recipe, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+    """Captions that people wrote, key → slot → text, as a layer like any other, under a name of your choice.
+
+    Gives {images, missing}: how many were found in the dataset, how many keys of `captions` are not in it.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", layer):
+        raise RecipeError("layer", f"{layer!r} is no name for a layer", "use lower-case letters, digits, - and _")
+    dataset = Dataset(storage)
+    slots = sorted({slot for texts in captions.values() for slot in texts})
+    found = 0
+    for shard in dataset.shard_names:
+        rows: list[tuple[str, str, str, Row]] = []
+        table = dataset.table(shard, ["key", "sha256"])
+        for key, sha256 in zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True):
+            texts = captions.get(key, {})
+            found += bool(texts)
+            rows += [(key, sha256, slot, Row.written(texts[slot], 0, "given", 0)) for slot in slots if slot in texts]
+        write_rows(storage, layer, shard, rows)
+    publish(storage, layer, slots, {"engine": GIVEN})
+    return {"images": found, "missing": len(captions) - found}
