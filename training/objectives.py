@@ -1,0 +1,138 @@
+"""What a diffusion model learns: clean latents, noise and time → noisy latents, target and loss weight.
+
+Pure functions, each with its paper and equation. Two families of paths from data x0 to noise ε ~ N(0, I):
+
+    DDPM             x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε     t = 0 … T−1, ᾱ falling from about 1 to about 0
+    rectified flow   x_t = (1−t) x0 + t ε           t in [0, 1]
+
+Shapes: x0, ε, x_t and predictions are [B, ...]; t and ᾱ are [B] (or [T] for a whole schedule), float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Prediction = Literal["epsilon", "sample", "v_prediction"]  # diffusers' names for ε, x0 and v
+
+
+# DDPM ----------------------------------------------------------------------------------------------------------------
+
+
+def cumulative_alphas(
+    steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, *, zero_terminal_snr: bool = False
+) -> torch.Tensor:
+    """ᾱ [T] of the “scaled linear” schedule: √β rises linearly (Rombach et al. 2022, latent diffusion, §4).
+
+    ᾱ_t = Π_{s≤t} (1 − β_s) (Ho et al. 2020, DDPM, eq. 4). The same numbers as diffusers' schedulers.
+    """
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
+    alphas = torch.cumprod(1.0 - betas, dim=0)
+    return rescale_to_zero_terminal_snr(alphas) if zero_terminal_snr else alphas
+
+
+def rescale_to_zero_terminal_snr(alphas: torch.Tensor) -> torch.Tensor:
+    """ᾱ [T] shifted and scaled so that ᾱ_T = 0 and ᾱ_0 is kept.
+
+    Lin et al. 2023, “Common diffusion noise schedules and sample steps are flawed”, alg. 1.
+    """
+    root = alphas.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * first / (first - last)) ** 2
+
+
+def diffuse(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """x_t = √ᾱ x0 + √(1−ᾱ) ε (Ho et al. 2020, eq. 4); `alpha` is ᾱ [B]."""
+    alpha = _beside(alpha, x0)
+    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+
+def diffusion_target(kind: Prediction, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """ε (Ho et al. 2020, eq. 14), x0, or v = √ᾱ ε − √(1−ᾱ) x0 (Salimans & Ho 2022, progressive distillation, §4)."""
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return x0
+    alpha = _beside(alpha, x0)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+
+
+def predicted_x0(kind: Prediction, prediction: torch.Tensor, noisy: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """x0 as a prediction implies it; for v: x0 = √ᾱ x_t − √(1−ᾱ) v (Salimans & Ho 2022, §4). ε needs ᾱ > 0."""
+    alpha = _beside(alpha, noisy)
+    if kind == "epsilon":
+        return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+    if kind == "sample":
+        return prediction
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
+
+
+def min_snr_weight(kind: Prediction, alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+    """Loss weight [B] that clamps SNR = ᾱ/(1−ᾱ) at γ (Hang et al. 2023, Min-SNR, §3.4).
+
+    min(SNR, γ) for x0, divided by SNR for ε and by SNR + 1 for v; written without SNR so that ᾱ = 0 and 1 are finite.
+    """
+    clamped = torch.minimum(alpha, gamma * (1 - alpha))  # min(SNR, γ)·(1−ᾱ)
+    if kind == "epsilon":
+        return torch.where(alpha > 0, clamped / alpha.clamp(min=1e-12), torch.ones_like(alpha))
+    if kind == "v_prediction":
+        return clamped  # SNR + 1 = 1/(1−ᾱ)
+    return torch.minimum(alpha / (1 - alpha).clamp(min=1e-12), torch.full_like(alpha, gamma))
+
+
+def offset_noise(noise: torch.Tensor, strength: float, draw: torch.Generator) -> torch.Tensor:
+    """Noise [B, C, ...] plus a shared value for each sample and channel, so that brightness is learnt too.
+
+    ε + strength · N(0, 1) of shape [B, C, 1, ...] (Guttenberg 2023, “Diffusion with offset noise”).
+    """
+    shape = (*noise.shape[:2], *[1] * (noise.dim() - 2))
+    return noise + strength * torch.randn(shape, generator=draw, device=noise.device, dtype=noise.dtype)
+
+
+# Rectified flow ------------------------------------------------------------------------------------------------------
+
+
+def interpolate(x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """x_t = (1−t) x0 + t ε, the straight path (Liu et al. 2022, rectified flow, eq. 1, time from data to noise)."""
+    time = _beside(time, x0)
+    return (1 - time) * x0 + time * noise
+
+
+def flow_target(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """dx_t/dt = ε − x0, the velocity along the straight path (Liu et al. 2022, eq. 1)."""
+    return noise - x0
+
+
+def uniform_times(count: int, draw: torch.Generator) -> torch.Tensor:
+    """t [count] ~ U(0, 1)."""
+    return torch.rand(count, generator=draw, device=draw.device)
+
+
+def logit_normal_times(count: int, draw: torch.Generator, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    """t [count] = sigmoid(N(mean, std²)): the middle of the path is drawn most (Esser et al. 2024, SD3, eq. 19)."""
+    return torch.sigmoid(mean + std * torch.randn(count, generator=draw, device=draw.device))
+
+
+def shift_times(time: torch.Tensor, shift: float) -> torch.Tensor:
+    """t' = s t / (1 + (s−1) t): more noise, for larger pictures (Esser et al. 2024, eq. 23 with s = √(m/n))."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the batch of weight [B] × each sample's mean squared error; computed in float32."""
+    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (error if weight is None else error * weight).mean()
+
+
+def drop_rows(count: int, probability: float, draw: torch.Generator) -> torch.Tensor:
+    """Mask [count] of samples that lose their caption: classifier-free guidance (Ho & Salimans 2022, alg. 1)."""
+    return torch.rand(count, generator=draw, device=draw.device) < probability
+
+
+def _beside(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] → [B, 1, ...] with the dimensions of `like`."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,50 @@
+"""A path that a user names → the finished model that lies there, and of which kind it is.
+
+A run folder holds its model in product/; the product itself, or any folder of the same format that other tools wrote,
+is taken as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import RecipeError
+
+FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
+
+
+def find_product(path: str | Path, field: str = "RUN") -> Path:
+    """The folder of the finished model at `path`. Raises RecipeError where there is none."""
+    folder = Path(path)
+    for candidate in (folder / "product", folder):
+        if any((candidate / name).is_file() for name in ("model_index.json", "config.json", FACTS)):
+            return candidate
+    if (folder / "recipe.json").exists() or (folder / "log.jsonl").exists():
+        raise RecipeError(field, f"{folder} has no finished model yet", "run `capstan train` to the end first")
+    raise RecipeError(field, f"no model at {folder}", "name a run folder, or a model folder that a run made")
+
+
+def kind_of(product: Path) -> str:
+    """`diffusion`, `autoencoder`, `captioner` (or another family's name), or "" for a folder of another format."""
+    facts = read_facts(product)
+    if "family" in facts:
+        return str(facts["family"])
+    if (product / "model_index.json").is_file():
+        return "diffusion"
+    if (product / "config.json").is_file():
+        config = json.loads((product / "config.json").read_text(encoding="utf-8"))
+        return "autoencoder" if config.get("_class_name") == "AutoencoderKL" else ""
+    return "captioner" if (product / "open_clip_config.json").is_file() else ""
+
+
+def read_facts(product: Path) -> dict[str, Any]:
+    """What `write_facts` wrote; empty for a model of other tools."""
+    path = product / FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_facts(product: Path, **facts: Any) -> None:
+    """Put what sampling and evaluating want to know beside the model."""
+    (product / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
