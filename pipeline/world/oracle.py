@@ -28,10 +28,12 @@ _WORK: Final = 96  # pictures are judged at this side, pixels
 _BORDER: Final = 0.06  # share of the side that tells the background
 _SHADES: Final = (1.0, (1 + INK) / 2, INK)  # a thing shows its colour, its ink, and where they blur what lies between
 _CONTRAST: Final = 0.5  # of the way from the background to a thing's colour: from here on a pixel is the thing's
+_NEAR: Final = 9  # side of the window in which pixels are compared, pixels
+_CORE: Final = 0.85  # of the window's greatest distance from the background
 _LEAST_AREA: Final = 0.008  # of the picture; the smallest thing covers 0.025
 _TEMPLATE: Final = 48  # side of the normalised masks that are compared, pixels
 _BLURS: Final = (0.0, 0.12, 0.22)  # standard deviations of the templates' softness, in radii
-_SMALL_BELOW: Final = 0.198  # radius between the largest small and the smallest large thing
+_SMALL_BELOW: Final = 0.208  # radius between small and large things; softness makes things look larger
 _SPREAD: Final = 0.2  # standard deviation along colour (0) … ink (1) above which a thing is not plain
 _STRIPED: Final = 0.5  # share of that variance that lies between columns
 
@@ -58,13 +60,17 @@ def parse(image: np.ndarray) -> Parsed:
     far = np.linalg.norm(pixels - tint, axis=-1)
     contrast = np.linalg.norm(_palette() - tint, axis=-1)
     standing_out = far > _CONTRAST * contrast[shades]
+    # Where a soft rim blends with the background it shows other colours; the farthest pixels around show the true one.
+    around = cv2.dilate(far, np.ones((_NEAR, _NEAR), np.uint8))
+    core = standing_out & (far > _CORE * around)
     things = []
-    for piece, colour in _pieces(standing_out, shades // len(_SHADES)):
-        own = shades // len(_SHADES) == colour
-        solid = far > _CONTRAST * contrast[colour * len(_SHADES)]
-        mask = _filled(piece & (solid | (own & standing_out)))
+    for piece, colour in _pieces(standing_out, core, shades // len(_SHADES)):
+        name = list(COLOURS)[colour]
+        texture = _texture(pixels, piece, name)
+        own = piece & (shades // len(_SHADES) == colour) if texture != "plain" else np.zeros_like(piece)
+        mask = _filled(piece & (far > _CONTRAST * around) | own)
         if mask.mean() >= _LEAST_AREA:
-            things.append(_thing(pixels, mask, list(COLOURS)[colour]))
+            things.append(_thing(mask, name, texture))
     things.sort(key=lambda thing: (thing.cell[1], thing.cell[0]))
     return Parsed(background, tuple(things))
 
@@ -94,7 +100,7 @@ def _nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return distances.argmin(axis=-1)
 
 
-def _pieces(mask: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int]]:
+def _pieces(mask: np.ndarray, cores: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """(mask, colour index) of each connected piece; one that shows two colours in large is cut in two."""
     number, components = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     pieces: list[tuple[np.ndarray, int]] = []
@@ -102,7 +108,7 @@ def _pieces(mask: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int
         piece = components == component
         if piece.mean() < _LEAST_AREA:
             continue
-        core = _core(piece)
+        core = piece & cores
         votes = np.bincount(colours[core], minlength=len(COLOURS))
         main = int(votes.argmax())
         strong = [int(c) for c in np.flatnonzero(votes >= 0.2 * core.sum()) if _blob(core & (colours == c)).any()]
@@ -115,12 +121,6 @@ def _pieces(mask: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int
         owner = np.argmin(distances, axis=0)
         pieces.extend((piece & (owner == i), colour) for i, colour in enumerate(strong))
     return pieces
-
-
-def _core(mask: np.ndarray) -> np.ndarray:
-    """The mask without its soft rim, as far as that leaves a third of it."""
-    thin = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2, borderValue=0).astype(bool)
-    return thin if thin.sum() >= mask.sum() / 3 else mask
 
 
 def _blob(mask: np.ndarray) -> np.ndarray:
@@ -139,13 +139,13 @@ def _filled(mask: np.ndarray) -> np.ndarray:
     return cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, thickness=cv2.FILLED).astype(bool)
 
 
-def _thing(pixels: np.ndarray, mask: np.ndarray, colour: str) -> Thing:
+def _thing(mask: np.ndarray, colour: str, texture: str) -> Thing:
     ys, xs = np.nonzero(mask)
     x, y = float(xs.mean() + 0.5) / _WORK, float(ys.mean() + 0.5) / _WORK
     template = _matching(mask)
     r = math.sqrt(mask.mean() / template.area)
     size = "small" if r < _SMALL_BELOW else "large"
-    return Thing(colour, template.shape, size, _texture(pixels, mask, colour), x, y, r)
+    return Thing(colour, template.shape, size, texture, x, y, r)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def _templates() -> tuple[_Template, ...]:
 
 def _texture(pixels: np.ndarray, mask: np.ndarray, colour: str) -> str:
     """How brightness varies inside the thing, between its colour (0) and its ink (1)."""
-    core = _core(mask)
+    thin = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2, borderValue=0).astype(bool)
+    core = thin if thin.sum() >= mask.sum() / 3 else mask
     plain = np.array(COLOURS[colour], np.float32)
     axis = plain * INK - plain
     along = np.where(core, (pixels - plain) @ axis / (axis @ axis), 0)
