@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.world.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
-OVERSAMPLE: Final = 4  # samples per pixel side
+OVERSAMPLE: Final = 4  # samples per pixel side, for textures
+OVERSAMPLE_EDGES: Final = 8  # the same for outlines: OpenCV fills half a sample too much
 INK: Final = 0.55  # stripes and dots have the thing's colour, this much as bright
 STRIPE: Final = 0.5  # period of the stripes, in radii
 DOT: Final = 0.5  # distance between dots, in radii
@@ -90,8 +91,8 @@ def _on_circle(turns: np.ndarray) -> np.ndarray:
 def _coverage(side: int, corners: np.ndarray) -> np.ndarray:
     """How much of each pixel a polygon covers: float32 [side, side] in [0, 1]; corners in pixels."""
     fraction_bits = 8
-    fine = np.zeros((side * OVERSAMPLE, side * OVERSAMPLE), np.uint8)
-    points = (corners * OVERSAMPLE - 0.5) * (1 << fraction_bits)  # OpenCV's integer coordinates are pixel centres
+    fine = np.zeros((side * OVERSAMPLE_EDGES, side * OVERSAMPLE_EDGES), np.uint8)
+    points = (corners * OVERSAMPLE_EDGES - 0.5) * (1 << fraction_bits)  # OpenCV's integer coordinates are pixel centres
     cv2.fillPoly(fine, [np.round(points).astype(np.int32)], 255, lineType=cv2.LINE_8, shift=fraction_bits)
     return cv2.resize(fine, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 

@@ -96,8 +96,8 @@ def _palette() -> np.ndarray:
 def _nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Index of the nearest palette colour to each pixel: [..., 3], [n, 3] → int [...]."""
     # |p − c|² without |p|², which is the same for every c.
-    distances: np.ndarray = (palette**2).sum(axis=-1) - 2 * pixels @ palette.T
-    return distances.argmin(axis=-1)
+    distances: np.ndarray = (palette**2).sum(axis=-1) - 2 * pixels.reshape(-1, 3) @ palette.T
+    return distances.argmin(axis=-1).reshape(pixels.shape[:-1])
 
 
 def _pieces(mask: np.ndarray, cores: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int]]:
@@ -111,13 +111,13 @@ def _pieces(mask: np.ndarray, cores: np.ndarray, colours: np.ndarray) -> list[tu
         core = piece & cores
         votes = np.bincount(colours[core], minlength=len(COLOURS))
         main = int(votes.argmax())
-        strong = [int(c) for c in np.flatnonzero(votes >= 0.2 * core.sum()) if _blob(core & (colours == c)).any()]
+        blobs = {int(c): _blob(core & (colours == c)) for c in np.flatnonzero(votes >= 0.2 * core.sum())}
+        strong = [colour for colour, blob in blobs.items() if blob.any()]
         if len(strong) < 2:
             pieces.append((piece, main))
             continue
         # Each pixel goes to the nearest blob of a strong colour.
-        seeds = [_blob(core & (colours == colour)) for colour in strong]
-        distances = [cv2.distanceTransform((~seed).astype(np.uint8), cv2.DIST_L2, 3) for seed in seeds]
+        distances = [cv2.distanceTransform((~blobs[c]).astype(np.uint8), cv2.DIST_L2, 3) for c in strong]
         owner = np.argmin(distances, axis=0)
         pieces.extend((piece & (owner == i), colour) for i, colour in enumerate(strong))
     return pieces
