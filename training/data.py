@@ -25,6 +25,7 @@ import pyarrow as pa
 from pipeline.errors import CapstanError, RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
+from recaption.store import latest_layer, list_layers, read_layer
 from training.config import ORIGINAL, Data
 from training.family import Batch, Sample
 
@@ -198,7 +199,7 @@ class TrainingData:
 
     def _load(self, name: str) -> _Shard:
         table = self.dataset.table(name, _COLUMNS).combine_chunks()
-        layer = {} if self.layer is None else _read_layer(self.dataset.storage, self.layer, name)
+        layer = {} if self.layer is None else read_layer(self.dataset.storage, self.layer, name)
         if self._latents is not None:
             return _Shard(table, layer, latents=self._latents(name))
         path = self.dataset.storage.local_path(f"shards/{name}.tar")
@@ -210,8 +211,6 @@ class TrainingData:
 
 def find_layer(storage: Storage, data: Data) -> str | None:
     """The id of the caption layer that `train.data.layer` asks for, or None for the original captions."""
-    from recaption.store import latest_layer, list_layers
-
     if data.layer is None:
         return None
     layer = latest_layer(storage) if data.layer == "latest" else data.layer
@@ -220,16 +219,6 @@ def find_layer(storage: Storage, data: Data) -> str | None:
         mend = "run `capstan recaption` first, or write layer: null to train on the original captions"
         raise RecipeError("train.data.layer", problem, mend)
     return layer
-
-
-def _read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, str]]:
-    from recaption.store import read_layer
-
-    try:
-        return read_layer(storage, layer, shard)
-    except FileNotFoundError:
-        mend = "run `capstan recaption` to complete it"
-        raise RecipeError("train.data.layer", f"layer {layer} has no captions for {shard}", mend) from None
 
 
 def _without_last(counts: Sequence[int], held_out: int) -> list[int]:

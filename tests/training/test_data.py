@@ -108,7 +108,7 @@ def test_captions_are_drawn_by_weight_and_redrawn_each_epoch(squares: Path, monk
         keys = Dataset(storage).table(shard, ["key"])["key"].to_pylist()
         return {key: {"descriptive": f"about {key}"} for key in keys[1:]}  # the first of a shard has none
 
-    monkeypatch.setattr("training.data._read_layer", read_layer)
+    monkeypatch.setattr("training.data.read_layer", read_layer)
     data = open_data(squares, Data(layer="x", blend={"descriptive": 3, "original": 1}), layer="x")
     samples = [data.at(number) for number in range(64 * 20)]
     slots = Counter(sample.slot for sample in samples)
