@@ -52,14 +52,18 @@ def make_key(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-# What planning hands to ingest: one row a key, sorted by key. `image` holds embedded bytes, if any;
-# `extra` is a JSON object of the source's other columns.
+# What planning hands to ingest: one row a key, sorted by key. The picture is embedded in `image`; or else it is the
+# `length` bytes at `offset` of `file`; or else, where `file` is "", it is fetched from `url`. So an address in a table
+# can never name a local file. `extra` is a JSON object of the source's other columns.
 PLAN_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("url", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
         pa.field("image", pa.binary(), nullable=True),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
         pa.field("extra", pa.string(), nullable=False),
     ]
 )

@@ -28,15 +28,16 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json.
+    """One picture and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json, `caption` KEY.txt.
 
     All samples of a dataset have the same `fields` keys and no nulls, since readers take the schema from the first few.
+    Staged samples are pictures only: no `fields`, no `caption`.
     """
 
     key: str
     jpg: bytes
-    fields: Mapping[str, str | int | float]
-    caption: str
+    fields: Mapping[str, str | int | float] | None = None
+    caption: str | None = None
 
 
 class Digest(Protocol):
@@ -79,8 +80,10 @@ def write_tar(path: Path, samples: Iterable[Sample], digest: Digest | None = Non
                 _add(tar, f"{sample.key}.jpg", sample.jpg)
                 padded = -len(sample.jpg) % tarfile.BLOCKSIZE + len(sample.jpg)
                 spans.append((counted.position - padded, len(sample.jpg)))
-                _add(tar, f"{sample.key}.json", to_json(sample.fields))
-                _add(tar, f"{sample.key}.txt", sample.caption.encode("utf-8", "replace"))
+                if sample.fields is not None:
+                    _add(tar, f"{sample.key}.json", to_json(sample.fields))
+                if sample.caption is not None:
+                    _add(tar, f"{sample.key}.txt", sample.caption.encode("utf-8", "replace"))
     return spans
 
 

@@ -12,11 +12,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -88,6 +90,10 @@ class Storage:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(io.BytesIO(self.read(name)), columns=columns)
 
+    def dataset(self, names: list[str], schema: pa.Schema) -> ds.Dataset:
+        """Parquet files of one schema as a dataset to scan, without opening them now."""
+        return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=self._fs)
+
     # Writing -----------------------------------------------------------------------------------------------------
 
     def write(self, name: str, data: bytes) -> None:
@@ -144,6 +150,53 @@ class Storage:
                 f"cannot reach {self.url} ({error})",
                 "check the bucket, storage.endpoint_url and credentials",
             ) from None
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A user's file: its path or URL, size in bytes, and a stamp that changes when its content does."""
+
+    path: str
+    size: int
+    stamp: str
+
+
+def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.path") -> list[SourceFile]:
+    """The files that `path` names: a file, a glob, or all files in a folder at any depth; sorted by path.
+
+    Raises RecipeError naming `field` where there is nothing, or where it cannot be read.
+    """
+    try:
+        fs, root = url_to_fs(path, **options)
+        if fs.isfile(root):
+            found = {root: fs.info(root)}
+        elif fs.isdir(root):
+            found = fs.find(root, detail=True)
+        else:
+            found = {name: info for name, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
+    except Exception as error:  # noqa: BLE001 - every file system has its own errors for an unreachable place
+        raise RecipeError(
+            field, f"cannot read {path} ({error})", "check the path, the bucket and its permissions"
+        ) from None
+    if not found:
+        raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
+    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    files = [
+        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"]), _stamp(info))
+        for name, info in found.items()
+    ]
+    return sorted(files, key=lambda file: file.path)
+
+
+def open_file(path: str, options: Mapping[str, Any], *, unpack: bool = False) -> BinaryIO:
+    """A reader over a user's file; `unpack` decompresses .gz, .zst, .bz2 and .xz by their names."""
+    fs, root = url_to_fs(path, **options)
+    return fs.open(root, "rb", compression="infer" if unpack else None)  # type: ignore[no-any-return]
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """A local file's time of change, a bucket's ETag, or whatever the file system has instead."""
+    return str(next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "updated") if key in info), ""))
 
 
 class _Publish:

@@ -20,7 +20,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 
 
 class Squares(Job):
-    """Writes the squares of `numbers` to out/<unit>.json; misbehaves as told by the spec, counting its tries on disk."""
+    """Writes the squares of `numbers` to out/<unit>.json; misbehaves as its spec says, counting tries on disk."""
 
     name = "squares"
 
@@ -155,5 +155,5 @@ def test_a_piece_that_the_model_cannot_bear(ray_session: Resources, make, how, t
 
 
 def test_a_recipe_error_ends_the_run(ray_session: Resources, make) -> None:
-    with pytest.raises(RecipeError, match="image.size"):
+    with pytest.raises(RecipeError, match=r"image\.size"):
         run(make(Squares), [unit("a", at_start=["recipe", 9])], ray_session, progress=False)

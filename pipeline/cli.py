@@ -1,0 +1,97 @@
+"""The commands build, select and verify; and the options and the ending that all floors' commands share.
+
+stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import Recipe
+from pipeline.errors import CapstanError, Quarantined
+from pipeline.storage import Storage
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="End with the summary as one JSON object on stdout.")]
+DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder or URL.")]
+
+Load = Callable[[Path, list[str]], Recipe]
+
+
+def add_commands(app: typer.Typer, load: Load) -> None:
+    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+
+    @app.command()
+    def build(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+        """Rows → fetched → decoded → selected → packed shards. Goes on where it stopped."""
+        from pipeline.job import build as run
+
+        finish(run(load(recipe, overrides)), as_json)
+
+    @app.command()
+    def select(
+        recipe: RecipeArgument,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the funnel; write nothing.")] = False,
+        overrides: SetOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Ask the ledger again with the recipe's conditions and repack the shards that change."""
+        from pipeline.job import select as run
+
+        finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
+
+    @app.command()
+    def verify(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
+        """Reopen every tar, check every sum and index."""
+        from pipeline.verify import verify as run
+
+        problems = run(Storage(dataset, field="DATASET"))
+        finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
+        if problems:
+            raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
+
+
+def finish(summary: Mapping[str, Any], as_json: bool) -> None:
+    """Print a command's summary on stdout, as text or as the one JSON object of --json.
+
+    Raises Quarantined (exit code 3) if the summary's `quarantined` (unit → reason) is not empty.
+    """
+    if as_json:
+        typer.echo(json.dumps(summary, default=str))
+    else:
+        typer.echo("\n".join(_lines(summary)))
+    if quarantined := summary.get("quarantined"):
+        raise Quarantined(str(summary.get("dataset", "")), quarantined)
+
+
+def _lines(summary: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Mappings indented, lists of mappings as rows, empty values left out."""
+    lines: list[str] = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [f"{indent}{name}:", *(f"{indent}  {_in_a_row(item)}" for item in value)]
+        elif isinstance(value, list) and value:
+            lines += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
+        elif value not in ({}, [], None, ""):
+            lines.append(f"{indent}{name}: {_plain(value)}")
+    return lines
+
+
+def _in_a_row(item: Mapping[str, Any]) -> str:
+    return "  ".join(f"{_plain(value):>12}" if isinstance(value, int) else f"{value:<28}" for value in item.values())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
