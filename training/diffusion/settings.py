@@ -1,0 +1,110 @@
+"""The recipe's section `train.diffusion`: the model's shape, its text encoder, and what it learns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Section
+from training.pixels import Crop
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class UNetSettings(Section):
+    """diffusers' UNet2DConditionModel. The defaults are the shape of Stable Diffusion 1 (860 M parameters)."""
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (320, 640, 1280, 1280)  # one a level
+    layers_per_block: Positive = 2
+    attention: tuple[bool, ...] | None = None  # cross-attention, level by level; null: all but the lowest of several
+    heads: Positive = 8  # of each attention
+    transformer_layers: Positive = 1  # at each place with attention
+    norm_num_groups: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetSettings:
+        levels = len(self.block_out_channels)
+        if self.attention is not None and len(self.attention) != levels:
+            raise ValueError("attention must say true or false for each of block_out_channels")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels {channels} does not divide by norm_num_groups")
+            if channels % self.heads:
+                raise ValueError(f"block_out_channels {channels} does not divide by heads")
+        return self
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Whether each level has cross-attention."""
+        levels = len(self.block_out_channels)
+        return self.attention or tuple(level < levels - 1 or levels == 1 for level in range(levels))
+
+
+class TextSettings(Section):
+    """transformers' CLIPTextModel: trained with the UNet, on a tokenizer learnt from the captions; or frozen."""
+
+    pretrained: str | None = None  # a folder with a CLIP text encoder and its tokenizer: used as it is, not trained
+    vocab_size: Annotated[int, Field(ge=514)] = 8192  # at most; fewer where the captions give fewer
+    length: Annotated[int, Field(ge=4)] = 77  # tokens, start and end included; longer prompts are cut
+    width: Positive = 512
+    layers: Positive = 6
+    heads: Positive = 8
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextSettings:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads")
+        return self
+
+
+class FlowSettings(Section):
+    """Rectified flow (`objective: flow`)."""
+
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0  # of the logit: above 0, noisier times are drawn more
+    std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0  # above 1: noisier times in training and in sampling, for large pictures
+
+
+class DdpmSettings(Section):
+    """DDPM (`objective: ddpm`), with the noise schedule of Stable Diffusion."""
+
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    zero_terminal_snr: bool = True  # the last step is noise alone, as sampling begins
+    min_snr: Annotated[float, Field(gt=0)] | None = None  # γ of min-SNR weighting; 5 is usual
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> DdpmSettings:
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "prediction epsilon says nothing where there is only noise; "
+                "use zero_terminal_snr: false, or prediction: v_prediction"
+            )
+        return self
+
+
+class SamplingSettings(Section):
+    """What `capstan sample` and `capstan evaluate` do unless told otherwise."""
+
+    steps: Positive = 25
+    guidance: Annotated[float, Field(ge=1)] = 4.0  # 1: none
+
+
+class DiffusionSettings(Section):
+    """`train.diffusion`."""
+
+    autoencoder: str  # a run of the family autoencoder, its product, or any diffusers AutoencoderKL
+    size: Positive | None = None  # pixels, both sides; null: the stored pictures' shorter side
+    crop: Crop = "center"  # how a picture becomes square
+    unet: UNetSettings = UNetSettings()
+    text: TextSettings = TextSettings()
+    objective: Literal["flow", "ddpm"] = "flow"
+    flow: FlowSettings = FlowSettings()
+    ddpm: DdpmSettings = DdpmSettings()
+    drop_text: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of captions left empty, for classifier-free guidance
+    sampling: SamplingSettings = SamplingSettings()

@@ -1,0 +1,138 @@
+"""Prompts → pictures, drawn by the diffusers pipeline of a product; and a grid of them with their prompts beneath.
+
+Nothing here draws in a way of its own: what `sample` shows is what `DiffusionPipeline.from_pretrained` gives elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline.errors import RecipeError
+from training.product import find_product, kind_of, read_facts
+
+logger = logging.getLogger(__name__)
+
+_CELL: Final = 224  # pixels of a picture in the grid, at least
+_FONT: Final = 14  # pixels
+_MARGIN: Final = 12  # pixels
+
+
+def sample(
+    run: str | Path,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    negative: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 16,
+    columns: int | None = None,
+) -> dict[str, Any]:
+    """Draw one picture a prompt and publish the labelled grid `out` (PNG). Gives a summary.
+
+    `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one a prompt, or as many as
+    wanted for a single prompt. `steps` and `guidance` default to what the run's recipe says.
+    """
+    prompts, seeds = _paired(prompts, seeds)
+    pipeline = open_pipeline(run)
+    images = draw(pipeline, prompts, seeds, negative=negative, steps=steps, guidance=guidance, batch=batch)
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, prompts, columns=columns).save(path, format="PNG")
+    except OSError as error:
+        raise RecipeError(
+            "-o", f"cannot write {path} ({error})", "name a PNG file in a folder you may write to"
+        ) from None
+    logger.info("sample: %d pictures in %s", len(images), path)
+    return {"grid": str(path), "pictures": len(images), "size": list(images.shape[1:3]), "seeds": list(seeds)}
+
+
+def open_pipeline(run: str | Path, device: str | None = None) -> Any:
+    """The diffusers pipeline of a run, a product or an exported folder, on the GPU if there is one."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    product = find_product(run)
+    if kind_of(product) != "diffusion":
+        found = kind_of(product) or "something else"
+        raise RecipeError(
+            "RUN", f"{product} holds no text-to-image pipeline ({found})", "name a run of train.diffusion"
+        )
+    pipeline = DiffusionPipeline.from_pretrained(product)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What the run's recipe says of sampling travels with the pipeline; others' pipelines get the usual defaults.
+    pipeline.capstan_sampling = {"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})
+    return pipeline
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 16,
+) -> np.ndarray:
+    """Pictures as uint8 [N, H, W, 3], one a prompt. Each has noise from its own seed, whatever batch it falls in."""
+    import torch
+
+    chosen, images = pipeline.capstan_sampling, []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        result = pipeline(
+            part,
+            num_inference_steps=steps or chosen["steps"],
+            guidance_scale=chosen["guidance"] if guidance is None else guidance,
+            negative_prompt=None if negative is None else [negative] * len(part),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
+            output_type="np",
+        )
+        images.append(result.images)
+    return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+
+def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:
+    """A PIL picture: every image enlarged to `cell` pixels or more, with its label wrapped beneath it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = images.shape[1:3]
+    scale = max(1, -(-cell // max(height, width)))
+    across = columns or min(len(images), 4 if len(images) % 4 == 0 or len(images) > 6 else 3)
+    down = -(-len(images) // across)
+    font = ImageFont.load_default(size=_FONT)
+    letters = int(width * scale / font.getlength("n"))
+    wrapped = [textwrap.wrap(label, letters) or [""] for label in labels]
+    line = _FONT + 4
+    box = (width * scale + _MARGIN, height * scale + line * max(map(len, wrapped)) + 2 * _MARGIN)
+    sheet = Image.new("RGB", (across * box[0] + _MARGIN, down * box[1] + _MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = _MARGIN + index % across * box[0], _MARGIN + index // across * box[1]
+        picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x, y))
+        pen.text((x, y + height * scale + 4), "\n".join(lines), fill="black", font=font, spacing=4)
+    return sheet
+
+
+def _paired(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[list[str], list[int]]:
+    """As many prompts as seeds: a single prompt is repeated for each seed."""
+    if not prompts:
+        raise RecipeError("-p", "no prompt", 'give one or more, e.g. -p "a red circle"')
+    if seeds is None:
+        return list(prompts), list(range(len(prompts)))
+    if len(prompts) == 1:
+        return list(prompts) * len(seeds), list(seeds)
+    if len(seeds) != len(prompts):
+        raise RecipeError("--seed", f"{len(seeds)} seeds for {len(prompts)} prompts", "give one seed a prompt")
+    return list(prompts), list(seeds)
