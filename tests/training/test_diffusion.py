@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from training.diffusion.path import Ddpm, Flow
 
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
@@ -12,7 +13,6 @@ from training.autoencoder import AutoencoderFamily
 from training.config import TrainConfig
 from training.data import TrainingData
 from training.diffusion import DiffusionFamily
-from training.diffusion.path import Ddpm, Flow
 from training.diffusion.settings import DdpmSettings, FlowSettings
 from training.family import Sample
 from training.product import kind_of, read_facts

@@ -2,7 +2,7 @@
 
 settings.py   what a recipe may say in `train.diffusion`
 model.py      UNet and text encoder as one trainable module
-path.py       the way from data to noise: what is learnt at each step, and the scheduler that walks back
+process.py    from data to noise: what is learnt at each step, and the scheduler that walks back
 family.py     batches, loss, and the product: a folder that `DiffusionPipeline.from_pretrained` opens
 """
 
