@@ -64,12 +64,12 @@ def edge_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
-@torch.no_grad()
 def latent_moments(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation [C] of the latents of `pictures`, the posterior's own variance included."""
     means, squares = [], []
     for part in pictures.split(batch):
-        posterior = vae.encode(part).latent_dist
+        with torch.no_grad():
+            posterior = vae.encode(part).latent_dist
         means.append(posterior.mean.double())
         squares.append(posterior.mean.double().square() + posterior.var.double())
     axes = (0, 2, 3)
@@ -77,7 +77,6 @@ def latent_moments(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) 
     return mean.float(), (square - mean.square()).clamp(min=1e-12).sqrt().float()
 
 
-@torch.no_grad()
 def standardise(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the latents of `pictures` mean 0 and variance 1; returns the mean and deviation [C] that they had before.
 
@@ -90,12 +89,13 @@ def standardise(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tenso
         vae.register_to_config(scaling_factor=float(1 / std.square().mean().sqrt()))
         return mean, std
     before, after, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
-    # mean' = (mean − m) / s and log σ'² = log σ² − 2 log s …
-    before.weight[:channels] /= std[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - mean) / std
-    before.bias[channels:] -= 2 * std.log()
-    # … and z = s z' + m.
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight *= std[None, :, None, None]
+    with torch.no_grad():
+        # mean' = (mean − m) / s and log σ'² = log σ² − 2 log s …
+        before.weight[:channels] /= std[:, None, None, None]
+        before.bias[:channels] = (before.bias[:channels] - mean) / std
+        before.bias[channels:] -= 2 * std.log()
+        # … and z = s z' + m.
+        after.bias += after.weight[:, :, 0, 0] @ mean
+        after.weight *= std[None, :, None, None]
     vae.register_to_config(scaling_factor=1.0)
     return mean, std

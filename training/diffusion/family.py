@@ -142,13 +142,13 @@ class DiffusionFamily(Family):
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids
 
-    @torch.no_grad()
     def _latents(self, batch: Batch, draw: torch.Generator) -> torch.Tensor:
         """Latents [B, C, h, w] as the UNet sees them: drawn from the posterior, times `scaling_factor`; float32."""
         if "latents" in batch:  # stored: mean and standard deviation, one after the other
             mean, std = batch["latents"].float().chunk(2, dim=1)
         else:
-            posterior = self.vae.encode(to_signed(batch["pictures"]).to(self.vae.dtype)).latent_dist
+            with torch.no_grad():
+                posterior = self.vae.encode(to_signed(batch["pictures"]).to(self.vae.dtype)).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=draw, device=mean.device)
         return (mean + std * noise) * self.vae.config.scaling_factor
