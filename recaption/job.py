@@ -247,7 +247,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "new": len(new),
         "stale": len(stale),
         "samples_per_s": round(rate, 2),
-        "eta_s": round(len(new) / rate, 1) if rate else 0.0,
+        "eta_s": round(len(new) / rate, 3) if rate else 0.0,
     }
 
 

@@ -69,7 +69,10 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.text_decoder.text_projection.data[:, 513] *= 4  # and now and then the end token
     folder = tmp_path_factory.mktemp("captioner")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    config = {"model_cfg": {**ARCHITECTURE, "custom_text": True}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    config = {
+        "model_cfg": {**ARCHITECTURE, "custom_text": True},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "capstan.json").write_text(json.dumps({"slots": {"short": "s:", "descriptive": "d:"}}))
     (folder / "bpe.txt.gz").write_bytes(gzip.compress(b"#version: 0.2"))

@@ -169,7 +169,9 @@ def test_what_cannot_work_is_said_with_the_field_and_the_mend(captioner: Path, t
 
     assert "coca_ViT-B-32" in refused("recaption.model", model="no-such-model")
     assert "laion2b_s13b_b90k" in refused("recaption.pretrained", model="coca_ViT-B-32")
-    assert "text tower" in refused("recaption.model", model="coca_roberta-ViT-B-32", pretrained=str(captioner / "bpe.txt.gz"))
+    assert "text tower" in refused(
+        "recaption.model", model="coca_roberta-ViT-B-32", pretrained=str(captioner / "bpe.txt.gz")
+    )
     assert "poem" in refused("recaption.slots", slots=["poem"])
     assert "same" in refused("recaption.prompts", prompts={"short": "d:"})
     assert "context" in refused("recaption.prompts.short", prompts={"short": "word " * 30})
