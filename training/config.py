@@ -12,7 +12,7 @@ import importlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config import Recipe, Section, fingerprint, validate
 from pipeline.errors import RecipeError
@@ -63,15 +63,9 @@ class Engine(Section):
     strategy: Literal["deepspeed", "ddp"] = "deepspeed"
     zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
     workers: Annotated[int, Field(ge=1)] = 1  # processes; with GPUs one each
-    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: this process (one worker)
-    retries: Annotated[int, Field(ge=0)] = 2  # Ray Train: restarts after a worker died, each from the last checkpoint
+    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes of this machine
+    retries: Annotated[int, Field(ge=0)] = 2  # restarts after a worker died, each from the last checkpoint
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
-
-    @model_validator(mode="after")
-    def _local_is_one(self) -> Engine:
-        if self.launcher == "local" and self.workers > 1:
-            raise ValueError("launcher: local runs one worker; use launcher: ray, or `accelerate launch`")
-        return self
 
 
 class Checkpoint(Section):
@@ -105,6 +99,13 @@ class TrainConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
 
     _settings: Any = PrivateAttr(default=None)
+
+    @field_validator("run")
+    @classmethod
+    def _is_a_folder(cls, run: str) -> str:
+        if "://" in run:
+            raise ValueError("must be a folder that all workers share, not a bucket")
+        return run
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:

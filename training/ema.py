@@ -31,10 +31,11 @@ class Ema:
         self.engine, self.decay = engine, decay
         self.shards = [] if decay is None else [shard.float().clone() for shard in engine.shards()]
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights in after `step` steps were made: average ← d·average + (1 − d)·weights."""
-        if self.decay is not None and self.shards:
+        if self.decay is None or not self.shards:
+            return
+        with torch.no_grad():
             present = [shard.float() for shard in self.engine.shards()]
             torch._foreach_lerp_(self.shards, present, 1.0 - decay_at(self.decay, step))
 

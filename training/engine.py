@@ -208,7 +208,7 @@ class Engine:
         if self._small is not None:
             dist.barrier(group=self._small)
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
+    def raised(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any worker raised it; all get the same answer."""
         if self._small is None:
             return flags
@@ -259,6 +259,8 @@ def _set_environment() -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one and warns otherwise
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would set torch's threads otherwise; Engine does
     for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,328 @@
+"""A recipe → its workers: the one door to Ray Train, and plain processes for those without Ray.
+
+    train(recipe)   engine.launcher: ray      Ray Train's TorchTrainer, one worker a GPU, or so many on the CPU
+                    engine.launcher: local    processes of this machine, with the environment that torchrun would set
+
+Either way the workers run training.trainer.fit, keep their state in the run folder, and are started again after one has
+died, from the last checkpoint. What they write into the run's train.log is repeated here while they work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.errors import CapstanError, RecipeError
+from training.config import TrainConfig
+from training.run import Run
+
+logger = logging.getLogger("training.launch")  # by name: a local worker runs this module as __main__
+
+_GRACE_S = 20.0  # between asking workers to save and stop, and killing them
+_LOOK_EVERY_S = 0.2
+
+
+class _WorkersDied(Exception):
+    """Workers ended without saying why; starting them again may help."""
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train what the recipe says; gives the summary {run, model, steps, samples, loss, product, stopped}.
+
+    A finished run is not trained again. Raises CapstanError, and KeyboardInterrupt when it was stopped on the way: then
+    the same call goes on from the checkpoint made at the stop.
+    """
+    config = TrainConfig.from_recipe(recipe)
+    run = Run(config)
+    run.begin(recipe.model_dump(mode="json"))
+    if finished := run.finished():
+        logger.info("train %s: already finished: %s", finished["model"], run.product)
+        return finished
+    launch = _on_ray if config.engine.launcher == "ray" else _on_this_machine
+    for attempt in range(config.engine.retries + 1):
+        run.stop.unlink(missing_ok=True)
+        try:
+            summary = launch(recipe, config, run)
+            break
+        except _WorkersDied as error:
+            if attempt == config.engine.retries:
+                raise CapstanError(f"training: workers died {attempt + 1} times, at last: {error}") from None
+            logger.warning("training: workers died (%s); going on from the last checkpoint", error)
+    if summary["stopped"]:
+        raise KeyboardInterrupt
+    return summary
+
+
+# Ray Train -----------------------------------------------------------------------------------------------------------
+
+
+def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
+    from pipeline.units import start_ray
+
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    start_ray(recipe.resources)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = _resources(config)
+    scaling = ScalingConfig(
+        num_workers=config.engine.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+    )
+    scratch = run.folder / ".ray-train"  # Ray Train's own notes; the state of a run is in its checkpoints
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd())},
+        torch_config=TorchConfig("nccl" if "GPU" in resources else "gloo"),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="train", storage_path=str(scratch.absolute()), failure_config=FailureConfig(max_failures=0)
+        ),
+    )
+    try:
+        with _following(run):
+            return _wait_for(lambda: _fit_on_ray(trainer), run, _kill_ray)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each worker of Ray Train."""
+    from training.trainer import fit
+
+    if Path(config["folder"]).is_dir():  # paths in the recipe are relative to where the command was given
+        os.chdir(config["folder"])
+    return fit(Recipe.model_validate(config["recipe"]))
+
+
+def _resources(config: TrainConfig) -> dict[str, float]:
+    """What each worker takes of the cluster. Raises RecipeError where there is not enough."""
+    import ray
+
+    workers, cluster = config.engine.workers, ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
+    if gpus >= workers:
+        return {"CPU": 1, "GPU": 1}
+    have = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
+    if gpus or cpus < workers:
+        mend = f"set engine.workers to at most {gpus or cpus}, or resources.cpus to {workers}"
+        raise RecipeError("train.engine.workers", f"{workers} workers, but Ray has {have}", mend)
+    return {"CPU": cpus // workers}
+
+
+def _fit_on_ray(trainer: Any) -> dict[str, Any]:
+    """Run the trainer to its end, with errors as Capstan knows them."""
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    try:
+        summary: dict[str, Any] = trainer.fit().return_value
+        return summary
+    except WorkerGroupError as error:
+        causes = [getattr(cause, "_base_exc", cause) for _, cause in sorted(error.worker_failures.items())]
+        for cause in causes:
+            if isinstance(cause, CapstanError):
+                raise cause from None
+        if all(hasattr(cause, "_traceback_str") for cause in error.worker_failures.values()):
+            raise causes[0] from error  # a defect of ours or of a family's: trying again would not mend it
+        raise _WorkersDied(str(causes[0]).strip().splitlines()[0]) from None
+    except (TrainingFailedError, RayError) as error:
+        raise _WorkersDied(str(error).strip().splitlines()[0]) from None
+
+
+def _kill_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+# Plain processes -----------------------------------------------------------------------------------------------------
+
+
+def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
+    from training.engine import free_port
+
+    world = config.engine.workers
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory(prefix="capstan-train-") as name:
+        folder = Path(name)
+        (folder / "recipe.pickle").write_bytes(pickle.dumps((recipe, sys.path)))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "training.launch", str(folder), str(rank)],
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,  # when this process ends, however it does, the workers read the end of it
+                start_new_session=True,  # Ctrl-C is for this process, which asks the workers to save
+            )
+            for rank in range(world)
+        ]
+        try:
+            with _following(run):
+                return _wait_for(lambda: _results(processes, folder), run, lambda: _kill(processes))
+        finally:
+            _kill(processes)
+
+
+def _results(processes: list[subprocess.Popen[bytes]], folder: Path) -> dict[str, Any]:
+    """Wait for all workers, or for the first that fails; gives what rank 0 returned."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            time.sleep(1.0)  # the others may yet say why
+            break
+        time.sleep(_LOOK_EVERY_S)
+    results = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("result-*.pickle"))]
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: not isinstance(error, CapstanError)):
+        if isinstance(error, CapstanError) or len(results) == len(processes):
+            raise error
+    if len(results) < len(processes) or errors:
+        raise _WorkersDied(f"exit codes {[process.poll() for process in processes]}")
+    summary: dict[str, Any] = results[0]
+    return summary
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _local_worker(folder: Path, rank: int) -> int:
+    """Runs in each local worker: leaves the summary or the error in `folder`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    recipe, path = pickle.loads((folder / "recipe.pickle").read_bytes())
+    sys.path[:] = path
+    from training.trainer import fit
+
+    result: Any
+    try:
+        result = fit(recipe)
+    except Exception as error:  # handed to the launcher, which raises it
+        if not isinstance(error, CapstanError):
+            logger.exception("worker %d", rank)
+        result = error
+    partial = folder / f"partial-{rank}"
+    partial.write_bytes(pickle.dumps(result))
+    partial.rename(folder / f"result-{rank:05d}.pickle")
+    return int(isinstance(result, Exception))
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # not by sys.stdin, whose lock would be held when the interpreter ends
+    os._exit(1)
+
+
+# Waiting -------------------------------------------------------------------------------------------------------------
+
+
+def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], None]) -> dict[str, Any]:
+    """The result of `work`, which runs in a thread, so that Ctrl-C and SIGTERM reach this one.
+
+    The first asks the workers to save and stop; a second, or waiting too long for them, kills them.
+    """
+    box: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            box["result"] = work()
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            box["error"] = error
+
+    thread = threading.Thread(target=target, daemon=True, name="train")
+    thread.start()
+    try:
+        with _sigterm_interrupts():
+            while thread.is_alive():
+                thread.join(_LOOK_EVERY_S)
+    except KeyboardInterrupt:
+        logger.info("stopping: the workers save a checkpoint (once more to stop at once)")
+        run.stop.touch()
+        try:
+            thread.join(_GRACE_S)
+        finally:
+            if thread.is_alive():
+                kill()
+        if "error" in box or "result" not in box:
+            raise
+    if "error" in box:
+        raise box["error"]
+    result: dict[str, Any] = box["result"]
+    return result
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is as good as Ctrl-C here (a scheduler that takes the machine back sends it)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _following(run: Run) -> Iterator[None]:
+    """Repeat here what the workers add to the run's train.log."""
+    done = threading.Event()
+
+    def follow() -> None:
+        place = run.words.stat().st_size if run.words.exists() else 0
+        while True:
+            ended = done.wait(_LOOK_EVERY_S)
+            if run.words.exists():
+                with run.words.open("rb") as file:
+                    file.seek(place)
+                    new = file.read()
+                whole = new[: new.rfind(b"\n") + 1]
+                place += len(whole)
+                for line in whole.decode("utf-8", "replace").splitlines():
+                    _repeat(line)
+            if ended:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True, name="train-log")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(5)
+
+
+def _repeat(line: str) -> None:
+    """Log a line of train.log (`date time LEVEL message`) as if it were said here."""
+    parts = line.split(" ", 3)
+    known = logging.getLevelNamesMapping()
+    if len(parts) == 4 and parts[2] in known:
+        logger.log(known[parts[2]], "%s", parts[3])
+    else:
+        logger.info("%s", line)
+
+
+if __name__ == "__main__":
+    sys.exit(_local_worker(Path(sys.argv[1]), int(sys.argv[2])))

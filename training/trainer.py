@@ -1,0 +1,307 @@
+"""The loop: recipe → a trained product. It knows no model (see training.family) and no cluster (see training.launch).
+
+    fit(recipe), in every worker:   data → family → engine → (load) → step, step, … → (save) → product
+
+Runs under any launcher that sets torch's environment: `capstan train`, `accelerate launch -m training.trainer RECIPE`,
+`torchrun -m training.trainer RECIPE`, or alone as `python -m training.trainer RECIPE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline.config import Recipe, read_recipe, validate
+from pipeline.errors import CapstanError
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from training.checkpoint import Checkpoints
+from training.config import TrainConfig, family_class
+from training.data import Loader, Prepared, TrainingData, find_layer, hash64
+from training.ema import Ema
+from training.engine import Engine
+from training.family import Batch, Family
+from training.meter import Meter
+from training.product import find_product
+from training.run import Run, last_record, writing_words
+
+logger = logging.getLogger("training.trainer")  # by name: under `python -m` this module is __main__
+
+
+def fit(recipe: Recipe) -> dict[str, Any]:
+    """Train as one worker of the run; gives the summary {run, model, steps, samples, loss, product, stopped}.
+
+    A run that was stopped goes on from its last checkpoint; a finished one is not trained again.
+    """
+    train = TrainConfig.from_recipe(recipe)
+    engine, run = Engine(train), Run(train)
+    with contextlib.ExitStack() as held:
+        held.callback(engine.close)
+        if engine.is_main:
+            run.begin(recipe.model_dump(mode="json"))
+            held.enter_context(run.locked())
+            held.enter_context(writing_words(run.words))
+        engine.wait()
+        return run.finished() or _Fit(recipe, train, engine).run()
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The learning rate of step `step` (0, 1, …): linear warm-up, then as `train.schedule` says."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.lr
+    share = min(1.0, (step - train.warmup) / max(1, train.steps - train.warmup))
+    fall = (1 + math.cos(math.pi * share)) / 2 if train.schedule == "cosine" else 1 - share
+    return train.lr * (train.final_lr + (1 - train.final_lr) * fall)
+
+
+class _Fit:
+    """One run, as one worker sees it."""
+
+    def __init__(self, recipe: Recipe, train: TrainConfig, engine: Engine) -> None:
+        self.recipe, self.train, self.engine, self.disk = recipe, train, engine, Run(train)
+        self.data = self._open_data()
+        self.family = self._build_family()
+        # A copy that stays whole and on the CPU, to carry the averaged weights into the product.
+        self.bare = copy.deepcopy(self.family.model) if engine.is_main else None
+        self.family.to(engine.device)
+        self.model = engine.prepare(self.family.model)
+        self.ema = Ema(engine, train.ema)
+        self.checkpoints = Checkpoints(train, engine, self.ema)
+        self.meter = Meter(engine, self.disk, self.family.name)
+        self.unchecked: deque[tuple[Prepared, torch.Tensor, Any]] = deque()
+        self.bad_step: int | None = None
+
+    def _open_data(self) -> TrainingData:
+        train, engine = self.train, self.engine
+        dataset, layer = Dataset(Storage(self.recipe.dataset, self.recipe.storage)), None
+        if family_class(train.model).captions:
+            if engine.is_main:
+                self.disk.pinned("layer", lambda: find_layer(dataset.storage, train.data))
+            engine.wait()
+            layer = self.disk.pinned("layer", lambda: None)
+        latents = None
+        if train.data.latents is not None:
+            from training.latents import reader
+
+            latents = reader(dataset.storage, train.data.latents)
+        return TrainingData(dataset, train.data, train.seed, layer=layer, latents=latents)
+
+    def _build_family(self) -> Family:
+        train, chosen, assets = self.train, family_class(self.train.model), self.disk.assets
+        if self.engine.is_main and not assets.is_dir():
+            self.disk.publish(assets, lambda folder: chosen.make_assets(train, self.data, folder))
+        self.engine.wait()
+        torch.manual_seed(train.seed)
+        family: Family = chosen(train, assets)
+        if train.init is not None:
+            family.start_from(find_product(train.init, "train.init"))
+        if self.engine.is_main:
+            facts = " · ".join(f"{name} {value}" for name, value in family.describe().items())
+            logger.info("train %s: %s · %d samples an epoch", chosen.name, facts, len(self.data))
+        return family
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, or until told to stop; publish the product."""
+        train, engine = self.train, self.engine
+        step = self._resume()
+        with _Interrupts() as interrupts, self._loader(step) as loader:
+            for prepared in self.meter.timed(loader):
+                self._step(prepared)
+                step = prepared.step + 1
+                saving = step == train.steps or step % train.checkpoint.every == 0
+                stop, bad = engine.raised(interrupts.seen or self._told_to_stop(), self._is_bad(everything=saving))
+                if stop:
+                    (bad,) = engine.raised(bad or self._is_bad(everything=True))
+                if bad:
+                    raise self._lost()
+                if step % train.log_every == 0 or step == train.steps:
+                    self.meter.log(step, self._facts(step))
+                if saving or stop:
+                    self._save(step)
+                if stop and step < train.steps:
+                    return self._stopped(step)
+        return self._publish(step)
+
+    def _loader(self, start: int) -> Loader:
+        train, engine = self.train, self.engine
+        return Loader(
+            self.data,
+            self.family.prepare,
+            batch=train.batch,
+            start=start,
+            stop=train.steps,
+            rank=engine.rank,
+            world=engine.world,
+            prefetch=train.data.prefetch,
+            threads=train.data.threads,
+        )
+
+    def _step(self, prepared: Prepared) -> None:
+        """One optimizer step on this worker's share of the batch; its randomness is seeded by (seed, step, rank)."""
+        train, engine, step = self.train, self.engine, prepared.step
+        engine.set_lr(learning_rate(train, step))
+        torch.manual_seed(hash64(train.seed, "dropout", step, engine.rank) >> 1)
+        losses, norm = [], None
+        for part, batch in enumerate(_split(prepared.batch, train.accumulate)):
+            draw = torch.Generator(engine.device)
+            draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
+            on_device = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+            with engine.computing():
+                loss, metrics = self.family.loss(self.model, on_device, draw)
+            norm = engine.backward(loss, last=part == train.accumulate - 1)
+            losses.append(loss.detach())
+            self.meter.add({"loss": losses[-1], **metrics})
+        self.ema.update(step)
+        if norm is not None:
+            self.meter.add({"grad_norm": norm})
+        self.meter.step(prepared.slots)
+        self.unchecked.append((prepared, torch.stack(losses).mean(), norm))
+
+    def _facts(self, step: int) -> dict[str, float]:
+        samples = step * self.train.batch
+        return {"lr": learning_rate(self.train, step - 1), "epoch": samples / len(self.data), "samples": samples}
+
+    def _told_to_stop(self) -> bool:
+        return self.engine.is_main and self.disk.stop.exists()
+
+    # Going wrong -----------------------------------------------------------------------------------------------------
+
+    def _is_bad(self, everything: bool) -> bool:
+        """Whether a step's loss or gradient is not finite; its keys are then written down.
+
+        Looks one step back unless `everything` is asked for, so that a GPU is never waited for.
+        """
+        while len(self.unchecked) > (0 if everything else 1):
+            prepared, loss, norm = self.unchecked.popleft()
+            values = {"loss": float(loss), "grad_norm": 0.0 if norm is None else float(norm)}
+            if not all(math.isfinite(value) for value in values.values()):
+                self.bad_step = prepared.step
+                content = {"step": prepared.step, **{name: repr(value) for name, value in values.items()}}
+                content["keys"] = prepared.keys
+                name = f"bad-step-{prepared.step:06d}-worker-{self.engine.rank:05d}.json"
+                Storage(str(self.disk.folder)).write(name, json.dumps(content, indent=1).encode())
+                return True
+        return False
+
+    def _lost(self) -> CapstanError:
+        steps = [step for step in self.engine.collect(self.bad_step) if step is not None]
+        return CapstanError(
+            f"training: the loss or the gradient is not finite at step {min(steps)}; the keys of its batch are in "
+            f"{self.disk.folder}/bad-step-{min(steps):06d}-*.json. Lower train.lr, or look at those images"
+        )
+
+    # Stopping and going on -------------------------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        step, worker, shared = self.checkpoints.load()
+        if shared and shared["data"] != self.data.identity() and self.engine.is_main:
+            logger.warning("the dataset has changed since step %d: from there on the samples are other ones", step)
+        self.meter.start(step, worker, shared)
+        return step
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(step, self.meter.state(), {"data": self.data.identity(), **self.meter.shared_state()})
+
+    def _stopped(self, step: int) -> dict[str, Any]:
+        if self.engine.is_main:
+            self.disk.stop.unlink(missing_ok=True)
+            logger.info("train %s: stopped after step %d; run the same command again to go on", self.family.name, step)
+        self.meter.close()
+        return self._summary(step, stopped=True)
+
+    def _publish(self, step: int) -> dict[str, Any]:
+        """Write the product with the averaged weights."""
+        weights, buffers = self.ema.gather(), self.engine.buffers()
+        self.meter.close()
+        if self.bare is not None and weights is not None:
+            bare = self.bare.eval()
+            with torch.no_grad():
+                for name, parameter in bare.named_parameters():
+                    if name in weights:
+                        parameter.copy_(weights[name])
+                for name, buffer in bare.named_buffers():
+                    buffer.copy_(buffers[name])
+            self.disk.publish(self.disk.product, lambda folder: self.family.save(bare, folder))
+            self.disk.finish(self._summary(step))
+            logger.info("train %s: finished after %d steps: %s", self.family.name, step, self.disk.product)
+        self.engine.wait()
+        return self._summary(step)
+
+    def _summary(self, step: int, stopped: bool = False) -> dict[str, Any]:
+        record = last_record(self.disk.log) or {}
+        return {
+            "run": str(self.disk.folder),
+            "model": self.family.name,
+            "steps": step,
+            "samples": step * self.train.batch,
+            "loss": record.get("loss"),
+            "product": None if stopped else str(self.disk.product),
+            "stopped": stopped,
+        }
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch in so many equal parts, along the first dimension."""
+    pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    for part in range(parts):
+        yield {name: chunks[part] for name, chunks in pieces.items()}
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM ask for a stop after this step while the `with` block runs; a second one stops at once.
+
+    Outside the main thread (Ray Train's workers) signals go elsewhere, and the launcher asks by the run's stop file.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+        logger.info("stopping after this step; run the same command again to go on")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m training.trainer RECIPE [a.b=value ...]`: one worker of a run, under any launcher."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        recipe = validate(Recipe, read_recipe(arguments[0], arguments[1:]))
+        summary = fit(recipe)
+    except CapstanError as error:
+        logger.error("error: %s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 130 if summary["stopped"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
