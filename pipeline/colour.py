@@ -1,0 +1,52 @@
+"""Pixels in an embedded ICC profile's colours → sRGB.
+
+A profile that cannot be used (damaged, or made for another kind of pixels) is ignored, as browsers do: the picture is
+then shown as if it had none.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # Pillow's mode → ICC's data colour space
+
+
+def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """`picture` (mode L, RGB or CMYK) as sRGB, mode RGB; without a usable profile, by plain conversion."""
+    transform = _transform(profile, picture.mode)
+    if transform is None:
+        return picture.convert("RGB")
+    return ImageCms.applyTransform(picture, transform) or picture
+
+
+def is_srgb(profile: bytes) -> bool:
+    """Whether RGB pixels can be taken as sRGB as they are: no profile, an unusable one, or one that means sRGB."""
+    return _transform(profile, "RGB") is None
+
+
+@lru_cache(maxsize=32)  # photographs share few profiles, and building a transform takes milliseconds
+def _transform(profile: bytes, mode: str) -> Any:
+    """The transform to sRGB, or None where it would change nothing or cannot be made."""
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    return None if mode == "RGB" and _changes_nothing(transform) else transform
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a grid of 17³ colours comes out within 2 levels: rounding, not another colour space."""
+    steps = np.linspace(0, 255, 17).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(17, -1, 3)
+    shown = ImageCms.applyTransform(Image.fromarray(grid), transform)
+    return bool(np.abs(np.asarray(shown, dtype=np.int16) - grid).max() <= 2)

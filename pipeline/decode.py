@@ -1,0 +1,367 @@
+"""One source file's bytes → the picture to be stored, or the reason why there is none.
+
+The pixel contract: what is stored is what a viewer would show. Orientation is applied, colours become sRGB,
+transparency lies on white, of an animation the first frame is taken, nothing is ever enlarged, and a file that is cut
+or damaged gives a reason instead of half a picture. Limits are read from headers before anything is decoded.
+
+JPEGs take a fast path (libjpeg-turbo, scaled decoding); one that already fits is stored without re-encoding. All else,
+and odd JPEGs, go through Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from pipeline import config, formats, jpeg
+from pipeline.colour import is_srgb, to_srgb
+from pipeline.formats import Unreadable
+from pipeline.phash import phash
+
+_LARGEST_SIDE: Final = 65_500  # pixels; what JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
+_HASHED_SIDE: Final = 64  # a picture stored as it is need not be decoded larger than this for its phash
+# libjpeg warnings about files that every viewer shows whole; Pillow reads them. Anything else means damage.
+_HARMLESS: Final = re.compile(
+    r"subsampling level|Invalid SOS parameters|JFIF revision|Adobe color transform"
+    r"|extraneous bytes before marker 0x(?!d)"  # in a scan (before RSTn or EOI) they are lost pixels
+)
+_PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is stored. Sizes are in pixels; `original_*` is the source as a viewer shows it.
+
+    `crop_left` and `crop_top` say how many pixels of the scaled picture were cut off there (negative: padded).
+    `sha256` is of the source bytes.
+    """
+
+    jpeg: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    phash: int
+    sha256: str
+    crop_left: int = 0
+    crop_top: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there is no picture: `reason` is one of `records.REASONS`, `detail` is for people."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """From the source (w, h; upright) to what is stored: scale to `scaled`, then crop or pad to `out` about the centre."""
+
+    source: tuple[int, int]
+    scaled: tuple[int, int]
+    out: tuple[int, int]
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Left and top of `out` in `scaled`; negative where it is padded."""
+        return (self.scaled[0] - self.out[0]) // 2, (self.scaled[1] - self.out[1]) // 2
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.source == self.scaled == self.out
+
+
+def decode(data: bytes, image: config.Image) -> Picture | Failure:
+    """The picture in `data` as `image` wants it stored: an 8-bit sRGB JPEG without metadata.
+
+    Bad bytes give a Failure, never an exception. The same bytes and settings give the same picture, whatever else the process does.
+    """
+    _one_thread()
+    try:
+        kind = formats.sniff(data)
+        return _decode_jpeg(data, image) if kind == "jpeg" else _decode_other(kind, data, image)
+    except Unreadable as why:
+        return Failure(why.reason, why.detail)
+    except MemoryError:
+        raise  # the machine's trouble, not the picture's: its size was checked
+    except Exception as error:  # noqa: BLE001 - codecs raise anything; one bad file must not end the unit
+        return Failure("corrupt", f"{type(error).__name__}: {error}")
+
+
+def check_hash(data: bytes, expected: str) -> Failure | None:
+    """A Failure unless `data` has the hash that its source states: hexadecimal md5, sha1, sha256 or sha512, by length."""
+    name = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}.get(len(expected))
+    if name is None:
+        return Failure("corrupt", f"{expected!r} is no md5, sha1, sha256 or sha512")
+    found = hashlib.new(name, data, usedforsecurity=False).hexdigest()
+    return None if found == expected.lower() else Failure("corrupt", f"{name} is {found}, the source says {expected}")
+
+
+@cache
+def _one_thread() -> None:
+    """Workers are processes, one a core: OpenCV's own threads would only fight over them."""
+    cv2.setNumThreads(1)
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def _plan(width: int, height: int, image: config.Image) -> _Layout:
+    """Check the limits for a source of this size (as shown) and lay out what is stored. Nothing is ever enlarged."""
+    if width * height > image.max_pixels:
+        raise Unreadable("too_many_pixels", f"{width} x {height}")
+    if min(width, height) < image.min_size:
+        raise Unreadable("too_small", f"{width} x {height}")
+    source = scaled = out = (width, height)
+    if image.resize != "none":
+        measured = max(source) if image.resize == "border" else min(source)
+        if measured > image.size:
+            scaled = out = _times(width, image.size, measured), _times(height, image.size, measured)
+    if image.resize == "center_crop":
+        out = (min(scaled), min(scaled))
+    elif image.resize == "border":
+        out = (image.size, image.size)
+    if max(out) > _LARGEST_SIDE:
+        raise Unreadable("unsupported", f"{out[0]} x {out[1]} is more than a JPEG can hold")
+    return _Layout(source, scaled, out)
+
+
+def _times(length: int, numerator: int, denominator: int) -> int:
+    """length × numerator / denominator, rounded to whole pixels, at least one."""
+    return max(1, (2 * length * numerator + denominator) // (2 * denominator))
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Shrink uint8 [H, W, C] to `size` (w, h) by area averaging."""
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return shrunk.reshape(size[1], size[0], -1)  # OpenCV drops a single channel
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels as stored → as shown (EXIF 2.3, tag 0x0112)."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _swap(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height as shown ↔ as stored."""
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+# JPEG ----------------------------------------------------------------------------------------------------------------
+
+
+def _decode_jpeg(data: bytes, image: config.Image) -> Picture:
+    header = jpeg.read_header(data)
+    orientation = jpeg.orientation(header.exif)
+    layout = _plan(*_swap((header.width, header.height), orientation), image)
+    colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[header.components]
+    if header.components == 1 and not header.icc:
+        colours = "RGB"
+    as_it_is = (
+        layout.changes_nothing
+        and orientation == 1
+        and header.components == 3
+        and header.process in jpeg.HUFFMAN
+        and is_srgb(header.icc)
+    )
+    size = _swap(layout.scaled, orientation)
+    needed = (min(size[0], _HASHED_SIDE), min(size[1], _HASHED_SIDE)) if as_it_is else size
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colours, min_width=needed[0], min_height=needed[1], min_factor=2)
+    except ValueError as error:
+        if _HARMLESS.search(str(error)):
+            return _decode_other("jpeg", data, image)
+        cut = "premature end" in str(error).lower() or not jpeg.has_end(data)
+        raise Unreadable("truncated" if cut else "corrupt", str(error)) from None
+    if as_it_is:
+        return _picture(jpeg.strip(data), phash(pixels), data, layout)
+    shown = _turn(_resize(pixels, size), orientation)
+    return _encode(_jpeg_rgb(shown, colours, header.icc), data, layout, image)
+
+
+def _jpeg_rgb(pixels: np.ndarray, colours: str, icc: bytes) -> np.ndarray:
+    """libjpeg's pixels → sRGB uint8 [H, W, 3]."""
+    height, width = pixels.shape[:2]
+    if colours == "RGB":
+        return pixels if is_srgb(icc) else np.asarray(to_srgb(Image.fromarray(pixels), icc))
+    if colours == "GRAY":
+        return np.asarray(to_srgb(Image.frombytes("L", (width, height), pixels.tobytes()), icc))
+    ink = 255 - pixels  # JPEGs hold CMYK inverted, as Adobe began it and all viewers assume
+    return np.asarray(to_srgb(Image.frombytes("CMYK", (width, height), ink.tobytes()), icc))
+
+
+# All other formats ---------------------------------------------------------------------------------------------------
+
+
+def _decode_other(kind: str, data: bytes, image: config.Image) -> Picture:
+    """Decode with Pillow at full size, flatten to RGB, then scale."""
+    formats.check_whole(kind, data)
+    if kind == "webp":
+        _plan(*formats.webp_size(data), image)  # its decoder allocates the canvas on opening
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters becomes a reason
+            shown, layout, orientation = _shown(kind, data, image)
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error) as error:
+        raise _explain(kind, data, error) from None
+    pixels = _turn(_resize(np.asarray(shown), _swap(layout.scaled, orientation)), orientation)
+    return _encode(pixels, data, layout, image)
+
+
+def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
+    """The first frame in sRGB at full size, how to lay it out, and how it must still be turned (EXIF orientation)."""
+    source = formats.without_png_text(data) if kind == "png" else data
+    with _PLUGINS[kind](io.BytesIO(source)) as picture:
+        # Pillow turns a TIFF upright itself, and says its size as it will then be.
+        orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(picture))
+        layout = _plan(*_swap(picture.size, orientation), image)
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            _check_tiff(picture, data)
+        patch = picture.tile[0].extents if kind == "gif" and picture.tile else None
+        picture.load()
+        shown = _flatten(picture, kind, data)
+    if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas
+        canvas = Image.new("RGB", shown.size, "white")
+        canvas.paste(shown.crop(patch), patch)
+        shown = canvas
+    return shown, layout, orientation
+
+
+def _exif(picture: Image.Image) -> bytes:
+    """The picture's EXIF as a TIFF structure, with or without its header in the file."""
+    exif = picture.info.get("exif", b"")
+    return bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+
+
+def _check_tiff(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
+    """The strips or tiles must lie within the file, and the first page must be the picture."""
+    tags: Any = picture.tag_v2
+    if int(tags.get(254, 0)) & 1:
+        raise Unreadable("unsupported", "the first page is a thumbnail, as in camera raw files")
+    for offsets, counts in ((273, 279), (324, 325)):
+        ends = [at + size for at, size in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)]
+        if ends and max(ends) > len(data):
+            raise Unreadable("truncated", f"{len(data)} of {max(ends)} bytes")
+
+
+def _explain(kind: str, data: bytes, error: Exception) -> Unreadable:
+    """Pillow's complaint as a reason."""
+    cut = "truncat" in str(error).lower()
+    if kind == "bmp":
+        cut = cut or int.from_bytes(data[2:6], "little") > len(data)
+    elif kind == "tiff":  # the directory often stands last, so it is what a cut file loses
+        where = data[8:16] if b"+" in data[2:4] else data[4:8]  # BigTIFF, TIFF
+        cut = cut or int.from_bytes(where, "little" if data[:2] == b"II" else "big") + 2 > len(data)
+    elif kind == "jpeg":
+        cut = cut or not jpeg.has_end(data)
+    detail = f"{type(error).__name__}: {error}"
+    if not cut and re.search("nsupported|unknown (pixel|data|raw)", str(error)):
+        return Unreadable("unsupported", detail)
+    return Unreadable("truncated" if cut else "corrupt", detail)
+
+
+def _flatten(picture: Image.Image, kind: str, data: bytes) -> Image.Image:
+    """Any of Pillow's modes → sRGB, mode RGB: 16 bits scaled to 8, palettes looked up, transparency laid on white."""
+    profile = picture.info.get("icc_profile") or b""
+    if picture.mode.startswith("I;16"):
+        colours, alpha = _from_16_bits(picture)
+    elif picture.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
+        raise Unreadable("unsupported", f"pixels of mode {picture.mode}")
+    else:
+        colours, alpha = _colours_and_alpha(picture, sixteen=kind == "png" and data[24] == 16)
+    flat = to_srgb(colours, profile)
+    if alpha is None:
+        return flat
+    canvas = Image.new("RGB", flat.size, "white")
+    canvas.paste(flat, mask=alpha)
+    return canvas
+
+
+def _from_16_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 9 to 16 bits → mode L over the whole range of 8 bits, and its alpha if one grey is transparent."""
+    levels = np.asarray(picture).astype(np.uint32)
+    tags: Any = getattr(picture, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    grey = ((levels * 255 + (1 << bits - 1)) // ((1 << bits) - 1)).clip(0, 255).astype(np.uint8)
+    if tags.get(262) == 0:  # WhiteIsZero, which Pillow leaves alone above 8 bits
+        grey = 255 - grey
+    key = picture.info.get("transparency")
+    alpha = None if key is None else Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))
+    return Image.fromarray(grey), alpha
+
+
+def _colours_and_alpha(picture: Image.Image, *, sixteen: bool) -> tuple[Image.Image, Image.Image | None]:
+    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one."""
+    key = picture.info.get("transparency")
+    if sixteen and isinstance(key, tuple):  # stated in 16 bits, while Pillow has kept the upper 8 of each sample
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
+    if picture.mode in ("La", "RGBa"):  # premultiplied
+        picture = picture.convert(picture.mode[:-1] + "A")
+    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    if picture.mode == "LA":
+        return picture.getchannel("L"), alpha
+    if picture.mode == "1":
+        return picture.convert("L"), alpha
+    return (picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")), alpha
+
+
+# Out -----------------------------------------------------------------------------------------------------------------
+
+
+def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Image) -> Picture:
+    """Crop or pad the scaled, upright pixels as laid out, and write them as JPEG."""
+    (left, top), (width, height) = layout.offset, layout.out
+    if layout.out != layout.scaled:
+        if left < 0 or top < 0:
+            canvas = np.full((height, width, 3), 255, np.uint8)
+            canvas[-top : -top + pixels.shape[0], -left : -left + pixels.shape[1]] = pixels
+            pixels = canvas
+        else:
+            pixels = pixels[top : top + height, left : left + width]
+    pixels = np.ascontiguousarray(pixels)
+    encoded = simplejpeg.encode_jpeg(pixels, image.quality, "RGB", "420")
+    return _picture(encoded, phash(pixels), data, layout)
+
+
+def _picture(encoded: bytes, fingerprint: int, data: bytes, layout: _Layout) -> Picture:
+    digest = hashlib.sha256(data).hexdigest()
+    return Picture(encoded, *layout.out, *layout.source, fingerprint, digest, *layout.offset)

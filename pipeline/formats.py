@@ -1,0 +1,207 @@
+"""A file's bytes → which picture format it is, and whether it ends early; nothing is decoded here.
+
+Decoders differ in what they make of a file that was cut: some fill with grey, some stop, some say nothing. Where a
+format states its own length or checksums, they are read here first, so that a cut file is `truncated` and a damaged
+one `corrupt`, whatever the decoder.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+
+class Unreadable(Exception):
+    """No picture can be made of the bytes: one of the failure reasons of `records`, and a detail for people."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
+_READ: Final = {
+    b"\xff\xd8\xff": "jpeg",
+    PNG_MAGIC: "png",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"II+\0": "tiff",  # BigTIFF
+    b"MM\0+": "tiff",
+}
+# Pictures, but of kinds that Capstan does not read.
+_NOT_READ: Final = {
+    b"8BPS": "PSD",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\2\0": "CUR",
+    b"%!PS": "PostScript",
+    b"qoif": "QOI",
+    b"DDS ": "DDS",
+    b"#?RADIANCE": "Radiance HDR",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"\x8aMNG\r\n\x1a\n": "MNG",
+    b"IIRO": "ORF camera raw",
+    b"IIU\0": "RW2 camera raw",
+    b"FUJIFILMCCD-RAW": "RAF camera raw",
+}
+_BMP_HEADER_SIZES: Final = (12, 40, 52, 56, 64, 108, 124)
+
+
+def sniff(data: bytes) -> str:
+    """The format by its first bytes: jpeg, png, gif, webp, bmp, tiff or avif.
+
+    Raises Unreadable: `empty`, `truncated` (cut within the signature), `unsupported` or `not_an_image`.
+
+    >>> sniff(b"GIF89a...")
+    'gif'
+    """
+    if not data:
+        raise Unreadable("empty")
+    for magic, kind in _READ.items():
+        if data.startswith(magic):
+            if kind == "tiff" and data[8:10] == b"CR":
+                raise Unreadable("unsupported", "CR2 camera raw")
+            return kind
+        if len(data) >= 2 and magic.startswith(data):
+            raise Unreadable("truncated", f"{len(data)} bytes")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
+        return "bmp"
+    if data[4:8] == b"ftyp":
+        return _isobmff_kind(data)
+    raise _strange(data)
+
+
+def _isobmff_kind(data: bytes) -> str:
+    """AVIF by the brands of the `ftyp` box (ISO/IEC 14496-12, 4.3)."""
+    box = data[8 : int.from_bytes(data[:4], "big")]
+    brands = {box[at : at + 4] for at in range(0, min(len(box), 256), 4) if at != 4}  # box[4:8] is a version
+    if brands & {b"avif", b"avis"}:
+        return "avif"
+    if brands & {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}:
+        raise Unreadable("unsupported", "HEIF")
+    raise Unreadable("not_an_image", "an MP4 or another ISO media file")
+
+
+def _strange(data: bytes) -> Unreadable:
+    """Why bytes with no signature that is read are refused."""
+    for magic, name in _NOT_READ.items():
+        if data.startswith(magic):
+            return Unreadable("unsupported", name)
+    text = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<svg", b"<?xml", b"<!doctype svg", b"<!--")) and b"<svg" in text:
+        return Unreadable("unsupported", "SVG")
+    if text.startswith(b"<"):
+        return Unreadable("not_an_image", "HTML or XML")
+    return Unreadable("not_an_image", f"starts with {data[:16]!r}")
+
+
+def check_whole(kind: str, data: bytes) -> None:
+    """Raise Unreadable(`truncated` or `corrupt`) where the file's own structure says that it is not whole."""
+    if kind == "png":
+        _check_png(data)
+    elif kind == "gif":
+        _check_gif(data)
+    elif kind == "webp":
+        _promised(int.from_bytes(data[4:8], "little") + 8, data)
+    elif kind == "avif":
+        _check_isobmff(data)
+
+
+def _promised(size: int, data: bytes) -> None:
+    if size > len(data):
+        raise Unreadable("truncated", f"{len(data)} of {size} bytes")
+
+
+def _check_png(data: bytes) -> None:
+    """Walk the chunks up to IEND; checksums of the critical ones must hold (PNG specification, 5.3)."""
+    at = len(PNG_MAGIC)
+    while True:
+        size = int.from_bytes(data[at : at + 4], "big")
+        name, end = data[at + 4 : at + 8], at + 12 + size
+        _promised(max(end, at + 12), data)
+        critical = not name[0] & 0x20  # the first letter is a capital
+        if critical and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise Unreadable("corrupt", f"checksum of chunk {name!r}")
+        if name == b"IEND":
+            return
+        at = end
+
+
+def without_png_text(data: bytes) -> bytes:
+    """A whole PNG without its text chunks: no pixel needs them, and compressed ones can be bombs."""
+    kept, at, dropped = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC), False
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"tEXt", b"zTXt", b"iTXt"):
+            dropped = True
+        else:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) if dropped else data
+
+
+def _check_gif(data: bytes) -> None:
+    """Walk the blocks up to the end of the first picture (GIF89a, appendix B); the later frames are not wanted."""
+    _promised(13, data)
+    at = 13 + _colour_table(data[10])
+    while True:
+        _promised(at + 1, data)
+        block = data[at]
+        if block == 0x21:  # an extension
+            at = _past_sub_blocks(data, at + 2)
+        elif block == 0x2C:  # a picture
+            _promised(at + 10, data)
+            _past_sub_blocks(data, at + 10 + _colour_table(data[at + 9]) + 1)
+            return
+        else:
+            raise Unreadable("corrupt", "no picture in the GIF" if block == 0x3B else f"GIF block 0x{block:02x}")
+
+
+def _colour_table(flags: int) -> int:
+    """Bytes of the colour table that `flags` announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _past_sub_blocks(data: bytes, at: int) -> int:
+    while True:
+        _promised(at + 1, data)
+        if data[at] == 0:
+            return at + 1
+        at += 1 + data[at]
+
+
+def _check_isobmff(data: bytes) -> None:
+    """The top-level boxes must lie within the file."""
+    at = 0
+    while at < len(data):
+        _promised(at + 8, data)
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 0:  # reaches to the end of the file
+            return
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:
+            raise Unreadable("corrupt", "box of impossible size")
+        at += size
+        _promised(at, data)
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels from the first chunk of a WebP (RFC 9649), before a decoder allocates its canvas."""
+    chunk = data[12:16]
+    _promised(30, data)
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise Unreadable("corrupt", f"WebP chunk {chunk!r}")
