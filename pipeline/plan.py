@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -164,22 +164,19 @@ def _write_batch(sorter: _Sorter, batch: int, unit_rows: int, storage: Storage) 
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Tables of `rows` rows (the last may have fewer), or fewer where pictures are embedded."""
+    """Tables of `rows` rows (the last may have fewer), or fewer where embedded pictures fill UNIT_BYTES before."""
     held: list[pa.Table] = []
     count = size = 0
     for table in tables:
         while len(table):
-            take = table.slice(0, rows - count)
+            sizes = size + np.cumsum(pc.fill_null(pc.binary_length(table["image"]), 0).to_numpy(), dtype=np.int64)
+            fits = int(np.searchsorted(sizes, UNIT_BYTES)) + 1
+            take = table.slice(0, min(rows - count, fits))
             table = table.slice(len(take))
             held.append(take)
-            count, size = count + len(take), size + _image_bytes(take)
+            count, size = count + len(take), int(sizes[len(take) - 1])
             if count == rows or size >= UNIT_BYTES:
                 yield pa.concat_tables(held)
                 held, count, size = [], 0, 0
     if count:
         yield pa.concat_tables(held)
-
-
-def _image_bytes(table: pa.Table) -> int:
-    total: Any = pc.sum(pc.binary_length(table["image"])).as_py()
-    return total or 0

@@ -68,13 +68,16 @@ PLAN_SCHEMA: Final = pa.schema(
     ]
 )
 
-# Sizes in pixels of the stored picture and of the source (as a viewer shows it), 0 where unknown;
+# Sizes in pixels of the stored picture and of the source (as a viewer shows it), 0 where unknown; `crop_left` and
+# `crop_top` are the pixels of the scaled picture that were cut off there (negative: padded);
 # `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash.
 MEASURED: Final = [
     pa.field("width", pa.int32(), nullable=False),
     pa.field("height", pa.int32(), nullable=False),
     pa.field("original_width", pa.int32(), nullable=False),
     pa.field("original_height", pa.int32(), nullable=False),
+    pa.field("crop_left", pa.int32(), nullable=False),
+    pa.field("crop_top", pa.int32(), nullable=False),
     pa.field("bytes", pa.int64(), nullable=False),
     pa.field("sha256", pa.string(), nullable=False),
     pa.field("phash", pa.uint64(), nullable=False),

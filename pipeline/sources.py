@@ -164,8 +164,8 @@ def _parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
 
 def _separated(delimiter: str) -> Callable[[SourceFile, Source, Open], Iterator[Row]]:
     def read(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-        with open_(file.path, unpack=True) as stream:
-            lines = csv.reader(_text(stream, newline=""), delimiter=delimiter)
+        with _text(open_(file.path, unpack=True), newline="") as stream:
+            lines = csv.reader(stream, delimiter=delimiter)
             names = next(lines, [])
             _check_columns(source, names, file)
             for cells in lines:
@@ -176,9 +176,9 @@ def _separated(delimiter: str) -> Callable[[SourceFile, Source, Open], Iterator[
 
 
 def _jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-    with open_(file.path, unpack=True) as stream:
+    with _text(open_(file.path, unpack=True)) as stream:
         checked = False
-        for line in _text(stream):
+        for line in stream:
             if not line.strip():
                 continue
             try:
@@ -195,13 +195,14 @@ def _jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
 
 
 def _txt(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-    with open_(file.path, unpack=True) as stream:
-        for line in _text(stream):
+    with _text(open_(file.path, unpack=True)) as stream:
+        for line in stream:
             if url := line.strip():
                 yield Row(url=url)
 
 
 def _text(stream: Any, newline: str | None = None) -> io.TextIOWrapper:
+    """UTF-8, with or without a byte order mark; closes `stream` when closed."""
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=newline)
 
 

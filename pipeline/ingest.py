@@ -1,0 +1,222 @@
+"""Planned units → staged pictures and measurements: fetch, decode, measure; every row with an outcome.
+
+    staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row a planned row, in its order
+    staged/<unit>-<hash>.tar       the pictures, KEY.jpg, in the same order
+
+Both are named by their content and published by the worker; they count only once the unit's marker names them. So a
+unit that is cut off, or done by a forgotten worker, leaves files that nobody reads; `clean` removes those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Recipe, fingerprint
+from pipeline.decode import Failure, Picture, decode
+from pipeline.plan import PlannedUnit
+from pipeline.records import MEASURED
+from pipeline.shards import Sample, sha256_of, write_tar
+from pipeline.sources import read_bytes
+from pipeline.storage import Storage
+from pipeline.units import Job, Piece, Unit, report
+
+log = logging.getLogger(__name__)
+
+# `reason` is "" for a row whose picture is staged; `offset` and `size` locate its JPEG in the staged tar.
+STAGED_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        *MEASURED,
+        pa.field("extra", pa.string(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+
+Outcome = dict[str, Any]  # `reason`, `detail` and MEASURED of one row
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows."""
+
+    unit: str
+    table: str
+    tar: str
+    rows: int
+
+
+class Ingest(Job):
+    """Fetches, decodes and stages units. Staged pictures depend on `image`, so its hash is in the job's name."""
+
+    title = "ingest"
+
+    def __init__(self, recipe: Recipe, storage: Storage, resolve: Mapping[str, str] | None = None) -> None:
+        self.recipe, self.storage, self.resolve = recipe, storage, dict(resolve or {})
+        self.name = f"ingest-{fingerprint(recipe.image)}"
+
+    @staticmethod
+    def units(planned: Iterable[PlannedUnit]) -> list[Unit]:
+        return [Unit(unit.id, {"table": unit.table}) for unit in planned]
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """One piece: the unit's marker."""
+        rows = self.storage.read_table(unit.spec["table"]).to_pylist()
+        with tempfile.TemporaryDirectory(prefix="capstan-ingest-") as scratch, _Spool(Path(scratch)) as spool:
+            outcomes = asyncio.run(self._outcomes(rows, spool))
+            digest = hashlib.sha256()
+            tar = Path(scratch) / "staged.tar"
+            spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
+            tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if spans else ""
+            if spans:
+                self.storage.put(tar, tar_name)
+        data = _parquet(_table(rows, outcomes, spans, unit.id))
+        table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+        self.storage.write(table_name, data)
+        yield {"table": table_name, "tar": tar_name, "rows": len(rows), **_counts(outcomes)}
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (marker,) = pieces
+        return marker
+
+    async def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
+        """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
+        outcomes: list[Outcome] = [{}] * len(rows)
+        async for index, data in self._bytes(rows):
+            result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
+            if isinstance(result, Picture):
+                spool.add(index, result.jpeg)
+                outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)
+            else:
+                outcomes[index] = _failed(result.reason, result.detail)
+            _report(outcomes[index])
+        assert all(outcomes), "a row was never answered"
+        return outcomes
+
+    async def _bytes(self, rows: list[dict[str, Any]]) -> AsyncIterator[tuple[int, bytes | Failure]]:
+        """(index, the source file's bytes or why there are none) for each row, as they come."""
+        remote = []
+        for index, row in enumerate(rows):
+            if row["image"] is not None:
+                yield index, row["image"] or Failure("empty", "no bytes in the source's column")
+            elif row["file"]:
+                yield index, self._read(row)
+            else:
+                remote.append(index)
+        if remote:
+            from pipeline.fetch import Fetcher
+
+            fetcher = Fetcher(self.recipe.fetch, self.resolve)
+            async for position, fetched in fetcher.fetch_all([rows[index]["url"] for index in remote]):
+                found = fetched.data if fetched.data is not None else Failure(fetched.reason, fetched.detail)
+                yield remote[position], found
+
+    def _read(self, row: dict[str, Any]) -> bytes | Failure:
+        try:
+            data = read_bytes(row["file"], row["offset"], row["length"], self.recipe)
+        except Exception as error:  # noqa: BLE001 - the row boundary: a file that cannot be read is a row with a reason
+            return Failure("read_error", f"{type(error).__name__}: {error}")
+        return data or Failure("empty", "the file holds nothing")
+
+
+class _Spool:
+    """JPEGs in the order in which they come → on the local disk, readable in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._spans = folder / "pictures", dict[int, tuple[int, int]]()
+
+    def __enter__(self) -> _Spool:
+        self._file = self._path.open("w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, index: int, jpeg: bytes) -> None:
+        self._spans[index] = (self._file.tell(), len(jpeg))
+        self._file.write(jpeg)
+
+    def samples(self, keys: list[str]) -> Iterator[Sample]:
+        """The pictures in the order of their rows; `keys` are all rows' keys."""
+        for index in sorted(self._spans):
+            start, size = self._spans[index]
+            self._file.seek(start)
+            yield Sample(keys[index], self._file.read(size))
+
+
+def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Table:
+    """STAGED_SCHEMA for planned rows that all failed for one reason."""
+    listed = rows.select(["key", "url", "caption", "extra"]).to_pylist()
+    return _table(listed, [_failed(reason, detail)] * len(listed), [], unit)
+
+
+def _measured(picture: Picture, source_bytes: int) -> Outcome:
+    measures = {field.name: getattr(picture, field.name) for field in MEASURED if field.name != "bytes"}
+    return {"reason": "", "detail": "", "bytes": source_bytes, **measures}
+
+
+def _failed(reason: str, detail: str) -> Outcome:
+    nothing = {field.name: "" if field.type == pa.string() else 0 for field in MEASURED}
+    return {"reason": reason, "detail": detail, **nothing}
+
+
+def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], spans: list[tuple[int, int]], unit: str) -> pa.Table:
+    """STAGED_SCHEMA; `spans` are those of the rows that did not fail, in order."""
+    remaining = iter(spans)
+    records = []
+    for row, outcome in zip(rows, outcomes, strict=True):
+        offset, size = (0, 0) if outcome["reason"] else next(remaining)
+        source = {name: row[name] for name in ("key", "url", "caption", "extra")}
+        records.append({**source, **outcome, "unit": unit, "offset": offset, "size": size})
+    return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _counts(outcomes: list[Outcome]) -> dict[str, int]:
+    reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["reason"])
+    return {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
+
+
+def _report(outcome: Outcome) -> None:
+    counts = {"samples": 1, "bytes": outcome["bytes"]}
+    if outcome["reason"]:
+        counts[f"failed.{outcome['reason']}"] = 1
+    report(counts)
+
+
+def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
+    """The markers of an ingest job as what they say, by unit."""
+    return {unit: Staged(unit, mark["table"], mark["tar"], mark["rows"]) for unit, mark in marks.items()}
+
+
+def clean(job: Ingest, kept: Iterable[Staged]) -> None:
+    """Remove staged files that no marker of `job` names, and the markers of ingest jobs with other image settings."""
+    wanted = {name for unit in kept for name in (unit.table, unit.tar)}
+    for name in job.storage.names("state"):
+        if name.startswith("state/ingest-") and not name.startswith(f"state/{job.name}/"):
+            job.storage.delete(name)
+    for name in job.storage.names("staged"):
+        if name not in wanted:
+            job.storage.delete(name)

@@ -1,0 +1,135 @@
+"""The recipe → a finished dataset: plan → ingest → select → pack, each stage going on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.config import Recipe, WorldSource, fingerprint
+from pipeline.errors import RecipeError
+from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
+from pipeline.pack import content_recipe, pack, parquet_bytes, selection_of
+from pipeline.plan import Plan, plan, read_plan
+from pipeline.select import check_conditions, decide
+from pipeline.shards import Manifest, read_manifest, sha256_of
+from pipeline.storage import Storage
+from pipeline.units import markers, pending, run
+
+log = logging.getLogger(__name__)
+
+
+def build(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
+
+    Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
+    `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend.
+    """
+    clock = _Clock()
+    storage = Storage(recipe.dataset, recipe.storage)
+    storage.check_writable()
+    check_conditions(recipe.select)
+    planned = plan(recipe, storage, progress=progress)
+    clock.lap("plan")
+    with _site(recipe, storage, planned) as resolve:
+        job = Ingest(recipe, storage, resolve)
+        summary = run(job, job.units(planned.units), recipe.resources, progress=progress)
+    units = _staged(job, planned, summary.quarantined)
+    clean(job, units)
+    clock.lap("ingest")
+    failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
+    published = _publish(recipe, storage, units, clock, progress)
+    return {
+        **published,
+        "failed": dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
+        "source": {"rows": planned.read, "repeats": planned.repeats},
+        "seconds": clock.laps,
+        "quarantined": {**summary.quarantined, **published["quarantined"]},
+    }
+
+
+def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Decide again about what is staged already, by the recipe's conditions as they are now. `dry_run` only counts.
+
+    Raises RecipeError where nothing is staged, or for a condition that DuckDB does not take.
+    """
+    clock = _Clock()
+    storage = Storage(recipe.dataset, recipe.storage)
+    check_conditions(recipe.select)
+    units = _staged(Ingest(recipe, storage), read_plan(storage), {})
+    if not units:
+        raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
+    if dry_run:
+        decisions = decide(recipe, storage, units)
+        clock.lap("select")
+        seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
+        return {**seen, "seconds": clock.laps}
+    return {**_publish(recipe, storage, units, clock, progress), "seconds": clock.laps}
+
+
+def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Clock, progress: bool) -> dict[str, Any]:
+    """Select and pack, unless the dataset is just that already."""
+    manifest, quarantined = read_manifest(storage), dict[str, str]()
+    if manifest is None or not _is_current(manifest, recipe, units):
+        decisions = decide(recipe, storage, units)
+        clock.lap("select")
+        manifest, summary = pack(recipe, storage, decisions, progress=progress)
+        quarantined = summary.quarantined
+        clock.lap("pack")
+    return {
+        "dataset": recipe.dataset,
+        "counts": manifest.counts,
+        "funnel": manifest.funnel,
+        "quarantined": quarantined,
+    }
+
+
+def _is_current(manifest: Manifest, recipe: Recipe, units: list[Staged]) -> bool:
+    same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
+    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, units)
+
+
+def _staged(job: Ingest, planned: Plan, quarantined: Mapping[str, str]) -> list[Staged]:
+    """What is staged of the planned units, in order. A quarantined unit gets a table in which every row failed."""
+    done = staged(markers(job))
+    units = []
+    for unit in planned.units:
+        if unit.id in done:
+            units.append(done[unit.id])
+        elif unit.id in quarantined:
+            rows = job.storage.read_table(unit.table, ["key", "url", "caption", "extra"])
+            detail = f"its unit was quarantined: {quarantined[unit.id]}"
+            data = parquet_bytes(failed_table(rows, unit.id, "read_error", detail))
+            name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+            job.storage.write(name, data)
+            units.append(Staged(unit.id, name, "", len(rows)))
+    return units
+
+
+@contextlib.contextmanager
+def _site(recipe: Recipe, storage: Storage, planned: Plan) -> Iterator[dict[str, str]]:
+    """The captioned world's web site, if the source is one and some of it is still to fetch: host → address."""
+    job = Ingest(recipe, storage)
+    if recipe.source is None or recipe.source.format != "world" or not pending(job, job.units(planned.units)):
+        yield {}
+        return
+    from pipeline.world.rows import HOST
+    from pipeline.world.site import Site
+
+    with Site(recipe.source.world or WorldSource()) as site:
+        yield {HOST: site.address}
+
+
+class _Clock:
+    """Seconds by stage, for the summary only: nothing timed is written into a dataset."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.laps[stage] = round(now - self._last, 3)
+        self._last = now

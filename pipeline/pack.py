@@ -1,0 +1,240 @@
+"""Decisions and staged pictures → the dataset: ledger, shards, indexes, and the manifest last.
+
+A shard is named by its place, its marker by its place and content: a shard whose content stays is never packed again.
+Where shards change, a manifest without them is published first, so that at no moment a reader is shown a shard that is
+being replaced:
+
+    manifest without what changes → old markers gone → ledger → shards → indexes → stale files gone → manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import Recipe, fingerprint
+from pipeline.ingest import Staged
+from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA
+from pipeline.select import Decisions, shard_name
+from pipeline.shards import (
+    LedgerEntry,
+    Manifest,
+    Sample,
+    ShardEntry,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+    write_tar,
+)
+from pipeline.storage import Storage
+from pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
+
+# The recipe's sections that decide what is in a dataset.
+_SECTIONS = {"source", "fetch", "image", "select", "dedup", "shards", "unit"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a unit; the shard's samples are those of them that the ledger puts in it."""
+
+    unit: str
+    table: str
+    tar: str
+    start: int
+    stop: int
+
+
+class Pack(Job):
+    """Writes shards/<name>.tar and .parquet from staged pictures. A unit is a shard."""
+
+    name = title = "pack"
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """One piece: the shard's entry in the manifest."""
+        name = unit.spec["shard"]
+        segments = [Segment(**segment) for segment in unit.spec["segments"]]
+        parts = [self._rows(segment, name) for segment in segments]
+        digest = hashlib.sha256()
+        with tempfile.TemporaryDirectory(prefix="capstan-pack-") as scratch:
+            tar = Path(scratch) / "shard.tar"
+            spans = write_tar(tar, self._samples(segments, parts), digest)
+            size = tar.stat().st_size
+            table = parquet_bytes(_index(parts, spans))
+            entry = ShardEntry(
+                name=name,
+                samples=len(spans),
+                bytes=size,
+                sha256=digest.hexdigest(),
+                table_sha256=sha256_of(table),
+            )
+            self.storage.put(tar, entry.tar)
+            self.storage.write(entry.table, table)
+        yield entry.model_dump()
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (entry,) = pieces
+        return entry
+
+    def _rows(self, segment: Segment, shard: str) -> pa.Table:
+        """The segment's samples: the ledger's columns, and offset and size in the staged tar."""
+        ledger = self.storage.read_table(ledger_entry_name(segment.unit))
+        spans = self.storage.read_table(segment.table, ["offset", "size"])
+        rows = ledger.append_column("offset", spans["offset"]).append_column("size", spans["size"])
+        rows = rows.slice(segment.start, segment.stop - segment.start)
+        return rows.filter(pc.equal(rows["shard"], shard))
+
+    def _samples(self, segments: list[Segment], parts: list[pa.Table]) -> Iterator[Sample]:
+        for segment, rows in zip(segments, parts, strict=True):
+            with self.storage.open(segment.tar) as tar:
+                for row in rows.to_pylist():
+                    tar.seek(row["offset"])
+                    jpeg = tar.read(row["size"])
+                    report({"samples": 1, "bytes": len(jpeg)})
+                    yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
+
+
+def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
+    """KEY.json: the same keys for every sample, no nulls. `phash` is hexadecimal, as it exceeds signed 64 bits;
+    `extra` is JSON text, as the source's columns may be null or change their type from row to row."""
+    names = ["key", "url", "caption", "width", "height", "original_width", "original_height", "sha256"]
+    return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"]}
+
+
+def _index(parts: list[pa.Table], spans: list[tuple[int, int]]) -> pa.Table:
+    """The shard's table: the samples' rows with where their JPEGs lie in the shard."""
+    rows = pa.concat_tables(parts).drop_columns(["offset", "size"])
+    rows = rows.append_column("offset", pa.array([offset for offset, _ in spans], pa.int64()))
+    rows = rows.append_column("size", pa.array([size for _, size in spans], pa.int64()))
+    return rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def ledger_entry_name(unit: str) -> str:
+    return f"ledger/unit-{unit}.parquet"
+
+
+def selection_of(recipe: Recipe, units: Sequence[Staged]) -> str:
+    """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
+    settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
+    return fingerprint([FORMAT_VERSION, settings, [unit.table for unit in units]])
+
+
+def content_recipe(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=_SECTIONS)
+
+
+def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bool = True) -> tuple[Manifest, Summary]:
+    """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete."""
+    job = Pack(storage)
+    units = _shard_units(recipe, decisions)
+    wanted = {unit.id for unit in units}
+    done = markers(job)
+    content = content_recipe(recipe)
+    manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False)
+    if read_manifest(storage) is not None:
+        unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done]
+        write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
+    forget(job, done.keys() - wanted)
+    ledger = _write_ledger(storage, decisions)
+    summary = run(job, units, recipe.resources, progress=progress)
+    done = markers(job)
+    manifest = manifest.model_copy(
+        update={
+            "selection": selection_of(recipe, decisions.units),
+            "complete": not summary.quarantined,
+            "counts": decisions.counts,
+            "funnel": decisions.funnel,
+            "shards": [ShardEntry(**done[unit.id]) for unit in units if unit.id in done],
+            "ledger": ledger,
+        }
+    )
+    for name, data in indexes(manifest).items():
+        storage.write(name, data)
+    for name in unlisted(storage, manifest):
+        storage.delete(name)
+    write_manifest(storage, manifest)
+    return manifest, summary
+
+
+def indexes(manifest: Manifest) -> dict[str, bytes]:
+    """Samples per shard, as open_clip (sizes.json, which it looks for beside the tars) and wids read them."""
+    sizes = json.dumps({f"{entry.name}.tar": entry.samples for entry in manifest.shards}, indent=1).encode()
+    shards = [
+        {"url": entry.tar, "nsamples": entry.samples, "filesize": entry.bytes, "sha256": entry.sha256}
+        for entry in manifest.shards
+    ]
+    wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "capstan", "shardlist": shards}
+    return {
+        "sizes.json": sizes,
+        "shards/sizes.json": sizes,
+        "wids.json": json.dumps(wids, indent=1).encode(),
+    }
+
+
+def unlisted(storage: Storage, manifest: Manifest) -> list[str]:
+    """Files in shards/ and ledger/ that `manifest` does not list."""
+    listed = {name for entry in manifest.shards for name in (entry.tar, entry.table)} | set(indexes(manifest))
+    listed |= {entry.table for entry in manifest.ledger}
+    return [name for folder in ("shards", "ledger") for name in storage.names(folder) if name not in listed]
+
+
+def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
+    """One unit a shard; its id has the hash of all that decides its bytes."""
+    order = np.argsort(decisions.shard, kind="stable")
+    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.counts["shards"] + 1))
+    units = []
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        rows = order[first:last]
+        keys = decisions.key.take(pa.array(rows)).to_pylist()
+        shas = decisions.sha256.take(pa.array(rows)).to_pylist()
+        image = recipe.image.model_dump(mode="json")
+        content = fingerprint([FORMAT_VERSION, image, keys, shas])
+        segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)
+        name = shard_name(number)
+        units.append(Unit(f"{name}-{content}", {"shard": name, "segments": segments}))
+    return units
+
+
+def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any]]:
+    """Rows [first, last) of all rows, as row ranges of units."""
+    starts = decisions.starts
+    return [
+        {"unit": unit.unit, "table": unit.table, "tar": unit.tar, "start": max(first - a, 0), "stop": min(last, b) - a}
+        for unit, a, b in zip(decisions.units, starts, starts[1:], strict=False)
+        if a < last and b > first and unit.tar
+    ]
+
+
+def _write_ledger(storage: Storage, decisions: Decisions) -> list[LedgerEntry]:
+    """ledger/unit-*.parquet: one row for every input row, its outcome final."""
+    entries = []
+    starts = decisions.starts
+    for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
+        rows = storage.read_table(unit.table)
+        columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
+        columns |= decisions.columns(start, stop, rows["reason"], rows["detail"])
+        table = pa.table({name: columns[name] for name in LEDGER_SCHEMA.names}, schema=LEDGER_SCHEMA)
+        data = parquet_bytes(table)
+        storage.write(ledger_entry_name(unit.unit), data)
+        entries.append(LedgerEntry(name=f"unit-{unit.unit}", rows=len(table), sha256=sha256_of(data)))
+    return entries

@@ -1,0 +1,209 @@
+"""Measured rows → decisions: the recipe's SQL conditions in order, then duplicates, then which shard a kept row is in.
+
+Nothing here touches a picture: thresholds are questions to tables, answered by DuckDB. Conditions see the columns of
+`ingest.STAGED_SCHEMA` (without offset and size); `extra` is JSON, so that extra->>'$.license' = 'cc0' asks for a column
+of the source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.config import Condition, Recipe
+from pipeline.dedup import find_duplicates, precedence
+from pipeline.errors import RecipeError
+from pipeline.ingest import STAGED_SCHEMA, Staged
+from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from pipeline.storage import Storage
+
+COLUMNS = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
+MEMORY_LIMIT = "2GB"
+_FAILED, _PASSED = -1, 0  # a row's step; n > 0: rejected by the n-th condition
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of each row, in the order of units and, in a unit, of its table.
+
+    `step` [n] is -1 for a failed row, 0 for one that meets all conditions, or the number of the first it does not meet;
+    `kept` [n] is the row that a duplicate repeats, else -1; `shard` [n] is the shard's number, -1 for rows not kept.
+    """
+
+    units: list[Staged]
+    key: pa.StringArray
+    sha256: pa.StringArray
+    step: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.int64]
+    exact: npt.NDArray[np.bool_]
+    shard: npt.NDArray[np.int64]
+    conditions: list[str]
+    funnel: list[dict[str, Any]]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each unit's rows begin; one more at the end."""
+        return np.concatenate([[0], np.cumsum([unit.rows for unit in self.units])]).astype(int).tolist()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by outcome."""
+        failed, rejected = int((self.step == _FAILED).sum()), int((self.step > 0).sum())
+        duplicate, kept = int((self.kept >= 0).sum()), int((self.shard >= 0).sum())
+        rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
+        return rows | {"shards": int(self.shard.max(initial=-1)) + 1}
+
+    def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, list[str]]:
+        """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
+        found: dict[str, list[str]] = {"outcome": [], "reason": [], "detail": [], "shard": []}
+        for row, failure, said in zip(range(start, stop), reason.to_pylist(), detail.to_pylist(), strict=True):
+            entry = self._decision(row, failure, said)
+            for name, value in zip(found, entry, strict=True):
+                found[name].append(value)
+        return found
+
+    def _decision(self, row: int, failure: str, said: str) -> tuple[str, str, str, str]:
+        if self.step[row] == _FAILED:
+            return FAILED, failure, said, ""
+        if self.step[row] > 0:
+            return REJECTED, self.conditions[self.step[row] - 1], "", ""
+        if self.kept[row] >= 0:
+            kind = "exact" if self.exact[row] else "perceptual"
+            return DUPLICATE, kind, self.key[int(self.kept[row])].as_py(), ""
+        return KEPT, "", "", shard_name(int(self.shard[row]))
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
+    """Apply `recipe.select` and `recipe.dedup` to the rows of `units` (in order).
+
+    Raises RecipeError (select.<name>.where) for a condition that DuckDB does not take.
+    """
+    check_conditions(recipe.select)
+    rows = _ask(recipe.select, storage, units)
+    step = rows["step"].to_numpy().astype(np.int64)
+    batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
+    key, sha256 = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
+    kept, exact = np.full(len(step), -1, np.int64), np.zeros(len(step), bool)
+
+    (passed,) = np.nonzero(step == _PASSED)
+    left = rows.take(passed)
+    order = precedence(batch[passed], left["area"].to_numpy(), _bytes(left["key"], 32))
+    found = find_duplicates(
+        order,
+        _bytes(left["sha256"], 64),
+        left["phash"].to_numpy(),
+        exact=recipe.dedup.exact,
+        distance=recipe.dedup.perceptual,
+    )
+    kept[passed] = np.where(found.kept >= 0, passed[found.kept], -1)
+    exact[passed] = found.exact
+
+    shard = _allot(batch, (step == _PASSED) & (kept < 0), recipe.shards.samples)
+    names = [condition.name for condition in recipe.select]
+    funnel = _funnel(step, names, kept, exact)
+    return Decisions(units, key, sha256, step, kept, exact, shard, names, funnel)
+
+
+def check_conditions(conditions: list[Condition]) -> None:
+    """Raise RecipeError for a condition that names an unknown column, or is not SQL, or not a condition."""
+    with _connect() as db:
+        db.register("rows", STAGED_SCHEMA.empty_table().select(COLUMNS))
+        for condition in conditions:
+            try:
+                kind = str(db.sql(f"SELECT ({condition.where}\n) FROM rows").types[0])
+            except duckdb.Error as error:
+                raise _explain(condition, error) from None
+            if kind != "BOOLEAN":
+                mend = "write a comparison, e.g. least(width, height) >= 200"
+                raise RecipeError(f"select.{condition.name}.where", f"gives {kind.lower()}, not yes or no", mend)
+
+
+def _ask(conditions: list[Condition], storage: Storage, units: list[Staged]) -> pa.Table:
+    """key, step, area, sha256, phash of every row, in order."""
+    cases = "".join(
+        f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
+        for number, condition in enumerate(conditions, 1)
+    )
+    query = f"""
+        SELECT key, CASE WHEN reason <> '' THEN {_FAILED}{cases} ELSE {_PASSED} END AS step,
+               original_width::BIGINT * original_height AS area, sha256, phash
+        FROM rows ORDER BY unit, key
+    """
+    with _connect() as db:
+        db.register("rows", storage.dataset([unit.table for unit in units], STAGED_SCHEMA))
+        try:
+            return db.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            raise _explain(_culprit(db, conditions), error) from None
+
+
+def _culprit(db: duckdb.DuckDBPyConnection, conditions: list[Condition]) -> Condition:
+    """The first condition that fails on the rows by itself."""
+    for condition in conditions:
+        try:
+            db.sql(f"SELECT count(*) FROM rows WHERE reason = '' AND ({condition.where}\n)").fetchall()
+        except duckdb.Error:
+            return condition
+    return conditions[-1]
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    """A database that can see the registered rows and nothing else."""
+    return duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "enable_external_access": False})
+
+
+def _explain(condition: Condition, error: duckdb.Error) -> RecipeError:
+    message = str(error).splitlines()[0]
+    mend = "correct the SQL"
+    if unknown := re.search(r'column "([^"]+)" not found', message):
+        near = difflib.get_close_matches(unknown[1], COLUMNS, n=3, cutoff=0.4)
+        mend = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(COLUMNS)}"
+        message = f"no column {unknown[1]!r}"
+    return RecipeError(f"select.{condition.name}.where", message, mend)
+
+
+def _bytes(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
+    return np.array(column.to_pylist(), dtype=f"S{width}")
+
+
+def _batch(unit: str) -> int:
+    return int(unit.partition("-")[0])
+
+
+def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: int) -> npt.NDArray[np.int64]:
+    """The shard of each kept row, -1 elsewhere: batch by batch, as few shards as hold them, sizes that differ by one
+    at most. A batch's shards hold its rows only, so that a new batch moves none."""
+    shard = np.full(len(batch), -1, np.int64)
+    first = 0
+    for number in np.unique(batch):
+        (rows,) = np.nonzero(kept & (batch == number))
+        count = -(-len(rows) // samples)
+        for part in np.array_split(rows, count) if count else []:
+            shard[part] = first
+            first += 1
+    return shard
+
+
+def _funnel(
+    step: npt.NDArray[np.int64], names: list[str], kept: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
+) -> list[dict[str, Any]]:
+    """Rows left after each step, and rows that the step took."""
+    losses = [("fetched and decoded", int((step == _FAILED).sum()))]
+    losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
+    losses += [("exact duplicates", int(exact.sum())), ("near duplicates", int(((kept >= 0) & ~exact).sum()))]
+    funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)
+    for name, lost in losses:
+        left -= lost
+        funnel.append({"step": name, "left": left, "lost": lost})
+    return funnel
