@@ -229,6 +229,7 @@ def _load(engine: CocaEngine) -> Any:
     """The model with its weights, fp32 on the CPU."""
     import open_clip
     from open_clip.coca_model import CoCa
+    from safetensors import SafetensorError
 
     file = engine.weights_file()
     if file is None:
@@ -237,7 +238,7 @@ def _load(engine: CocaEngine) -> Any:
     model = CoCa(**architecture)
     try:
         open_clip.load_checkpoint(model, str(file))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError("recaption.model", f"cannot load {file} ({first})", "name its own architecture") from None
     return model

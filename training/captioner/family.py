@@ -140,10 +140,11 @@ class CaptionerFamily(Family):
 
     def start_from(self, product: Path) -> None:
         import open_clip
+        from safetensors import SafetensorError
 
         try:
             open_clip.load_checkpoint(self.model.coca, str(product / WEIGHTS_FILE))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             first = str(error).partition("\n")[0]
             mend = "name a captioner's run or product"
             raise RecipeError("train.init", f"{product} holds no captioner that fits ({first})", mend) from None
@@ -153,10 +154,9 @@ class CaptionerFamily(Family):
         tokens = torch.full((len(samples), self.length), PAD)
         labels = torch.full((len(samples), self.length - 1), IGNORED)
         for row, sample in enumerate(samples):
-            prompt, text = self._prompt(sample.slot), self.tokenizer.ids(sample.text)
-            room = self.length - 2 - len(prompt)
-            # A caption that is cut has no end: the model is not to learn that captions end in mid-sentence.
-            line = [self.tokenizer.start, *prompt, *text[:room], *([self.tokenizer.end] * (len(text) <= room))]
+            prompt = self._prompt(sample.slot)
+            # A caption that is cut loses its end: the model is not to learn that captions end in mid-sentence.
+            line = [self.tokenizer.start, *prompt, *self.tokenizer.ids(sample.text), self.tokenizer.end][: self.length]
             tokens[row, : len(line)] = torch.tensor(line)
             labels[row, len(prompt) : len(line) - 1] = tokens[row, 1 + len(prompt) : len(line)]
         images = np.stack([pixels.read(sample.jpeg, self.preprocessing) for sample in samples])

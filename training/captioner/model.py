@@ -30,6 +30,10 @@ class Captioner(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None], persistent=False)
 
+    def normalised(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] → float32 [B, 3, H, W] as the vision tower wants it."""
+        return (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean.float()) / self.std.float()
+
     def forward(
         self, pictures: torch.Tensor, tokens: torch.Tensor, length: int, contrast: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,8 +43,7 @@ class Captioner(nn.Module):
         the first. Without `contrast` the text tower is spared the padding, behind which the class token would stand.
         """
         dtype = self.coca.text_decoder.text_projection.dtype
-        images = ((pictures.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(dtype)
-        image, image_tokens = self.coca.visual(images)
+        image, image_tokens = self.coca.visual(self.normalised(pictures).to(dtype))
         text, text_tokens = self.coca.text(tokens if contrast else tokens[:, :length])
         logits = self.coca.text_decoder(image_tokens, text_tokens[:, : length - 1])
         scale = self.coca.logit_scale.exp().clamp(max=100)  # as CLIP (Radford et al. 2021, section 2.5)
