@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,65 +42,67 @@ def sample(
     wanted for a single prompt. `steps` and `guidance` default to what the run's recipe says.
     """
     prompts, seeds = _paired(prompts, seeds)
-    pipeline = open_pipeline(run)
-    images = draw(pipeline, prompts, seeds, negative=negative, steps=steps, guidance=guidance, batch=batch)
+    sampler = open_sampler(run)
+    images = sampler.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, batch=batch)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images, prompts, columns=columns).save(path, format="PNG")
     except OSError as error:
-        raise RecipeError(
-            "-o", f"cannot write {path} ({error})", "name a PNG file in a folder you may write to"
-        ) from None
+        raise RecipeError("-o", f"cannot write {path} ({error})", "name a PNG file that can be written") from None
     logger.info("sample: %d pictures in %s", len(images), path)
     return {"grid": str(path), "pictures": len(images), "size": list(images.shape[1:3]), "seeds": list(seeds)}
 
 
-def open_pipeline(run: str | Path, device: str | None = None) -> Any:
-    """The diffusers pipeline of a run, a product or an exported folder, on the GPU if there is one."""
+@dataclass(frozen=True)
+class Sampler:
+    """A diffusers pipeline, and what its recipe says of sampling."""
+
+    pipeline: Any
+    steps: int
+    guidance: float
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+    ) -> np.ndarray:
+        """Pictures as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
+        import torch
+
+        images = []
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            result = self.pipeline(
+                part,
+                num_inference_steps=steps or self.steps,
+                guidance_scale=self.guidance if guidance is None else guidance,
+                negative_prompt=None if negative is None else [negative] * len(part),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
+                output_type="np",
+            )
+            images.append(result.images)
+        return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+
+def open_sampler(run: str | Path, device: str | None = None) -> Sampler:
+    """The pipeline of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError."""
     import torch
     from diffusers import DiffusionPipeline
 
     product = find_product(run)
     if kind_of(product) != "diffusion":
         found = kind_of(product) or "something else"
-        raise RecipeError(
-            "RUN", f"{product} holds no text-to-image pipeline ({found})", "name a run of train.diffusion"
-        )
+        raise RecipeError("RUN", f"{product} holds no text-to-image model ({found})", "name a run of train.diffusion")
     pipeline = DiffusionPipeline.from_pretrained(product)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # What the run's recipe says of sampling travels with the pipeline; others' pipelines get the usual defaults.
-    pipeline.capstan_sampling = {"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})
-    return pipeline
-
-
-def draw(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    negative: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch: int = 16,
-) -> np.ndarray:
-    """Pictures as uint8 [N, H, W, 3], one a prompt. Each has noise from its own seed, whatever batch it falls in."""
-    import torch
-
-    chosen, images = pipeline.capstan_sampling, []
-    for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        result = pipeline(
-            part,
-            num_inference_steps=steps or chosen["steps"],
-            guidance_scale=chosen["guidance"] if guidance is None else guidance,
-            negative_prompt=None if negative is None else [negative] * len(part),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
-            output_type="np",
-        )
-        images.append(result.images)
-    return (np.concatenate(images) * 255).round().astype(np.uint8)
+    return Sampler(pipeline, **({"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})))
 
 
 def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:

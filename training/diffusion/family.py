@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pipeline.config import Section
+from pipeline.config import Section, fingerprint
 from pipeline.errors import RecipeError
 from training.autoencoder.family import factor_of, load_autoencoder
 from training.config import TrainConfig
@@ -22,6 +22,7 @@ from training.diffusion.model import Denoiser, build_text_encoder, build_unet, l
 from training.diffusion.process import process_of
 from training.diffusion.settings import DiffusionSettings
 from training.family import Batch, Family, Metrics, Sample, Samples
+from training.latents import encoder_identity
 from training.objectives import drop_rows, weighted_mse
 from training.pixels import batch_of, picture_size, to_signed
 from training.product import find_product, read_facts, write_facts
@@ -45,11 +46,12 @@ class DiffusionFamily(Family):
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
-        size = picture_size(samples, settings.size, factor_of(vae.config), "train.diffusion.size")
-        latent = samples.sample(0).latent
-        if latent is not None and latent.shape[-1] * factor_of(vae.config) != size:
-            found = latent.shape[-1] * factor_of(vae.config)
-            raise RecipeError("train.diffusion.size", f"{size}, but the latents are of {found}", f"use size: {found}")
+        multiple = max(8, factor_of(vae.config))  # diffusers' pipelines draw in steps of 8 pixels
+        size = picture_size(samples, settings.size, multiple, "train.diffusion.size")
+        encoder, asked = fingerprint(encoder_identity(vae, size)), train.data.latents
+        if asked not in (None, encoder):
+            problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
+            raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
         write_facts(folder, size=size)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:

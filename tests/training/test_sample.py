@@ -1,0 +1,206 @@
+"""From a run to pictures: sampling, the grid, export and the oracle's measures, with a tiny untrained pipeline."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.errors import RecipeError
+from training.evaluate import evaluate
+from training.export import export
+from training.sample import grid, open_sampler, sample
+
+PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def runs(squares, tmp_path_factory):
+    """Folders `ae` and `run` of an untrained autoencoder and diffusion model, as the trainer leaves them."""
+    from pipeline.shards import Dataset
+    from pipeline.storage import Storage
+    from training.autoencoder import AutoencoderFamily
+    from training.config import TrainConfig
+    from training.data import TrainingData
+    from training.diffusion import DiffusionFamily
+
+    root = tmp_path_factory.mktemp("runs")
+    small = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    sections = {
+        "ae": {"model": "autoencoder", "autoencoder": small},
+        "run": {
+            "model": "diffusion",
+            "diffusion": {
+                "autoencoder": str(root / "ae"),
+                "unet": small | {"heads": 2},
+                "text": {"vocab_size": 600, "length": 24, "width": 16, "layers": 1, "heads": 2},
+                "sampling": {"steps": 4, "guidance": 2.0},
+            },
+        },
+    }
+    for name, kind in (("ae", AutoencoderFamily), ("run", DiffusionFamily)):
+        train = TrainConfig.from_section(sections[name] | {"run": str(root / name), "steps": 1})
+        data = TrainingData(Dataset(Storage(str(squares))), train.data, 0, layer=None)
+        for part in ("assets", "product"):
+            (root / name / part).mkdir(parents=True)
+        torch.manual_seed(0)
+        kind.make_assets(train, data, root / name / "assets")
+        family = kind(train, root / name / "assets")
+        family.save(family.model, root / name / "product")
+        source = {"format": "world", "world": {"scenes": 10, "size": 16}}
+        recipe = {"dataset": str(squares), "source": source, "train": sections[name]}
+        (root / name / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": recipe}))
+    return root
+
+
+def test_sample_publishes_a_labelled_grid(runs, tmp_path):
+    summary = sample(runs / "run", PROMPTS, tmp_path / "new" / "grid.png")
+    assert summary["pictures"] == 3
+    assert summary["seeds"] == [0, 1, 2]
+    with Image.open(summary["grid"]) as picture:
+        assert picture.width > 3 * 200
+        assert picture.height > 240  # the prompts stand beneath
+
+
+def test_one_prompt_with_several_seeds(runs, tmp_path):
+    assert sample(runs / "run", PROMPTS[:1], tmp_path / "g.png", seeds=[5, 6])["pictures"] == 2
+    with pytest.raises(RecipeError, match="--seed: 2 seeds for 3 prompts"):
+        sample(runs / "run", PROMPTS, tmp_path / "g.png", seeds=[1, 2])
+    with pytest.raises(RecipeError, match="no prompt"):
+        sample(runs / "run", [], tmp_path / "g.png")
+
+
+def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
+    sampler = open_sampler(runs / "run")
+    together = sampler.draw(PROMPTS, [1, 2, 3], batch=3).astype(int)
+    alone = sampler.draw(PROMPTS, [1, 2, 3], batch=1).astype(int)
+    other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).astype(int)
+    assert np.abs(together - alone).max() <= 1
+    assert np.abs(together - other).max() > 1
+
+
+def test_guidance_and_negative_prompts_change_the_picture(runs):
+    sampler = open_sampler(runs / "run")
+    plain, guided, negated = (
+        sampler.draw(PROMPTS[:1], [0], **options).astype(int)
+        for options in ({"guidance": 1.0}, {"guidance": 9.0}, {"guidance": 9.0, "negative": "a blue square"})
+    )
+    assert np.abs(plain - guided).max() > 0
+    assert np.abs(negated - guided).max() > 0
+
+
+def test_sampling_something_else_is_refused(runs, tmp_path):
+    with pytest.raises(RecipeError, match=r"holds no text-to-image model \(autoencoder\)"):
+        sample(runs / "ae", PROMPTS, tmp_path / "g.png")
+    with pytest.raises(RecipeError, match="no model at"):
+        sample(tmp_path / "nothing", PROMPTS, tmp_path / "g.png")
+
+
+def test_the_grid_wraps_long_labels():
+    images = np.zeros((5, 16, 16, 3), np.uint8)
+    short, long = (grid(images, [label] * 5) for label in ("a", "a very long label indeed " * 8))
+    assert long.height > short.height + 60
+    assert grid(images, ["x"] * 5, columns=5).height < short.height
+
+
+# Export --------------------------------------------------------------------------------------------------------------
+
+_ELSEWHERE = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+result = pipeline("a red square", num_inference_steps=4, guidance_scale=2.0, output_type="np",
+                  generator=torch.Generator("cpu").manual_seed(3))
+np.save(sys.argv[2], result.images[0])
+ours = [name for name in sys.modules if name.split(".")[0] in ("pipeline", "recaption", "training", "cluster")]
+assert not ours, ours
+"""
+
+
+def test_diffusers_alone_draws_the_picture_that_we_draw(runs, tmp_path):
+    summary = export(runs / "run", tmp_path / "exported")
+    assert summary["pipeline"] == "StableDiffusionPipeline"
+    subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE, str(tmp_path / "exported"), str(tmp_path / "theirs.npy")],
+        check=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    theirs = np.load(tmp_path / "theirs.npy")
+    sampler = open_sampler(runs / "run")
+    ours = sampler.draw(["a red square"], [3])[0] / 255
+    assert np.abs(theirs - ours).max() <= 0.5 / 255 + 1e-3  # ours is rounded to 8 bits
+
+
+def test_an_export_is_a_pipeline_of_safetensors(runs, tmp_path):
+    export(runs / "run", tmp_path / "half", precision="fp16")
+    files = {str(path.relative_to(tmp_path / "half")) for path in (tmp_path / "half").rglob("*") if path.is_file()}
+    assert {
+        "model_index.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    } <= files
+    assert not [name for name in files if name.endswith((".bin", ".py", ".pkl"))]
+    index = json.loads((tmp_path / "half" / "model_index.json").read_text())
+    libraries = {value[0] for name, value in index.items() if isinstance(value, list)}
+    assert libraries == {"diffusers", "transformers", None}
+    export(runs / "run", tmp_path / "half")  # an earlier export may be replaced …
+    assert open_sampler(tmp_path / "half").pipeline.unet.dtype == torch.float32
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(RecipeError, match="is not empty"):  # … and nothing else
+        export(runs / "run", tmp_path / "other")
+    with pytest.raises(RecipeError, match="is the model itself"):
+        export(runs / "run", runs / "run" / "product")
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_diffusion_run_is_measured_beside_chance_and_ceiling(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run", run)
+    result = evaluate(run, count=6)
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert (run / "evaluation.png").is_file()
+    assert set(result["measures"]) == {"background", "colours", "count", "colour_shape", "relation"}
+    for row in result["measures"].values():
+        assert set(row) == {"value", "chance", "ceiling"}
+    assert result["oracle"]["background"] > 0.9
+    assert result["sampling"] == {"steps": 4, "guidance": 2.0}
+
+
+def test_an_autoencoder_run_is_measured_by_psnr(runs, tmp_path):
+    run = tmp_path / "ae"
+    shutil.copytree(runs / "ae", run)
+    psnr = evaluate(run, count=6)["measures"]["psnr"]
+    assert 0 < psnr["value"] < 60
+    assert 5 < psnr["chance"] < 30
+
+
+def test_what_has_no_truth_is_refused(runs, tmp_path):
+    run = tmp_path / "ae"
+    shutil.copytree(runs / "ae", run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["recipe"]["source"] = {"format": "parquet", "path": "x.parquet"}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError, match="not trained on the captioned world"):
+        evaluate(run)
+    with pytest.raises(RecipeError, match="--count"):
+        evaluate(run, count=1)

@@ -1,0 +1,172 @@
+"""A finished run → evaluation.json: how well pictures follow prompts, or survive the autoencoder, each beside chance.
+
+Measured on scenes of the captioned world that no run has seen: their seed is none that a dataset is drawn from.
+
+    diffusion     descriptions → pictures → the oracle's measures; beside them the same measures for pictures of other
+                  scenes (chance) and for drawings that went through the autoencoder and back (ceiling)
+    autoencoder   drawings → latents → drawings: PSNR; chance is a picture of the drawings' mean colour
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pipeline.config import Recipe, WorldSource
+from pipeline.errors import RecipeError
+from pipeline.storage import Storage
+from pipeline.world import oracle
+from pipeline.world.draw import render
+from pipeline.world.scene import Scene, draw_scene, vocabulary
+from pipeline.world.text import descriptive
+from training.product import find_product, kind_of, read_facts
+from training.sample import grid, open_sampler
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_UNSEEN: Final = 7_919_000_003  # added to the world's seed
+_SHOWN: Final = 16  # pictures in the grid beside evaluation.json
+
+Evaluation = dict[str, Any]
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    count: int = 128,
+    world: WorldSource | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 32,
+) -> Evaluation:
+    """Measure a run on `count` unseen scenes; evaluation.json and .png go into its folder. Gives the summary.
+
+    `world` is what the run was trained on; by default what its recipe says. Raises RecipeError where there is none.
+    """
+    if count < 2:
+        raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
+    product = find_product(run)
+    kind = kind_of(product)
+    if kind not in ("diffusion", "autoencoder"):
+        problem = f"{product} is of a kind that is not evaluated ({kind or 'unknown'})"
+        raise RecipeError("RUN", problem, "name a run of train.diffusion or train.autoencoder")
+    world = world or _world_of(Path(run))
+    scenes = [draw_scene(world.seed + _UNSEEN, index, vocabulary(world)) for index in range(count)]
+    if kind == "diffusion":
+        result, picture = _diffusion(product, scenes, world, steps=steps, guidance=guidance, batch=batch)
+    else:
+        result, picture = _autoencoder(product, scenes, batch=batch)
+    result = {"kind": kind, "scenes": count, **result}
+    Storage(str(run), field="RUN").write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")
+    picture.save(Path(run) / "evaluation.png", format="PNG")
+    logger.info("evaluate: %s", _in_words(result["measures"]))
+    return result
+
+
+def _world_of(run: Path) -> WorldSource:
+    """The captioned world that the run's dataset was built from."""
+    mend = "name a run folder that was trained on `format: world`"
+    for folder in (run, run.parent):
+        if (folder / "recipe.json").is_file():
+            recipe = Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
+            if recipe.source is None or recipe.source.format != "world":
+                raise RecipeError("RUN", f"{run} was not trained on the captioned world: there is no truth", mend)
+            return recipe.source.world or WorldSource()
+    raise RecipeError("RUN", f"{run} has no recipe.json to tell which world it has seen", mend)
+
+
+# Diffusion -----------------------------------------------------------------------------------------------------------
+
+
+def _diffusion(
+    product: Path,
+    scenes: Sequence[Scene],
+    world: WorldSource,
+    *,
+    steps: int | None,
+    guidance: float | None,
+    batch: int,
+) -> tuple[Evaluation, Any]:
+    """The oracle's measures of pictures drawn from descriptions, and a grid of some."""
+    sampler = open_sampler(product)
+    prompts = [descriptive(scene) for scene in scenes]
+    images = sampler.draw(prompts, range(len(prompts)), steps=steps, guidance=guidance, batch=batch)
+    side = images.shape[1]
+    drawn = np.stack([render(scene, side) for scene in scenes])
+    values = _scored(scenes, images)
+    ceiling = _scored(scenes, _through(sampler.pipeline.vae, drawn, batch))
+    chance = oracle.chance(scenes, list(images))
+    result = {
+        "measures": {
+            name: {"value": values[name], "chance": _or_none(chance[name]), "ceiling": ceiling[name]} for name in values
+        },
+        "oracle": oracle.accuracy_on_clean(side, vocabulary(world)),
+        "sampling": {
+            "steps": steps or sampler.steps,
+            "guidance": sampler.guidance if guidance is None else guidance,
+        },
+    }
+    return result, grid(images[:_SHOWN], prompts[:_SHOWN])
+
+
+def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:
+    """Each measure's mean over the pictures for which it is defined; None where it is for none."""
+    means = oracle.aggregate([oracle.score(scene, image) for scene, image in zip(scenes, images, strict=True)])
+    return {name: _or_none(mean) for name, mean in means.items()}
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+# Autoencoder ---------------------------------------------------------------------------------------------------------
+
+
+def _autoencoder(product: Path, scenes: Sequence[Scene], *, batch: int) -> tuple[Evaluation, Any]:
+    """PSNR of drawings that go through the autoencoder, the oracle's measures of them, and a grid of pairs."""
+    from training.autoencoder.family import load_autoencoder
+
+    vae = load_autoencoder(str(product), "RUN")
+    side = int(read_facts(product).get("size", vae.config.sample_size))
+    drawn = np.stack([render(scene, side) for scene in scenes])
+    made = _through(vae, drawn, batch)
+    flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True), drawn.shape)
+    measures: Evaluation = {"psnr": {"value": _psnr(drawn, made), "chance": _psnr(drawn, flat)}}
+    chance = oracle.chance(scenes, list(made))
+    for name, value in _scored(scenes, made).items():
+        measures[name] = {"value": value, "chance": _or_none(chance[name])}
+    shown = np.stack([drawn, made], axis=1).reshape(-1, *drawn.shape[1:])[: 2 * _SHOWN]
+    return {"measures": measures}, grid(shown, ["drawn", "decoded"] * (len(shown) // 2), columns=8, cell=128)
+
+
+def _through(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] → encoded, decoded → uint8 [N, H, W, 3]."""
+    import torch
+
+    made = []
+    for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
+        signed = part.to(vae.device, vae.dtype) / 127.5 - 1
+        with torch.no_grad():
+            decoded: torch.Tensor = vae.decode(vae.encode(signed).latent_dist.mean).sample
+        made.append(((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(made).permute(0, 2, 3, 1).numpy()
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over pictures of 10 log10(255² / MSE), in dB."""
+    errors = ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3)).clip(min=1e-10)
+    return round(float((10 * np.log10(255**2 / errors)).mean()), 3)
+
+
+def _in_words(measures: Evaluation) -> str:
+    rows = [(name, row["value"], row["chance"]) for name, row in measures.items() if row["value"] is not None]
+    return ", ".join(f"{name} {value:.2f} (chance {chance:.2f})" for name, value, chance in rows)

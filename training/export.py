@@ -1,0 +1,55 @@
+"""A finished diffusion run → a folder that diffusers opens without any code of ours.
+
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained(DIR)("a red circle").images[0]
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pipeline.errors import RecipeError
+from training.product import FACTS, find_product
+from training.sample import open_sampler
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "fp16", "bf16"]
+_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def export(run: str | Path, folder: str | Path, *, precision: Precision = "fp32") -> dict[str, Any]:
+    """Write the pipeline of `run` into `folder`, whole or not at all; gives a summary.
+
+    UNet, autoencoder and text encoder as safetensors in `precision`, tokenizer, scheduler, model_index.json. An earlier
+    export is replaced; any other folder with something in it is refused.
+    """
+    import torch
+
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
+        raise RecipeError("DIR", f"{target} is not empty, and is no earlier export", "name a new folder")
+    product = find_product(run)
+    if target.resolve() == product.resolve():
+        raise RecipeError("DIR", f"{target} is the model itself", "name another folder")
+    pipeline = open_sampler(run, device="cpu").pipeline
+    pipeline.to(dtype=getattr(torch, _TORCH[precision]))
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        if (product / FACTS).is_file():
+            shutil.copyfile(product / FACTS, partial / FACTS)
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise RecipeError("DIR", f"cannot write {target} ({error})", "name a folder you may write to") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    logger.info("export: %s (%.1f MB, %s)", target, size / 1e6, precision)
+    return {"folder": str(target), "bytes": size, "precision": precision, "pipeline": type(pipeline).__name__}
