@@ -23,77 +23,34 @@ import logging
 import os
 import pickle
 import time
-import traceback
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-import pyarrow as pa
 
 from pipeline.config import Resources
 from pipeline.errors import RecipeError
 from pipeline.progress import Progress
-from pipeline.storage import Storage
+from pipeline.workers import Job, Model, Piece, Prepare, Tracker, Unit, reason_of, report
 
 log = logging.getLogger(__name__)
 
-Piece = dict[str, Any]
+__all__ = [
+    "Job",
+    "Piece",
+    "Summary",
+    "Unit",
+    "forget",
+    "markers",
+    "model_threads",
+    "pending",
+    "report",
+    "run",
+    "start_ray",
+]
 
-# A piece crosses Ray as one pickled column; so there are no null-typed or ragged columns for Arrow to stumble over.
-# `error` is empty for a good piece; `data` of a piece with an error is a pickled RecipeError or empty.
-_WIRE = pa.schema(
-    [
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("index", pa.int32(), nullable=False),
-        pa.field("last", pa.bool_(), nullable=False),
-        pa.field("error", pa.string(), nullable=False),
-        pa.field("data", pa.large_binary(), nullable=False),
-    ]
-)
 _BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is handed on as soon as it is there
-_REPORT_EVERY_S = 1.0
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit of work: an id that is a good file name, and what `prepare` needs to know, as plain JSON data."""
-
-    id: str
-    spec: dict[str, Any] = field(default_factory=dict)
-
-
-class Job(ABC):
-    """What is done to each unit. Instances are pickled to the workers, so they hold only settings and storages.
-
-    `name` names the folder of markers, state/<name>/; `storage` is where that lies.
-    """
-
-    name: str
-    storage: Storage
-
-    @abstractmethod
-    def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """On a CPU worker: read, fetch, decode; yield pieces of at most some MB (encoded bytes, not arrays).
-
-        Finished files may be published here under names that nothing lists until `commit`. May yield nothing.
-        """
-
-    def model(self) -> Callable[[Piece], Piece] | None:
-        """Override to add a model stage: gives what is done to every piece, called once on each model worker.
-
-        It may use `model_threads(resources)` CPU threads. Pieces come one by one: a piece is a batch.
-        """
-        return None
-
-    @abstractmethod
-    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
-        """In the driver: publish the unit's outputs. What it returns is kept in the marker, which is written next.
-
-        Numbers are summed over units into `Summary.counts`; anything else that is JSON is kept in the marker only.
-        """
 
 
 @dataclass(frozen=True)
@@ -113,19 +70,16 @@ def markers(job: Job) -> dict[str, dict[str, Any]]:
     return {_unit_of(name): json.loads(job.storage.read(name)) for name in names}
 
 
+def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
+    """The units that have no marker yet. One listing."""
+    done = {_unit_of(name) for name in job.storage.names(f"state/{job.name}/done")}
+    return [unit for unit in units if unit.id not in done]
+
+
 def forget(job: Job, units: Iterable[str]) -> None:
     """Remove the markers of these units: they will be done again."""
     for unit in units:
         job.storage.delete(f"state/{job.name}/done/{unit}.json")
-
-
-def report(counts: Mapping[str, float]) -> None:
-    """From inside `prepare` or a model: counts for the progress display and for Prometheus. Elsewhere it does nothing.
-
-    Names as in pipeline.progress: `samples`, `bytes`, `failed.<reason>`, or any other.
-    """
-    if _reporter is not None:
-        _reporter.add(counts)
 
 
 def model_threads(resources: Resources) -> int:
@@ -149,7 +103,7 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
         return Summary(0, len(known), {}, dict(counts))
     start_ray(resources)
     work = _Run(job, todo, resources, attempts)
-    with Progress(job.name, len(units), already=len(known), poll=work.reported, enabled=progress) as bar:
+    with Progress(job.title or job.name, len(units), already=len(known), poll=work.reported, enabled=progress) as bar:
         work.execute(bar)
     counts.update(work.counts)
     done = len(todo) - len(work.quarantined)
@@ -199,7 +153,7 @@ class _Run:
         self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
         self.counts = Counter[str]()
         self.quarantined: dict[str, str] = {}
-        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tracker)
+        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tracker)
         self.tracker = tracker.remote(job.name)
 
     def execute(self, bar: Progress) -> None:
@@ -262,7 +216,7 @@ class _Run:
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.target_max_block_size = _BLOCK_BYTES
         dataset = dataset.map_batches(
-            _Prepare(self.job, self.tracker, self.attempts),
+            Prepare(self.job, self.tracker, self.attempts),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -270,7 +224,7 @@ class _Run:
         if type(self.job).model is not Job.model:
             workers = _model_workers(self.resources)
             dataset = dataset.map_batches(
-                _Model,
+                Model,
                 fn_constructor_args=(self.job, self.tracker, self.attempts),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -291,7 +245,7 @@ class _Run:
         except RecipeError:
             raise
         except Exception as error:  # noqa: BLE001 - a unit that cannot be published fails alone
-            return _reason(error)
+            return reason_of(error)
         self.counts.update(_numbers(facts))
         return ""
 
@@ -317,138 +271,6 @@ class _Gathered:
         if self.expected is None or len(self.pieces) < self.expected:
             return None
         return [self.pieces[index] for index in range(self.expected)]
-
-
-# On the workers ------------------------------------------------------------------------------------------------------
-
-
-class _Tracker:
-    """A small actor that outlives workers: how often each piece of work was started, and what was reported."""
-
-    def __init__(self, job: str) -> None:
-        from ray.util.metrics import Counter as Metric
-
-        self._starts, self._counts, self._job = Counter[str](), Counter[str](), job
-        self._metric = Metric("capstan_reported", "What units reported, by name", tag_keys=("job", "name"))
-
-    def begin(self, item: str) -> int:
-        self._starts[item] += 1
-        return self._starts[item]
-
-    def starts(self, items: list[str]) -> dict[str, int]:
-        return {item: self._starts[item] for item in items}
-
-    def add(self, counts: dict[str, float]) -> None:
-        self._counts.update(counts)
-        for name, value in counts.items():
-            if value > 0:
-                self._metric.inc(value, {"job": self._job, "name": name})
-
-    def counts(self) -> dict[str, float]:
-        return dict(self._counts)
-
-
-class _Reporter:
-    """Gathers counts in a worker and sends them on about once a second."""
-
-    def __init__(self, tracker: Any) -> None:
-        self._tracker, self._pending, self._sent = tracker, Counter[str](), time.monotonic()
-
-    def add(self, counts: Mapping[str, float]) -> None:
-        self._pending.update(counts)
-        if time.monotonic() - self._sent >= _REPORT_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending:
-            self._tracker.add.remote(dict(self._pending))
-        self._pending, self._sent = Counter(), time.monotonic()
-
-
-_reporter: _Reporter | None = None  # of the unit that this worker is at
-
-
-def _begin(tracker: Any, item: str, attempts: int) -> str:
-    """Count a start of `item`; gives a reason not to if it has killed its worker too often."""
-    global _reporter
-    import ray
-
-    if ray.get(tracker.begin.remote(item)) > attempts:
-        return f"died: its worker ended {attempts} times without an exception (out of memory, or a crash in a library)"
-    _reporter = _Reporter(tracker)
-    return ""
-
-
-class _Prepare:
-    """The first stage: a table of units → wire rows of their pieces."""
-
-    def __init__(self, job: Job, tracker: Any, attempts: int) -> None:
-        self.job, self.tracker, self.attempts = job, tracker, attempts
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for text in table["unit"].to_pylist():
-            yield from self._unit(Unit(**json.loads(text)))
-
-    def _unit(self, unit: Unit) -> Iterator[pa.Table]:
-        if reason := _begin(self.tracker, unit.id, self.attempts):
-            yield _row(unit.id, error=reason)
-            return
-        index = 0
-        try:
-            for piece in self.job.prepare(unit):
-                yield _row(unit.id, index, data=pickle.dumps(piece, pickle.HIGHEST_PROTOCOL))
-                index += 1
-        except Exception as error:  # noqa: BLE001 - the unit boundary: a bad unit is a row with a reason
-            yield _failure(unit.id, error)
-        else:
-            yield _row(unit.id, index, last=True)
-        finally:
-            if _reporter is not None:
-                _reporter.flush()
-
-
-class _Model:
-    """The second stage, an actor: wire rows → wire rows. The model is made when the first piece comes, so that a model
-    that kills its worker while loading is bounded like any other piece of work."""
-
-    def __init__(self, job: Job, tracker: Any, attempts: int) -> None:
-        self.job, self.tracker, self.attempts = job, tracker, attempts
-        self.apply: Callable[[Piece], Piece] | None = None
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for row in table.to_pylist():
-            yield self._piece(row) if not (row["error"] or row["last"]) else table
-
-    def _piece(self, row: dict[str, Any]) -> pa.Table:
-        unit, index = row["unit"], row["index"]
-        if reason := _begin(self.tracker, f"{unit}#{index}", self.attempts):
-            return _row(unit, error=reason)
-        try:
-            if self.apply is None:
-                self.apply = self.job.model()
-                assert self.apply is not None, f"{self.job.name} overrides model(), which gives None"
-            piece = self.apply(pickle.loads(row["data"]))
-            return _row(unit, index, data=pickle.dumps(piece, pickle.HIGHEST_PROTOCOL))
-        except Exception as error:  # noqa: BLE001 - the unit boundary: a bad piece is a row with a reason
-            return _failure(unit, error)
-        finally:
-            if _reporter is not None:
-                _reporter.flush()
-
-
-def _row(unit: str, index: int = 0, *, last: bool = False, error: str = "", data: bytes = b"") -> pa.Table:
-    return pa.table([[unit], [index], [last], [error], [data]], schema=_WIRE)
-
-
-def _failure(unit: str, error: Exception) -> pa.Table:
-    fatal = pickle.dumps(error) if isinstance(error, RecipeError) else b""
-    return _row(unit, error=_reason(error), data=fatal)
-
-
-def _reason(error: Exception) -> str:
-    """Type and message on the first line, the traceback below."""
-    first = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{first}\n{''.join(traceback.format_exception(error))}"
 
 
 def _raise_if_fatal(data: bytes) -> None:

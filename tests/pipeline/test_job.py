@@ -1,0 +1,216 @@
+"""build and select end to end, on pictures embedded in a table; and what is left when things go wrong."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray import cloudpickle
+
+from pipeline import job
+from pipeline.config import Recipe, Resources
+from pipeline.errors import RecipeError
+from pipeline.ingest import Ingest
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from pipeline.units import Piece, Unit
+from pipeline.verify import verify
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+
+pytestmark = pytest.mark.integration
+
+
+def picture(seed: int) -> bytes:
+    """A small JPEG; those of different seeds look different to a perceptual hash."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8))).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def row(number: int) -> dict[str, Any]:
+    """Row 9, 19, ... is no picture; 7, 15, 23, ... repeat picture 0; `score` runs through 0 … 9."""
+    image = b"no picture" if number % 10 == 9 else picture(0 if number % 8 == 7 else number)
+    return {"image": image, "caption": f"picture {number}", "score": number % 10}
+
+
+@pytest.fixture
+def make(tmp_path: Path, ray_session: Resources) -> Callable[..., Recipe]:
+    """A recipe over a table of `count` rows of `row`, with dataset folder `name`."""
+
+    def recipe(count: int = 60, name: str = "dataset", least: int = 0, **sections: Any) -> Recipe:
+        pq.write_table(pa.Table.from_pylist([row(n) for n in range(count)]), tmp_path / "rows.parquet")
+        settings = {
+            "dataset": str(tmp_path / name),
+            "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"},
+            "image": {"size": 64},
+            "select": [{"name": "score", "where": f"(extra->>'$.score')::int >= {least}"}],
+            "unit": {"rows": 16},
+            "shards": {"samples": 15},
+        }
+        return Recipe.model_validate(settings | sections)
+
+    return recipe
+
+
+def build(recipe: Recipe) -> dict[str, Any]:
+    return job.build(recipe, progress=False)
+
+
+def published(recipe: Recipe) -> dict[str, bytes]:
+    """What readers see: all but staged pictures and state."""
+    storage = Storage(recipe.dataset)
+    hidden = ("state/", "staged/")
+    return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
+
+
+def sound(recipe: Recipe) -> bool:
+    return verify(Storage(recipe.dataset)) == []
+
+
+def test_every_row_has_one_outcome_and_the_kept_are_packed(make: Callable[..., Recipe]) -> None:
+    recipe = make(60, least=2)
+    summary = build(recipe)
+    assert summary["counts"] == {"rows": 60, "kept": 38, "rejected": 12, "duplicate": 4, "failed": 6, "shards": 3}
+    assert summary["failed"] == {"not_an_image": 6}
+    assert sound(recipe)
+
+    dataset = Dataset(Storage(recipe.dataset))
+    ledger = dataset.ledger()
+    assert len(set(ledger["key"].to_pylist())) == 60
+    assert [entry.samples for entry in dataset.manifest.shards] == [13, 13, 12]
+    keys = [key for shard in dataset.shard_names for key, _ in dataset.read_images(shard)]
+    assert keys == sorted(keys)
+    kept = ledger.filter(pa.compute.equal(ledger["outcome"], "kept"))
+    assert set(kept["key"].to_pylist()) == set(keys)
+    for _, jpeg in dataset.read_images("shard-000001", [0, 5]):
+        with Image.open(io.BytesIO(jpeg)) as image:
+            assert image.size == (64, 64)
+
+    sizes = json.loads(Storage(recipe.dataset).read("sizes.json"))
+    assert sizes == {f"shard-{n:06}.tar": samples for n, samples in enumerate([13, 13, 12])}
+
+
+def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(30)
+    first = build(recipe)
+    before = {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()}
+    monkeypatch.setattr("pipeline.units.start_ray", lambda _: pytest.fail("nothing is to be done"))
+    again = build(recipe)
+    assert {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()} == before
+    assert again["counts"] == first["counts"]
+    assert again["failed"] == first["failed"]
+
+
+def test_other_thresholds_repack_and_going_back_gives_the_same_bytes(make: Callable[..., Recipe]) -> None:
+    strict, loose = make(60, least=4), make(60, least=0)
+    build(loose)
+    first = published(loose)
+    seen = job.select(strict, dry_run=True, progress=False)
+    assert published(loose) == first
+    changed = job.select(strict, progress=False)
+    assert changed["counts"] == seen["counts"]
+    assert changed["counts"]["kept"] < 40
+    assert sound(strict)
+    build(loose)
+    assert published(loose) == first
+
+
+def test_new_rows_move_nothing_that_exists(make: Callable[..., Recipe]) -> None:
+    build(make(40))
+    before = published(make(40))
+    recipe = make(60)
+    build(recipe)
+    after = published(recipe)
+    assert sound(recipe)
+    old = {name: data for name, data in before.items() if name.startswith(("shards/shard", "ledger/"))}
+    assert old.items() <= after.items()
+    assert len(Dataset(Storage(recipe.dataset)).ledger()) == 60
+
+
+def test_unit_size_changes_nothing_in_the_shards(make: Callable[..., Recipe]) -> None:
+    one, other = make(40), make(40, name="other", unit={"rows": 7})
+    build(one)
+    build(other)
+    shards = [{n: d for n, d in published(r).items() if n.startswith("shards/")} for r in (one, other)]
+    assert shards[0] == shards[1]
+
+
+class Fails(Ingest):
+    """Cannot do the second unit."""
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        if unit.id.endswith("1"):
+            raise OSError("the disk is on fire")
+        yield from super().prepare(unit)
+
+
+def test_a_quarantined_unit_is_failed_rows_until_it_heals(make: Callable[..., Recipe]) -> None:
+    recipe, whole = make(40), make(40, name="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "Ingest", Fails)
+        summary = build(recipe)
+    assert summary["quarantined"] == {"0000-000001": "OSError: the disk is on fire"}
+    assert sound(recipe)
+    ledger = Dataset(Storage(recipe.dataset)).ledger()
+    assert ledger["reason"].to_pylist().count("read_error") == 16
+
+    healed = build(recipe)
+    build(whole)
+    assert healed["quarantined"] == {}
+    assert published(recipe) == published(whole)
+
+
+def test_other_image_settings_stage_anew(make: Callable[..., Recipe]) -> None:
+    build(make(30))
+    recipe, fresh = make(30, image={"size": 48}), make(30, name="fresh", image={"size": 48})
+    build(recipe)
+    build(fresh)
+    assert published(recipe) == published(fresh)
+    assert len(Storage(recipe.dataset).names("staged")) == 4  # the old pictures are gone
+
+
+def test_select_needs_something_staged(make: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="dataset: nothing is staged"):
+        job.select(make(5), progress=False)
+
+
+def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
+    recipe = make(40)
+    build(recipe)
+    storage = Storage(recipe.dataset)
+    good = published(recipe)
+
+    def problems(name: str, data: bytes | None) -> str:
+        if data is None:
+            storage.delete(name)
+        else:
+            storage.write(name, data)
+        found = "\n".join(verify(storage))
+        for original, content in good.items():
+            storage.write(original, content)
+        if name not in good:
+            storage.delete(name)
+        return found
+
+    tar, table = "shards/shard-000001.tar", "shards/shard-000001.parquet"
+    raw = good[tar]
+    flipped = raw[:700] + bytes([raw[700] ^ 1]) + raw[701:]
+    assert f"{tar}: its SHA-256" in problems(tar, flipped)
+    assert f"{tar}: cannot be read as a tar" in problems(tar, b"x" + raw[1:])
+    assert f"{tar}: 1000 bytes" in problems(tar, raw[:1000])
+    assert f"{tar}: missing" in problems(tar, None)
+    assert f"{table}: its SHA-256" in problems(table, good["shards/shard-000000.parquet"])
+    assert "shards/odd.tar: not listed" in problems("shards/odd.tar", raw)
+    assert "sizes.json: does not agree" in problems("sizes.json", b"{}")
+    ledger = next(name for name in good if name.startswith("ledger/"))
+    assert f"{ledger}: missing" in problems(ledger, None)
+    assert sound(recipe)
