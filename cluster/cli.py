@@ -1,0 +1,109 @@
+"""The `capstan` command: gathers every floor's commands, and turns errors into lines and exit codes.
+
+0 done · 1 failed · 2 bad recipe, arguments or input · 3 finished with quarantined units · 130 interrupted, can go on
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import training.cli
+import typer
+from typer.exceptions import TyperException
+
+import pipeline.cli
+import recaption.cli
+from cluster.config import load, schema
+from pipeline.cli import JsonOption, finish
+from pipeline.errors import CapstanError
+
+app = typer.Typer(
+    name="capstan",
+    help="Captioned web images in, a trained text-to-image model out. Every stage can stop anywhere and go on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for floor in (pipeline.cli, recaption.cli, training.cli):
+    floor.add_commands(app, load)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="Where to write recipe.yaml.")] = Path()) -> None:
+    """Write a commented starter recipe."""
+    from cluster.starter import write_starter
+
+    typer.echo(write_starter(folder))
+
+
+@app.command("schema")
+def print_schema() -> None:
+    """Print the recipe's JSON Schema."""
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="Also check this recipe and its storage.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the machine, the versions, the storage and a recipe; say what to fix."""
+    from cluster.doctor import examine, show
+
+    findings = examine(recipe)
+    show(findings)
+    finish({"ok": all(f.ok for f in findings), "findings": [f.as_dict() for f in findings]}, as_json)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where everything is kept.")] = Path("capstan-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Take the whole chain on a small captioned world that Capstan draws itself; goes on where it stopped."""
+    from cluster.demo import run_demo
+
+    finish(run_demo(folder), as_json)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = app(args=arguments, standalone_mode=False)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except TyperException as error:
+        print(f"error: {error.format_message()}. Mend: see `capstan --help`", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+        return 130
+    except CapstanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """The console command."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The whole recipe, every floor's section checked at once: the front door's loader, and its JSON Schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, read_recipe, validate
+from recaption.config import RecaptionConfig
+from training.config import TrainConfig
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `a.b=value` overrides. Raises RecipeError for anything wrong in any section."""
+    recipe = validate(Recipe, read_recipe(path, overrides))
+    if recipe.recaption is not None:
+        validate(RecaptionConfig, recipe.recaption, "recaption")
+    if recipe.train is not None:
+        TrainConfig.from_recipe(recipe)
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the whole recipe, for editors."""
+    whole = Recipe.model_json_schema()
+    definitions = whole.setdefault("$defs", {})
+    for section, model in (("recaption", RecaptionConfig), ("train", TrainConfig)):
+        inner = model.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(inner.pop("$defs", {}))
+        definitions[model.__name__] = inner
+        whole["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"}, {"type": "null"}]}
+    return whole

@@ -1,0 +1,168 @@
+"""`capstan demo`: the whole chain in order on a captioned world that Capstan draws itself, one progress line a stage.
+
+Every stage is the same call as its own command would make, on a recipe that lies in the demo's folder; each goes on
+where it stopped, and so does the demo. It ends with the grid of pictures drawn from prompts, and report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster import demo_recipes
+from cluster.config import load
+from pipeline.config import Recipe
+from pipeline.errors import CapstanError
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from pipeline.world.rows import scene_of_url
+from pipeline.world.text import descriptive, short
+from recaption.store import write_given_layer
+
+SCENES = 256  # unseen scenes on which the model is measured
+
+
+def run_demo(folder: Path) -> dict[str, Any]:
+    """Run what is not yet done; gives the paths of the grid and of the report, and what was measured."""
+    storage = Storage(str(folder), field="DIR")
+    storage.check_writable()
+    demo = _Demo(folder)
+    summary: dict[str, Any] = {}
+    started = time.monotonic()
+    with _log_to(folder / "demo.log"):
+        for number, (title, stage) in enumerate(demo.stages, 1):
+            with _line(f"{number}/{len(demo.stages)} {title}", folder) as say:
+                result = stage()
+                say(result.pop("said"))
+                summary |= result
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min; look at", file=sys.stderr)
+    for name in ("grid", "report"):
+        print(f"  {summary[name]}", file=sys.stderr)
+    return summary
+
+
+class _Demo:
+    """The stages, in order. Each gives {"said": one line, ...}."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipes = demo_recipes.recipes(folder)
+        self.stages: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            ("build the web's pictures", lambda: self._build("web")),
+            ("build the labelled pictures", self._build_labelled),
+            ("train the captioner on web captions", lambda: self._train("captioner-base")),
+            ("fine-tune it on descriptions", lambda: self._train("captioner")),
+            ("recaption the web's pictures", self._recaption),
+            ("train the autoencoder", lambda: self._train("autoencoder")),
+            ("encode the pictures", self._encode),
+            ("train the diffusion model", lambda: self._train("diffusion")),
+            ("draw the prompts and measure", self._evaluate),
+            ("write the report", self._report),
+        ]
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe `name`, as it stands in the demo's folder for whoever wants to run or change it."""
+        path = self.folder / "recipes" / f"{name}.yaml"
+        text = yaml.safe_dump(self.recipes[name], sort_keys=False, allow_unicode=True)
+        Storage(str(path.parent), field="DIR").write(path.name, text.encode())
+        return load(path)
+
+    def _build(self, name: str) -> dict[str, Any]:
+        from pipeline.job import build
+
+        built = build(self.recipe(name), progress=False)
+        if built["quarantined"]:
+            raise CapstanError(f"{name}: units were quarantined: {built['quarantined']}; run the demo again")
+        counts = built["counts"]
+        rows = sum(counts.values())
+        return {"said": f"{rows:,} rows → {counts['kept']:,} pictures"}
+
+    def _build_labelled(self) -> dict[str, Any]:
+        """The labelled pictures, and their captions as a layer."""
+        result, recipe = self._build("labelled"), self.recipe("labelled")
+        assert recipe.source is not None
+        assert recipe.source.world is not None
+        dataset, captions = Dataset(Storage(recipe.dataset)), {}
+        for shard in dataset.shard_names:
+            table = dataset.table(shard, ["key", "url"])
+            for key, url in zip(table["key"].to_pylist(), table["url"].to_pylist(), strict=True):
+                scene = scene_of_url(recipe.source.world, url)
+                captions[key] = {"short": short(scene), "descriptive": descriptive(scene)}
+        write_given_layer(dataset.storage, demo_recipes.LABELLED_LAYER, captions)
+        return result
+
+    def _train(self, name: str) -> dict[str, Any]:
+        from training.launch import train
+
+        trained = train(self.recipe(name))
+        return {"said": f"{trained['steps']:,} steps, loss {trained['loss']:.4g}"}
+
+    def _recaption(self) -> dict[str, Any]:
+        from recaption.job import recaption
+
+        written = recaption(self.recipe("recaption"), progress=False)
+        self.recipes["diffusion"]["train"]["data"] = {"layer": written["layer"]}
+        return {"said": f"{written['images']:,} pictures captioned", "layer": written["layer"]}
+
+    def _encode(self) -> dict[str, Any]:
+        from training.latents import encode
+
+        encoded = encode(self.recipe("diffusion"), progress=False)
+        self.recipes["diffusion"]["train"]["data"]["latents"] = encoded["encoder"]
+        return {"said": f"latents {encoded['encoder']}"}
+
+    def _evaluate(self) -> dict[str, Any]:
+        from training.evaluate import evaluate
+
+        run = self.folder / "diffusion"
+        known = run / "evaluation.json"
+        if known.exists() and known.stat().st_mtime > (run / "finished.json").stat().st_mtime:
+            measured = json.loads(known.read_text())
+        else:
+            measured = evaluate(run, count=SCENES)
+        said = ", ".join(f"{name} {entry['value']:.2f}" for name, entry in measured["measures"].items())
+        return {"said": said, "measures": measured["measures"], "grid": str(run / "evaluation.png")}
+
+    def _report(self) -> dict[str, Any]:
+        from cluster.demo_report import write_demo_report
+
+        path = write_demo_report(self.folder, {name: self.recipe(name) for name in self.recipes})
+        return {"said": str(path), "report": str(path)}
+
+
+@contextlib.contextmanager
+def _line(title: str, folder: Path) -> Iterator[Callable[[str], None]]:
+    """One line a stage: what runs, and once it is done, what came of it and how long it took."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    said: list[str] = []
+    started = time.monotonic()
+    status = console.status(title) if console.is_terminal else contextlib.nullcontext()
+    if not console.is_terminal:
+        console.print(f"{title} …", soft_wrap=True)
+    with status:
+        yield said.append
+    console.print(f"{title}: {said[0]} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """What the stages log goes into a file instead of between the progress lines."""
+    root = logging.getLogger()
+    before, handler = root.handlers[:], logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    root.handlers = [handler]
+    try:
+        yield
+    finally:
+        root.handlers = before
+        handler.close()

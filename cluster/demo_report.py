@@ -1,0 +1,92 @@
+"""The demo's report.html: funnel, captions beside each other, loss curves, the grid, and the oracle's measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline import page
+from pipeline.config import Recipe, WorldSource
+from pipeline.report import funnel, reasons
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from pipeline.world import oracle
+from pipeline.world.rows import scene_of_url
+from pipeline.world.text import compare, facts
+from recaption.store import read_layer
+
+_SHOWN: Final = 12  # pictures with their captions
+_COMPARED: Final = 1500  # captions held against the truth
+_RUNS: Final = ("captioner-base", "captioner", "autoencoder", "diffusion")
+
+
+def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
+    """Publish report.html in the demo's folder; gives its path."""
+    web = recipes["web"]
+    dataset = Dataset(Storage(web.dataset))
+    assert web.source is not None
+    world = web.source.world or WorldSource()
+    layer = str((recipes["diffusion"].train or {})["data"]["layer"])
+    made = page.Page(
+        "Capstan demo",
+        "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that Capstan "
+        "draws itself, so that each can be held against the truth.",
+    )
+    evaluation = json.loads((folder / "diffusion" / "evaluation.json").read_text())
+    grid = (folder / "diffusion" / "evaluation.png").read_bytes()
+    made.section(
+        "Pictures drawn from prompts", page.note("No prompt was seen in training."), page.image(grid, "the grid")
+    )
+    made.section("How well pictures follow prompts", _followed(evaluation))
+    made.section("From rows to pictures", funnel(dataset), page.paragraph("Why rows were left out:"), reasons(dataset))
+    made.section("Captions", *_captions(dataset, world, layer))
+    made.section("Training", *(_curve(made, folder, run) for run in _RUNS))
+    Storage(str(folder), field="DIR").write("report.html", made.html().encode())
+    return folder / "report.html"
+
+
+def _followed(evaluation: dict[str, Any]) -> str:
+    """The oracle's measures beside chance, the ceiling that the autoencoder sets, and the oracle's own accuracy."""
+    clean = evaluation["oracle"]
+    rows = [
+        [name.replace("_", " + "), entry["value"], entry["chance"], entry["ceiling"], clean.get(name)]
+        for name, entry in evaluation["measures"].items()
+    ]
+    header = ["measure", "pictures", "chance", "through the autoencoder", "oracle on clean drawings"]
+    remark = (
+        f"{evaluation['scenes']} unseen descriptions, one picture each. The oracle is a parser of drawings. Chance is "
+        "what pictures of other scenes score; relation counts only if both things are found."
+    )
+    return page.note(remark) + page.table(header, rows)
+
+
+def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[str]:
+    """Original beside short and descriptive captions, and how often the latter are true."""
+    shown: list[tuple[bytes, dict[str, str]]] = []
+    originals, written = list[dict[str, float]](), list[dict[str, float]]()
+    for shard in dataset.shard_names:
+        table, captions = dataset.table(shard, ["key", "url", "caption"]), read_layer(dataset.storage, layer, shard)
+        rows = table.to_pylist()
+        for row in rows[: max(0, _COMPARED - len(written))]:
+            scene = scene_of_url(world, row["url"])
+            originals.append(compare(facts(row["caption"]), scene))
+            written.append(compare(facts(captions[row["key"]]["descriptive"]), scene))
+        wanted = range(min(len(rows), max(0, _SHOWN - len(shown))))
+        for row, (key, jpeg) in zip(rows, dataset.read_images(shard, wanted), strict=False):
+            texts = captions[key]
+            shown.append(
+                (jpeg, {"original": row["caption"], "short": texts["short"], "descriptive": texts["descriptive"]})
+            )
+    before, after = oracle.aggregate(originals), oracle.aggregate(written)
+    table = page.table(["stated rightly", "original", "descriptive"], [[n, before[n], after[n]] for n in after])
+    remark = f"Held against the truth for {len(written):,} pictures; a caption that says nothing of it counts as wrong."
+    return [page.note(remark), table, page.cards(shown)]
+
+
+def _curve(made: page.Page, folder: Path, run: str) -> str:
+    """A run's loss by step."""
+    records = [json.loads(line) for line in (folder / run / "log.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    return made.curves(run, {"loss": (steps, [record["loss"] for record in records])}, "loss")
