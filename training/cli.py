@@ -1,0 +1,70 @@
+"""The commands train, encode, sample, evaluate and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, finish
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the product in it.")]
+
+
+def add_commands(app: typer.Typer, load: Load) -> None:
+    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+
+    @app.command()
+    def train(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+        """Fit what the recipe's train.model names. Goes on from its last checkpoint; a finished run is left alone."""
+        from training.launch import train as run
+
+        finish(run(load(recipe, overrides)), as_json)
+
+    @app.command()
+    def encode(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+        """Run the autoencoder of train.diffusion over all pictures once; train.data.latents then reads the latents."""
+        from training.latents import encode as run
+
+        finish(run(load(recipe, overrides)), as_json)
+
+    @app.command()
+    def sample(
+        run: RunArgument,
+        prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw; repeatable.")],
+        out: Annotated[Path, typer.Option("-o", "--out", help="Where the grid goes.")] = Path("grid.png"),
+        seed: Annotated[list[int], typer.Option("--seed", help="One a prompt, or several for one prompt.")] = [],  # noqa: B006
+        negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
+        steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
+        guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="Guidance scale.")] = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Draw a labelled grid of pictures from prompts."""
+        from training.sample import sample as draw
+
+        seeds = seed or None
+        finish(draw(run, prompt, out, seeds=seeds, negative=negative, steps=steps, guidance=guidance), as_json)
+
+    @app.command()
+    def evaluate(
+        run: RunArgument,
+        count: Annotated[int, typer.Option("--count", min=2, help="How many unseen scenes.")] = 128,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Measure a run on scenes of the captioned world that it has not seen, each measure beside its chance level."""
+        from training.evaluate import evaluate as measure
+
+        finish(measure(run, count=count), as_json)
+
+    @app.command()
+    def export(
+        run: RunArgument,
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the diffusers folder goes.")],
+        precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+        as_json: JsonOption = False,
+    ) -> None:
+        """Write a folder that diffusers.DiffusionPipeline.from_pretrained opens."""
+        from training.export import export as write
+
+        finish(write(run, folder, precision=precision), as_json)
