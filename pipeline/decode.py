@@ -86,7 +86,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """From the source (w, h; upright) to what is stored: scale to `scaled`, then crop or pad to `out` about the centre."""
+    """From the source (w, h; upright) to what is stored: scale to `scaled`, crop or pad about the centre to `out`."""
 
     source: tuple[int, int]
     scaled: tuple[int, int]
@@ -105,7 +105,7 @@ class _Layout:
 def decode(data: bytes, image: config.Image) -> Picture | Failure:
     """The picture in `data` as `image` wants it stored: an 8-bit sRGB JPEG without metadata.
 
-    Bad bytes give a Failure, never an exception. The same bytes and settings give the same picture, whatever else the process does.
+    Bad bytes give a Failure, never an exception. The same bytes and settings give the same picture.
     """
     _one_thread()
     try:
@@ -120,7 +120,7 @@ def decode(data: bytes, image: config.Image) -> Picture | Failure:
 
 
 def check_hash(data: bytes, expected: str) -> Failure | None:
-    """A Failure unless `data` has the hash that its source states: hexadecimal md5, sha1, sha256 or sha512, by length."""
+    """A Failure unless `data` has the hash its source states: hexadecimal md5, sha1, sha256 or sha512, by length."""
     name = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}.get(len(expected))
     if name is None:
         return Failure("corrupt", f"{expected!r} is no md5, sha1, sha256 or sha512")

@@ -69,6 +69,8 @@ def sniff(data: bytes) -> str:
             return kind
         if len(data) >= 2 and magic.startswith(data):
             raise Unreadable("truncated", f"{len(data)} bytes")
+    if len(data) < 18 and data.startswith((b"RIFF", b"BM")):
+        raise Unreadable("truncated", f"{len(data)} bytes")
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
