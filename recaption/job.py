@@ -227,12 +227,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What `recaption` would do; changes nothing.
 
     Counts images: `done` in finished shards; of the others `reused` have captions of this recipe, `new` have none, and
-    of these `stale` have captions of another recipe only. `eta_s` comes from captioning one batch.
+    of these `stale` have captions of another model or recipe only. `eta_s` comes from captioning one batch.
     """
     job = _job(recipe)
     todo = outline(job)
     new = set[str]().union(*(shard.new for shard in todo))
-    others = [layer for layer in store.list_layers(job.storage) if layer != job.layer]
+    others = [layer for layer in store.list_layers(job.storage) if layer != job.layer and _by_model(job.storage, layer)]
     names = [name for layer in others for name in job.storage.names(f"{store.ROOT}/{layer}")]
     stale = {sha256 for table in _rows_of(job.storage, names, new) for sha256 in table["sha256"].to_pylist()}
     images = sum(entry.samples for entry in job.dataset.manifest.shards)
@@ -249,6 +249,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "samples_per_s": round(rate, 2),
         "eta_s": round(len(new) / rate, 3) if rate else 0.0,
     }
+
+
+def _by_model(storage: Storage, layer: str) -> bool:
+    """Whether the layer's captions were written by a model: those that people gave do not grow stale."""
+    return bool(store.layer_recipe(storage, layer)["engine"]["engine"] != store.GIVEN)
 
 
 def _timed(job: RecaptionJob, todo: list[Todo]) -> float:

@@ -249,6 +249,28 @@ def test_given_captions_reach_training_in_their_slots(squares: Path, tmp_path: P
     family.prepare(samples)
 
 
+@pytest.mark.integration
+def test_trains_on_deepspeed_and_writes_captions(squares: Path, tmp_path: Path) -> None:
+    """In a process of its own, ZeRO-2: the whole way from a recipe to captions."""
+    from pipeline.config import Recipe
+    from training.launch import train
+
+    section = {
+        "model": "captioner",
+        "run": str(tmp_path / "run"),
+        "steps": 2,
+        "batch": 8,
+        "data": {"layer": None},
+        "engine": {"launcher": "local", "zero": 2},
+        "captioner": {**SMALL, "vision": {**SMALL["vision"], "image_size": 16}},
+    }
+    summary = train(Recipe(dataset=str(squares), train=section))
+    assert summary["steps"] == 2
+    engine = make(RecaptionConfig(model=str(tmp_path / "run"), max_tokens=4))
+    texts = engine.caption(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"])
+    assert [set(captions) for captions in texts] == [{"short", "descriptive"}] * 2
+
+
 def test_settings_that_do_not_fit_are_refused() -> None:
     for settings, problem in (
         ({"vision": {**SMALL["vision"], "patch_size": 7}}, "does not divide"),

@@ -191,6 +191,7 @@ class CaptionerFamily(Family):
         from safetensors.torch import save_file
 
         weights = {name: tensor.contiguous() for name, tensor in model.coca.state_dict().items()}
+        weights["logit_scale"] = weights["logit_scale"].reshape(())  # as open_clip has it
         save_file(weights, folder / WEIGHTS_FILE)
         if (self.assets / BPE_FILE).is_file():
             self.tokenizer.save(folder)

@@ -26,7 +26,8 @@ class Captioner(nn.Module):
         from open_clip.coca_model import CoCa
 
         super().__init__()
-        self.coca = CoCa(**{key: value for key, value in architecture.items() if key != "custom_text"})
+        shape = {key: value for key, value in architecture.items() if key != "custom_text"}
+        self.coca = CoCa(**shape, nonscalar_logit_scale=True)  # DeepSpeed broadcasts no tensor without dimensions
         self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None], persistent=False)
 
