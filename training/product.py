@@ -39,6 +39,15 @@ def kind_of(product: Path) -> str:
     return "captioner" if (product / "open_clip_config.json").is_file() else ""
 
 
+def quieten() -> None:
+    """Keep diffusers and transformers from drawing progress bars of their own while they open and save models."""
+    from diffusers.utils.logging import disable_progress_bar as no_bar_of_diffusers
+    from transformers.utils.logging import disable_progress_bar as no_bar_of_transformers
+
+    no_bar_of_diffusers()
+    no_bar_of_transformers()
+
+
 def read_facts(product: Path) -> dict[str, Any]:
     """What `write_facts` wrote; empty for a model of other tools."""
     path = product / FACTS

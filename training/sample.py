@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import RecipeError
-from training.product import find_product, kind_of, read_facts
+from training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def open_sampler(run: str | Path, device: str | None = None) -> Sampler:
     if kind_of(product) != "diffusion":
         found = kind_of(product) or "something else"
         raise RecipeError("RUN", f"{product} holds no text-to-image model ({found})", "name a run of train.diffusion")
+    quieten()
     pipeline = DiffusionPipeline.from_pretrained(product)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

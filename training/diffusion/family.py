@@ -25,7 +25,7 @@ from training.family import Batch, Family, Metrics, Sample, Samples
 from training.latents import encoder_identity
 from training.objectives import drop_rows, weighted_mse
 from training.pixels import batch_of, picture_size, to_signed
-from training.product import find_product, read_facts, write_facts
+from training.product import find_product, quieten, read_facts, write_facts
 from training.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
@@ -55,6 +55,7 @@ class DiffusionFamily(Family):
         write_facts(folder, size=size)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
+        quieten()
         self.train: DiffusionSettings = train.settings
         self.vae = load_autoencoder(self.train.autoencoder, "train.diffusion.autoencoder")
         if self.vae.config.shift_factor:
