@@ -9,13 +9,13 @@ unit that is cut off, or done by a forgotten worker, leaves files that nobody re
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import hashlib
 import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Recipe, fingerprint
+from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, decode
+from pipeline.fetch import Fetcher
 from pipeline.plan import PlannedUnit
 from pipeline.records import MEASURED
 from pipeline.shards import Sample, sha256_of, write_tar
@@ -80,7 +81,7 @@ class Ingest(Job):
         """One piece: the unit's marker."""
         rows = self.storage.read_table(unit.spec["table"]).to_pylist()
         with tempfile.TemporaryDirectory(prefix="capstan-ingest-") as scratch, _Spool(Path(scratch)) as spool:
-            outcomes = asyncio.run(self._outcomes(rows, spool))
+            outcomes = self._outcomes(rows, spool)
             digest = hashlib.sha256()
             tar = Path(scratch) / "staged.tar"
             spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
@@ -96,10 +97,10 @@ class Ingest(Job):
         (marker,) = pieces
         return marker
 
-    async def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
+    def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
         """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
         outcomes: list[Outcome] = [{}] * len(rows)
-        async for index, data in self._bytes(rows):
+        for index, data in self._bytes(rows):
             result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
             if isinstance(result, Picture):
                 spool.add(index, result.jpeg)
@@ -110,7 +111,7 @@ class Ingest(Job):
         assert all(outcomes), "a row was never answered"
         return outcomes
 
-    async def _bytes(self, rows: list[dict[str, Any]]) -> AsyncIterator[tuple[int, bytes | Failure]]:
+    def _bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
         """(index, the source file's bytes or why there are none) for each row, as they come."""
         remote = []
         for index, row in enumerate(rows):
@@ -121,10 +122,8 @@ class Ingest(Job):
             else:
                 remote.append(index)
         if remote:
-            from pipeline.fetch import Fetcher
-
-            fetcher = Fetcher(self.recipe.fetch, self.resolve)
-            async for position, fetched in fetcher.fetch_all([rows[index]["url"] for index in remote]):
+            fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
+            for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
                 found = fetched.data if fetched.data is not None else Failure(fetched.reason, fetched.detail)
                 yield remote[position], found
 
@@ -134,6 +133,12 @@ class Ingest(Job):
         except Exception as error:  # noqa: BLE001 - the row boundary: a file that cannot be read is a row with a reason
             return Failure("read_error", f"{type(error).__name__}: {error}")
         return data or Failure("empty", "the file holds nothing")
+
+
+@functools.lru_cache(maxsize=1)
+def _fetcher(fetch: Fetch, resolve: tuple[tuple[str, str], ...]) -> Fetcher:
+    """One a worker process, since it remembers every host's robots.txt."""
+    return Fetcher(fetch, dict(resolve))
 
 
 class _Spool:

@@ -114,6 +114,9 @@ def start_ray(resources: Resources) -> None:
     """Start Ray in this process, quietly and on loopback only, unless it runs already. RAY_ADDRESS joins a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray's only switch that keeps a one-machine Ray off the network: its name tells of where it is the default.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if not ray.is_initialized():
@@ -126,7 +129,6 @@ def start_ray(resources: Resources) -> None:
                 num_gpus=resources.gpus,
                 object_store_memory=min(_GIB, max(_GIB // 8, _memory_bytes() // 12)),
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

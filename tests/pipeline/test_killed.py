@@ -1,0 +1,101 @@
+"""A build in a process of its own, killed or interrupted at chosen moments: the next one ends with the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.storage import Storage
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.integration
+
+SCRIPT = """
+import json, sys
+from pipeline.config import Recipe
+from pipeline.job import build
+try:
+    print(json.dumps(build(Recipe.model_validate_json(sys.argv[1]))))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def recipe(folder: Path, cpus: int) -> dict[str, Any]:
+    """A small captioned world, fetched over HTTP, with the web's defects."""
+    return {
+        "dataset": str(folder),
+        "source": {"format": "world", "world": {"scenes": 150, "size": 64}},
+        "image": {"size": 32, "min_size": 24},
+        "select": [{"name": "size", "where": "least(width, height) >= 30"}],
+        "unit": {"rows": 20},
+        "shards": {"samples": 25},
+        "resources": {"cpus": cpus},
+    }
+
+
+def start(folder: Path, cpus: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(recipe(folder, cpus))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The summary, which is all that stdout may carry."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def when(process: subprocess.Popen[str], ready: Callable[[], bool], signal_: signal.Signals) -> float:
+    """Send `signal_` as soon as `ready`; gives the seconds until the process has ended."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal_)
+    sent = time.monotonic()
+    process.communicate(timeout=60)
+    return time.monotonic() - sent
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    storage = Storage(str(folder))
+    return {name: storage.read(name) for name in storage.names() if not name.startswith(("state/", "staged/"))}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in published(folder).items() if name != "dataset.json"}
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "dataset.json").read_bytes())
+
+
+def test_killed_and_interrupted_builds_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    summary = finish(start(whole, cpus=1))
+    assert summary["counts"]["kept"] > 75
+    assert summary["counts"]["shards"] >= 4
+    assert {"http_404", "not_an_image"} <= summary["failed"].keys()
+
+    def some(pattern: str, at_least: int = 1) -> Callable[[], bool]:
+        return lambda: len(list(torn.glob(pattern))) >= at_least
+
+    when(start(torn), some("state/ingest-*/done/*.json", 3), signal.SIGKILL)
+    assert not (torn / "dataset.json").exists()
+    assert when(start(torn), some("state/ingest-*/done/*.json", 5), signal.SIGINT) < 15
+    when(start(torn), some("shards/*.tar", 2), signal.SIGKILL)
+    assert not (torn / "dataset.json").exists()
+    finish(start(torn))
+
+    assert content(torn) == content(whole)
+    assert manifest(torn) == manifest(whole)
+    assert verify(Storage(str(torn))) == []
