@@ -1,0 +1,124 @@
+"""What a site asks of robots: the text of robots.txt and X-Robots-Tag headers → may this picture be taken?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote
+
+# What a site says to keep a picture out of training data (noai, noimageai) or out of any index of images.
+_FORBIDDING: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+_WITH_VALUE: Final = frozenset({"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"})
+_TOKEN: Final = re.compile(r"[A-Za-z_*][A-Za-z0-9_.-]*")
+_ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
+_ASCII: Final = "".join(map(chr, range(0x21, 0x7F)))
+
+
+def product_token(user_agent: str) -> str:
+    """The name by which robots.txt addresses a user agent.
+
+    >>> product_token("capstan/0.1 (image-text dataset builder)")
+    'capstan'
+    """
+    found = _TOKEN.match(user_agent)
+    return found.group().lower() if found else user_agent.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of one robots.txt that concern us: (allow?, path pattern). No rules: everything is allowed."""
+
+    rules: tuple[tuple[bool, str], ...] = ()
+
+    def allows(self, path: str) -> bool:
+        """Whether `path` (with its query) may be fetched: the longest match decides, Allow at a tie (RFC 9309, 2.2.2).
+
+        >>> Rules(((False, "/private"), (True, "/private/open"))).allows("/private/open/a.jpg")
+        True
+        """
+        path = _normal(path)
+        matches = [(len(pattern), allow) for allow, pattern in self.rules if _matches(pattern, path)]
+        return max(matches, default=(0, True))[1]
+
+
+def parse(text: str, token: str) -> Rules:
+    """The rules for the robot `token` in a robots.txt: of all groups that name it, else of those for `*`.
+
+    Lines that make no sense are passed over, as RFC 9309 asks (2.2.4).
+    """
+    groups: dict[str, list[tuple[bool, str]]] = {}
+    agents: list[str] = []
+    in_rules = True
+    for line in text.removeprefix("\ufeff").splitlines():
+        name, colon, value = line.partition("#")[0].partition(":")
+        name, value = name.strip().lower(), value.strip()
+        if not colon:
+            continue
+        if name == "user-agent":
+            if in_rules:  # rules came before: a new group begins
+                agents, in_rules = [], False
+            agents.append(product_token(value))
+            groups.setdefault(agents[-1], [])
+        elif name in ("allow", "disallow"):
+            in_rules = True
+            if value:  # an empty Disallow forbids nothing
+                for agent in agents:
+                    groups[agent].append((name == "allow", _normal(value)))
+    return Rules(tuple(groups.get(token, groups.get("*", []))))
+
+
+def _normal(path: str) -> str:
+    """One spelling for each path: non-ASCII escaped, escapes in capitals, needless ones undone (RFC 9309, 2.2.2)."""
+
+    def undo(escape: re.Match[str]) -> str:
+        letter = chr(int(escape.group(1), 16))
+        return letter if letter.isascii() and (letter.isalnum() or letter in "-._~") else escape.group().upper()
+
+    return _ESCAPE.sub(undo, quote(path, safe=_ASCII))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """`*` is any run of characters, a `$` at the end anchors. In linear time: a site writes the pattern, not we."""
+    anchored = pattern.endswith("$")
+    first, *others = pattern.removesuffix("$").split("*")
+    if not path.startswith(first):
+        return False
+    at = len(first)
+    if anchored:
+        if not others:
+            return at == len(path)
+        last = others.pop()
+        if not path.endswith(last):
+            return False
+        end = len(path) - len(last)
+    else:
+        end = len(path)
+    for piece in others:
+        at = path.find(piece, at, end)
+        if at < 0:
+            return False
+        at += len(piece)
+    return at <= end
+
+
+def forbidden_by(headers: Iterable[str], token: str) -> str:
+    """The first directive in X-Robots-Tag headers that keeps the robot `token` from taking the picture, or "".
+
+    A directive may be meant for one robot: `otherbot: noai, noindex` concerns only otherbot.
+
+    >>> forbidden_by(["nofollow, noai"], "capstan"), forbidden_by(["otherbot: noai"], "capstan")
+    ('noai', '')
+    """
+    for header in headers:
+        for_us = True
+        for part in header.split(","):
+            name, colon, value = part.strip().partition(":")
+            name = name.strip().lower()
+            if colon and name not in _WITH_VALUE and _TOKEN.fullmatch(name):
+                for_us = name in ("*", token)
+                name = value.strip().lower()
+            if for_us and name in _FORBIDDING:
+                return name
+    return ""
