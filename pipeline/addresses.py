@@ -40,6 +40,8 @@ def is_public(address: str) -> bool:
             return False
         if ip.ipv4_mapped or ip in _NAT64:
             return True
+        if ip.is_site_local:  # fec0::/10, deprecated but still routed in places
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import random
+import re
 import socket
 import ssl
 import time
@@ -25,6 +26,8 @@ from pipeline.addresses import PrivateAddress, check_literal
 _MAX_REDIRECTS: Final = 8
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _HEALING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# A query of legal characters only (RFC 3986, 3.4); any other must be escaped before it is sent.
+_AS_IT_IS: Final = re.compile(r"^[^?#]*\?((?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+)(?:#|\Z)")
 _LONGEST_PAUSE_S: Final = 60.0
 _MOST_MEMBERS: Final = 64  # of a gzip body; each costs a copy of what follows it
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
@@ -204,10 +207,19 @@ class Exchange:
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
-    """An http or https address with a host. Raises Failed(`bad_url`)."""
+    """An http or https address with a host; its query stays as it is spelled, for signatures hang on that.
+
+    Raises Failed(`bad_url`).
+    """
     try:
         url = URL(text.strip())
+        spelled = _AS_IT_IS.search(text.strip())
+        query = spelled.group(1) if spelled else url.raw_query_string
         url = url if base is None else base.join(url)
+        if query and query != url.raw_query_string:
+            url = URL.build(
+                scheme=url.scheme, authority=url.raw_authority, path=url.raw_path, query_string=query, encoded=True
+            )
         if url.scheme not in ("http", "https") or not url.host or url.port == 0:
             raise ValueError("not an http or https address")
     except (ValueError, TypeError) as error:  # UnicodeError is a ValueError
