@@ -82,8 +82,7 @@ class _Demo:
         if built["quarantined"]:
             raise CapstanError(f"{name}: units were quarantined: {built['quarantined']}; run the demo again")
         counts = built["counts"]
-        rows = sum(counts.values())
-        return {"said": f"{rows:,} rows → {counts['kept']:,} pictures"}
+        return {"said": f"{counts['rows']:,} rows → {counts['kept']:,} pictures"}
 
     def _build_labelled(self) -> dict[str, Any]:
         """The labelled pictures, and their captions as a layer."""

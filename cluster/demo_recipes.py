@@ -25,8 +25,21 @@ _COCA: Final = {
 _ENGINE: Final = {"strategy": "deepspeed", "zero": 2, "workers": 2}
 
 
-def recipes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → recipe, in the order in which they run; all paths lie below `folder`."""
+def recipes(folder: Path, *, quick: bool = False) -> dict[str, dict[str, Any]]:
+    """Name → recipe, in the order in which they run; all paths lie below `folder`.
+
+    `quick` has few pictures and steps: it shows that everything runs, and learns next to nothing.
+    """
+    made = _recipes(folder)
+    for recipe in made.values() if quick else ():
+        recipe["source"]["world"]["scenes"] = 200
+        recipe["shards"], recipe["unit"] = {"samples": 60}, {"rows": 60}
+        if "train" in recipe:
+            recipe["train"] |= {"steps": 6, "log_every": 1, "checkpoint": {"every": 2}}
+    return made
+
+
+def _recipes(folder: Path) -> dict[str, dict[str, Any]]:
     web = {
         "dataset": str(folder / "web"),
         "source": {"format": "world", "world": {**WORLD, "scenes": WEB_SCENES, "seed": SEED_WEB}},
@@ -106,17 +119,18 @@ def autoencoder(folder: Path) -> dict[str, Any]:
     return _train(
         "autoencoder",
         folder / "autoencoder",
-        steps=800,
+        steps=1000,
         batch=32,
         lr=2e-3,
         warmup=50,
+        betas=[0.9, 0.99],
         ema=0.99,
         precision="bf16",
         weight_decay=0.0,
         autoencoder={
             "block_out_channels": [16, 32, 64],
             "layers_per_block": 1,
-            "norm_num_groups": 8,
+            "norm_num_groups": 2,
             "mid_attention": False,
             "reconstruction": "l2",
             "kl": 1e-4,

@@ -39,6 +39,11 @@ train:
   run: ./out/run
   steps: 100000
   batch: 256
+  precision: bf16
+  data: {blend: {descriptive: 0.95, original: 0.05}}   # what a step sees of each picture
+  engine: {zero: 2, workers: 1}  # workers: one a GPU
+  diffusion:
+    autoencoder: ./out/autoencoder     # a run of `model: autoencoder`, or any diffusers AutoencoderKL
 """
 
 

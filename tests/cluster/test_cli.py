@@ -1,0 +1,97 @@
+"""What a user sees of the `capstan` command: exit codes, the line that names field and mend, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.cli import run
+
+
+@pytest.fixture()
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    table = tmp_path / "urls.csv"
+    table.write_text("url,caption\nhttp://example.org/a.jpg,a cat\n")
+    return {"dataset": str(tmp_path / "ds"), "source": {"path": str(table)}}
+
+
+def written(tmp_path: Path, recipe: dict[str, Any]) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+WRONG = [
+    ({"fetch": {"retires": 3}}, "fetch.retires: unknown key", "did you mean retries?"),
+    ({"image": {"size": "large"}}, "image.size: ", "found 'large'"),
+    ({"image": {"resize": "stretch"}}, "image.resize: ", "center_crop"),
+    ({"select": [{"name": "size", "where": "widht >= 200"}]}, "select", "width"),
+    ({"source": {"path": "no/such.parquet"}}, "source.path", "no/such.parquet"),
+    ({"source": None}, "source", "Mend"),
+    ({"recaption": {"engine": "coca", "slot": ["short"]}}, "recaption.slot: unknown key", "did you mean slots?"),
+    ({"train": {"model": "difusion", "run": "r", "steps": 1}}, "train.model", "diffusion"),
+    ({"train": {"model": "autoencoder", "run": "r", "steps": 1, "autoencoder": {"kI": 1}}}, "train.autoencoder.kI", "kl"),
+    ({"dataset": "/proc/capstan/ds"}, "dataset", "Mend"),
+]
+
+
+@pytest.mark.parametrize(("change", "field", "mend"), WRONG, ids=[field for _, field, _ in WRONG])
+def test_a_wrong_recipe_names_field_and_mend(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, field: str, mend: str
+) -> None:
+    code = run(["build", written(tmp_path, recipe | change)])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert field in err
+    assert mend in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+def test_an_unreachable_bucket_is_said_before_anything_is_fetched(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    bucket = {"dataset": "s3://bucket/ds", "storage": {"endpoint_url": "http://127.0.0.1:9"}}
+    assert run(["build", written(tmp_path, recipe | bucket)]) == 2
+    err = capsys.readouterr().err
+    assert "dataset: cannot" in err
+    assert "endpoint_url" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["buidl", "x"], ["build"], ["build", "no-such.yaml"], ["sample", "no-such-run", "-p", "x"]]
+)
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "Mend: " in capsys.readouterr().err
+
+
+def test_an_override_is_applied_and_checked(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", written(tmp_path, recipe), "--set", "image.sise=256"]) == 2
+    assert "did you mean size?" in capsys.readouterr().err
+
+
+def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", str(tmp_path / "mine")]) == 0
+    assert run(["doctor", str(tmp_path / "mine" / "recipe.yaml"), "--json"]) in (0, 1)
+    findings = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert {"name": "recipe", "ok": True} in [{key: f[key] for key in ("name", "ok")} for f in findings]
+    assert run(["init", str(tmp_path / "mine")]) == 2
+
+
+def test_schema_covers_every_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"source", "fetch", "recaption", "train"} <= schema["properties"].keys()
+    assert "slots" in schema["$defs"]["RecaptionConfig"]["properties"]
