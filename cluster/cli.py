@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import training.cli
 import typer
 from typer.exceptions import TyperException
 
 import pipeline.cli
 import recaption.cli
+import training.cli
 from cluster.config import load, schema
 from pipeline.cli import JsonOption, finish
 from pipeline.errors import CapstanError
@@ -67,12 +67,15 @@ def doctor(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything is kept.")] = Path("capstan-demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps of everything: it runs, and learns nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take the whole chain on a small captioned world that Capstan draws itself; goes on where it stopped."""
     from cluster.demo import run_demo
 
-    finish(run_demo(folder), as_json)
+    finish(run_demo(folder, quick=quick), as_json)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -30,11 +30,14 @@ from recaption.store import write_given_layer
 SCENES = 256  # unseen scenes on which the model is measured
 
 
-def run_demo(folder: Path) -> dict[str, Any]:
-    """Run what is not yet done; gives the paths of the grid and of the report, and what was measured."""
+def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
+    """Run what is not yet done; gives the paths of the grid and of the report, and what was measured.
+
+    `quick`: a few pictures and steps, to see that everything runs on this machine.
+    """
     storage = Storage(str(folder), field="DIR")
     storage.check_writable()
-    demo = _Demo(folder)
+    demo = _Demo(folder, quick)
     summary: dict[str, Any] = {}
     started = time.monotonic()
     with _log_to(folder / "demo.log"):
@@ -52,9 +55,9 @@ def run_demo(folder: Path) -> dict[str, Any]:
 class _Demo:
     """The stages, in order. Each gives {"said": one line, ...}."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.recipes = demo_recipes.recipes(folder)
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self.folder, self.scenes = folder, 16 if quick else SCENES
+        self.recipes = demo_recipes.recipes(folder, quick=quick)
         self.stages: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             ("build the web's pictures", lambda: self._build("web")),
             ("build the labelled pictures", self._build_labelled),
@@ -126,7 +129,7 @@ class _Demo:
         if known.exists() and known.stat().st_mtime > (run / "finished.json").stat().st_mtime:
             measured = json.loads(known.read_text())
         else:
-            measured = evaluate(run, count=SCENES)
+            measured = evaluate(run, count=self.scenes)
         said = ", ".join(f"{name} {entry['value']:.2f}" for name, entry in measured["measures"].items())
         return {"said": said, "measures": measured["measures"], "grid": str(run / "evaluation.png")}
 

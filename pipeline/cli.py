@@ -1,4 +1,4 @@
-"""The commands build, select and verify; and the options and the ending that all floors' commands share.
+"""The commands build, select, verify and report; and the options and the ending that all floors' commands share.
 
 stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
 """
@@ -55,6 +55,14 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
         if problems:
             raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
+
+    @app.command()
+    def report(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
+        """Write report.html into the dataset's folder: the funnel, why rows were left out, and samples."""
+        from pipeline.report import write_report
+        from pipeline.shards import Dataset
+
+        finish({"report": write_report(Dataset(Storage(dataset, field="DATASET")))}, as_json)
 
 
 def finish(summary: Mapping[str, Any], as_json: bool) -> None:

@@ -12,7 +12,7 @@ import yaml
 from cluster.cli import run
 
 
-@pytest.fixture()
+@pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     table = tmp_path / "urls.csv"
     table.write_text("url,caption\nhttp://example.org/a.jpg,a cat\n")
@@ -34,7 +34,11 @@ WRONG = [
     ({"source": None}, "source", "Mend"),
     ({"recaption": {"engine": "coca", "slot": ["short"]}}, "recaption.slot: unknown key", "did you mean slots?"),
     ({"train": {"model": "difusion", "run": "r", "steps": 1}}, "train.model", "diffusion"),
-    ({"train": {"model": "autoencoder", "run": "r", "steps": 1, "autoencoder": {"kI": 1}}}, "train.autoencoder.kI", "kl"),
+    (
+        {"train": {"model": "autoencoder", "run": "r", "steps": 1, "autoencoder": {"kI": 1}}},
+        "train.autoencoder.kI",
+        "kl",
+    ),
     ({"dataset": "/proc/capstan/ds"}, "dataset", "Mend"),
 ]
 

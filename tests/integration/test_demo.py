@@ -1,0 +1,104 @@
+"""The whole chain by one command, killed with SIGKILL on the way and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cluster.cli", "demo", str(folder), "--quick", "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], deadline_s: float = 300) -> None:
+    """SIGKILL the demo's own process as soon as `ready`; what it started has to notice by itself."""
+    started = time.monotonic()
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < deadline_s, "the stage was not reached"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def complete(folder: Path, run: str) -> list[Path]:
+    return sorted((folder / run / "checkpoints").glob("step-*/checkpoint.json"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A demo that was killed while it built, trained and recaptioned, and then ended."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    kill_when(start(folder), lambda: bool(list(folder.glob("web/state/*/done/*.json"))))
+    kill_when(start(folder), lambda: bool(complete(folder, "captioner-base")))
+    kill_when(start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))))
+    process = start(folder)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return folder, json.loads(out.splitlines()[-1])
+
+
+def test_it_ends_with_a_grid_and_a_report(demo: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = demo
+    assert Image.open(summary["grid"]).size[0] > 400
+    assert "<h2>How well pictures follow prompts</h2>" in Path(summary["report"]).read_text()
+    assert {"background", "colours", "count", "colour_shape", "relation"} <= summary["measures"].keys()
+
+
+def test_every_run_was_trained_by_deepspeed_on_two_processes(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = demo
+    for run in ("captioner-base", "captioner", "autoencoder", "diffusion"):
+        assert "ZeRO stage 2, world size 2" in (folder / run / "train.log").read_text()
+
+
+def test_a_killed_run_went_on_without_losing_or_repeating_a_step(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = demo
+    steps = [json.loads(line)["step"] for line in (folder / "captioner-base" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_picture_has_its_captions(demo: tuple[Path, dict[str, Any]]) -> None:
+    from pipeline.shards import Dataset
+    from pipeline.storage import Storage
+    from pipeline.verify import verify
+    from recaption.store import read_layer
+
+    folder, summary = demo
+    dataset = Dataset(Storage(str(folder / "web")))
+    assert verify(dataset.storage) == []
+    for shard in dataset.shard_names:
+        captions = read_layer(dataset.storage, summary["layer"], shard)
+        assert set(captions) == set(dataset.table(shard, ["key"])["key"].to_pylist())
+
+
+def test_the_exported_folder_draws_the_same_picture_without_capstan(
+    demo: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = demo
+    exported, grid = tmp_path / "pipeline", tmp_path / "ours.npy"
+    command = [sys.executable, "-m", "cluster.cli", "export", str(folder / "diffusion"), str(exported)]
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = (
+        "import sys, numpy, torch; from diffusers import DiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]); "
+        "r = p(['a red circle'], num_inference_steps=25, guidance_scale=3.0, output_type='np', "
+        "generator=[torch.Generator().manual_seed(7)]); numpy.save(sys.argv[2], r.images)"
+    )
+    subprocess.run([sys.executable, "-c", theirs, str(exported), str(grid)], check=True, capture_output=True, cwd="/")
+    from training.sample import open_sampler
+
+    ours = open_sampler(folder / "diffusion").draw(["a red circle"], [7], steps=25, guidance=3.0)
+    assert np.abs(np.load(grid)[0] - ours[0] / 255).max() <= 1e-3 + 0.5 / 255  # ours is rounded to 8 bits
