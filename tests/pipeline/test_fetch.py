@@ -60,6 +60,10 @@ class Site:
         for server in self._raw:
             server.close()
         await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.seen.append((request.raw_path, request.host, time.monotonic()))
@@ -74,8 +78,14 @@ class Site:
     def raw(self, handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> int:
         """The port of a server that speaks no HTTP by itself: `handle` does as it likes with the connection."""
 
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                await handle(reader, writer)
+            finally:
+                writer.close()
+
         async def start() -> int:
-            self._raw.append(await asyncio.start_server(handle, "127.0.0.1", 0))
+            self._raw.append(await asyncio.start_server(connected, "127.0.0.1", 0))
             return self._raw[-1].sockets[0].getsockname()[1]
 
         return asyncio.run_coroutine_threadsafe(start(), self._loop).result()
