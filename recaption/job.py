@@ -33,7 +33,9 @@ from recaption.engines import CaptionEngine, make
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES: Final = 8 << 20  # of pixels that travel to a model worker at a time
+# What travels to a model worker at a time: whole batches, as many as stay below both.
+PIECE_BYTES: Final = 8 << 20
+PIECE_BATCHES: Final = 8
 UNREADABLE: Final = store.Row.unreadable()
 
 
@@ -61,7 +63,7 @@ class RecaptionJob(units.Job):
                 log.warning("%s: image %s cannot be read: %s", shard, sums[row], error)
                 units.report({"failed.unreadable": 1})
                 piece.broken.append(sums[row])
-            if piece.bytes >= PIECE_BYTES:
+            if piece.is_full(self.config.batch):
                 yield piece.wire()
                 piece = _Piece()
         if piece.sums or piece.broken:
@@ -132,6 +134,9 @@ class _Piece:
         self.sums.append(sha256)
         self.pixels.append(pixels)
         self.bytes += pixels.nbytes
+
+    def is_full(self, batch: int) -> bool:
+        return len(self.sums) % batch == 0 and (len(self.sums) >= PIECE_BATCHES * batch or self.bytes >= PIECE_BYTES)
 
     def wire(self) -> units.Piece:
         pixels = np.stack(self.pixels) if self.pixels else None

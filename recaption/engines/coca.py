@@ -42,7 +42,11 @@ class CocaEngine:
 
     def __init__(self, config: RecaptionConfig) -> None:
         self.config = config
-        self.folder = product_folder(Path(config.model))
+        # Absolute, since workers may stand elsewhere.
+        self.folder = product_folder(Path(config.model).absolute())
+        self.weights = self.folder / WEIGHTS_FILE if self.folder else None  # None: one of open_clip's tags
+        if config.pretrained and Path(config.pretrained).is_file():
+            self.weights = Path(config.pretrained).absolute()
         if self.folder is None:
             self.architecture, preprocess = _by_name(config.model, config.pretrained)
             own: Mapping[str, str] = {}
@@ -118,15 +122,10 @@ class CocaEngine:
         own = self.folder / BPE_FILE if self.folder else None
         return own if own and own.is_file() else None
 
-    def weights_file(self) -> Path | None:
-        """The checkpoint on this machine, or None for one of open_clip's tags."""
-        if self.config.pretrained and Path(self.config.pretrained).is_file():
-            return Path(self.config.pretrained)
-        return self.folder / WEIGHTS_FILE if self.folder else None
-
     def _weights_id(self) -> str:
-        file = self.weights_file()
-        return _digest(file) if file else f"open_clip:{self.config.model}/{self.config.pretrained}"
+        if self.weights is None:
+            return f"open_clip:{self.config.model}/{self.config.pretrained}"
+        return _digest(self.weights)
 
 
 class _Loaded:
@@ -231,7 +230,7 @@ def _load(engine: CocaEngine) -> Any:
     from open_clip.coca_model import CoCa
     from safetensors import SafetensorError
 
-    file = engine.weights_file()
+    file = engine.weights
     if file is None:
         return open_clip.create_model(engine.config.model, pretrained=engine.config.pretrained)
     architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
