@@ -63,7 +63,8 @@ class Checkpoints:
         name = f"worker-{self.engine.rank:05d}.pt"
         worker = torch.load(found[-1] / name, map_location=self.engine.device, weights_only=True)
         self.ema.restore(worker.pop("ema"))
-        logger.info("going on from %s", found[-1])
+        if self.engine.is_main:
+            logger.info("going on from %s", found[-1])
         return int(shared["step"]), worker, shared
 
     def _shape(self) -> dict[str, Any]:

@@ -38,10 +38,12 @@ class Engine:
         self.train = train
         self.zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
         self._deepspeed = train.engine.strategy == "deepspeed"
-        _set_environment()
+        self._wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        _set_environment(alone=self._wanted == 1 and not self._deepspeed)
         self._accelerator = self._start()
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
-        self.device: torch.device = self._accelerator.device
+        device = self._accelerator.device
+        self.device: torch.device = device if device.type != "cpu" else torch.device("cpu")  # not cpu:0
         self.is_main = self.rank == 0
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
@@ -57,7 +59,7 @@ class Engine:
         on_cpu = not torch.cuda.is_available()
         kwargs = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=_PATIENCE)
         if not self._deepspeed:
-            handlers = [kwargs] if int(os.environ["WORLD_SIZE"]) > 1 else []
+            handlers = [kwargs] if self._wanted > 1 else []
             accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         else:
             _refuse_inference_kernel()
@@ -66,16 +68,15 @@ class Engine:
             plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
             accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[kwargs], deepspeed_plugin=plugin)
         seen = dist.get_world_size() if dist.is_initialized() else 1
-        wanted = int(os.environ["WORLD_SIZE"])
-        if not accelerator.num_processes == seen == wanted:
+        if not accelerator.num_processes == seen == self._wanted:
             raise CapstanError(
-                f"training: {wanted} workers were started, torch.distributed sees {seen} and accelerate "
+                f"training: {self._wanted} workers were started, torch.distributed sees {seen} and accelerate "
                 f"{accelerator.num_processes}: they would train apart"
             )
         return accelerator
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        train, world = self.train, int(os.environ["WORLD_SIZE"])
+        train, world = self.train, self._wanted
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": max(1, train.batch // (world * train.accumulate)),
             "gradient_accumulation_steps": train.accumulate,
@@ -235,10 +236,14 @@ class Engine:
         self._accelerator.load_state(str(folder))
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and nothing behind that a next engine in this process would take for its own."""
+        from accelerate.state import AcceleratorState, GradientState
+
         self._accelerator.free_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.optim.AdamW:
@@ -254,9 +259,11 @@ def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.opt
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused)
 
 
-def _set_environment() -> None:
-    """What a launcher would set, for a process that was started by none; and quiet libraries."""
-    if "RANK" not in os.environ:
+def _set_environment(*, alone: bool) -> None:
+    """What a launcher would set, for a process that was started by none (or nothing, if `alone`); quiet libraries."""
+    if alone:
+        os.environ.pop("LOCAL_RANK", None)  # by which accelerate would wrap the model for one process
+    elif "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if not torch.cuda.is_available():

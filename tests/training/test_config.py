@@ -1,0 +1,77 @@
+"""The section train: what is accepted, what is refused with which words, and what a run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Recipe
+from pipeline.errors import RecipeError
+from training.config import FAMILIES, TrainConfig, family_class, json_schema
+
+TINY = "tiny_family:TinyFamily"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def config(**section: Any) -> TrainConfig:
+    raw = {"model": TINY, "run": "run", "steps": 10, "batch": 8, **section}
+    return TrainConfig.from_recipe(Recipe(dataset="ds", train=raw))
+
+
+def test_defaults_and_the_familys_own_settings() -> None:
+    assert config().settings.width == 16
+    assert config(tiny={"width": 4}).settings.width == 4
+    assert config().engine.zero == 2
+    assert config().data.weights == {"descriptive": 0.95, "original": 0.05}
+    assert config(data={"layer": None}).data.weights == {"original": 1.0}
+    assert config(data={"blend": {"short": 3, "original": 1, "x": 0}}).data.weights == {"original": 0.25, "short": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "words"),
+    [
+        ({"stepz": 3}, "train.stepz", "did you mean steps"),
+        ({"batch": 7, "engine": {"workers": 2}}, "train", "batch: 8"),
+        ({"model": "difusion"}, "train.model", "diffusion"),
+        ({"model": "no.such:Family"}, "train.model", "cannot load"),
+        ({"tiny": {"widht": 3}}, "train.tiny.widht", "did you mean width"),
+        ({"run": "s3://bucket/run"}, "train.run", "folder"),
+        ({"data": {"layer": None, "blend": {"short": 1}}}, "train.data", "layer"),
+        ({"data": {"blend": {"short": 0}}}, "train.data", "weight"),
+        ({"engine": {"strategy": "ddp", "zero": 3}}, "train", "deepspeed"),
+        ({"lr": 0}, "train.lr", "greater than 0"),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(section: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as error:
+        config(**section)
+    assert error.value.field == field
+
+
+def test_a_recipe_without_the_section() -> None:
+    with pytest.raises(RecipeError, match=r"^train: is missing"):
+        TrainConfig.from_recipe(Recipe(dataset="ds"))
+
+
+def test_a_run_may_change_where_and_how_long_it_runs_but_not_what_it_is() -> None:
+    same = [{"steps": 99}, {"run": "other"}, {"engine": {"workers": 2}}, {"log_every": 1}, {"data": {"prefetch": 9}}]
+    other = [{"lr": 1}, {"seed": 1}, {"batch": 16}, {"tiny": {"width": 3}}, {"data": {"layer": None}}]
+    assert {config(**section).fingerprint() for section in same} == {config().fingerprint()}
+    assert config().fingerprint() not in {config(**section).fingerprint() for section in other}
+
+
+def test_every_family_says_what_a_family_must() -> None:
+    for name in FAMILIES:
+        family = family_class(name)
+        assert family.name == name
+        assert not family.__abstractmethods__
+
+
+def test_the_schema_holds_the_families_sections() -> None:
+    assert {"model", "engine", *FAMILIES} <= json_schema()["properties"].keys()
