@@ -132,10 +132,10 @@ def start_ray(resources: Resources) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    _quieten()
+    _configure()
 
 
-def _quieten() -> None:
+def _configure() -> None:
     """Ray Data tells its story on the terminal by default; ours is told by pipeline.progress."""
     import ray.data
 
@@ -143,6 +143,7 @@ def _quieten() -> None:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a unit gives its one piece at its end, which may be hours away
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
