@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -88,10 +87,12 @@ class Storage:
         return sorted(path.removeprefix(root) for path in found if _PARTIAL not in path)
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(io.BytesIO(self.read(name)), columns=columns)
+        return pq.ParquetFile(io.BytesIO(self.read(name))).read(columns=columns)
 
-    def dataset(self, names: list[str], schema: pa.Schema) -> ds.Dataset:
+    def dataset(self, names: list[str], schema: pa.Schema) -> Any:
         """Parquet files of one schema as a dataset to scan, without opening them now."""
+        import pyarrow.dataset as ds  # brings pandas along, which takes a second to load
+
         return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=self._fs)
 
     # Writing -----------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _table(storage: Storage, name: str, sha256: str, schema: pa.Schema) -> tuple
     data = storage.read(name)
     problems = [] if sha256_of(data) == sha256 else [f"{name}: its SHA-256 is not the one in dataset.json"]
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read()
     except (pa.ArrowException, OSError) as error:
         return None, [*problems, f"{name}: cannot be read as Parquet: {error}"]
     if table.schema != schema:
