@@ -16,7 +16,7 @@ from pipeline.plan import Plan, plan, read_plan
 from pipeline.select import check_conditions, decide
 from pipeline.shards import Manifest, read_manifest, sha256_of
 from pipeline.storage import Storage
-from pipeline.units import markers, pending, run
+from pipeline.units import markers, pending, quarantined, run
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe.select)
-    units = _staged(Ingest(recipe, storage), read_plan(storage), {})
+    job = Ingest(recipe, storage)
+    units = _staged(job, read_plan(storage), quarantined(job))
     if not units:
         raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
     if dry_run:
@@ -71,18 +72,18 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
 
 def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Clock, progress: bool) -> dict[str, Any]:
     """Select and pack, unless the dataset is just that already."""
-    manifest, quarantined = read_manifest(storage), dict[str, str]()
+    manifest, bad_shards = read_manifest(storage), dict[str, str]()
     if manifest is None or not _is_current(manifest, recipe, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
         manifest, summary = pack(recipe, storage, decisions, progress=progress)
-        quarantined = summary.quarantined
+        bad_shards = summary.quarantined
         clock.lap("pack")
     return {
         "dataset": recipe.dataset,
         "counts": manifest.counts,
         "funnel": manifest.funnel,
-        "quarantined": quarantined,
+        "quarantined": bad_shards,
     }
 
 
@@ -91,19 +92,21 @@ def _is_current(manifest: Manifest, recipe: Recipe, units: list[Staged]) -> bool
     return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, units)
 
 
-def _staged(job: Ingest, planned: Plan, quarantined: Mapping[str, str]) -> list[Staged]:
-    """What is staged of the planned units, in order. A quarantined unit gets a table in which every row failed."""
+def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
+    """What is staged of the planned units, in order. A quarantined unit (`bad`: with its reason) gets a table in which
+    every row failed."""
     done = staged(markers(job))
     units = []
     for unit in planned.units:
         if unit.id in done:
             units.append(done[unit.id])
-        elif unit.id in quarantined:
+        elif unit.id in bad:
             rows = job.storage.read_table(unit.table, ["key", "url", "caption", "extra"])
-            detail = f"its unit was quarantined: {quarantined[unit.id]}"
+            detail = f"its unit was quarantined: {bad[unit.id]}"
             data = parquet_bytes(failed_table(rows, unit.id, "read_error", detail))
             name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
-            job.storage.write(name, data)
+            if not job.storage.exists(name):
+                job.storage.write(name, data)
             units.append(Staged(unit.id, name, "", len(rows)))
     return units
 

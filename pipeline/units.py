@@ -44,6 +44,7 @@ __all__ = [
     "markers",
     "model_threads",
     "pending",
+    "quarantined",
     "report",
     "run",
     "start_ray",
@@ -74,6 +75,12 @@ def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
     """The units that have no marker yet. One listing."""
     done = {_unit_of(name) for name in job.storage.names(f"state/{job.name}/done")}
     return [unit for unit in units if unit.id not in done]
+
+
+def quarantined(job: Job) -> dict[str, str]:
+    """Unit id → first line of the reason, for every unit that stands quarantined."""
+    names = job.storage.names(f"state/{job.name}/quarantine")
+    return {_unit_of(name): _first_line(json.loads(job.storage.read(name))["reason"]) for name in names}
 
 
 def forget(job: Job, units: Iterable[str]) -> None:
@@ -167,7 +174,7 @@ class _Run:
             left = []
             for unit in (unit for unit in self.todo if unit.id in failed):
                 reason = failed[unit.id]
-                log.warning("%s: unit %s failed: %s", self.job.name, unit.id, reason.partition("\n")[0])
+                log.warning("%s: unit %s failed: %s", self.job.name, unit.id, _first_line(reason))
                 if starts.get(unit.id, 0) >= self.attempts:
                     self._quarantine(unit, reason)
                     bar.advance(counts={"quarantined": 1})
@@ -253,7 +260,7 @@ class _Run:
         return ""
 
     def _quarantine(self, unit: Unit, reason: str) -> None:
-        self.quarantined[unit.id] = reason.partition("\n")[0]
+        self.quarantined[unit.id] = _first_line(reason)
         record = {"unit": unit.id, "spec": unit.spec, "attempts": self.attempts, "reason": reason}
         self.job.storage.write(f"state/{self.job.name}/quarantine/{unit.id}.json", json.dumps(record).encode())
 
@@ -283,6 +290,10 @@ def _raise_if_fatal(data: bytes) -> None:
 
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in facts.items() if isinstance(value, int | float)}
+
+
+def _first_line(reason: str) -> str:
+    return reason.partition("\n")[0]
 
 
 def _unit_of(name: str) -> str:

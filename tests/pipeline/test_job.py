@@ -1,8 +1,12 @@
 """build and select end to end, on pictures embedded in a table; and what is left when things go wrong."""
 
+import contextlib
 import io
 import json
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +167,9 @@ def test_a_quarantined_unit_is_failed_rows_until_it_heals(make: Callable[..., Re
     ledger = Dataset(Storage(recipe.dataset)).ledger()
     assert ledger["reason"].to_pylist().count("read_error") == 16
 
+    again = job.select(recipe, progress=False)
+    assert again["counts"] == summary["counts"]
+
     healed = build(recipe)
     build(whole)
     assert healed["quarantined"] == {}
@@ -176,6 +183,38 @@ def test_other_image_settings_stage_anew(make: Callable[..., Recipe]) -> None:
     build(fresh)
     assert published(recipe) == published(fresh)
     assert len(Storage(recipe.dataset).names("staged")) == 4  # the old pictures are gone
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """`dataset` and `storage` of a recipe in a bucket of a real S3 server on loopback."""
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["rclone", "serve", "s3", "--auth-key", "capstan-key,capstan-secret", "--addr", address, "."]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd=tmp_path / "s3", stderr=subprocess.DEVNULL
+    )
+    options = {"key": "capstan-key", "secret": "capstan-secret", "endpoint_url": f"http://{address}"}
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address.split(":")[1])), 1):
+            break
+        time.sleep(0.1)
+    yield {"dataset": "s3://bucket/some/dataset", "storage": options}
+    server.terminate()
+    server.wait()
+
+
+def test_a_bucket_ends_with_the_bytes_of_a_folder(make: Callable[..., Recipe], bucket: dict[str, Any]) -> None:
+    local, remote = make(40), make(40, **bucket)
+    build(local)
+    build(remote)
+    there = Storage(remote.dataset, remote.storage)
+    assert verify(there) == []
+    assert {name: there.read(name) for name in published(local)} == published(local)
+    assert job.select(make(40, least=4, **bucket), progress=False)["counts"]["kept"] < 30
+    assert verify(there) == []
 
 
 def test_select_needs_something_staged(make: Callable[..., Recipe]) -> None:
