@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import CapstanError
+from pipeline.errors import CapstanError, RecipeError
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class Engine:
         self.zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
         self._deepspeed = train.engine.strategy == "deepspeed"
         self._wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if self._wanted != train.engine.workers:
+            problem = f"{train.engine.workers}, but the launcher started {self._wanted}"
+            raise RecipeError("train.engine.workers", problem, "let the two agree")
         _set_environment(alone=self._wanted == 1 and not self._deepspeed)
         self._accelerator = self._start()
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
@@ -67,6 +70,8 @@ class Engine:
 
             plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
             accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[kwargs], deepspeed_plugin=plugin)
+        if self._deepspeed and accelerator.distributed_type.value != "DEEPSPEED":
+            raise CapstanError(f"training: accelerate chose {accelerator.distributed_type} in place of DeepSpeed")
         seen = dist.get_world_size() if dist.is_initialized() else 1
         if not accelerator.num_processes == seen == self._wanted:
             raise CapstanError(
@@ -269,6 +274,7 @@ def _set_environment(*, alone: bool) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one and warns otherwise
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would set torch's threads otherwise; Engine does
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # `accelerate launch --cpu` sets it, and DeepSpeed would be dropped
     for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

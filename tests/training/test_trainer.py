@@ -165,8 +165,9 @@ def wait_for_step(run: Path, step: int, limit_s: float = 200) -> None:
 def accelerate_launch(recipe: Recipe, tmp_path: Path) -> subprocess.Popen:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--cpu"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "training.trainer"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--rdzv_backend=c10d"]
+    command += ["--main_process_ip=localhost", "--main_process_port=0", "-m", "training.trainer"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, str(path)], env=environment, start_new_session=True)
 
