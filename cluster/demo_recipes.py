@@ -16,10 +16,10 @@ LABELLED_SCENES: Final = 3000
 SEED_WEB, SEED_LABELLED = 0, 1
 LABELLED_LAYER: Final = "labelled"
 
-# The captioner: a CoCa of about a million parameters over 8 × 8 patches.
+# The captioner: a CoCa of about half a million parameters over 8 × 8 patches.
 _COCA: Final = {
-    "vision": {"image_size": 32, "patch_size": 4, "width": 96, "head_width": 24, "layers": 4, "queries": 0},
-    "text": {"context_length": 72, "vocab_size": 1024, "width": 96, "heads": 4, "layers": 2, "decoder_layers": 3},
+    "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
+    "text": {"context_length": 72, "vocab_size": 1024, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
 }
 # Two processes of one thread each train faster on two cores than one process of two threads.
 _ENGINE: Final = {"strategy": "deepspeed", "zero": 2, "workers": 2}
@@ -86,10 +86,10 @@ def captioner_base(folder: Path) -> dict[str, Any]:
     return _train(
         "captioner",
         folder / "captioner-base",
-        steps=250,
+        steps=100,
         batch=64,
-        lr=2e-3,
-        warmup=50,
+        lr=3e-3,
+        warmup=30,
         ema=None,
         data={"layer": None},
         captioner=_COCA,
@@ -103,9 +103,9 @@ def captioner(folder: Path) -> dict[str, Any]:
         "captioner",
         folder / "captioner",
         init=str(folder / "captioner-base"),
-        steps=1000,
+        steps=450,
         batch=64,
-        lr=2e-3,
+        lr=3e-3,
         warmup=50,
         ema=0.99,
         data={"layer": LABELLED_LAYER, "blend": {"short": 0.25, "descriptive": 0.75}},
@@ -119,7 +119,7 @@ def autoencoder(folder: Path) -> dict[str, Any]:
     return _train(
         "autoencoder",
         folder / "autoencoder",
-        steps=1000,
+        steps=1300,
         batch=32,
         lr=2e-3,
         warmup=50,
@@ -145,8 +145,8 @@ def diffusion(folder: Path) -> dict[str, Any]:
     return _train(
         "diffusion",
         folder / "diffusion",
-        steps=2400,
-        batch=64,
+        steps=2200,
+        batch=32,
         lr=2e-3,
         warmup=100,
         ema=0.995,
@@ -154,13 +154,13 @@ def diffusion(folder: Path) -> dict[str, Any]:
         diffusion={
             "autoencoder": str(folder / "autoencoder"),
             "unet": {
-                "block_out_channels": [64, 96],
+                "block_out_channels": [64, 64],
                 "layers_per_block": 1,
                 "attention": [True, True],
                 "heads": 4,
                 "norm_num_groups": 16,
             },
-            "text": {"vocab_size": 1024, "length": 72, "width": 64, "layers": 2, "heads": 4},
+            "text": {"vocab_size": 1024, "length": 56, "width": 64, "layers": 2, "heads": 4},
             "sampling": {"steps": 25, "guidance": 3.0},
         },
         checkpoint={"every": 300},
