@@ -61,8 +61,8 @@ def initialise(coca: Any) -> None:
 def _place(visual: Any) -> None:
     """Start the patches' learnt positions from sines and cosines of row and column.
 
-    open_clip starts from noise about a tenth as strong as the patches: what is where is then learnt last, after
-    everything that captions say regardless of place. Sines also make neighbours alike from the start.
+    open_clip starts from noise of standard deviation width^-0.5, which the patches' contents outweigh several times.
+    These are as strong as the contents, and neighbours are alike from the start.
     """
     from open_clip.pos_embed import get_2d_sincos_pos_embed
 
