@@ -1,4 +1,4 @@
-"""Samples → tar shards, and finished shards → samples: the dataset folder as contract.md describes it.
+"""Samples → tar shards, and finished shards → samples: the dataset folder as docs/formats.md describes it.
 
 write_tar               samples → one WebDataset tar, always the same bytes for the same samples
 Manifest                dataset.json: what a dataset holds; what it does not list does not exist for readers

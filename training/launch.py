@@ -85,7 +85,7 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
     scratch = run.folder / ".ray-train"  # Ray Train's own notes; the state of a run is in its checkpoints
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd())},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd()), "path": sys.path},
         torch_config=TorchConfig("nccl" if "GPU" in resources else "gloo"),
         scaling_config=scaling,
         run_config=RunConfig(
@@ -105,6 +105,7 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     if Path(config["folder"]).is_dir():  # paths in the recipe are relative to where the command was given
         os.chdir(config["folder"])
+    sys.path += [entry for entry in config["path"] if entry not in sys.path]  # where a family of the user's may lie
     return fit(Recipe.model_validate(config["recipe"]))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -26,20 +27,25 @@ from training.trainer import fit, learning_rate
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
+@pytest.fixture(autouse=True, scope="module")
+def _importable() -> Iterator[None]:
+    """Workers find the tiny family as this process does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        yield
+
+
+def make_recipe(dataset: Path, run: Path, **section: Any) -> Recipe:
+    base = {"model": "tiny_family:TinyFamily", "run": str(run), "steps": 12, "batch": 8, "log_every": 1}
+    base |= {"lr": 0.01, "warmup": 4, "schedule": "cosine", "ema": 0.9, "data": {"layer": None}}
+    base |= {"checkpoint": {"every": 4}, "engine": {"strategy": "ddp"}}
+    return Recipe(dataset=str(dataset), train={**base, **section})
 
 
 @pytest.fixture
 def recipe(squares: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    def make(run: str = "run", **section: Any) -> Recipe:
-        base = {"model": "tiny_family:TinyFamily", "run": str(tmp_path / run), "steps": 12, "batch": 8, "log_every": 1}
-        base |= {"lr": 0.01, "warmup": 4, "schedule": "cosine", "ema": 0.9, "data": {"layer": None}}
-        base |= {"checkpoint": {"every": 4}, "engine": {"strategy": "ddp"}}
-        return Recipe(dataset=str(squares), train={**base, **section})
-
-    return make
+    """`recipe(name, key=value, ...)` trains the tiny family in the folder `name`."""
+    return lambda run="run", **section: make_recipe(squares, tmp_path / run, **section)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -169,14 +175,15 @@ def accelerate_launch(recipe: Recipe, tmp_path: Path) -> subprocess.Popen:
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--rdzv_backend=c10d"]
     command += ["--main_process_ip=localhost", "--main_process_port=0", "-m", "training.trainer"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(path)], env=environment, start_new_session=True)
+    return subprocess.Popen([*command, str(path)], env=environment)
 
 
-@pytest.fixture
-def whole(recipe, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes with ZeRO 2 that nothing happened to."""
-    train(recipe("whole", engine={**DEEPSPEED, "launcher": "local"}))
-    return tmp_path / "whole"
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(make_recipe(squares, run, engine={**DEEPSPEED, "launcher": "local"}))
+    return run
 
 
 @pytest.mark.integration
@@ -187,7 +194,8 @@ def test_two_processes_killed_and_gone_on_with(recipe, whole: Path, tmp_path: Pa
     try:
         wait_for_step(run, 6)
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
+        for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+            process.kill()
         first.wait()
     assert accelerate_launch(slow, tmp_path).wait(200) == 0
     words = (run / "train.log").read_text()
@@ -207,8 +215,6 @@ def _ray() -> Iterator[None]:
 @pytest.mark.integration
 @pytest.mark.usefixtures("_ray")
 def test_ray_train_starts_dead_workers_again(recipe, whole: Path, tmp_path: Path) -> None:
-    import psutil
-
     run = tmp_path / "run"
 
     def kill_a_worker() -> None:
@@ -216,7 +222,7 @@ def test_ray_train_starts_dead_workers_again(recipe, whole: Path, tmp_path: Path
         workers = [p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.cmdline())]
         workers[-1].kill()
 
-    killer = threading.Thread(target=kill_a_worker)
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
     killer.start()
     slow = recipe(engine={**DEEPSPEED, "launcher": "ray"}, tiny={"sleep_s": 0.2})
     summary = train(slow.model_copy(update={"resources": slow.resources.model_copy(update={"cpus": 2})}))
@@ -240,7 +246,7 @@ def test_an_interrupt_saves_ends_soon_and_leaves_no_worker(recipe, tmp_path: Pat
     wait_for_step(run, 5)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    (saved,) = list((run / "checkpoints").glob("step-*/checkpoint.json"))[-1:]
+    saved = max((run / "checkpoints").glob("step-*/checkpoint.json"))
     assert json.loads(saved.read_text())["step"] >= 5
     assert not (run / "stop").exists()
 
