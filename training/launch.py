@@ -240,26 +240,28 @@ def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], N
     The first asks the workers to save and stop; a second, or waiting too long for them, kills them.
     """
     box: dict[str, Any] = {}
+    done = threading.Event()  # Thread.join takes a thread for ended when a signal interrupts it (Python 3.11)
 
     def target() -> None:
         try:
             box["result"] = work()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             box["error"] = error
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=target, daemon=True, name="train")
-    thread.start()
+    threading.Thread(target=target, daemon=True, name="train").start()
     try:
         with _sigterm_interrupts():
-            while thread.is_alive():
-                thread.join(_LOOK_EVERY_S)
+            while not done.wait(_LOOK_EVERY_S):
+                pass
     except KeyboardInterrupt:
         logger.info("stopping: the workers save a checkpoint (once more to stop at once)")
         run.stop.touch()
         try:
-            thread.join(_GRACE_S)
+            done.wait(_GRACE_S)
         finally:
-            if thread.is_alive():
+            if not done.is_set():
                 kill()
         if "error" in box or "result" not in box:
             raise
