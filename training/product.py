@@ -13,13 +13,14 @@ from typing import Any, Final
 from pipeline.errors import RecipeError
 
 FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
+_SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # one of them is in every product
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:
     """The folder of the finished model at `path`. Raises RecipeError where there is none."""
     folder = Path(path)
     for candidate in (folder / "product", folder):
-        if any((candidate / name).is_file() for name in ("model_index.json", "config.json", FACTS)):
+        if any((candidate / name).is_file() for name in _SIGNS):
             return candidate
     if (folder / "recipe.json").exists() or (folder / "log.jsonl").exists():
         raise RecipeError(field, f"{folder} has no finished model yet", "run `capstan train` to the end first")
