@@ -24,15 +24,20 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], deadline_s: float = 300) -> None:
-    """SIGKILL the demo's own process as soon as `ready`; what it started has to notice by itself."""
+def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], how: signal.Signals) -> tuple[str, float]:
+    """Send a signal to the demo's own process as soon as `ready`; what it started has to notice by itself.
+
+    Gives what it wrote to stderr, and the seconds that it took to end.
+    """
     started = time.monotonic()
     while not ready():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - started < deadline_s, "the stage was not reached"
+        assert time.monotonic() - started < 300, "the stage was not reached"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    sent = time.monotonic()
+    os.kill(process.pid, how)
+    _, err = process.communicate(timeout=120)
+    return err, time.monotonic() - sent
 
 
 def complete(folder: Path, run: str) -> list[Path]:
@@ -41,11 +46,16 @@ def complete(folder: Path, run: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A demo that was killed while it built, trained and recaptioned, and then ended."""
+    """A demo that was killed while it built, trained and recaptioned, interrupted while it trained, and then ended."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    kill_when(start(folder), lambda: bool(list(folder.glob("web/state/*/done/*.json"))))
-    kill_when(start(folder), lambda: bool(complete(folder, "captioner-base")))
-    kill_when(start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))))
+    stop_when(start(folder), lambda: bool(list(folder.glob("web/state/*/done/*.json"))), signal.SIGKILL)
+    stop_when(start(folder), lambda: bool(complete(folder, "captioner-base")), signal.SIGKILL)
+    process = start(folder)
+    said, seconds = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in said
+    assert seconds < 30  # on a busy machine; a few seconds otherwise
+    stop_when(start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL)
     process = start(folder)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err

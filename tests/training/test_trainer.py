@@ -219,7 +219,8 @@ def test_ray_train_starts_dead_workers_again(recipe, whole: Path, tmp_path: Path
 
     def kill_a_worker() -> None:
         wait_for_step(run, 6)
-        workers = [p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.cmdline())]
+        ours = psutil.Process().children(recursive=True)
+        workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
         workers[-1].kill()
 
     killer = threading.Thread(target=kill_a_worker, daemon=True)
