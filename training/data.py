@@ -89,7 +89,7 @@ class Order:
 class _Shard:
     """What is kept in memory of a shard that is being read."""
 
-    table: pa.Table
+    columns: dict[str, pa.Array]
     layer: dict[str, dict[str, str]] = field(default_factory=dict)  # key → slot → text
     latents: np.ndarray | None = None  # [samples, ...] in tar order
     tar: mmap.mmap | None = None  # a local tar; unmapped when the last thread has let go of it
@@ -152,14 +152,14 @@ class TrainingData:
         """Every caption that the blend may show, in dataset order."""
         for number in range(len(self.shards)):
             shard = self._shard(number)
-            keys, originals = (shard.table[name].to_pylist() for name in ("key", "caption"))
+            keys, originals = (shard.columns[name].to_pylist() for name in ("key", "caption"))
             for key, original in zip(keys, originals, strict=True):
                 texts = shard.layer.get(key, {}) | {ORIGINAL: original}
                 yield from (texts[slot] for slot in self.weights if slot in texts)
 
     def _sample(self, number: int, row: int, epoch: int) -> Sample:
         shard = self._shard(number)
-        values = {name: shard.table[name][row].as_py() for name in _COLUMNS}
+        values = {name: column[row].as_py() for name, column in shard.columns.items()}
         key, offset, size = values["key"], values.pop("offset"), values.pop("size")
         slot, text = self._caption(shard, key, values.pop("caption"), epoch)
         latent = None if shard.latents is None else np.asarray(shard.latents[row])
@@ -198,15 +198,16 @@ class TrainingData:
             return self._open[number]
 
     def _load(self, name: str) -> _Shard:
-        table = self.dataset.table(name, _COLUMNS).combine_chunks()
+        table = self.dataset.table(name, _COLUMNS)
+        columns = {column: pa.concat_arrays(table[column].chunks) for column in _COLUMNS}
         layer = {} if self.layer is None else read_layer(self.dataset.storage, self.layer, name)
         if self._latents is not None:
-            return _Shard(table, layer, latents=self._latents(name))
+            return _Shard(columns, layer, latents=self._latents(name))
         path = self.dataset.storage.local_path(f"shards/{name}.tar")
         if path is None:
-            return _Shard(table, layer)
+            return _Shard(columns, layer)
         with path.open("rb") as file:
-            return _Shard(table, layer, tar=mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return _Shard(columns, layer, tar=mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def find_layer(storage: Storage, data: Data) -> str | None:
