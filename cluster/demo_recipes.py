@@ -10,7 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-WORLD: Final = {"size": 32, "shapes": ["circle", "square", "triangle"], "textures": ["plain"]}
+WORLD: Final = {
+    "size": 32,
+    "shapes": ["circle", "square", "triangle"],
+    "colours": ["red", "green", "blue", "yellow", "purple", "cyan"],
+    "textures": ["plain"],  # textures cannot be told apart at this size
+}
 WEB_SCENES: Final = 6000
 LABELLED_SCENES: Final = 3000
 SEED_WEB, SEED_LABELLED = 0, 1
@@ -103,8 +108,8 @@ def captioner(folder: Path) -> dict[str, Any]:
         "captioner",
         folder / "captioner",
         init=str(folder / "captioner-base"),
-        steps=450,
-        batch=64,
+        steps=1000,
+        batch=32,
         lr=3e-3,
         warmup=50,
         ema=0.99,
@@ -119,7 +124,7 @@ def autoencoder(folder: Path) -> dict[str, Any]:
     return _train(
         "autoencoder",
         folder / "autoencoder",
-        steps=1300,
+        steps=1100,
         batch=32,
         lr=2e-3,
         warmup=50,
@@ -145,7 +150,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
     return _train(
         "diffusion",
         folder / "diffusion",
-        steps=2200,
+        steps=2400,
         batch=32,
         lr=2e-3,
         warmup=100,
@@ -154,7 +159,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
         diffusion={
             "autoencoder": str(folder / "autoencoder"),
             "unet": {
-                "block_out_channels": [64, 64],
+                "block_out_channels": [32, 64],
                 "layers_per_block": 1,
                 "attention": [True, True],
                 "heads": 4,
