@@ -99,7 +99,17 @@ class _Demo:
                 scene = scene_of_url(recipe.source.world, url)
                 captions[key] = {"short": short(scene), "descriptive": descriptive(scene)}
         write_given_layer(dataset.storage, demo_recipes.LABELLED_LAYER, captions)
+        self._learn_vocabulary([text for slots in captions.values() for text in slots.values()])
         return result
+
+    def _learn_vocabulary(self, labelled: list[str]) -> None:
+        """The captioner's vocabulary, of the web's captions and the labelled ones."""
+        from training.tokenizer import Tokenizer
+
+        web = Dataset(Storage(self.recipe("web").dataset))
+        for shard in web.shard_names:
+            labelled += web.table(shard, ["caption"])["caption"].to_pylist()
+        Tokenizer.train(labelled, demo_recipes.VOCABULARY).save(self.folder / demo_recipes.TOKENIZER)
 
     def _train(self, name: str) -> dict[str, Any]:
         from training.launch import train

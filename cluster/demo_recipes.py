@@ -24,8 +24,11 @@ LABELLED_LAYER: Final = "labelled"
 # The captioner: a CoCa of about half a million parameters over 8 × 8 patches.
 _COCA: Final = {
     "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
-    "text": {"context_length": 72, "vocab_size": 1024, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
+    "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
 }
+# A vocabulary of the web's captions alone would cut descriptions into crumbs: it is learnt on both.
+TOKENIZER: Final = "tokenizer"
+VOCABULARY: Final = 1024
 # Two processes of one thread each train faster on two cores than one process of two threads.
 _ENGINE: Final = {"strategy": "deepspeed", "zero": 2, "workers": 2}
 
@@ -86,6 +89,10 @@ def _train(model: str, run: Path, **keys: Any) -> dict[str, Any]:
     return {"model": model, "run": str(run), **shared, **keys}
 
 
+def _coca(folder: Path) -> dict[str, Any]:
+    return {**_COCA, "text": {**_COCA["text"], "tokenizer": str(folder / TOKENIZER)}}
+
+
 def captioner_base(folder: Path) -> dict[str, Any]:
     """Pre-training on web captions, with both of CoCa's losses."""
     return _train(
@@ -97,7 +104,7 @@ def captioner_base(folder: Path) -> dict[str, Any]:
         warmup=30,
         ema=None,
         data={"layer": None},
-        captioner=_COCA,
+        captioner=_coca(folder),
         checkpoint={"every": 100},
     )
 
@@ -114,7 +121,7 @@ def captioner(folder: Path) -> dict[str, Any]:
         warmup=50,
         ema=0.99,
         data={"layer": LABELLED_LAYER, "blend": {"short": 0.25, "descriptive": 0.75}},
-        captioner={**_COCA, "contrastive": 0.0, "caption": 1.0},
+        captioner={**_coca(folder), "contrastive": 0.0, "caption": 1.0},
         checkpoint={"every": 200},
     )
 

@@ -50,6 +50,7 @@ class Text(Section):
 
     context_length: Annotated[int, Field(ge=4)] = 128  # tokens, start, prompt and end included
     vocab_size: Positive | None = None  # of a vocabulary trained on the captions; null: CLIP's own
+    tokenizer: str | None = None  # a folder with a vocabulary, as training.tokenizer writes it, in place of vocab_size
     width: Positive = 512
     heads: Positive = 8
     layers: Positive = 12
@@ -74,6 +75,8 @@ class CaptionerSettings(Section):
             raise ValueError("width does not divide by head_width (vision) or by heads (text)")
         if not vision.queries and (vision.width != text.width or vision.width % 4):
             raise ValueError("without queries, vision.width must be text.width, a multiple of 4")
+        if self.text.vocab_size is not None and self.text.tokenizer is not None:
+            raise ValueError("text.vocab_size and text.tokenizer exclude each other; remove one")
         if ORIGINAL in self.prompts or len(set(self.prompts.values())) < len(self.prompts):
             raise ValueError(f"prompts must differ between slots; {ORIGINAL} has none")
         if not self.contrastive and not self.caption:
@@ -115,14 +118,26 @@ class CaptionerFamily(Family):
             prompts_of = {**settings.prompts, **read_facts(product).get("slots", {})}
         else:
             prompts_of = dict(settings.prompts)
-            size = settings.text.vocab_size
-            # Prompts count as captions, so that they become few tokens.
-            texts = [*samples.captions(), *(list(prompts_of.values()) * 100)] if size else []
-            tokenizer = Tokenizer.train(texts, size) if size else Tokenizer.clip()
+            tokenizer = cls._tokenizer(settings, samples, list(prompts_of.values()))
             tokenizer.save(folder)
             config = {"model_cfg": settings.architecture(tokenizer.vocab_size), "preprocess_cfg": {}}
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
         write_facts(folder, family=cls.name, slots=prompts_of)
+
+    @staticmethod
+    def _tokenizer(settings: CaptionerSettings, samples: Samples, prompts_: list[str]) -> Tokenizer:
+        """The given vocabulary, or one trained on the captions, or CLIP's."""
+        text = settings.text
+        if text.tokenizer is not None:
+            if not (Path(text.tokenizer) / BPE_FILE).is_file():
+                problem = f"{text.tokenizer} holds no {BPE_FILE}"
+                mend = "name a folder that training.tokenizer wrote"
+                raise RecipeError("train.captioner.text.tokenizer", problem, mend)
+            return Tokenizer.load(Path(text.tokenizer))
+        if text.vocab_size is None:
+            return Tokenizer.clip()
+        # Prompts count as captions, so that they become few tokens.
+        return Tokenizer.train([*samples.captions(), *(prompts_ * 100)], text.vocab_size)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         self.train: CaptionerSettings = train.settings
