@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Recipe, read_recipe, validate
 from recaption.config import RecaptionConfig
-from training.config import TrainConfig
+from training.config import TrainConfig, json_schema
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,9 +25,8 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of the whole recipe, for editors."""
     whole = Recipe.model_json_schema()
     definitions = whole.setdefault("$defs", {})
-    for section, model in (("recaption", RecaptionConfig), ("train", TrainConfig)):
-        inner = model.model_json_schema(ref_template="#/$defs/{model}")
+    for section, inner in (("recaption", RecaptionConfig.model_json_schema()), ("train", json_schema())):
         definitions.update(inner.pop("$defs", {}))
-        definitions[model.__name__] = inner
-        whole["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"}, {"type": "null"}]}
+        definitions[inner["title"]] = inner
+        whole["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{inner['title']}"}, {"type": "null"}]}
     return whole
