@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -22,6 +22,8 @@ import training.cli
 from cluster.config import load, schema
 from pipeline.cli import JsonOption, finish
 from pipeline.errors import CapstanError
+
+INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="capstan",
@@ -80,6 +82,13 @@ def demo(
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    code = _run(arguments)
+    if code == INTERRUPTED:
+        print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
     signal.signal(signal.SIGTERM, _interrupt)
@@ -91,8 +100,7 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {error.format_message()}. Mend: see `capstan --help`", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except CapstanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

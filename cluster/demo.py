@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -40,9 +41,9 @@ def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     demo = _Demo(folder, quick)
     summary: dict[str, Any] = {}
     started = time.monotonic()
-    with _log_to(folder / "demo.log"):
+    with _log_to(folder / "demo.log") as terminal:
         for number, (title, stage) in enumerate(demo.stages, 1):
-            with _line(f"{number}/{len(demo.stages)} {title}", folder) as say:
+            with _line(f"{number}/{len(demo.stages)} {title}", terminal) as say:
                 result = stage()
                 say(result.pop("said"))
                 summary |= result
@@ -151,11 +152,11 @@ class _Demo:
 
 
 @contextlib.contextmanager
-def _line(title: str, folder: Path) -> Iterator[Callable[[str], None]]:
+def _line(title: str, terminal: TextIO) -> Iterator[Callable[[str], None]]:
     """One line a stage: what runs, and once it is done, what came of it and how long it took."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=terminal, highlight=False)
     said: list[str] = []
     started = time.monotonic()
     status = console.status(title) if console.is_terminal else contextlib.nullcontext()
@@ -167,14 +168,24 @@ def _line(title: str, folder: Path) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """What the stages log goes into a file instead of between the progress lines."""
+def _log_to(path: Path) -> Iterator[TextIO]:
+    """What the stages log, and what libraries write to stderr, goes into a file instead of between the progress lines.
+
+    Gives the stderr that was there before, for these lines.
+    """
     root = logging.getLogger()
-    before, handler = root.handlers[:], logging.FileHandler(path, encoding="utf-8")
+    before, log = root.handlers[:], path.open("a", encoding="utf-8")
+    handler = logging.StreamHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    root.handlers = [handler]
-    try:
-        yield
-    finally:
-        root.handlers = before
-        handler.close()
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal:
+        root.handlers = [handler]
+        os.dup2(log.fileno(), 2)  # Ray's core writes there itself
+        try:
+            yield terminal
+        finally:
+            sys.stderr.flush()
+            terminal.flush()
+            os.dup2(terminal.fileno(), 2)
+            root.handlers = before
+            log.close()

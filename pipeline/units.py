@@ -124,8 +124,6 @@ def start_ray(resources: Resources) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # Ray's only switch that keeps a one-machine Ray off the network: its name tells of where it is the default.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Ray's core tells on stderr that an actor pool could not restart if its code were lost; it never is here.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if not ray.is_initialized():
