@@ -74,12 +74,16 @@ class Fetcher:
         done: queue.SimpleQueue[tuple[int, Fetched] | BaseException | None] = queue.SimpleQueue()
         network = _Network(self, urls, done)
         network.start()
+        taken, together = 0, max(1, self.fetch.concurrency // 4)
         try:
             while (item := done.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
-                network.release()
+                taken += 1
+                if taken == together or done.empty():  # to wake the other thread costs more than the rest of a row
+                    network.release(taken)
+                    taken = 0
         finally:
             network.stop()
 
@@ -159,9 +163,14 @@ class _Network(threading.Thread):
         if not self._stopped:
             await self._fetcher._pump(self._urls, self._done.put, self._credit)
 
-    def release(self) -> None:
-        """One result was taken."""
-        self._call(self._credit.release)
+    def release(self, count: int) -> None:
+        """So many results were taken."""
+
+        def give_back() -> None:
+            for _ in range(count):
+                self._credit.release()
+
+        self._call(give_back)
 
     def stop(self) -> None:
         """End what is still in flight and wait for the thread."""

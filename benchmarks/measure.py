@@ -1,0 +1,115 @@
+"""A command → its wall-clock seconds, the CPU seconds and the memory of it and of everything that it starts.
+
+Ray's workers are no children of the driver for long, so nothing that waits for children sees their CPU time. Every
+process that a command starts inherits one variable of its environment; by that they are found in /proc, several times
+a second, until the last of them has gone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_MARK = "CAPSTAN_BENCH_RUN"
+_TICK = os.sysconf("SC_CLK_TCK")
+_EVERY_S = 0.1
+_MEMORY_EVERY_S = 1.0  # reading a process's share of memory costs milliseconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command took. `memory` is the peak of the sum of all its processes' proportional set sizes, in bytes."""
+
+    wall_s: float
+    cpu_s: float
+    memory: int
+    output: str
+
+
+def measure(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, *, cwd: Path | None = None, memory: bool = True
+) -> Run:
+    """Run `command` to its end. Raises CalledProcessError with its output if it fails."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, **(environment or {}), _MARK: mark}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    watch = _Watch(mark, memory)
+    watch.start()
+    output, _ = process.communicate()
+    wall = time.monotonic() - start
+    watch.finish()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), output)
+    return Run(wall, watch.cpu_s, watch.peak, output)
+
+
+class _Watch(threading.Thread):
+    """Looks at all processes that carry the mark, until none is left after `finish`."""
+
+    def __init__(self, mark: str, memory: bool) -> None:
+        super().__init__(name="measure", daemon=True)
+        self._mark, self._memory = f"{_MARK}={mark}".encode(), memory
+        self._cpu: dict[tuple[int, int], float] = {}  # (pid, start time) → CPU seconds when last seen
+        self._other: set[tuple[int, int]] = set()
+        self._ending = False
+        self.peak = 0
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(self._cpu.values())
+
+    def finish(self) -> None:
+        self._ending = True
+        self.join(timeout=30)
+
+    def run(self) -> None:
+        looked = 0.0
+        while True:
+            alive = self._look()
+            if self._memory and time.monotonic() - looked >= _MEMORY_EVERY_S:
+                looked = time.monotonic()
+                self.peak = max(self.peak, sum(map(_share, alive)))
+            if self._ending and not alive:
+                return
+            time.sleep(_EVERY_S)
+
+    def _look(self) -> list[int]:
+        """Note the CPU time of every marked process; gives their pids."""
+        alive = []
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            try:
+                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                known = (int(entry.name), int(fields[19]))
+                if known in self._other:
+                    continue
+                if known not in self._cpu and self._mark not in Path(entry.path, "environ").read_bytes():
+                    # A process between fork and exec shows its parent's environment: ask again while it is young.
+                    if time.clock_gettime(time.CLOCK_BOOTTIME) - known[1] / _TICK > 2:
+                        self._other.add(known)
+                    continue
+            except (OSError, IndexError):
+                continue  # it ended just now, or is the kernel's
+            self._cpu[known] = (int(fields[11]) + int(fields[12])) / _TICK
+            if fields[0] != "Z":
+                alive.append(known[0])
+        return alive
+
+
+def _share(pid: int) -> int:
+    """A process's proportional set size in bytes, 0 if it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
