@@ -38,6 +38,8 @@ class Rules:
         >>> Rules(((False, "/private"), (True, "/private/open"))).allows("/private/open/a.jpg")
         True
         """
+        if not self.rules:
+            return True
         path = _normal(path)
         matches = [(len(pattern), allow) for allow, pattern in self.rules if _matches(pattern, path)]
         return max(matches, default=(0, True))[1]
