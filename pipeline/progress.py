@@ -114,8 +114,10 @@ class Progress:
 
     def note(self, now_s: float) -> None:
         """Remember what is done by now, for the rates; `now_s` is in seconds since the start."""
-        samples, size = self.counts.get("samples", 0), self.counts.get("bytes", 0)
-        self._history.append(_Moment(now_s, samples, size, self._share()))
+        samples, size, share = self.counts.get("samples", 0), self.counts.get("bytes", 0), self._share()
+        if not samples and not share:
+            self._history.clear()  # while workers are starting, they say nothing of the pace
+        self._history.append(_Moment(now_s, samples, size, share))
         while len(self._history) > 2 and self._history[1].at <= now_s - WINDOW_S:
             self._history.popleft()
 

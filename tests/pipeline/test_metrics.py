@@ -99,6 +99,14 @@ def test_a_running_job_can_be_watched(running: subprocess.Popen, port: int) -> N
     assert seen["ray_capstan_units_total", "slow", "quarantined"] == 1
 
 
+def test_the_series_are_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+    source = (Path(__file__).parents[2] / "pipeline/workers.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(capstan_\w+)"', source)
+    assert len(names) == 4
+    assert not [name for name in names if f"| `ray_{name}` |" not in documented]
+
+
 def test_a_taken_port_is_named(port: int) -> None:
     from pipeline.units import _check_free
 

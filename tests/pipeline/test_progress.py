@@ -65,9 +65,15 @@ def test_the_eta_comes_from_what_this_run_did() -> None:
 
 def test_with_known_samples_the_eta_need_not_wait_for_a_unit() -> None:
     bar = Progress("x", 2, samples=1000, enabled=False)
-    assert at(bar, 10.0, samples=250).eta() == "0:30"
+    assert at(at(bar, 0.0), 10.0, samples=250).eta() == "0:30"
     bar.advance(1)
     assert at(bar, 20.0, samples=400).eta() == "0:20"  # the unit is done, whatever was reported of it
+
+
+def test_the_time_in_which_workers_start_is_not_their_pace() -> None:
+    bar = Progress("x", 2, samples=1000, enabled=False)
+    assert at(at(bar, 30.0), 31.0, samples=100).eta() == "0:09"
+    assert "100.0 samples/s" in bar.line()
 
 
 def test_it_can_be_silent() -> None:
