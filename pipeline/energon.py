@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pipeline.records import SHARD_SCHEMA
+from pipeline.ahead import ahead
 from pipeline.shards import BLOCK, Manifest, ShardEntry
 from pipeline.storage import Storage
 
@@ -35,8 +35,9 @@ FOLDER = ".nv-meta"
 INDEX = f"{FOLDER}/index.sqlite"
 INFO = f"{FOLDER}/.info.json"
 NAMES = (INFO, INDEX, *(f"{FOLDER}/{name}" for name in ("index.uuid", "split.yaml", "dataset.yaml")))
+_COLUMNS = ["key", "caption", "offset", "size", "json_size"]
 _PAGE_BYTES = 4096
-_CACHE_KIB = 65_536
+_CACHE_KIB = 16_384
 _SQLITE_VERSION = 3_040_001  # written into every index, so that its bytes do not tell which library made it
 
 _TABLES = (
@@ -66,19 +67,10 @@ class Layout(NamedTuple):
     end: Numbers
 
 
-_COLUMNS = {
-    **{name: pc.field(name) for name in ("key", "offset", "size", "json_size")},
-    "txt_size": pc.binary_length(pc.field("caption")),
-}
-
-
-def layout(table: pa.Table | pa.RecordBatch) -> Layout:
-    """Of the samples of a table with `offset`, `size`, `json_size`, and `caption` or its bytes' number, `txt_size`."""
-    names = table.schema.names
-    txt_size = table["txt_size"] if "txt_size" in names else pc.binary_length(table["caption"])
-    offset, size, json_size, txt_size = (
-        np.asarray(column, dtype=np.int64) for column in (table["offset"], table["size"], table["json_size"], txt_size)
-    )
+def layout(table: pa.Table) -> Layout:
+    """Where the samples of a shard's table lie."""
+    columns = (table["offset"], table["size"], table["json_size"], pc.binary_length(table["caption"]))
+    offset, size, json_size, txt_size = (np.asarray(column, dtype=np.int64) for column in columns)
     json_offset = offset + _padded(size) + BLOCK
     txt_offset = json_offset + _padded(json_size) + BLOCK
     end = txt_offset + _padded(txt_size)
@@ -161,20 +153,13 @@ def sqlite_agrees(path: Path, storage: Storage, shards: Sequence[ShardEntry]) ->
 
 
 def _rows(storage: Storage, shards: Sequence[ShardEntry]) -> Iterator[tuple[Iterable[Row], Iterable[Row]]]:
-    """The rows of `samples` and of `sample_parts`, some at a time, in the order of the shards."""
-    owners = itertools.chain.from_iterable(itertools.repeat(n, entry.samples) for n, entry in enumerate(shards))
-    within = itertools.chain.from_iterable(range(entry.samples) for entry in shards)
-    tables = storage.dataset([entry.table for entry in shards], SHARD_SCHEMA)
-    for batch in tables.to_batches(columns=_COLUMNS):
-        places = layout(batch)
-        shard, index = (list(itertools.islice(numbers, len(batch))) for numbers in (owners, within))
-        start, bytes_ = places.start.tolist(), (places.end - places.start).tolist()
+    """The rows of `samples` and of `sample_parts`, a shard at a time."""
+    tables = ahead(lambda entry: storage.read_table(entry.table, _COLUMNS), shards)
+    for shard, table in enumerate(tables):
+        places, rows = layout(table), range(len(table))
+        start, length = places.start.tolist(), (places.end - places.start).tolist()
         parts = [(name, *(column.tolist() for column in getattr(places, name))) for name in ("jpg", "json", "txt")]
         yield (
-            zip(shard, batch["key"].to_pylist(), index, start, bytes_, strict=True),
-            (
-                (shard[row], index[row], name, offsets[row], sizes[row])
-                for row in range(len(batch))
-                for name, offsets, sizes in parts
-            ),
+            zip(itertools.repeat(shard), table["key"].to_pylist(), rows, start, length, strict=False),
+            ((shard, row, name, offsets[row], sizes[row]) for row in rows for name, offsets, sizes in parts),
         )

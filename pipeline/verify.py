@@ -1,7 +1,7 @@
 """A dataset → what is wrong with it: every file hashed, every tar walked in one pass, and all that they say compared.
 
 A tar's bytes follow from its table, save for the pictures: so each header, caption, JSON and gap is compared, and what
-differs is named. Shards are read side by side; memory grows by 8 bytes a sample.
+differs is named. Shards are read ahead of each other; memory grows by 8 bytes a sample.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import hashlib
 import io
 import logging
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import energon
+from pipeline.ahead import ahead
 from pipeline.errors import CapstanError, RecipeError
 from pipeline.indexes import indexes
 from pipeline.pack import sample_fields, unlisted
@@ -47,7 +47,6 @@ from pipeline.storage import Storage
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 4 << 20
-_THREADS = 4  # hashing and reading leave Python's lock; more threads only wait for it
 
 _JPEG = b"\xff\xd8"  # how every JPEG begins
 
@@ -100,7 +99,7 @@ def _shards(
     firsts: list[npt.NDArray[np.uint64]] = []
     sums: Sums | None = Sums()
     with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
-        seen = _side_by_side(lambda entry: _shard(storage, entry), manifest.shards)
+        seen = ahead(lambda entry: _shard(storage, entry), manifest.shards)
         for entry, shard in zip(manifest.shards, seen, strict=True):
             problems += shard.problems
             firsts.append(_first(shard.keys))
@@ -110,18 +109,6 @@ def _shards(
                 sums[entry.name] = _sum(shard.keys)
             bar.advance(counts={"samples": entry.samples, "bytes": entry.bytes, "problems": len(shard.problems)})
     return problems, firsts, sums
-
-
-def _side_by_side(do: Any, items: Iterable[Any]) -> Iterator[Any]:
-    """`do` of each item, in order, some ahead of the one that is asked for."""
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
-        for item in items:
-            waiting.append(pool.submit(do, item))
-            if len(waiting) > 2 * _THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _shard(storage: Storage, entry: ShardEntry) -> _Shard:
@@ -281,7 +268,7 @@ def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[s
     outcomes, sums = Counter[str](), Sums()
     for entry, (table, found) in zip(
         manifest.ledger,
-        _side_by_side(lambda entry: _table(storage, entry.table, entry.sha256, LEDGER_SCHEMA), manifest.ledger),
+        ahead(lambda entry: _table(storage, entry.table, entry.sha256, LEDGER_SCHEMA), manifest.ledger),
         strict=True,
     ):
         problems += found
