@@ -51,7 +51,7 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         """Reopen every tar, check every sum and index."""
         from pipeline.verify import verify as run
 
-        problems = run(Storage(dataset, field="DATASET"))
+        problems = run(Storage(dataset, field="DATASET"), progress=True)
         finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
         if problems:
             raise CapstanError(f"{len(problems)} problem(s) in {dataset}")

@@ -104,6 +104,7 @@ class Resources(Section):
     cpus: Annotated[int, Field(ge=1)] | None = None
     gpus: Annotated[int, Field(ge=0)] | None = None
     model_workers: Annotated[int, Field(ge=1)] | None = None
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # of Ray's Prometheus exporter; null: a free one
 
 
 class Recipe(Section):

@@ -75,7 +75,7 @@ class Ingest(Job):
 
     @staticmethod
     def units(planned: Iterable[PlannedUnit]) -> list[Unit]:
-        return [Unit(unit.id, {"table": unit.table}) for unit in planned]
+        return [Unit(unit.id, {"table": unit.table, "rows": unit.rows}) for unit in planned]
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """One piece: the unit's marker."""

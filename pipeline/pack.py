@@ -4,7 +4,8 @@ A shard is named by its place, its marker by its place and content: a shard whos
 Where shards change, a manifest without them is published first, so that at no moment a reader is shown a shard that is
 being replaced:
 
-    manifest without what changes → old markers gone → ledger → shards → indexes → stale files gone → manifest
+    manifest without what changes → indexes and old markers gone → ledger → shards → indexes → stale files gone →
+    manifest
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,21 +26,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import Recipe, fingerprint
+from pipeline.energon import tar_index
+from pipeline.indexes import hide_indexes, write_indexes
 from pipeline.ingest import Staged
 from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA
 from pipeline.select import Decisions, shard_name
 from pipeline.shards import (
     LedgerEntry,
     Manifest,
+    Place,
     Sample,
     ShardEntry,
     read_manifest,
     sha256_of,
     write_manifest,
-    write_tar,
+    write_samples,
 )
 from pipeline.storage import Storage
 from pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
+
+log = logging.getLogger(__name__)
 
 # The recipe's sections that decide what is in a dataset.
 _SECTIONS = {"source", "fetch", "image", "select", "dedup", "shards", "unit"}
@@ -57,7 +63,7 @@ class Segment:
 
 
 class Pack(Job):
-    """Writes shards/<name>.tar and .parquet from staged pictures. A unit is a shard."""
+    """Writes shards/<name>.tar, .parquet and .tar.idx from staged pictures. A unit is a shard."""
 
     name = title = "pack"
 
@@ -72,18 +78,20 @@ class Pack(Job):
         digest = hashlib.sha256()
         with tempfile.TemporaryDirectory(prefix="capstan-pack-") as scratch:
             tar = Path(scratch) / "shard.tar"
-            spans = write_tar(tar, self._samples(segments, parts), digest)
+            places = write_samples(tar, self._samples(segments, parts), digest)
             size = tar.stat().st_size
-            table = parquet_bytes(_index(parts, spans))
+            rows = _table(parts, places)
+            table = parquet_bytes(rows)
             entry = ShardEntry(
                 name=name,
-                samples=len(spans),
+                samples=len(places),
                 bytes=size,
                 sha256=digest.hexdigest(),
                 table_sha256=sha256_of(table),
             )
             self.storage.put(tar, entry.tar)
             self.storage.write(entry.table, table)
+            self.storage.write(entry.index, tar_index(rows))
         yield entry.model_dump()
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
@@ -115,11 +123,11 @@ def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
     return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"]}
 
 
-def _index(parts: list[pa.Table], spans: list[tuple[int, int]]) -> pa.Table:
-    """The shard's table: the samples' rows with where their JPEGs lie in the shard."""
+def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
+    """The shard's table: the samples' rows with where they lie in the shard."""
     rows = pa.concat_tables(parts).drop_columns(["offset", "size"])
-    rows = rows.append_column("offset", pa.array([offset for offset, _ in spans], pa.int64()))
-    rows = rows.append_column("size", pa.array([size for _, size in spans], pa.int64()))
+    for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
+        rows = rows.append_column(name, pa.array(values, pa.int64()))
     return rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
 
 
@@ -151,9 +159,12 @@ def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bo
     done = markers(job)
     content = content_recipe(recipe)
     manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False)
+    if not units:
+        log.warning("pack: no row is kept, so there is no shard (%s)", _where_they_went(decisions))
     if read_manifest(storage) is not None:
         unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done]
         write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
+    hide_indexes(storage)
     forget(job, done.keys() - wanted)
     ledger = _write_ledger(storage, decisions)
     summary = run(job, units, recipe.resources, progress=progress)
@@ -168,34 +179,24 @@ def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bo
             "ledger": ledger,
         }
     )
-    for name, data in indexes(manifest).items():
-        storage.write(name, data)
+    manifest = manifest.model_copy(update={"indexes": write_indexes(storage, manifest)})
     for name in unlisted(storage, manifest):
         storage.delete(name)
     write_manifest(storage, manifest)
     return manifest, summary
 
 
-def indexes(manifest: Manifest) -> dict[str, bytes]:
-    """Samples per shard, as open_clip (sizes.json, which it looks for beside the tars) and wids read them."""
-    sizes = json.dumps({f"{entry.name}.tar": entry.samples for entry in manifest.shards}, indent=1).encode()
-    shards = [
-        {"url": entry.tar, "nsamples": entry.samples, "filesize": entry.bytes, "sha256": entry.sha256}
-        for entry in manifest.shards
-    ]
-    wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "capstan", "shardlist": shards}
-    return {
-        "sizes.json": sizes,
-        "shards/sizes.json": sizes,
-        "wids.json": json.dumps(wids, indent=1).encode(),
-    }
-
-
 def unlisted(storage: Storage, manifest: Manifest) -> list[str]:
     """Files in shards/ and ledger/ that `manifest` does not list."""
-    listed = {name for entry in manifest.shards for name in (entry.tar, entry.table)} | set(indexes(manifest))
-    listed |= {entry.table for entry in manifest.ledger}
+    listed = {name for entry in manifest.shards for name in (entry.tar, entry.table, entry.index)}
+    listed |= {entry.table for entry in manifest.ledger} | set(manifest.indexes)
     return [name for folder in ("shards", "ledger") for name in storage.names(folder) if name not in listed]
+
+
+def _where_they_went(decisions: Decisions) -> str:
+    """The selection's steps that took rows, in order."""
+    lost = [f"{step['step']} took {step['lost']:,}" for step in decisions.funnel if step["lost"]]
+    return f"of {len(decisions.step):,} rows " + ", ".join(lost) if lost else "the source has no rows"
 
 
 def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
@@ -211,7 +212,7 @@ def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
         content = fingerprint([FORMAT_VERSION, image, keys, shas])
         segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)
         name = shard_name(number)
-        units.append(Unit(f"{name}-{content}", {"shard": name, "segments": segments}))
+        units.append(Unit(f"{name}-{content}", {"shard": name, "segments": segments, "rows": len(rows)}))
     return units
 
 

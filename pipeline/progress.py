@@ -1,17 +1,19 @@
-"""What a running stage has done → one live bar on a terminal, or a plain line every few seconds otherwise; on stderr.
+"""What a running stage has done → one live display on a terminal, else a plain line every few seconds; on stderr.
 
 Counts are plain names and numbers. Three spellings are known: `samples` gives the rate, `bytes` the throughput, and
-`failed.<reason>` the top reasons for failure; everything else is shown as it is.
+`failed.<reason>` the failures and their top reasons; everything else is shown as it is.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -19,14 +21,24 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.5
+WINDOW_S = 30.0  # rates and ETA are those of the last so many seconds
 _BAR = 24  # characters
+
+
+class _Moment(NamedTuple):
+    """What was done at a time: seconds since the start; samples; bytes; the share of this run's work."""
+
+    at: float
+    samples: float
+    bytes: float
+    share: float
 
 
 class Progress:
     """Shows a stage while the `with` block runs; `advance` it from the work, `poll` brings counts from elsewhere.
 
     `total` is in units of work (None: unknown), `already` of them were done by an earlier run and count for the bar but
-    not for the rate.
+    not for the rate. `samples` is how many this run will look at (0: unknown): with it the ETA need not wait for units.
     """
 
     def __init__(
@@ -35,20 +47,23 @@ class Progress:
         total: int | None,
         *,
         already: int = 0,
+        samples: int = 0,
         poll: Callable[[], Mapping[str, float]] | None = None,
         enabled: bool = True,
         unit: str = "units",
         stream: TextIO | None = None,
     ) -> None:
-        self.stage, self.total, self.already, self.unit = stage, total, already, unit
+        self.stage, self.total, self.already, self.samples, self.unit = stage, total, already, samples, unit
         self.done = already
         self.counts: dict[str, float] = {}
         self._poll, self._enabled = poll, enabled
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
+        self._logs: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tick, name=f"progress-{stage}", daemon=True)
         self._start = time.monotonic()
+        self._history = deque([_Moment(0.0, 0, 0, 0)])
 
     def advance(self, units: int = 1, counts: Mapping[str, float] | None = None) -> None:
         """`units` more are done; `counts` are added to what is shown."""
@@ -61,6 +76,7 @@ class Progress:
             if self._console.is_terminal:
                 self._live = Live(console=self._console, get_renderable=self._renderable, refresh_per_second=4)
                 self._live.start()
+                self._take_logs()
             self._thread.start()
         return self
 
@@ -73,8 +89,16 @@ class Progress:
             self._refresh()
         if self._live is not None:
             self._live.stop()
+            for handler, stream in self._logs:
+                handler.setStream(stream)
         elif kind is None:
             self._console.print(self.line(finished=True), markup=False)
+
+    def _take_logs(self) -> None:
+        """Let log lines appear above the display, not in it: it stands where they would be written."""
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is self._console.file:
+                self._logs.append((handler, handler.setStream(sys.stderr)))  # which the display has replaced
 
     def _tick(self) -> None:
         """Runs in a thread of its own until the block ends."""
@@ -86,46 +110,99 @@ class Progress:
     def _refresh(self) -> None:
         if self._poll is not None:
             self.counts.update(self._poll())
+        self.note(time.monotonic() - self._start)
 
-    def _renderable(self) -> Text:
-        return Text(self.line(finished=self._stop.is_set()), no_wrap=True, overflow="ellipsis")
+    def note(self, now_s: float) -> None:
+        """Remember what is done by now, for the rates; `now_s` is in seconds since the start."""
+        samples, size, share = self.counts.get("samples", 0), self.counts.get("bytes", 0), self._share()
+        if not samples and not share:
+            self._history.clear()  # while workers are starting, they say nothing of the pace
+        self._history.append(_Moment(now_s, samples, size, share))
+        while len(self._history) > 2 and self._history[1].at <= now_s - WINDOW_S:
+            self._history.popleft()
+
+    def _share(self) -> float:
+        """The share of this run's work that is done: by samples where their number is known, else by units."""
+        shares = [0.0]
+        if self.total is not None and self.total > self.already:
+            shares.append((self.done - self.already) / (self.total - self.already))
+        if self.samples:
+            shares.append(self.counts.get("samples", 0) / self.samples)
+        return min(1.0, max(shares))
+
+    # What is shown ---------------------------------------------------------------------------------------------------
 
     def line(self, finished: bool = False) -> str:
-        """The present state as one line of text."""
+        """The present state as one line of text. Rates are the latest; at the end they are those of the whole stage."""
+        return " · ".join(part for part in (self._work(finished), self._outcome()) if part)
+
+    def _renderable(self) -> Text:
+        outcome = self._outcome()
+        text = Text(self._work(finished=self._stop.is_set()), no_wrap=True, overflow="ellipsis")
+        text.stylize("bold", 0, len(self.stage))
+        if outcome:
+            text.append("\n" + " " * 11 + outcome, "yellow" if "failed" in outcome else "")
+        return text
+
+    def _work(self, finished: bool) -> str:
+        """Stage, units, rates and the time that is left, or was taken."""
         seconds = max(time.monotonic() - self._start, 1e-3)
+        before, now = self._history[0], self._history[-1]
+        if finished:
+            before, now = _Moment(0, 0, 0, 0), now._replace(at=seconds)
         parts = [f"{self.stage:<10} {self._fraction()}"]
-        if samples := self.counts.get("samples", 0):
-            parts.append(f"{samples / seconds:,.1f} samples/s")
-        if size := self.counts.get("bytes", 0):
-            parts.append(f"{size / seconds / 1e6:,.1f} MB/s")
-        parts += [f"{name} {value:,.0f}" for name, value in sorted(self.counts.items()) if _is_plain(name)]
-        if failures := _top_failures(self.counts):
-            parts.append(f"failed: {failures}")
-        parts.append(f"{_clock(seconds)}" if finished else f"ETA {self._eta(seconds)}")
+        if now.samples:
+            parts.append(f"{_rate(before.samples, now.samples, now.at - before.at):,.1f} samples/s")
+        if now.bytes:
+            parts.append(f"{_rate(before.bytes, now.bytes, now.at - before.at) / 1e6:,.1f} MB/s")
+        parts.append(_clock(seconds) if finished else f"ETA {self.eta()}")
+        return " · ".join(parts)
+
+    def _outcome(self) -> str:
+        """How many samples were good, how many failed and why, and all other counts."""
+        failed = {
+            name.removeprefix("failed."): n for name, n in self.counts.items() if name.startswith("failed.") and n
+        }
+        samples, bad = self.counts.get("samples", 0), sum(failed.values())
+        parts = [f"ok {max(samples - bad, 0):,.0f}"] if samples else []
+        parts += [f"{name} {n:,.0f}" for name, n in sorted(self.counts.items()) if _is_plain(name) and n]
+        if bad:
+            share = f" ({bad / samples:.1%})" if samples else ""
+            parts.append(f"failed {bad:,.0f}{share}: {_top(failed)}")
         return " · ".join(parts)
 
     def _fraction(self) -> str:
         if self.total is None:
             return f"{self.done:,} {self.unit}"
         share = self.done / self.total if self.total else 1.0
-        bar = ("█" * round(share * _BAR)).ljust(_BAR, "░") + " " if self._live else ""
+        if self.samples:
+            share = (self.already + self._share() * (self.total - self.already)) / self.total
+        bar = ("█" * int(share * _BAR)).ljust(_BAR, "░") + " " if self._live else ""
         return f"{bar}{self.done:,}/{self.total:,} {self.unit}"
 
-    def _eta(self, seconds: float) -> str:
-        made = self.done - self.already
-        if self.total is None or made == 0:
+    def eta(self) -> str:
+        """Time left at the latest pace: hours, minutes and seconds, or "–" while nothing is done."""
+        now = self._history[-1]
+        # Units come in steps: a window may see none of them, so without samples the pace is that of the whole run.
+        before = self._history[0] if self.samples else _Moment(0, 0, 0, 0)
+        pace = _rate(before.share, now.share, now.at - before.at)
+        if self.total is None or pace <= 0:
             return "–"
-        return _clock(seconds / made * (self.total - self.done))
+        return _clock((1 - now.share) / pace)
+
+
+def _rate(before: float, now: float, seconds: float) -> float:
+    return (now - before) / max(seconds, 1e-3)
 
 
 def _is_plain(name: str) -> bool:
-    return name != "bytes" and not name.startswith("failed.")
+    return name not in ("samples", "bytes") and not name.startswith("failed.")
 
 
-def _top_failures(counts: Mapping[str, float], most: int = 3) -> str:
-    failed = {name.removeprefix("failed."): n for name, n in counts.items() if name.startswith("failed.") and n}
-    top = sorted(failed.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return ", ".join(f"{reason} {n:,.0f}" for reason, n in top)
+def _top(failed: Mapping[str, float], most: int = 3) -> str:
+    top = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    more = f", {len(top) - most} more" if len(top) > most else ""
+    return ", ".join(f"{reason} {n:,.0f}" for reason, n in top[:most]) + more
 
 
 def _clock(seconds: float) -> str:

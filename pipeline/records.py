@@ -10,7 +10,7 @@ from typing import Final
 
 import pyarrow as pa
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 # Outcome of an input row (contract: one ledger row for every input row).
 KEPT: Final = "kept"
@@ -99,7 +99,8 @@ LEDGER_SCHEMA: Final = pa.schema(
     ]
 )
 
-# One row a sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar.
+# One row a sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar;
+# `json_size` is that of KEY.json, whose header begins at the next multiple of 512 bytes.
 SHARD_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -109,5 +110,6 @@ SHARD_SCHEMA: Final = pa.schema(
         pa.field("extra", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
+        pa.field("json_size", pa.int64(), nullable=False),
     ]
 )

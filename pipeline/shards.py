@@ -1,6 +1,6 @@
 """Samples → tar shards, and finished shards → samples: the dataset folder as docs/formats.md describes it.
 
-write_tar               samples → one WebDataset tar, always the same bytes for the same samples
+write_samples           samples → one WebDataset tar, always the same bytes for the same samples
 Manifest                dataset.json: what a dataset holds; what it does not list does not exist for readers
 Dataset                 a finished dataset: its tables, and its pictures by byte range, without scanning a tar
 """
@@ -8,13 +8,11 @@ Dataset                 a finished dataset: its tables, and its pictures by byte
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,57 +38,79 @@ class Sample:
     caption: str | None = None
 
 
+class Place(NamedTuple):
+    """Where a sample lies in its tar, in bytes: its JPEG's data, and the size of its JSON, which follows at once."""
+
+    offset: int
+    size: int
+    json_size: int
+
+
 class Digest(Protocol):
     """What `hashlib` gives: grows with `update`."""
 
     def update(self, data: bytes, /) -> None: ...
 
 
-class _Counted(io.RawIOBase):
-    """A write-only stream that knows its position and feeds a digest."""
+BLOCK = 512  # bytes: a member is a header of one block, and its data in whole blocks
+_RECORD = 10_240  # bytes: a tar ends with two empty blocks and is filled up to a multiple of this
 
-    def __init__(self, file: BinaryIO, digest: Digest | None) -> None:
-        self.file, self.digest, self.position = file, digest, 0
+# A regular file's header with mode 0644 and owner 0, without name (100 bytes), size and checksum.
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"00000000000\0"
+_KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(BLOCK - 265)
+_FIXED_SUM = sum(_OWNER + _TIME + _KIND) + 8 * ord(" ")
 
-    def writable(self) -> bool:
-        return True
 
-    def write(self, data: Any) -> int:
-        self.file.write(data)
-        if self.digest is not None:
-            self.digest.update(data)
-        self.position += len(data)
-        return len(data)
+def tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member: every field but name and size is fixed, whatever the version of Python."""
+    raw, octal = name.encode("ascii"), b"%011o\0" % size
+    assert len(raw) <= 100, name
+    assert size < 8**11, name
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(raw) + sum(octal))
+    return b"".join((raw.ljust(100, b"\0"), _OWNER, octal, _TIME, checksum, _KIND))
 
-    def tell(self) -> int:
-        return self.position
+
+def tar_end(position: int) -> bytes:
+    """What follows the last member, which ends at `position`."""
+    return bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
+
+
+def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[Place]:
+    """Write `samples` to the local file `path`: KEY.jpg, KEY.json, KEY.txt, adjacent and in this order.
+
+    The bytes depend on the samples alone. `digest`, if given, takes in the tar's bytes as they are written.
+    """
+    places: list[Place] = []
+    position = 0
+    with path.open("wb", buffering=1 << 20) as file:
+
+        def write(data: bytes) -> None:
+            nonlocal position
+            file.write(data)
+            if digest is not None:
+                digest.update(data)
+            position += len(data)
+
+        for sample in samples:
+            fields = None if sample.fields is None else to_json(sample.fields)
+            places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b"")))
+            write(_member(f"{sample.key}.jpg", sample.jpg))
+            if fields is not None:
+                write(_member(f"{sample.key}.json", fields))
+            if sample.caption is not None:
+                write(_member(f"{sample.key}.txt", sample.caption.encode("utf-8", "replace")))
+        write(tar_end(position))
+    return places
 
 
 def write_tar(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[tuple[int, int]]:
-    """Write `samples` to the local file `path`: KEY.jpg, KEY.json, KEY.txt, adjacent and in this order.
-
-    USTAR with every header field fixed, so that the bytes depend on the samples alone. Gives (offset, size) of each
-    JPEG in the tar, in bytes. `digest`, if given, takes in the tar's bytes as they are written.
-    """
-    spans: list[tuple[int, int]] = []
-    with path.open("wb", buffering=1 << 20) as file:
-        counted = _Counted(file, digest)
-        with tarfile.open(fileobj=counted, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                _add(tar, f"{sample.key}.jpg", sample.jpg)
-                padded = -len(sample.jpg) % tarfile.BLOCKSIZE + len(sample.jpg)
-                spans.append((counted.position - padded, len(sample.jpg)))
-                if sample.fields is not None:
-                    _add(tar, f"{sample.key}.json", to_json(sample.fields))
-                if sample.caption is not None:
-                    _add(tar, f"{sample.key}.txt", sample.caption.encode("utf-8", "replace"))
-    return spans
+    """`write_samples` that gives (offset, size) of each JPEG in the tar, in bytes."""
+    return [(place.offset, place.size) for place in write_samples(path, samples, digest)]
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # mtime, uid and gid 0, mode 0644, no owner names
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+def _member(name: str, data: bytes) -> bytes:
+    return b"".join((tar_header(name, len(data)), data, bytes(-len(data) % BLOCK)))
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:
@@ -104,7 +124,8 @@ class _Entry(BaseModel):
 
 
 class ShardEntry(_Entry):
-    """A shard: shards/NAME.tar (its `bytes` and `sha256`) and shards/NAME.parquet (`table_sha256`)."""
+    """A shard: shards/NAME.tar (its `bytes` and `sha256`), NAME.parquet (`table_sha256`) and NAME.tar.idx, whose
+    content follows from the table."""
 
     name: str
     samples: int
@@ -119,6 +140,10 @@ class ShardEntry(_Entry):
     @property
     def table(self) -> str:
         return f"shards/{self.name}.parquet"
+
+    @property
+    def index(self) -> str:
+        return f"{self.tar}.idx"
 
 
 class LedgerEntry(_Entry):
@@ -137,7 +162,8 @@ class Manifest(_Entry):
     """dataset.json. `recipe` holds the sections that decide what is in the dataset, `recipe_hash` is their hash.
 
     `selection` changes with anything that decides which rows are kept and what is staged of them; `complete` is False
-    while shards are being rewritten.
+    while shards are being rewritten. `indexes` are the other readers' files with their SHA-256. In the file all this is
+    followed by `seal`, the SHA-256 of what stands before it.
     """
 
     format_version: int = FORMAT_VERSION
@@ -149,6 +175,7 @@ class Manifest(_Entry):
     funnel: list[dict[str, Any]] = []  # {step, rows}: rows left after each step of the selection
     shards: list[ShardEntry] = []
     ledger: list[LedgerEntry] = []
+    indexes: dict[str, str] = {}
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
@@ -171,7 +198,23 @@ def read_manifest(storage: Storage) -> Manifest | None:
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:
     """Publish `manifest` atomically."""
-    storage.write(MANIFEST, json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False).encode() + b"\n")
+    storage.write(MANIFEST, _sealed(manifest.model_dump()))
+
+
+def seal_holds(data: bytes) -> bool:
+    """Whether dataset.json is, to the byte, what was written."""
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and fields.pop("seal", None) is not None and _sealed(fields) == data
+
+
+def _sealed(fields: dict[str, Any]) -> bytes:
+    def text(value: dict[str, Any]) -> bytes:
+        return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+    return text(fields | {"seal": sha256_of(text(fields))})
 
 
 class Dataset:

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -110,7 +111,14 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
         return Summary(0, len(known), {}, dict(counts))
     start_ray(resources)
     work = _Run(job, todo, resources, attempts)
-    with Progress(job.title or job.name, len(units), already=len(known), poll=work.reported, enabled=progress) as bar:
+    with Progress(
+        job.title or job.name,
+        len(units),
+        already=len(known),
+        samples=sum(unit.spec.get("rows", 0) for unit in todo),
+        poll=work.reported,
+        enabled=progress,
+    ) as bar:
         work.execute(bar)
     counts.update(work.counts)
     done = len(todo) - len(work.quarantined)
@@ -130,6 +138,7 @@ def start_ray(resources: Resources) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
+            _check_free(resources.metrics_port)
             ray.init(
                 address="local",
                 num_cpus=_cpus(resources),
@@ -138,8 +147,21 @@ def start_ray(resources: Resources) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                _metrics_export_port=resources.metrics_port,
             )
     _configure()
+
+
+def _check_free(port: int | None) -> None:
+    """Ray says nothing where its exporter cannot listen."""
+    if port is not None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                problem = f"cannot listen on port {port} ({error.strerror})"
+                raise RecipeError("resources.metrics_port", problem, "name a free port") from None
 
 
 def _configure() -> None:
@@ -177,8 +199,10 @@ class _Run:
                 log.warning("%s: unit %s failed: %s", self.job.name, unit.id, _first_line(reason))
                 if starts.get(unit.id, 0) >= self.attempts:
                     self._quarantine(unit, reason)
+                    self.tracker.ended.remote("quarantined")
                     bar.advance(counts={"quarantined": 1})
                 else:
+                    self.tracker.ended.remote("retried")
                     left.append(unit)
             if left:
                 time.sleep(1.0)  # what fails at once, on a busy disk or server, may heal in a moment
@@ -213,6 +237,7 @@ class _Run:
                 if reason := self._commit(unit, pieces):
                     failed[unit.id] = reason
                 else:
+                    self.tracker.ended.remote("committed")
                     bar.advance()
         for lost in gathered.keys() - failed.keys():
             failed[lost] = "incomplete: its worker died while it was being read"

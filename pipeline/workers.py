@@ -38,7 +38,10 @@ _REPORT_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work: an id that is a good file name, and what `prepare` needs to know, as plain JSON data."""
+    """A unit of work: an id that is a good file name, and what `prepare` needs to know, as plain JSON data.
+
+    `spec["rows"]`, if there, is how many samples it will report: with it the display knows how far a unit has come.
+    """
 
     id: str
     spec: dict[str, Any] = field(default_factory=dict)
@@ -86,13 +89,23 @@ def report(counts: Mapping[str, float]) -> None:
 
 
 class Tracker:
-    """A small actor that outlives workers: how often each piece of work was started, and what was reported."""
+    """A small actor that outlives workers: how often each piece of work was started, and what was reported.
+
+    It alone speaks to Ray's exporter, so that each series has one writer. docs/metrics.md describes the series; there
+    `stage` is what stands before the first hyphen of the job's name.
+    """
 
     def __init__(self, job: str) -> None:
         from ray.util.metrics import Counter as Metric
 
-        self._starts, self._counts, self._job = Counter[str](), Counter[str](), job
-        self._metric = Metric("capstan_reported", "What units reported, by name", tag_keys=("job", "name"))
+        self._starts, self._counts, self._stage = Counter[str](), Counter[str](), job.partition("-")[0]
+        about = {
+            "samples": ("capstan_samples_total", "Samples looked at, good or failed", ("stage",)),
+            "bytes": ("capstan_bytes_total", "Bytes of pictures read", ("stage",)),
+            "failed": ("capstan_failed_total", "Samples that failed, by reason", ("stage", "reason")),
+            "units": ("capstan_units_total", "Units that ended, by outcome", ("stage", "outcome")),
+        }
+        self._metrics = {name: Metric(*arguments) for name, arguments in about.items()}
 
     def begin(self, item: str) -> int:
         self._starts[item] += 1
@@ -104,8 +117,13 @@ class Tracker:
     def add(self, counts: dict[str, float]) -> None:
         self._counts.update(counts)
         for name, value in counts.items():
-            if value > 0:
-                self._metric.inc(value, {"job": self._job, "name": name})
+            kind, _, reason = name.partition(".")
+            if value > 0 and kind in self._metrics:
+                self._metrics[kind].inc(value, {"stage": self._stage} | ({"reason": reason} if reason else {}))
+
+    def ended(self, outcome: str) -> None:
+        """A unit is `committed`, `quarantined`, or will be `retried`."""
+        self._metrics["units"].inc(1, {"stage": self._stage, "outcome": outcome})
 
     def counts(self) -> dict[str, float]:
         return dict(self._counts)

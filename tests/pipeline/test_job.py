@@ -103,6 +103,35 @@ def test_every_row_has_one_outcome_and_the_kept_are_packed(make: Callable[..., R
     assert sizes == {f"shard-{n:06}.tar": samples for n, samples in enumerate([13, 13, 12])}
 
 
+def test_where_nothing_is_kept_there_is_a_dataset_without_shards(
+    make: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make(20)
+    build(recipe)
+    none = make(20, least=10)
+    summary = build(none)
+    assert summary["counts"] == {"rows": 20, "kept": 0, "rejected": 18, "duplicate": 0, "failed": 2, "shards": 0}
+    assert "no row is kept" in caplog.text
+    assert "of 20 rows fetched and decoded took 2, score took 18" in caplog.text
+    assert sound(none)
+    names = published(none)
+    assert not [name for name in names if name.startswith((".nv-meta/", "shards/shard"))]
+    assert json.loads(names["sizes.json"]) == {}
+    build(recipe)
+    assert sound(recipe)
+    assert ".nv-meta/.info.json" in published(recipe)
+
+
+def test_shards_of_a_batch_differ_by_one_sample_at_most(make: Callable[..., Recipe]) -> None:
+    keep_all = {"select": [], "dedup": {"exact": False, "perceptual": None}, "shards": {"samples": 7}}
+    recipe = make(30, **keep_all)
+    build(recipe)
+    recipe = make(50, **keep_all)
+    build(recipe)
+    sizes = [entry.samples for entry in Dataset(Storage(recipe.dataset)).manifest.shards]
+    assert sizes == [7, 7, 7, 6, 6, 6, 6]  # 27 pictures, then 18 more
+
+
 def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(30)
     first = build(recipe)
@@ -222,6 +251,27 @@ def test_select_needs_something_staged(make: Callable[..., Recipe]) -> None:
         job.select(make(5), progress=False)
 
 
+def test_no_index_is_there_while_shards_are_replaced(
+    make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(make(40))
+    dataset = Storage(make(40).dataset)
+    assert dataset.exists(".nv-meta/.info.json")
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.pack.run", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            job.select(make(40, least=4), progress=False)
+    assert not dataset.names(".nv-meta")
+    assert not dataset.exists("sizes.json")
+    assert verify(dataset) == ["dataset.json: incomplete: run `capstan build` again"]
+    job.select(make(40, least=4), progress=False)
+    assert verify(dataset) == []
+
+
 def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
     recipe = make(40)
     build(recipe)
@@ -244,7 +294,7 @@ def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
     raw = good[tar]
     flipped = raw[:700] + bytes([raw[700] ^ 1]) + raw[701:]
     assert f"{tar}: its SHA-256" in problems(tar, flipped)
-    assert f"{tar}: cannot be read as a tar" in problems(tar, b"x" + raw[1:])
+    assert "missing (found x" in problems(tar, b"x" + raw[1:])
     assert f"{tar}: 1000 bytes" in problems(tar, raw[:1000])
     assert f"{tar}: missing" in problems(tar, None)
     assert f"{table}: its SHA-256" in problems(table, good["shards/shard-000000.parquet"])

@@ -45,7 +45,10 @@ def write_dataset(folder: Path, counts: list[int], size: int = 16) -> Path:
             )
             index += 1
         spans = write_tar(folder / "shards" / f"{name}.tar", samples)
-        rows = [row | {"offset": offset, "size": length} for row, (offset, length) in zip(rows, spans, strict=True)]
+        rows = [
+            row | {"offset": offset, "size": length, "json_size": 0}
+            for row, (offset, length) in zip(rows, spans, strict=True)
+        ]
         storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, schema=SHARD_SCHEMA))
         tar = (folder / "shards" / f"{name}.tar").read_bytes()
         table = storage.read(f"shards/{name}.parquet")
