@@ -77,16 +77,12 @@ def heals(error: BaseException) -> bool:
     """Whether the same operation may succeed a moment later."""
     if isinstance(error, _FINAL):
         return False
+    if isinstance(error, _NETWORK) or not _CLIENT_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+        return True
     code, status = _answer(error)
-    if code in _HEALING_CODES or status in _HEALING_STATUS:
-        return True
     if code or status:
-        return False  # the server understood, and says no
-    if isinstance(error, _NETWORK):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _NETWORK_ERRNO
-    return not _CLIENT_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+        return code in _HEALING_CODES or status in _HEALING_STATUS
+    return isinstance(error, OSError) and error.errno in _NETWORK_ERRNO
 
 
 def described(error: BaseException) -> str:
@@ -98,10 +94,10 @@ def _answer(error: BaseException) -> tuple[str, int]:
     """The error code and HTTP status of a server's answer, ("", 0) where there was none."""
     for seen in (error, error.__cause__):
         response = getattr(seen, "response", None)
-        if isinstance(response, dict):  # botocore
+        if isinstance(response, dict):  # botocore's
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), int(status)
-        for name in ("status", "status_code", "code"):  # aiohttp and http servers, Azure, Google
-            if isinstance(status := getattr(seen, name, None), int):
-                return "", status
+    for name in ("status", "status_code", "code"):  # aiohttp's, Azure's, Google's
+        if isinstance(status := getattr(error, name, None), int):
+            return "", status
     return "", 0
