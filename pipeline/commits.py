@@ -1,11 +1,11 @@
-"""Which units of a job are committed, and what was kept of each: the markers, and a log that spares reading them.
+"""Which units of a job are committed, and what was kept of each: markers, one by one, then gathered in a log.
 
-    state/<job>/done/<unit>.json          the marker: a unit is committed if it exists, and only then
-    state/<job>/quarantine/<unit>.json    why a unit is not
-    state/<job>/log.json                  unit → [the marker's stamp, what it says]
+    state/<job>/done/<unit>.json          the marker of a unit, written when all its outputs are published
+    state/<job>/log.json                  unit → what its marker said: many markers in one file
+    state/<job>/quarantine/<unit>.json    why a unit is not committed
 
-The log decides nothing. A marker is read from it if its stamp is still the one that the listing shows; a log that is
-old, or missing, costs time only.
+A unit is committed if it has a marker or stands in the log. The log is published before the markers that it takes in
+are removed, so at no moment is a unit in neither; thousands of them cost one read.
 """
 
 from __future__ import annotations
@@ -17,27 +17,22 @@ from typing import Any
 from pipeline.workers import Job, Unit
 
 Facts = dict[str, Any]  # what `Job.commit` returned
-_WORTH_LOGGING = 100  # markers that are in no log
+_WORTH_GATHERING = 100  # markers
 
 
 def markers(job: Job) -> dict[str, Facts]:
     """What `commit` returned for every committed unit of this job, by unit id."""
-    return _Markers(job, {}).facts
+    return _read_log(job) | _read_markers(job, {})
 
 
-def log_markers(job: Job, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
-    """As `markers`, and logs them if many are in no log. `fresh` holds facts that need not be read."""
-    found = _Markers(job, fresh or {})
-    if found.unlogged >= _WORTH_LOGGING:
-        log = {unit: [stamp, found.facts[unit]] for unit, stamp in found.stamps.items()}
-        job.storage.write(_log(job), json.dumps(log, separators=(",", ":")).encode())
-    return found.facts
-
-
-def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
-    """The units that have no marker yet. One listing."""
-    done = {_unit_of(name) for name in job.storage.names(f"state/{job.name}/done")}
-    return [unit for unit in units if unit.id not in done]
+def gather(job: Job, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
+    """As `markers`, and moves them into the log if there are many. `fresh`: facts that need not be read again."""
+    logged, single = _read_log(job), _read_markers(job, fresh or {})
+    facts = logged | single
+    if len(single) >= _WORTH_GATHERING:
+        _write_log(job, facts)
+        job.storage.delete(*(_marker(job, unit) for unit in single))
+    return facts
 
 
 def mark(job: Job, unit: str, facts: Facts) -> None:
@@ -46,8 +41,17 @@ def mark(job: Job, unit: str, facts: Facts) -> None:
 
 
 def forget(job: Job, units: Iterable[str]) -> None:
-    """Remove the markers of these units: they will be done again."""
-    job.storage.delete(*(_marker(job, unit) for unit in units))
+    """These units are committed no longer: they will be done again."""
+    units, logged = set(units), _read_log(job)
+    if units & logged.keys():
+        _write_log(job, {unit: facts for unit, facts in logged.items() if unit not in units})
+    job.storage.delete(*(_marker(job, unit) for unit in sorted(units)))
+
+
+def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
+    """The units that are not committed yet."""
+    done = _read_log(job).keys() | {_unit_of(name) for name in _marker_names(job)}
+    return [unit for unit in units if unit.id not in done]
 
 
 def quarantined(job: Job) -> dict[str, str]:
@@ -71,26 +75,26 @@ def first_line(reason: str) -> str:
     return reason.partition("\n")[0]
 
 
-class _Markers:
-    """The markers of a job: `stamps` and `facts` by unit; `unlogged` of them were not in the log."""
-
-    def __init__(self, job: Job, fresh: Mapping[str, Facts]) -> None:
-        listed = job.storage.stamps(f"state/{job.name}/done")
-        self.stamps = {_unit_of(name): stamp for name, stamp in listed.items()}
-        log = _read_log(job) if self.stamps else {}
-        known = {unit: log[unit][1] for unit, stamp in self.stamps.items() if unit in log and log[unit][0] == stamp}
-        self.unlogged = len(self.stamps) - len(known)
-        known |= fresh
-        unread = job.storage.read_many(_marker(job, unit) for unit in self.stamps if unit not in known)
-        known |= {_unit_of(name): json.loads(data) for name, data in unread.items()}
-        self.facts: dict[str, Facts] = {unit: known[unit] for unit in self.stamps}
-
-
-def _read_log(job: Job) -> dict[str, Any]:
+def _read_log(job: Job) -> dict[str, Facts]:
     try:
         return dict(json.loads(job.storage.read(_log(job))))
     except FileNotFoundError:
         return {}
+
+
+def _write_log(job: Job, facts: Mapping[str, Facts]) -> None:
+    job.storage.write(_log(job), json.dumps(facts, separators=(",", ":"), sort_keys=True).encode())
+
+
+def _read_markers(job: Job, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
+    names = {_unit_of(name): name for name in _marker_names(job)}
+    unread = job.storage.read_many(name for unit, name in names.items() if unit not in fresh)
+    read = {_unit_of(name): json.loads(data) for name, data in unread.items()}
+    return {unit: fresh[unit] if unit in fresh else read[unit] for unit in names}
+
+
+def _marker_names(job: Job) -> list[str]:
+    return job.storage.names(f"state/{job.name}/done")
 
 
 def _log(job: Job) -> str:

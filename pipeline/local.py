@@ -50,15 +50,6 @@ class Local:
         """All finished files at any depth."""
         return [f"{root}/{name}" for root, names in _walk(folder) for name in names if not name.startswith(PARTIAL)]
 
-    def stamps(self, folder: str) -> dict[str, str]:
-        """For each finished file at any depth, what changes when it is written anew."""
-        found = {}
-        for path in self.find(folder):
-            with contextlib.suppress(FileNotFoundError):
-                seen = os.stat(path)  # noqa: PTH116 - thousands of them
-                found[path] = f"{seen.st_mtime_ns}-{seen.st_size}"
-        return found
-
     def write(self, path: str, data: bytes) -> None:
         with _publish(Path(path), len(data)) as partial, partial.open("wb") as file:
             file.write(data)

@@ -83,9 +83,6 @@ class Remote:
     def find(self, folder: str) -> list[str]:
         return list(self.details(folder))
 
-    def stamps(self, folder: str) -> dict[str, str]:
-        return {path: f"{stamp(info)}-{info['size']}" for path, info in self.details(folder).items()}
-
     def details(self, folder: str) -> dict[str, Mapping[str, Any]]:
         """What the file system says of all files at any depth."""
 

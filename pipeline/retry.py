@@ -86,8 +86,11 @@ def heals(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """On one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What went wrong, on one line, with the server's status and code where it answered."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    code, status = _answer(error)
+    said = [str(word) for word in (status, code) if word and str(word) not in text]
+    return " ".join([*said, text])
 
 
 def _answer(error: BaseException) -> tuple[str, int]:

@@ -97,10 +97,6 @@ class Storage:
         """Names of all finished files at any depth below `folder`, sorted, relative to this storage."""
         return sorted(self._name(path) for path in self._files.find(self._path(folder)))
 
-    def stamps(self, folder: str = "") -> dict[str, str]:
-        """As `names`; with each, what changes when the file is written anew."""
-        return {self._name(path): seen for path, seen in sorted(self._files.stamps(self._path(folder)).items())}
-
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(self.read(name))).read(columns=columns)
 

@@ -5,7 +5,7 @@
 
 What every job may rely on:
 
-- a committed unit (its marker exists) is never done again; of an uncommitted one nothing is visible to readers;
+- a committed unit (pipeline.commits) is never done again; of an uncommitted one nothing is visible to readers;
 - `commit` may be repeated for a unit after a crash: it must give the same files again;
 - pieces reach `commit` complete and in the order in which `prepare` yielded them, whatever the order of execution;
 - an exception in prepare, model or commit fails only its unit, and so does a worker that dies (out of memory, a codec
@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.commits import first_line, forget, log_markers, mark, markers, pending, quarantine, quarantined, release
+from pipeline.commits import first_line, forget, gather, mark, markers, pending, quarantine, quarantined, release
 from pipeline.config import Resources
 from pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError
 from pipeline.progress import Progress
@@ -78,7 +78,7 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
     units = list(units)
     wanted = {unit.id for unit in units}
     job.storage.sweep()
-    known = {unit: facts for unit, facts in log_markers(job).items() if unit in wanted}
+    known = {unit: facts for unit, facts in gather(job).items() if unit in wanted}
     todo = [unit for unit in units if unit.id not in known]
     counts = Counter[str]()
     for facts in known.values():
@@ -91,7 +91,7 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
         work.execute(bar)
     for facts in work.committed.values():
         counts.update(_numbers(facts))
-    log_markers(job, work.committed)
+    gather(job, work.committed)
     return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
 
 
@@ -103,7 +103,9 @@ def start_ray(resources: Resources) -> None:
         # Ray's only switch that keeps a one-machine Ray off the network: its name tells of where it is the default.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
+    from ray._private import worker
 
+    worker._worker_logs_enabled = False  # else Ray tells on stdout, which is the summary's, that a node has died
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -137,12 +139,15 @@ class _Run:
 
     def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
         self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
         self._once_bad = set(quarantined(job))
-        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tracker)
+        # Beside the driver, so that what it has counted is not lost with another node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Tracker)
         self.tracker = tracker.remote(job.name)
 
     def execute(self, bar: Progress) -> None:
