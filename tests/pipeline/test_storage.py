@@ -134,7 +134,8 @@ def test_which_answers_can_heal(status: int, answer: bool) -> None:
     assert heals(error.__cause__) is answer
 
 
-def test_sources_of_any_fsspec_kind() -> None:
+def test_sources_of_any_fsspec_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.01)
     shared = Storage("memory://sources")
     shared.write("a.txt", b"0123456789")
     shared.write("b.txt", b"b")
