@@ -98,12 +98,12 @@ def _publish(target: Path, size: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(target)
-    except OSError as error:
-        if full := as_disk_full(error, target.parent, size):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and (full := as_disk_full(error, target.parent, size)):
             raise full from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:

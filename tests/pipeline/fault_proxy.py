@@ -50,8 +50,8 @@ class Proxy:
                 await send(writer, b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(header(head, "content-length") or 0))
             await self.answer(self.fault(), head, body, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client has gone
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client has gone, or the proxy goes
         finally:
             writer.close()
 

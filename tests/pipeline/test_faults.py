@@ -90,7 +90,10 @@ def published(storage: Storage) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.names() if name.startswith(("shards/", "ledger/"))}
 
 
-def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(server: int, ray_session: Resources) -> None:
+def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
+    server: int, ray_session: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.commits._WORTH_GATHERING", 5)
     sound = job.build(recipe(server, "sound"), progress=False)
     with Faulty(server, "--rate", "0.05") as bucket:
         faulty = job.build(recipe(bucket.port, "faulty"), progress=False)
@@ -101,6 +104,10 @@ def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(server: int, ray_ses
     assert published(there) == published(here)
     assert len(published(there)) > 20
     assert verify(there) == []
+
+    with Faulty(server, "--rate", "0") as bucket:
+        job.build(recipe(bucket.port, "sound"), progress=False)
+    assert bucket.counts["requests"] < 45, "a finished dataset is not looked at unit by unit"
 
 
 @pytest.mark.parametrize("kind", ["503", "refused", "reset", "stall", "stalled_body", "truncated", "short"])
