@@ -147,12 +147,12 @@ class Storage:
         except DiskFull:
             raise
         except (OSError, StorageError) as error:
-            cause = error.__cause__ if isinstance(error, StorageError) else error
+            cause, said = (error.__cause__, error.problem) if isinstance(error, StorageError) else (error, str(error))
             if isinstance(cause, PermissionError):
                 problem, mend = "no permission to write to", "grant it, or name another place"
             else:
                 problem, mend = "cannot write to", "check the address, the bucket, storage.endpoint_url and credentials"
-            raise RecipeError(self.field, f"{problem} {self.url} ({cause})", mend) from None
+            raise RecipeError(self.field, f"{problem} {self.url} ({said})", mend) from None
 
 
 @dataclass(frozen=True)
