@@ -3,6 +3,8 @@
     CapstanError             1    something failed; the message says what
     ├── RecipeError          2    bad recipe, arguments or input: names the field and the mend
     │   └── MissingExtra     2    an optional package is not installed: names the extra to install
+    ├── StorageError         1    a file or bucket that did not do as asked: names the object and the mend
+    │   └── DiskFull         1    no room left: names the folder and how much is needed
     └── Quarantined          3    finished, but some units kept failing
 
 An interrupt (Ctrl-C, SIGTERM) ends with 130; the command line sees to that.
@@ -44,6 +46,25 @@ class MissingExtra(RecipeError):
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str, str]]:
         return RecipeError, (self.field, self.problem, self.mend)
+
+
+class StorageError(CapstanError):
+    """A storage did not do what was asked, after all tries: what was asked, what went wrong, and what to do.
+
+    >>> str(StorageError("read s3://bucket/a", "503 Slow Down, 5 tries", "try later"))
+    'cannot read s3://bucket/a (503 Slow Down, 5 tries). Mend: try later'
+    """
+
+    def __init__(self, action: str, problem: str, mend: str) -> None:
+        super().__init__(action, problem, mend)
+        self.action, self.problem, self.mend = action, problem, mend
+
+    def __str__(self) -> str:
+        return f"cannot {self.action} ({self.problem}). Mend: {self.mend}"
+
+
+class DiskFull(StorageError):
+    """A disk has no room left."""
 
 
 class Quarantined(CapstanError):

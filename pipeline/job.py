@@ -37,7 +37,8 @@ def build(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         job = Ingest(recipe, storage, resolve)
         summary = run(job, job.units(planned.units), recipe.resources, progress=progress)
     units = _staged(job, planned, summary.quarantined)
-    clean(job, units)
+    if summary.done or not _is_current(read_manifest(storage), recipe, units):
+        clean(job, units)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
     published = _publish(recipe, storage, units, clock, progress)
@@ -87,7 +88,9 @@ def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Cloc
     }
 
 
-def _is_current(manifest: Manifest, recipe: Recipe, units: list[Staged]) -> bool:
+def _is_current(manifest: Manifest | None, recipe: Recipe, units: list[Staged]) -> bool:
+    if manifest is None:
+        return False
     same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
     return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, units)
 

@@ -10,6 +10,7 @@ DuckDB's, in bounded memory, with its spill on the local disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import tempfile
@@ -68,12 +69,18 @@ class Plan:
 def read_plan(storage: Storage) -> Plan:
     """The plan as it stands in `storage`, without looking at the source."""
     units: list[PlannedUnit] = []
-    for name in storage.names("state/plan"):
-        if name.endswith("/batch.json"):
-            batch = json.loads(storage.read(name))
-            units += [PlannedUnit(batch["batch"], number, rows) for number, rows in enumerate(batch["units"])]
+    for batch in itertools.count():  # by name: a listing would show every unit's table, too
+        try:
+            written = json.loads(storage.read(_batch_name(batch)))
+        except FileNotFoundError:
+            break
+        units += [PlannedUnit(batch, number, rows) for number, rows in enumerate(written["units"])]
     seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {"read": 0, "repeats": 0}
     return Plan(units, seen["read"], seen["repeats"])
+
+
+def _batch_name(batch: int) -> str:
+    return f"state/plan/batch-{batch:04d}/batch.json"
 
 
 def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
@@ -101,7 +108,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
         read, repeats = sorter.rows, sorter.repeats
     if units:
         written = json.dumps({"batch": batch, "units": [unit.rows for unit in units]})
-        storage.write(f"state/plan/batch-{batch:04d}/batch.json", written.encode())
+        storage.write(_batch_name(batch), written.encode())
     record = {"signature": rows.signature, "read": read, "repeats": repeats}
     storage.write(_SOURCE, json.dumps(record).encode())
     return Plan(before.units + units, read, repeats)

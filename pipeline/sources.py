@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.config import Recipe, Source, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.records import PLAN_SCHEMA, make_key
-from pipeline.storage import SourceFile, find_files, open_file
+from pipeline.storage import SourceFile, find_files, open_file, read_span
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 64 << 20  # of embedded pictures
@@ -128,9 +128,7 @@ def read_bytes(file: str, offset: int, length: int, recipe: Recipe) -> bytes:
     """The picture of a row that lies in a file: `length` bytes at `offset`."""
     protocol = recipe.dataset.partition("://")[0] if "://" in recipe.dataset else ""
     options = recipe.storage if protocol and file.startswith(f"{protocol}://") else {}
-    with open_file(file, options) as stream:
-        stream.seek(offset)
-        return stream.read(length)
+    return read_span(file, options, offset, length)
 
 
 def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:

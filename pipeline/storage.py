@@ -8,39 +8,45 @@ listing being more than eventually right about *other* writers.
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.compression import compr
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
 
-from pipeline.errors import RecipeError
+from pipeline.errors import DiskFull, RecipeError, StorageError
+from pipeline.local import PARTIAL, Local
+from pipeline.remote import Remote, stamp
 
-_PARTIAL = ".partial-"  # part of every temporary name; never listed
+_AT_ONCE = 32  # objects in flight where many small ones are read or removed
+
+T = TypeVar("T")
 
 
 class Storage:
     """A folder at `url`; names are relative to it, with forward slashes. Can be pickled to workers.
 
-    `field` is the recipe's field that the URL came from; errors that the user can mend name it.
+    `field` is the recipe's field that the URL came from; errors that the user can mend name it. All that is done here
+    raises FileNotFoundError for a file that is not there, DiskFull where a disk is, and StorageError for a bucket that
+    does not do as asked.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None, *, field: str = "dataset") -> None:
         self.url, self.options, self.field = str(url).rstrip("/") or "/", dict(options or {}), field
         try:
-            self._fs, self._root = _connect(self.url, self.options)
+            self._files, self._root = _connect(self.url, self.options)
         except (ValueError, TypeError, ImportError) as error:
             raise RecipeError(
                 field, f"cannot open {self.url}: {error}", "use a folder or a URL like s3://bucket/x"
             ) from None
-        self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.url, self.options, self.field)
@@ -55,36 +61,41 @@ class Storage:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self._root.rstrip("/") + "/")
+
     def local_path(self, name: str = "") -> Path | None:
         """Where `name` lies on this machine's disk, or None in a bucket."""
-        return Path(self._path(name)) if self._local else None
+        return Path(self._path(name)) if isinstance(self._files, Local) else None
 
     # Reading -----------------------------------------------------------------------------------------------------
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self._path(name)))
+        return self._files.exists(self._path(name))
 
     def size(self, name: str) -> int:
         """Size of a file in bytes."""
-        return int(self._fs.size(self._path(name)))
+        return self._files.size(self._path(name))
 
     def read(self, name: str) -> bytes:
-        return bytes(self._fs.cat_file(self._path(name)))
+        return self._files.read(self._path(name))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file."""
-        return bytes(self._fs.cat_file(self._path(name), start=start, end=stop))
+        """Bytes [start, stop) of a file, which must have them."""
+        return self._files.read_range(self._path(name), start, stop)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Small files by name, many at once from a bucket."""
+        names = list(names)
+        return dict(zip(names, self._each(self.read, names), strict=True))
 
     def open(self, name: str) -> BinaryIO:
         """A seekable reader over a finished file."""
-        return self._fs.open(self._path(name), "rb")  # type: ignore[no-any-return]
+        return self._files.open(self._path(name))
 
     def names(self, folder: str = "") -> list[str]:
         """Names of all finished files at any depth below `folder`, sorted, relative to this storage."""
-        self._fs.invalidate_cache()
-        root = self._root.rstrip("/") + "/"
-        found = self._fs.find(self._path(folder))
-        return sorted(path.removeprefix(root) for path in found if _PARTIAL not in path)
+        return sorted(self._name(path) for path in self._files.find(self._path(folder)))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(self.read(name))).read(columns=columns)
@@ -93,29 +104,18 @@ class Storage:
         """Parquet files of one schema as a dataset to scan, without opening them now."""
         import pyarrow.dataset as ds  # brings pandas along, which takes a second to load
 
-        return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=self._fs)
+        fs = self._files.arrow() if isinstance(self._files, Remote) else None
+        return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=fs)
 
     # Writing -----------------------------------------------------------------------------------------------------
 
     def write(self, name: str, data: bytes) -> None:
         """Publish `data` as `name`, whole or not at all."""
-        if not self._local:
-            self._fs.pipe_file(self._path(name), data)
-            return
-        with _Publish(Path(self._path(name))) as partial, partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self._files.write(self._path(name), data)
 
     def put(self, source: Path, name: str) -> None:
         """Publish the finished local file `source` as `name`; `source` may be moved away."""
-        if not self._local:
-            self._fs.put_file(str(source), self._path(name))
-            return
-        with _Publish(Path(self._path(name))) as partial:
-            shutil.move(source, partial)  # a rename where both lie on one disk
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+        self._files.put(source, self._path(name))
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Publish a table as Parquet (zstd); the same table gives the same bytes."""
@@ -123,34 +123,36 @@ class Storage:
         pq.write_table(table, buffer, compression="zstd")
         self.write(name, buffer.getvalue())
 
-    def delete(self, name: str) -> None:
-        """Remove a file if it is there."""
-        if self._fs.exists(self._path(name)):
-            self._fs.rm_file(self._path(name))
+    def delete(self, *names: str) -> None:
+        """Remove files, those that are there."""
+        self._each(lambda name: self._files.delete(self._path(name)), names)
+
+    def sweep(self) -> int:
+        """Remove what killed writers left under temporary names, unless they may still run; gives how many files."""
+        return self._files.sweep(self._root)
+
+    def _each(self, action: Callable[[str], T], names: Iterable[str]) -> list[T]:
+        if isinstance(self._files, Local):
+            return [action(name) for name in names]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(action, names))
 
     def check_writable(self) -> None:
-        """Raise RecipeError unless a file can be written here, read back and removed."""
-        name = f"{_PARTIAL}check-{uuid.uuid4().hex}"
+        """Raise RecipeError unless a file can be written here, read back and removed; DiskFull if there is no room."""
+        name = f"{PARTIAL}check-{uuid.uuid4().hex}"
         try:
             self.write(name, b"capstan")
             self.read(name)
             self.delete(name)
-        except PermissionError as error:
-            raise RecipeError(
-                self.field, f"no permission to write to {self.url} ({error})", "grant it, or name another place"
-            ) from None
-        except OSError as error:
-            raise RecipeError(
-                self.field,
-                f"cannot write to {self.url} ({error})",
-                "check the address, the bucket and storage.endpoint_url",
-            ) from None
-        except Exception as error:  # noqa: BLE001 - every client library has its own errors for an unreachable endpoint
-            raise RecipeError(
-                self.field,
-                f"cannot reach {self.url} ({error})",
-                "check the bucket, storage.endpoint_url and credentials",
-            ) from None
+        except DiskFull:
+            raise
+        except (OSError, StorageError) as error:
+            cause, said = (error.__cause__, error.problem) if isinstance(error, StorageError) else (error, str(error))
+            if isinstance(cause, PermissionError):
+                problem, mend = "no permission to write to", "grant it, or name another place"
+            else:
+                problem, mend = "cannot write to", "check the address, the bucket, storage.endpoint_url and credentials"
+            raise RecipeError(self.field, f"{problem} {self.url} ({said})", mend) from None
 
 
 @dataclass(frozen=True)
@@ -167,67 +169,87 @@ def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.pa
 
     Raises RecipeError naming `field` where there is nothing, or where it cannot be read.
     """
+    mend = "check the path, the bucket and its permissions"
     try:
-        fs, root = _connect(path, options)
-        if fs.isfile(root):
-            found = {root: fs.info(root)}
-        elif fs.isdir(root):
-            found = fs.find(root, detail=True)
-        else:
-            found = {name: info for name, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
+        fs, root = _file_system(path, options)
+        found = _matches(Remote(fs, mend), root)
+    except StorageError as error:
+        raise RecipeError(field, f"cannot {error.action} ({error.problem})", mend) from None
     except Exception as error:  # noqa: BLE001 - every file system has its own errors for an unreachable place
-        raise RecipeError(
-            field, f"cannot read {path} ({error})", "check the path, the bucket and its permissions"
-        ) from None
+        raise RecipeError(field, f"cannot read {path} ({error})", mend) from None
     if not found:
         raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
-    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    local = isinstance(fs, LocalFileSystem)
     files = [
-        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"]), _stamp(info))
+        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"]), stamp(info))
         for name, info in found.items()
     ]
     return sorted(files, key=lambda file: file.path)
 
 
+def _matches(remote: Remote, root: str) -> dict[str, Mapping[str, Any]]:
+    try:
+        info = remote.info(root)
+    except FileNotFoundError:
+        return {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
+    return {root: info} if info["type"] == "file" else remote.details(root)
+
+
 def open_file(path: str, options: Mapping[str, Any], *, unpack: bool = False) -> BinaryIO:
     """A reader over a user's file; `unpack` decompresses .gz, .zst, .bz2 and .xz by their names."""
-    fs, root = _connect(path, options)
-    return fs.open(root, "rb", compression="infer" if unpack else None)  # type: ignore[no-any-return]
+    files, root = _connect(path, options)
+    file = files.open(root)
+    packed = infer_compression(path) if unpack else None
+    return _Unpacked(compr[packed](file, mode="r"), file) if packed else file
 
 
-def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it.
+class _Unpacked(io.BufferedReader):
+    """A decompressing reader that closes the file below it, too."""
 
-    S3: servers other than Amazon's answer a range with the checksum of the whole object, which botocore then refuses;
-    what Capstan writes is checked by its own SHA-256.
+    def __init__(self, unpacked: Any, packed: BinaryIO) -> None:
+        super().__init__(unpacked)
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
+
+
+def read_span(path: str, options: Mapping[str, Any], start: int, length: int) -> bytes:
+    """`length` bytes at `start` of a user's file."""
+    files, root = _connect(path, options)
+    return files.read_range(root, start, start + length)
+
+
+def _connect(url: str, options: Mapping[str, Any]) -> tuple[Local | Remote, str]:
+    """What does the work for a URL, and the path in it."""
+    fs, root = _file_system(url, options)
+    if isinstance(fs, LocalFileSystem):
+        return Local(), root
+    mend = "check that the storage answers, and run the same command again: it goes on"
+    return Remote(fs, mend), root
+
+
+def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Listings are never cached, since workers write too. S3: servers other than Amazon's answer a range with the checksum
+    of the whole object, which botocore then refuses; what Capstan writes is checked by its own SHA-256.
     """
-    if url.startswith(("s3://", "s3a://")):
-        lenient = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
-        options = {**options, "config_kwargs": lenient | options.get("config_kwargs", {})}
-    return url_to_fs(url, **options)  # type: ignore[no-any-return]
-
-
-def _stamp(info: Mapping[str, Any]) -> str:
-    """A local file's time of change, a bucket's ETag, or whatever the file system has instead."""
-    return str(next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "updated") if key in info), ""))
-
-
-class _Publish:
-    """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.partial = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}-{target.name}")
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.partial.replace(self.target)
-        else:
-            self.partial.unlink(missing_ok=True)
+    s3 = url.startswith(("s3://", "s3a://"))
+    if "://" in url and not url.startswith(("file://", "local://")):
+        options = {"use_listings_cache": False, **options}
+    if s3:
+        config = {
+            "response_checksum_validation": "when_required",
+            "request_checksum_calculation": "when_required",
+            "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request; see pipeline.retry
+        }
+        options = {**options, "config_kwargs": config | options.get("config_kwargs", {})}
+    fs, root = url_to_fs(url, **options)
+    if s3:
+        fs.retries = 2  # of one page or body; s3fs's own 5 would multiply with those of the layers above and below
+    return fs, root
 
 
 def _rebuild(url: str, options: dict[str, Any], field: str) -> Storage:

@@ -5,15 +5,15 @@
 
 What every job may rely on:
 
-- a committed unit (its marker exists) is never done again; of an uncommitted one nothing is visible to readers;
+- a committed unit (pipeline.commits) is never done again; of an uncommitted one nothing is visible to readers;
 - `commit` may be repeated for a unit after a crash: it must give the same files again;
 - pieces reach `commit` complete and in the order in which `prepare` yielded them, whatever the order of execution;
 - an exception in prepare, model or commit fails only its unit, and so does a worker that dies (out of memory, a codec
   that crashes): the unit is tried `attempts` times in all, then quarantined with its reason. Ray by itself would retry
   a dying worker for ever; the tracker counts starts to bound that;
-- a RecipeError raised anywhere ends the run at once: it is the user's to mend.
-
-Layout: state/<job>/done/<unit>.json (the marker, written last) and state/<job>/quarantine/<unit>.json.
+- a RecipeError raised anywhere ends the run at once: it is the user's to mend;
+- a storage that does not answer, or a full disk, ends the run too: nothing can be committed there, and the same command
+  goes on from where it was. Where only one object cannot be read, only its unit fails.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.commits import first_line, forget, gather, mark, markers, pending, quarantine, quarantined, release
 from pipeline.config import Resources
-from pipeline.errors import RecipeError
+from pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError
 from pipeline.progress import Progress
 from pipeline.workers import Job, Model, Piece, Prepare, Tracker, Unit, reason_of, report
 
@@ -65,31 +66,6 @@ class Summary:
     counts: dict[str, float]
 
 
-def markers(job: Job) -> dict[str, dict[str, Any]]:
-    """What `commit` returned for every committed unit of this job, by unit id. One listing, then the markers."""
-    folder = f"state/{job.name}/done"
-    names = [name for name in job.storage.names(folder) if name.endswith(".json")]
-    return {_unit_of(name): json.loads(job.storage.read(name)) for name in names}
-
-
-def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
-    """The units that have no marker yet. One listing."""
-    done = {_unit_of(name) for name in job.storage.names(f"state/{job.name}/done")}
-    return [unit for unit in units if unit.id not in done]
-
-
-def quarantined(job: Job) -> dict[str, str]:
-    """Unit id → first line of the reason, for every unit that stands quarantined."""
-    names = job.storage.names(f"state/{job.name}/quarantine")
-    return {_unit_of(name): _first_line(json.loads(job.storage.read(name))["reason"]) for name in names}
-
-
-def forget(job: Job, units: Iterable[str]) -> None:
-    """Remove the markers of these units: they will be done again."""
-    for unit in units:
-        job.storage.delete(f"state/{job.name}/done/{unit}.json")
-
-
 def model_threads(resources: Resources) -> int:
     """CPU threads that one model worker may use. Ray sets OMP_NUM_THREADS=1 in its workers; models set their own."""
     return max(1, _cpus(resources) // _model_workers(resources))
@@ -102,7 +78,8 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
     """
     units = list(units)
     wanted = {unit.id for unit in units}
-    known = {unit: facts for unit, facts in markers(job).items() if unit in wanted}
+    job.storage.sweep()
+    known = {unit: facts for unit, facts in gather(job).items() if unit in wanted}
     todo = [unit for unit in units if unit.id not in known]
     counts = Counter[str]()
     for facts in known.values():
@@ -120,9 +97,10 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
         enabled=progress,
     ) as bar:
         work.execute(bar)
-    counts.update(work.counts)
-    done = len(todo) - len(work.quarantined)
-    return Summary(done, len(known), work.quarantined, dict(counts))
+    for facts in work.committed.values():
+        counts.update(_numbers(facts))
+    gather(job, work.committed)
+    return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
 
 
 def start_ray(resources: Resources) -> None:
@@ -133,7 +111,9 @@ def start_ray(resources: Resources) -> None:
         # Ray's only switch that keeps a one-machine Ray off the network: its name tells of where it is the default.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
+    from ray._private import worker
 
+    worker._worker_logs_enabled = False  # else Ray tells on stdout, which is the summary's, that a node has died
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -181,11 +161,15 @@ class _Run:
 
     def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
-        self.counts = Counter[str]()
+        self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
-        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tracker)
+        self._once_bad = set(quarantined(job))
+        # Beside the driver, so that what it has counted is not lost with another node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Tracker)
         self.tracker = tracker.remote(job.name)
 
     def execute(self, bar: Progress) -> None:
@@ -196,7 +180,7 @@ class _Run:
             left = []
             for unit in (unit for unit in self.todo if unit.id in failed):
                 reason = failed[unit.id]
-                log.warning("%s: unit %s failed: %s", self.job.name, unit.id, _first_line(reason))
+                log.warning("%s: unit %s failed: %s", self.job.name, unit.id, first_line(reason))
                 if starts.get(unit.id, 0) >= self.attempts:
                     self._quarantine(unit, reason)
                     self.tracker.ended.remote("quarantined")
@@ -230,7 +214,7 @@ class _Run:
             if state is None or row["unit"] in failed:
                 continue  # a late piece of a unit whose fate is known
             if row["error"]:
-                _raise_if_fatal(row["data"])
+                self._raise_if_fatal(pickle.loads(row["data"]) if row["data"] else None)
                 failed[unit.id] = row["error"]
             elif (pieces := state.add(row)) is not None:
                 del gathered[unit.id]
@@ -274,20 +258,29 @@ class _Run:
         """Publish the unit and its marker; gives the reason if that failed."""
         try:
             facts = self.job.commit(unit, pieces)
-            marker = json.dumps(facts, sort_keys=True).encode()
-            self.job.storage.write(f"state/{self.job.name}/done/{unit.id}.json", marker)
-            self.job.storage.delete(f"state/{self.job.name}/quarantine/{unit.id}.json")
-        except RecipeError:
-            raise
+            mark(self.job, unit.id, facts)
+            if unit.id in self._once_bad:
+                release(self.job, unit.id)
         except Exception as error:  # noqa: BLE001 - a unit that cannot be published fails alone
+            self._raise_if_fatal(error)
             return reason_of(error)
-        self.counts.update(_numbers(facts))
+        self.committed[unit.id] = facts
         return ""
 
+    def _raise_if_fatal(self, error: Exception | None) -> None:
+        """End the run with what no other try of a unit can heal."""
+        if isinstance(error, RecipeError | DiskFull):
+            raise error
+        if isinstance(error, StorageError):
+            try:
+                self.job.storage.check_writable()
+            except CapstanError:
+                raise error from None  # it names the object; and nothing else would do better
+
     def _quarantine(self, unit: Unit, reason: str) -> None:
-        self.quarantined[unit.id] = _first_line(reason)
-        record = {"unit": unit.id, "spec": unit.spec, "attempts": self.attempts, "reason": reason}
-        self.job.storage.write(f"state/{self.job.name}/quarantine/{unit.id}.json", json.dumps(record).encode())
+        self.quarantined[unit.id] = first_line(reason)
+        self._once_bad.add(unit.id)
+        quarantine(self.job, unit, self.attempts, reason)
 
 
 class _Gathered:
@@ -308,21 +301,8 @@ class _Gathered:
         return [self.pieces[index] for index in range(self.expected)]
 
 
-def _raise_if_fatal(data: bytes) -> None:
-    if data:
-        raise pickle.loads(data)
-
-
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in facts.items() if isinstance(value, int | float)}
-
-
-def _first_line(reason: str) -> str:
-    return reason.partition("\n")[0]
-
-
-def _unit_of(name: str) -> str:
-    return name.rpartition("/")[2].removesuffix(".json")
 
 
 def _cpus(resources: Resources) -> int:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import RecipeError
+from pipeline.errors import CapstanError
+from pipeline.local import as_disk_full
 from pipeline.storage import Storage
 
 Piece = dict[str, Any]
 
-# `error` is empty for a good piece; `data` of a piece with an error is a pickled RecipeError or empty. The row with
+# `error` is empty for a good piece; `data` of a piece with an error is a pickled CapstanError or empty. The row with
 # `last` carries no piece: its index is their number.
 WIRE = pa.schema(
     [
@@ -222,8 +225,10 @@ def _row(unit: str, index: int = 0, *, last: bool = False, error: str = "", data
 
 
 def _failure(unit: str, error: Exception) -> pa.Table:
-    fatal = pickle.dumps(error) if isinstance(error, RecipeError) else b""
-    return _row(unit, error=reason_of(error), data=fatal)
+    if isinstance(error, OSError):  # Storage has its own error for its disk; so this is the worker's scratch
+        error = as_disk_full(error, Path(tempfile.gettempdir())) or error
+    ours = pickle.dumps(error) if isinstance(error, CapstanError) else b""
+    return _row(unit, error=reason_of(error), data=ours)
 
 
 def reason_of(error: Exception) -> str:

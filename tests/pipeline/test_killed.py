@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ def recipe(folder: Path, cpus: int) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, cpus: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, cpus: int = 2, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, json.dumps(recipe(folder, cpus))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -53,13 +55,17 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(out)
 
 
-def when(process: subprocess.Popen[str], ready: Callable[[], bool], signal_: signal.Signals) -> float:
-    """Send `signal_` as soon as `ready`; gives the seconds until the process has ended."""
+def wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not ready():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def when(process: subprocess.Popen[str], ready: Callable[[], bool], signal_: signal.Signals) -> float:
+    """Send `signal_` as soon as `ready`; gives the seconds until the process has ended."""
+    wait(process, ready)
     os.kill(process.pid, signal_)
     sent = time.monotonic()
     process.communicate(timeout=60)
@@ -79,6 +85,11 @@ def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "dataset.json").read_bytes())
 
 
+def some(folder: Path, pattern: str, at_least: int = 1) -> Callable[[], bool]:
+    """Whether there are so many files."""
+    return lambda: len(list(folder.glob(pattern))) >= at_least
+
+
 def test_killed_and_interrupted_builds_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     summary = finish(start(whole, cpus=1))
@@ -86,16 +97,41 @@ def test_killed_and_interrupted_builds_end_with_the_bytes_of_an_undisturbed_one(
     assert summary["counts"]["shards"] >= 4
     assert {"http_404", "not_an_image"} <= summary["failed"].keys()
 
-    def some(pattern: str, at_least: int = 1) -> Callable[[], bool]:
-        return lambda: len(list(torn.glob(pattern))) >= at_least
-
-    when(start(torn), some("state/ingest-*/done/*.json", 3), signal.SIGKILL)
+    when(start(torn), some(torn, "state/ingest-*/done/*.json", 3), signal.SIGKILL)
     assert not (torn / "dataset.json").exists()
-    assert when(start(torn), some("state/ingest-*/done/*.json", 5), signal.SIGINT) < 15
-    when(start(torn), some("shards/*.tar", 2), signal.SIGKILL)
+    assert when(start(torn), some(torn, "state/ingest-*/done/*.json", 5), signal.SIGINT) < 15
+    when(start(torn), some(torn, "shards/*.tar", 2), signal.SIGKILL)
     assert not (torn / "dataset.json").exists()
     finish(start(torn))
 
+    assert content(torn) == content(whole)
+    assert manifest(torn) == manifest(whole)
+    assert verify(Storage(str(torn))) == []
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of three node processes on loopback: a head that only keeps books, and two workers."""
+    from ray.cluster_utils import Cluster
+
+    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
+    made.workers = [made.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+def test_a_killed_node_costs_only_time(tmp_path: Path, cluster: Any) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    finish(start(whole, RAY_ADDRESS=cluster.address))
+    process = start(torn, RAY_ADDRESS=cluster.address)
+    wait(process, some(torn, "state/ingest-*/done/*.json", 3))
+    (raylet,) = cluster.workers[0].all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGKILL)
+    finish(process)
+
+    assert not (torn / "state/pack/quarantine").exists()
     assert content(torn) == content(whole)
     assert manifest(torn) == manifest(whole)
     assert verify(Storage(str(torn))) == []

@@ -1,0 +1,95 @@
+"""Builds onto a real disk of a few hundred kilobytes, which fills up: said plainly, nothing half-written, goes on."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import job
+from pipeline.config import Recipe, Resources
+from pipeline.local import PARTIAL
+from pipeline.storage import Storage
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.integration
+
+BLOCK = 4096  # what tmpfs gives a file
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A function: makes the disk, or makes it larger; gives where it is mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = False
+
+    def mount(size: int) -> Path:
+        nonlocal mounted
+        how = f"{'remount,' if mounted else ''}size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(place)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mounting a disk is not permitted here: {done.stderr.strip()}")
+        mounted = True
+        return place
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def recipe(dataset: Path) -> Recipe:
+    settings = {
+        "dataset": str(dataset),
+        "source": {"format": "world", "world": {"scenes": 60, "size": 192}},
+        "image": {"size": 192, "min_size": 24},
+        "unit": {"rows": 10},
+        "shards": {"samples": 10},
+        "resources": {"cpus": 2},
+    }
+    return Recipe.model_validate(settings)
+
+
+def size_of(folder: Path, *below: str) -> int:
+    files = [path for name in below for path in (folder / name).rglob("*") if path.is_file()]
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    storage = Storage(str(folder))
+    return {name: storage.read(name) for name in storage.names() if not name.startswith(("state/", "staged/"))}
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, disk: Callable[[int], Path], ray_session: Resources
+) -> None:
+    whole = tmp_path / "whole"
+    job.build(recipe(whole), progress=False)
+    file = tmp_path / "recipe.yaml"
+
+    def build() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cluster.cli", "build", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    ingested = size_of(whole, "state", "staged")
+    sizes = [ingested // 2, ingested + size_of(whole, "ledger", "shards") // 2]
+    for size in sizes:  # full while ingesting, and while packing
+        place = disk(size)
+        file.write_text(recipe(place / "dataset").model_dump_json(exclude_none=True))
+        done = build()
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1, done.stderr
+        assert error.startswith(f"error: cannot write to {place}/dataset/")
+        assert "No space left on device" in error
+        assert f"MB more on the disk at {place} and run the same command again: it goes on" in error
+        assert "Traceback" not in done.stderr
+        assert not (place / "dataset" / "dataset.json").exists()
+        assert not list(place.rglob(f"{PARTIAL}*"))
+        assert 0 < len(list(place.rglob("staged/*.tar"))) <= 6
+
+    place = disk(64 << 20)
+    done = build()
+    assert done.returncode == 0, done.stderr
+    assert published(place / "dataset") == published(whole)
+    assert verify(Storage(str(place / "dataset"))) == []

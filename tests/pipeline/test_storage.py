@@ -1,0 +1,152 @@
+"""Finished files: whole or not there, and what is left behind by writers that were killed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import local
+from pipeline.errors import DiskFull, RecipeError, StorageError
+from pipeline.retry import heals
+from pipeline.storage import Storage, find_files, open_file, read_span
+
+
+def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
+    storage.write("a/one", b"first")
+    storage.write("a/one", b"1234567890")
+    (tmp_path / "made").write_bytes(b"made elsewhere")
+    storage.put(tmp_path / "made", "a/b/two")
+    assert storage.names() == ["a/b/two", "a/one"]
+    assert storage.read_many(["a/one", "a/b/two"]) == {"a/one": b"1234567890", "a/b/two": b"made elsewhere"}
+    assert storage.read_range("a/one", 2, 5) == b"345"
+    assert storage.size("a/one") == 10
+    with storage.open("a/one") as file:
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == b"890"
+    storage.delete("a/one", "never there")
+    assert not storage.exists("a/one")
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/one")
+
+
+def test_a_write_that_fails_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
+    storage.write("name", b"old")
+    (tmp_path / "gone").write_bytes(b"x")
+    storage.write("file/inside", b"a folder where a file shall be")
+    for name in ("file", "name/below"):
+        with pytest.raises(OSError):  # noqa: PT011 - which one is the system's choice
+            storage.write(name, b"new")
+    assert storage.names() == ["file/inside", "name"]
+    assert left_in(storage) == []
+
+
+def left_in(storage: Storage) -> list[str]:
+    root = storage.local_path()
+    return sorted(path.name for path in root.rglob("*") if path.name.startswith(local.PARTIAL))
+
+
+KILLED_WRITER = """
+import os, sys
+from pathlib import Path
+from pipeline.local import _publish
+with _publish(Path(sys.argv[1]) / "file", 4) as partial:
+    partial.write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_writers_left_is_removed_but_not_from_under_living_ones(storage: Storage) -> None:
+    storage.write("finished", b"whole")
+    command = [sys.executable, "-c", KILLED_WRITER, str(storage.local_path())]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    assert storage.sweep() == 0
+    assert len(left_in(storage)) == 1
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    assert storage.names() == ["finished"]
+    assert storage.sweep() == 1
+    assert left_in(storage) == []
+
+
+def test_another_machines_unfinished_files_are_left_for_a_day(storage: Storage) -> None:
+    storage.write("finished", b"whole")
+    other = storage.local_path(f"{local.PARTIAL}0badcafe-1-12345678-file")
+    other.write_bytes(b"half")
+    assert storage.sweep() == 0
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(other, (two_days_ago, two_days_ago))
+    assert storage.sweep() == 1
+
+
+def test_a_full_disk_is_named_with_what_is_needed(tmp_path: Path) -> None:
+    error = local.as_disk_full(OSError(28, "No space left on device"), tmp_path / "not" / "yet", 10**15)
+    assert isinstance(error, DiskFull)
+    assert error.exit_code == 1
+    for part in (str(tmp_path), "No space left", "1,000,000,000.0 MB", "more on the disk at /", "the same command"):
+        assert part in str(error)
+    assert local.as_disk_full(OSError(5, "Input/output error"), tmp_path) is None
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_the_users_to_mend(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RecipeError, match="no permission"):
+        Storage(str(tmp_path / "dataset")).check_writable()
+
+
+def test_a_place_that_is_no_folder_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"dataset: cannot write to .*/file/dataset"):
+        Storage(str(tmp_path / "file" / "dataset")).check_writable()
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (ConnectionResetError("reset"), True),
+        (TimeoutError(), True),
+        (PermissionError("403"), False),
+        (FileNotFoundError("404"), False),
+        (OSError(22, "EINVAL"), False),
+        (ValueError("a mistake"), False),
+    ],
+)
+def test_what_can_heal(error: Exception, answer: bool) -> None:
+    assert heals(error) is answer
+
+
+@pytest.mark.parametrize(("status", "answer"), [(429, True), (500, True), (503, True), (400, False), (403, False)])
+def test_which_answers_can_heal(status: int, answer: bool) -> None:
+    botocore = pytest.importorskip("botocore.exceptions")
+    said = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = OSError(5, "as s3fs raises it")
+    error.__cause__ = botocore.ClientError(said, "GetObject")
+    assert heals(error) is answer
+    assert heals(error.__cause__) is answer
+
+
+def test_sources_of_any_fsspec_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.01)
+    shared = Storage("memory://sources")
+    shared.write("a.txt", b"0123456789")
+    shared.write("b.txt", b"b")
+    found = find_files("memory://sources/*.txt", {})
+    assert [(file.path, file.size) for file in found] == [
+        ("memory:///sources/a.txt", 10),
+        ("memory:///sources/b.txt", 1),
+    ]
+    assert read_span(found[0].path, {}, 3, 4) == b"3456"
+    with open_file(found[0].path, {}) as file:
+        file.seek(8)
+        assert file.read() == b"89"
+    with pytest.raises(StorageError, match=r"cannot read memory:///sources/a.txt \(10 bytes came instead of 20"):
+        read_span(found[0].path, {}, 0, 20)
