@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench-plan format clean
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -17,6 +17,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench-plan: $(STAMP)
+	$(BIN)/python benchmarks/plan.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -189,10 +189,20 @@ def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.pa
     return sorted(files, key=lambda file: file.path)
 
 
-def open_file(path: str, options: Mapping[str, Any], *, unpack: bool = False) -> BinaryIO:
-    """A reader over a user's file; `unpack` decompresses .gz, .zst, .bz2 and .xz by their names."""
+def open_file(path: str, options: Mapping[str, Any]) -> BinaryIO:
+    """A reader over a user's file."""
     fs, root = _connect(path, options)
-    return fs.open(root, "rb", compression="infer" if unpack else None)  # type: ignore[no-any-return]
+    return fs.open(root, "rb")  # type: ignore[no-any-return]
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, Any]) -> list[bytes | Exception]:
+    """Bytes [start, stop) of users' files on one file system, as (URL, start, stop): asked for at once where it can."""
+    fs, _ = _connect(ranges[0][0], options)
+    paths, starts, stops = zip(*((fs._strip_protocol(url), start, stop) for url, start, stop in ranges), strict=True)
+    try:
+        return list(fs.cat_ranges(list(paths), list(starts), list(stops), on_error="return"))
+    except Exception as error:  # noqa: BLE001 - some file systems raise what others return, each its own kind
+        return [error] * len(ranges)
 
 
 def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:

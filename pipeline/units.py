@@ -24,7 +24,7 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,10 @@ def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
 
 
 def quarantined(job: Job) -> dict[str, str]:
-    """Unit id → first line of the reason, for every unit that stands quarantined."""
-    names = job.storage.names(f"state/{job.name}/quarantine")
+    """Unit id → first line of the reason, for every unit that stands quarantined: one that failed only when it was
+    done again does not."""
+    done = {_unit_of(name) for name in job.storage.names(f"state/{job.name}/done")}
+    names = [name for name in job.storage.names(f"state/{job.name}/quarantine") if _unit_of(name) not in done]
     return {_unit_of(name): _first_line(json.loads(job.storage.read(name))["reason"]) for name in names}
 
 
@@ -94,14 +96,25 @@ def model_threads(resources: Resources) -> int:
     return max(1, _cpus(resources) // _model_workers(resources))
 
 
-def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int = 3, progress: bool = True) -> Summary:
+def run(
+    job: Job,
+    units: Iterable[Unit],
+    resources: Resources,
+    *,
+    redo: Collection[str] = (),
+    attempts: int = 3,
+    progress: bool = True,
+) -> Summary:
     """Do all `units` that have no marker yet. Starts Ray only if there is something to do.
 
+    Those of `redo` (ids) are done although they have one, which is replaced once they are done; until then, and where
+    they fail, what was there before stands.
     Bad units do not raise: they are in `Summary.quarantined`, and the caller ends with `Quarantined`.
     """
     units = list(units)
     wanted = {unit.id for unit in units}
-    known = {unit: facts for unit, facts in markers(job).items() if unit in wanted}
+    found = {unit: facts for unit, facts in markers(job).items() if unit in wanted}
+    known = {unit: facts for unit, facts in found.items() if unit not in redo}
     todo = [unit for unit in units if unit.id not in known]
     counts = Counter[str]()
     for facts in known.values():
@@ -113,6 +126,8 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
     with Progress(job.title or job.name, len(units), already=len(known), poll=work.reported, enabled=progress) as bar:
         work.execute(bar)
     counts.update(work.counts)
+    for unit in work.quarantined.keys() & found.keys():
+        counts.update(_numbers(found[unit]))
     done = len(todo) - len(work.quarantined)
     return Summary(done, len(known), work.quarantined, dict(counts))
 
