@@ -51,22 +51,19 @@ class KeySort:
 
     def sorted(self, known: Known) -> Iterator[pa.Table]:
         """Tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
-        self._spill()
-        for first, stop in self._groups():
-            rows = pa.concat_tables([self._slices(run, first, stop) for run in self._runs]).combine_chunks()
+        for group, bound in self._groups():
+            rows = group.combine_chunks()
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
             keys = _bytes(rows["key"].combine_chunks())
             repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
             self.repeats += int(repeated.sum())
-            old = pc.is_in(rows["key"], value_set=known(_bound(stop)))
+            old = pc.is_in(rows["key"], value_set=known(bound))
             rows = rows.filter(pc.and_not(pc.invert(pa.array(repeated)), old))
             if len(rows):
                 yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
 
     def _spill(self) -> None:
         """What is held becomes a run."""
-        if not self._held:
-            return
         rows = pa.concat_tables(self._held).combine_chunks()
         self._held, self._held_bytes = [], 0
         first_bits = _bytes(rows["key"].combine_chunks()).view(">u2")[:: KEY_BYTES // 2] >> (16 - _SLICE_BITS)
@@ -82,16 +79,20 @@ class KeySort:
                 writer.write_batch(batch)
         self._runs.append(run)
 
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        """Ranges of slices that are sorted together."""
+    def _groups(self) -> Iterator[tuple[pa.Table, bytes]]:
+        """Rows that are sorted together, group by group, each with the bound that its keys lie below."""
+        if not self._runs:
+            if self._held:
+                yield pa.concat_tables(self._held), _bound(_SLICES)
+            return
+        if self._held:
+            self._spill()
         first = size = 0
-        for number, more in enumerate(self._slice_bytes.tolist()):
+        for number, more in enumerate([*self._slice_bytes.tolist(), GROUP_BYTES]):
             if number > first and size + more > GROUP_BYTES:
-                yield first, number
+                yield pa.concat_tables([self._slices(run, first, number) for run in self._runs]), _bound(number)
                 first, size = number, 0
             size += more
-        if self._runs:
-            yield first, _SLICES
 
     @staticmethod
     def _slices(run: Path, first: int, stop: int) -> pa.Table:
@@ -103,9 +104,11 @@ class KeySort:
 def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
     """Hexadecimal keys as 16 bytes each."""
     text = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-    _, _, data = text.buffers()
-    start = text.offset * 2 * KEY_BYTES
-    raw = bytes.fromhex(data[start : start + len(text) * 2 * KEY_BYTES].to_pybytes().decode()) if len(text) else b""
+    raw = b""
+    if len(text):
+        _, offsets, data = text.buffers()
+        start, stop = np.frombuffer(offsets, np.int32)[[text.offset, text.offset + len(text)]].tolist()
+        raw = bytes.fromhex(data[start:stop].to_pybytes().decode())
     assert len(raw) == len(text) * KEY_BYTES
     return pa.FixedSizeBinaryArray.from_buffers(_RAW_KEY, len(text), [None, pa.py_buffer(raw)])
 

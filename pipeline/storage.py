@@ -189,10 +189,10 @@ def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.pa
     return sorted(files, key=lambda file: file.path)
 
 
-def open_file(path: str, options: Mapping[str, Any]) -> BinaryIO:
-    """A reader over a user's file."""
+def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> BinaryIO:
+    """A reader over a user's file; `ahead` makes it fetch more than is asked for, for reading from front to back."""
     fs, root = _connect(path, options)
-    return fs.open(root, "rb")  # type: ignore[no-any-return]
+    return fs.open(root, "rb", cache_type="readahead" if ahead else "none")  # type: ignore[no-any-return]
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, Any]) -> list[bytes | Exception]:

@@ -7,52 +7,55 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.config import Source
 from pipeline.errors import RecipeError
 from pipeline.sources.columns import Row, text_of, to_json
+from pipeline.sources.tar import Member, members
 from pipeline.storage import SourceFile
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
 
 Open = Callable[[str], Any]
+ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
+_AT_ONCE = 256  # pictures whose neighbours are read together
 
 
-def folder(files: list[SourceFile], source: Source, open_: Open) -> Iterator[Row]:
+def folder(files: list[SourceFile], source: Source, read: ReadAll) -> Iterator[Row]:
     """Pictures with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields."""
     pictures = [file for file in files if PurePosixPath(file.path).suffix.lower() in IMAGES]
     if not pictures:
         kinds = ", ".join(sorted(IMAGES))
         raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
-    beside = {file.path for file in files}
-    for file in pictures:
-        stem = file.path.removesuffix(PurePosixPath(file.path).suffix)
-        record = _json_object(_read(open_, f"{stem}.json")) if f"{stem}.json" in beside else {}
-        caption = text_of(record.pop(source.caption, None))
-        if f"{stem}.txt" in beside:
-            caption = _read(open_, f"{stem}.txt").decode("utf-8", "replace").strip()
-        yield _row(file.path, caption, file.path, 0, file.size, record, source)
+    named = {file.path: file for file in files}
+    for start in range(0, len(pictures), _AT_ONCE):
+        some = pictures[start : start + _AT_ONCE]
+        beside = [f"{_split(file.path)[0]}{suffix}" for file in some for suffix in (".txt", ".json")]
+        content = read([named[path] for path in beside if path in named])
+        for file in some:
+            stem = _split(file.path)[0]
+            record = _json_object(content.get(f"{stem}.json", b"{}"))
+            caption = text_of(record.pop(source.caption, None))
+            if f"{stem}.txt" in content:
+                caption = content[f"{stem}.txt"].decode("utf-8", "replace").strip()
+            yield _row(file.path, caption, file.path, 0, file.size, record, source)
 
 
 def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
     """The samples of a tar: KEY.jpg (or another picture) with KEY.txt and KEY.json beside it."""
-    _refuse_packed(file, open_)
     with open_(file.path) as stream:
+        _refuse_packed(file, stream.read(6))
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for _, members in itertools.groupby((m for m in tar if m.isfile()), key=_sample_name):
-                    yield from _sample(list(members), tar, file, source)
-                    tar.members.clear()  # type: ignore[attr-defined] # or else it keeps all that it has seen
+            for _, sample in itertools.groupby(members(stream), key=lambda member: _split(member.name)[0]):
+                yield from _sample(list(sample), stream, file, source)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
 
 
-def _refuse_packed(file: SourceFile, open_: Open) -> None:
+def _refuse_packed(file: SourceFile, magic: bytes) -> None:
     """Pictures are read by byte range, which a compressed file does not allow."""
-    with open_(file.path) as stream:
-        magic = stream.read(6)
     for start, command in _PACKED.items():
         if magic.startswith(start):
             problem = f"{file.path} is compressed, and pictures in tars are read in place"
@@ -62,22 +65,24 @@ def _refuse_packed(file: SourceFile, open_: Open) -> None:
 _PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz"}
 
 
-def _sample(members: list[tarfile.TarInfo], tar: tarfile.TarFile, file: SourceFile, source: Source) -> Iterator[Row]:
+def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source) -> Iterator[Row]:
     picture, caption, record = None, "", dict[str, Any]()
-    for member in members:
-        suffix = PurePosixPath(member.name).suffix.lower()
+    for member in sample:
+        suffix = _split(member.name)[1].lower()
         if suffix in IMAGES and picture is None:
             picture = member
-        elif suffix == ".txt":
-            caption = _member(tar, member).decode("utf-8", "replace").strip()
-        elif suffix == ".json":
-            record = _json_object(_member(tar, member))
+        elif suffix in (".txt", ".json"):
+            stream.seek(member.offset)
+            data = stream.read(member.size)
+            if suffix == ".json":
+                record = _json_object(data)
+            else:
+                caption = data.decode("utf-8", "replace").strip()
     if picture is None:
         return
     caption = caption or text_of(record.get(source.caption))
     record.pop(source.caption, None)
-    url = f"{file.path}#{picture.name}"
-    yield _row(url, caption, file.path, picture.offset_data, picture.size, record, source)
+    yield _row(f"{file.path}#{picture.name}", caption, file.path, picture.offset, picture.size, record, source)
 
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
@@ -85,19 +90,14 @@ def _row(url: str, caption: str, file: str, offset: int, length: int, record: di
     return Row(text_of(url), caption, None, text_of(file), offset, length, to_json(record), hash_)
 
 
-def _sample_name(member: tarfile.TarInfo) -> str:
-    """What the members of a sample share: the path up to the last dot of the file name."""
-    return member.name[: -len(suffix)] if (suffix := PurePosixPath(member.name).suffix) else member.name
+def _split(name: str) -> tuple[str, str]:
+    """A name up to its last dot, which all files of a sample share, and from there on.
 
-
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    return stream.read() if stream else b""
-
-
-def _read(open_: Open, path: str) -> bytes:
-    with open_(path) as stream:
-        return bytes(stream.read())
+    >>> _split("a/b.c.jpg"), _split("a.b/c")
+    (('a/b.c', '.jpg'), ('a.b/c', ''))
+    """
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix) if dot and "/" not in suffix else (name, "")
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pipeline.config import Recipe
-from pipeline.sources.rows import options_of
 from pipeline.storage import read_ranges
 
 _AHEAD: Final = 32  # pictures that the disk is told of in advance
@@ -40,7 +39,9 @@ def read_pictures(spans: Iterable[Span], recipe: Recipe) -> Iterator[Found]:
     """(index, bytes or what went wrong) for every span."""
     in_order = sorted(spans)
     yield from _local([span for span in in_order if "://" not in span.file])
-    yield from _remote([span for span in in_order if "://" in span.file], recipe)
+    remote = [span for span in in_order if "://" in span.file]
+    yield from ((span.index, b"") for span in remote if not span.length)  # no range of a file is empty in HTTP
+    yield from _remote([span for span in remote if span.length], recipe)
 
 
 def _local(spans: Iterable[Span]) -> Iterator[Found]:
@@ -128,3 +129,11 @@ def _whole(data: bytes, span: Span) -> bytes | Exception:
     if len(data) == span.length:
         return data
     return OSError(f"{span.file} has changed: {len(data)} of {span.length} bytes at {span.offset}")
+
+
+def options_of(path: str, recipe: Recipe) -> dict[str, Any]:
+    """fsspec options for a file of the source: its own, or the dataset's where that is on the same kind of storage."""
+    if recipe.source is not None and recipe.source.storage is not None:
+        return dict(recipe.source.storage)
+    protocol = recipe.dataset.partition("://")[0] if "://" in recipe.dataset else ""
+    return dict(recipe.storage) if protocol and path.startswith(f"{protocol}://") else {}

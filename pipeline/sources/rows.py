@@ -23,6 +23,7 @@ from pipeline.errors import RecipeError
 from pipeline.sources import tables
 from pipeline.sources.columns import Row, of_rows, to_json
 from pipeline.sources.files import IMAGES, folder, webdataset
+from pipeline.sources.pictures import Span, options_of, read_pictures
 from pipeline.sources.tables import Reader
 from pipeline.storage import SourceFile, find_files, open_file
 
@@ -68,7 +69,7 @@ class Rows:
             return
         kinds = [(self._kind(file), file) for file in self.files]
         if self.source.format == "folder" or (self.source.format == "auto" and any(k == "image" for k, _ in kinds)):
-            yield from _guarded(_in_tables(folder(self.files, self.source, self._open)), str(self.source.path))
+            yield from _guarded(_in_tables(folder(self.files, self.source, self._read_all)), str(self.source.path))
             return
         known = [(kind, file) for kind, file in kinds if kind]
         if not known:
@@ -94,16 +95,17 @@ class Rows:
             return _in_tables(webdataset(file, self.source, self._open))
         return _TABLES[kind](file, self.source, self._open)
 
-    def _open(self, path: str) -> Any:
-        return open_file(path, options_of(path, self._recipe))
+    def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
+        spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
+        found = {}
+        for number, data in read_pictures(spans, self._recipe):
+            if isinstance(data, Exception):
+                raise OSError(f"{files[number].path}: {data}")
+            found[files[number].path] = data
+        return found
 
-
-def options_of(path: str, recipe: Recipe) -> dict[str, Any]:
-    """fsspec options for a file of the source: its own, or the dataset's where that is on the same kind of storage."""
-    if recipe.source is not None and recipe.source.storage is not None:
-        return dict(recipe.source.storage)
-    protocol = recipe.dataset.partition("://")[0] if "://" in recipe.dataset else ""
-    return dict(recipe.storage) if protocol and path.startswith(f"{protocol}://") else {}
+    def _open(self, path: str, *, ahead: bool = True) -> Any:
+        return open_file(path, options_of(path, self._recipe), ahead=ahead)
 
 
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:

@@ -35,7 +35,7 @@ BLOCK_BYTES = 4 << 20  # of text read at once
 CELL_BYTES = 128 << 10  # a longer cell of CSV is taken for a quote that was never closed
 UNPACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
-Open = Callable[[str], Any]
+Open = Callable[..., Any]
 Reader = Callable[[SourceFile, Source, Open], Iterator[pa.Table]]
 
 
@@ -50,9 +50,10 @@ def unpacked(stream: Any, path: str) -> Any:
 
 
 def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
-    with open_(file.path) as stream:
+    with open_(file.path, ahead=False) as stream:  # columns lie far from each other
         try:
-            table = pq.ParquetFile(stream, buffer_size=1 << 20)  # or else whole row groups are held
+            buffer = 8 << 20 if "://" in file.path else 1 << 20  # a column; without one, whole row groups are held
+            table = pq.ParquetFile(stream, buffer_size=buffer)
         except pa.ArrowInvalid as error:
             mend = "name a Parquet file, or say what it is in source.format"
             raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", mend) from None
