@@ -53,7 +53,7 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
     with open_(file.path, ahead=False) as stream:  # columns lie far from each other
         try:
             buffer = 8 << 20 if "://" in file.path else 1 << 20  # a column; without one, whole row groups are held
-            table = pq.ParquetFile(stream, buffer_size=buffer)
+            table = pq.ParquetFile(stream, buffer_size=buffer, pre_buffer=False)
         except pa.ArrowInvalid as error:
             mend = "name a Parquet file, or say what it is in source.format"
             raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", mend) from None

@@ -40,8 +40,6 @@ def members(stream: BinaryIO) -> Iterator[Member]:
         else:
             member = Member(name, at + _BLOCK, size) if kind in _FILE else None
             at += _BLOCK + -(-size // _BLOCK) * _BLOCK
-        if at > end:
-            break
         if member is not None:
             yield member
     if at != end or not end:
