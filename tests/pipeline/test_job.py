@@ -19,6 +19,7 @@ from pipeline import job
 from pipeline.config import Recipe, Resources
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest
+from pipeline.plan import plan
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from pipeline.units import Piece, Unit
@@ -205,6 +206,28 @@ def test_pictures_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: 
     assert build(recipe)["counts"]["kept"] == 40
     for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist():
         assert row["sha256"] == hashlib.sha256(draw(int(row["caption"].split()[1]))).hexdigest()
+
+
+def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
+    storage: Storage, tmp_path: Path, draw: Draw
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, data in {"large": bytes(50_000), "empty": b"", "gone": b"x", "good": draw(1)}.items():
+        (pictures / f"{name}.jpg").write_bytes(data)
+    settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
+    ingest = Ingest(Recipe.model_validate(settings), storage)
+    (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
+    (pictures / "gone.jpg").unlink()
+    (mark,) = ingest.prepare(unit)
+    rows = {Path(row["url"]).stem: row for row in storage.read_table(mark["table"]).to_pylist()}
+    assert {name: row["reason"] for name, row in rows.items()} == {
+        "large": "too_large_bytes",
+        "empty": "empty",
+        "gone": "read_error",
+        "good": "",
+    }
+    assert "50000 bytes" in rows["large"]["detail"]
 
 
 def test_unit_size_changes_nothing_in_the_shards(make: Callable[..., Recipe]) -> None:
