@@ -75,8 +75,9 @@ def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
 
 def _with_addresses(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
     hash_ = as_hash(columns[source.hash]) if source.hash else pa.repeat("", count)
-    url, caption = as_text(columns.pop(source.url)), as_text(columns.pop(source.caption))
-    return of_addresses(url, caption, as_objects(columns, count), hash_)
+    rest = {name: column for name, column in columns.items() if name not in (source.url, source.caption)}
+    url, caption = as_text(columns[source.url]), as_text(columns[source.caption])
+    return of_addresses(url, caption, as_objects(rest, count), hash_)
 
 
 def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
@@ -117,9 +118,8 @@ def separated(delimiter: str) -> Reader:
                 first = False
                 columns = dict(zip(names, map(as_text, rows.columns), strict=True))
                 yield _with_addresses(columns, len(rows), source)
-                if ragged:
-                    yield _ragged(ragged, names, delimiter, source)
-                    ragged.clear()
+                yield from _ragged(ragged, names, delimiter, source)
+            yield from _ragged(ragged, names, delimiter, source)
 
     return read
 
@@ -149,11 +149,16 @@ def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: S
         raise RecipeError("source.path", f"{file.path} cannot be read ({error})", unclosed) from None
 
 
-def _ragged(lines: list[str], names: list[str], delimiter: str, source: Source) -> pa.Table:
-    """Lines with too few cells (the others are empty) or too many (they are left out)."""
+def _ragged(waiting: list[str], names: list[str], delimiter: str, source: Source) -> Iterator[pa.Table]:
+    """Lines with too few cells (the others are empty) or too many (they are left out). Arrow's threads may be adding to
+    those that are `waiting`."""
+    lines = waiting[:]
+    del waiting[: len(lines)]
+    if not lines:
+        return
     cells = [row + [""] * len(names) for row in csv.reader(lines, delimiter=delimiter)]
     columns = {name: pa.array([row[place] for row in cells], pa.string()) for place, name in enumerate(names)}
-    return _with_addresses(columns, len(cells), source)
+    yield _with_addresses(columns, len(cells), source)
 
 
 def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
@@ -194,12 +199,12 @@ def _record(line: str) -> dict[str, Any]:
 def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
     nothing = itertools.repeat("", len(records))
     hashes = [text_of(record.get(source.hash)).strip() for record in records] if source.hash else nothing
-    columns = [
-        [text_of(record.pop(source.url, None)) for record in records],
-        [text_of(record.pop(source.caption, None)) for record in records],
-        [to_json(record) for record in records],
-        hashes,
-    ]
+    url = [text_of(record.get(source.url)) for record in records]
+    caption = [text_of(record.get(source.caption)) for record in records]
+    for record in records:
+        record.pop(source.url, None)
+        record.pop(source.caption, None)
+    columns = [url, caption, [to_json(record) for record in records], hashes]
     return of_addresses(*(pa.array(column, pa.string()) for column in columns))
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
 from pipeline.records import PLAN_SCHEMA, make_key
-from pipeline.sources import Rows, read_pictures
+from pipeline.sources import Rows, read_pictures, tables
 from pipeline.sources.columns import as_objects, of_addresses, to_json
 from pipeline.sources.pictures import Span
 from pipeline.storage import Storage
@@ -164,6 +164,19 @@ def test_lines_of_csv_that_are_too_short_or_too_long_are_rows(tmp_path: Path) ->
         "http://c/": ("long", {"n": "3"}),
         "http://d/": ("d", {"n": "6"}),
     }
+
+
+def test_no_line_of_a_large_csv_is_lost_where_many_are_too_short(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 2000)
+    lines = [f"http://a/{n}" if n % 3 == 0 or n > 9000 else f"http://a/{n},x" for n in range(10_000)]
+    (tmp_path / "t.csv").write_text("\n".join(["url,caption", *lines]))
+    assert {row["url"] for row in rows(tmp_path / "t.csv")} == {f"http://a/{n}" for n in range(10_000)}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_one_column_may_be_both_address_and_caption(tmp_path: Path, name: str) -> None:
+    write_table(tmp_path / name)
+    assert urls_and_captions(rows(tmp_path / name, caption="url")) == [(url, url) for url in URLS]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.txt"])
