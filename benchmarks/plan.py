@@ -60,7 +60,7 @@ def main() -> None:
 def measure(what: str, rows: int, table: Path, dataset: Path) -> None:
     """Plan in a child process and print a line."""
     out, peak = peak_of(["-c", PLAN, str(table), str(dataset)])
-    found = json.loads(out)
+    found = json.loads(out.splitlines()[-1])
     seconds = f"{found['seconds']:>10.2f}{found['cpu']:>8.1f}{rows / found['seconds']:>14,.0f}"
     print(f"{what:<22}{rows:>12,}{seconds}{peak:>10,.0f}  {found['batches']}", flush=True)
 
