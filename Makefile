@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean bench-rebuild
+.PHONY: demo test check format clean bench-build bench-plan bench-rebuild
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -18,8 +18,15 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
+bench-build: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/build.py
+
 bench-rebuild: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py
+
+bench-plan: $(STAMP)
+	$(BIN)/python benchmarks/plan.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -71,7 +71,9 @@ def main() -> None:
     work, count = arguments.work.resolve(), arguments.photos
     paths = make_photos(work / "photos", count)
     size = sum(path.stat().st_size for path in paths)
-    print(f"{count:,} photos, {size / count / 1000:.0f} kB in the mean; medians of {arguments.repeats} interleaved runs")
+    print(
+        f"{count:,} photos, {size / count / 1000:.0f} kB in the mean; medians of {arguments.repeats} interleaved runs"
+    )
     parts = {"http": over_http, "tars": from_tars, "copy": as_they_are, "memory": memory}
     for name, part in parts.items():
         if arguments.only in (None, name):
@@ -166,8 +168,8 @@ def over_http(work: Path, paths: list[Path], repeats: int) -> None:
             bare = statistics.median(floor(paths, size, resize) for _ in range(repeats))
             _show(f"HTTP, {name}", found, bare)
             a, b = found["capstan"], found["img2dataset"]
-            print(f"  CPU {a.cpu / b.cpu:.2f} of img2dataset's (asked: 0.33), wall clock {a.wall / b.wall:.2f} (asked: 0.50)")
-            print(f"  CPU {a.cpu / bare:.2f} × the floor (asked: 1.35)")
+            print(f"  CPU {a.cpu / b.cpu:.2f} of img2dataset's (asked: 0.33), wall clock {a.wall / b.wall:.2f} (0.50)")
+            print(f"  CPU {a.cpu / bare:.2f} × the floor (asked: 1.35)", flush=True)
 
 
 def from_tars(work: Path, paths: list[Path], repeats: int) -> None:
@@ -225,13 +227,15 @@ def _interleaved(kinds: dict[str, Callable[[int], Run]], count: int, repeats: in
 
 def _show(title: str, found: dict[str, Cost], bare: float) -> None:
     print(f"\n{title}")
-    print(f"  {'':<12}{'CPU ms/image':>13}{'wall ms/image':>14}{'start-up s':>12}{'start-up CPU s':>15}{'memory GiB':>12}")
+    print(
+        f"  {'':<12}{'CPU ms/image':>13}{'wall ms/image':>14}{'start-up s':>12}{'start-up CPU s':>15}{'memory GiB':>12}"
+    )
     for kind, cost in found.items():
         print(
-            f"  {kind:<12}{cost.cpu * 1e3:>13.2f}{cost.wall * 1e3:>14.2f}{cost.startup_wall:>12.1f}"
-            f"{cost.startup_cpu:>15.1f}{cost.memory / 2**30:>12.2f}"
+            f"  {kind:<12}{cost.cpu * 1e3:>15.2f}{cost.wall * 1e3:>15.2f}{cost.startup_wall:>15.1f}"
+            f"{cost.startup_cpu:>15.1f}{cost.memory / 2**30:>15.2f}"
         )
-    print(f"  {'floor':<12}{bare * 1e3:>13.2f}", flush=True)
+    print(f"  {'floor':<12}{bare * 1e3:>15.2f}", flush=True)
 
 
 def _url_table(work: Path, urls: list[str]) -> Path:

@@ -33,7 +33,11 @@ class Run:
 
 
 def measure(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, *, cwd: Path | None = None, memory: bool = True
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    cwd: Path | None = None,
+    memory: bool = True,
 ) -> Run:
     """Run `command` to its end. Raises CalledProcessError with its output if it fails."""
     mark = uuid.uuid4().hex

@@ -28,11 +28,21 @@ def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
 
     @app.command()
-    def build(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+    def build(
+        recipe: RecipeArgument,
+        retry: Annotated[
+            str | None,
+            typer.Option(
+                "--retry", metavar="REASONS", help="Try rows again that failed: `failed`, or timeout,http_503…"
+            ),
+        ] = None,
+        overrides: SetOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
         """Rows → fetched → decoded → selected → packed shards. Goes on where it stopped."""
         from pipeline.job import build as run
 
-        finish(run(load(recipe, overrides)), as_json)
+        finish(run(load(recipe, overrides), retry=retry), as_json)
 
     @app.command()
     def select(

@@ -50,13 +50,16 @@ def forget(job: Job, units: Iterable[str]) -> None:
 
 def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
     """The units that are not committed yet."""
-    done = _read_log(job).keys() | {_unit_of(name) for name in _marker_names(job)}
+    done = _committed(job)
     return [unit for unit in units if unit.id not in done]
 
 
 def quarantined(job: Job) -> dict[str, str]:
-    """Unit id → first line of the reason, for every unit that stands quarantined."""
-    records = job.storage.read_many(job.storage.names(f"state/{job.name}/quarantine"))
+    """Unit id → first line of the reason, for every unit that stands quarantined: one that failed only when it was
+    done again does not."""
+    names = job.storage.names(f"state/{job.name}/quarantine")
+    done = _committed(job) if names else set()
+    records = job.storage.read_many(name for name in names if _unit_of(name) not in done)
     return {_unit_of(name): first_line(json.loads(data)["reason"]) for name, data in records.items()}
 
 
@@ -73,6 +76,10 @@ def release(job: Job, unit: str) -> None:
 
 def first_line(reason: str) -> str:
     return reason.partition("\n")[0]
+
+
+def _committed(job: Job) -> set[str]:
+    return _read_log(job).keys() | {_unit_of(name) for name in _marker_names(job)}
 
 
 def _read_log(job: Job) -> dict[str, Facts]:

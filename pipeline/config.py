@@ -47,6 +47,8 @@ class Source(Section):
     url: str = "url"  # column with the address
     image: str | None = None  # column with embedded bytes, instead of an address
     caption: str = "caption"
+    hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the picture's bytes must have
+    storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if it lies there too
     world: WorldSource | None = None
 
     @model_validator(mode="after")

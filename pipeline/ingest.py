@@ -3,12 +3,15 @@
     staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row a planned row, in its order
     staged/<unit>-<hash>.tar       the pictures, KEY.jpg, in the same order
 
+A unit may be done again for the rows that failed (pipeline.again); the others are carried over from its files.
+
 Both are named by their content and published by the worker; they count only once the unit's marker names them. So a
 unit that is cut off, or done by a forgotten worker, leaves files that nobody reads; `clean` removes those.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
@@ -23,13 +26,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.again import matches
 from pipeline.config import Fetch, Recipe, fingerprint
-from pipeline.decode import Failure, Picture, decode
+from pipeline.decode import Failure, Picture, check_hash, decode
 from pipeline.fetch import Fetcher
 from pipeline.plan import PlannedUnit
 from pipeline.records import MEASURED
 from pipeline.shards import Sample, sha256_of, write_tar
-from pipeline.sources import read_bytes
+from pipeline.sources.pictures import Span, read_pictures
 from pipeline.storage import Storage
 from pipeline.units import Job, Piece, Unit, report
 
@@ -52,6 +56,7 @@ STAGED_SCHEMA = pa.schema(
 )
 
 Outcome = dict[str, Any]  # `reason`, `detail` and MEASURED of one row
+_STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "offset", "size"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ class Ingest(Job):
         """One piece: the unit's marker."""
         rows = self.storage.read_table(unit.spec["table"]).to_pylist()
         with tempfile.TemporaryDirectory(prefix="capstan-ingest-") as scratch, _Spool(Path(scratch)) as spool:
-            outcomes = self._outcomes(rows, spool)
+            kept = self._kept(unit, rows, spool)
+            left = [index for index in range(len(rows)) if index not in kept]
+            fresh = self._outcomes([rows[index] for index in left], spool.only(left))
+            found = kept | dict(zip(left, fresh, strict=True))
+            outcomes = [found[index] for index in range(len(rows))]
             digest = hashlib.sha256()
             tar = Path(scratch) / "staged.tar"
             spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
@@ -91,11 +100,29 @@ class Ingest(Job):
         data = _parquet(_table(rows, outcomes, spans, unit.id))
         table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
         self.storage.write(table_name, data)
-        yield {"table": table_name, "tar": tar_name, "rows": len(rows), **_counts(outcomes)}
+        mark = {"table": table_name, "tar": tar_name, "rows": len(rows), **_counts(outcomes)}
+        yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (marker,) = pieces
         return marker
+
+    def _kept(self, unit: Unit, rows: list[dict[str, Any]], spool: _Spool) -> dict[int, Outcome]:
+        """Of a unit that is done again, by index: what stays as it was; its pictures go to the spool as they are."""
+        if "again" not in unit.spec:
+            return {}
+        again = unit.spec["again"]
+        table = self.storage.read_table(again["table"])
+        assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} is of another plan"
+        before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
+        kept = {index: row for index, row in before.items() if not matches(row["reason"], again["reasons"])}
+        with self.storage.open(again["tar"]) if again["tar"] else io.BytesIO() as tar:
+            for index, row in kept.items():
+                offset, size = row.pop("offset"), row.pop("size")
+                if not row["reason"]:
+                    tar.seek(offset)
+                    spool.add(index, tar.read(size))
+        return kept
 
     def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
         """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
@@ -113,26 +140,35 @@ class Ingest(Job):
 
     def _bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
         """(index, the source file's bytes or why there are none) for each row, as they come."""
-        remote = []
+        for index, found in self._found(rows):
+            expected = rows[index]["hash"]
+            wrong = check_hash(found, expected) if expected and isinstance(found, bytes) else None
+            yield index, wrong or found
+
+    def _found(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
+        spans, remote = [], []
         for index, row in enumerate(rows):
             if row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
-            elif row["file"]:
-                yield index, self._read(row)
-            else:
+            elif not row["file"]:
                 remote.append(index)
+            elif row["length"] > self.recipe.fetch.max_bytes:
+                yield index, Failure("too_large_bytes", f"{row['length']} bytes, fetch.max_bytes allows fewer")
+            else:
+                spans.append(Span(row["file"], row["offset"], row["length"], index))
+        for index, data in read_pictures(spans, self.recipe):
+            yield index, _readable(data)
         if remote:
             fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
             for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
                 found = fetched.data if fetched.data is not None else Failure(fetched.reason, fetched.detail)
                 yield remote[position], found
 
-    def _read(self, row: dict[str, Any]) -> bytes | Failure:
-        try:
-            data = read_bytes(row["file"], row["offset"], row["length"], self.recipe)
-        except Exception as error:  # noqa: BLE001 - the row boundary: a file that cannot be read is a row with a reason
-            return Failure("read_error", f"{type(error).__name__}: {error}")
-        return data or Failure("empty", "the file holds nothing")
+
+def _readable(data: bytes | Exception) -> bytes | Failure:
+    if isinstance(data, Exception):
+        return Failure("read_error", f"{type(data).__name__}: {data}")
+    return data or Failure("empty", "the file holds nothing")
 
 
 @functools.lru_cache(maxsize=1)
@@ -146,6 +182,7 @@ class _Spool:
 
     def __init__(self, folder: Path) -> None:
         self._path, self._spans = folder / "pictures", dict[int, tuple[int, int]]()
+        self._numbers: list[int] | None = None
 
     def __enter__(self) -> _Spool:
         self._file = self._path.open("w+b")
@@ -155,8 +192,15 @@ class _Spool:
         self._file.close()
 
     def add(self, index: int, jpeg: bytes) -> None:
-        self._spans[index] = (self._file.tell(), len(jpeg))
+        number = index if self._numbers is None else self._numbers[index]
+        self._spans[number] = (self._file.tell(), len(jpeg))
         self._file.write(jpeg)
+
+    def only(self, numbers: list[int]) -> _Spool:
+        """The same spool for some of the rows, which are counted from 0."""
+        part = copy.copy(self)
+        part._numbers = numbers
+        return part
 
     def samples(self, keys: list[str]) -> Iterator[Sample]:
         """The pictures in the order of their rows; `keys` are all rows' keys."""

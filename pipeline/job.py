@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.again import Round, begin, end, parse_reasons
 from pipeline.config import Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
@@ -21,29 +22,37 @@ from pipeline.units import markers, pending, quarantined, run
 log = logging.getLogger(__name__)
 
 
-def build(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
+
+    `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again.
 
     Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
     `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend.
     """
     clock = _Clock()
+    reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
     check_conditions(recipe.select)
     planned = plan(recipe, storage, progress=progress)
     clock.lap("plan")
-    with _site(recipe, storage, planned) as resolve:
+    job = Ingest(recipe, storage)
+    units = job.units(planned.units)
+    again = begin(job, units, markers(job), reasons) if reasons else Round({}, 0)
+    with _site(job, needed=bool(again.units or pending(job, units))) as resolve:
         job = Ingest(recipe, storage, resolve)
-        summary = run(job, job.units(planned.units), recipe.resources, progress=progress)
-    units = _staged(job, planned, summary.quarantined)
-    if summary.done or not _is_current(read_manifest(storage), recipe, units):
-        clean(job, units)
+        summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
+    end(job)
+    ready = _staged(job, planned, summary.quarantined)
+    if summary.done or not _is_current(read_manifest(storage), recipe, ready):
+        clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
-    published = _publish(recipe, storage, units, clock, progress)
+    published = _publish(recipe, storage, ready, clock, progress)
     return {
         **published,
+        **({"retried": again.rows} if reasons else {}),
         "failed": dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
         "source": {"rows": planned.read, "repeats": planned.repeats},
         "seconds": clock.laps,
@@ -115,16 +124,16 @@ def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
 
 
 @contextlib.contextmanager
-def _site(recipe: Recipe, storage: Storage, planned: Plan) -> Iterator[dict[str, str]]:
+def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
     """The captioned world's web site, if the source is one and some of it is still to fetch: host → address."""
-    job = Ingest(recipe, storage)
-    if recipe.source is None or recipe.source.format != "world" or not pending(job, job.units(planned.units)):
+    source = job.recipe.source
+    if source is None or source.format != "world" or not needed:
         yield {}
         return
     from pipeline.world.rows import HOST
     from pipeline.world.site import Site
 
-    with Site(recipe.source.world or WorldSource()) as site:
+    with Site(source.world or WorldSource()) as site:
         yield {HOST: site.address}
 
 

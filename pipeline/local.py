@@ -43,7 +43,7 @@ class Local:
             file.seek(start)
             return file.read(stop - start)
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
         return Path(path).open("rb")
 
     def find(self, folder: str) -> list[str]:

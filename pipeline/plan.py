@@ -1,38 +1,44 @@
 """Rows of the source → units of work: without repeats, sorted by key, cut into units. The order is made once, here.
 
     state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
+    state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
     state/plan/batch-0000/batch.json                  the batch: its units; written last
     state/plan/source.json                            the source as it was planned last, so that planning can be skipped
 
-Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves. Sorting is
-DuckDB's, in bounded memory, with its spill on the local disk.
+Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves.
 """
 
 from __future__ import annotations
 
+import bisect
+import io
 import itertools
 import json
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config import Recipe
+from pipeline.keysort import KEY_BYTES, KeySort, raw_keys
 from pipeline.progress import Progress
-from pipeline.records import PLAN_SCHEMA
 from pipeline.sources import Rows
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
 
-MEMORY_LIMIT = "1GB"
 UNIT_BYTES = 256 << 20  # of embedded pictures in a unit
+_KEYS_BYTES = 1 << 20  # of an earlier batch's keys read at once
+_WRITERS = 2
+_SMALL_BYTES = 16 << 20
 _SOURCE = "state/plan/source.json"
 
 
@@ -66,6 +72,10 @@ class Plan:
         return sum(unit.rows for unit in self.units)
 
 
+def _keys_of(batch: int) -> str:
+    return f"state/plan/batch-{batch:04d}/keys.bin"
+
+
 def read_plan(storage: Storage) -> Plan:
     """The plan as it stands in `storage`, without looking at the source."""
     units: list[PlannedUnit] = []
@@ -93,19 +103,19 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     if seen.get("signature") == rows.signature:
         return read_plan(storage)
     before = read_plan(storage)
-    batch = max((unit.batch for unit in before.units), default=-1) + 1
+    earlier = sorted({unit.batch for unit in before.units})
+    batch = earlier[-1] + 1 if earlier else 0
     with (
         tempfile.TemporaryDirectory(prefix="capstan-plan-") as scratch,
         Progress("plan", None, unit="rows", enabled=progress) as bar,
-        _Sorter(Path(scratch)) as sorter,
     ):
+        folder = Path(scratch)
+        sort = KeySort(folder)
         for table in rows.tables():
-            sorter.add(table)
+            sort.add(table)
             bar.advance(len(table))
-        for unit in before.units:
-            sorter.drop(storage.read_table(unit.table, ["key"]))
-        units = _write_batch(sorter, batch, recipe.unit.rows, storage)
-        read, repeats = sorter.rows, sorter.repeats
+        units = _write_batch(sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder)
+    read, repeats = sort.rows, sort.repeats
     if units:
         written = json.dumps({"batch": batch, "units": [unit.rows for unit in units]})
         storage.write(_batch_name(batch), written.encode())
@@ -114,60 +124,68 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     return Plan(before.units + units, read, repeats)
 
 
-class _Sorter:
-    """Rows in any order → rows by key, each key once, without those dropped."""
+class _Known:
+    """The keys of earlier batches, read in order and in blocks: they are asked for up to ever higher bounds."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.rows = self.repeats = 0
-        self._db = duckdb.connect(str(scratch / "rows.db"))
-        self._db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
-        self._db.execute(f"SET temp_directory = '{scratch / 'spill'}'")
-        self._db.execute("SET preserve_insertion_order = false")
-        self._db.register("schema_only", PLAN_SCHEMA.empty_table())
-        self._db.execute("CREATE TABLE rows AS SELECT * FROM schema_only")
-        self._db.execute("CREATE TABLE known (key VARCHAR)")
+    def __init__(self, storage: Storage, batches: list[int]) -> None:
+        self._batches = [_Keys(storage, batch) for batch in batches]
 
-    def __enter__(self) -> _Sorter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
-
-    def add(self, table: pa.Table) -> None:
-        self.rows += len(table)
-        self._insert("rows", table)
-
-    def drop(self, keys: pa.Table) -> None:
-        """Leave out rows with these keys."""
-        self._insert("known", keys)
-
-    def _insert(self, name: str, table: pa.Table) -> None:
-        self._db.register("incoming", table)
-        self._db.execute(f"INSERT INTO {name} SELECT * FROM incoming")
-        self._db.unregister("incoming")
-
-    def sorted(self) -> Iterator[pa.Table]:
-        """Tables of PLAN_SCHEMA. Of rows with one key the first by the other columns stays, whatever came first."""
-        distinct = "SELECT count(*) - count(DISTINCT key) FROM rows"
-        self.repeats = self._db.execute(distinct).fetchall()[0][0]
-        ordered = "SELECT * FROM rows ANTI JOIN known USING (key) ORDER BY key, extra, url, caption"
-        last = None
-        for batch in self._db.sql(ordered).to_arrow_reader(2048):
-            table = pa.Table.from_batches([batch]).cast(PLAN_SCHEMA)
-            keys = table["key"].combine_chunks()
-            previous = pa.concat_arrays([pa.array([last], pa.string()), keys[:-1]])
-            last = keys[-1].as_py()
-            fresh = pc.fill_null(pc.not_equal(keys, previous), True)
-            yield table.filter(fresh)
+    def __call__(self, bound: bytes) -> pa.Array:
+        """Raw keys below `bound` that were not given yet."""
+        found = b"".join(batch.below(bound) for batch in self._batches)
+        size = len(found) // KEY_BYTES
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), size, [None, pa.py_buffer(found)])
 
 
-def _write_batch(sorter: _Sorter, batch: int, unit_rows: int, storage: Storage) -> list[PlannedUnit]:
+class _Keys:
+    """The sorted keys of one batch."""
+
+    def __init__(self, storage: Storage, batch: int) -> None:
+        self._storage, self._name, self._block, self._at = storage, _keys_of(batch), b"", 0
+        self._size = storage.size(self._name)
+
+    def below(self, bound: bytes) -> bytes:
+        found = []
+        while True:
+            count = bisect.bisect_left(range(len(self._block) // KEY_BYTES), bound, key=self._key) * KEY_BYTES
+            found.append(self._block[:count])
+            self._block = self._block[count:]
+            if self._block or self._at == self._size:
+                return b"".join(found)
+            stop = min(self._size, self._at + _KEYS_BYTES)
+            self._block, self._at = self._storage.read_range(self._name, self._at, stop), stop
+
+    def _key(self, number: int) -> bytes:
+        return self._block[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+
+
+def _write_batch(
+    tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
+) -> list[PlannedUnit]:
+    """Write the units, several small ones at a time, and then their keys."""
     units: list[PlannedUnit] = []
-    for table in _cut(sorter.sorted(), unit_rows):
-        unit = PlannedUnit(batch, len(units), len(table))
-        storage.write_table(unit.table, table)
-        units.append(unit)
+    keys = scratch / "keys.bin"
+    with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
+        writing: deque[Future[None]] = deque()
+        for table in _cut(tables, unit_rows):
+            unit = PlannedUnit(batch, len(units), len(table))
+            units.append(unit)
+            file.write(memoryview(raw_keys(table["key"]).buffers()[1]))
+            writing.append(writers.submit(_write_unit, storage, unit, table))
+            while len(writing) > (_WRITERS if table.nbytes < _SMALL_BYTES else 0):
+                writing.popleft().result()
+        for left in writing:
+            left.result()
+    if units:
+        storage.put(keys, _keys_of(batch))
     return units
+
+
+def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:
+    """No column but `file` says the same twice, so that dictionaries would only cost time."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", compression_level=1, use_dictionary=["file"])
+    storage.write(unit.table, buffer.getvalue())
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -54,7 +54,8 @@ def make_key(*parts: str | bytes) -> str:
 
 # What planning hands to ingest: one row a key, sorted by key. The picture is embedded in `image`; or else it is the
 # `length` bytes at `offset` of `file`; or else, where `file` is "", it is fetched from `url`. So an address in a table
-# can never name a local file. `extra` is a JSON object of the source's other columns.
+# can never name a local file. `extra` is a JSON object of the source's other columns. `hash` is what the source says of
+# the picture's bytes (hexadecimal md5, sha1, sha256 or sha512), or "".
 PLAN_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -65,6 +66,7 @@ PLAN_SCHEMA: Final = pa.schema(
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("length", pa.int64(), nullable=False),
         pa.field("extra", pa.string(), nullable=False),
+        pa.field("hash", pa.string(), nullable=False),
     ]
 )
 

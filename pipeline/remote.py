@@ -21,6 +21,7 @@ from pipeline.retry import Short, persist
 
 PART_BYTES = 16 << 20  # larger objects are read in parallel ranges of this size
 _READ_AHEAD_BYTES = 4 << 20
+_READ_BYTES = 64 << 10
 _STREAMS = 4  # ranges of one object in flight
 _SLOWEST_BYTES_S = 100_000  # a transfer slower than this on the whole counts as stalled
 _PATIENCE_S = 60.0
@@ -73,12 +74,12 @@ class Remote:
 
         return self._try("read", path, read)
 
-    def open(self, path: str) -> BinaryIO:
-        """A seekable reader that reads ahead; where a web server gives no ranges, its own stream."""
+    def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
+        """A seekable reader that reads far `ahead` or little; where a web server gives no ranges, its own stream."""
         info = self.info(path)
         if info.get("size") is None or ("http" in self.fs.protocol and not info.get("partial")):
             return self._try("open", path, lambda: self.fs.open(path, "rb"))
-        return io.BufferedReader(_Ranges(self, path, int(info["size"])), _READ_AHEAD_BYTES)  # type: ignore[return-value]
+        return io.BufferedReader(_Ranges(self, path, int(info["size"])), _READ_AHEAD_BYTES if ahead else _READ_BYTES)  # type: ignore[return-value]
 
     def find(self, folder: str) -> list[str]:
         return list(self.details(folder))

@@ -160,7 +160,9 @@ def _culprit(db: duckdb.DuckDBPyConnection, conditions: list[Condition]) -> Cond
 
 def _connect() -> duckdb.DuckDBPyConnection:
     """A database that can see the registered rows and nothing else."""
-    return duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "enable_external_access": False})
+    db = duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "enable_external_access": False})
+    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which carries the summary only
+    return db
 
 
 def _explain(condition: Condition, error: duckdb.Error) -> RecipeError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.compression import compr
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import infer_compression
 
 from pipeline.errors import DiskFull, RecipeError, StorageError
 from pipeline.local import PARTIAL, Local
@@ -195,30 +193,25 @@ def _matches(remote: Remote, root: str) -> dict[str, Mapping[str, Any]]:
     return {root: info} if info["type"] == "file" else remote.details(root)
 
 
-def open_file(path: str, options: Mapping[str, Any], *, unpack: bool = False) -> BinaryIO:
-    """A reader over a user's file; `unpack` decompresses .gz, .zst, .bz2 and .xz by their names."""
+def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> BinaryIO:
+    """A reader over a user's file; `ahead` makes it fetch more than is asked for, for reading from front to back."""
     files, root = _connect(path, options)
-    file = files.open(root)
-    packed = infer_compression(path) if unpack else None
-    return _Unpacked(compr[packed](file, mode="r"), file) if packed else file
+    return files.open(root, ahead=ahead)
 
 
-class _Unpacked(io.BufferedReader):
-    """A decompressing reader that closes the file below it, too."""
+def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, Any]) -> list[bytes | Exception]:
+    """Bytes [start, stop) of users' files on one file system, as (URL, start, stop): many are asked for at once."""
 
-    def __init__(self, unpacked: Any, packed: BinaryIO) -> None:
-        super().__init__(unpacked)
-        self._packed = packed
+    def read(range_: tuple[str, int, int]) -> bytes | Exception:
+        url, start, stop = range_
+        try:
+            files, root = _connect(url, options)
+            return files.read_range(root, start, stop)
+        except Exception as error:  # noqa: BLE001 - a range that cannot be read is its own row's trouble
+            return error
 
-    def close(self) -> None:
-        super().close()
-        self._packed.close()
-
-
-def read_span(path: str, options: Mapping[str, Any], start: int, length: int) -> bytes:
-    """`length` bytes at `start` of a user's file."""
-    files, root = _connect(path, options)
-    return files.read_range(root, start, start + length)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(read, ranges))
 
 
 def _connect(url: str, options: Mapping[str, Any]) -> tuple[Local | Remote, str]:

@@ -25,7 +25,7 @@ import pickle
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +71,26 @@ def model_threads(resources: Resources) -> int:
     return max(1, _cpus(resources) // _model_workers(resources))
 
 
-def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int = 3, progress: bool = True) -> Summary:
+def run(
+    job: Job,
+    units: Iterable[Unit],
+    resources: Resources,
+    *,
+    redo: Collection[str] = (),
+    attempts: int = 3,
+    progress: bool = True,
+) -> Summary:
     """Do all `units` that have no marker yet. Starts Ray only if there is something to do.
 
+    Those of `redo` (ids) are done although they have one, which is replaced once they are done; until then, and where
+    they fail, what was there before stands.
     Bad units do not raise: they are in `Summary.quarantined`, and the caller ends with `Quarantined`.
     """
     units = list(units)
     wanted = {unit.id for unit in units}
     job.storage.sweep()
-    known = {unit: facts for unit, facts in gather(job).items() if unit in wanted}
+    found = {unit: facts for unit, facts in gather(job).items() if unit in wanted}
+    known = {unit: facts for unit, facts in found.items() if unit not in redo}
     todo = [unit for unit in units if unit.id not in known]
     counts = Counter[str]()
     for facts in known.values():
@@ -99,6 +110,8 @@ def run(job: Job, units: Iterable[Unit], resources: Resources, *, attempts: int 
         work.execute(bar)
     for facts in work.committed.values():
         counts.update(_numbers(facts))
+    for unit in work.quarantined.keys() & found.keys():
+        counts.update(_numbers(found[unit]))
     gather(job, work.committed)
     return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
 

@@ -1,10 +1,18 @@
-"""One Ray for all tests of this floor: starting it takes about 4 s."""
+"""One Ray for all tests of this floor: starting it takes about 4 s. A real S3 server, and a web site of pictures."""
 
+import contextlib
 import io
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +75,7 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
     folder = tmp_path_factory.mktemp("odd")
     rows = [
         {
-            "image": picture(number),
+            "image": odd_picture(number),
             "caption": ODD_CAPTIONS[number % len(ODD_CAPTIONS)],
             "number": number,
             "sometimes": None if number % 2 else 0.5 * number,
@@ -91,9 +99,97 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
     return folder / "dataset"
 
 
-def picture(seed: int) -> bytes:
+def odd_picture(seed: int) -> bytes:
     """A small JPEG, of another size for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 255, (6, 6 + seed, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(np.kron(pixels, np.ones((9, 9, 1), np.uint8))).save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """`dataset` and `storage` of a recipe in a bucket of a real S3 server on loopback."""
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["rclone", "serve", "s3", "--auth-key", "capstan-key,capstan-secret", "--addr", address, "."]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd=tmp_path / "s3", stderr=subprocess.DEVNULL
+    )
+    options = {"key": "capstan-key", "secret": "capstan-secret", "endpoint_url": f"http://{address}"}
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address.split(":")[1])), 1):
+            break
+        time.sleep(0.1)
+    yield {"dataset": "s3://bucket/some/dataset", "storage": options}
+    server.terminate()
+    server.wait()
+
+
+class Pictures(ThreadingHTTPServer):
+    """A web site of pictures, /0.jpg, /1.jpg, ..., that look different. `broken` maps paths to the status that they
+    answer with; `asked` lists the paths that were asked for, robots.txt left out; `slow_s` delays each answer."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.broken: dict[str, int] = {}
+        self.asked: list[str] = []
+        self.slow_s = 0.0
+
+    def url(self, number: int) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{number}.jpg"
+
+    def new_asked(self) -> list[str]:
+        """The paths asked for since the last call, sorted."""
+        asked, self.asked = sorted(self.asked), []
+        return asked
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Pictures
+
+    def do_GET(self) -> None:
+        if self.path == "/robots.txt":
+            self.send_error(404)
+            return
+        self.server.asked.append(self.path)
+        time.sleep(self.server.slow_s)
+        if status := self.server.broken.get(self.path):
+            self.send_error(status)
+            return
+        data = picture(int(self.path.strip("/").removesuffix(".jpg")))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def picture(seed: int) -> bytes:
+    """A small JPEG; those of different seeds look different to a perceptual hash."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8))).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@pytest.fixture
+def site() -> Iterator[Pictures]:
+    with Pictures() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[[int], bytes]:
+    """The pictures of the site."""
+    return picture

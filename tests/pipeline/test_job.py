@@ -1,17 +1,14 @@
 """build and select end to end, on pictures embedded in a table; and what is left when things go wrong."""
 
-import contextlib
+import hashlib
 import io
 import json
-import socket
-import subprocess
 import sys
-import time
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +19,7 @@ from pipeline import job
 from pipeline.config import Recipe, Resources
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest
+from pipeline.plan import plan
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from pipeline.units import Piece, Unit
@@ -32,26 +30,21 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 pytestmark = pytest.mark.integration
 
 
-def picture(seed: int) -> bytes:
-    """A small JPEG; those of different seeds look different to a perceptual hash."""
-    blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8))).save(file, "JPEG", quality=90)
-    return file.getvalue()
+Draw = Callable[[int], bytes]
 
 
-def row(number: int) -> dict[str, Any]:
+def row(number: int, draw: Draw) -> dict[str, Any]:
     """Row 9, 19, ... is no picture; 7, 15, 23, ... repeat picture 0; `score` runs through 0 … 9."""
-    image = b"no picture" if number % 10 == 9 else picture(0 if number % 8 == 7 else number)
+    image = b"no picture" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
     return {"image": image, "caption": f"picture {number}", "score": number % 10}
 
 
 @pytest.fixture
-def make(tmp_path: Path, ray_session: Resources) -> Callable[..., Recipe]:
+def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
     """A recipe over a table of `count` rows of `row`, with dataset folder `name`."""
 
     def recipe(count: int = 60, name: str = "dataset", least: int = 0, **sections: Any) -> Recipe:
-        pq.write_table(pa.Table.from_pylist([row(n) for n in range(count)]), tmp_path / "rows.parquet")
+        pq.write_table(pa.Table.from_pylist([row(n, draw) for n in range(count)]), tmp_path / "rows.parquet")
         settings = {
             "dataset": str(tmp_path / name),
             "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"},
@@ -169,6 +162,103 @@ def test_new_rows_move_nothing_that_exists(make: Callable[..., Recipe]) -> None:
     assert len(Dataset(Storage(recipe.dataset)).ledger()) == 60
 
 
+def test_a_grown_table_and_a_second_source_cost_only_their_new_rows(
+    tmp_path: Path, site: Any, ray_session: Resources
+) -> None:
+    def table(name: str, numbers: range) -> str:
+        lines = [f"{site.url(n)}\tpicture {n}" for n in numbers]
+        (tmp_path / name).write_text("\n".join(["url\tcaption", *lines]))
+        return str(tmp_path / name)
+
+    def recipe(*paths: str) -> Recipe:
+        settings = {"dataset": str(tmp_path / "dataset"), "source": {"path": list(paths)}}
+        return Recipe.model_validate(settings | {"fetch": {"allow_private": True}, "unit": {"rows": 10}})
+
+    def paths(numbers: range) -> list[str]:
+        return sorted(f"/{n}.jpg" for n in numbers)
+
+    first = recipe(table("a.tsv", range(12)))
+    assert build(first)["counts"]["kept"] == 12
+    assert site.new_asked() == paths(range(12))
+    before = published(first)
+
+    assert build(recipe(table("a.tsv", range(15))))["counts"]["kept"] == 15
+    assert site.new_asked() == paths(range(12, 15))
+
+    both = recipe(str(tmp_path / "a.tsv"), table("b.tsv", range(10, 20)))
+    assert build(both)["counts"]["kept"] == 20
+    assert site.new_asked() == paths(range(15, 20))
+    assert {name: data for name, data in before.items() if name.startswith("shards/shard")}.items() <= published(
+        both
+    ).items()
+    assert sound(both)
+
+
+def test_pictures_must_have_the_hash_that_their_source_says(
+    make: Callable[..., Recipe], tmp_path: Path, draw: Draw
+) -> None:
+    recipe = make(1)
+    good = [draw(n) for n in range(6)]
+    digests = [hashlib.new(name, data).hexdigest() for name, data in zip(KINDS, good, strict=False)]
+    hashes = [*digests[:3], digests[3].upper(), None, "no hash"]
+    write = {
+        "image": [*good[:2], good[0] + b"\0", *good[3:]],
+        "caption": [str(n) for n in range(6)],
+        "checksum": hashes,
+    }
+    pq.write_table(pa.table(write), tmp_path / "hashed.parquet")
+    source = {"path": str(tmp_path / "hashed.parquet"), "image": "image", "hash": "checksum"}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"source": source, "select": []})
+    assert build(recipe)["failed"] == {"corrupt": 2}
+    ledger = {row["caption"]: row for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist()}
+    assert {caption for caption, row in ledger.items() if row["outcome"] == "kept"} == {"0", "1", "3", "4"}
+    assert f"the source says {hashes[2]}" in ledger["2"]["detail"]
+    assert "'no hash' is no md5" in ledger["5"]["detail"]
+    assert json.loads(ledger["1"]["extra"]) == {"checksum": hashes[1]}
+
+
+KINDS = ["md5", "sha1", "sha256", "sha512"]
+
+
+def test_pictures_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: Path, draw: Draw) -> None:
+    """A unit's rows lie at random over the files; each gets its own picture and caption."""
+    for number in range(4):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for n in range(number * 10, number * 10 + 10):
+                for suffix, data in (("jpg", draw(n)), ("txt", f"picture {n}".encode())):
+                    info = tarfile.TarInfo(f"{n}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        recipe = make(1)
+    source = {"path": [str(tmp_path / "[0-9].tar")]}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"source": source, "select": []})
+    assert build(recipe)["counts"]["kept"] == 40
+    for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist():
+        assert row["sha256"] == hashlib.sha256(draw(int(row["caption"].split()[1]))).hexdigest()
+
+
+def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
+    storage: Storage, tmp_path: Path, draw: Draw
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, data in {"large": bytes(50_000), "empty": b"", "gone": b"x", "good": draw(1)}.items():
+        (pictures / f"{name}.jpg").write_bytes(data)
+    settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
+    ingest = Ingest(Recipe.model_validate(settings), storage)
+    (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
+    (pictures / "gone.jpg").unlink()
+    (mark,) = ingest.prepare(unit)
+    rows = {Path(row["url"]).stem: row for row in storage.read_table(mark["table"]).to_pylist()}
+    assert {name: row["reason"] for name, row in rows.items()} == {
+        "large": "too_large_bytes",
+        "empty": "empty",
+        "gone": "read_error",
+        "good": "",
+    }
+    assert "50000 bytes" in rows["large"]["detail"]
+
+
 def test_unit_size_changes_nothing_in_the_shards(make: Callable[..., Recipe]) -> None:
     one, other = make(40), make(40, name="other", unit={"rows": 7})
     build(one)
@@ -212,27 +302,6 @@ def test_other_image_settings_stage_anew(make: Callable[..., Recipe]) -> None:
     build(fresh)
     assert published(recipe) == published(fresh)
     assert len(Storage(recipe.dataset).names("staged")) == 4  # the old pictures are gone
-
-
-@pytest.fixture
-def bucket(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """`dataset` and `storage` of a recipe in a bucket of a real S3 server on loopback."""
-    (tmp_path / "s3" / "bucket").mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ["rclone", "serve", "s3", "--auth-key", "capstan-key,capstan-secret", "--addr", address, "."]
-    server = subprocess.Popen(
-        [str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd=tmp_path / "s3", stderr=subprocess.DEVNULL
-    )
-    options = {"key": "capstan-key", "secret": "capstan-secret", "endpoint_url": f"http://{address}"}
-    for _ in range(200):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address.split(":")[1])), 1):
-            break
-        time.sleep(0.1)
-    yield {"dataset": "s3://bucket/some/dataset", "storage": options}
-    server.terminate()
-    server.wait()
 
 
 def test_a_bucket_ends_with_the_bytes_of_a_folder(make: Callable[..., Recipe], bucket: dict[str, Any]) -> None:

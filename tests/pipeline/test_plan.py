@@ -6,10 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline import keysort
 from pipeline import plan as planning
 from pipeline.config import Recipe
 from pipeline.plan import plan, read_plan
 from pipeline.records import PLAN_SCHEMA
+from pipeline.sources import tables
 from pipeline.storage import Storage
 
 
@@ -119,3 +121,28 @@ def test_units_with_embedded_pictures_are_bounded(storage: Storage, tmp_path: Pa
     made = plan(Recipe.model_validate(settings), storage, progress=False)
     assert made.rows == 8
     assert len(made.units) > 1
+
+
+def test_a_table_that_does_not_fit_into_memory_is_planned_the_same(
+    storage: Storage, urls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(urls, [*range(3000), *range(2500)])
+    whole = plan(recipe(urls, storage, 700), storage, progress=False)
+    assert (whole.read, whole.repeats, whole.rows) == (5500, 2500, 3000)
+
+    monkeypatch.setattr(keysort, "RUN_BYTES", 50_000)
+    monkeypatch.setattr(keysort, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(planning, "_KEYS_BYTES", 1600)
+    pieces = Storage(str(tmp_path / "pieces"))
+    assert plan(recipe(urls, pieces, 700), pieces, progress=False) == whole
+    assert files(pieces) == files(storage)
+
+    write(urls, list(range(1000, 3100)))
+    grown = plan(recipe(urls, pieces, 700), pieces, progress=False)
+    assert grown.rows == 3100
+    assert grown.units[-1].rows == 100
+    assert set(planned(pieces)["url"].to_pylist()) == {f"http://example.org/{n}" for n in range(3100)}
+    write(urls, list(range(4000)))
+    assert plan(recipe(urls, pieces, 700), pieces, progress=False).rows == 4000
+    assert len(set(planned(pieces)["key"].to_pylist())) == 4000

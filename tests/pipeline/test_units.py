@@ -14,7 +14,7 @@ from ray import cloudpickle
 from pipeline.config import Resources
 from pipeline.errors import RecipeError
 from pipeline.storage import Storage
-from pipeline.units import Job, Piece, Unit, markers, report, run
+from pipeline.units import Job, Piece, Unit, markers, quarantined, report, run
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -123,6 +123,22 @@ def test_what_keeps_failing_is_quarantined_and_the_others_finish(ray_session: Re
 
     assert run(job, units, ray_session, progress=False).done == 1  # its reasons are gone: it heals
     assert not job.storage.exists("state/squares/quarantine/bad.json")
+
+
+def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(ray_session: Resources, make) -> None:
+    job = make(Squares)
+    run(job, [unit("a"), unit("b"), unit("c")], ray_session, progress=False)
+    again = run(
+        job, [unit("a", 5), unit("b"), unit("c", at_end=["raise", 9])], ray_session, redo={"a", "c"}, progress=False
+    )
+    assert (again.done, again.skipped) == (1, 1)
+    assert again.counts == {"samples": 5 + 3 + 3}
+    assert list(again.quarantined) == ["c"]
+    assert job.tries("b", "start") - 1 == 1
+    assert (output(job, "a"), output(job, "c")) == ([0, 1, 4, 9, 16], [0, 1, 4])
+    assert markers(job)["a"]["samples"] == 5
+    assert quarantined(job) == {}
+    assert run(job, [unit("a"), unit("c")], ray_session, progress=False).skipped == 2
 
 
 @pytest.mark.integration

@@ -1,0 +1,81 @@
+"""`build --retry`: which rows are tried again, and which units hold them.
+
+    state/<job>/retry.json    the round that is going on: {round, reasons}
+
+A unit that was done again says so in its marker (`round`), so a round that was killed goes on with the units that are
+left. Any build that gets to its end ends the round.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from pipeline.errors import RecipeError
+from pipeline.records import REASONS, is_reason
+from pipeline.workers import Job, Unit
+
+ALL: Final = "failed"
+
+
+def parse_reasons(text: str) -> list[str]:
+    """The reasons in "timeout,http_503", sorted; "failed" stands for all. Raises RecipeError for an unknown one."""
+    reasons = sorted({reason.strip() for reason in text.split(",")} - {""})
+    known = [ALL, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400)]
+    for reason in reasons:
+        if reason != ALL and not is_reason(reason):
+            near = difflib.get_close_matches(reason.lower(), known, n=3)
+            mend = f"did you mean {' or '.join(near)}?" if near else f"say {ALL} for all, or some of {', '.join(known)}"
+            raise RecipeError("--retry", f"{reason!r} is not a reason to fail", mend)
+    if not reasons:
+        raise RecipeError("--retry", "names no reason", f"say {ALL} for all, or reasons like timeout,http_503")
+    return reasons
+
+
+def matches(reason: str, reasons: Collection[str]) -> bool:
+    """Whether a row with this reason ("" if it did not fail) is tried again."""
+    return bool(reason) and (ALL in reasons or reason in reasons)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Units to be done again, with what their markers say; and how many of their rows are tried."""
+
+    units: dict[str, Unit]
+    rows: int
+
+    def of(self, units: Iterable[Unit]) -> list[Unit]:
+        """`units`, those of the round with what makes them be done again."""
+        return [self.units.get(unit.id, unit) for unit in units]
+
+
+def begin(job: Job, units: Iterable[Unit], marks: Mapping[str, Mapping[str, Any]], reasons: list[str]) -> Round:
+    """A new round for `reasons`, or the one for the same reasons that was cut off. `marks`: the markers of `job`."""
+    name = _record(job)
+    record = json.loads(job.storage.read(name)) if job.storage.exists(name) else {}
+    if record.get("reasons") != reasons:
+        record = {"round": uuid.uuid4().hex[:16], "reasons": reasons}
+        job.storage.write(name, json.dumps(record).encode())
+    found, rows = dict[str, Unit](), 0
+    for unit in units:
+        mark = marks.get(unit.id, {})
+        count = sum(n for fact, n in mark.items() if fact.startswith("failed.") and matches(fact[7:], reasons))
+        if count and mark.get("round") != record["round"]:
+            again = {"table": mark["table"], "tar": mark["tar"], **record}
+            found[unit.id] = Unit(unit.id, {**unit.spec, "again": again})
+            rows += count
+    return Round(found, rows)
+
+
+def end(job: Job) -> None:
+    """No round is going on any more."""
+    job.storage.delete(_record(job))
+
+
+def _record(job: Job) -> str:
+    return f"state/{job.name}/retry.json"

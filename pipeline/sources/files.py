@@ -1,0 +1,108 @@
+"""Folders of pictures, and WebDataset tars → rows. The pictures stay where they are; a row says where its bytes lie."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from pipeline.config import Source
+from pipeline.errors import RecipeError
+from pipeline.sources.columns import Row, text_of, to_json
+from pipeline.sources.tar import Member, members
+from pipeline.storage import SourceFile
+
+IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
+
+Open = Callable[[str], Any]
+ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
+_AT_ONCE = 256  # pictures whose neighbours are read together
+
+
+def folder(files: list[SourceFile], source: Source, read: ReadAll) -> Iterator[Row]:
+    """Pictures with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields."""
+    pictures = [file for file in files if PurePosixPath(file.path).suffix.lower() in IMAGES]
+    if not pictures:
+        kinds = ", ".join(sorted(IMAGES))
+        raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
+    named = {file.path: file for file in files}
+    for start in range(0, len(pictures), _AT_ONCE):
+        some = pictures[start : start + _AT_ONCE]
+        beside = [f"{_split(file.path)[0]}{suffix}" for file in some for suffix in (".txt", ".json")]
+        content = read([named[path] for path in beside if path in named])
+        for file in some:
+            stem = _split(file.path)[0]
+            record = _json_object(content.get(f"{stem}.json", b"{}"))
+            caption = text_of(record.pop(source.caption, None))
+            if f"{stem}.txt" in content:
+                caption = content[f"{stem}.txt"].decode("utf-8", "replace").strip()
+            yield _row(file.path, caption, file.path, 0, file.size, record, source)
+
+
+def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
+    """The samples of a tar: KEY.jpg (or another picture) with KEY.txt and KEY.json beside it."""
+    with open_(file.path) as stream:
+        _refuse_packed(file, stream.read(6))
+        try:
+            for _, sample in itertools.groupby(members(stream), key=lambda member: _split(member.name)[0]):
+                yield from _sample(list(sample), stream, file, source)
+        except tarfile.ReadError as error:
+            problem = f"{file.path} is not a tar, or is cut ({error})"
+            raise RecipeError("source.path", problem, "replace or remove the file") from None
+
+
+def _refuse_packed(file: SourceFile, magic: bytes) -> None:
+    """Pictures are read by byte range, which a compressed file does not allow."""
+    for start, command in _PACKED.items():
+        if magic.startswith(start):
+            problem = f"{file.path} is compressed, and pictures in tars are read in place"
+            raise RecipeError("source.path", problem, f"unpack it first: {command} {PurePosixPath(file.path).name}")
+
+
+_PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz"}
+
+
+def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source) -> Iterator[Row]:
+    picture, caption, record = None, "", dict[str, Any]()
+    for member in sample:
+        suffix = _split(member.name)[1].lower()
+        if suffix in IMAGES and picture is None:
+            picture = member
+        elif suffix in (".txt", ".json"):
+            stream.seek(member.offset)
+            data = stream.read(member.size)
+            if suffix == ".json":
+                record = _json_object(data)
+            else:
+                caption = data.decode("utf-8", "replace").strip()
+    if picture is None:
+        return
+    caption = caption or text_of(record.get(source.caption))
+    record.pop(source.caption, None)
+    yield _row(f"{file.path}#{picture.name}", caption, file.path, picture.offset, picture.size, record, source)
+
+
+def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
+    hash_ = text_of(record.get(source.hash)).strip() if source.hash else ""
+    return Row(text_of(url), caption, None, text_of(file), offset, length, to_json(record), hash_)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name up to its last dot, which all files of a sample share, and from there on.
+
+    >>> _split("a/b.c.jpg"), _split("a.b/c")
+    (('a/b.c', '.jpg'), ('a.b/c', ''))
+    """
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix) if dot and "/" not in suffix else (name, "")
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

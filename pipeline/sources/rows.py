@@ -1,0 +1,135 @@
+"""`source` of the recipe → tables of rows: url, caption, where the picture lies, and the other columns as JSON.
+
+Nothing here looks at pixels, and memory does not grow with the source.
+
+    parquet csv tsv jsonl txt     rows with an address, or (parquet) with embedded bytes; text also as .gz .zst .bz2 .xz
+    folder                        images with NAME.txt or NAME.json beside them
+    webdataset                    tars of KEY.jpg, KEY.txt, KEY.json
+    world                         the captioned world that Capstan draws itself
+"""
+
+from __future__ import annotations
+
+import csv
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Recipe, Source, WorldSource, fingerprint
+from pipeline.errors import RecipeError
+from pipeline.sources import tables
+from pipeline.sources.columns import Row, of_rows, to_json
+from pipeline.sources.files import IMAGES, folder, webdataset
+from pipeline.sources.pictures import Span, options_of, read_pictures
+from pipeline.sources.tables import Reader
+from pipeline.storage import SourceFile, find_files, open_file
+
+_BATCH_ROWS = 4096
+_TABLES: dict[str, Reader] = {
+    "parquet": tables.parquet,
+    "csv": tables.separated(","),
+    "tsv": tables.separated("\t"),
+    "jsonl": tables.jsonl,
+    "txt": tables.txt,
+}
+_SUFFIXES = {
+    **{f".{kind}": kind for kind in _TABLES},
+    ".pq": "parquet",
+    ".ndjson": "jsonl",
+    ".tar": "webdataset",
+    ".tgz": "webdataset",  # which is refused, with its reason
+    **dict.fromkeys(IMAGES, "image"),
+}
+
+
+class Rows:
+    """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
+
+    Raises RecipeError for a source that is not there.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.source is None:
+            raise RecipeError("source", "is missing", "say where the rows come from")
+        self.source, self._recipe = recipe.source, recipe
+        self.files = [] if self.source.format == "world" else self._find()
+        stamps = [(file.path, file.size, file.stamp) for file in self.files]
+        self.signature = fingerprint([self.source.model_dump(mode="json", exclude={"storage"}), stamps])
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
+
+        Raises RecipeError for a file that cannot be read.
+        """
+        if self.source.format == "world":
+            yield from _in_tables(_world(self.source))
+            return
+        kinds = [(self._kind(file), file) for file in self.files]
+        if self.source.format == "folder" or (self.source.format == "auto" and any(k == "image" for k, _ in kinds)):
+            yield from _guarded(_in_tables(folder(self.files, self.source, self._read_all)), str(self.source.path))
+            return
+        known = [(kind, file) for kind, file in kinds if kind]
+        if not known:
+            mend = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
+            raise RecipeError("source.format", f"cannot tell the format of {self.files[0].path}", mend)
+        for kind, file in known:
+            yield from _guarded(self._read(kind, file), file.path)
+
+    def _find(self) -> list[SourceFile]:
+        paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
+        found = [file for path in paths for file in find_files(path, options_of(path, self._recipe))]
+        return list({file.path: file for file in found}.values())
+
+    def _kind(self, file: SourceFile) -> str:
+        """One of the formats, "image", or "" where the name does not tell."""
+        if self.source.format not in ("auto", "folder"):
+            return self.source.format
+        path = PurePosixPath(file.path.lower())
+        return _SUFFIXES.get(PurePosixPath(path.stem).suffix if path.suffix in tables.UNPACKED else path.suffix, "")
+
+    def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
+        if kind == "webdataset":
+            return _in_tables(webdataset(file, self.source, self._open))
+        return _TABLES[kind](file, self.source, self._open)
+
+    def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
+        spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
+        found = {}
+        for number, data in read_pictures(spans, self._recipe):
+            if isinstance(data, Exception):
+                raise OSError(f"{files[number].path}: {data}")
+            found[files[number].path] = data
+        return found
+
+    def _open(self, path: str, *, ahead: bool = True) -> Any:
+        return open_file(path, options_of(path, self._recipe), ahead=ahead)
+
+
+def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
+    """What a reader gives; what it stumbles over is told as the user's to mend."""
+    try:
+        yield from tables_
+    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, csv.Error) as error:
+        mend = "check that it is whole, or leave it out of the source"
+        raise RecipeError("source.path", f"{path} cannot be read ({error})", mend) from None
+
+
+def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    held: list[Row] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == _BATCH_ROWS:
+            yield of_rows(held)
+            held = []
+    if held:
+        yield of_rows(held)
+
+
+def _world(source: Source) -> Iterator[Row]:
+    from pipeline.world.rows import rows
+
+    for record in rows(source.world or WorldSource()):
+        yield Row(url=record.pop("url"), caption=record.pop("caption"), extra=to_json(record))
