@@ -16,7 +16,7 @@ import pytest
 from pipeline import job
 from pipeline.config import Recipe, Resources
 from pipeline.errors import RecipeError
-from pipeline.retry import matches, parse_reasons
+from pipeline.again import matches, parse_reasons
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from pipeline.verify import verify
