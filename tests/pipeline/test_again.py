@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job
+from pipeline.again import matches, parse_reasons
 from pipeline.config import Recipe, Resources
 from pipeline.errors import RecipeError
-from pipeline.again import matches, parse_reasons
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from pipeline.verify import verify

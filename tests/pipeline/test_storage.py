@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from pipeline import local
 from pipeline.errors import DiskFull, RecipeError, StorageError
 from pipeline.retry import heals
-from pipeline.storage import Storage, find_files, open_file, read_span
+from pipeline.storage import Storage, find_files, open_file, read_ranges
 
 
 def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
@@ -144,9 +145,11 @@ def test_sources_of_any_fsspec_kind(monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory:///sources/a.txt", 10),
         ("memory:///sources/b.txt", 1),
     ]
-    assert read_span(found[0].path, {}, 3, 4) == b"3456"
+    assert read_ranges([(found[0].path, 3, 7), (found[0].path, 0, 1)], {}) == [b"3456", b"0"]
     with open_file(found[0].path, {}) as file:
         file.seek(8)
         assert file.read() == b"89"
-    with pytest.raises(StorageError, match=r"cannot read memory:///sources/a.txt \(10 bytes came instead of 20"):
-        read_span(found[0].path, {}, 0, 20)
+    good, bad = read_ranges([(found[0].path, 0, 1), (found[0].path, 0, 20)], {})
+    assert good == b"0"
+    assert isinstance(bad, StorageError)
+    assert re.match(r"cannot read memory:///sources/a.txt \(10 bytes came instead of 20", str(bad))
