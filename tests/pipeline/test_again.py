@@ -154,7 +154,7 @@ def start(recipe: dict[str, Any], retry: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
@@ -169,7 +169,7 @@ def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(tmp_
 
     site.broken, site.slow_s = MISSING, 0.3
     process = start(recipe, "failed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     marks = list((folder / "state").glob("ingest-*/done/*.json"))
     while not (done := [mark for mark in marks if "round" in json.loads(mark.read_bytes())]):
         assert process.poll() is None, process.communicate()[1]
