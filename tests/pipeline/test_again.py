@@ -153,18 +153,17 @@ def start(recipe: dict[str, Any], retry: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+def build(recipe: dict[str, Any], retry: str | None = None) -> dict[str, Any]:
+    return job.build(Recipe.model_validate(recipe), retry=retry, progress=False)
 
 
-@pytest.mark.integration
-def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(tmp_path: Path, site: Any) -> None:
+def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(
+    tmp_path: Path, site: Any, ray_session: Resources
+) -> None:
     folder, plain = tmp_path / "dataset", tmp_path / "plain"
     recipe = settings(folder, site)
     site.broken = MISSING | BUSY
-    finish(start(recipe, ""))
+    build(recipe)
     site.new_asked()
 
     site.broken, site.slow_s = MISSING, 0.3
@@ -184,7 +183,7 @@ def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(tmp_
     assert len(done) < len(marks)
     shutil.copytree(folder, plain)
 
-    summary = finish(start(recipe, "failed"))
+    summary = build(recipe, "failed")
     asked = site.new_asked()
     again = {f"/{row['url'].rpartition('/')[2]}" for mark in done for row in planned(folder, mark.stem)}
     assert asked
@@ -192,11 +191,11 @@ def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(tmp_
     assert summary["failed"] == {"http_404": len(MISSING)}
     assert failed(folder) == set(MISSING)
 
-    partly = finish(start(recipe | {"dataset": str(plain)}, ""))
+    partly = build(recipe | {"dataset": str(plain)})
     assert site.new_asked() == []
     assert verify(Storage(str(plain))) == []
     assert len(MISSING) < sum(partly["failed"].values()) < len(MISSING) + len(BUSY)
-    whole = finish(start(recipe | {"dataset": str(plain)}, "failed"))
+    whole = build(recipe | {"dataset": str(plain)}, "failed")
     assert set(site.new_asked()) == set(MISSING) | set(asked)
     assert whole["counts"] == summary["counts"]
     assert published(plain) == published(folder)
