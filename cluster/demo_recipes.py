@@ -131,7 +131,7 @@ def autoencoder(folder: Path) -> dict[str, Any]:
     return _train(
         "autoencoder",
         folder / "autoencoder",
-        steps=850,
+        steps=1100,
         batch=32,
         lr=2e-3,
         warmup=50,

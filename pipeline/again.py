@@ -67,14 +67,16 @@ def begin(job: Job, units: Iterable[Unit], marks: Mapping[str, Mapping[str, Any]
         count = sum(n for fact, n in mark.items() if fact.startswith("failed.") and matches(fact[7:], reasons))
         if count and mark.get("round") != record["round"]:
             again = {"table": mark["table"], "tar": mark["tar"], **record}
-            found[unit.id] = Unit(unit.id, {**unit.spec, "again": again})
+            found[unit.id] = Unit(unit.id, {**unit.spec, "rows": count, "again": again})
             rows += count
     return Round(found, rows)
 
 
-def end(job: Job) -> None:
-    """No round is going on any more."""
+def end(job: Job) -> bool:
+    """No round is going on any more; gives whether one was."""
+    going_on = job.storage.exists(_record(job))
     job.storage.delete(_record(job))
+    return going_on
 
 
 def _record(job: Job) -> str:

@@ -63,6 +63,11 @@ def quarantined(job: Job) -> dict[str, str]:
     return {_unit_of(name): first_line(json.loads(data)["reason"]) for name, data in records.items()}
 
 
+def noted(job: Job) -> set[str]:
+    """The units of which a reason is kept, whether they are committed or not."""
+    return {_unit_of(name) for name in job.storage.names(f"state/{job.name}/quarantine")}
+
+
 def quarantine(job: Job, unit: Unit, attempts: int, reason: str) -> None:
     """Keep why `unit` failed for good."""
     record = {"unit": unit.id, "spec": unit.spec, "attempts": attempts, "reason": reason}

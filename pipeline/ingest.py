@@ -29,9 +29,11 @@ import pyarrow.parquet as pq
 from pipeline.again import matches
 from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, check_hash, decode
+from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
 from pipeline.plan import PlannedUnit
 from pipeline.records import MEASURED
+from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
 from pipeline.sources.pictures import Span, read_pictures
 from pipeline.storage import Storage
@@ -166,6 +168,9 @@ class Ingest(Job):
 
 
 def _readable(data: bytes | Exception) -> bytes | Failure:
+    """Raises StorageError where a later build may read it: a storage that is out is not the row's failure."""
+    if isinstance(data, StorageError) and is_out(data):
+        raise data
     if isinstance(data, Exception):
         return Failure("read_error", f"{type(data).__name__}: {data}")
     return data or Failure("empty", "the file holds nothing")
@@ -263,9 +268,9 @@ def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
 def clean(job: Ingest, kept: Iterable[Staged]) -> None:
     """Remove staged files that no marker of `job` names, and the markers of ingest jobs with other image settings."""
     wanted = {name for unit in kept for name in (unit.table, unit.tar)}
-    for name in job.storage.names("state"):
-        if name.startswith("state/ingest-") and not name.startswith(f"state/{job.name}/"):
-            job.storage.delete(name)
-    for name in job.storage.names("staged"):
-        if name not in wanted:
-            job.storage.delete(name)
+    others = [name for name in job.storage.names("state") if name.startswith("state/ingest-")]
+    others = [name for name in others if not name.startswith(f"state/{job.name}/")]
+    # Logs first: without its newer markers, one may name files that are gone.
+    job.storage.delete(*(name for name in others if name.endswith("/log.json")))
+    job.storage.delete(*(name for name in others if not name.endswith("/log.json")))
+    job.storage.delete(*(name for name in job.storage.names("staged") if name not in wanted))

@@ -43,9 +43,9 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     with _site(job, needed=bool(again.units or pending(job, units))) as resolve:
         job = Ingest(recipe, storage, resolve)
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
-    end(job)
+    retried = end(job)
     ready = _staged(job, planned, summary.quarantined)
-    if summary.done or not _is_current(read_manifest(storage), recipe, ready):
+    if retried or summary.done or not _is_current(read_manifest(storage), recipe, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}

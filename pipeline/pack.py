@@ -148,7 +148,10 @@ def selection_of(recipe: Recipe, units: Sequence[Staged]) -> str:
 
 
 def content_recipe(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", include=_SECTIONS)
+    """The recipe as the manifest tells it: without how the source is reached, which may hold secrets."""
+    content = recipe.model_dump(mode="json", include=_SECTIONS)
+    (content["source"] or {}).pop("storage", None)
+    return content
 
 
 def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bool = True) -> tuple[Manifest, Summary]:

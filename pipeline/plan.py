@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import Recipe
+from pipeline.errors import RecipeError
 from pipeline.keysort import KEY_BYTES, KeySort, raw_keys
 from pipeline.progress import Progress
 from pipeline.sources import Rows
@@ -142,7 +143,11 @@ class _Keys:
 
     def __init__(self, storage: Storage, batch: int) -> None:
         self._storage, self._name, self._block, self._at = storage, _keys_of(batch), b"", 0
-        self._size = storage.size(self._name)
+        try:
+            self._size = storage.size(self._name)
+        except FileNotFoundError:
+            problem = f"{storage.url} was planned by an older Capstan"
+            raise RecipeError("dataset", problem, "name a new folder, or remove this one") from None
 
     def below(self, bound: bytes) -> bytes:
         found = []

@@ -85,6 +85,13 @@ def heals(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _NETWORK_ERRNO
 
 
+def is_out(error: StorageError) -> bool:
+    """Whether the storage did not answer, so that what is there may be read another day; not so a body that stays
+    shorter than it should be: that file has changed."""
+    cause = error.__cause__
+    return cause is not None and heals(cause) and not isinstance(cause, Short)
+
+
 def described(error: BaseException) -> str:
     """What went wrong, on one line, with the server's status and code where it answered."""
     text = " ".join(str(error).split()) or type(error).__name__

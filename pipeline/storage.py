@@ -179,7 +179,7 @@ def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.pa
         raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
     local = isinstance(fs, LocalFileSystem)
     files = [
-        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"]), stamp(info))
+        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"] or 0), stamp(info))
         for name, info in found.items()
     ]
     return sorted(files, key=lambda file: file.path)

@@ -29,7 +29,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.commits import first_line, forget, gather, mark, markers, pending, quarantine, quarantined, release
+from pipeline.commits import first_line, forget, gather, mark, markers, noted, pending, quarantine, quarantined, release
 from pipeline.config import Resources
 from pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError
 from pipeline.progress import Progress
@@ -179,7 +179,7 @@ class _Run:
         self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
         self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
-        self._once_bad = set(quarantined(job))
+        self._once_bad = noted(job)
         # Beside the driver, so that what it has counted is not lost with another node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Tracker)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Recipe, Source, WorldSource, fingerprint
-from pipeline.errors import RecipeError
+from pipeline.errors import CapstanError, RecipeError
 from pipeline.sources import tables
 from pipeline.sources.columns import Row, of_rows, to_json
 from pipeline.sources.files import IMAGES, folder, webdataset
@@ -99,6 +99,8 @@ class Rows:
         spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
         found = {}
         for number, data in read_pictures(spans, self._recipe):
+            if isinstance(data, CapstanError):
+                raise data
             if isinstance(data, Exception):
                 raise OSError(f"{files[number].path}: {data}")
             found[files[number].path] = data
