@@ -13,6 +13,7 @@ Names and layout are those of Energon 7.4; a test opens a dataset with its reade
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import sqlite3
@@ -116,7 +117,20 @@ def write_sqlite(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> 
     """Write index.sqlite to the local file `path`; the same shards give the same bytes.
 
     Rows pass through shard by shard: memory does not grow with the dataset. SQLite sorts its indexes on disk.
+    Raises OSError where the disk is full.
     """
+    try:
+        _fill(path, storage, shards)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    with path.open("r+b") as file:
+        file.seek(96)  # where the header names the library's version
+        file.write(_SQLITE_VERSION.to_bytes(4, "big"))
+
+
+def _fill(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"page_size={_PAGE_BYTES}"):
             db.execute(f"PRAGMA {pragma}")
@@ -130,9 +144,6 @@ def write_sqlite(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> 
         for statement in _INDEXES:
             db.execute(statement)
         db.execute("COMMIT")
-    with path.open("r+b") as file:
-        file.seek(96)  # where the header names the library's version
-        file.write(_SQLITE_VERSION.to_bytes(4, "big"))
 
 
 def sqlite_agrees(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> bool:

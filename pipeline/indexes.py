@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 
 from pipeline import energon
+from pipeline.local import scratch
 from pipeline.shards import Manifest, sha256_of
 from pipeline.storage import Storage
 
@@ -34,8 +33,8 @@ def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
     """Publish all indexes of `manifest`'s shards; gives name → SHA-256."""
     sums: dict[str, str] = {}
     if manifest.shards:
-        with tempfile.TemporaryDirectory(prefix="capstan-index-") as scratch:
-            path = Path(scratch) / "index.sqlite"  # SQLite needs a disk; a bucket gets the finished file
+        with scratch() as folder:
+            path = folder / "index.sqlite"  # SQLite needs a disk; a bucket gets the finished file
             energon.write_sqlite(path, storage, manifest.shards)
             with path.open("rb") as file:
                 sums[energon.INDEX] = hashlib.file_digest(file, "sha256").hexdigest()

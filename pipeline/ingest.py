@@ -16,7 +16,6 @@ import functools
 import hashlib
 import io
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,19 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.again import matches
 from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, check_hash, decode
 from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
+from pipeline.local import scratch
 from pipeline.plan import PlannedUnit
 from pipeline.records import MEASURED
 from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
 from pipeline.sources.pictures import Span, read_pictures
-from pipeline.storage import Storage
+from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import Job, Piece, Unit, report
 
 log = logging.getLogger(__name__)
@@ -87,19 +86,19 @@ class Ingest(Job):
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """One piece: the unit's marker."""
         rows = self.storage.read_table(unit.spec["table"]).to_pylist()
-        with tempfile.TemporaryDirectory(prefix="capstan-ingest-") as scratch, _Spool(Path(scratch)) as spool:
+        with scratch() as folder, _Spool(folder) as spool:
             kept = self._kept(unit, rows, spool)
             left = [index for index in range(len(rows)) if index not in kept]
             fresh = self._outcomes([rows[index] for index in left], spool.only(left))
             found = kept | dict(zip(left, fresh, strict=True))
             outcomes = [found[index] for index in range(len(rows))]
             digest = hashlib.sha256()
-            tar = Path(scratch) / "staged.tar"
+            tar = folder / "staged.tar"
             spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
             tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if spans else ""
             if spans:
                 self.storage.put(tar, tar_name)
-        data = _parquet(_table(rows, outcomes, spans, unit.id))
+        data = parquet_bytes(_table(rows, outcomes, spans, unit.id))
         table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
         self.storage.write(table_name, data)
         mark = {"table": table_name, "tar": tar_name, "rows": len(rows), **_counts(outcomes)}
@@ -240,12 +239,6 @@ def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], spans: list[tupl
         source = {name: row[name] for name in ("key", "url", "caption", "extra")}
         records.append({**source, **outcome, "unit": unit, "offset": offset, "size": size})
     return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 def _counts(outcomes: list[Outcome]) -> dict[str, int]:

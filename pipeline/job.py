@@ -12,11 +12,11 @@ from pipeline.again import Round, begin, end, parse_reasons
 from pipeline.config import Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
-from pipeline.pack import content_recipe, pack, parquet_bytes, selection_of
+from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
 from pipeline.select import check_conditions, decide
 from pipeline.shards import Manifest, read_manifest, sha256_of
-from pipeline.storage import Storage
+from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import markers, pending, quarantined, run
 
 log = logging.getLogger(__name__)

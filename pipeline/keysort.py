@@ -7,7 +7,7 @@ slice is a record batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ _RAW_KEY: Final = pa.binary(KEY_BYTES)
 _RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
 _ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # which of the rows with one key stays, whatever came first
 
-Known = Callable[[bytes], pa.Array]  # bound → the raw keys below it that were not given yet
+Known = Callable[[bytes], Iterable[pa.Array]]  # bound → the raw keys below it that were not given yet, in blocks
 
 
 class KeySort:
@@ -57,8 +57,10 @@ class KeySort:
             keys = _bytes(rows["key"].combine_chunks())
             repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
             self.repeats += int(repeated.sum())
-            old = pc.is_in(rows["key"], value_set=known(bound))
-            rows = rows.filter(pc.and_not(pc.invert(pa.array(repeated)), old))
+            fresh = pc.invert(pa.array(repeated))
+            for block in known(bound):
+                fresh = pc.and_not(fresh, pc.is_in(rows["key"], value_set=block))
+            rows = rows.filter(fresh)
             if len(rows):
                 yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
 

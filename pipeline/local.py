@@ -1,7 +1,7 @@
 """Finished files on a disk of this machine: published by a temporary name, fsync and rename.
 
 A writer that is killed leaves its temporary file, `.partial-OWNER-PID-ID-NAME`; `sweep` removes those whose writer is
-gone. OWNER tells machines (and containers) that share a disk apart.
+gone. OWNER tells machines (and containers) that share a disk apart. Scratch folders are named and removed likewise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import BinaryIO
 from pipeline.errors import DiskFull
 
 PARTIAL = ".partial-"  # begins every temporary name; never listed
+_SCRATCH = "capstan-scratch-"
 _OLD_S = 24 * 3600.0  # a temporary file of another machine is abandoned after this time
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -91,6 +93,30 @@ def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> Dis
 
 
 @contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files that is removed at the end, or after a kill by the next process that asks for one.
+
+    Raises DiskFull where its disk is.
+    """
+    _sweep_scratch()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{_owner()}-{os.getpid()}-") as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if full := as_disk_full(error, Path(name)):
+                raise full from error
+            raise
+
+
+@functools.cache
+def _sweep_scratch() -> None:
+    """Once a process: remove what killed ones left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        if _has_ended(path.name.removeprefix(_SCRATCH)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _publish(target: Path, size: int) -> Iterator[Path]:
     """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
     partial = target.with_name(f"{PARTIAL}{_owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
@@ -108,14 +134,18 @@ def _publish(target: Path, size: int) -> Iterator[Path]:
 
 def _is_abandoned(path: Path) -> bool:
     """Its process on this machine has ended; or it is so old that no process can be at it."""
-    owner, _, rest = path.name.removeprefix(PARTIAL).partition("-")
-    pid = rest.partition("-")[0]
-    if owner == _owner() and pid.isdigit() and not _is_alive(int(pid)):
+    if _has_ended(path.name.removeprefix(PARTIAL)):
         return True
     try:
         return time.time() - path.stat().st_mtime > _OLD_S
     except FileNotFoundError:
         return False
+
+
+def _has_ended(name: str) -> bool:
+    """Whether OWNER-PID-… names a process of this machine that is no more."""
+    owner, pid, *_ = [*name.split("-"), ""]
+    return owner == _owner() and pid.isdigit() and not _is_alive(int(pid))
 
 
 def _is_alive(pid: int) -> bool:

@@ -11,24 +11,21 @@ being replaced:
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import Recipe, fingerprint
 from pipeline.energon import tar_index
 from pipeline.indexes import hide_indexes, write_indexes
 from pipeline.ingest import Staged
+from pipeline.local import scratch
 from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA
 from pipeline.select import Decisions, shard_name
 from pipeline.shards import (
@@ -42,7 +39,7 @@ from pipeline.shards import (
     write_manifest,
     write_samples,
 )
-from pipeline.storage import Storage
+from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
 
 log = logging.getLogger(__name__)
@@ -76,8 +73,8 @@ class Pack(Job):
         segments = [Segment(**segment) for segment in unit.spec["segments"]]
         parts = [self._rows(segment, name) for segment in segments]
         digest = hashlib.sha256()
-        with tempfile.TemporaryDirectory(prefix="capstan-pack-") as scratch:
-            tar = Path(scratch) / "shard.tar"
+        with scratch() as folder:
+            tar = folder / "shard.tar"
             places = write_samples(tar, self._samples(segments, parts), digest)
             size = tar.stat().st_size
             rows = _table(parts, places)
@@ -129,12 +126,6 @@ def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
     for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
         rows = rows.append_column(name, pa.array(values, pa.int64()))
     return rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 def ledger_entry_name(unit: str) -> str:

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import logging
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
 from pipeline.keysort import KEY_BYTES, KeySort, raw_keys
+from pipeline.local import scratch
 from pipeline.progress import Progress
 from pipeline.sources import Rows
 from pipeline.storage import Storage
@@ -107,10 +107,9 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     earlier = sorted({unit.batch for unit in before.units})
     batch = earlier[-1] + 1 if earlier else 0
     with (
-        tempfile.TemporaryDirectory(prefix="capstan-plan-") as scratch,
+        scratch() as folder,
         Progress("plan", None, unit="rows", enabled=progress) as bar,
     ):
-        folder = Path(scratch)
         sort = KeySort(folder)
         for table in rows.tables():
             sort.add(table)
@@ -131,11 +130,12 @@ class _Known:
     def __init__(self, storage: Storage, batches: list[int]) -> None:
         self._batches = [_Keys(storage, batch) for batch in batches]
 
-    def __call__(self, bound: bytes) -> pa.Array:
-        """Raw keys below `bound` that were not given yet."""
-        found = b"".join(batch.below(bound) for batch in self._batches)
-        size = len(found) // KEY_BYTES
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), size, [None, pa.py_buffer(found)])
+    def __call__(self, bound: bytes) -> Iterator[pa.Array]:
+        """Raw keys below `bound` that were not given yet, block by block."""
+        for batch in self._batches:
+            for block in batch.below(bound):
+                size = len(block) // KEY_BYTES
+                yield pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), size, [None, pa.py_buffer(block)])
 
 
 class _Keys:
@@ -149,14 +149,14 @@ class _Keys:
             problem = f"{storage.url} was planned by an older Capstan"
             raise RecipeError("dataset", problem, "name a new folder, or remove this one") from None
 
-    def below(self, bound: bytes) -> bytes:
-        found = []
+    def below(self, bound: bytes) -> Iterator[bytes]:
         while True:
             count = bisect.bisect_left(range(len(self._block) // KEY_BYTES), bound, key=self._key) * KEY_BYTES
-            found.append(self._block[:count])
-            self._block = self._block[count:]
+            found, self._block = self._block[:count], self._block[count:]
+            if found:
+                yield found
             if self._block or self._at == self._size:
-                return b"".join(found)
+                return
             stop = min(self._size, self._at + _KEYS_BYTES)
             self._block, self._at = self._storage.read_range(self._name, self._at, stop), stop
 

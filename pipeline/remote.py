@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,11 +77,18 @@ class Remote:
         return self._try("read", path, read)
 
     def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
-        """A seekable reader that reads far `ahead` or little; where a web server gives no ranges, its own stream."""
+        """A seekable reader that reads far `ahead` or little; where a web server gives no ranges, of a copy on disk."""
         info = self.info(path)
         if info.get("size") is None or ("http" in self.fs.protocol and not info.get("partial")):
-            return self._try("open", path, lambda: self.fs.open(path, "rb"))
+            return self._try("read", path, lambda: self._copied(path))
         return io.BufferedReader(_Ranges(self, path, int(info["size"])), _READ_AHEAD_BYTES if ahead else _READ_BYTES)  # type: ignore[return-value]
+
+    def _copied(self, path: str) -> BinaryIO:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - handed on, and gone when closed
+        with self.fs.open(path, "rb") as body:
+            shutil.copyfileobj(body, copy, _READ_AHEAD_BYTES)
+        copy.seek(0)
+        return copy  # type: ignore[return-value]
 
     def find(self, folder: str) -> list[str]:
         return list(self.details(folder))

@@ -116,10 +116,8 @@ class Storage:
         self._files.put(source, self._path(name))
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Publish a table as Parquet (zstd); the same table gives the same bytes."""
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self.write(name, buffer.getvalue())
+        """Publish a table as Parquet."""
+        self.write(name, parquet_bytes(table))
 
     def delete(self, *names: str) -> None:
         """Remove files, those that are there."""
@@ -151,6 +149,13 @@ class Storage:
             else:
                 problem, mend = "cannot write to", "check the address, the bucket, storage.endpoint_url and credentials"
             raise RecipeError(self.field, f"{problem} {self.url} ({said})", mend) from None
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet (zstd); the same table gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

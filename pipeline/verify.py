@@ -10,11 +10,9 @@ import contextlib
 import hashlib
 import io
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -27,6 +25,7 @@ from pipeline import energon
 from pipeline.ahead import ahead
 from pipeline.errors import CapstanError, RecipeError
 from pipeline.indexes import indexes
+from pipeline.local import scratch
 from pipeline.pack import sample_fields, unlisted
 from pipeline.progress import Progress
 from pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA
@@ -309,9 +308,9 @@ def _indexes(storage: Storage, manifest: Manifest, *, tables_are_whole: bool) ->
 
 def _sqlite(storage: Storage, manifest: Manifest, *, compare: bool) -> Iterator[str]:
     name = energon.INDEX
-    with tempfile.TemporaryDirectory(prefix="capstan-verify-") as scratch:
+    with scratch() as folder:
         path = storage.local_path(name)
-        copy = None if path else Path(scratch) / "index.sqlite"
+        copy = None if path else folder / "index.sqlite"
         with contextlib.closing(storage.open(name)) as file, contextlib.ExitStack() as stack:
             target = stack.enter_context(copy.open("wb")) if copy else None
             digest = hashlib.sha256()

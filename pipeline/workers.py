@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import CapstanError
-from pipeline.local import as_disk_full
 from pipeline.storage import Storage
 
 Piece = dict[str, Any]
@@ -225,8 +222,6 @@ def _row(unit: str, index: int = 0, *, last: bool = False, error: str = "", data
 
 
 def _failure(unit: str, error: Exception) -> pa.Table:
-    if isinstance(error, OSError):  # Storage has its own error for its disk; so this is the worker's scratch
-        error = as_disk_full(error, Path(tempfile.gettempdir())) or error
     ours = pickle.dumps(error) if isinstance(error, CapstanError) else b""
     return _row(unit, error=reason_of(error), data=ours)
 

@@ -77,6 +77,41 @@ def test_what_killed_writers_left_is_removed_but_not_from_under_living_ones(stor
     assert left_in(storage) == []
 
 
+KILLED_SCRATCH = """
+import sys
+from pipeline.local import scratch
+with scratch() as folder:
+    (folder / "rows").write_bytes(b"many")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_scratch_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    command, place = [sys.executable, "-c", KILLED_SCRATCH], {**os.environ, "TMPDIR": str(tmp_path)}
+    processes = []
+    for _ in range(2):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=place)
+        assert process.stdout is not None
+        processes.append((process, Path(process.stdout.readline().strip())))
+    (killed, its), (living, others) = processes
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert {its, others} <= set(tmp_path.iterdir())
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=place, check=True)
+    assert set(tmp_path.iterdir()) == {others}
+    assert not Path(done.stdout.strip()).exists()
+    living.communicate("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_scratch_disk_is_said() -> None:
+    with pytest.raises(DiskFull, match="No space left"), local.scratch():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), local.scratch():
+        raise FileNotFoundError("another thing")
+
+
 def test_another_machines_unfinished_files_are_left_for_a_day(storage: Storage) -> None:
     storage.write("finished", b"whole")
     other = storage.local_path(f"{local.PARTIAL}0badcafe-1-12345678-file")
