@@ -1,15 +1,9 @@
 """Rows from every kind of source, where their pictures lie, and the errors that name the field."""
 
 import base64
-import bz2
-import gzip
-import io
 import json
-import lzma
 import math
-import tarfile
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_files import CAPTIONS, MEMBERS, URLS, packed, recipe, rows, urls_and_captions, write_table, write_tar
 
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
 from pipeline.records import PLAN_SCHEMA, make_key
-from pipeline.sources import Rows, read_pictures, tables
+from pipeline.sources import Rows, tables
 from pipeline.sources.columns import as_objects, of_addresses, to_json
-from pipeline.sources.pictures import Span
-from pipeline.storage import Storage
-
-URLS = [f"http://example.org/{n}.jpg" for n in range(3)]
-CAPTIONS = ["a cat", "zwei Hunde, „groß“", ""]
-TABLE = pa.table({"url": URLS, "caption": CAPTIONS, "width": [1, 2, None]})
-
-
-def recipe(path: Path | str, **source: Any) -> Recipe:
-    return Recipe.model_validate({"dataset": "unused", "source": {"path": str(path)} | source})
-
-
-def rows(path: Path | str, **source: Any) -> list[dict[str, Any]]:
-    return [row for table in Rows(recipe(path, **source)).tables() for row in table.to_pylist()]
-
-
-def urls_and_captions(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(row["url"], row["caption"]) for row in found]
-
-
-def write_table(path: Path) -> None:
-    lines = list(zip(URLS, CAPTIONS, strict=True))
-    match path.suffix:
-        case ".parquet":
-            pq.write_table(TABLE, path, row_group_size=1)
-        case ".csv":
-            path.write_text("url,caption,width\n" + "".join(f'{url},"{caption}",\n' for url, caption in lines))
-        case ".tsv":
-            path.write_text("url\tcaption\n" + "".join(f"{url}\t{caption}\n" for url, caption in lines))
-        case ".jsonl":
-            path.write_text("\n".join(json.dumps(row) for row in TABLE.to_pylist()))
-        case ".txt":
-            path.write_text("\n".join([*URLS, "", ""]))
-
-
-def packed(path: Path, how: str) -> Path:
-    """`path` compressed as `how` says, beside it."""
-    pack: dict[str, Callable[[bytes], bytes]] = {
-        "gz": gzip.compress,
-        "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
-        "bz2": bz2.compress,
-        "xz": lzma.compress,
-    }
-    target = path.with_name(f"{path.name}.{how}")
-    target.write_bytes(pack[how](path.read_bytes()))
-    return target
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.tsv", "t.jsonl"])
@@ -251,95 +200,6 @@ def test_embedded_bytes(tmp_path: Path, struct: bool) -> None:
     assert [row["caption"] for row in found] == CAPTIONS
     assert found[0]["key"] == make_key("image", b"one", CAPTIONS[0])
     assert json.loads(found[0]["extra"]) == {"n": 1} | ({"image": {"path": "x.png"}} if struct else {})
-
-
-def pictures(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
-    """What lies where the rows say, in their order."""
-    spans = [Span(row["file"], row["offset"], row["length"], number) for number, row in enumerate(found)]
-    return [data for _, data in sorted(read_pictures(spans, where), key=lambda answer: answer[0])]
-
-
-def write_folder(path: Path) -> None:
-    (path / "sub").mkdir(parents=True)
-    (path / "a.jpg").write_bytes(b"JPEG a")
-    (path / "a.txt").write_text("a cat\n")
-    (path / "sub" / "b.PNG").write_bytes(b"PNG")
-    (path / "sub" / "b.json").write_text('{"caption": "a dog", "licence": "cc0"}')
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], mode: Any = "w") -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-MEMBERS = [
-    ("x/1.jpg", b"JPEG one"),
-    ("x/1.txt", b"a cat"),
-    ("2.webp", b"WEBP"),
-    ("2.json", b'{"caption": "a dog", "n": 1}'),
-    ("3.txt", b"no picture"),
-]
-
-
-def test_a_folder_of_images_with_captions_beside_them(tmp_path: Path) -> None:
-    write_folder(tmp_path / "folder")
-    found = rows(tmp_path / "folder")
-    assert [row["caption"] for row in found] == ["a cat", "a dog"]
-    assert found[1]["extra"] == '{"licence":"cc0"}'
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG a", b"PNG"]
-
-
-def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
-    write_tar(tmp_path / "t.tar", MEMBERS)
-    found = rows(tmp_path / "t.tar")
-    assert [row["caption"] for row in found] == ["a cat", "a dog"]
-    assert found[1]["extra"] == '{"n":1}'
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
-
-
-@pytest.mark.integration
-def test_the_same_sources_in_a_bucket(tmp_path: Path, bucket: dict[str, Any]) -> None:
-    write_folder(tmp_path / "folder")
-    write_tar(tmp_path / "t.tar", [*MEMBERS, *((f"many/{n}.jpg", bytes([n]) * 1000) for n in range(200))])
-    write_table(tmp_path / "t.parquet")
-    write_table(tmp_path / "t.jsonl")
-    packed(tmp_path / "t.jsonl", "zst")
-    there = Storage("s3://bucket/data", bucket["storage"])
-    for path in tmp_path.rglob("*"):
-        if path.is_file() and "s3" not in path.parts:
-            there.write(str(path.relative_to(tmp_path)), path.read_bytes())
-
-    for options in ({"storage": bucket["storage"]}, {}):  # the source's own; the dataset's
-        settings = {"dataset": "unused"} if options else bucket
-        for name in ("folder", "t.tar", "t.parquet", "t.jsonl.zst", "*.tar"):
-            source = {"path": f"s3://bucket/data/{name}", **options}
-            where = Recipe.model_validate({**settings, "source": source})
-            found = [row for table in Rows(where).tables() for row in table.to_pylist()]
-            local = rows(tmp_path / name)
-            assert urls_and_captions(found)[0][1] == urls_and_captions(local)[0][1]
-            assert len(found) == len(local)
-            if found[0]["file"]:
-                assert pictures(found, where) == pictures(local, recipe(tmp_path))
-
-
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path) -> None:
-    for n in range(100):
-        (tmp_path / f"{n:03}.jpg").write_bytes(bytes([n]) * 10)
-    found = rows(tmp_path)
-    (tmp_path / "003.jpg").unlink()
-    (tmp_path / "005.jpg").write_bytes(b"short")
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    answers = pictures(found, recipe(tmp_path))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert {n: type(answer) for n, answer in enumerate(answers) if not isinstance(answer, bytes)} == {
-        3: FileNotFoundError,
-        5: OSError,
-    }
-    assert "005.jpg has changed" in str(answers[5])
-    assert answers[99] == b"c" * 10
 
 
 def test_memory_does_not_grow_with_a_large_row_group(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Pictures in folders and tars, here and in a bucket: where they lie, and reading them there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write_table, write_tar
+
+from pipeline.config import Recipe
+from pipeline.sources import Rows, read_pictures
+from pipeline.sources.pictures import Span
+from pipeline.storage import Storage
+
+
+def pictures(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
+    """What lies where the rows say, in their order."""
+    spans = [Span(row["file"], row["offset"], row["length"], number) for number, row in enumerate(found)]
+    return [data for _, data in sorted(read_pictures(spans, where), key=lambda answer: answer[0])]
+
+
+def write_folder(path: Path) -> None:
+    (path / "sub").mkdir(parents=True)
+    (path / "a.jpg").write_bytes(b"JPEG a")
+    (path / "a.txt").write_text("a cat\n")
+    (path / "sub" / "b.PNG").write_bytes(b"PNG")
+    (path / "sub" / "b.json").write_text('{"caption": "a dog", "licence": "cc0"}')
+
+
+def test_a_folder_of_images_with_captions_beside_them(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder")
+    found = rows(tmp_path / "folder")
+    assert [row["caption"] for row in found] == ["a cat", "a dog"]
+    assert found[1]["extra"] == '{"licence":"cc0"}'
+    assert pictures(found, recipe(tmp_path)) == [b"JPEG a", b"PNG"]
+
+
+def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
+    write_tar(tmp_path / "t.tar", MEMBERS)
+    found = rows(tmp_path / "t.tar")
+    assert [row["caption"] for row in found] == ["a cat", "a dog"]
+    assert found[1]["extra"] == '{"n":1}'
+    assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
+
+
+@pytest.mark.integration
+def test_the_same_sources_in_a_bucket(tmp_path: Path, bucket: dict[str, Any]) -> None:
+    write_folder(tmp_path / "folder")
+    write_tar(tmp_path / "t.tar", [*MEMBERS, *((f"many/{n}.jpg", bytes([n]) * 1000) for n in range(200))])
+    write_table(tmp_path / "t.parquet")
+    write_table(tmp_path / "t.jsonl")
+    packed(tmp_path / "t.jsonl", "zst")
+    there = Storage("s3://bucket/data", bucket["storage"])
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and "s3" not in path.parts:
+            there.write(str(path.relative_to(tmp_path)), path.read_bytes())
+
+    for options in ({"storage": bucket["storage"]}, {}):  # the source's own; the dataset's
+        settings = {"dataset": "unused"} if options else bucket
+        for name in ("folder", "t.tar", "t.parquet", "t.jsonl.zst", "*.tar"):
+            source = {"path": f"s3://bucket/data/{name}", **options}
+            where = Recipe.model_validate({**settings, "source": source})
+            found = [row for table in Rows(where).tables() for row in table.to_pylist()]
+            local = rows(tmp_path / name)
+            assert urls_and_captions(found)[0][1] == urls_and_captions(local)[0][1]
+            assert len(found) == len(local)
+            if found[0]["file"]:
+                assert pictures(found, where) == pictures(local, recipe(tmp_path))
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path) -> None:
+    for n in range(100):
+        (tmp_path / f"{n:03}.jpg").write_bytes(bytes([n]) * 10)
+    found = rows(tmp_path)
+    (tmp_path / "003.jpg").unlink()
+    (tmp_path / "005.jpg").write_bytes(b"short")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    answers = pictures(found, recipe(tmp_path))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert {n: type(answer) for n, answer in enumerate(answers) if not isinstance(answer, bytes)} == {
+        3: FileNotFoundError,
+        5: OSError,
+    }
+    assert "005.jpg has changed" in str(answers[5])
+    assert answers[99] == b"c" * 10
