@@ -24,7 +24,7 @@ LABELLED_LAYER: Final = "labelled"
 # The captioner: a CoCa of about half a million parameters over 8 × 8 patches.
 _COCA: Final = {
     "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
-    "text": {"context_length": 54, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
+    "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
 }
 # A vocabulary of the web's captions alone would cut descriptions into crumbs: it is learnt on both.
 TOKENIZER: Final = "tokenizer"
