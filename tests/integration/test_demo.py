@@ -46,9 +46,11 @@ def complete(folder: Path, run: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A demo that was killed while it built, trained and recaptioned, interrupted while it trained, and then ended."""
+    """A demo that was killed while it trained and recaptioned, interrupted while it trained, and then ended.
+
+    Builds that are killed are in tests/pipeline/test_killed.py.
+    """
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    stop_when(start(folder), lambda: bool(list(folder.glob("web/state/*/done/*.json"))), signal.SIGKILL)
     stop_when(start(folder), lambda: bool(complete(folder, "captioner-base")), signal.SIGKILL)
     process = start(folder)
     said, seconds = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
