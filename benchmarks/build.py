@@ -83,8 +83,8 @@ def main() -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def capstan(work: Path, source: dict, size: int, resize: str) -> Run:
-    """Build a new dataset, and see that nothing was lost."""
+def capstan(work: Path, source: dict, size: int, resize: str, count: int) -> Run:
+    """Build a new dataset of `count` photos. There are two units at least, so that both workers have started."""
     dataset = work / "dataset"
     shutil.rmtree(dataset, ignore_errors=True)
     recipe = {
@@ -93,14 +93,14 @@ def capstan(work: Path, source: dict, size: int, resize: str) -> Run:
         "fetch": {"allow_private": True, "per_host": 64},
         "image": {"size": size, "resize": resize},
         "dedup": {"exact": True, "perceptual": None},  # the photos are made of few: all would be near duplicates
-        "unit": {"rows": 2500},
+        "unit": {"rows": min(2500, count // 2)},
     }
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return measure([*CAPSTAN, "build", str(path), "--json"], {"PYTHONPATH": str(ROOT)})
 
 
-def img2dataset(work: Path, table: Path, size: int, resize: str) -> Run:
+def img2dataset(work: Path, table: Path, size: int, resize: str, count: int) -> Run:
     target = work / "img2dataset"
     shutil.rmtree(target, ignore_errors=True)
     options = {
@@ -115,7 +115,7 @@ def img2dataset(work: Path, table: Path, size: int, resize: str) -> Run:
         "image_size": size,
         "resize_mode": resize,
         "resize_only_if_bigger": True,
-        "number_sample_per_shard": 2500,
+        "number_sample_per_shard": min(2500, count // 2),
         "enable_wandb": False,
     }
     return measure([str(_other_python(work).parent / "img2dataset"), *(f"--{k}={v}" for k, v in options.items())])
@@ -162,8 +162,8 @@ def over_http(work: Path, paths: list[Path], repeats: int) -> None:
         urls = [f"{site}/{path.parent.name}/{path.name}" for path in paths]
         tables = {number: _url_table(work, urls[:number]) for number in (FEW, len(urls))}
         for name, (size, resize) in SETTINGS.items():
-            ours: Callable[[int], Run] = lambda n: capstan(work, {"path": str(tables[n])}, size, resize)  # noqa: E731,B023
-            theirs: Callable[[int], Run] = lambda n: img2dataset(work, tables[n], size, resize)  # noqa: E731,B023
+            ours: Callable[[int], Run] = lambda n: capstan(work, {"path": str(tables[n])}, size, resize, n)  # noqa: E731,B023
+            theirs: Callable[[int], Run] = lambda n: img2dataset(work, tables[n], size, resize, n)  # noqa: E731,B023
             found = _interleaved({"capstan": ours, "img2dataset": theirs}, len(urls), repeats)
             bare = statistics.median(floor(paths, size, resize) for _ in range(repeats))
             _show(f"HTTP, {name}", found, bare)
@@ -176,7 +176,7 @@ def from_tars(work: Path, paths: list[Path], repeats: int) -> None:
     folder = work / "tars"
     sources = {number: {"path": f"{_tars(folder / str(number), paths[:number])}/*.tar"} for number in (FEW, len(paths))}
     for name, (size, resize) in SETTINGS.items():
-        ours: Callable[[int], Run] = lambda n: capstan(work, sources[n], size, resize)  # noqa: E731,B023
+        ours: Callable[[int], Run] = lambda n: capstan(work, sources[n], size, resize, n)  # noqa: E731,B023
         found = _interleaved({"capstan": ours}, len(paths), repeats)
         bare = statistics.median(floor(paths, size, resize) for _ in range(repeats))
         _show(f"local tars, {name}", found, bare)
@@ -189,8 +189,9 @@ def as_they_are(work: Path, paths: list[Path], repeats: int) -> None:
     size = sum(path.stat().st_size for path in whole.iterdir())
     ours, copies = [], []
     for _ in range(repeats):
-        start_up = capstan(work, {"path": f"{few}/*.tar"}, 16_384, "keep_ratio")
-        ours.append(capstan(work, {"path": f"{whole}/*.tar"}, 16_384, "keep_ratio").wall_s - start_up.wall_s)
+        start_up = capstan(work, {"path": f"{few}/*.tar"}, 16_384, "keep_ratio", FEW)
+        all_ = capstan(work, {"path": f"{whole}/*.tar"}, 16_384, "keep_ratio", len(paths))
+        ours.append(all_.wall_s - start_up.wall_s)
         target = work / "copy"
         shutil.rmtree(target, ignore_errors=True)
         start = time.monotonic()
@@ -208,7 +209,7 @@ def memory(work: Path, paths: list[Path], repeats: int) -> None:
     with served(work / "photos", work / "nginx") as site:
         for times in (1, 10):
             urls = [f"{site}/{path.parent.name}/{path.name}?{turn}" for turn in range(times) for path in paths]
-            run = capstan(work, {"path": str(_url_table(work, urls))}, 256, "center_crop")
+            run = capstan(work, {"path": str(_url_table(work, urls))}, 256, "center_crop", len(urls))
             print(f"  {len(urls):>9,} rows: {run.memory / 2**30:.2f} GiB (asked: under 2.5, flat)", flush=True)
 
 
