@@ -52,6 +52,10 @@ def write_starter(folder: Path) -> Path:
     path = folder / "recipe.yaml"
     if path.exists():
         raise RecipeError("DIR", f"{path} exists already", "name another folder, or move the file away")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(STARTER, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(STARTER, encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot write {path} ({error.strerror})"
+        raise RecipeError("DIR", problem, "name a folder that you may write") from None
     return path

@@ -9,6 +9,7 @@ Measured on scenes of the captioned world that no run has seen: their seed is no
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -66,8 +67,10 @@ def evaluate(
     else:
         result, picture = _autoencoder(product, scenes, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
-    Storage(str(run), field="RUN").write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")
-    picture.save(Path(run) / "evaluation.png", format="PNG")
+    storage, png = Storage(str(run), field="RUN"), io.BytesIO()
+    picture.save(png, format="PNG")
+    storage.write("evaluation.png", png.getvalue())
+    storage.write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")  # last: with it all is there
     logger.info("evaluate: %s", _in_words(result["measures"]))
     return result
 

@@ -47,8 +47,9 @@ def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
         try:
-            for _, sample in itertools.groupby(members(stream), key=lambda member: _split(member.name)[0]):
-                yield from _sample(list(sample), stream, file, source)
+            for _, group in itertools.groupby(members(stream), key=lambda member: _first_split(member.name)[0]):
+                for sample in _samples(list(group)):
+                    yield from _sample(sample, stream, file, source)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
@@ -65,10 +66,21 @@ def _refuse_packed(file: SourceFile, magic: bytes) -> None:
 _PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz"}
 
 
+def _samples(group: list[Member]) -> list[list[Member]]:
+    """Members that share their name up to its first dot → samples: one, as in KEY.jpg, KEY.seg.png, KEY.txt.
+
+    Where no member is named just KEY and a picture's suffix, the keys hold dots themselves, and end at the last one.
+    """
+    if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
+        return [group]
+    return [list(sample) for _, sample in itertools.groupby(group, key=lambda member: _split(member.name)[0])]
+
+
 def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source) -> Iterator[Row]:
     picture, caption, record = None, "", dict[str, Any]()
+    plain = any(_first_split(member.name)[1].lower() in IMAGES for member in sample)
     for member in sample:
-        suffix = _split(member.name)[1].lower()
+        suffix = (_first_split if plain else _split)(member.name)[1].lower()
         if suffix in IMAGES and picture is None:
             picture = member
         elif suffix in (".txt", ".json"):
@@ -100,9 +112,20 @@ def _split(name: str) -> tuple[str, str]:
     return (stem, dot + suffix) if dot and "/" not in suffix else (name, "")
 
 
+def _first_split(name: str) -> tuple[str, str]:
+    """A name up to the first dot of its last part, and from there on.
+
+    >>> _first_split("a.b/c.seg.png")
+    ('a.b/c', '.seg.png')
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    return f"{folder}{slash}{stem}", dot + suffix
+
+
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -183,7 +183,7 @@ def _records(lines: list[str]) -> list[dict[str, Any]]:
         records = json.loads(f"[{','.join(lines)}]")  # one call is much faster than one a line
         if len(records) == len(lines) and all(isinstance(record, dict) for record in records):
             return list(records)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return [_record(line) for line in lines]
 
@@ -191,7 +191,7 @@ def _records(lines: list[str]) -> list[dict[str, Any]]:
 def _record(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {_UNREADABLE: line.strip()}
 
