@@ -62,12 +62,16 @@ _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "off
 
 @dataclass(frozen=True)
 class Staged:
-    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows."""
+    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows.
+
+    `scores` are the files of what it was scored by, (scorer's name, file), in the order of the recipe's scorers.
+    """
 
     unit: str
     table: str
     tar: str
     rows: int
+    scores: tuple[tuple[str, str], ...] = ()
 
 
 class Ingest(Job):
