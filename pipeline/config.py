@@ -136,7 +136,7 @@ class Condition(Section):
 
     where      a SQL condition over the ledger's columns; rows for which it is not true are rejected
     at_most    that many rows for each value of the SQL expression `per`, those with the highest `by` first
-    balance    a SQL expression: as many rows for each of its values as the rarest has, but `at_least` (if so many are there)
+    balance    a SQL expression: as many rows for each of its values as the rarest has, but at least `at_least`
     top        this fraction of the rows, those with the highest `by`; with `per`, of the rows of each value
 
     Without `by` the first rows by key are taken, which is a random choice, as keys are hashes.

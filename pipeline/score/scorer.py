@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -80,14 +80,18 @@ class SampleScorer(Scorer):
 
 
 class Embedded(Protocol):
-    """A batch as a CLIP sees it. Embeddings are torch tensors [batch, dim], of length 1, float32."""
+    """A batch as a CLIP sees it: torch tensors [batch, dim], float32, each made when first asked for."""
 
     @property
-    def images(self) -> Any: ...
+    def raw_images(self) -> Any: ...
+
+    @property
+    def images(self) -> Any:
+        """Of length 1."""
 
     @property
     def texts(self) -> Any:
-        """Of the captions; made when first asked for."""
+        """Of the captions, of length 1."""
 
 
 class EmbeddingScorer(Scorer):
@@ -102,9 +106,7 @@ class EmbeddingScorer(Scorer):
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Takes in the CLIP's."""
-        hashes = {field: sha256_of_file(path, field) for field, path in self.weights().items()}
-        pinned = {"name": self.name, "version": self.version, "settings": self.settings(), "weights": hashes}
-        return pinned | {"model": self.tower.identity}
+        return super().identity | {"model": self.tower.identity}
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,8 +124,3 @@ def sha256_of_file(path: Path, field: str) -> str:
         raise RecipeError(field, f"no file {path}", f"bring {path.name}, and name where it is") from None
     except OSError as error:
         raise RecipeError(field, f"cannot read {path} ({error.strerror})", "name a readable file") from None
-
-
-def dotted(section: str, settings: Mapping[str, Any], key: str) -> str:
-    """score.clip.model, say; or score.clip where that key is not set by the recipe."""
-    return f"score.{section}.{key}" if settings.get(key) else f"score.{section}"
