@@ -11,6 +11,7 @@ pictures is taken off, which leaves what each further one costs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -83,7 +84,9 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
     decode, model, whole = cpu_ms("decode"), cpu_ms("model"), cpu_ms("job")
     waited, rate = waiting(folder / str(arguments.pictures))
-    print(f"{arguments.model}, batches of {arguments.batch}, {arguments.pictures:,} pictures, {CORES} cores, {device()}")
+    print(
+        f"{arguments.model}, batches of {arguments.batch}, {arguments.pictures:,} pictures, {CORES} cores, {device()}"
+    )
     print(f"  decoding alone {decode:.1f} ms CPU a picture · the model alone {model:.1f} ms")
     print(f"  both as a job  {whole:.1f} ms, {whole / (decode + model):.2f} × their sum (asked: 1.15)")
     print(f"  the model waited {waited:.1%} of the time (asked: under 5%) · {rate:.1f} pictures/s")
@@ -134,7 +137,7 @@ def waiting(folder: Path) -> tuple[float, float]:
     for log in (folder / "ds").glob("times-*.jsonl"):
         calls = [json.loads(line) for line in log.read_text().splitlines()][1:]
         busy += sum(end - start for start, end, _ in calls)
-        idle += sum(b[0] - a[1] for a, b in zip(calls, calls[1:], strict=False))
+        idle += sum(b[0] - a[1] for a, b in itertools.pairwise(calls))
         pictures += sum(count for *_, count in calls)
         spans.append((calls[0][0], calls[-1][1]))
     seconds = max(end for _, end in spans) - min(start for start, _ in spans)

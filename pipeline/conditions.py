@@ -2,7 +2,8 @@
 
 Conditions see one row at a time: the columns of `ingest.STAGED_SCHEMA` (without offset and size), those of the
 recipe's scorers, and `domain`, the host of the address. `extra` is JSON, so that extra->>'$.license' = 'cc0' asks for a
-column of the source. So rows can be asked in blocks, in their order and in little memory, of those columns only that are named.
+column of the source. So rows can be asked in blocks, in their order and in little memory, and only the columns that
+are named are read.
 """
 
 from __future__ import annotations

@@ -18,11 +18,10 @@ from pipeline.score.scorer import Sample, SampleScorer, Values
 _FLAT: Final = 2.0  # levels: a block of 8 × 8 or a line at the edge that varies less is flat
 _BLOCK: Final = 8
 # The luma table of quality 50 (ITU-T T.81, table K.1), in the order in which Pillow gives tables.
-_QUALITY_50: Final = np.array(
-    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29]
-    + [51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121]
-    + [120, 101, 72, 92, 95, 98, 112, 100, 103, 99],
-    np.float64,
+_QUALITY_50: Final = np.fromstring(
+    "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
+    "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99",
+    sep=" ",
 )
 
 

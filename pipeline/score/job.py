@@ -38,7 +38,7 @@ _FREED: Final = "freed: keep_staged: false removed its picture"
 
 
 class ScoreJob(Job):
-    """A unit is a staged one; `spec`: its table and tar, the ids of the scorers that it lacks, the files that it has."""
+    """A unit is a staged one; `spec`: its table and tar, the scorers (ids) that it lacks, the files that it has."""
 
     name = title = "score"
 
@@ -219,7 +219,7 @@ def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tu
 
 
 def _with_former(table: pa.Table, former: pa.Table) -> pa.Table:
-    """Rows whose picture was freed, as they were scored when it was there; `former`: what the scorer said of the unit."""
+    """Rows whose picture was freed, as they were scored when it was there: in `former`, the scorer's file before."""
     freed = pc.equal(table["error"], _FREED)
     old = former.take(pc.index_in(table["key"], former["key"].combine_chunks()))
     known = pc.fill_null(pc.and_(freed, pc.is_valid(old["key"])), False)

@@ -75,7 +75,9 @@ def test_fewer_rows_are_packed_from_the_shards_and_more_must_be_fetched_again(ma
 
     # More: said before anything is changed; fetched when asked for, and nothing else is.
     for run in (job.select, job.build):
-        with pytest.raises(RecipeError, match=r"select: 4 of the rows .*keep_staged: false.*build RECIPE --retry freed"):
+        with pytest.raises(
+            RecipeError, match=r"select: 4 of the rows .*keep_staged: false.*build RECIPE --retry freed"
+        ):
             run(make(least=3), progress=False)
     assert shards(make(least=7)) == fewer
     assert site.new_asked() == []

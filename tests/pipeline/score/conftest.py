@@ -20,13 +20,13 @@ CLIP = {
 
 
 def write_clip(folder: Path, seed: int) -> Path:
+    import open_clip
     import torch
-    from open_clip.model import CLIP as Model
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = Model(**CLIP)
+    model = open_clip.CLIP(**CLIP)
     folder.mkdir()
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))

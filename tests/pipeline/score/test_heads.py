@@ -1,5 +1,6 @@
 """Heads over CLIP embeddings, in the layouts in which they are published."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ def test_laions_mlp_aesthetic_head(tower: Tower, batch: Any, tmp_path: Path) -> 
     """sac+logos+ava1-l14-linearMSE.pth: `layers` is a Sequential of linear layers with dropout between."""
     sizes = [16, 32, 12, 8, 4, 1]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.Dropout(0.2)]
     mlp = nn.ModuleDict({"layers": nn.Sequential(*layers[:-3], layers[-2])}).eval()  # no dropout before the last
     torch.save(mlp.state_dict(), tmp_path / "mlp.pth")

@@ -1,4 +1,4 @@
-"""Scoring end to end, on pictures in a table: columns in the ledger, pinned, resumed, incremental; nothing built anew."""
+"""Scoring end to end, on pictures in a table: columns in the ledger, pinned and incremental; nothing built anew."""
 
 import json
 import sys
@@ -182,7 +182,13 @@ def test_a_bad_picture_is_a_null_with_a_reason(
     from pipeline.score.job import ModelScoreJob
 
     work = ModelScoreJob(storage, scorers, 2, recipe.resources)
-    spec = {"table": "staged/u.parquet", "tar": "staged/u.tar", "missing": [s.id for s in scorers], "have": {}, "before": {}}
+    spec = {
+        "table": "staged/u.parquet",
+        "tar": "staged/u.tar",
+        "missing": [s.id for s in scorers],
+        "have": {},
+        "before": {},
+    }
     unit = Unit("u", spec)
     apply = work.model()
     facts = work.commit(unit, [apply(piece) for piece in work.prepare(unit)])

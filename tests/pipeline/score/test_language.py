@@ -12,7 +12,12 @@ from pipeline.score.scorer import Sample
 
 SENTENCES = {
     "en": ["the cat sits on the chair", "a red car in the street", "two dogs and a ball", "the house by the sea"],
-    "de": ["die Katze sitzt auf dem Stuhl", "ein rotes Auto in der Straße", "zwei Hunde und ein Ball", "das Haus am Meer"],
+    "de": [
+        "die Katze sitzt auf dem Stuhl",
+        "ein rotes Auto in der Straße",
+        "zwei Hunde und ein Ball",
+        "das Haus am Meer",
+    ],
 }
 
 
