@@ -66,9 +66,9 @@ def check_conditions(recipe: Recipe) -> None:
                     if any(node.get("class") in ("SUBQUERY", "WINDOW") for node in _nodes(db, sql)):
                         mend = "ask about the row itself; at_most, balance and top compare rows"
                         raise RecipeError(_field(condition, key), "asks about other rows", mend)
-                    kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows('block')}").types[1])  # no aggregates
+                    kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows(schema.names)}").types[1])  # no aggregates
                     if key == "by":
-                        db.sql(f"SELECT ({sql}\n)::DOUBLE FROM {_rows('block')}").fetchall()
+                        db.sql(f"SELECT ({sql}\n)::DOUBLE FROM {_rows(schema.names)}").fetchall()
                 except duckdb.Error as error:
                     raise _explain(condition, key, error, schema.names) from None
                 if key == "where" and kind != "BOOLEAN":
@@ -169,30 +169,30 @@ class _Question:
         with self._db.cursor() as cursor:
             cursor.register("block", rows)
             try:
-                return cursor.sql(f"{self._select} FROM {_rows('block')}").to_arrow_table()
+                return cursor.sql(f"{self._select} FROM {_rows(rows.column_names)}").to_arrow_table()
             except duckdb.Error as error:
-                raise _explain(*self._culprit(cursor), error, rows.column_names) from None
+                raise _explain(*self._culprit(cursor, rows), error, rows.column_names) from None
 
-    def _culprit(self, db: duckdb.DuckDBPyConnection) -> tuple[Condition, str]:
+    def _culprit(self, db: duckdb.DuckDBPyConnection, rows: pa.Table) -> tuple[Condition, str]:
         """The first condition that fails on the rows by itself."""
         asked = [(condition, key, sql) for condition in self._conditions for key, sql in condition.expressions.items()]
         for condition, key, sql in asked:
             value = f"({sql}\n)::DOUBLE" if key == "by" else f"({sql}\n)"
             try:
-                db.sql(f"SELECT count({value}) FROM {_rows('block')} WHERE reason = ''").fetchall()
+                db.sql(f"SELECT count({value}) FROM {_rows(rows.column_names)} WHERE reason = ''").fetchall()
             except duckdb.Error:
                 return condition, key
         return asked[-1][:2]
 
 
-def _rows(block: str) -> str:
-    """The rows with what is computed of them; DuckDB computes only what is asked for."""
-    return f"(SELECT *, {_DOMAIN_SQL} AS {_DOMAIN} FROM {block})"
+def _rows(columns: Sequence[str]) -> str:
+    """The rows with what can be computed of their columns; DuckDB computes only what is asked for."""
+    return f"(SELECT *, {_DOMAIN_SQL} AS {_DOMAIN} FROM block)" if "url" in columns else "block"
 
 
 def _nodes(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[Mapping[str, Any]]:
     """Every node of an expression, as DuckDB parses it."""
-    (text,) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchone() or ("{}",)
+    ((text,),) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchall()
 
     def walk(value: Any) -> Iterator[Mapping[str, Any]]:
         if isinstance(value, dict):

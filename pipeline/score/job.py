@@ -239,6 +239,8 @@ class _Column:
     def put(self, rows: Sequence[int], values: Values) -> list[int]:
         """Gives the rows whose value is no number: they stay null."""
         at = np.asarray(rows, np.int64)
+        good: np.ndarray
+        finite: np.ndarray
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":
             good = finite = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
         else:

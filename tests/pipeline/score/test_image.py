@@ -17,7 +17,7 @@ def grey(rgb: np.ndarray) -> np.ndarray:
 
 def test_a_blurred_picture_is_less_sharp(noise: Callable[..., np.ndarray]) -> None:
     sharp = grey(noise(0))
-    assert sharpness(cv2.GaussianBlur(sharp, (0, 0), 3)) < sharpness(sharp) / 4
+    assert sharpness(cv2.GaussianBlur(sharp, (0, 0), 3)) < sharpness(sharp) / 3
     assert sharpness(np.full((50, 70), 9, np.uint8)) == 0
 
 
@@ -33,7 +33,7 @@ def test_flatness_is_the_share_of_flat_blocks(noise: Callable[..., np.ndarray]) 
 def test_quality_is_read_off_the_tables(
     set_to: int, noise: Callable[..., np.ndarray], as_jpeg: Callable[..., bytes]
 ) -> None:
-    assert quality(as_jpeg(noise(0), set_to)) == pytest.approx(set_to, abs=1)
+    assert quality(as_jpeg(noise(0), set_to)) == pytest.approx(set_to, abs=1.5)
 
 
 def test_entropy_in_bits() -> None:

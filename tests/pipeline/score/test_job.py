@@ -144,9 +144,7 @@ def test_scorers_are_added_later_without_building_anew(
 
 
 @pytest.mark.integration
-def test_new_rows_and_rows_tried_again_are_scored_and_no_others(
-    make: Make, tmp_path: Path, draw: Callable[[int], bytes]
-) -> None:
+def test_new_rows_are_scored_and_no_others(make: Make, tmp_path: Path, draw: Callable[[int], bytes]) -> None:
     job.build(make(16, {"image": {}}), progress=False)
     storage = Storage(str(tmp_path / "dataset"))
     before = {name: storage.read(name) for name in storage.names("scores")}
