@@ -27,7 +27,7 @@ FREED: Final = "freed"  # not a failure: pictures that keep_staged: false remove
 def parse_reasons(text: str) -> list[str]:
     """The reasons in "timeout,http_503", sorted; "failed" stands for all. Raises RecipeError for an unknown one."""
     reasons = sorted({reason.strip() for reason in text.split(",")} - {""})
-    known = [ALL, FREED, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400)]
+    known = [ALL, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400), FREED]
     for reason in reasons:
         if reason not in (ALL, FREED) and not is_reason(reason):
             near = difflib.get_close_matches(reason.lower(), known, n=3)

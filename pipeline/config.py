@@ -89,7 +89,7 @@ class ClipScore(Section):
     pretrained: str | None = None  # a checkpoint file, or one of open_clip's tags; null: the folder's own weights
     embeddings: bool = False  # keep the pictures' embeddings, float16
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch: Annotated[int, Field(ge=1)] = 64  # pictures that go through the model together
+    batch: Annotated[int, Field(ge=16, multiple_of=16)] = 64  # pictures that go through the model together
 
 
 class HeadScore(Section):

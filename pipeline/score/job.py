@@ -90,10 +90,10 @@ class ModelScoreJob(ScoreJob):
     def model(self) -> Callable[[Piece], Piece]:
         import torch
 
-        torch.set_num_threads(model_threads(self.resources))
+        threads = model_threads(self.resources)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         readers = [scorer for scorer in self.scorers.values() if isinstance(scorer, EmbeddingScorer)]
-        towers = {id_: tower.load(device) for id_, tower in {s.tower.id: s.tower for s in readers}.items()}
+        towers = {id_: tower.load(device, threads) for id_, tower in {s.tower.id: s.tower for s in readers}.items()}
         for scorer in readers:
             scorer.setup(device)
 
@@ -239,8 +239,8 @@ class _Column:
     def put(self, rows: Sequence[int], values: Values) -> list[int]:
         """Gives the rows whose value is no number: they stay null."""
         at = np.asarray(rows, np.int64)
-        good: np.ndarray
-        finite: np.ndarray
+        good: Any
+        finite: Any
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":
             good = finite = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
         else:

@@ -11,7 +11,8 @@ import difflib
 import functools
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ _WEIGHTS: Final = (  # in the order in which open_clip prefers them
 )
 _FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
 _VERSION: Final = 1  # of the arithmetic here
+PART: Final = 16  # pictures or captions that one thread encodes together
 
 
 class Tower:
@@ -140,23 +142,27 @@ class Tower:
             problem = f"cannot get the weights {pretrained!r} ({' '.join(str(error).split())[:200]})"
             raise RecipeError(field, problem, f"bring {wanted}, and name the file here") from None
 
-    def load(self, device: str) -> Loaded:
-        return Loaded(self, device)
+    def load(self, device: str, threads: int = 1) -> Loaded:
+        return Loaded(self, device, threads)
 
 
 _ANOTHER: Final = "name another model"
 
 
 class Loaded:
-    """A tower on a device, ready to embed."""
+    """A tower on a device, ready to embed; on a CPU with this many threads, and none of torch's own."""
 
-    def __init__(self, tower: Tower, device: str) -> None:
+    def __init__(self, tower: Tower, device: str, threads: int) -> None:
         import torch
+
+        torch.set_num_threads(1)
 
         if tower.precision == "fp16" and not device.startswith("cuda"):
             raise RecipeError(f"{tower.section}.precision", "fp16 needs a GPU", "say bf16 or fp32")
         self.device, self._how = torch.device(device), tower.preprocessing
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[tower.precision]
+        on_cpu = self.device.type == "cpu"
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tower") if on_cpu else None
         self._model, self._tokenize = _load(tower, device), _tokenizer(tower)
         self._mean, self._std = (
             torch.tensor(values, device=self.device)[:, None, None] for values in (self._how.mean, self._how.std)
@@ -166,10 +172,11 @@ class Loaded:
         """uint8 [batch, height, width, 3] → float32 tensor [batch, dim], of any length."""
         import torch
 
-        with torch.inference_mode():
-            x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
-            x = ((x.float() / 255 - self._mean) / self._std).to(self.dtype)
-            return self._model.encode_image(x).float()
+        def encode(x: Any) -> Any:
+            x = ((x.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std).to(self.dtype)
+            return self._model.encode_image(x)
+
+        return self._encode(encode, torch.from_numpy(pixels))
 
     @staticmethod
     def normalize(vectors: Any) -> Any:
@@ -179,11 +186,21 @@ class Loaded:
 
     def texts(self, captions: Sequence[str]) -> Any:
         """Captions → float32 tensor [batch, dim], of any length."""
+        return self._encode(self._model.encode_text, self._tokenize(list(captions)))
+
+    def _encode(self, encode: Callable[[Any], Any], batch: Any) -> Any:
+        """On a CPU in parts of one size, each on one thread: how many threads there are then changes no bit."""
         import torch
 
-        with torch.inference_mode():
-            tokens = self._tokenize(list(captions)).to(self.device)
-            return self._model.encode_text(tokens).float()
+        def one(part: Any) -> Any:
+            with torch.inference_mode():  # it holds for one thread only
+                return encode(part.to(self.device)).float()
+
+        if self._threads is None:
+            return one(batch)
+        missing = -len(batch) % PART
+        padded = torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
+        return torch.cat(list(self._threads.map(one, padded.split(PART))))[: len(batch)]
 
 
 def _load(tower: Tower, device: str) -> Any:

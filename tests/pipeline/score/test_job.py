@@ -67,7 +67,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     make: Make, tmp_path: Path, clip: Path, linear_head: Path
 ) -> None:
     score = {
-        "clip": {"model": str(clip), "embeddings": True, "batch": 5},
+        "clip": {"model": str(clip), "embeddings": True, "batch": 16},
         "aesthetic": {"weights": str(linear_head)},
         "caption": {},
         "image": {},
@@ -100,7 +100,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     length = np.linalg.norm(vectors, axis=1)
     assert length.tolist() == pytest.approx([float(r != "failed") for r in ledger["outcome"].to_pylist()], abs=1e-2)
 
-    # The same again does nothing; in one batch more or less and on one worker it gives the same bytes.
+    # The same again does nothing; on one thread it gives the same bytes.
     before = tables(tmp_path / "dataset")
     files = {name: storage.read(name) for name in storage.names("scores")}
     storage.delete(*storage.names("scores"), *storage.names("state/score"))

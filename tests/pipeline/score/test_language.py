@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"__label__{name} {text}" for name, texts in SENTENCES.items() for text in texts]
     (folder / "train.txt").write_text("\n".join(lines * 5))
     trained = fasttext.train_supervised(
-        str(folder / "train.txt"), dim=8, epoch=40, lr=0.5, minn=2, maxn=3, bucket=500, thread=1, verbose=0
+        str(folder / "train.txt"), dim=8, epoch=25, lr=0.1, minn=2, maxn=3, bucket=500, thread=1, verbose=0
     )
     trained.save_model(str(folder / "lid.bin"))
     return folder / "lid.bin"

@@ -39,6 +39,16 @@ def test_scores_and_embeddings_are_open_clips_own(
     assert io.BytesIO(as_jpeg(pictures[0])).read(2) == b"\xff\xd8"
 
 
+def test_threads_and_company_change_no_bit(clip: Path) -> None:
+    tower = Tower(str(clip), None, "fp32", "score.clip")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    captions = [f"picture {n}" for n in range(40)]
+    one, three = tower.load("cpu", threads=1), tower.load("cpu", threads=3)
+    assert torch.equal(one.images(pixels), three.images(pixels))
+    assert torch.equal(one.images(pixels)[:32], one.images(pixels[:32]))
+    assert torch.equal(one.texts(captions)[32:], three.texts(captions[32:]))
+
+
 def test_weights_elsewhere_and_a_torch_file(clip: Path, other_clip: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
