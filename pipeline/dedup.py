@@ -27,7 +27,7 @@ class Duplicates:
     exact: npt.NDArray[np.bool_]  # [n]
 
 
-def precedence(batch: Ints, area: Ints, key: npt.NDArray[np.bytes_]) -> Ints:
+def precedence(batch: Ints, area: Ints, key: npt.NDArray) -> Ints:
     """Row indices [n], the one that stays first. `area` in pixels, of the source."""
     return np.lexsort((key, -area, batch))
 

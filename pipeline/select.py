@@ -1,32 +1,29 @@
-"""Measured rows → decisions: the recipe's SQL conditions in order, then duplicates, then which shard a kept row is in.
+"""Measured rows → decisions: the recipe's steps in order, then duplicates, then which shard a kept row is in.
 
-Nothing here touches a picture: thresholds are questions to tables, answered by DuckDB. Conditions see the columns of
-`ingest.STAGED_SCHEMA` (without offset and size); `extra` is JSON, so that extra->>'$.license' = 'cc0' asks for a column
-of the source.
+Nothing here touches a picture: thresholds are questions to tables (pipeline.conditions, pipeline.sampling).
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.config import Condition, Recipe
+from pipeline.conditions import FAILED as _FAILED
+from pipeline.conditions import PASSED as _PASSED
+from pipeline.conditions import ask, check_conditions
+from pipeline.config import Recipe
 from pipeline.dedup import find_duplicates, precedence
-from pipeline.errors import RecipeError
-from pipeline.ingest import STAGED_SCHEMA, Staged
+from pipeline.ingest import Staged
 from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from pipeline.sampling import sample
 from pipeline.storage import Storage
 
-COLUMNS = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
-MEMORY_LIMIT = "2GB"
-_FAILED, _PASSED = -1, 0  # a row's step; n > 0: rejected by the n-th condition
+_KINDS: Final = ["perceptual", "exact"]  # of a duplicate, by `exact`
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,9 @@ class Decisions:
     """
 
     units: list[Staged]
-    key: pa.StringArray
-    sha256: pa.StringArray
-    step: npt.NDArray[np.int64]
+    key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes
+    sha256: npt.NDArray[np.bytes_]  # [n], 32 raw bytes
+    step: npt.NDArray[np.int16]
     kept: npt.NDArray[np.int64]
     exact: npt.NDArray[np.bool_]
     shard: npt.NDArray[np.int64]
@@ -60,24 +57,40 @@ class Decisions:
         rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
         return rows | {"shards": int(self.shard.max(initial=-1)) + 1}
 
-    def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, list[str]]:
-        """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
-        found: dict[str, list[str]] = {"outcome": [], "reason": [], "detail": [], "shard": []}
-        for row, failure, said in zip(range(start, stop), reason.to_pylist(), detail.to_pylist(), strict=True):
-            entry = self._decision(row, failure, said)
-            for name, value in zip(found, entry, strict=True):
-                found[name].append(value)
-        return found
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Keys of these rows, hexadecimal."""
+        return _hex(self.key[rows])
 
-    def _decision(self, row: int, failure: str, said: str) -> tuple[str, str, str, str]:
-        if self.step[row] == _FAILED:
-            return FAILED, failure, said, ""
-        if self.step[row] > 0:
-            return REJECTED, self.conditions[self.step[row] - 1], "", ""
-        if self.kept[row] >= 0:
-            kind = "exact" if self.exact[row] else "perceptual"
-            return DUPLICATE, kind, self.key[int(self.kept[row])].as_py(), ""
-        return KEPT, "", "", shard_name(int(self.shard[row]))
+    def hashes(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """SHA-256 of these rows' source files, hexadecimal."""
+        return _hex(self.sha256[rows])
+
+    def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, pa.Array]:
+        """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
+        step, kept, shard = self.step[start:stop], self.kept[start:stop], self.shard[start:stop]
+        failed, repeats = step == _FAILED, kept >= 0
+        outcome = np.select([failed, step > 0, repeats], [0, 1, 2], 3)
+        why = np.select([step > 0, repeats], [step, len(self.conditions) + 1 + self.exact[start:stop]], 0)
+        of_whom = np.full(len(step), "", object)
+        of_whom[repeats] = self.keys(kept[repeats])
+        first = max(int(shard.min(where=shard >= 0, initial=np.iinfo(np.int64).max)), 0) if (shard >= 0).any() else 0
+        names = ["", *(shard_name(number) for number in range(first, int(shard.max(initial=-1)) + 1))]
+        return {
+            "outcome": _texts([FAILED, REJECTED, DUPLICATE, KEPT], outcome),
+            "reason": pc.if_else(pa.array(failed), reason, _texts(["", *self.conditions, *_KINDS], why)),
+            "detail": pc.if_else(pa.array(failed), detail, pa.array(of_whom, pa.string())),
+            "shard": _texts(names, np.where(shard >= 0, shard - first + 1, 0)),
+        }
+
+
+def _texts(names: list[str], index: npt.NDArray[Any]) -> pa.Array:
+    return pa.array(names, pa.string()).take(pa.array(index, pa.int64()))
+
+
+def _hex(raw: npt.NDArray[np.bytes_]) -> list[str]:
+    width = 2 * raw.dtype.itemsize
+    text = np.ascontiguousarray(raw).tobytes().hex()
+    return [text[start : start + width] for start in range(0, len(text), width)]
 
 
 def shard_name(number: int) -> str:
@@ -89,20 +102,19 @@ def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
 
     Raises RecipeError (select.<name>.where) for a condition that DuckDB does not take.
     """
-    check_conditions(recipe.select)
-    rows = _ask(recipe.select, storage, units)
-    step = rows["step"].to_numpy().astype(np.int64)
+    check_conditions(recipe)
+    rows = ask(recipe, storage, units)
     batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
-    key, sha256 = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
+    step = sample(recipe.select, rows, batch)
     kept, exact = np.full(len(step), -1, np.int64), np.zeros(len(step), bool)
 
     (passed,) = np.nonzero(step == _PASSED)
-    left = rows.take(passed)
-    order = precedence(batch[passed], left["area"].to_numpy(), _bytes(left["key"], 32))
+    # In a batch rows come by key: their place says which key is smaller.
+    order = precedence(batch[passed], rows.area[passed], np.arange(len(passed)))
     found = find_duplicates(
         order,
-        _bytes(left["sha256"], 64),
-        left["phash"].to_numpy(),
+        rows.sha256[passed],
+        rows.phash[passed],
         exact=recipe.dedup.exact,
         distance=recipe.dedup.perceptual,
     )
@@ -112,71 +124,7 @@ def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
     shard = _allot(batch, (step == _PASSED) & (kept < 0), recipe.shards.samples)
     names = [condition.name for condition in recipe.select]
     funnel = _funnel(step, names, kept, exact)
-    return Decisions(units, key, sha256, step, kept, exact, shard, names, funnel)
-
-
-def check_conditions(conditions: list[Condition]) -> None:
-    """Raise RecipeError for a condition that names an unknown column, or is not SQL, or not a condition."""
-    with _connect() as db:
-        db.register("rows", STAGED_SCHEMA.empty_table().select(COLUMNS))
-        for condition in conditions:
-            try:
-                kind = str(db.sql(f"SELECT ({condition.where}\n) FROM rows").types[0])
-            except duckdb.Error as error:
-                raise _explain(condition, error) from None
-            if kind != "BOOLEAN":
-                mend = "write a comparison, e.g. least(width, height) >= 200"
-                raise RecipeError(f"select.{condition.name}.where", f"gives {kind.lower()}, not yes or no", mend)
-
-
-def _ask(conditions: list[Condition], storage: Storage, units: list[Staged]) -> pa.Table:
-    """key, step, area, sha256, phash of every row, in order."""
-    cases = "".join(
-        f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
-        for number, condition in enumerate(conditions, 1)
-    )
-    query = f"""
-        SELECT key, CASE WHEN reason <> '' THEN {_FAILED}{cases} ELSE {_PASSED} END AS step,
-               original_width::BIGINT * original_height AS area, sha256, phash
-        FROM rows ORDER BY unit, key
-    """
-    with _connect() as db:
-        db.register("rows", storage.dataset([unit.table for unit in units], STAGED_SCHEMA))
-        try:
-            return db.sql(query).to_arrow_table()
-        except duckdb.Error as error:
-            raise _explain(_culprit(db, conditions), error) from None
-
-
-def _culprit(db: duckdb.DuckDBPyConnection, conditions: list[Condition]) -> Condition:
-    """The first condition that fails on the rows by itself."""
-    for condition in conditions:
-        try:
-            db.sql(f"SELECT count(*) FROM rows WHERE reason = '' AND ({condition.where}\n)").fetchall()
-        except duckdb.Error:
-            return condition
-    return conditions[-1]
-
-
-def _connect() -> duckdb.DuckDBPyConnection:
-    """A database that can see the registered rows and nothing else."""
-    db = duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "enable_external_access": False})
-    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which carries the summary only
-    return db
-
-
-def _explain(condition: Condition, error: duckdb.Error) -> RecipeError:
-    message = str(error).splitlines()[0]
-    mend = "correct the SQL"
-    if unknown := re.search(r'column "([^"]+)" not found', message):
-        near = difflib.get_close_matches(unknown[1], COLUMNS, n=3, cutoff=0.4)
-        mend = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(COLUMNS)}"
-        message = f"no column {unknown[1]!r}"
-    return RecipeError(f"select.{condition.name}.where", message, mend)
-
-
-def _bytes(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
-    return np.array(column.to_pylist(), dtype=f"S{width}")
+    return Decisions(units, rows.key, rows.sha256, step, kept, exact, shard, names, funnel)
 
 
 def _batch(unit: str) -> int:
@@ -198,7 +146,7 @@ def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: i
 
 
 def _funnel(
-    step: npt.NDArray[np.int64], names: list[str], kept: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
+    step: npt.NDArray[np.int16], names: list[str], kept: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
     """Rows left after each step, and rows that the step took."""
     losses = [("fetched and decoded", int((step == _FAILED).sum()))]
