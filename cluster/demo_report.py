@@ -35,8 +35,8 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
     made = page.Page(
         "Capstan demo",
         page.paragraph(
-            "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that Capstan "
-            "draws itself, so that each can be held against the truth."
+            "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that "
+            "Capstan draws itself, so that each can be held against the truth."
         ),
     )
     evaluation = json.loads((folder / "diffusion" / "evaluation.json").read_text())

@@ -82,7 +82,7 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         out: Annotated[Path, typer.Option("-o", metavar="FILE", help="The contact sheet.")] = Path("samples.png"),
         as_json: JsonOption = False,
     ) -> None:
-        """Write report.html into the dataset's folder: the funnel, what each step dropped, and why. Or a contact sheet."""
+        """Write report.html into the dataset's folder: the funnel, what each step dropped; or a contact sheet."""
         storage = Storage(dataset, field="DATASET")
         if samples:
             from pipeline.report.contact import write_sheet

@@ -4,7 +4,7 @@ A plotting library would be the usual choice. The one that gives self-contained 
 which leaves no room for pictures in a report of 5 MB, and needs a policy that lets scripts run beside untrusted
 captions. Bars and lines need neither: exact values stand in tooltips (`<title>`), the gist in each plot's label.
 
-Plots are drawn at the width of a phone and put side by side where there is room, so that their letters stay as they are.
+Plots are drawn at the width of a phone and put side by side where there is room, so that letters keep their size.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def legend(kept: str, lost: str) -> Html:
     """What the two colours of a histogram mean."""
 
     def swatch(kind: str, word: str) -> str:
-        square = f'<svg viewBox="0 0 10 10" aria-hidden="true"><rect class="{kind}" width="10" height="10" rx="2"/></svg>'
+        square = (
+            f'<svg viewBox="0 0 10 10" aria-hidden="true"><rect class="{kind}" width="10" height="10" rx="2"/></svg>'
+        )
         return f"<span>{square}{escape(word)}</span>"
 
     return Html(f'<p class="legend">{swatch("kept", kept)}{swatch("lost", lost)}</p>')
@@ -140,7 +142,9 @@ class _Axis:
 
 def _plot(title: str, drawing: str, gist: str, notes: Sequence[str]) -> Html:
     lines = "".join(f"<small>{said(text)}</small>" for text in notes)
-    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {gist}")}">{drawing}</svg>'
+    picture = (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {gist}")}">{drawing}</svg>'
+    )
     return Html(f'<div class="plot"><h3>{said(title)}</h3>{picture}{lines}</div>')
 
 
@@ -179,14 +183,18 @@ def _mark(mark: Mark, axis: _Axis, y: int, top: int) -> str:
     left = x + 4 + room > _WIDTH  # where the label stands; one that fits on neither side starts at the edge
     at, anchor = (x - 4, "end") if left and x - 4 - room > 0 else (min(x + 4, max(_WIDTH - room, 0)), "start")
     start, end = (_LEFT, x) if mark.keeps == "above" else (x, _WIDTH - _RIGHT)
-    shade = f'<rect class="shade" x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="{_HEIGHT - _BOTTOM - top}"/>'
+    shade = (
+        f'<rect class="shade" x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="{_HEIGHT - _BOTTOM - top}"/>'
+    )
     line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y + 2}" y2="{_HEIGHT - _BOTTOM}"/>'
-    return f'{shade}{line}<text class="marked" x="{at:.1f}" y="{y + 9}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+    return (
+        f'{shade}{line}<text class="marked" x="{at:.1f}" y="{y + 9}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+    )
 
 
 def _rules(most: int, top: int) -> str:
     unit = (_HEIGHT - _BOTTOM - top) / most
-    return "".join(_rule(_HEIGHT - _BOTTOM - value * unit, short(value)) for value in ticks(0, most, 3)[1:])
+    return "".join(_rule(_HEIGHT - _BOTTOM - value * unit, short(value)) for value in ticks(0, most, 4)[1:])
 
 
 def _rule(y: float, label: str) -> str:

@@ -45,4 +45,6 @@ def read_runs(storage: Storage) -> list[Run]:
     try:
         return [Run.model_validate_json(line) for line in lines]
     except ValidationError as error:
-        raise CapstanError(f"{storage.url}/{RUNS} has a line that is no run; remove it ({error.errors()[0]['msg']})") from None
+        raise CapstanError(
+            f"{storage.url}/{RUNS} has a line that is no run; remove it ({error.errors()[0]['msg']})"
+        ) from None

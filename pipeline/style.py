@@ -34,11 +34,13 @@ nav a { padding: .2rem 0; color: var(--kept); text-decoration: none }
 nav a:hover, nav a:focus { text-decoration: underline }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 1rem; margin: 1.4rem 0 0 }
 .figures dt { color: var(--soft); font-size: .8rem }
-.figures dd { margin: 0; font-size: 1.4rem; font-weight: 600; letter-spacing: -.01em; font-variant-numeric: tabular-nums }
+.figures dd { margin: 0; font-size: 1.4rem; font-weight: 600; letter-spacing: -.01em;
+         font-variant-numeric: tabular-nums }
 
 .wide { overflow-x: auto; margin: .4rem 0 1rem }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .38rem 1.3rem .38rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th, td { padding: .38rem 1.3rem .38rem 0; border-bottom: 1px solid var(--line); text-align: left;
+         vertical-align: top }
 th { color: var(--soft); font-size: .82rem; font-weight: 600; white-space: nowrap }
 td { min-width: 3.5rem; max-width: 34rem; overflow-wrap: anywhere }
 td.number, th.number { text-align: right; white-space: nowrap }
@@ -50,32 +52,39 @@ svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-num
 svg .kept { fill: var(--kept) } svg .lost { fill: var(--lost) } svg .hit { fill: transparent }
 svg g:hover .hit { fill: var(--soft); fill-opacity: .14 }
 svg .axis { stroke: var(--lost); stroke-width: 1 } svg .rule { stroke: var(--grid); stroke-width: 1 }
-svg .mark { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3 } svg text.marked { fill: var(--mark); font-weight: 600 }
+svg .mark { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3 }
+svg text.marked { fill: var(--mark); font-weight: 600 }
 svg .shade { fill: var(--mark); fill-opacity: .08 }
 svg .line { fill: none; stroke: var(--kept); stroke-width: 1.6; stroke-linejoin: round }
 svg .line.second { stroke: var(--mark) } svg .line.third { stroke: var(--lost) }
 svg.bar { height: .66rem; border-radius: 2px; background: var(--panel); overflow: hidden }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.8rem 2rem; margin-top: 1rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.8rem 2rem;
+         margin-top: 1rem }
 .plot { margin: 0 } .plot h3 { margin: 0 0 .35rem; font-size: .92rem } .plot small { margin-top: .3rem }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0; color: var(--soft); font-size: .85rem }
 .legend svg { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; vertical-align: -.06rem }
 
 .steps { margin: 1rem 0 0; padding: 0; list-style: none; font-variant-numeric: tabular-nums }
-.steps li { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr 6.5rem 4.6rem 6.5rem; gap: .1rem 1rem; align-items: center;
-            padding: .45rem 0; border-bottom: 1px solid var(--line) }
-.steps .count { text-align: right; font-weight: 600 } .steps .share, .steps .minus { text-align: right; color: var(--soft) }
+.steps li { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr 6.5rem 4.6rem 6.5rem; gap: .1rem 1rem;
+            align-items: center; padding: .45rem 0; border-bottom: 1px solid var(--line) }
+.steps .count { text-align: right; font-weight: 600 }
+.steps .share, .steps .minus { text-align: right; color: var(--soft) }
 .steps .minus { white-space: nowrap }
 .steps code { display: block; grid-column: 1 / -1 }
 
 figure { margin: 0; min-width: 0 } figcaption { margin-top: .4rem; font-size: .85rem; line-height: 1.4 }
-figcaption p { display: -webkit-box; margin: 0 0 .15rem; overflow: hidden; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
+figcaption p { display: -webkit-box; margin: 0 0 .15rem; overflow: hidden; -webkit-box-orient: vertical;
+         -webkit-line-clamp: 3 }
 img { display: block; max-width: 100%; height: auto; border-radius: 4px } .pixels { image-rendering: pixelated }
-.frame { display: flex; align-items: center; justify-content: center; aspect-ratio: 1; overflow: hidden; background: var(--panel);
+.frame { display: flex; align-items: center; justify-content: center; aspect-ratio: 1; overflow: hidden;
+         background: var(--panel);
          border-radius: 5px }
-.frame img { max-height: 100%; width: auto; height: auto; border-radius: 0 } .frame img.pixels { width: 100% }
-.frame.none { border: 1px dashed var(--lost); background: none; color: var(--soft); font-size: .8rem; text-align: center }
+.frame img { width: 100%; height: 100%; object-fit: contain; border-radius: 0 }
+.frame.none { border: 1px dashed var(--lost); background: none; color: var(--soft); font-size: .8rem;
+         text-align: center }
 .frame.none span { padding: .5rem; overflow-wrap: anywhere }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr)); gap: 1.1rem .9rem; margin: .7rem 0 1.2rem }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr)); gap: 1.1rem .9rem;
+         margin: .7rem 0 1.2rem }
 .gallery.pairs { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1.6rem }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem } .sides b { display: block; color: var(--soft);
          font-size: .78rem; font-weight: 600; margin-bottom: .2rem }

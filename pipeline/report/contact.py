@@ -63,7 +63,12 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
         partial.replace(out)
     except OSError as error:
         raise RecipeError("-o", f"cannot write {out} ({error})", "name a PNG file that can be written") from None
-    return {"sheet": str(out), "shown": len(cells), "found": chosen.found, "without_picture": len(cells) - len(pictures)}
+    return {
+        "sheet": str(out),
+        "shown": len(cells),
+        "found": chosen.found,
+        "without_picture": len(cells) - len(pictures),
+    }
 
 
 # Which rows -----------------------------------------------------------------------------------------------------------
@@ -101,7 +106,9 @@ def _key_list(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("--samples", f"cannot read {path} ({error})", "name a text file with one key a line") from None
+        raise RecipeError(
+            "--samples", f"cannot read {path} ({error})", "name a text file with one key a line"
+        ) from None
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise RecipeError("--samples", f"{path} names no key", "write one key a line")
@@ -142,10 +149,13 @@ def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) ->
     columns = [sample.partition("=")[0] for sample in samples if "=" in sample] or ["outcome", "reason"]
     parts = []
     for column in dict.fromkeys(columns):
-        query = f"SELECT left({quoted(column)}::VARCHAR, 60), count(*) FROM rows GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_LISTED + 1}"
+        text = f"left({quoted(column)}::VARCHAR, 60)"
+        query = f"SELECT {text}, count(*) FROM rows GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_LISTED + 1}"
         values = [f"{value} ({count:,})" for value, count in rows.ask(query) if value]
         more = ", …" if len(values) > _LISTED else ""
-        parts.append(f"{column} is one of {', '.join(values[:_LISTED])}{more}" if values else f"{column} is always empty")
+        parts.append(
+            f"{column} is one of {', '.join(values[:_LISTED])}{more}" if values else f"{column} is always empty"
+        )
     return "; ".join(parts)
 
 
@@ -210,7 +220,11 @@ def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: 
 def _enlarged(picture: Image.Image) -> Image.Image:
     """A tiny picture, each pixel a square of whole size; others as they are."""
     times = _SIDE // max(picture.size)
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST) if times > 1 else picture
+    return (
+        picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+        if times > 1
+        else picture
+    )
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

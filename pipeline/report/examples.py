@@ -61,7 +61,6 @@ def choose(rows: Rows) -> Examples:
     duplicates = [reason for outcome, reason in rows.outcomes if outcome == DUPLICATE][:_KINDS]
     pairs = {kind: rows.keys("outcome = ? AND reason = ?", _PAIRS, [DUPLICATE, kind]) for kind in duplicates}
     failed = _smallest(rows, FAILED, _FAILED)
-    chosen = Examples(kept, steps, pairs, failed)
     keys = [*kept, *_flat(pairs.values()), *_flat(failed.values())]
     keys += [key for step in steps for key in step.dropped + step.passed]
     found = rows.rows(keys)
@@ -108,8 +107,14 @@ def _values(rows: Rows, step: Step) -> list[tuple[str, float]]:
 
 def _smallest(rows: Rows, outcome: str, count: int) -> dict[str, list[str]]:
     """Reason → its first rows by key, for one outcome."""
-    query = "SELECT reason, min(key, ?) FROM rows WHERE outcome = ? GROUP BY reason ORDER BY count(*) DESC, reason LIMIT ?"
-    return dict(rows.ask(query, [count, outcome, _KINDS]))
+    reasons = {reason: n for (kind, reason), n in rows.outcomes.items() if kind == outcome}
+    found: dict[str, list[str]] = {}
+    for among in dict.fromkeys([rows.sample, "true"]):  # rare ones may lie outside the sample
+        query = f"SELECT reason, min(key, ?) FROM rows WHERE {among} AND outcome = ? GROUP BY reason"
+        found = dict(rows.ask(query, [count, outcome]))
+        if all(len(found.get(reason, [])) == min(count, n) for reason, n in reasons.items()):
+            break
+    return {reason: found[reason] for reason in list(reasons)[:_KINDS]}
 
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:

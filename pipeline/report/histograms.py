@@ -1,7 +1,7 @@
 """A dataset's rows → histograms of sizes, aspect, caption lengths and scores, with the recipe's thresholds drawn in.
 
 Rows that failed have no picture to measure, and are left out. Where bins lie follows from quantiles, so that a few odd
-values do not flatten all others; counts are of all rows.
+values do not flatten all others. Counts are of all rows, or of a million where there are more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final
 import duckdb
 
 from pipeline import plots
-from pipeline.records import FAILED, KEPT, LEDGER_SCHEMA
-from pipeline.report.rows import Rows, quoted
+from pipeline.records import KEPT, LEDGER_SCHEMA
+from pipeline.report.rows import MEASURED, Rows, quoted
 from pipeline.report.thresholds import Threshold, canonical, thresholds
 
 # What is always shown: title, SQL, whether proportions matter more than differences.
@@ -68,11 +68,21 @@ def subjects(rows: Rows) -> list[Subject]:
     ]
 
 
-def histograms(rows: Rows, counted: Sequence[Subject]) -> list[plots.Histogram]:
-    """One histogram a subject, those whose values differ; subjects with thresholds are never left out for number."""
-    chosen = sorted(counted, key=lambda subject: not subject.thresholds)[:_MOST]
-    made = [_histogram(rows, subject) for subject in counted if subject in chosen]
-    return [histogram for histogram in made if histogram is not None]
+def histograms(rows: Rows, counted: Sequence[Subject]) -> tuple[list[plots.Histogram], list[str]]:
+    """A histogram of each subject whose values differ, those with thresholds first; and a line on each other one."""
+    drawn, said = list[plots.Histogram](), list[str]()
+    for subject in sorted(counted, key=lambda subject: not subject.thresholds)[:_MOST]:
+        try:
+            spread = _spread(rows, subject)
+            if spread is None:
+                said.append(f"{subject.title}: no values")
+            elif spread.low == spread.high:
+                said.append(f"{subject.title}: always {plots.short(spread.low)}")
+            else:
+                drawn.append(_histogram(rows, subject, spread))
+        except duckdb.Error as error:  # what a condition compares need not be had of every row by itself
+            said.append(f"{subject.title}: cannot be counted ({str(error).splitlines()[0]})")
+    return drawn, said
 
 
 def value(subject: str) -> str:
@@ -81,22 +91,17 @@ def value(subject: str) -> str:
     return f"CASE WHEN isfinite({number}) THEN {number} END"
 
 
-def _histogram(rows: Rows, subject: Subject) -> plots.Histogram | None:
-    try:
-        spread = _spread(rows, subject)
-        if spread is None:
-            return None
-        edges, logarithmic = _edges(spread, subject)
-        counted, outside = _count(rows, subject, edges, logarithmic)
-    except duckdb.Error:
-        return None  # what the rows cannot be asked one by one has no distribution: nothing is drawn
+def _histogram(rows: Rows, subject: Subject, spread: _Spread) -> plots.Histogram:
+    edges, logarithmic = _edges(spread, subject)
+    counted, outside = _count(rows, subject, edges, logarithmic)
     marks = [plots.Mark(t.value, _label(t), "above" if t.keeps_above else "below") for t in subject.thresholds]
     low, middle, high = (plots.short(q) for q in spread.quantiles[1:4])
-    about = "" if rows.sample == "true" else "about "
-    notes = [f"median {about}{middle} · 90% lie within {low} – {high}"]
+    notes = [f"median {middle} · 90% lie within {low} – {high}"]
     if outside:
         notes.append(f"{outside:,} beyond the edges, from {plots.short(spread.low)} to {plots.short(spread.high)}")
-    notes += [f"threshold {mark.label} is not within sight" for mark in marks if not edges[0] <= mark.value <= edges[-1]]
+    notes += [
+        f"threshold {mark.label} is not within sight" for mark in marks if not edges[0] <= mark.value <= edges[-1]
+    ]
     kept, lost = [k for k, _ in counted], [n for _, n in counted]
     return plots.Histogram(subject.title, edges, kept, lost, logarithmic, spread.whole, marks, notes)
 
@@ -106,16 +111,17 @@ def _label(threshold: Threshold) -> str:
 
 
 def _spread(rows: Rows, subject: Subject) -> _Spread | None:
-    """None where there are no values, or only one."""
+    """None where there are no values."""
     at = ", ".join(map(str, _QUANTILES))
-    with_picture = f"outcome <> '{FAILED}'"
-    query = f"SELECT min(v), max(v), bool_and(v = floor(v)) FROM (SELECT {value(subject.sql)} v FROM rows WHERE {with_picture})"
-    ((low, high, whole),) = rows.ask(query)
-    if low is None or low == high:
-        return None
-    query = f"SELECT {value(subject.sql)} v FROM rows WHERE {with_picture} AND {rows.sample}"
-    ((quantiles,),) = rows.ask(f"SELECT quantile_disc(v, [{at}]) FROM ({query})")
-    return _Spread(low, high, quantiles or [low, low, low, high, high], bool(whole))
+    query = f"SELECT min(v), max(v), bool_and(v = floor(v)), quantile_disc(v, [{at}]) FROM ({_values(rows, subject)})"
+    ((low, high, whole, quantiles),) = rows.ask(query)
+    return None if low is None else _Spread(low, high, quantiles, bool(whole))
+
+
+def _values(rows: Rows, subject: Subject) -> str:
+    """SQL for the subject's values `v` and whether the rows are `kept`, of those that have a picture."""
+    columns = f"{value(subject.sql)} AS v, outcome = '{KEPT}' AS kept"
+    return f"SELECT {columns} FROM rows WHERE outcome IN {MEASURED} AND {rows.sample}"
 
 
 def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:
@@ -150,15 +156,17 @@ def _count(
     # The last edge belongs to the last bin where it is a value, not only a bound.
     query = f"""
         SELECT CASE WHEN v < {low!r} OR v > {high!r} THEN -1 ELSE least({place}, {bins - 1}) END::INT AS bin,
-               count(*) FILTER (outcome = '{KEPT}'), count(*)
-        FROM (SELECT outcome, {value(subject.sql)} AS v FROM rows WHERE outcome <> '{FAILED}') WHERE v IS NOT NULL
-        GROUP BY bin"""
+               count(*) FILTER (kept), count(*)
+        FROM ({_values(rows, subject)}) WHERE v IS NOT NULL GROUP BY bin"""
     found = {bin_: (kept, all_ - kept) for bin_, kept, all_ in rows.ask(query)}
     return [found.get(number, (0, 0)) for number in range(bins)], sum(found.get(-1, (0, 0)))
 
 
 def _is_numeric(kind: str) -> bool:
-    return kind.startswith((*_NUMERIC, "BIGINT", "SMALLINT", "TINYINT", "UINT", "UBIGINT", "USMALLINT", "UTINYINT")) and "[" not in kind
+    return (
+        kind.startswith((*_NUMERIC, "BIGINT", "SMALLINT", "TINYINT", "UINT", "UBIGINT", "USMALLINT", "UTINYINT"))
+        and "[" not in kind
+    )
 
 
 def _type(rows: Rows, sql: str) -> str:

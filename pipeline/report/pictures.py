@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import CapstanError
-from pipeline.records import DUPLICATE, KEPT, REJECTED
-from pipeline.report.rows import STAGED, Row, Rows
+from pipeline.records import KEPT
+from pipeline.report.rows import MEASURED, Row, Rows
 from pipeline.storage import Storage
 
 # Longest side in pixels, and quality: the first of these with which all thumbnails fit is taken. Shown at about half
 # their size, the large ones are sharp on fine screens.
 _LADDER: Final = ((256, 84), (208, 80), (160, 78), (128, 74), (96, 70), (64, 60))
-_WITH_PICTURE: Final = (KEPT, REJECTED, DUPLICATE, STAGED)
 
 
 def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
@@ -32,7 +31,7 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
     for row in wanted:
         if row.outcome == KEPT:
             files = [(listed[row.shard].table, listed[row.shard].tar)] if row.shard in listed else []
-        elif row.outcome in _WITH_PICTURE:
+        elif row.outcome in MEASURED:
             files = [(unit.table, unit.tar) for unit in rows.staged_units(row.unit) if unit.tar]
         else:
             files = []
@@ -46,7 +45,7 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
 
 def why_missing(rows: Rows, row: Row) -> str:
     """In a few words, why there is no picture of a row."""
-    if row.outcome not in _WITH_PICTURE:
+    if row.outcome not in MEASURED:
         return row.reason or row.outcome
     return "cannot be read" if row.outcome == KEPT or rows.staged_units(row.unit) else "no longer staged"
 

@@ -25,14 +25,15 @@ from pipeline.errors import RecipeError
 from pipeline.ingest import STAGED_SCHEMA, Ingest, Staged, staged
 from pipeline.local import scratch
 from pipeline.plan import read_plan
-from pipeline.records import FAILED, LEDGER_SCHEMA
+from pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED
 from pipeline.shards import Manifest, read_manifest
 from pipeline.storage import Storage
 
 STAGED: Final = "staged"
+MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have a picture
 _MEMORY_LIMIT: Final = "1500MB"
 _TEXT: Final = 400  # characters of a text that are looked at
-_EVERY_ROW: Final = 200_000  # rows: of tables longer than this, quantiles are those of about so many
+SAMPLE: Final = 1_000_000  # rows: of longer tables, about so many are looked at where a random sample does
 _TEXTS: Final = ("url", "caption", "outcome", "reason", "detail")
 _NUMBERS: Final = ("width", "height", "original_width", "original_height", "bytes", "phash")
 
@@ -90,9 +91,8 @@ class Rows:
             return 'SELECT * FROM "table"', _schema(self.storage, names, LEDGER_SCHEMA), names
         marks = max(self._marks.values(), key=len, default={})
         names = [unit.table for _, unit in sorted(marks.items())]
-        view = (
-            f"SELECT *, CASE WHEN reason = '' THEN '{STAGED}' ELSE '{FAILED}' END AS outcome, '' AS shard FROM \"table\""
-        )
+        outcome = f"CASE WHEN reason = '' THEN '{STAGED}' ELSE '{FAILED}' END"
+        view = f"SELECT *, {outcome} AS outcome, '' AS shard FROM \"table\""
         return view, _schema(self.storage, names, STAGED_SCHEMA), names
 
     @property
@@ -144,19 +144,29 @@ class Rows:
 
     @cached_property
     def sample(self) -> str:
-        """SQL that holds for all rows of a small table, and for about 200,000 of a large one: keys are hashes, so
-        that the first of them are a random sample, and lie together."""
-        if self.count <= _EVERY_ROW:
+        """SQL that holds for all rows of a small table, and for about a million of a large one: keys are hashes, so
+        that the first of them are a random sample, which lies together."""
+        if not self.sampled:
             return "true"
-        return f"key < '{int(0x1_0000_0000 * _EVERY_ROW / self.count):08x}'"
+        return f"key < '{int(0x1_0000_0000 * SAMPLE / self.count):08x}'"
+
+    @property
+    def sampled(self) -> bool:
+        return self.count > SAMPLE
 
     def ask(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.db.execute(query, list(parameters)).fetchall()
 
     def keys(self, where: str, count: int, parameters: Sequence[Any] = (), *, order: str = "key") -> list[str]:
-        """Keys of the first `count` rows for which the SQL `where` holds, in the order of the SQL `order`, then key."""
-        query = f"SELECT key FROM rows WHERE {where} ORDER BY {order}, key LIMIT {count}"
-        return [key for (key,) in self.ask(query, parameters)]
+        """Keys of the first `count` rows for which the SQL `where` holds, in the order of the SQL `order`, then key.
+
+        In another order than the keys' own, they are the first of the sample, if it has as many."""
+        for among in dict.fromkeys([self.sample, "true"]):
+            query = f"SELECT key FROM rows WHERE {among} AND ({where}) ORDER BY {order}, key LIMIT {count}"
+            found = [key for (key,) in self.ask(query, parameters)]
+            if len(found) == count:
+                break
+        return found
 
     def rows(self, keys: Iterable[str]) -> dict[str, Row]:
         """The rows of these keys, those that there are."""
@@ -164,9 +174,10 @@ class Rows:
         if not wanted:
             return {}
         columns = [f"left({name}, {_TEXT})" for name in _TEXTS] + [*_NUMBERS, "unit", "shard"]
-        # As values in the query, they let the scan leave out the files that cannot hold them.
+        # As values in the query, their range lets the scan leave out the files that cannot hold them.
         listed = ", ".join(map(literal, wanted))
-        found = self.ask(f"SELECT key, {', '.join(columns)} FROM rows WHERE key IN ({listed})")
+        among = f"key BETWEEN {literal(wanted[0])} AND {literal(wanted[-1])} AND key IN ({listed})"
+        found = self.ask(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
         return {row[0]: Row(*row) for row in found}
 
 
@@ -179,8 +190,8 @@ def _ingest(name: str, storage: Storage) -> Ingest:
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     """A database that sees the registered rows and nothing else; what does not fit into memory goes to `folder`."""
-    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder), "python_enable_replacements": False}
-    db = duckdb.connect(config=settings)
+    limits: dict[str, str | bool] = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)}
+    db = duckdb.connect(config={**limits, "python_enable_replacements": False})
     db.execute("SET enable_progress_bar = false; SET enable_external_access = false")
     return db
 

@@ -11,7 +11,7 @@ from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
 from pipeline.report.examples import Examples, Step
 from pipeline.report.histograms import histograms, subjects
 from pipeline.report.pictures import why_missing
-from pipeline.report.rows import Row, Rows, recipe_text
+from pipeline.report.rows import SAMPLE, Row, Rows, recipe_text
 from pipeline.runs import Run
 
 _CAPTION: Final = 140  # characters shown of a caption
@@ -80,22 +80,28 @@ def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
         lost = rows.outcomes.get((REJECTED, step.name), 0)
         blocks.append(page.heading(step.name, page.clip(rows.conditions.get(step.name, ""), 300)))
         where = " nearest to the threshold" if step.threshold else ""
-        blocks.append(page.note(f"Dropped {lost:,} rows ({percent(lost, rows.count)} of all). Those{where or ' first by key'}:"))
+        share = percent(lost, rows.count)
+        blocks.append(page.note(f"Dropped {lost:,} rows ({share} of all); those{where or ' with the first keys'}:"))
         blocks.append(page.gallery(_stepped(step, key, examples, thumbs, rows) for key in step.dropped))
         if step.passed:
-            blocks.append(page.note(f"Kept,{where or ' for comparison'}:"))
+            blocks.append(page.note(f"Kept, those{where}:" if where else "Kept, for comparison:"))
             blocks.append(page.gallery(_stepped(step, key, examples, thumbs, rows) for key in step.passed))
     return blocks
 
 
 def distributions(rows: Rows) -> list[Html]:
     """Histograms with the thresholds drawn in."""
-    drawn = [plots.histogram(shown) for shown in histograms(rows, subjects(rows))]
+    drawn, said = histograms(rows, subjects(rows))
     if not drawn:
         return [page.paragraph("No row has a picture that could be measured.")]
     words = ("kept", "left out, or a duplicate") if rows.finished else ("kept", "staged, not yet decided")
-    about = "Rows with a picture. Dashed lines are the thresholds of the recipe's conditions; what lies in the shade is rejected."
-    return [page.note(about), plots.legend(*words), page.grid(drawn)]
+    about = "Rows with a picture. Dashed lines are thresholds of the recipe's conditions, which reject what is shaded. "
+    return [
+        page.note(about + _of_what(rows)),
+        plots.legend(*words),
+        page.grid(map(plots.histogram, drawn)),
+        *map(page.note, said),
+    ]
 
 
 def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
@@ -112,8 +118,10 @@ def domains(rows: Rows) -> list[Html]:
     """The hosts with most rows, and how many of these are kept; nothing where rows have no address."""
     host = "lower(split_part(split_part(split_part(split_part(url, '://', 2), '/', 1), '?', 1), '@', -1))"
     query = f"""
-        SELECT left(host, 80), count(*) AS n, count(*) FILTER (outcome = '{KEPT}'), count(*) FILTER (outcome = '{FAILED}')
-        FROM (SELECT {host} AS host, outcome FROM rows) WHERE host <> '' GROUP BY host ORDER BY n DESC, host LIMIT {_DOMAINS}
+        SELECT left(host, 80), count(*) AS n,
+               count(*) FILTER (outcome = '{KEPT}'), count(*) FILTER (outcome = '{FAILED}')
+        FROM (SELECT {host} AS host, outcome FROM rows WHERE {rows.sample})
+        WHERE host <> '' GROUP BY host ORDER BY n DESC, host LIMIT {_DOMAINS}
     """
     found = rows.ask(query)
     if not found:
@@ -123,8 +131,12 @@ def domains(rows: Rows) -> list[Html]:
         [name, n, k, percent(k, n), percent(f, n), Cell(plots.bar((k / most, "kept"), ((n - k) / most, "lost")))]
         for name, n, k, f in found
     ]
-    note = page.note(f"The {len(found)} hosts with most rows; blue is kept, grey is not.")
-    return [note, page.table(["host", "rows", "kept", "share kept", "failed", ""], table)]
+    note = page.note(f"The {len(found)} hosts with most rows. {_of_what(rows)}")
+    return [
+        note,
+        plots.legend("kept", "not kept"),
+        page.table(["host", "rows", "kept", "share kept", "failed", ""], table),
+    ]
 
 
 def failures(rows: Rows, examples: Examples) -> list[Html]:
@@ -138,7 +150,8 @@ def failures(rows: Rows, examples: Examples) -> list[Html]:
         said = page.clip(row.detail, _DETAIL)
         where = page.clip(row.url, _DETAIL)
         count = reasons[reason]
-        table.append([reason, count, percent(count, rows.count), _meaning(reason), " · ".join(t for t in (where, said) if t)])
+        example = " · ".join(text for text in (where, said) if text)
+        table.append([reason, count, percent(count, rows.count), _meaning(reason), example])
     blocks = [page.table(["reason", "rows", "of all rows", "what it means", "for example"], table)]
     if left := len(reasons) - len(table):
         blocks.append(page.note(f"And {left:,} more reasons."))
@@ -158,7 +171,8 @@ def throughput(runs: list[Run]) -> list[Html]:
         ended = run.ended.strftime("%Y-%m-%d %H:%M")
         table.append([ended, run.command, run.rows, rate, *seconds])
     header = ["ended (UTC)", "command", "rows ingested", "rows/s", *(f"{stage}, s" for stage in stages)]
-    return [page.table(header, table), page.note("Runs that ended, the latest first; those that were cut off are not counted.")]
+    remark = "Runs that ended, the latest first; those that were cut off are not listed."
+    return [page.note(remark), page.table(header, table)]
 
 
 def recipe(rows: Rows) -> Html:
@@ -168,6 +182,10 @@ def recipe(rows: Rows) -> Html:
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _of_what(rows: Rows) -> str:
+    return f"Counted over a random sample of about {SAMPLE:,} rows." if rows.sampled else ""
 
 
 def _picture(row: Row, thumbs: Thumbs, rows: Rows) -> Html:
@@ -191,7 +209,8 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs, rows: Rows) -> Html:
         left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), "kept")
         return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
     bits = (dropped.phash ^ kept_row.phash).bit_count()
-    sizes = f"{_sizes(kept_row)} kept, {_sizes(dropped)} dropped; hashes differ in {bits} of 64 bits"
+    apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
+    sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
     return page.pair((_picture(kept_row, thumbs, rows), "kept"), right, *said, sizes)
@@ -216,4 +235,3 @@ def _bytes(size: int) -> str:
         if size >= limit:
             return f"{size / limit:.3g} {unit}"
     return f"{size} B"
-

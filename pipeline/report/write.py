@@ -30,7 +30,9 @@ def write_report(storage: Storage) -> str:
     with Rows(storage) as rows:
         data = report(rows).encode()
     if len(data) > LIMIT:
-        raise CapstanError(f"the report would have {len(data):,} bytes: that is a mistake of Capstan's, please report it")
+        raise CapstanError(
+            f"the report would have {len(data):,} bytes: that is a mistake of Capstan's, please report it"
+        )
     storage.write(REPORT, data)
     return f"{storage.url}/{REPORT}"
 
@@ -62,7 +64,8 @@ def report(rows: Rows) -> str:
 def _state(rows: Rows) -> str:
     """Where the dataset lies, and whether it is finished."""
     if rows.manifest is None:
-        return f"{rows.storage.url} is not finished: {rows.count:,} of {rows.planned:,} planned rows have been looked at so far."
+        done = f"{rows.count:,} of {rows.planned:,} planned rows have been looked at so far"
+        return f"{rows.storage.url} is not finished: {done}."
     if not rows.finished:
         return f"{rows.storage.url} is being packed again: nothing is decided until `capstan build` has ended."
     if not rows.manifest.complete:
