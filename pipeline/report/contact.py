@@ -54,7 +54,7 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
         chosen = _choose(rows, samples, count)
         shown = rows.rows(chosen.keys)
         pictures = find_pictures(rows, shown.values())
-        cells = [_cell(rows, shown[key], pictures.get(key)) for key in chosen.keys]
+        cells = [_cell(shown[key], pictures.get(key)) for key in chosen.keys]
     title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,9 +172,9 @@ class _Cell:
     caption: str
 
 
-def _cell(rows: Rows, row: Row, jpeg: bytes | None) -> _Cell:
+def _cell(row: Row, jpeg: bytes | None) -> _Cell:
     picture = shrink(jpeg, _SIDE) if jpeg else None
-    missing = "cannot be decoded" if jpeg and picture is None else why_missing(rows, row)
+    missing = "cannot be decoded" if jpeg and picture is None else why_missing(row)
     return _Cell(picture, missing, clean(row.key), clean(clip(row.caption, 200)))
 
 

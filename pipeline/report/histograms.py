@@ -129,7 +129,10 @@ def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:
     low, _, middle, _, high = spread.quantiles
     if high <= low:
         low, high = spread.low, spread.high
-    logarithmic = low > 0 and (subject.proportional or high > _TAIL * middle)
+    heavy = middle > 0 and low >= 0 and high > _TAIL * middle
+    if heavy:
+        low = max(low, 1.0 if spread.whole else middle / _TAIL)
+    logarithmic = heavy or (subject.proportional and low > 0)
     for threshold in subject.thresholds:  # near ones are taken in; one far off would leave no room for the values
         near = threshold.value > 0 and low / 4 <= threshold.value <= high * 4 if logarithmic else True
         if near and low - (high - low) <= threshold.value <= high + (high - low):

@@ -43,11 +43,11 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
     return found
 
 
-def why_missing(rows: Rows, row: Row) -> str:
+def why_missing(row: Row) -> str:
     """In a few words, why there is no picture of a row."""
     if row.outcome not in MEASURED:
         return row.reason or row.outcome
-    return "cannot be read" if row.outcome == KEPT or rows.staged_units(row.unit) else "no longer staged"
+    return "cannot be read" if row.outcome == KEPT else "no longer staged"
 
 
 def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, bytes]:

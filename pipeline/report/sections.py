@@ -66,11 +66,11 @@ def funnel(steps: list[dict[str, Any]], conditions: Mapping[str, str]) -> Html:
     return plots.steps(shown) if shown else page.paragraph("No rows.")
 
 
-def kept(examples: Examples, thumbs: Thumbs, rows: Rows) -> Html:
+def kept(examples: Examples, thumbs: Thumbs) -> Html:
     """Some of what the dataset holds."""
     if not examples.kept:
         return page.paragraph("Nothing is kept.")
-    return page.gallery(_card(examples.rows[key], thumbs, rows) for key in examples.kept)
+    return page.gallery(_card(examples.rows[key], thumbs) for key in examples.kept)
 
 
 def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
@@ -82,10 +82,10 @@ def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
         where = " nearest to the threshold" if step.threshold else ""
         share = percent(lost, rows.count)
         blocks.append(page.note(f"Dropped {lost:,} rows ({share} of all); those{where or ' with the first keys'}:"))
-        blocks.append(page.gallery(_stepped(step, key, examples, thumbs, rows) for key in step.dropped))
+        blocks.append(page.gallery(_stepped(step, key, examples, thumbs) for key in step.dropped))
         if step.passed:
             blocks.append(page.note(f"Kept, those{where}:" if where else "Kept, for comparison:"))
-            blocks.append(page.gallery(_stepped(step, key, examples, thumbs, rows) for key in step.passed))
+            blocks.append(page.gallery(_stepped(step, key, examples, thumbs) for key in step.passed))
     return blocks
 
 
@@ -110,7 +110,7 @@ def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
     for kind, dropped in examples.pairs.items():
         count = rows.outcomes[DUPLICATE, kind]
         blocks.append(page.heading(f"{kind}: {count:,}"))
-        blocks.append(page.gallery((_pair(examples.rows[key], examples, thumbs, rows) for key in dropped), wide=True))
+        blocks.append(page.gallery((_pair(examples.rows[key], examples, thumbs) for key in dropped), wide=True))
     return blocks
 
 
@@ -188,23 +188,23 @@ def _of_what(rows: Rows) -> str:
     return f"Counted over a random sample of about {SAMPLE:,} rows." if rows.sampled else ""
 
 
-def _picture(row: Row, thumbs: Thumbs, rows: Rows) -> Html:
-    return page.frame(thumbs.get(row.key), page.clip(row.caption, _CAPTION), why_missing(rows, row))
+def _picture(row: Row, thumbs: Thumbs) -> Html:
+    return page.frame(thumbs.get(row.key), page.clip(row.caption, _CAPTION), why_missing(row))
 
 
-def _card(row: Row, thumbs: Thumbs, rows: Rows, *facts: str) -> Html:
+def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
     shown = page.clip(row.caption, _CAPTION)
-    return page.card(_picture(row, thumbs, rows), shown, *facts, _sizes(row))
+    return page.card(_picture(row, thumbs), shown, *facts, _sizes(row))
 
 
-def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs, rows: Rows) -> Html:
+def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
     number = examples.values.get((step.name, key))
-    return _card(examples.rows[key], thumbs, rows, "" if number is None else f"value {plots.short(number)}")
+    return _card(examples.rows[key], thumbs, "" if number is None else f"value {plots.short(number)}")
 
 
-def _pair(dropped: Row, examples: Examples, thumbs: Thumbs, rows: Rows) -> Html:
+def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
     kept_row = examples.rows.get(dropped.detail)
-    right = (_picture(dropped, thumbs, rows), "dropped")
+    right = (_picture(dropped, thumbs), "dropped")
     if kept_row is None:
         left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), "kept")
         return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
@@ -213,7 +213,7 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs, rows: Rows) -> Html:
     sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
-    return page.pair((_picture(kept_row, thumbs, rows), "kept"), right, *said, sizes)
+    return page.pair((_picture(kept_row, thumbs), "kept"), right, *said, sizes)
 
 
 def _sizes(row: Row) -> str:

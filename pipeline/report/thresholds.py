@@ -74,7 +74,7 @@ def _parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
 
 
 def _list(statement: Node) -> list[Node]:
-    return list(statement["statements"][0]["node"]["select_list"])
+    return list(statement["statements"][0]["node"].get("select_list", []))  # a UNION has none of its own
 
 
 def _expression(statement: Node) -> Node:

@@ -46,7 +46,7 @@ def report(rows: Rows) -> str:
     made = page.Page(name, page.note(_state(rows)), sections.key_figures(rows, size))
     if rows.manifest and rows.finished:
         made.section("Funnel", sections.funnel(rows.manifest.funnel, rows.conditions))
-    made.section("What is kept" if rows.finished else "What is staged", sections.kept(examples, thumbs, rows))
+    made.section("What is kept" if rows.finished else "What is staged", sections.kept(examples, thumbs))
     if examples.steps:
         made.section("What the conditions dropped", *sections.by_step(examples, thumbs, rows))
     made.section("Sizes, captions and scores", *sections.distributions(rows))
