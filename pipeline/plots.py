@@ -245,7 +245,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round values within [low, high], spread evenly over powers of ten.
 
     >>> log_ticks(8, 5000)
-    [10.0, 100.0, 1000.0]
+    [10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
