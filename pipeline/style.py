@@ -42,8 +42,9 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .38rem 1.3rem .38rem 0; border-bottom: 1px solid var(--line); text-align: left;
          vertical-align: top }
 th { color: var(--soft); font-size: .82rem; font-weight: 600; white-space: nowrap }
-td { min-width: 3.5rem; max-width: 34rem; overflow-wrap: anywhere }
-td.number, th.number { text-align: right; white-space: nowrap }
+td { min-width: 9rem; max-width: 34rem; overflow-wrap: anywhere }
+td:first-child { min-width: 0; white-space: nowrap }
+td.number, th.number { min-width: 0; text-align: right; white-space: nowrap }
 th:last-child, td:last-child { padding-right: 0 }
 td .bar { width: 11rem; margin-top: .42rem }
 
@@ -54,7 +55,7 @@ svg g:hover .hit { fill: var(--soft); fill-opacity: .14 }
 svg .axis { stroke: var(--lost); stroke-width: 1 } svg .rule { stroke: var(--grid); stroke-width: 1 }
 svg .mark { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3 }
 svg text.marked { fill: var(--mark); font-weight: 600 }
-svg .shade { fill: var(--mark); fill-opacity: .08 }
+svg .shade { fill: var(--mark); fill-opacity: .1 }
 svg .line { fill: none; stroke: var(--kept); stroke-width: 1.6; stroke-linejoin: round }
 svg .line.second { stroke: var(--mark) } svg .line.third { stroke: var(--lost) }
 svg.bar { height: .66rem; border-radius: 2px; background: var(--panel); overflow: hidden }

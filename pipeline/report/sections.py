@@ -100,7 +100,7 @@ def distributions(rows: Rows) -> list[Html]:
         page.note(about + _of_what(rows)),
         plots.legend(*words),
         page.grid(map(plots.histogram, drawn)),
-        *map(page.note, said),
+        *([page.note(" · ".join(said))] if said else []),
     ]
 
 
@@ -131,7 +131,7 @@ def domains(rows: Rows) -> list[Html]:
         [name, n, k, percent(k, n), percent(f, n), Cell(plots.bar((k / most, "kept"), ((n - k) / most, "lost")))]
         for name, n, k, f in found
     ]
-    note = page.note(f"The {len(found)} hosts with most rows. {_of_what(rows)}")
+    note = page.note(f"Those with most rows, {_DOMAINS} at most. {_of_what(rows)}")
     return [
         note,
         plots.legend("kept", "not kept"),
@@ -155,7 +155,7 @@ def failures(rows: Rows, examples: Examples) -> list[Html]:
     blocks = [page.table(["reason", "rows", "of all rows", "what it means", "for example"], table)]
     if left := len(reasons) - len(table):
         blocks.append(page.note(f"And {left:,} more reasons."))
-    return [*blocks, page.note("`capstan build RECIPE --retry timeout,http_503` tries rows of these reasons again.")]
+    return [*blocks, page.note("Rows are tried again for reasons that may heal: capstan build RECIPE --retry timeout,http_503")]
 
 
 def throughput(runs: list[Run]) -> list[Html]:
@@ -166,7 +166,7 @@ def throughput(runs: list[Run]) -> list[Html]:
     table = []
     for run in reversed(runs[-_RUNS:]):
         ingest = run.seconds.get("ingest", 0.0)
-        rate = round(run.rows / ingest, 1) if run.rows and ingest else None
+        rate = round(run.rows / ingest) if run.rows and ingest else None
         seconds = [run.seconds.get(stage) for stage in stages]
         ended = run.ended.strftime("%Y-%m-%d %H:%M")
         table.append([ended, run.command, run.rows, rate, *seconds])
