@@ -155,7 +155,10 @@ def failures(rows: Rows, examples: Examples) -> list[Html]:
     blocks = [page.table(["reason", "rows", "of all rows", "what it means", "for example"], table)]
     if left := len(reasons) - len(table):
         blocks.append(page.note(f"And {left:,} more reasons."))
-    return [*blocks, page.note("Rows are tried again for reasons that may heal: capstan build RECIPE --retry timeout,http_503")]
+    return [
+        *blocks,
+        page.note("Rows are tried again for reasons that may heal: capstan build RECIPE --retry timeout,http_503"),
+    ]
 
 
 def throughput(runs: list[Run]) -> list[Html]:
