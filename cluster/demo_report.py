@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import page
+from pipeline import page, plots
 from pipeline.config import Recipe, WorldSource
-from pipeline.report import funnel, reasons
+from pipeline.page import Html
+from pipeline.report.examples import choose
+from pipeline.report.rows import Rows
+from pipeline.report.sections import failures, funnel
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from pipeline.world import oracle
@@ -31,8 +34,10 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
     layer = str((recipes["diffusion"].train or {})["data"]["layer"])
     made = page.Page(
         "Capstan demo",
-        "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that Capstan "
-        "draws itself, so that each can be held against the truth.",
+        page.paragraph(
+            "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that "
+            "Capstan draws itself, so that each can be held against the truth."
+        ),
     )
     evaluation = json.loads((folder / "diffusion" / "evaluation.json").read_text())
     grid = (folder / "diffusion" / "evaluation.png").read_bytes()
@@ -40,14 +45,21 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
         "Pictures drawn from prompts", page.note("No prompt was seen in training."), page.image(grid, "the grid")
     )
     made.section("How well pictures follow prompts", _followed(evaluation))
-    made.section("From rows to pictures", funnel(dataset), page.paragraph("Why rows were left out:"), reasons(dataset))
+    made.section("From rows to pictures", *_funnel(dataset))
     made.section("Captions", *_captions(dataset, world, layer))
-    made.section("Training", *(_curve(made, folder, run) for run in _RUNS))
+    made.section("Training", page.note("Loss by step."), page.grid(_curve(folder, run) for run in _RUNS))
     Storage(str(folder), field="DIR").write("report.html", made.html().encode())
     return folder / "report.html"
 
 
-def _followed(evaluation: dict[str, Any]) -> str:
+def _funnel(dataset: Dataset) -> list[Html]:
+    """What became of the rows, and why some failed."""
+    with Rows(dataset.storage) as rows:
+        steps = funnel(dataset.manifest.funnel, rows.conditions)
+        return [steps, page.heading("Failures"), *failures(rows, choose(rows))]
+
+
+def _followed(evaluation: dict[str, Any]) -> Html:
     """The oracle's measures beside chance, the ceiling that the autoencoder sets, and the oracle's own accuracy."""
     clean = evaluation["oracle"]
     rows = [
@@ -59,10 +71,10 @@ def _followed(evaluation: dict[str, Any]) -> str:
         f"{evaluation['scenes']} unseen descriptions, one picture each. The oracle is a parser of drawings. Chance is "
         "what pictures of other scenes score; relation counts only if both things are found."
     )
-    return page.note(remark) + page.table(header, rows)
+    return Html(page.note(remark) + page.table(header, rows))
 
 
-def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[str]:
+def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[Html]:
     """Original beside short and descriptive captions, and how often the latter are true."""
     shown: list[tuple[bytes, dict[str, str]]] = []
     originals, written = list[dict[str, float]](), list[dict[str, float]]()
@@ -85,8 +97,8 @@ def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[str]:
     return [page.note(remark), table, page.cards(shown)]
 
 
-def _curve(made: page.Page, folder: Path, run: str) -> str:
+def _curve(folder: Path, run: str) -> Html:
     """A run's loss by step."""
     records = [json.loads(line) for line in (folder / run / "log.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
-    return made.curves(run, {"loss": (steps, [record["loss"] for record in records])}, "loss")
+    return plots.curves(run, {"loss": (steps, [record["loss"] for record in records])})

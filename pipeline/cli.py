@@ -74,12 +74,31 @@ def add_commands(app: typer.Typer, load: Load) -> None:
             raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
 
     @app.command()
-    def report(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
-        """Write report.html into the dataset's folder: the funnel, why rows were left out, and samples."""
-        from pipeline.report import write_report
-        from pipeline.shards import Dataset
+    def report(
+        dataset: DatasetArgument,
+        samples: Annotated[
+            list[str],
+            typer.Option(
+                "--samples",
+                metavar="COLUMN=VALUE|NAME|FILE",
+                help="A contact sheet of these rows instead: reason=match, a condition's name, or a file of keys; "
+                "repeatable, all must hold.",
+            ),
+        ] = [],  # noqa: B006
+        count: Annotated[int, typer.Option(min=1, max=1000, help="Rows on the contact sheet.")] = 64,
+        out: Annotated[Path, typer.Option("-o", metavar="FILE", help="The contact sheet.")] = Path("samples.png"),
+        as_json: JsonOption = False,
+    ) -> None:
+        """Write report.html into the dataset's folder: the funnel, what each step dropped; or a contact sheet."""
+        storage = Storage(dataset, field="DATASET")
+        if samples:
+            from pipeline.report.contact import write_sheet
 
-        finish({"report": write_report(Dataset(Storage(dataset, field="DATASET")))}, as_json)
+            finish(write_sheet(storage, samples, out, count), as_json)
+        else:
+            from pipeline.report.write import write_report
+
+            finish({"report": write_report(storage)}, as_json)
 
 
 def finish(summary: Mapping[str, Any], as_json: bool) -> None:

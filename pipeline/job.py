@@ -16,6 +16,7 @@ from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
 from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
+from pipeline.runs import note_run
 from pipeline.score import registry
 from pipeline.score.job import as_scored
 from pipeline.score.job import score as run_scorers
@@ -51,7 +52,8 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     units = job.units(planned.units)
     freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
     again = begin(job, units, markers(job), reasons, freed) if reasons else Round({}, 0)
-    with _site(job, needed=bool(again.units or pending(job, units))) as resolve:
+    fresh = pending(job, units)
+    with _site(job, needed=bool(again.units or fresh)) as resolve:
         job = Ingest(recipe, storage, resolve)
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
     retried = end(job)
@@ -61,6 +63,9 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
     published = _publish(recipe, storage, ready, scorers, clock, progress)
+    if summary.done or "pack" in clock.laps:
+        ingested = again.rows + sum(unit.spec["rows"] for unit in fresh if unit.id not in summary.quarantined)
+        note_run(storage, "build", ingested, clock.laps)
     return {
         **published,
         **({"retried": again.rows} if reasons else {}),
@@ -99,7 +104,10 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
         clock.lap("select")
         seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
         return {**seen, "seconds": clock.laps}
-    return {**_publish(recipe, storage, units, scorers, clock, progress), "seconds": clock.laps}
+    published = _publish(recipe, storage, units, scorers, clock, progress)
+    if "pack" in clock.laps:
+        note_run(storage, "select", 0, clock.laps)
+    return {**published, "seconds": clock.laps}
 
 
 def _publish(
@@ -189,7 +197,7 @@ def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
 
 
 class _Clock:
-    """Seconds by stage, for the summary only: nothing timed is written into a dataset."""
+    """Seconds by stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

@@ -1,96 +1,116 @@
 """Building blocks of a self-contained HTML page. Every text that goes in is escaped: captions are untrusted.
 
-Light and dark, narrow and wide; nothing is loaded from elsewhere. Blocks are strings of safe HTML; only the functions
-here make them.
+Blocks are `Html`, which only the functions of this file and of `pipeline.plots` make; plain text cannot be taken for
+it. The page has no script and loads nothing: its content security policy forbids both, so that even a mistake in
+escaping could not run anything. Light and dark by what the reader's system says; narrow and wide.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
+import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NewType
 
-_STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #667; --line: #d9dce1; --paper: #fff; --bar: #3b6fd4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa3ad; --line: #353b43; --paper: #14171a; --bar: #6d9cf5; }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--paper); color: var(--ink);
-       font: 16px/1.5 system-ui, sans-serif }
-h1 { margin: 0 0 .2rem; font-size: 1.7rem } h2 { margin: 2.6rem 0 .6rem; font-size: 1.2rem }
-p { margin: .4rem 0 1rem; max-width: 46rem } .soft, figcaption { color: var(--soft); font-size: .9rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-th { font-weight: 600; color: var(--soft) } td.number, th.number { text-align: right }
-.bar { height: .7rem; min-width: 1px; border-radius: 2px; background: var(--bar) }
-td.drawn { width: 40%; min-width: 8rem; vertical-align: middle }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.2rem }
-figure { margin: 0 } img { max-width: 100%; height: auto; border-radius: 3px }
-.cards img { width: 9rem; image-rendering: auto }
-dl { margin: .3rem 0 0 } dt { color: var(--soft); font-size: .8rem } dd { margin: 0 0 .4rem; overflow-wrap: anywhere }
-"""
+from PIL import Image
 
-_PLOT: Final = {"margin": {"l": 50, "r": 16, "t": 36, "b": 40}, "height": 300, "paper_bgcolor": "rgba(0,0,0,0)"}
+from pipeline.style import STYLE
+
+Html = NewType("Html", str)  # safe to stand in the page
+
+# What no text needs and some browser may take amiss: control characters, halves of surrogates, non-characters, and the
+# marks that reverse the direction of everything after them.
+_UNFIT: Final = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+_SMALL_SIDE: Final = 64  # pixels: pictures up to this size are shown enlarged, pixel by pixel
 
 
 class Page:
     """A page that grows section by section; `html()` is the whole file."""
 
-    def __init__(self, title: str, lead: str) -> None:
-        self._title, self._parts, self._plots = title, [f"<h1>{escape(title)}</h1>", paragraph(lead)], 0
+    def __init__(self, title: str, *lead: Html) -> None:
+        self._title, self._lead = title, lead
+        self._sections: list[tuple[str, tuple[Html, ...]]] = []
 
-    def section(self, title: str, *blocks: str) -> None:
+    def section(self, title: str, *blocks: Html) -> None:
         """A heading and what stands beneath it."""
-        self._parts += [f"<section><h2>{escape(title)}</h2>", *blocks, "</section>"]
-
-    def curves(self, title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], y: str) -> str:
-        """A plot of named lines, each (x, y). Plotly is put into the page once, with the first plot."""
-        import plotly.graph_objects as go
-        import plotly.io
-
-        figure = go.Figure(
-            [go.Scatter(x=list(x), y=list(v), name=name, mode="lines") for name, (x, v) in lines.items()]
-        )
-        grid = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
-        figure.update_layout(**_PLOT, title=title, plot_bgcolor="rgba(0,0,0,0)", font={"color": "#808890"})
-        figure.update_layout(xaxis={"title": "step", **grid}, yaxis={"title": y, **grid}, showlegend=len(lines) > 1)
-        self._plots += 1
-        return str(
-            plotly.io.to_html(
-                figure,
-                full_html=False,
-                include_plotlyjs=self._plots == 1,
-                div_id=f"plot-{self._plots}",
-                config={"displayModeBar": False, "responsive": True},
-            )
-        )
+        self._sections.append((title, blocks))
 
     def html(self) -> str:
         """The page as one file."""
-        head = (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self._title)}</title><style>{_STYLE}</style></head><body>"
-        )
-        return head + "\n".join(self._parts) + "</body></html>\n"
+        # The style is named by its hash, so that no other style, inline ones included, is taken.
+        style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+        policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+        head = [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">',
+            f"<title>{escape(self._title)}</title><style>{STYLE}</style></head><body>",
+            f"<header><h1>{said(self._title)}</h1>",
+            *self._lead,
+            f"{self._contents()}</header><main>",
+        ]
+        body = [
+            f'<section id="s{number}"><h2>{escape(title)}</h2>{"".join(blocks)}</section>'
+            for number, (title, blocks) in enumerate(self._sections, 1)
+        ]
+        return "\n".join([*head, *body, "</main></body></html>\n"])
+
+    def _contents(self) -> Html:
+        links = (f'<a href="#s{number}">{escape(title)}</a>' for number, (title, _) in enumerate(self._sections, 1))
+        return Html(f'<nav aria-label="Sections">{" ".join(links)}</nav>')
 
 
-def escape(text: object) -> str:
-    """Text that can stand anywhere in the page."""
-    return html.escape(str(text), quote=True)
+# Texts ----------------------------------------------------------------------------------------------------------------
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+def clean(text: object) -> str:
+    """`text` with � for every character that is unfit to be shown."""
+    return _UNFIT.sub("\ufffd", str(text))
 
 
-def note(text: str) -> str:
+def clip(text: str, most: int) -> str:
+    """`text` on one line, of `most` characters at most.
+
+    >>> clip("a picture  of a cat", 12)
+    'a picture o…'
+    """
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def escape(text: object) -> Html:
+    """Text that can stand anywhere in the page, in a quoted attribute too."""
+    return Html(html.escape(clean(text), quote=True))
+
+
+def said(text: object) -> Html:
+    """Somebody else's text: its direction of writing does not reach beyond it."""
+    return Html(f"<bdi>{escape(text)}</bdi>")
+
+
+def paragraph(text: str) -> Html:
+    return Html(f"<p>{escape(text)}</p>")
+
+
+def note(text: str) -> Html:
     """A paragraph of less weight."""
-    return f'<p class="soft">{escape(text)}</p>'
+    return Html(f'<p class="soft">{escape(text)}</p>')
+
+
+def heading(text: str, code: str = "") -> Html:
+    """A heading inside a section; `code` follows it as code."""
+    return Html(f"<h3>{said(text)}{_code(code)}</h3>")
+
+
+def _code(text: str) -> str:
+    return f" <code>{said(text)}</code>" if text else ""
 
 
 def number(value: Any) -> str:
@@ -102,49 +122,117 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers stand to the right."""
-    body, numeric = [], [False] * len(header)
-    for row in rows:
-        numeric = [isinstance(value, int | float) for value in row]
-        body.append("<tr>" + "".join(_cell("td", number(v), n) for v, n in zip(row, numeric, strict=True)) + "</tr>")
-    top = "".join(_cell("th", name, right) for name, right in zip(header, numeric, strict=True))
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def _cell(tag: str, text: str, right: bool) -> str:
-    return f"<{tag}{' class=number' if right else ''}>{escape(text)}</{tag}>"
-
-
-def bars(rows: Sequence[tuple[str, int, str]]) -> str:
-    """Named amounts as bars, each with a remark: the funnel."""
-    most = max((amount for _, amount, _ in rows), default=0) or 1
-    body = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{amount:,}</td>'
-        f'<td class="drawn"><div class="bar" style="width:{100 * amount / most:.1f}%"></div></td>'
-        f'<td class="soft">{escape(remark)}</td></tr>'
-        for name, amount, remark in rows
-    )
-    return f'<div class="wide"><table style="width:100%"><tbody>{body}</tbody></table></div>'
-
-
-def image(data: bytes, alt: str) -> str:
-    """A JPEG or PNG inside the page."""
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> str:
-    """Pictures, each with named texts beneath it."""
-    made = []
-    for data, texts in items:
-        lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in texts.items())
-        made.append(
-            f"<figure>{image(data, next(iter(texts.values()), ''))}<figcaption><dl>{lines}</dl></figcaption></figure>"
-        )
-    return f'<div class="cards">{"".join(made)}</div>'
+def percent(part: float, whole: float) -> str:
+    """
+    >>> percent(1, 3), percent(1, 100_000), percent(0, 0)
+    ('33.3%', '<0.1%', '–')
+    """
+    if not whole:
+        return "–"
+    share = 100 * part / whole
+    return "<0.1%" if 0 < share < 0.1 else f"{share:.1f}%"
 
 
 def plain(value: Any) -> str:
     """Plain data as text, for facts of any shape."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """A table that scrolls in its own box; numbers and percentages stand to the right. Cells that are `Html` by way of
+    `cell` stand as they are."""
+    rows = list(rows)
+    right = [bool(rows) and all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    top = "".join(f'<th scope="col"{_side(r)}>{escape(name)}</th>' for name, r in zip(header, right, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{_side(r)}>{_cell(value)}</td>" for value, r in zip(row, right, strict=True)) + "</tr>"
+        for row in rows
+    )
+    box = f'<div class="wide" tabindex="0" role="region" aria-label="{escape("Table: " + ", ".join(header))}">'
+    return Html(f"{box}<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+class Cell:
+    """A table's cell that holds a block."""
+
+    def __init__(self, block: Html) -> None:
+        self.block = block
+
+
+def _cell(value: Any) -> Html:
+    return value.block if isinstance(value, Cell) else said(number(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value is None or (isinstance(value, str) and value.endswith("%"))
+
+
+def _side(right: bool) -> str:
+    return " class=number" if right else ""
+
+
+def figures(values: Mapping[str, str]) -> Html:
+    """A few numbers that matter most, large."""
+    parts = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
+    return Html(f'<dl class="figures">{"".join(parts)}</dl>')
+
+
+def details(title: str, text: str) -> Html:
+    """Text that is shown on demand."""
+    return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+
+
+def grid(blocks: Iterable[Html]) -> Html:
+    """Blocks side by side, as many as there is room for."""
+    return Html(f'<div class="grid">{"".join(blocks)}</div>')
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def image(data: bytes, alt: str) -> Html:
+    """A JPEG or PNG inside the page."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+    pixels = ' class="pixels"' if max(width, height) <= _SMALL_SIDE else ""
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Html(f'<img{pixels} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">')
+
+
+def frame(data: bytes | None, alt: str, missing: str = "no picture") -> Html:
+    """A picture in a square, or the reason why there is none."""
+    inner = image(data, alt or "a picture without a caption") if data else Html(f"<span>{said(missing)}</span>")
+    return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
+
+
+def card(picture: Html, text: str, *facts: str) -> Html:
+    """A framed picture, what is said of it, and small facts beneath."""
+    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
+    shown = said(text) if text.strip() else Html("<i>no caption</i>")
+    return Html(f"<figure>{picture}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
+
+
+def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str) -> Html:
+    """Two framed pictures beside each other, each with a word above it, and facts beneath."""
+    sides = "".join(f"<div><b>{escape(word)}</b>{picture}</div>" for picture, word in (left, right))
+    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
+    return Html(f'<figure class="pair"><div class="sides">{sides}</div><figcaption>{lines}</figcaption></figure>')
+
+
+def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
+    """Cards, or with `wide` pairs, in even columns."""
+    return Html(f'<div class="gallery{" pairs" if wide else ""}">{"".join(blocks)}</div>')
+
+
+def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> Html:
+    """Pictures, each with named texts beside it."""
+    made = []
+    for data, texts in items:
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{said(text)}</dd>" for name, text in texts.items())
+        picture = frame(data, next(iter(texts.values()), ""))
+        made.append(f"<figure>{picture}<figcaption><dl>{lines}</dl></figcaption></figure>")
+    return Html(f'<div class="cards">{"".join(made)}</div>')

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,6 +98,17 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
     )
     assert build(recipe, progress=False)["counts"]["kept"] == len(rows)
     return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def hostile_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources) -> Path:
+    """A dataset of the rows in helpers/hostile.py: some kept, dropped, repeated and failed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("hostile")
+    rows = [hostile.row(number, picture) for number in range(hostile.ROWS)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    recipe = Recipe.model_validate(hostile.recipe(str(folder), str(folder / "rows.parquet")))
+    build(recipe, progress=False)
+    return Path(recipe.dataset)
 
 
 def odd_picture(seed: int) -> bytes:

@@ -1,0 +1,1 @@
+"""A dataset → report.html, and contact sheets of its rows."""

@@ -1,0 +1,240 @@
+"""The report's sections: each takes the rows, and what was found in them, and gives blocks of HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pipeline import page, plots
+from pipeline.page import Cell, Html, percent
+from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from pipeline.report.examples import Examples, Step
+from pipeline.report.histograms import histograms, subjects
+from pipeline.report.pictures import why_missing
+from pipeline.report.rows import SAMPLE, Row, Rows, recipe_text
+from pipeline.runs import Run
+
+_CAPTION: Final = 140  # characters shown of a caption
+_DETAIL: Final = 110  # of an address, and of what a fetch said
+_DOMAINS: Final = 20
+_RUNS: Final = 12
+_RECIPE: Final = 20_000  # characters
+
+# What a failure reason means, in the words of somebody who wonders what to do about it.
+_MEANING: Final = {
+    "bad_url": "not an address that can be fetched",
+    "private_address": "the host lies in a private network (fetch.allow_private)",
+    "dns": "the host's name is not known",
+    "connect": "the host takes no connection",
+    "tls": "the host's certificate is not valid",
+    "timeout": "not done within fetch.timeout_s",
+    "redirects": "redirected too often, or to nowhere",
+    "robots": "robots.txt asks not to fetch it",
+    "noai": "the site asks not to use it for training",
+    "too_large_bytes": "larger than fetch.max_bytes",
+    "empty": "no bytes",
+    "not_an_image": "something else than a picture, often an HTML page",
+    "unsupported": "a format that is not read",
+    "truncated": "the file ends early",
+    "corrupt": "damaged, or its checksum is another",
+    "too_many_pixels": "more than image.max_pixels",
+    "too_small": "its shorter side is below image.min_size",
+    "bad_caption": "the caption is not text",
+    "read_error": "the source could not be read",
+}
+
+Thumbs = Mapping[str, bytes]
+
+
+def key_figures(rows: Rows, size: int) -> Html:
+    """The counts that matter most; `size` is that of the tars in bytes."""
+    total = rows.count
+    if not rows.finished:
+        staged = total - rows.having(FAILED)
+        shares = {"Rows planned": f"{rows.planned:,}", "Looked at": f"{total:,}", "Staged": f"{staged:,}"}
+        return page.figures(shares | {"Failed": percent(rows.having(FAILED), total)})
+    counts = {"Rows": f"{total:,}", "Kept": f"{rows.having(KEPT):,}"}
+    names = {"Rejected": REJECTED, "Duplicates": DUPLICATE, "Failed": FAILED}
+    counts |= {name: percent(rows.having(outcome), total) for name, outcome in names.items()}
+    shards = len(rows.manifest.shards) if rows.manifest else 0
+    return page.figures(counts | {"Shards": f"{shards:,}", "Size": _bytes(size)})
+
+
+def funnel(steps: list[dict[str, Any]], conditions: Mapping[str, str]) -> Html:
+    """Rows left after each step, and lost by it: the manifest's funnel."""
+    shown = [(str(s["step"]), page.clip(conditions.get(s["step"], ""), 300), s["left"], s["lost"]) for s in steps]
+    return plots.steps(shown) if shown else page.paragraph("No rows.")
+
+
+def kept(examples: Examples, thumbs: Thumbs) -> Html:
+    """Some of what the dataset holds."""
+    if not examples.kept:
+        return page.paragraph("Nothing is kept.")
+    return page.gallery(_card(examples.rows[key], thumbs) for key in examples.kept)
+
+
+def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
+    """What each condition dropped, and what it let pass."""
+    blocks: list[Html] = []
+    for step in examples.steps:
+        lost = rows.outcomes.get((REJECTED, step.name), 0)
+        blocks.append(page.heading(step.name, page.clip(rows.conditions.get(step.name, ""), 300)))
+        where = " nearest to the threshold" if step.threshold else ""
+        share = percent(lost, rows.count)
+        blocks.append(page.note(f"Dropped {lost:,} rows ({share} of all); those{where or ' with the first keys'}:"))
+        blocks.append(page.gallery(_stepped(step, key, examples, thumbs) for key in step.dropped))
+        if step.passed:
+            blocks.append(page.note(f"Kept, those{where}:" if where else "Kept, for comparison:"))
+            blocks.append(page.gallery(_stepped(step, key, examples, thumbs) for key in step.passed))
+    return blocks
+
+
+def distributions(rows: Rows) -> list[Html]:
+    """Histograms with the thresholds drawn in."""
+    drawn, said = histograms(rows, subjects(rows))
+    if not drawn:
+        return [page.paragraph("No row has a picture that could be measured.")]
+    words = ("kept", "left out, or a duplicate") if rows.finished else ("kept", "staged, not yet decided")
+    about = "Rows with a picture. Dashed lines are thresholds of the recipe's conditions, which reject what is shaded. "
+    return [
+        page.note(about + _of_what(rows)),
+        plots.legend(*words),
+        page.grid(map(plots.histogram, drawn)),
+        *([page.note(" · ".join(said))] if said else []),
+    ]
+
+
+def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
+    """Dropped pictures beside the ones that were kept instead."""
+    blocks: list[Html] = []
+    for kind, dropped in examples.pairs.items():
+        count = rows.outcomes[DUPLICATE, kind]
+        blocks.append(page.heading(f"{kind}: {count:,}"))
+        blocks.append(page.gallery((_pair(examples.rows[key], examples, thumbs) for key in dropped), wide=True))
+    return blocks
+
+
+def domains(rows: Rows) -> list[Html]:
+    """The hosts with most rows, and how many of these are kept; nothing where rows have no address."""
+    host = "lower(split_part(split_part(split_part(split_part(url, '://', 2), '/', 1), '?', 1), '@', -1))"
+    query = f"""
+        SELECT left(host, 80), count(*) AS n,
+               count(*) FILTER (outcome = '{KEPT}'), count(*) FILTER (outcome = '{FAILED}')
+        FROM (SELECT {host} AS host, outcome FROM rows WHERE {rows.sample})
+        WHERE host <> '' GROUP BY host ORDER BY n DESC, host LIMIT {_DOMAINS}
+    """
+    found = rows.ask(query)
+    if not found:
+        return []
+    most = found[0][1]
+    table = [
+        [name, n, k, percent(k, n), percent(f, n), Cell(plots.bar((k / most, "kept"), ((n - k) / most, "lost")))]
+        for name, n, k, f in found
+    ]
+    note = page.note(f"Those with most rows, {_DOMAINS} at most. {_of_what(rows)}")
+    return [
+        note,
+        plots.legend("kept", "not kept"),
+        page.table(["host", "rows", "kept", "share kept", "failed", ""], table),
+    ]
+
+
+def failures(rows: Rows, examples: Examples) -> list[Html]:
+    """Why rows have no picture."""
+    reasons = {reason: count for (outcome, reason), count in rows.outcomes.items() if outcome == FAILED}
+    if not reasons:
+        return [page.paragraph("No row failed.")]
+    table = []
+    for reason, listed in examples.failed.items():
+        row = examples.rows[listed[0]]
+        said = page.clip(row.detail, _DETAIL)
+        where = page.clip(row.url, _DETAIL)
+        count = reasons[reason]
+        example = " · ".join(text for text in (where, said) if text)
+        table.append([reason, count, percent(count, rows.count), _meaning(reason), example])
+    blocks = [page.table(["reason", "rows", "of all rows", "what it means", "for example"], table)]
+    if left := len(reasons) - len(table):
+        blocks.append(page.note(f"And {left:,} more reasons."))
+    return [
+        *blocks,
+        page.note("Rows are tried again for reasons that may heal: capstan build RECIPE --retry timeout,http_503"),
+    ]
+
+
+def throughput(runs: list[Run]) -> list[Html]:
+    """What the latest runs took."""
+    if not runs:
+        return [page.paragraph("No run that was timed has ended yet.")]
+    stages = list(dict.fromkeys(stage for run in runs for stage in run.seconds))
+    table = []
+    for run in reversed(runs[-_RUNS:]):
+        ingest = run.seconds.get("ingest", 0.0)
+        rate = round(run.rows / ingest) if run.rows and ingest else None
+        seconds = [run.seconds.get(stage) for stage in stages]
+        ended = run.ended.strftime("%Y-%m-%d %H:%M")
+        table.append([ended, run.command, run.rows, rate, *seconds])
+    header = ["ended (UTC)", "command", "rows ingested", "rows/s", *(f"{stage}, s" for stage in stages)]
+    remark = "Runs that ended, the latest first; those that were cut off are not listed."
+    return [page.note(remark), page.table(header, table)]
+
+
+def recipe(rows: Rows) -> Html:
+    """The recipe, on demand."""
+    text = recipe_text(rows.manifest)
+    return page.details("The recipe, as the manifest keeps it", text[:_RECIPE])
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _of_what(rows: Rows) -> str:
+    return f"Counted over a random sample of about {SAMPLE:,} rows." if rows.sampled else ""
+
+
+def _picture(row: Row, thumbs: Thumbs) -> Html:
+    return page.frame(thumbs.get(row.key), page.clip(row.caption, _CAPTION), why_missing(row))
+
+
+def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
+    shown = page.clip(row.caption, _CAPTION)
+    return page.card(_picture(row, thumbs), shown, *facts, _sizes(row))
+
+
+def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
+    number = examples.values.get((step.name, key))
+    return _card(examples.rows[key], thumbs, "" if number is None else f"value {plots.short(number)}")
+
+
+def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
+    kept_row = examples.rows.get(dropped.detail)
+    right = (_picture(dropped, thumbs), "dropped")
+    if kept_row is None:
+        left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), "kept")
+        return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
+    bits = (dropped.phash ^ kept_row.phash).bit_count()
+    apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
+    sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
+    captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
+    said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
+    return page.pair((_picture(kept_row, thumbs), "kept"), right, *said, sizes)
+
+
+def _sizes(row: Row) -> str:
+    return f"{row.original_width} × {row.original_height}" if row.original_width else ""
+
+
+def _meaning(reason: str) -> str:
+    if reason.startswith("http_"):
+        return f"the server answered {reason[5:]}"
+    return _MEANING.get(reason, "")
+
+
+def _bytes(size: int) -> str:
+    """
+    >>> _bytes(0), _bytes(3_400_000)
+    ('0 B', '3.4 MB')
+    """
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= limit:
+            return f"{size / limit:.3g} {unit}"
+    return f"{size} B"

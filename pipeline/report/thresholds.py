@@ -1,0 +1,142 @@
+"""SQL conditions → what they compare with which number.
+
+DuckDB parses them: a condition is taken apart where it is comparisons joined by AND, and each that holds something of a
+row against a number is a threshold. OR, NOT, subqueries and all else mean that no single line divides the rows, and
+give none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import duckdb
+
+_OPERATORS: Final = {
+    "COMPARE_GREATERTHANOREQUALTO": "≥",
+    "COMPARE_GREATERTHAN": ">",
+    "COMPARE_LESSTHANOREQUALTO": "≤",
+    "COMPARE_LESSTHAN": "<",
+}
+_TURNED: Final = {"≥": "≤", ">": "<", "≤": "≥", "<": ">"}
+_ARITHMETIC: Final = {"+", "-", "*", "/"}
+_UNCLEAR: Final = {"SUBQUERY", "WINDOW", "STAR", "LAMBDA", "PARAMETER"}
+
+Node = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`subject` (SQL, as DuckDB writes it) must be ≥, >, ≤ or < `value` for the condition to hold."""
+
+    condition: str
+    subject: str
+    operator: str
+    value: float
+
+    @property
+    def keeps_above(self) -> bool:
+        return self.operator in ("≥", ">")
+
+
+def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> list[Threshold]:
+    """The thresholds in `conditions` (name → SQL), in order."""
+    found = []
+    for name, where in conditions.items():
+        if statement := _parse(db, where):
+            for subject, operator, constant in _comparisons(_expression(statement)):
+                text, value = _sql(db, statement, subject), _number(db, statement, constant)
+                if text is not None and value is not None:
+                    found.append(Threshold(name, text, operator, value))
+    return found
+
+
+def canonical(db: duckdb.DuckDBPyConnection, expression: str) -> str:
+    """An expression as DuckDB writes it: two that differ in spaces or brackets are the same."""
+    statement = _parse(db, expression)
+    assert statement is not None, expression
+    text = _sql(db, statement, _expression(statement))
+    assert text is not None, expression
+    return text
+
+
+def _parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
+    """The syntax tree of `SELECT (expression)`, or None if it is none."""
+    try:
+        (text,) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({expression}\n)"]).fetchone() or ("",)
+    except duckdb.Error:
+        return None
+    tree: Node = json.loads(text)
+    single = not tree.get("error") and len(tree["statements"]) == 1 and len(_list(tree)) == 1
+    return tree if single else None
+
+
+def _list(statement: Node) -> list[Node]:
+    return list(statement["statements"][0]["node"].get("select_list", []))  # a UNION has none of its own
+
+
+def _expression(statement: Node) -> Node:
+    return _list(statement)[0]
+
+
+def _comparisons(node: Node) -> Iterator[tuple[Node, str, Node]]:
+    """(subject, operator, constant) of every comparison that must hold for `node` to hold."""
+    if node["type"] == "CONJUNCTION_AND":
+        for child in node["children"]:
+            yield from _comparisons(child)
+    elif node["type"] == "COMPARE_BETWEEN":
+        for operator, end in (("≥", "lower"), ("≤", "upper")):
+            if _is_subject(node["input"]) and _is_constant(node[end]):
+                yield node["input"], operator, node[end]
+    elif node["type"] in _OPERATORS:
+        operator = _OPERATORS[node["type"]]
+        if _is_subject(node["left"]) and _is_constant(node["right"]):
+            yield node["left"], operator, node["right"]
+        elif _is_constant(node["left"]) and _is_subject(node["right"]):
+            yield node["right"], _TURNED[operator], node["left"]
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether it is made of literals alone."""
+    inner = list(_walk(node))
+    functions = [n["function_name"] for n in inner if n["class"] == "FUNCTION"]
+    return all(n["class"] in ("CONSTANT", "CAST", "FUNCTION", "TYPE") for n in inner) and set(functions) <= _ARITHMETIC
+
+
+def _is_subject(node: Node) -> bool:
+    classes = {inner["class"] for inner in _walk(node)}
+    return "COLUMN_REF" in classes and not classes & _UNCLEAR
+
+
+def _walk(node: Any) -> Iterator[Node]:
+    """The expressions in a syntax tree."""
+    if isinstance(node, dict):
+        if "class" in node:
+            yield node
+        for value in node.values():
+            yield from _walk(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _walk(value)
+
+
+def _sql(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> str | None:
+    """A part of a statement as SQL."""
+    inner = statement["statements"][0]
+    part = {**statement, "statements": [{**inner, "node": {**inner["node"], "select_list": [node]}}]}
+    try:
+        (text,) = db.execute("SELECT json_deserialize_sql(?)", [json.dumps(part)]).fetchone() or ("",)
+    except duckdb.Error:
+        return None
+    return str(text).removeprefix("SELECT ")
+
+
+def _number(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> float | None:
+    text = _sql(db, statement, node)
+    try:
+        (value,) = db.execute(f"SELECT ({text})::DOUBLE").fetchone() or (None,)
+    except duckdb.Error:
+        return None
+    return value if value is not None and abs(value) < float("inf") else None
