@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Recipe, Section, validate
 from pipeline.errors import RecipeError
+from recaption.lint import Settings as LintSettings
 
 SlotName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 
@@ -32,6 +33,7 @@ class RecaptionConfig(Section):
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # new tokens a caption; null: what the model's context holds
     decoding: Decoding = Decoding()
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: faster on GPUs, the same captions only at the same batch size
+    lint: LintSettings = LintSettings()  # what is done where something is wrong with a caption
     batch: Annotated[int, Field(ge=1)] = 32  # images decoded together
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -59,9 +59,10 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     asked = Counter[str]()
     caption = CocaEngine.caption
 
-    def counted(self: CocaEngine, images: Any, keys: Any) -> Any:
-        asked.update(keys)
-        return caption(self, images, keys)
+    def counted(self: CocaEngine, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+        if not attempt:
+            asked.update(request.sha256 for request in requests)
+        return caption(self, pictures, requests, attempt=attempt)
 
     monkeypatch.setattr(CocaEngine, "caption", counted)
     monkeypatch.setattr(units, "run", run_here)
@@ -178,9 +179,9 @@ def test_a_stop_while_files_are_overwritten_loses_nothing(
     written: list[str] = []
     publish = store.write_rows
 
-    def stopping(place: Storage, layer: str, shard: str, rows: Any) -> None:
-        publish(place, layer, shard, rows)
-        written.append(shard)
+    def stopping(place: Storage, name: str, rows: Any) -> None:
+        publish(place, name, rows)
+        written.append(name)
         if len(written) in (1, 3):  # the file is there, its marker is not
             raise KeyboardInterrupt
 
