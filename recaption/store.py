@@ -118,6 +118,12 @@ def latest_layer(storage: Storage) -> str | None:
     return layers[-1] if layers else None
 
 
+def find_layer(storage: Storage, name: str) -> str:
+    """The id of the layer `name`, which may be `latest`. Raises RecipeError where there is none."""
+    layer = latest_layer(storage) if name == "latest" else name
+    return str(layer_recipe(storage, layer or name)["layer"])
+
+
 def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
     """What made a layer: {layer, number, slots, lint: {...}, engine: {...}}. Raises RecipeError where there is none."""
     name = f"{ROOT}/{layer}/recipe.json"
