@@ -100,9 +100,9 @@ def _fit(result: Mapping[str, Any]) -> list[str]:
     return [
         page.table(["", a["name"], b["name"], f"{a['name']} wins"], rows),
         page.note(
-            "Score: 100 × the cosine of picture and sentence. Own picture found: the share of captions that are closer to "
-            f"their picture than to its {result['neighbours']} nearest neighbours by embedding. A CLIP has biases of its "
-            "own; how a model trained on the captions follows prompts decides."
+            "Score: 100 × the cosine of picture and sentence. Own picture found: the share of captions closer to "
+            f"their picture than to its {result['neighbours']} nearest neighbours by embedding. A CLIP is biased: "
+            "how a model that was trained on the captions follows prompts decides."
         ),
     ]
 
