@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,7 +28,7 @@ from pipeline.shards import Dataset, ShardEntry
 from pipeline.storage import Storage
 from recaption import store
 from recaption.config import RecaptionConfig
-from recaption.engines import CaptionEngine, make
+from recaption.engines import CaptionEngine, Picture, Request, make, size_of
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class RecaptionJob(units.Job):
     def __init__(self, dataset: Dataset, engine: CaptionEngine, config: RecaptionConfig, resources: Resources) -> None:
         self.dataset, self.storage, self.engine = dataset, dataset.storage, engine
         self.config, self.slots, self.resources = config, config.slots, resources
-        self.layer = store.layer_id(engine.identity())
+        self.layer = store.layer_id(engine.describe())
         self.name = f"recaption-{self.layer}"
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
@@ -75,7 +74,8 @@ class RecaptionJob(units.Job):
         torch.set_num_threads(units.model_threads(self.resources))
 
         def apply(piece: units.Piece) -> units.Piece:
-            captions = self.engine.caption(piece["pixels"], piece["sha256"]) if piece["sha256"] else []
+            requests = [Request(sha256, tuple(self.slots)) for sha256 in piece["sha256"]]
+            captions = self.engine.caption(piece["pictures"], requests) if requests else []
             units.report({"samples": len(captions)})
             rows = [
                 {slot: store.Row.written(c.raw, c.tokens, c.finish, c.seed) for slot, c in texts.items()}
@@ -126,21 +126,20 @@ class _Piece:
 
     def __init__(self) -> None:
         self.sums: list[str] = []
-        self.pixels: list[np.ndarray] = []
+        self.pictures: list[Picture] = []
         self.broken: list[str] = []
         self.bytes = 0
 
-    def add(self, sha256: str, pixels: np.ndarray) -> None:
+    def add(self, sha256: str, picture: Picture) -> None:
         self.sums.append(sha256)
-        self.pixels.append(pixels)
-        self.bytes += pixels.nbytes
+        self.pictures.append(picture)
+        self.bytes += size_of(picture)
 
     def is_full(self, batch: int) -> bool:
         return len(self.sums) % batch == 0 and (len(self.sums) >= PIECE_BATCHES * batch or self.bytes >= PIECE_BYTES)
 
     def wire(self) -> units.Piece:
-        pixels = np.stack(self.pixels) if self.pixels else None
-        return {"sha256": self.sums, "pixels": pixels, "broken": self.broken}
+        return {"sha256": self.sums, "pictures": self.pictures, "broken": self.broken}
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
@@ -263,22 +262,22 @@ def _by_model(storage: Storage, layer: str) -> bool:
 
 def _timed(job: RecaptionJob, todo: list[Todo]) -> float:
     """Images a second over all model workers, from one batch of what is to be captioned; loading is not counted."""
-    batch, pixels = job.config.batch, list[np.ndarray]()
+    batch, pictures = job.config.batch, list[Picture]()
     for shard in todo:
         for _, jpeg in job.dataset.read_images(shard.entry.name, range(min(batch, shard.entry.samples))):
             try:
-                pixels.append(job.engine.prepare(jpeg))
+                pictures.append(job.engine.prepare(jpeg))
             except Exception as error:  # noqa: BLE001 - the sample boundary: `recaption` will flag it
                 log.warning("%s: an image cannot be read: %s", shard.entry.name, error)
-        if len(pixels) >= batch:
+        if len(pictures) >= batch:
             break
-    if not pixels:
+    if not pictures:
         return 0.0
-    apply, images = job.model(), np.stack(pixels[:batch])
+    apply, images = job.model(), pictures[:batch]
     keys = [f"{number}" for number in range(len(images))]
-    apply({"sha256": keys[:1], "pixels": images[:1], "broken": []})
+    apply({"sha256": keys[:1], "pictures": images[:1], "broken": []})
     start = time.perf_counter()
-    apply({"sha256": keys, "pixels": images, "broken": []})
+    apply({"sha256": keys, "pictures": images, "broken": []})
     workers = job.resources.model_workers or max(1, job.resources.gpus or 0)
     return len(images) / (time.perf_counter() - start) * workers
 
@@ -297,7 +296,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     units.forget(job, [shard.entry.name for shard in todo])
     ended = units.run(job, work, recipe.resources, progress=progress)
     if ended.done or ended.skipped:
-        store.publish(job.storage, job.layer, job.slots, job.engine.identity())
+        store.publish(job.storage, job.layer, job.slots, job.engine.describe())
     if ended.quarantined:
         raise Quarantined(job.name, ended.quarantined)
     for name in job.storage.names(_reuse_folder(job)):

@@ -59,9 +59,9 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     asked = Counter[str]()
     caption = CocaEngine.caption
 
-    def counted(self: CocaEngine, images: Any, keys: Any) -> Any:
-        asked.update(keys)
-        return caption(self, images, keys)
+    def counted(self: CocaEngine, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+        asked.update(request.sha256 for request in requests)
+        return caption(self, pictures, requests, attempt=attempt)
 
     monkeypatch.setattr(CocaEngine, "caption", counted)
     monkeypatch.setattr(units, "run", run_here)
