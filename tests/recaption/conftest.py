@@ -72,6 +72,27 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP of random weights, as open_clip reads it."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    return folder
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., Storage]:
     """build([[0, 1], [2]]) writes a dataset of two shards with those pictures; again, it replaces the dataset.

@@ -174,25 +174,13 @@ def test_hard_neighbours_are_the_nearest() -> None:
     assert measures.neighbours(pictures, 2).tolist() == [[1, 2], [0, 2], [1, 0], [4, 2], [3, 2]]
 
 
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-def test_a_clip_of_open_clip_in_a_folder(tmp_path: Path) -> None:
+def test_a_clip_of_open_clip_in_a_folder(clip_folder: Path) -> None:
     import open_clip
     import torch
-    from safetensors.torch import save_file
 
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**CLIP).eval()
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
-    clip = Clip(str(folder))
+    model = open_clip.CLIP(**json.loads((clip_folder / "open_clip_config.json").read_text())["model_cfg"]).eval()
+    open_clip.load_checkpoint(model, str(clip_folder / "open_clip_model.safetensors"))
+    clip = Clip(str(clip_folder))
     texts = ["a dog", "two cats on a mat"]
     with torch.inference_mode():
         expected = model.encode_text(open_clip.SimpleTokenizer(context_length=12)(texts), normalize=True).numpy()
