@@ -1,4 +1,4 @@
-"""The commands `captions export` and `captions diff`: one JSON object on stdout, exit code 2 for what users can mend."""
+"""`captions export` and `captions diff`: one JSON object on stdout, exit code 2 for what users can mend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from recaption import export, store
 def dataset(build: Callable[..., Storage], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(export, "run", run_here)
     storage = build([[0, 1, 2], [3]])
-    store.write_given_layer(storage, "mine", {make_key(str(n)): {"descriptive": f"a dog, number {n}"} for n in range(4)})
+    store.write_given_layer(
+        storage, "mine", {make_key(str(n)): {"descriptive": f"a dog, number {n}"} for n in range(4)}
+    )
     return storage.url
 
 
@@ -27,7 +29,12 @@ def test_export(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     target = str(tmp_path / "copy")
     assert run(["captions", "export", dataset, "latest", target, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (summary["layer"], summary["slot"], summary["samples"], summary["from_layer"]) == ("mine", "descriptive", 4, 4)
+    assert (summary["layer"], summary["slot"], summary["samples"], summary["from_layer"]) == (
+        "mine",
+        "descriptive",
+        4,
+        4,
+    )
     assert run(["captions", "export", dataset, "mine", dataset]) == 2
     assert "DEST: is the dataset itself" in capsys.readouterr().err
     assert run(["captions", "export", dataset, "yours", target]) == 2

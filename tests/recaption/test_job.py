@@ -316,9 +316,7 @@ def test_the_original_stands_in_and_is_flagged(scripted: Any) -> None:
 def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: Any) -> None:
     down = {sha256_of(picture(2))}
     none = Caption("", 0, "none", 0, "http_503")
-    engine, made, _ = scripted(
-        ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog"))
-    )
+    engine, made, _ = scripted(ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog")))
     summary = recaption(made)
     assert (summary["failed"], summary["flags"]["http_503"], summary["new"]) == (1, 1, 4)
     engine.asked.clear()

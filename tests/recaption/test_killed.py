@@ -17,12 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Arguments: the captioner's folder, a dataset's folder, a seed. Each layout of the dataset is captioned by lives that are
+# Arguments: captioner, dataset, seed. Each layout of the dataset is captioned by lives that are
 # killed at random, until one comes to its end; then the next, whose images are partly others and lie elsewhere.
 SCRIPT = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 
+import open_clip
 import torch
 from in_process import run_here
 from small_dataset import write_dataset
@@ -30,8 +31,8 @@ from small_dataset import write_dataset
 from pipeline import units
 from pipeline.config import Recipe
 from pipeline.storage import Storage
-from recaption import engines, job, store
-from recaption.engines import coca, decode
+from recaption import job
+from recaption.engines import coca, decode  # loaded before any fork
 
 torch.set_num_threads(1)
 units.run = run_here
@@ -41,46 +42,41 @@ recipe = Recipe.model_validate({"dataset": folder, "resources": {"cpus": 1}, "re
 storage = Storage(folder)
 
 
-def live() -> int:
-    child = os.fork()
+def layout() -> list[list[int]]:
+    chosen = chance.sample(range(1, 60), 26)
+    return [chosen[start : start + 4] for start in range(0, 24, 4)] + [[*chosen[24:], *chosen[:2]]]
+
+
+def live(moment: float) -> float:
+    """A run in a process of its own, killed at this moment unless it ends before; how long it took, or 0."""
+    started, child = time.monotonic(), os.fork()
     if child == 0:
         try:
             job.recaption(recipe, progress=False)
             os._exit(0)
         finally:
             os._exit(1)
-    return child
+    while time.monotonic() - started < moment:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0
+            return time.monotonic() - started
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 0.0
 
 
-def pictures() -> list[int]:
-    return chance.sample(range(1, 40), 24)
-
-
-def layout() -> list[list[int]]:
-    chosen = pictures()
-    return [chosen[start : start + 4] for start in range(0, 24, 4)] + [chosen[:2]]
-
-
-kills, tails, longest, shards = 0, [], 2.0, []
+write_dataset(storage, layout())
+whole, kills, files, shards = live(100), 0, [], []
 while kills < 10:
     shards = layout()
     write_dataset(storage, shards)
-    ended = False
-    while not ended:
-        started = time.monotonic()
-        child, moment = live(), chance.uniform(0, longest)
-        while time.monotonic() - started < moment and not ended:
-            ended = os.waitpid(child, os.WNOHANG)[0] == child
-            time.sleep(0.001)
-        if ended:
-            longest = 0.9 * (time.monotonic() - started)
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            tails.append(len(storage.names("captions")) + len(storage.names("state")))
+    while kills < 10 and not live(chance.uniform(0, whole)):
+        kills += 1
+        files.append(len(storage.names("captions")) + len(storage.names("state")))
 job.recaption(recipe, progress=False)
-print(json.dumps({"kills": kills, "files": tails, "shards": shards}))
+print(json.dumps({"kills": kills, "files": files, "shards": shards}))
 """
 
 
