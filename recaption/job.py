@@ -165,13 +165,9 @@ class _Piece:
         return {name: value for name, value in vars(self).items() if name != "bytes"}
 
 
-def _reuse_folder(job: RecaptionJob) -> str:
-    return f"state/{job.name}/reuse"
-
-
 def _outline(job: RecaptionJob, *, sharing: bool = True) -> list[Todo]:
     done, quoting = units.markers(job), job.engine.uses_original
-    return outline(job.dataset, job.layer, job.slots, done, _reuse_folder(job), quoting=quoting, sharing=sharing)
+    return outline(job.dataset, job.layer, job.slots, done, quoting=quoting, sharing=sharing)
 
 
 def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
@@ -180,7 +176,7 @@ def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
     left, marked = {shard.entry.name for shard in todo}, units.markers(job).keys()
     work = [units.Unit(shard) for shard in job.dataset.shard_names if shard in marked - left]
     for shard in todo:
-        name = f"{_reuse_folder(job)}/{shard.entry.name}-{shard.entry.sha256[:16]}"
+        name = f"{store.aside(job.layer)}/{shard.entry.name}-{shard.entry.sha256[:16]}"
         if len(shard.reused):
             job.storage.write_table(f"{name}.parquet", shard.reused)
         spec = {
@@ -250,8 +246,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
             break
     if quarantined:
         raise Quarantined(job.name, quarantined)
-    for name in job.storage.names(_reuse_folder(job)):
-        job.storage.delete(name)
+    job.storage.delete(*job.storage.names(store.aside(job.layer)))
     now.update(_sums(job, touched, ("images", "reused")))
     return _summary(job, now, time.perf_counter() - start)
 

@@ -72,17 +72,16 @@ def outline(
     layer: str,
     slots: Sequence[str],
     done: dict[str, Any],
-    aside: str,
     *,
     quoting: bool,
     sharing: bool = True,
 ) -> list[Todo]:
     """The shards that lack captions for what they now hold, and what of theirs was captioned before.
 
-    `done` is what the markers say of shards; captions are looked for in the layer's files and below `aside`. With
-    `sharing`, an image that several shards hold is to be captioned for the first of them only.
+    `done` is what the markers say of shards. With `sharing`, an image that several shards hold is to be captioned for
+    the first of them only.
     """
-    names = dataset.storage.names(f"{store.ROOT}/{layer}") + dataset.storage.names(aside)
+    names = dataset.storage.names(f"{store.ROOT}/{layer}")  # those that were put aside too
     entries = [entry for entry in dataset.manifest.shards if not _is_done(done.get(entry.name), entry, layer, names)]
     own = [{image.content for image in images(dataset, entry.name, quoting=quoting)} for entry in entries]
     found = _captioned(dataset.storage, names, set[Content]().union(*own), slots)

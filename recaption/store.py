@@ -2,6 +2,7 @@
 
     captions/<layer id>/shard-000000.parquet    a row an image and slot, in the shard's order (SCHEMA)
     captions/<layer id>/recipe.json             what made the layer; published last: without it a layer is not listed
+    captions/<layer id>/aside/                  while a run is under way: captions that are moving to another shard
 
 A layer's id is a hash of everything that can change a caption, so that a new prompt makes a new layer and the same
 recipe always adds to the same one. What a model wrote is never lost: `raw` and `discarded` hold all of it.
@@ -100,6 +101,10 @@ def is_model(recipe: Mapping[str, Any]) -> bool:
 
 def file_name(layer: str, shard: str) -> str:
     return f"{ROOT}/{layer}/{shard}.parquet"
+
+
+def aside(layer: str) -> str:
+    return f"{ROOT}/{layer}/aside"
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

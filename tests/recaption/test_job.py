@@ -168,7 +168,7 @@ def test_repacked_images_keep_their_captions(build: Build, captioner: Path, capt
     fresh = build([[7, 10], [1, 0, 3, 2], [6, 5, 4, 11]], "fresh")
     recaption(recipe(captioner, fresh))
     assert layer_files(storage) == layer_files(fresh)
-    assert not storage.names(f"state/recaption-{summary['layer']}/reuse")
+    assert not storage.names(store.aside(summary["layer"]))
     build(STEPS)  # and back
     captioned.clear()
     back = recaption(recipe(captioner, storage))
@@ -225,7 +225,7 @@ def test_the_same_image_has_the_same_caption_wherever_it_stands(
     assert captioned.keys() == {sha256_of(picture(number)) for number in (0, 1, 2)}
     assert set(captioned.values()) == {1}  # also where two new shards hold it
     assert (summary["new"], summary["images"], summary["done"]) == (3, 6, 0)
-    assert not storage.names(f"state/recaption-{summary['layer']}/reuse")
+    assert not storage.names(store.aside(summary["layer"]))
     rows = [row for n in (0, 1) for row in store.read_rows(storage, summary["layer"], f"shard-00000{n}").to_pylist()]
     assert len(rows) == 12
     assert len({(row["sha256"], row["slot"], row["raw"]) for row in rows}) == 6
