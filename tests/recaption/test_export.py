@@ -137,6 +137,7 @@ def test_an_export_that_was_stopped_goes_on(source: Storage, tmp_path: Path, mon
 
 def test_only_shards_whose_content_changes_are_written_again(source: Storage, tmp_path: Path) -> None:
     run(source, tmp_path / "copy")
+    first = content(tmp_path / "copy")
     assert run(source, tmp_path / "copy")["written"] == 0
     name = store.file_name("given", "shard-000001")
     table = source.read_table(name)
@@ -144,6 +145,9 @@ def test_only_shards_whose_content_changes_are_written_again(source: Storage, tm
     assert run(source, tmp_path / "copy")["written"] == 1
     assert verify(Storage(str(tmp_path / "copy"))) == []
     assert members(tmp_path / "copy", "shard-000001")[f"{KEY[3]}.txt"] == b"alt 3"
+    source.write_table(name, table)
+    assert run(source, tmp_path / "copy")["written"] == 1
+    assert content(tmp_path / "copy") == first
 
 
 def test_what_would_be_overwritten_is_refused(source: Storage, build: Callable[..., Storage], tmp_path: Path) -> None:
