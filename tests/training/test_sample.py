@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import chat_server
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from pipeline.errors import RecipeError
 from training.evaluate import evaluate
 from training.export import export
-from training.sample import grid, open_sampler, sample
+from training.sample import grid, open_sampler, sample, style_of, upsampler_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
@@ -89,6 +90,27 @@ def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
     other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).astype(int)
     assert np.abs(together - alone).max() <= 1
     assert np.abs(together - other).max() > 1
+
+
+def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path):
+    """By a real engine, over HTTP: the run's product knows how its captions were written."""
+    style = style_of(runs / "run")
+    assert style_of(runs / "run" / "product") == style
+    assert all(example.startswith("a ") and "square" in example for example in style.examples)
+    long = "a red square on grey"
+    with chat_server.serving() as server:
+        server.misbehave = lambda body, tries: (200, {}, chat_server.completion(long))
+        engine = {"engine": "openai", "model": "m", "server": {"url": server.url}}
+        with pytest.raises(RecipeError, match=r"--upsample: .* knows no engine that writes text.*--upsampler RECIPE"):
+            upsampler_of(runs / "run")
+        run = tmp_path / "run"
+        shutil.copytree(runs / "run", run)
+        (run / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": engine}}))
+        summary = sample(run, ["a red square"], tmp_path / "long.png", upsampler=upsampler_of(run))
+    assert style.examples[0] in server.bodies[0]["messages"][0]["content"][0]["text"]
+    assert summary["upsampled"] == [long]
+    drawn = sample(run, summary["upsampled"], tmp_path / "same.png")
+    assert drawn["pictures"] == summary["pictures"] == 1
 
 
 def test_guidance_and_negative_prompts_change_the_picture(runs):
