@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 TOKENS = 76  # start token included: coca_ViT-B-32's context
-SLOT_PROMPT = "a photo of"
+PROMPT = "a photo of"
 
 
 def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
@@ -39,9 +39,8 @@ def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
     # rounding, and the two loops round differently.
     torch.nn.init.normal_(model.text_decoder.text_projection, std=1.0)
     folder.mkdir(parents=True)
-    save_file(
-        {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture, "preprocess_cfg": {}}))
     return folder
 
@@ -59,7 +58,7 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
         section = {
             "model": str(random_captioner(Path(folder) / "m")),
             "slots": ["short"],
-            "prompts": {"short": SLOT_PROMPT},
+            "prompts": {"short": PROMPT},
         }
         engine = CocaEngine(RecaptionConfig.model_validate(section))
         loaded = _load(engine)

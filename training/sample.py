@@ -69,7 +69,7 @@ def sample(
 
 
 def style_of(run: str | Path) -> Style:
-    """How the captions were written that a model was trained on; where that is not known, the DALL-E 3 paper's bounds."""
+    """How the captions were written that a model was trained on; else the DALL-E 3 paper's bounds."""
     style = read_facts(find_product(run)).get("style")
     if style is None:
         logger.info("sample: %s does not say how its captions are written: %d to %d words", run, *PAPER.words[::2])

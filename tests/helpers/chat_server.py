@@ -20,7 +20,7 @@ Answer = tuple[int, dict[str, str], Any]  # status, headers, JSON or text
 
 @dataclass
 class ChatServer:
-    """`misbehave(body, tries)` gives an answer in place of a caption, or None; `tries` counts requests like this one."""
+    """`misbehave(body, tries)` gives an answer in place of a caption, or None; `tries` counts requests like this."""
 
     url: str = ""
     misbehave: Callable[[Body, int], Answer | None] = lambda body, tries: None

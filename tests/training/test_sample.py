@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.errors import RecipeError
 from training.evaluate import evaluate
 from training.export import export
-from training.sample import grid, open_sampler, sample, style_of, upsampler_of
+from training.sample import grid, open_sampler, sample, style_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
@@ -92,25 +92,33 @@ def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
     assert np.abs(together - other).max() > 1
 
 
-def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path):
+def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path, capsys):
     """By a real engine, over HTTP: the run's product knows how its captions were written."""
+    from cluster.cli import run as capstan
+
     style = style_of(runs / "run")
     assert style_of(runs / "run" / "product") == style
-    assert all(example.startswith("a ") and "square" in example for example in style.examples)
-    long = "a red square on grey"
+    assert style.examples
+    assert all("square" in example for example in style.examples)
+    command = ["sample", str(runs / "run"), "-p", "a red square", "-o", str(tmp_path / "grid.png"), "--json"]
+    assert capstan([*command, "--upsample"]) == 2
+    assert "knows no engine that writes text. Mend: add --upsampler RECIPE" in capsys.readouterr().err
     with chat_server.serving() as server:
-        server.misbehave = lambda body, tries: (200, {}, chat_server.completion(long))
-        engine = {"engine": "openai", "model": "m", "server": {"url": server.url}}
-        with pytest.raises(RecipeError, match=r"--upsample: .* knows no engine that writes text.*--upsampler RECIPE"):
-            upsampler_of(runs / "run")
-        run = tmp_path / "run"
-        shutil.copytree(runs / "run", run)
-        (run / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": engine}}))
-        summary = sample(run, ["a red square"], tmp_path / "long.png", upsampler=upsampler_of(run))
-    assert style.examples[0] in server.bodies[0]["messages"][0]["content"][0]["text"]
-    assert summary["upsampled"] == [long]
-    drawn = sample(run, summary["upsampled"], tmp_path / "same.png")
-    assert drawn["pictures"] == summary["pictures"] == 1
+        server.misbehave = lambda body, tries: (200, {}, chat_server.completion("a red square on grey"))
+        section = {"engine": "openai", "model": "m", "server": {"url": server.url}}
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(json.dumps({"dataset": "unused", "recaption": section}))
+        assert capstan([*command, "--upsampler", str(recipe)]) == 0
+        of_its_own = tmp_path / "run"
+        shutil.copytree(runs / "run", of_its_own)
+        (of_its_own / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": section}}))
+        assert capstan(["sample", str(of_its_own), *command[2:], "--upsample"]) == 0
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        assert json.loads(line)["upsampled"] == ["a red square on grey"]
+    first, second = (body["messages"][0]["content"][0]["text"] for body in server.bodies)
+    assert first == second
+    assert f"- {style.examples[0]}" in first
+    assert first.endswith("Request: a red square")
 
 
 def test_guidance_and_negative_prompts_change_the_picture(runs):

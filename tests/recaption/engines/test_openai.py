@@ -234,7 +234,7 @@ def test_pictures_travel_as_they_are_or_bounded(server: ChatServer) -> None:
     assert made.prepare(PICTURES[0]) == PICTURES[0]
     with Image.open(io.BytesIO(made.prepare(jpeg(0, 200)))) as picture:
         assert (picture.size, picture.format) == ((64, 64), "JPEG")
-    with pytest.raises(OSError, match="(?i)truncated"):
+    with pytest.raises(OSError, match=r"(?i)truncated"):
         made.prepare(jpeg(0, 200)[:700])
 
 

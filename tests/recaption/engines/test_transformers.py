@@ -183,7 +183,7 @@ def test_travels_without_weights_and_its_pictures_are_bounded(llava: Path) -> No
     found = made.caption([picture], REQUESTS[:1])
     assert len(sent := pickle.dumps(made)) < 5000
     assert pickle.loads(sent).caption([picture], REQUESTS[:1]) == found
-    with pytest.raises(OSError, match="(?i)truncated"):
+    with pytest.raises(OSError, match=r"(?i)truncated"):
         made.prepare(jpeg(5)[:600])
 
 
