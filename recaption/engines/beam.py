@@ -78,11 +78,11 @@ def search(
         left = sum(not done[picture] for picture in held)
         if not left:
             break
-        order = range(len(held))
+        order = list(range(len(held)))
         if cache.groups and padded(left) <= SHRINK * len(held):
             order = sorted(range(len(held)), key=lambda place: done[held[place]])[: padded(left)]
         rows = torch.tensor([row for place in order for row in places[place]], device=device)
-        cache.keep(rows, torch.tensor(list(order), device=device) if len(order) < len(held) else None)
+        cache.keep(rows, torch.tensor(order, device=device) if len(order) < len(held) else None)
         new = torch.tensor([token for place in order for _, token in values[place]], device=device)[:, None]
         written = torch.cat([written[rows], new], 1)
         scores = torch.tensor([[score for score, _ in values[place]] for place in order], device=device)

@@ -6,8 +6,8 @@ slots, once for all beams), and a step costs one token. The tokens are those of 
 
 Sums of floats depend on their order, and a library of matrix products chooses the order by the shape. So that a
 caption depends on its own picture only, products have shapes for which one row's sum is the same whatever rows and
-threads are beside it: on the CPU whole groups of `GROUP` rows (measured with torch 2.15 and its MKL: 1 to 3 rows a
-thread are summed otherwise than more), elsewhere always the same number of rows.
+threads are beside it: on the CPU whole groups of `GROUP` rows (measured with torch 2.15 and its MKL, which shares rows
+out to threads in eights, and sums 1 to 3 of them otherwise than more), elsewhere always the same number of rows.
 
 Shapes: P pictures, B rows (captions, or beams of captions), T tokens so far, I image tokens, W width, H heads, D width
 of a head, V vocabulary.
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from recaption.config import Decoding
 
-GROUP: Final = 16
+GROUP: Final = 8
 
 # Captions that have ended leave the batch once so few are left: each step then costs what is still being written, and
 # moving the cache costs little beside it.
@@ -190,7 +190,7 @@ def decode(
     total = cache.start(len(prompt) + 1 + limit, pictures)
     device, batch = cache.device, len(pictures)
     fill = total - batch
-    chances = _chances([*seeds, *[0] * fill], limit).to(device) if how.method == "top_p" else None
+    chances = chances_of([*seeds, *[0] * fill], limit).to(device) if how.method == "top_p" else None
     written = torch.full((total, limit), tokens.end, device=device)
     ended = torch.arange(total, device=device) >= batch
     rows = torch.arange(total, device=device)  # the captions that the cache still holds
@@ -230,6 +230,6 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, how: Decoding) -> torch.Ten
     return order.gather(-1, picked)[:, 0]
 
 
-def _chances(seeds: Sequence[int], limit: int) -> torch.Tensor:
+def chances_of(seeds: Sequence[int], limit: int) -> torch.Tensor:
     """One row of uniform numbers a seed [B, limit]."""
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(limit) for seed in seeds]))
