@@ -84,13 +84,14 @@ def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[Html]:
         for row in rows[: max(0, _COMPARED - len(written))]:
             scene = scene_of_url(world, row["url"])
             originals.append(compare(facts(row["caption"]), scene))
-            written.append(compare(facts(captions[row["key"]]["descriptive"]), scene))
+            # Where no caption was good enough, the original stands in.
+            text = captions.get(row["key"], {}).get("descriptive", row["caption"])
+            written.append(compare(facts(text), scene))
         wanted = range(min(len(rows), max(0, _SHOWN - len(shown))))
         for row, (key, jpeg) in zip(rows, dataset.read_images(shard, wanted), strict=False):
-            texts = captions[key]
-            shown.append(
-                (jpeg, {"original": row["caption"], "short": texts["short"], "descriptive": texts["descriptive"]})
-            )
+            texts = captions.get(key, {})
+            slots = {slot: texts.get(slot, "– the original stands in –") for slot in ("short", "descriptive")}
+            shown.append((jpeg, {"original": row["caption"]} | slots))
     before, after = oracle.aggregate(originals), oracle.aggregate(written)
     table = page.table(["stated rightly", "original", "descriptive"], [[n, before[n], after[n]] for n in after])
     remark = f"Held against the truth for {len(written):,} pictures; a caption that says nothing of it counts as wrong."

@@ -1,4 +1,4 @@
-"""The command recaption."""
+"""The commands recaption, captions export and captions diff."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, finish
+from pipeline.cli import DatasetArgument, JsonOption, Load, RecipeArgument, SetOption, finish
+from pipeline.config import Recipe
+from pipeline.storage import Storage
+
+LayerHelp = "A layer's id, or `latest`."
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
@@ -26,3 +30,46 @@ def add_commands(app: typer.Typer, load: Load) -> None:
 
         run = job.plan if plan else job.recaption
         finish(run(load(recipe, overrides)), as_json)
+
+    captions = typer.Typer(
+        help="Compare caption layers, and write them into tars.", no_args_is_help=True, rich_markup_mode=None
+    )
+    app.add_typer(captions, name="captions")
+
+    @captions.command()
+    def export(
+        dataset: DatasetArgument,
+        layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp)],
+        dest: Annotated[str, typer.Argument(metavar="DEST", help="The copy's folder or URL.")],
+        slot: Annotated[str, typer.Option("--slot", help="Whose text KEY.txt becomes.")] = "descriptive",
+        as_json: JsonOption = False,
+    ) -> None:
+        """Copy a dataset with a layer's text in the tars. Goes on where it stopped."""
+        from recaption.export import export as run
+        from recaption.store import find_layer
+
+        source, target = Storage(dataset, field="DATASET"), Storage(dest, field="DEST")
+        resources = Recipe(dataset=dest).resources
+        finish(run(source, find_layer(source, layer), target, slot=slot, resources=resources), as_json)
+
+    @captions.command()
+    def diff(
+        dataset: DatasetArgument,
+        a: Annotated[str, typer.Argument(metavar="A", help=f"{LayerHelp} Or `original`; or LAYER:SLOT.")],
+        b: Annotated[str, typer.Argument(metavar="B", help="As A.")],
+        slot: Annotated[str, typer.Option("--slot", help="Slot of the layers that name none.")] = "descriptive",
+        model: Annotated[
+            str, typer.Option("--model", help="A CLIP of open_clip by name, or a folder that holds one.")
+        ] = "ViT-B-32",
+        pretrained: Annotated[
+            str, typer.Option("--pretrained", help="open_clip's tag or a checkpoint file, for a --model by name.")
+        ] = "laion2b_s34b_b79k",
+        sample: Annotated[int, typer.Option("--sample", min=2, help="Pictures to compare.")] = 1000,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Compare two caption layers: CLIP score, self-retrieval, length, openers, flags; where they disagree most."""
+        from recaption.clip import Clip
+        from recaption.compare import compare
+
+        place = Storage(dataset, field="DATASET")
+        finish(compare(place, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)

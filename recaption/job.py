@@ -1,12 +1,12 @@
 """A dataset and a recipe → a caption layer, shard by shard through the unit map.
 
     plan      which shards are to be done, and which of their images have captions of this recipe already
-    prepare   on CPU workers: JPEG → pixels, only of images without one
-    model     on model workers: the engine
+    prepare   on CPU workers: JPEG → what the engine wants of it, only of images without captions
+    model     on model workers: the engine, the lint rules, and other attempts
     commit    in the driver: one Parquet file a shard
 
-Done means (image sha256, recipe): images that moved to another shard keep their captions, and new data
-costs only itself.
+An image that several new shards hold is captioned for the first of them; in a second round the others take it from
+there.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import units
 from pipeline.config import Recipe, Resources
 from pipeline.errors import Quarantined
-from pipeline.shards import Dataset, ShardEntry
+from pipeline.shards import Dataset
 from pipeline.storage import Storage
-from recaption import store
+from recaption import attempts, lint, store
 from recaption.config import RecaptionConfig
-from recaption.engines import CaptionEngine, make
+from recaption.engines import CaptionEngine, Picture, Request, make, size_of
+from recaption.plan import Content, Image, Todo, count_stale, images, outline, take_sample
+from recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
 
 # What travels to a model worker at a time: whole batches, as many as stay below both.
 PIECE_BYTES: Final = 8 << 20
 PIECE_BATCHES: Final = 8
-UNREADABLE: Final = store.Row.unreadable()
+
+Captions = dict[Content, dict[str, Row]]
 
 
 class RecaptionJob(units.Job):
@@ -44,29 +42,28 @@ class RecaptionJob(units.Job):
 
     def __init__(self, dataset: Dataset, engine: CaptionEngine, config: RecaptionConfig, resources: Resources) -> None:
         self.dataset, self.storage, self.engine = dataset, dataset.storage, engine
-        self.config, self.slots, self.resources = config, config.slots, resources
-        self.layer = store.layer_id(engine.identity())
+        self.config, self.slots, self.resources = config, tuple(config.slots), resources
+        self.description = engine.describe()
+        self.layer = store.layer_id(self.description, config.lint)
         self.name = f"recaption-{self.layer}"
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        shard = unit.spec["shard"]
-        table = self.dataset.table(shard, ["key", "sha256"])
-        sums = table["sha256"].to_pylist()
-        reused = self._reused(unit)
-        first = {sha256: row for row, sha256 in reversed(list(enumerate(sums))) if sha256 not in reused}
+        shard, table = unit.spec["shard"], self._images(unit)
+        known = self._reused(unit).keys() | self._elsewhere(unit)
+        first = {image.content: row for row, image in reversed(list(enumerate(table))) if image.content not in known}
         rows = sorted(first.values())
         piece = _Piece()
         for row, (_, jpeg) in zip(rows, self.dataset.read_images(shard, rows), strict=True):
             try:
-                piece.add(sums[row], self.engine.prepare(jpeg))
+                piece.add(table[row], self.engine.prepare(jpeg))
             except Exception as error:  # noqa: BLE001 - the sample boundary: a broken image is a row with a flag
-                log.warning("%s: image %s cannot be read: %s", shard, sums[row], error)
+                log.warning("%s: image %s cannot be read: %s", shard, table[row].content.sha256, error)
                 units.report({"failed.unreadable": 1})
-                piece.broken.append(sums[row])
+                piece.broken.append(table[row].content)
             if piece.is_full(self.config.batch):
                 yield piece.wire()
                 piece = _Piece()
-        if piece.sums or piece.broken:
+        if piece.contents or piece.broken:
             yield piece.wire()
 
     def model(self) -> Callable[[units.Piece], units.Piece]:
@@ -75,215 +72,155 @@ class RecaptionJob(units.Job):
         torch.set_num_threads(units.model_threads(self.resources))
 
         def apply(piece: units.Piece) -> units.Piece:
-            captions = self.engine.caption(piece["pixels"], piece["sha256"]) if piece["sha256"] else []
-            units.report({"samples": len(captions)})
-            rows = [
-                {slot: store.Row.written(c.raw, c.tokens, c.finish, c.seed) for slot, c in texts.items()}
-                for texts in captions
+            requests = [
+                Request(content.sha256, self.slots, original)
+                for content, original in zip(piece["contents"], piece["originals"], strict=True)
             ]
-            return {"rows": dict(zip(piece["sha256"], rows, strict=True)), "broken": piece["broken"]}
+            rows = self.write(piece["pictures"], requests) if requests else []
+            units.report({"samples": len(rows), "retried": _retried(rows)})
+            return {"rows": dict(zip(piece["contents"], rows, strict=True)), "broken": piece["broken"]}
 
         return apply
 
+    def write(self, pictures: Sequence[Picture], requests: Sequence[Request]) -> list[dict[str, Row]]:
+        """Slot → row of each picture."""
+        return attempts.write(self.engine, pictures, requests, self.config.lint, self.description.get("prompts", {}))
+
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
-        reused = self._reused(unit)
-        captions = dict(reused)
+        table, reused = self._images(unit), self._reused(unit)
+        captions, broken = dict(reused), set[Content]()
         for piece in pieces:
             captions.update(piece["rows"])
-            captions.update({sha256: dict.fromkeys(self.slots, UNREADABLE) for sha256 in piece["broken"]})
-        table = self.dataset.table(unit.spec["shard"], ["key", "sha256"])
-        images = list(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
-        store.write_rows(
-            self.storage,
-            self.layer,
-            unit.spec["shard"],
-            ((key, sha256, slot, captions[sha256][slot]) for key, sha256 in images for slot in self.slots),
-        )
-        flags = Counter(flag for _, sha256 in images for row in captions[sha256].values() for flag in row.flags)
+            broken.update(piece["broken"])
+        captions.update({content: dict.fromkeys(self.slots, Row.missing(lint.UNREADABLE)) for content in broken})
+        rows = [
+            (Place(image.key, *image.content, slot), captions[image.content][slot].beside(image.original))
+            for image in table
+            for slot in self.slots
+            if image.content in captions
+        ]
+        waits = bool(self._elsewhere(unit))
+        store.write_rows(self.storage, unit.spec["aside"] if waits else self._file(unit), rows)
+        flags = Counter(flag for _, row in rows for flag in row.flags)
+        made = [slots for piece in pieces for slots in piece["rows"].values()]
         return {
-            "source": unit.spec["source"],  # what the shard held: another sum there means that it is to be done again
-            "images": len(images),
-            "new": sum(len(piece["rows"]) for piece in pieces),
-            "reused": sum(sha256 in reused for _, sha256 in images),
-            "unreadable": sum(len(piece["broken"]) for piece in pieces),
+            # What the shard held: another sum there means that it is to be done again.
+            "source": "" if waits else unit.spec["source"],
+            "images": len(table),
+            "new": len(made),
+            "reused": sum(image.content in reused for image in table),
+            "retried": _retried(made),
+            "unreadable": len(broken),
+            "failed": flags[lint.FAILED],
             **{f"flag_{flag}": count for flag, count in sorted(flags.items())},
         }
 
-    def _reused(self, unit: units.Unit) -> dict[str, dict[str, store.Row]]:
-        """sha256 → slot → row of the unit's images that have captions already."""
-        if not unit.spec["reuse"]:
-            return {}
-        found: dict[str, dict[str, store.Row]] = {}
-        for row in self.storage.read_table(unit.spec["reuse"]).to_pylist():
-            sha256, slot = row.pop("sha256"), row.pop("slot")
+    def _file(self, unit: units.Unit) -> str:
+        return store.file_name(self.layer, unit.spec["shard"])
+
+    def _elsewhere(self, unit: units.Unit) -> set[Content]:
+        """The unit's images that are captioned for another one."""
+        return {Content(*content) for content in unit.spec["elsewhere"]}
+
+    def _images(self, unit: units.Unit) -> list[Image]:
+        return images(self.dataset, unit.spec["shard"], quoting=self.engine.uses_original)
+
+    def _reused(self, unit: units.Unit) -> Captions:
+        """Content → slot → row of the unit's images that have captions already."""
+        found: Captions = {}
+        for row in self.storage.read_table(unit.spec["reuse"]).to_pylist() if unit.spec["reuse"] else []:
             del row["key"]
-            found.setdefault(sha256, {})[slot] = store.Row(**{**row, "flags": tuple(row["flags"])})
+            content, slot = Content(row.pop("sha256"), row.pop("quoted")), row.pop("slot")
+            lists = {name: tuple(row[name]) for name in ("flags", "discarded")}
+            found.setdefault(content, {})[slot] = Row(**{**row, **lists})
         return found
+
+
+def _retried(rows: Sequence[Mapping[str, Row]]) -> int:
+    """How many captions were tried more than once."""
+    return sum(bool(row.discarded) for slots in rows for row in slots.values())
 
 
 class _Piece:
     """What `prepare` has gathered so far."""
 
     def __init__(self) -> None:
-        self.sums: list[str] = []
-        self.pixels: list[np.ndarray] = []
-        self.broken: list[str] = []
+        self.contents: list[Content] = []
+        self.originals: list[str] = []
+        self.pictures: list[Picture] = []
+        self.broken: list[Content] = []
         self.bytes = 0
 
-    def add(self, sha256: str, pixels: np.ndarray) -> None:
-        self.sums.append(sha256)
-        self.pixels.append(pixels)
-        self.bytes += pixels.nbytes
+    def add(self, image: Image, picture: Picture) -> None:
+        self.contents.append(image.content)
+        self.originals.append(image.original)
+        self.pictures.append(picture)
+        self.bytes += size_of(picture)
 
     def is_full(self, batch: int) -> bool:
-        return len(self.sums) % batch == 0 and (len(self.sums) >= PIECE_BATCHES * batch or self.bytes >= PIECE_BYTES)
+        count = len(self.contents)
+        return count > 0 and count % batch == 0 and (count >= PIECE_BATCHES * batch or self.bytes >= PIECE_BYTES)
 
     def wire(self) -> units.Piece:
-        pixels = np.stack(self.pixels) if self.pixels else None
-        return {"sha256": self.sums, "pixels": pixels, "broken": self.broken}
+        return {name: value for name, value in vars(self).items() if name != "bytes"}
 
 
-# Planning ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Todo:
-    """A shard that is to be done."""
-
-    entry: ShardEntry
-    sums: set[str]  # sha256 of its images
-    reused: pa.Table  # rows of its images that have captions of this recipe (store.SCHEMA)
-
-    @property
-    def new(self) -> set[str]:
-        return self.sums - set(self.reused["sha256"].to_pylist())
-
-
-def outline(job: RecaptionJob) -> list[Todo]:
-    """The shards that have no captions for what they now hold, and what of theirs was captioned before."""
-    names = job.storage.names(f"{store.ROOT}/{job.layer}") + job.storage.names(_reuse_folder(job))
-    done = {unit: facts["source"] for unit, facts in units.markers(job).items()}
-    entries = [
-        entry
-        for entry in job.dataset.manifest.shards
-        if done.get(entry.name) != entry.sha256 or store.file_name(job.layer, entry.name) not in names
-    ]
-    sums = [set(job.dataset.table(entry.name, ["sha256"])["sha256"].to_pylist()) for entry in entries]
-    found = _captioned(job.storage, names, set[str]().union(*sums), job.slots)
-    places: dict[str, list[int]] = {}
-    for place, sha256 in enumerate(found["sha256"].to_pylist()):
-        places.setdefault(sha256, []).append(place)
-    return [
-        Todo(entry, own, found.take(pa.array([p for sha in sorted(own) for p in places.get(sha, [])], pa.int64())))
-        for entry, own in zip(entries, sums, strict=True)
-    ]
-
-
-def _captioned(storage: Storage, names: list[str], wanted: set[str], slots: list[str]) -> pa.Table:
-    """The rows in these files of images of `wanted` that have every slot: one an image and slot (store.SCHEMA)."""
-    found, have = [store.SCHEMA.empty_table()], set[str]()
-    for table in _rows_of(storage, names, wanted):
-        places: dict[str, dict[str, int]] = {}
-        for place, (sha256, slot) in enumerate(zip(*(table[n].to_pylist() for n in ("sha256", "slot")), strict=True)):
-            places.setdefault(sha256, {}).setdefault(slot, place)
-        new = [sha256 for sha256 in sorted(places) if places[sha256].keys() >= set(slots) and sha256 not in have]
-        have.update(new)
-        found.append(table.take(pa.array([places[sha256][slot] for sha256 in new for slot in slots], pa.int64())))
-    return pa.concat_tables(found)
-
-
-def _rows_of(storage: Storage, names: list[str], wanted: set[str]) -> Iterator[pa.Table]:
-    """The captions of images of `wanted` in those of the files that are tables of captions, file by file."""
-    chosen = pa.array(sorted(wanted), pa.string())
-    for name in names if wanted else []:
-        if name.endswith(".parquet"):
-            table = storage.read_table(name)
-            readable = pc.not_equal(table["finish"], UNREADABLE.finish)  # what could not be read is tried again
-            yield table.filter(pc.and_(pc.is_in(table["sha256"], chosen), readable))
-
-
-def _reuse_folder(job: RecaptionJob) -> str:
-    return f"state/{job.name}/reuse"
+def _outline(job: RecaptionJob, *, sharing: bool = True) -> list[Todo]:
+    done, quoting = units.markers(job), job.engine.uses_original
+    return outline(job.dataset, job.layer, job.slots, done, quoting=quoting, sharing=sharing)
 
 
 def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
-    """Every shard as a unit. Captions that are to be kept are put aside first: committing one shard may overwrite the
-    file in which another shard's images have theirs."""
-    reuse: dict[str, str] = {}
+    """What is to be done, and what is done. Captions that are to be kept are put aside first: committing one shard may
+    overwrite the file in which another shard's images have theirs."""
+    left, marked = {shard.entry.name for shard in todo}, units.markers(job).keys()
+    work = [units.Unit(shard) for shard in job.dataset.shard_names if shard in marked - left]
     for shard in todo:
+        name = f"{store.aside(job.layer)}/{shard.entry.name}-{shard.entry.sha256[:16]}"
         if len(shard.reused):
-            name = f"{_reuse_folder(job)}/{shard.entry.name}-{shard.entry.sha256[:16]}.parquet"
-            if not job.storage.exists(name):
-                job.storage.write_table(name, shard.reused)
-            reuse[shard.entry.name] = name
-    return [
-        units.Unit(entry.name, {"shard": entry.name, "source": entry.sha256, "reuse": reuse.get(entry.name, "")})
-        for entry in job.dataset.manifest.shards
-    ]
+            job.storage.write_table(f"{name}.parquet", shard.reused)
+        spec = {
+            "shard": shard.entry.name,
+            "source": shard.entry.sha256,
+            "reuse": f"{name}.parquet" if len(shard.reused) else "",
+            "elsewhere": sorted(shard.elsewhere),
+            "aside": f"{name}-own.parquet",
+        }
+        work.append(units.Unit(shard.entry.name, spec))
+    return work
 
 
 def _job(recipe: Recipe) -> RecaptionJob:
     config = RecaptionConfig.from_recipe(recipe)
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
-    return RecaptionJob(dataset, make(config), config, recipe.resources)
+    workers = recipe.resources.model_workers or max(1, recipe.resources.gpus or 0)
+    return RecaptionJob(dataset, make(config, workers=workers), config, recipe.resources)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `recaption` would do; changes nothing.
 
     Counts images: `done` in finished shards; of the others `reused` have captions of this recipe, `new` have none, and
-    of these `stale` have captions of another model or recipe only. `eta_s` comes from captioning one batch.
+    of these `stale` have captions of another model or recipe only. `tokens` and `eta_s` come from a timed sample:
+    pictures that are captioned now, and thrown away.
     """
     job = _job(recipe)
-    todo = outline(job)
-    new = set[str]().union(*(shard.new for shard in todo))
-    others = [layer for layer in store.list_layers(job.storage) if layer != job.layer and _by_model(job.storage, layer)]
-    names = [name for layer in others for name in job.storage.names(f"{store.ROOT}/{layer}")]
-    stale = {sha256 for table in _rows_of(job.storage, names, new) for sha256 in table["sha256"].to_pylist()}
-    images = sum(entry.samples for entry in job.dataset.manifest.shards)
+    todo = _outline(job)
+    new = set[Content]().union(*(shard.new for shard in todo))
+    sample = take_sample(job.dataset, job.engine, job.write, todo, job.slots, job.config.batch)
+    total = sum(entry.samples for entry in job.dataset.manifest.shards)
     pending = sum(shard.entry.samples for shard in todo)
-    rate = _timed(job, todo) if new else 0.0
     return {
         "layer": job.layer,
         "shards": len(todo),
-        "images": images,
-        "done": images - pending,
+        "images": total,
+        "done": total - pending,
         "reused": pending - len(new),
         "new": len(new),
-        "stale": len(stale),
-        "samples_per_s": round(rate, 2),
-        "eta_s": round(len(new) / rate, 3) if rate else 0.0,
+        "stale": count_stale(job.storage, job.layer, {content.sha256 for content in new}),
+        "captions": len(new) * len(job.slots),
+        **sample.estimate(len(new), recipe.resources),
     }
-
-
-def _by_model(storage: Storage, layer: str) -> bool:
-    """Whether the layer's captions were written by a model: those that people gave do not grow stale."""
-    return bool(store.layer_recipe(storage, layer)["engine"]["engine"] != store.GIVEN)
-
-
-def _timed(job: RecaptionJob, todo: list[Todo]) -> float:
-    """Images a second over all model workers, from one batch of what is to be captioned; loading is not counted."""
-    batch, pixels = job.config.batch, list[np.ndarray]()
-    for shard in todo:
-        for _, jpeg in job.dataset.read_images(shard.entry.name, range(min(batch, shard.entry.samples))):
-            try:
-                pixels.append(job.engine.prepare(jpeg))
-            except Exception as error:  # noqa: BLE001 - the sample boundary: `recaption` will flag it
-                log.warning("%s: an image cannot be read: %s", shard.entry.name, error)
-        if len(pixels) >= batch:
-            break
-    if not pixels:
-        return 0.0
-    apply, images = job.model(), np.stack(pixels[:batch])
-    keys = [f"{number}" for number in range(len(images))]
-    apply({"sha256": keys[:1], "pixels": images[:1], "broken": []})
-    start = time.perf_counter()
-    apply({"sha256": keys, "pixels": images, "broken": []})
-    workers = job.resources.model_workers or max(1, job.resources.gpus or 0)
-    return len(images) / (time.perf_counter() - start) * workers
-
-
-# Running -------------------------------------------------------------------------------------------------------------
 
 
 def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -292,37 +229,50 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Gives the layer's id and counts of images. Raises Quarantined when shards kept failing; the others are done then.
     """
     job, start = _job(recipe), time.perf_counter()
-    todo = outline(job)
-    work = _units(job, todo)
-    units.forget(job, [shard.entry.name for shard in todo])
-    ended = units.run(job, work, recipe.resources, progress=progress)
-    if ended.done or ended.skipped:
-        store.publish(job.storage, job.layer, job.slots, job.engine.identity())
-    if ended.quarantined:
-        raise Quarantined(job.name, ended.quarantined)
-    for name in job.storage.names(_reuse_folder(job)):
-        job.storage.delete(name)
-    return _summary(job, {shard.entry.name for shard in todo}, time.perf_counter() - start)
+    now, touched, waiting, quarantined = Counter[str](), set[str](), set[str](), dict[str, str]()
+    for sharing in (True, False):
+        todo = [shard for shard in _outline(job, sharing=sharing) if sharing or shard.entry.name in waiting]
+        names = {shard.entry.name for shard in todo}
+        work = _units(job, todo)
+        units.forget(job, names)
+        ended = units.run(job, work, recipe.resources, progress=progress)
+        if ended.done or ended.skipped:
+            store.publish(job.storage, job.layer, job.slots, job.description, job.config.lint)
+        now.update(_sums(job, names, ("new", "retried")))
+        touched |= names
+        quarantined |= ended.quarantined
+        waiting = {shard.entry.name for shard in todo if shard.elsewhere}
+        if not waiting:
+            break
+    if quarantined:
+        raise Quarantined(job.name, quarantined)
+    job.storage.delete(*job.storage.names(store.aside(job.layer)))
+    now.update(_sums(job, touched, ("images", "reused")))
+    return _summary(job, now, time.perf_counter() - start)
 
 
-def _summary(job: RecaptionJob, todo: set[str], seconds: float) -> dict[str, Any]:
-    """What the layer holds now, and what was done for it by this run."""
-    shards = set(job.dataset.shard_names)
-    facts = {shard: fact for shard, fact in units.markers(job).items() if shard in shards}
+def _sums(job: RecaptionJob, shards: set[str], names: Sequence[str]) -> Counter[str]:
+    """What the markers of these shards say, summed."""
     total = Counter[str]()
-    for fact in facts.values():
-        total.update({name: value for name, value in fact.items() if isinstance(value, int)})
-    now = Counter[str]()
-    for shard in todo:
-        now.update({name: facts[shard][name] for name in ("images", "new", "reused")})
+    for shard, facts in units.markers(job).items():
+        if shard in shards:
+            total.update({name: facts[name] for name in names or facts if isinstance(facts[name], int)})
+    return total
+
+
+def _summary(job: RecaptionJob, now: Mapping[str, int], seconds: float) -> dict[str, Any]:
+    """What the layer holds now, and what was done for it by this run."""
+    total = _sums(job, set(job.dataset.shard_names), ())
     return {
         "layer": job.layer,
-        "shards": len(facts),
+        "shards": len(job.dataset.shard_names),
         "images": total["images"],
         "done": total["images"] - now["images"],
         "reused": now["reused"],
         "new": now["new"],
+        "retried": now["retried"],
         "unreadable": total["unreadable"],
+        "failed": total["failed"],
         "flags": {name.removeprefix("flag_"): total[name] for name in sorted(total) if name.startswith("flag_")},
         "seconds": round(seconds, 1),
         "samples_per_s": round(now["new"] / seconds, 2),

@@ -2,9 +2,13 @@
 
     captions/<layer id>/shard-000000.parquet    a row an image and slot, in the shard's order (SCHEMA)
     captions/<layer id>/recipe.json             what made the layer; published last: without it a layer is not listed
+    captions/<layer id>/aside/                  while a run is under way: captions that are moving to another shard
 
 A layer's id is a hash of everything that can change a caption, so that a new prompt makes a new layer and the same
-recipe always adds to the same one.
+recipe always adds to the same one. What a model wrote is never lost: `raw` and `discarded` hold all of it.
+
+Whoever takes pictures out of a dataset needs to know only this: every table below captions/ has a column `key`, and is
+still a layer's table without some of its rows.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
 
 from pipeline.config import fingerprint
 from pipeline.errors import RecipeError
+from pipeline.records import make_key
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from recaption import lint
@@ -26,17 +31,20 @@ from recaption import lint
 ROOT: Final = "captions"
 GIVEN: Final = "given"  # the engine of layers that no model wrote
 
+_STRINGS: Final = pa.list_(pa.field("item", pa.string(), nullable=False))
 SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),  # of the image's source bytes, as in the shard's table
         pa.field("slot", pa.string(), nullable=False),
+        pa.field("quoted", pa.string(), nullable=False),  # `quote` of the caption that the prompt quoted; "" if none
         pa.field("raw", pa.string(), nullable=False),  # as the model wrote it
-        pa.field("text", pa.string(), nullable=False),  # cleaned; empty where there is no caption
+        pa.field("text", pa.string(), nullable=False),  # cleaned, or the original (flag `original`); "": no caption
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("finish", pa.string(), nullable=False),  # lint.Finish
         pa.field("seed", pa.int64(), nullable=False),
-        pa.field("flags", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
+        pa.field("flags", _STRINGS, nullable=False),  # of lint.reasons(); sorted
+        pa.field("discarded", _STRINGS, nullable=False),  # raw texts of other attempts, in the order of attempts
     ]
 )
 
@@ -51,26 +59,52 @@ class Row:
     finish: lint.Finish
     seed: int
     flags: tuple[str, ...]
+    discarded: tuple[str, ...] = ()
 
     @classmethod
-    def written(cls, raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
-        """A caption, cleaned and flagged."""
-        linted = lint.lint(raw, finish)
+    def written(cls, raw: str, tokens: int, finish: lint.Finish, seed: int, linted: lint.Linted) -> Row:
+        """A caption that is kept, whatever its flags."""
         return cls(raw, linted.text, tokens, finish, seed, linted.flags)
 
     @classmethod
-    def unreadable(cls) -> Row:
-        """In place of a caption where the image cannot be decoded."""
-        return cls("", "", 0, "none", 0, (lint.UNREADABLE,))
+    def missing(cls, *flags: str) -> Row:
+        """In place of a caption where there is none yet: the image cannot be decoded, or the engine did not answer."""
+        return cls("", "", 0, "none", 0, tuple(sorted(flags)))
+
+    def replaced(self) -> Row:
+        """The row of a caption that is not good enough: the original is to stand in."""
+        return replace(self, flags=tuple(sorted({*self.flags, lint.ORIGINAL})))
+
+    def beside(self, original: str) -> Row:
+        """The row as it stands for an image that came with the caption `original`."""
+        return replace(self, text=original) if lint.ORIGINAL in self.flags else self
 
 
-def layer_id(identity: Mapping[str, Any]) -> str:
-    """The layer of an engine with this identity: 16 hexadecimal digits."""
-    return fingerprint({"engine": dict(identity), "cleaner": lint.VERSION})
+def layer_id(engine: Mapping[str, Any], settings: lint.Settings) -> str:
+    """The layer of an engine that describes itself so, under these settings: 16 hexadecimal digits."""
+    return fingerprint({"engine": dict(engine), "lint": _lint(settings)})
+
+
+def _lint(settings: lint.Settings) -> dict[str, Any]:
+    return {**lint.identity(), "settings": settings.model_dump(mode="json")}
+
+
+def quote(original: str) -> str:
+    """Names the caption that a prompt quoted: 32 hexadecimal digits."""
+    return make_key(original)
+
+
+def is_model(recipe: Mapping[str, Any]) -> bool:
+    """Whether a model wrote the layer of this recipe.json: captions that people gave do not grow stale."""
+    return bool(recipe["engine"]["engine"] != GIVEN)
 
 
 def file_name(layer: str, shard: str) -> str:
     return f"{ROOT}/{layer}/{shard}.parquet"
+
+
+def aside(layer: str) -> str:
+    return f"{ROOT}/{layer}/aside"
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -89,8 +123,14 @@ def latest_layer(storage: Storage) -> str | None:
     return layers[-1] if layers else None
 
 
+def find_layer(storage: Storage, name: str) -> str:
+    """The id of the layer `name`, which may be `latest`. Raises RecipeError where there is none."""
+    layer = latest_layer(storage) if name == "latest" else name
+    return str(layer_recipe(storage, layer or name)["layer"])
+
+
 def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
-    """What made a layer: {layer, number, slots, cleaner, engine: {...}}. Raises RecipeError where there is none."""
+    """What made a layer: {layer, number, slots, lint: {...}, engine: {...}}. Raises RecipeError where there is none."""
     name = f"{ROOT}/{layer}/recipe.json"
     if not storage.exists(name):
         known = ", ".join(list_layers(storage)) or "none"
@@ -105,14 +145,14 @@ def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | Non
 
 
 def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, str]]:
-    """Key → slot → text of a shard's captions. Images and slots without a caption are left out.
+    """Key → slot → text of a shard's captions. Images and slots for which the layer has none of its own are left out.
 
     Raises FileNotFoundError where the shard has not been captioned yet.
     """
-    table = read_rows(storage, layer, shard, ["key", "slot", "text"])
+    table = read_rows(storage, layer, shard, ["key", "slot", "text", "flags"])
     captions: dict[str, dict[str, str]] = {}
-    for key, slot, text in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-        if text:
+    for key, slot, text, flags in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        if text and lint.ORIGINAL not in flags:
             captions.setdefault(key, {})[slot] = text
     return captions
 
@@ -120,17 +160,28 @@ def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, 
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def write_rows(storage: Storage, layer: str, shard: str, rows: Iterable[tuple[str, str, str, Row]]) -> None:
-    """Publish a shard's captions: (key, sha256, slot, row) in the shard's order. The same rows give the same bytes."""
+@dataclass(frozen=True)
+class Place:
+    """Whose caption a row is."""
+
+    key: str
+    sha256: str
+    quoted: str
+    slot: str
+
+
+def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -> None:
+    """Publish captions as the file `name`. The same rows give the same bytes."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for key, sha256, slot, row in rows:
-        values = (key, sha256, slot, row.raw, row.text, row.tokens, row.finish, row.seed, list(row.flags))
-        for name, value in zip(SCHEMA.names, values, strict=True):
-            columns[name].append(value)
-    storage.write_table(file_name(layer, shard), pa.table(columns, schema=SCHEMA))
+    for place, row in rows:
+        for column, value in (vars(place) | vars(row)).items():
+            columns[column].append(value)
+    storage.write_table(name, pa.table(columns, schema=SCHEMA))
 
 
-def publish(storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any]) -> None:
+def publish(
+    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: lint.Settings
+) -> None:
     """List the layer from now on. Does nothing for one that is listed."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):
         return
@@ -140,7 +191,7 @@ def publish(storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[
         "layer": layer,
         "number": number,  # layers are numbered in the order in which they were published
         "slots": list(slots),
-        "cleaner": lint.VERSION,
+        "lint": _lint(settings),
         "engine": dict(engine),
     }
     storage.write(f"{ROOT}/{layer}/recipe.json", json.dumps(recipe, indent=1, sort_keys=True).encode() + b"\n")
@@ -153,16 +204,18 @@ def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mappi
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", layer):
         raise RecipeError("layer", f"{layer!r} is no name for a layer", "use lower-case letters, digits, - and _")
-    dataset = Dataset(storage)
+    dataset, settings = Dataset(storage), lint.Settings(retries=0, language=None)
     slots = sorted({slot for texts in captions.values() for slot in texts})
     found = 0
     for shard in dataset.shard_names:
-        rows: list[tuple[str, str, str, Row]] = []
+        rows: list[tuple[Place, Row]] = []
         table = dataset.table(shard, ["key", "sha256"])
         for key, sha256 in zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True):
             texts = captions.get(key, {})
             found += bool(texts)
-            rows += [(key, sha256, slot, Row.written(texts[slot], 0, "given", 0)) for slot in slots if slot in texts]
-        write_rows(storage, layer, shard, rows)
-    publish(storage, layer, slots, {"engine": GIVEN})
+            for slot in (slot for slot in slots if slot in texts):
+                linted = lint.lint(texts[slot], "given", settings, slot=slot)
+                rows.append((Place(key, sha256, "", slot), Row.written(texts[slot], 0, "given", 0, linted)))
+        write_rows(storage, file_name(layer, shard), rows)
+    publish(storage, layer, slots, {"engine": GIVEN}, settings)
     return {"images": found, "missing": len(captions) - found}

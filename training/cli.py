@@ -38,13 +38,27 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
         steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
         guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="Guidance scale.")] = None,
+        upsample: Annotated[
+            bool, typer.Option("--upsample", help="Expand prompts into the style of the captions trained on.")
+        ] = False,
+        upsampler: Annotated[
+            Path | None,
+            typer.Option(metavar="RECIPE", help="Expand with its recaption engine, in place of the run's own."),
+        ] = None,
         as_json: JsonOption = False,
     ) -> None:
         """Draw a labelled grid of pictures from prompts."""
+        from recaption.config import RecaptionConfig
         from training.sample import sample as draw
+        from training.sample import upsampler_of
 
-        seeds = seed or None
-        finish(draw(run, prompt, out, seeds=seeds, negative=negative, steps=steps, guidance=guidance), as_json)
+        seeds, writer = seed or None, None
+        if upsampler is not None:
+            writer = RecaptionConfig.from_recipe(load(upsampler, []))
+        elif upsample:
+            writer = upsampler_of(run)
+        drawn = draw(run, prompt, out, seeds=seeds, negative=negative, steps=steps, guidance=guidance, upsampler=writer)
+        finish(drawn, as_json)
 
     @app.command()
     def evaluate(

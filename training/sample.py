@@ -5,6 +5,7 @@ Nothing here draws in a way of its own: what `sample` shows is what `DiffusionPi
 
 from __future__ import annotations
 
+import json
 import logging
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.config import validate
 from pipeline.errors import RecipeError
+from recaption.config import RecaptionConfig
+from recaption.upsample import PAPER, Style, expand, text_engine
 from training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
@@ -35,23 +39,52 @@ def sample(
     guidance: float | None = None,
     batch: int = 16,
     columns: int | None = None,
+    upsampler: RecaptionConfig | None = None,
 ) -> dict[str, Any]:
     """Draw one picture a prompt and publish the labelled grid `out` (PNG). Gives a summary.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one a prompt, or as many as
-    wanted for a single prompt. `steps` and `guidance` default to what the run's recipe says.
+    wanted for a single prompt. `steps` and `guidance` default to what the run's recipe says. With an `upsampler`, what
+    is drawn are the prompts as it expands them; the summary has them, and the grid is labelled with those given.
     """
+    short = prompts
+    if upsampler is not None:
+        prompts = expand(text_engine(upsampler), short, style_of(run))
+        for before, after in zip(short, prompts, strict=True):
+            logger.info("sample: %s → %s", before, after)
+    expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     prompts, seeds = _paired(prompts, seeds)
+    labels = list(short) if len(short) == len(prompts) else list(short) * len(prompts)
     sampler = open_sampler(run)
     images = sampler.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, batch=batch)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, prompts, columns=columns).save(path, format="PNG")
+        grid(images, labels, columns=columns).save(path, format="PNG")
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a PNG file that can be written") from None
     logger.info("sample: %d pictures in %s", len(images), path)
-    return {"grid": str(path), "pictures": len(images), "size": list(images.shape[1:3]), "seeds": list(seeds)}
+    size = list(images.shape[1:3])
+    return {"grid": str(path), "pictures": len(images), "size": size, "seeds": list(seeds), **expanded}
+
+
+def style_of(run: str | Path) -> Style:
+    """How the captions were written that a model was trained on; else the DALL-E 3 paper's bounds."""
+    style = read_facts(find_product(run)).get("style")
+    if style is None:
+        logger.info("sample: %s does not say how its captions are written: %d to %d words", run, *PAPER.words[::2])
+    return PAPER if style is None else Style.read(style)
+
+
+def upsampler_of(run: str | Path) -> RecaptionConfig:
+    """The caption engine that a run's own recipe names. Raises RecipeError where that one writes no text."""
+    file = Path(run) / "recipe.json"
+    section = json.loads(file.read_text(encoding="utf-8"))["recipe"]["recaption"] if file.is_file() else None
+    if section is None or section.get("engine", "coca") == "coca":
+        problem = f"{run} knows no engine that writes text"
+        mend = "add --upsampler RECIPE, whose recaption section names engine transformers or openai"
+        raise RecipeError("--upsample", problem, mend)
+    return validate(RecaptionConfig, section, "recaption")
 
 
 @dataclass(frozen=True)

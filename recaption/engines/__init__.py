@@ -1,18 +1,32 @@
 """Caption engines: what writes a caption for a picture, each in its own file, loaded when it is asked for.
 
-JPEG bytes ──prepare, on CPU workers──▶ uint8 pixels ──caption, on model workers──▶ slot → Caption
+JPEG bytes ──prepare, on CPU workers──▶ Picture ──caption, on model workers──▶ slot → Caption
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from pipeline.errors import MissingExtra
 from recaption.config import RecaptionConfig
 from recaption.lint import Finish
+
+Picture: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded picture: what `prepare` made
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for one picture."""
+
+    sha256: str  # of the picture's source bytes: with slot and attempt it names the random numbers that are drawn
+    slots: tuple[str, ...]
+    original: str = ""  # the caption that came with the picture; only engines that say `uses_original` look at it
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,32 +35,87 @@ class Caption:
 
     raw: str
     tokens: int  # that the model wrote, the end token not counted
-    finish: Finish  # "end": the model ended it; "length": it was cut
+    finish: Finish  # "end": the model ended it; "length": it was cut; "none": there is no caption
     seed: int  # that the choice of its tokens came from; 0 where nothing was left to chance
+    reason: str = ""  # finish "none": why, e.g. `http_503`, `timeout`, `content_filter`; worth another run
 
 
+@runtime_checkable
 class CaptionEngine(Protocol):
-    """Light to make and to send to workers: weights are loaded by the first `caption`.
+    """Light to make and to send to workers: packages and weights are loaded by the first `caption`.
 
-    Captions depend on the picture and `identity` alone: never on the batch, on the worker or on what ran before.
+    A caption depends on the picture, the request, the attempt and what `describe` says: never on the batch, on the
+    worker or on what ran before.
     """
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that can change a caption, as plain data: weights, preprocessing, prompts, decoding."""
+    @property
+    def uses_original(self) -> bool:
+        """Whether a prompt quotes the original caption, so that captions depend on it too."""
 
-    def prepare(self, data: bytes) -> np.ndarray:
-        """An encoded picture as uint8 [height, width, 3]. Raises an Exception for a broken one."""
+    def describe(self) -> dict[str, Any]:
+        """Everything that can change a caption, as plain data: weights, preprocessing, prompts, decoding.
 
-    def caption(self, pixels: np.ndarray, keys: Sequence[str]) -> list[Mapping[str, Caption]]:
-        """Captions for uint8 [batch, height, width, 3], a mapping of slot → Caption for each picture.
+        The recipe id is made of it; `attempt` is no part of it, nor is how fast captions are made.
+        """
 
-        `keys` name the pictures' contents: the same key and identity draw the same random numbers.
+    def prepare(self, jpeg: bytes) -> Picture:
+        """What `caption` needs of a picture, small enough to travel. Loads no model.
+
+        Raises an Exception for a broken picture.
+        """
+
+    def caption(
+        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+    ) -> list[dict[str, Caption]]:
+        """One mapping of slot → Caption for each picture, with exactly the slots that its request names.
+
+        `attempt` 0 decodes as the recipe says. A later one draws other tokens, also where the recipe's method is
+        greedy: it is for captions in which something was found wrong.
         """
 
 
-def make(config: RecaptionConfig) -> CaptionEngine:
-    """The engine that a recipe asks for. Raises RecipeError where it cannot work."""
-    from recaption.engines.coca import CocaEngine
+@runtime_checkable
+class TextEngine(Protocol):
+    """An engine that also answers questions without a picture."""
 
-    engines = {"coca": CocaEngine}
-    return engines[config.engine](config)
+    def write(self, prompts: Sequence[str], *, seeds: Sequence[int], max_tokens: int) -> list[Caption]:
+        """One answer a prompt, of at most `max_tokens` tokens."""
+
+
+# Engine → module and class. Modules are imported when they are asked for: one engine's packages are no other's.
+ENGINES: Final[Mapping[str, tuple[str, str]]] = {
+    "coca": ("recaption.engines.coca", "CocaEngine"),
+    "transformers": ("recaption.engines.transformers", "TransformersEngine"),
+    "openai": ("recaption.engines.openai", "OpenAIEngine"),
+}
+
+
+def make(config: RecaptionConfig, *, workers: int = 1) -> CaptionEngine:
+    """The engine that a recipe asks for; `workers` of them will run at once and share what is limited.
+
+    Raises RecipeError where it cannot work.
+    """
+    module, name = ENGINES[config.engine]
+    engine: CaptionEngine = getattr(importlib.import_module(module), name)(config, workers=workers)
+    return engine
+
+
+def seed_of(seed: int, sha256: str, slot: str, attempt: int) -> int:
+    """Of one caption's random numbers: 63 bits from the recipe's seed, the picture, the slot and the attempt."""
+    digest = hashlib.blake2b(f"{seed} {sha256} {slot} {attempt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def need(package: str, extra: str, field: str = "recaption.engine") -> Any:
+    """Import a package that not every installation has. Raises MissingExtra, which names the extra to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] != package.partition(".")[0]:
+            raise  # the package is there, something of its own is not: a MissingExtra would mislead
+        raise MissingExtra(field, package, extra) from None
+
+
+def size_of(picture: Picture) -> int:
+    """Bytes that a picture takes on its way to a model worker."""
+    return len(picture) if isinstance(picture, bytes) else picture.nbytes

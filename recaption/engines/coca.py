@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.config import fingerprint
 from pipeline.errors import RecipeError
 from recaption import pixels, prompts
 from recaption.config import RecaptionConfig
-from recaption.engines import Caption
+from recaption.engines import Caption, Picture, Request, seed_of
 
 if TYPE_CHECKING:
     from recaption.engines.decode import CachedCoca
@@ -34,13 +33,16 @@ WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 BPE_FILE: Final = "bpe.txt.gz"
 SLOTS_FILE: Final = "capstan.json"
 
-VERSION: Final = 1  # of this engine's own arithmetic; part of a layer's id
+VERSION: Final = 2  # of this engine's own arithmetic; part of a layer's id
+KEPT: Final = 20  # positions that stretching leaves as they are
 
 
 class CocaEngine:
     """A `CaptionEngine`; pickles as its settings, without weights."""
 
-    def __init__(self, config: RecaptionConfig) -> None:
+    uses_original = False
+
+    def __init__(self, config: RecaptionConfig, *, workers: int = 1) -> None:
         self.config = config
         # Absolute, since workers may stand elsewhere.
         self.folder = product_folder(Path(config.model).absolute())
@@ -57,16 +59,17 @@ class CocaEngine:
             self.preprocessing = pixels.Preprocessing.of(self.architecture["vision_cfg"]["image_size"], preprocess)
         except ValueError as error:
             raise RecipeError("recaption.model", str(error), "use another model") from None
-        self.prompts = prompts.choose(config.slots, config.prompts, own)
-        self._identity: dict[str, Any] | None = None
+        self.prompts = prompts.choose(config.slots, config.prompts, own or prompts.OPENINGS)
+        prompts.refuse_original(self.prompts, "engine coca continues its prompts and cannot be told anything")
+        self._description: dict[str, Any] | None = None
         self._loaded: _Loaded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    def identity(self) -> dict[str, Any]:
-        if self._identity is None:
-            self._identity = {
+    def describe(self) -> dict[str, Any]:
+        if self._description is None:
+            self._description = {
                 "engine": "coca",
                 "version": VERSION,
                 "weights": self._weights_id(),
@@ -74,16 +77,19 @@ class CocaEngine:
                 "vocabulary": _digest(self.vocabulary) if self.vocabulary else "clip",
                 "preprocessing": {**vars(self.preprocessing)},
                 "prompts": {slot: self.prompts[slot] for slot in self.config.slots},
-                "decoding": self.config.decoding.model_dump() if self.config.decoding.method != "greedy" else "greedy",
+                "decoding": self.config.decoding.model_dump(),
                 "max_tokens": self.config.max_tokens,
-                "precision": self.config.precision,
+                "context": self.config.context,
+                "precision": self.config.precision or "fp32",
             }
-        return self._identity
+        return self._description
 
-    def prepare(self, data: bytes) -> np.ndarray:
-        return pixels.read(data, self.preprocessing)
+    def prepare(self, jpeg: bytes) -> np.ndarray:
+        return pixels.read(jpeg, self.preprocessing)
 
-    def caption(self, images: np.ndarray, keys: Sequence[str]) -> list[Mapping[str, Caption]]:
+    def caption(
+        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+    ) -> list[dict[str, Caption]]:
         import torch
 
         loaded = self._loaded = self._loaded or _Loaded(self)
@@ -91,30 +97,36 @@ class CocaEngine:
         with torch.inference_mode():
             return [
                 captions
-                for first in range(0, len(keys), step)
-                for captions in self._batch(loaded, images[first : first + step], keys[first : first + step])
+                for first in range(0, len(requests), step)
+                for captions in self._batch(
+                    loaded, pictures[first : first + step], requests[first : first + step], attempt
+                )
             ]
 
-    def _batch(self, loaded: _Loaded, images: np.ndarray, keys: Sequence[str]) -> list[dict[str, Caption]]:
+    def _batch(
+        self, loaded: _Loaded, pictures: Sequence[Picture], requests: Sequence[Request], attempt: int
+    ) -> list[dict[str, Caption]]:
+        from recaption.engines.beam import search
         from recaption.engines.decode import decode
 
-        decoding, found = self.config.decoding, [dict[str, Caption]() for _ in keys]
-        cache = loaded.look(images, self.preprocessing)
+        how, found = self.config.decoding, [dict[str, Caption]() for _ in requests]
+        if attempt:
+            how = how.model_copy(update={"method": "top_p"})
+        cache = loaded.look(pictures, self.preprocessing, self.config.batch)
         for slot, (prompt, limit) in loaded.slots.items():
-            seeds = [self.seed(key, slot) for key in keys]
-            for captions, seed, (tokens, ended) in zip(
-                found, seeds, decode(cache, prompt, limit, loaded.tokens, decoding, seeds), strict=True
-            ):
+            rows = [row for row, request in enumerate(requests) if slot in request.slots]
+            if not rows:
+                continue
+            drawn = how.method == "top_p"
+            seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) if drawn else 0 for row in rows]
+            if how.method == "beam":
+                written = search(cache, rows, prompt, limit, loaded.tokens, how)
+            else:
+                written = decode(cache, rows, prompt, limit, loaded.tokens, how, seeds)
+            for row, seed, (tokens, ended) in zip(rows, seeds, written, strict=True):
                 text = loaded.tokenizer.decode(tokens).strip()
-                captions[slot] = Caption(text, len(tokens), "end" if ended else "length", seed)
+                found[row][slot] = Caption(text, len(tokens), "end" if ended else "length", seed)
         return found
-
-    def seed(self, key: str, slot: str) -> int:
-        """Of what is drawn for one picture and slot: 63 bits from its content, this engine's identity and the slot."""
-        if self.config.decoding.method == "greedy":
-            return 0
-        digest = hashlib.blake2b(f"{key} {fingerprint(self.identity())} {slot}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 1
 
     @property
     def vocabulary(self) -> Path | None:
@@ -141,19 +153,25 @@ class _Loaded:
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.model = _load(engine).to(self.device, self.dtype).eval()
+        self.model = _load(engine).eval()
+        if config.context is not None:
+            _stretch(self.model.text, config.context)
+        self.model.to(self.device, self.dtype)
         self.tokenizer = SimpleTokenizer(**({"bpe_path": str(engine.vocabulary)} if engine.vocabulary else {}))
         self.tokens = Tokens(self.tokenizer.sot_token_id, self.tokenizer.eot_token_id, self.model.pad_id)
+        self.context = config.context or min(self.model.text.context_length, self.model.text_decoder.context_length)
         self.slots = {slot: self._prompt(engine, slot) for slot in config.slots}
-        log.info("%s loaded on %s, %s", config.model, self.device, config.precision)
+        log.info("%s loaded on %s, %s", config.model, self.device, config.precision or "fp32")
 
-    def look(self, images: np.ndarray, how: pixels.Preprocessing) -> CachedCoca:
-        """Encode uint8 images [B, height, width, 3]."""
+    def look(self, pictures: Sequence[Picture], how: pixels.Preprocessing, batch: int) -> CachedCoca:
+        """Encode uint8 pictures [height, width, 3]; where shapes must stay, `batch` of them, the last one repeated."""
         import torch
 
-        from recaption.engines.decode import CachedCoca
+        from recaption.engines.decode import CachedCoca, padded
 
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2)
+        total = padded(len(pictures)) if self.device.type == "cpu" else batch
+        stacked = np.stack([*pictures, *[pictures[-1]] * (total - len(pictures))])
+        x = torch.from_numpy(stacked).to(self.device).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (how.mean, how.std))
         _, image_tokens = self.model.visual(((x.float() / 255 - mean) / std).to(self.dtype))
         cache = CachedCoca(self.model)
@@ -164,11 +182,32 @@ class _Loaded:
         """A slot's prompt as tokens, and how many tokens may follow it."""
         text = engine.prompts[slot]
         prompt = self.tokenizer.encode(text)
-        room = min(self.model.text.context_length, self.model.text_decoder.context_length) - 1 - len(prompt)
+        room = self.context - 1 - len(prompt)
         if room < 1 or self.tokens.pad in prompt:
             problem = f"{text!r} fills the model's context" if room < 1 else f"{text!r} holds the model's padding token"
             raise RecipeError(f"recaption.prompts.{slot}", problem, "use other, or fewer, words")
         return prompt, min(room, engine.config.max_tokens or room)
+
+
+def _stretch(text: Any, context: int) -> None:
+    """Give a text tower positions for `context` tokens: its own where they suffice, else stretched ones.
+
+    The first positions stay as they are, since every caption uses them and they are learnt best; those after them are
+    interpolated to reach as far as asked (Long-CLIP: Zhang et al. 2024, arXiv:2403.15378). Captions beyond the own
+    context are what such a model makes of places that it was never trained at: fine-tune it there if you can.
+    """
+    import torch
+
+    own = text.context_length
+    if context <= own:
+        return
+    table = text.positional_embedding.data  # [own + 1, W]: the class token's stands last
+    kept = min(KEPT, own // 2)
+    tail = torch.nn.functional.interpolate(
+        table[kept:own].T[None], size=context - kept, mode="linear", align_corners=True
+    )[0].T
+    text.positional_embedding = torch.nn.Parameter(torch.cat([table[:kept], tail, table[own:]]), requires_grad=False)
+    log.warning("positions stretched from %d to %d tokens (recaption.context)", own, context)
 
 
 def product_folder(path: Path) -> Path | None:
@@ -244,9 +283,9 @@ def _load(engine: CocaEngine) -> Any:
 
 
 def _digest(file: Path) -> str:
-    """BLAKE2b of a file. Raises RecipeError where it cannot be read."""
+    """SHA-256 of a file. Raises RecipeError where it cannot be read."""
     try:
         with file.open("rb") as opened:
-            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise RecipeError("recaption.model", f"cannot read {file} ({error.strerror})", "check the path") from None

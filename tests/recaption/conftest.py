@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
+from small_dataset import Shards, write_dataset
 
-from pipeline.records import SHARD_SCHEMA, make_key
-from pipeline.shards import Manifest, Sample, ShardEntry, write_manifest, write_tar
 from pipeline.storage import Storage
 
 ARCHITECTURE = {
@@ -79,15 +72,25 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(number: int) -> bytes:
-    """A JPEG unlike those of other numbers."""
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((20, 16), Image.Resampling.NEAREST).save(file, "JPEG", quality=95)
-    return file.getvalue()
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
-Shards = list[list[int]]
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP of random weights, as open_clip reads it."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    return folder
 
 
 @pytest.fixture
@@ -99,35 +102,7 @@ def build(tmp_path: Path) -> Callable[..., Storage]:
 
     def make(shards: Shards, folder: str = "ds") -> Storage:
         storage = Storage(str(tmp_path / folder))
-        entries = [_write(storage, tmp_path, f"shard-{n:06d}", numbers) for n, numbers in enumerate(shards)]
-        write_manifest(storage, Manifest(shards=entries))
+        write_dataset(storage, shards)
         return storage
 
     return make
-
-
-def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> ShardEntry:
-    jpegs = [picture(number) if number >= 0 else b"no picture" for number in numbers]
-    keys = [make_key(str(number)) for number in numbers]
-    tar = scratch / f"{name}.tar"
-    digest = hashlib.sha256()
-    spans = write_tar(
-        tar, [Sample(k, j, {"url": ""}, f"alt {n}") for k, j, n in zip(keys, jpegs, numbers, strict=True)], digest
-    )
-    size = tar.stat().st_size
-    storage.put(tar, f"shards/{name}.tar")
-    rows: list[dict[str, Any]] = [
-        {
-            **dict.fromkeys(SHARD_SCHEMA.names, 0),
-            "key": key,
-            "caption": f"alt {number}",
-            "url": "",
-            "sha256": hashlib.sha256(jpeg).hexdigest(),
-            "extra": "{}",
-            "offset": offset,
-            "size": length,
-        }
-        for number, key, jpeg, (offset, length) in zip(numbers, keys, jpegs, spans, strict=True)
-    ]
-    storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, SHARD_SCHEMA))
-    return ShardEntry(name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256="")

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
+from in_process import run_here
+from scripted_engine import ScriptedEngine, said
+from small_dataset import picture
 
 from pipeline import units
 from pipeline.config import Recipe
 from pipeline.errors import Quarantined, RecipeError
 from pipeline.records import make_key
+from pipeline.shards import read_manifest, sha256_of, write_manifest
 from pipeline.storage import Storage
-from recaption import store
+from recaption import job, store
+from recaption.engines import Caption
 from recaption.engines.coca import CocaEngine
 from recaption.job import plan, recaption
 
@@ -38,19 +43,15 @@ def recipe(captioner: Path, storage: Storage, workers: int = 1, **section: Any) 
     )
 
 
+def tree(storage: Storage) -> dict[str, tuple[bytes, int]]:
+    """Every file of the dataset, hidden ones too, with when it was written."""
+    folder = Path(storage.url)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def layer_files(storage: Storage) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.names("captions")}
-
-
-def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> units.Summary:
-    """In place of units.run: in this process, one unit after the other."""
-    model, done = job.model(), units.markers(job)
-    assert model is not None
-    todo = [unit for unit in work if unit.id not in done]
-    for unit in todo:
-        facts = job.commit(unit, [model(piece) for piece in job.prepare(unit)])
-        job.storage.write(f"state/{job.name}/done/{unit.id}.json", json.dumps(facts).encode())
-    return units.Summary(len(todo), len(done), {}, {})
 
 
 @pytest.fixture
@@ -59,9 +60,10 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     asked = Counter[str]()
     caption = CocaEngine.caption
 
-    def counted(self: CocaEngine, images: Any, keys: Any) -> Any:
-        asked.update(keys)
-        return caption(self, images, keys)
+    def counted(self: CocaEngine, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+        if not attempt:
+            asked.update(request.sha256 for request in requests)
+        return caption(self, pictures, requests, attempt=attempt)
 
     monkeypatch.setattr(CocaEngine, "caption", counted)
     monkeypatch.setattr(units, "run", run_here)
@@ -132,15 +134,20 @@ def test_new_data_costs_only_itself(build: Build, captioner: Path, captioned: Co
     before = layer_files(storage)
     captioned.clear()
     build([*STEPS, [8, 9, 3]])  # a new shard, with one image that is captioned already
+    everything = tree(storage)
     planned = plan(recipe(captioner, storage))
+    assert tree(storage) == everything
     assert {name: planned[name] for name in ("done", "new", "reused", "stale")} == {
         "done": 8,
         "new": 2,
         "reused": 1,
         "stale": 0,
     }
-    assert planned["eta_s"] > 0
-    assert layer_files(storage) == before
+    assert planned["captions"] == 4
+    assert planned["sample"]["pictures"] == 2
+    assert planned["sample"]["seconds"] > 0
+    assert planned["tokens"] == planned["sample"]["tokens"] > 0  # both new pictures are in the sample
+    assert planned["eta_s"] == pytest.approx(planned["sample"]["seconds"], abs=2e-3)
     captioned.clear()
     summary = recaption(recipe(captioner, storage))
     assert (summary["new"], summary["reused"], summary["done"]) == (2, 1, 8)
@@ -161,7 +168,7 @@ def test_repacked_images_keep_their_captions(build: Build, captioner: Path, capt
     fresh = build([[7, 10], [1, 0, 3, 2], [6, 5, 4, 11]], "fresh")
     recaption(recipe(captioner, fresh))
     assert layer_files(storage) == layer_files(fresh)
-    assert not storage.names(f"state/recaption-{summary['layer']}/reuse")
+    assert not storage.names(store.aside(summary["layer"]))
     build(STEPS)  # and back
     captioned.clear()
     back = recaption(recipe(captioner, storage))
@@ -178,9 +185,9 @@ def test_a_stop_while_files_are_overwritten_loses_nothing(
     written: list[str] = []
     publish = store.write_rows
 
-    def stopping(place: Storage, layer: str, shard: str, rows: Any) -> None:
-        publish(place, layer, shard, rows)
-        written.append(shard)
+    def stopping(place: Storage, name: str, rows: Any) -> None:
+        publish(place, name, rows)
+        written.append(name)
         if len(written) in (1, 3):  # the file is there, its marker is not
             raise KeyboardInterrupt
 
@@ -215,6 +222,10 @@ def test_the_same_image_has_the_same_caption_wherever_it_stands(
 ) -> None:
     storage = build([[0, 1, 1], [2, 1, 0]])
     summary = recaption(recipe(captioner, storage, decoding={"method": "top_p"}))
+    assert captioned.keys() == {sha256_of(picture(number)) for number in (0, 1, 2)}
+    assert set(captioned.values()) == {1}  # also where two new shards hold it
+    assert (summary["new"], summary["images"], summary["done"]) == (3, 6, 0)
+    assert not storage.names(store.aside(summary["layer"]))
     rows = [row for n in (0, 1) for row in store.read_rows(storage, summary["layer"], f"shard-00000{n}").to_pylist()]
     assert len(rows) == 12
     assert len({(row["sha256"], row["slot"], row["raw"]) for row in rows}) == 6
@@ -233,6 +244,108 @@ def test_a_broken_image_is_a_flagged_row_and_is_tried_again(
     assert make_key("-1") not in store.read_layer(storage, summary["layer"], "shard-000000")
     build([[0, -1, 1, 2]])
     assert recaption(recipe(captioner, storage))["reused"] == 2
+
+
+def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, captioned: Counter[str]) -> None:
+    """Pictures that the engine is given; shards that stay, that are renamed, that are new, and one packed anew."""
+    old = [list(range(start, start + 10)) for start in range(0, 40, 10)]
+    storage = build(old)
+    layer = recaption(recipe(captioner, storage))["layer"]
+    assert sum(captioned.values()) == 40
+    before = tree(storage)
+    captioned.clear()
+    build([old[0], old[1], [40, 41, *old[3][:8]], old[2], [*old[3][8:], 42, 43]])
+    planned = plan(recipe(captioner, storage))
+    assert (planned["new"], planned["reused"], planned["done"]) == (4, 20, 20)
+    captioned.clear()
+    summary = recaption(recipe(captioner, storage))
+    assert captioned == dict.fromkeys([sha256_of(picture(number)) for number in range(40, 44)], 1)
+    assert (summary["new"], summary["reused"], summary["done"], summary["layer"]) == (4, 20, 20, layer)
+    after = tree(storage)
+    for shard in ("shard-000000", "shard-000001"):
+        name = store.file_name(layer, shard)
+        assert after[name] == before[name]  # not even touched
+
+
+def test_a_takedown_costs_nothing(build: Build, captioner: Path, captioned: Counter[str]) -> None:
+    """A shard without one of its samples, and its captions without that sample's rows."""
+    storage = build(STEPS)
+    layer = recaption(recipe(captioner, storage))["layer"]
+    build([[0, 1, 3], STEPS[1], STEPS[2]])
+    name = store.file_name(layer, "shard-000000")
+    table = storage.read_table(name)
+    storage.write_table(name, table.filter(pc.not_equal(table["key"], make_key("2"))))
+    captioned.clear()
+    assert (plan(recipe(captioner, storage))["new"], sum(captioned.values())) == (0, 0)
+    assert recaption(recipe(captioner, storage))["new"] == 0
+    assert not captioned
+    assert make_key("2") not in store.read_rows(storage, layer, "shard-000000")["key"].to_pylist()
+
+
+# With an engine that says what it is told to -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, build: Build) -> Callable[[Any], tuple[ScriptedEngine, Recipe, Storage]]:
+    """Runs jobs in this process, with this engine, over a dataset of four pictures."""
+
+    def make(engine: ScriptedEngine) -> tuple[ScriptedEngine, Recipe, Storage]:
+        monkeypatch.setattr(units, "run", run_here)
+        monkeypatch.setattr(job, "make", lambda *_, **__: engine)
+        storage = build([[0, 1], [2, 3]])
+        return engine, recipe(Path("x"), storage, slots=["short"]), storage
+
+    return make
+
+
+def test_the_original_stands_in_and_is_flagged(scripted: Any) -> None:
+    bad = sha256_of(picture(1))
+    say = lambda r, slot, attempt: said("a a a a a" if r.sha256 == bad else f"a dog {attempt}", attempt)  # noqa: E731
+    engine, made, storage = scripted(ScriptedEngine(say))
+    summary = recaption(made)
+    assert (summary["retried"], summary["flags"]["original"], summary["flags"]["loop"]) == (1, 1, 1)
+    rows = store.read_rows(storage, summary["layer"], "shard-000000").to_pylist()
+    assert [(row["text"], row["raw"], row["discarded"]) for row in rows] == [
+        ("a dog 0", "a dog 0", []),
+        ("alt 1", "a a a a a", ["a a a a a"] * 2),
+    ]
+    assert store.read_layer(storage, summary["layer"], "shard-000000") == {make_key("0"): {"short": "a dog 0"}}
+    assert [attempt for request, attempt in engine.asked if request.sha256 == bad] == [0, 1, 2]
+
+
+def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: Any) -> None:
+    down = {sha256_of(picture(2))}
+    none = Caption("", 0, "none", 0, "http_503")
+    engine, made, _ = scripted(ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog")))
+    summary = recaption(made)
+    assert (summary["failed"], summary["flags"]["http_503"], summary["new"]) == (1, 1, 4)
+    engine.asked.clear()
+    down.clear()
+    assert plan(made)["new"] == 1
+    engine.asked.clear()
+    summary = recaption(made)
+    assert [request.sha256 for request, _ in engine.asked] == [sha256_of(picture(2))]
+    assert (summary["failed"], summary["new"], summary["done"], summary["reused"]) == (0, 1, 2, 1)
+    assert recaption(made)["done"] == 4
+
+
+def test_captions_that_quote_the_original_depend_on_it(scripted: Any) -> None:
+    engine, made, storage = scripted(
+        ScriptedEngine(lambda r, slot, attempt: said(f"fused from {r.original}"), uses_original=True)
+    )
+    layer = recaption(made)["layer"]
+    assert store.read_layer(storage, layer, "shard-000001")[make_key("3")] == {"short": "fused from alt 3"}
+    manifest = read_manifest(storage)
+    assert manifest is not None
+    table = storage.read_table("shards/shard-000001.parquet")
+    table = table.set_column(table.schema.get_field_index("caption"), table.schema.field("caption"), [["alt 2", "new"]])
+    storage.write_table("shards/shard-000001.parquet", table)
+    shards = [manifest.shards[0], manifest.shards[1].model_copy(update={"sha256": "0" * 64})]
+    write_manifest(storage, manifest.model_copy(update={"shards": shards}))
+    engine.asked.clear()
+    assert recaption(made)["new"] == 1
+    assert [request.original for request, _ in engine.asked] == ["new"]
+    assert store.read_layer(storage, layer, "shard-000001")[make_key("3")] == {"short": "fused from new"}
 
 
 def test_lost_files_are_made_again(build: Build, captioner: Path, captioned: Counter[str]) -> None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
 
 import pytest
+import yaml
 
-from recaption import lint
-from recaption.lint import clean, loops
+from pipeline.config import WorldSource, validate
+from pipeline.errors import RecipeError
+from pipeline.world.scene import draw_scene, vocabulary
+from pipeline.world.text import descriptive, short
+from recaption import lint, rules
+from recaption.lint import Settings, clean
 
 
-def test_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(lint).failed == 0
+def flags(text: str, finish: lint.Finish = "end", language: str | None = "en", slot: str = "", prompt: str = "") -> set:
+    return set(lint.lint(text, finish, Settings(language=language), slot=slot, prompt=prompt).flags)
+
+
+@pytest.mark.parametrize("module", [lint, rules])
+def test_examples_in_the_docstrings_hold(module: object) -> None:
+    assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -32,26 +43,134 @@ def test_clean(raw: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "finish", "text", "flags"),
+    ("raw", "finish", "text", "found", "action"),
     [
-        ("a red circle .", "end", "a red circle.", ()),
-        ("", "end", "", ("empty",)),
-        (" ", "length", "", ("empty", "unfinished")),
-        ("circle", "end", "circle", ("short",)),
-        ("a red circle on a", "length", "a red circle on a", ("unfinished",)),
-        ("a circle . a star ! a", "length", "a circle. a star!", ("unfinished",)),
-        ("2 2 2 2 2 2", "end", "222222", ("short",)),
-        ("a cat and a cat and a cat and", "end", "a cat and a cat and a cat and", ("loop",)),
-        ("word " * 3, "end", "word word word", ("loop",)),
-        (" ".join(map(str, range(1000, 1250))).replace("1", "x"), "end", None, ("long",)),
+        ("a red circle .", "end", "a red circle.", (), "note"),
+        ("", "end", "", ("empty",), "original"),
+        (" ... ", "end", "...", ("empty", "short"), "original"),
+        (" ", "length", "", ("empty", "no_end"), "original"),
+        ("circle", "end", "circle", ("short",), "retry"),
+        ("a red circle on a", "end", "a red circle on a", ("unfinished",), "original"),
+        ("a red circle,", "end", "a red circle,", ("unfinished",), "original"),
+        ("a red circle on a blue", "length", "a red circle on a blue", ("no_end", "unfinished"), "original"),
+        ("a circle . a star ! a", "length", "a circle. a star!", ("no_end",), "retry"),
+        ("2 2 2 2 2 2", "end", "222222", ("short",), "retry"),
+        ("2 2 2 2 2 2 2 2", "end", "22222222", ("loop", "short"), "original"),
+        ("a cat and a cat and a cat and it", "end", "a cat and a cat and a cat and it", ("loop",), "original"),
+        ("word " * 3, "end", "word word word", ("loop",), "original"),
+        (" ".join(map(str, range(1000, 1250))).replace("1", "x"), "end", None, ("long",), "retry"),
     ],
 )
-def test_lint(raw: str, finish: lint.Finish, text: str | None, flags: tuple[str, ...]) -> None:
-    found = lint.lint(raw, finish)
-    assert found.flags == flags
-    assert text is None or found.text == text
+def test_lint(raw: str, finish: lint.Finish, text: str | None, found: tuple[str, ...], action: str) -> None:
+    linted = lint.lint(raw, finish)
+    assert (linted.flags, linted.action) == (found, action)
+    assert text is None or linted.text == text
 
 
 def test_what_only_returns_is_no_loop() -> None:
-    assert "loop" not in lint.lint("a red circle, a red star, a red square and a red cross", "end").flags
-    assert not loops(["very", "very", "big"])
+    assert not flags("a red circle, a red star, a red square and a red cross")
+    assert "loop" in flags("there is a red car. it is red. there is a red car. it is big. there is a red car.")
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ("I'm sorry, but I can't help with that request.", "refusal"),
+        ("As an AI language model I do not see pictures.", "refusal"),
+        ("No image was provided, so nothing can be said here.", "refusal"),
+        ("Assistant: a dog runs over a meadow", "prompt"),
+        ("<|im_start|>a dog runs over a meadow", "prompt"),
+        ("Sure! A dog runs over a meadow", "prompt"),
+        ("Here is a detailed caption of it: a dog on a meadow", "prompt"),
+        ("The image shows a dog on a meadow.", "opener"),
+        ("In this picture, a dog runs over a meadow.", "opener"),
+        ("a photo of a dog that runs over a meadow", "opener"),
+        ("arafed dog running over a meadow", "opener"),
+        ("ein roter Kreis links von einem blauen Quadrat", "language"),
+        ("un cercle rouge à gauche d'un carré bleu", "language"),
+        ("un círculo rojo a la izquierda de una estrella azul", "language"),
+        ("красный круг слева от синего квадрата", "language"),
+        ("蓝色正方形左边的红色圆圈 on white", "language"),
+    ],
+)
+def test_what_models_are_known_to_write(text: str, flag: str) -> None:
+    assert flag in flags(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a man holds an image of a saint; the picture shows through",
+        "a sign that says “Вход”, and below it two people with an umbrella",
+        "the facade of the museo de la casa de los angeles, with a tree",
+        "a helpful assistant at the counter of a shop, sorry for the delay",
+        "A photographer takes a picture of a bride on the beach",
+        "two captions: one above the door and one below it",
+    ],
+)
+def test_what_a_picture_may_show_is_no_fault(text: str) -> None:
+    assert not flags(text)
+
+
+def test_descriptions_of_the_captioned_world_are_in_order() -> None:
+    words = vocabulary(WorldSource())
+    for number in range(200):
+        scene = draw_scene(0, number, words)
+        assert not flags(short(scene), slot="short"), short(scene)
+        assert not flags(descriptive(scene), slot="descriptive"), descriptive(scene)
+
+
+def test_the_prompt_is_recognised_in_the_answer() -> None:
+    prompt = "Write one paragraph that tells what is in the picture, its colours and its background."
+    said = "One paragraph that tells what is in the picture, its colours: a dog."
+    assert "prompt" in flags(said, prompt=prompt)
+    assert "prompt" not in flags(said)
+    assert "prompt" not in flags("A dog is in the picture, its fur and its background are brown.", prompt=prompt)
+
+
+def test_slots_have_their_own_lengths() -> None:
+    assert flags("a red circle", slot="descriptive") == {"short"}
+    assert not flags("a red circle", slot="short")
+    wordy = "a red circle " + " ".join(f"beside number{n}" for n in range(30))
+    assert flags(wordy, slot="short") == {"long"}
+    assert not flags(wordy, slot="descriptive")
+
+
+def test_another_language_may_be_asked_for() -> None:
+    german = "ein roter Kreis links von einem blauen Quadrat"
+    assert not flags(german, language="de")
+    assert not flags(german, language=None)
+    assert flags("a red circle is on the left of the square", language="de") == {"language"}
+    assert flags("a red circle is on the left", language="ja") == {"language"}
+
+
+def test_a_recipe_decides_what_is_done() -> None:
+    text = "the image shows a dog"
+    assert lint.lint(text, "end").action == "retry"
+    assert lint.lint(text, "end", Settings(actions={"opener": "note"})).action == "note"
+    assert lint.lint(text, "end", Settings(actions={"opener": "note"})).flags == ("opener",)
+    for wrong, mend in (({"actions": {"openers": "note"}}, "opener"), ({"language": "xx"}, "en, de")):
+        with pytest.raises(RecipeError, match=mend):
+            validate(Settings, wrong, "recaption.lint")
+
+
+def test_every_flag_has_a_reason_and_every_rule_can_apply() -> None:
+    shown = {rule.name: rule for rule in rules.load().rules}
+    assert all(len(reason) > 20 for reason in lint.reasons().values())
+    assert lint.reasons().keys() == shown.keys() | {lint.UNREADABLE, lint.FAILED, lint.ORIGINAL}
+
+
+def test_rules_are_part_of_the_identity_and_their_wording_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(change: str, into: str) -> object:
+        text = Path(rules.__file__).with_name(rules.FILE).read_text(encoding="utf-8")
+        assert change in text
+        made = rules.Rules.model_validate(yaml.safe_load(text.replace(change, into)))
+        monkeypatch.setattr(lint, "load", lambda: made)
+        lint.identity.cache_clear()
+        return lint.identity()
+
+    same = identity("rules:", "rules:")
+    assert identity("There is nothing to train on.", "Nothing there.") == same
+    assert identity("signs: 8", "signs: 9") != same
+    assert identity("share: 0.2", "share: 0.3") != same
+    lint.identity.cache_clear()

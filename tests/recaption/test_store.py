@@ -4,58 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyarrow.compute as pc
 import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.records import make_key
 from pipeline.storage import Storage
-from recaption import store
-from recaption.store import Row
+from recaption import lint, store
+from recaption.lint import Settings
+from recaption.store import Place, Row
 
 KEY = [make_key(str(number)) for number in range(5)]
 
 
+def row(raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
+    return Row.written(raw, tokens, finish, seed, lint.lint(raw, finish))
+
+
 def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> None:
-    storage = build([[0, 1], [2]])
+    storage, name = build([[0, 1], [2]]), store.file_name("layer", "shard-000000")
     rows = [
-        (KEY[0], "aa", "short", Row.written("a dog .", 3, "end", 17)),
-        (KEY[0], "aa", "descriptive", Row.written("a brown dog . on", 5, "length", 18)),
-        (KEY[1], "bb", "short", Row.unreadable()),
+        (Place(KEY[0], "aa", "", "short"), row("a dog .", 3, "end", 17)),
+        (Place(KEY[0], "aa", "", "descriptive"), row("a brown dog . on", 5, "length", 18)),
+        (Place(KEY[1], "bb", "", "short"), Row.missing(lint.UNREADABLE)),
+        (Place(KEY[1], "bb", "", "descriptive"), row("b b b b", 4, "end", 19).replaced().beside("alt 1")),
     ]
-    store.write_rows(storage, "layer", "shard-000000", rows)
+    store.write_rows(storage, name, rows)
     table = store.read_rows(storage, "layer", "shard-000000")
     assert table.schema == store.SCHEMA
     assert table.to_pylist()[1] == {
         "key": KEY[0],
         "sha256": "aa",
         "slot": "descriptive",
+        "quoted": "",
         "raw": "a brown dog . on",
         "text": "a brown dog.",
         "tokens": 5,
         "finish": "length",
         "seed": 18,
-        "flags": ["unfinished"],
+        "flags": ["no_end"],
+        "discarded": [],
     }
+    stands_in = table.to_pylist()[3]
+    assert (stands_in["raw"], stands_in["text"], stands_in["flags"]) == ("b b b b", "alt 1", ["loop", "original"])
     assert store.read_layer(storage, "layer", "shard-000000") == {
         KEY[0]: {"short": "a dog.", "descriptive": "a brown dog."}
     }
     with pytest.raises(FileNotFoundError):
         store.read_layer(storage, "layer", "shard-000001")
-    first = storage.read(store.file_name("layer", "shard-000000"))
-    store.write_rows(storage, "layer", "shard-000000", rows)
-    assert storage.read(store.file_name("layer", "shard-000000")) == first
+    first = storage.read(name)
+    store.write_rows(storage, name, rows)
+    assert storage.read(name) == first
 
 
 def test_layers_are_listed_in_the_order_of_publication(build: Callable[..., Storage]) -> None:
     storage = build([[0]])
     assert store.list_layers(storage) == []
     assert store.latest_layer(storage) is None
-    store.publish(storage, "zebra", ["short"], {"engine": "x"})
-    store.publish(storage, "ant", ["short"], {"engine": "y"})
-    store.write_rows(storage, "unfinished", "shard-000000", [])
+    store.publish(storage, "zebra", ["short"], {"engine": "x"}, Settings())
+    store.publish(storage, "ant", ["short"], {"engine": "y"}, Settings())
+    store.write_rows(storage, store.file_name("unfinished", "shard-000000"), [])
     assert store.list_layers(storage) == ["zebra", "ant"]
     recipe = storage.read("captions/zebra/recipe.json")
-    store.publish(storage, "zebra", ["short"], {"engine": "x"})
+    store.publish(storage, "zebra", ["short"], {"engine": "x"}, Settings())
     assert storage.read("captions/zebra/recipe.json") == recipe
     assert store.latest_layer(storage) == "ant"
     assert store.layer_recipe(storage, "ant")["engine"] == {"engine": "y"}
@@ -82,9 +93,32 @@ def test_given_captions_are_a_layer_like_any_other(build: Callable[..., Storage]
         store.write_given_layer(storage, "../up", captions)
 
 
-def test_layer_id_changes_with_the_engine_and_the_cleaner(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = store.layer_id({"weights": "a"})
-    assert first == store.layer_id({"weights": "a"})
-    assert first != store.layer_id({"weights": "b"})
+def test_what_people_wrote_is_flagged_and_kept(build: Callable[..., Storage]) -> None:
+    storage = build([[0]])
+    store.write_given_layer(storage, "given", {KEY[0]: {"short": "a dog on a"}})
+    (only,) = store.read_rows(storage, "given", "shard-000000").to_pylist()
+    assert (only["text"], only["flags"]) == ("a dog on a", ["unfinished"])
+    assert store.read_layer(storage, "given", "shard-000000") == {KEY[0]: {"short": "a dog on a"}}
+
+
+def test_a_table_without_some_of_its_rows_is_still_a_layers_table(build: Callable[..., Storage]) -> None:
+    """What a takedown does, which knows nothing of layers but the column `key`."""
+    storage, name = build([[0, 1]]), store.file_name("given", "shard-000000")
+    store.write_given_layer(storage, "given", {key: {"short": f"dog {key}"} for key in KEY[:2]})
+    table = storage.read_table(name)
+    storage.write_table(name, table.filter(pc.not_equal(table["key"], KEY[0])))
+    assert store.read_layer(storage, "given", "shard-000000") == {KEY[1]: {"short": f"dog {KEY[1]}"}}
+    again = build([[1]], "again")
+    store.write_given_layer(again, "given", {KEY[1]: {"short": f"dog {KEY[1]}"}})
+    assert storage.read_table(name) == again.read_table(name)
+
+
+def test_layer_id_changes_with_the_engine_the_cleaning_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.layer_id({"weights": "a"}, Settings())
+    assert first == store.layer_id({"weights": "a"}, Settings())
+    assert first != store.layer_id({"weights": "b"}, Settings())
+    assert first != store.layer_id({"weights": "a"}, Settings(retries=1))
     monkeypatch.setattr(store.lint, "VERSION", 99)
-    assert first != store.layer_id({"weights": "a"})
+    store.lint.identity.cache_clear()
+    assert first != store.layer_id({"weights": "a"}, Settings())
+    store.lint.identity.cache_clear()

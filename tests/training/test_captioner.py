@@ -18,7 +18,7 @@ from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from recaption.config import RecaptionConfig
-from recaption.engines import make
+from recaption.engines import Request, make
 from recaption.store import write_given_layer
 from training.captioner import CaptionerFamily
 from training.captioner.model import IGNORED, caption_loss, contrastive_loss
@@ -165,8 +165,8 @@ def fit(family: CaptionerFamily, steps: int, lr: float = 3e-3) -> float:
 
 def captions(product: Path) -> list[dict[str, str]]:
     engine = make(RecaptionConfig(model=str(product)))
-    pixels = np.stack([engine.prepare(drawing(index).jpeg) for index in range(12)])
-    found = engine.caption(pixels, [str(index) for index in range(12)])
+    pictures = [engine.prepare(drawing(index).jpeg) for index in range(12)]
+    found = engine.caption(pictures, [Request(str(index), ("short", "descriptive")) for index in range(12)])
     return [{slot: caption.raw for slot, caption in texts.items()} for texts in found]
 
 
@@ -267,7 +267,8 @@ def test_trains_on_deepspeed_and_writes_captions(squares: Path, tmp_path: Path) 
     summary = train(Recipe(dataset=str(squares), train=section))
     assert summary["steps"] == 2
     engine = make(RecaptionConfig(model=str(tmp_path / "run"), max_tokens=4))
-    texts = engine.caption(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"])
+    requests = [Request(key, ("short", "descriptive")) for key in "ab"]
+    texts = engine.caption([np.zeros((16, 16, 3), np.uint8)] * 2, requests)
     assert [set(captions) for captions in texts] == [{"short", "descriptive"}] * 2
 
 

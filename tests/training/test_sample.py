@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import chat_server
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from pipeline.errors import RecipeError
 from training.evaluate import evaluate
 from training.export import export
-from training.sample import grid, open_sampler, sample
+from training.sample import grid, open_sampler, sample, style_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
@@ -89,6 +90,35 @@ def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
     other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).astype(int)
     assert np.abs(together - alone).max() <= 1
     assert np.abs(together - other).max() > 1
+
+
+def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path, capsys):
+    """By a real engine, over HTTP: the run's product knows how its captions were written."""
+    from cluster.cli import run as capstan
+
+    style = style_of(runs / "run")
+    assert style_of(runs / "run" / "product") == style
+    assert style.examples
+    assert all("square" in example for example in style.examples)
+    command = ["sample", str(runs / "run"), "-p", "a red square", "-o", str(tmp_path / "grid.png"), "--json"]
+    assert capstan([*command, "--upsample"]) == 2
+    assert "knows no engine that writes text. Mend: add --upsampler RECIPE" in capsys.readouterr().err
+    with chat_server.serving() as server:
+        server.misbehave = lambda body, tries: (200, {}, chat_server.completion("a red square on grey"))
+        section = {"engine": "openai", "model": "m", "server": {"url": server.url}}
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(json.dumps({"dataset": "unused", "recaption": section}))
+        assert capstan([*command, "--upsampler", str(recipe)]) == 0
+        of_its_own = tmp_path / "run"
+        shutil.copytree(runs / "run", of_its_own)
+        (of_its_own / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": section}}))
+        assert capstan(["sample", str(of_its_own), *command[2:], "--upsample"]) == 0
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        assert json.loads(line)["upsampled"] == ["a red square on grey"]
+    first, second = (body["messages"][0]["content"][0]["text"] for body in server.bodies)
+    assert first == second
+    assert f"- {style.examples[0]}" in first
+    assert first.endswith("Request: a red square")
 
 
 def test_guidance_and_negative_prompts_change_the_picture(runs):

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.config import Section, fingerprint
 from pipeline.errors import RecipeError
+from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
 from training.config import TrainConfig
 from training.diffusion.model import Denoiser, build_text_encoder, build_unet, load_text_encoder, load_tokenizer
@@ -29,6 +30,7 @@ from training.product import find_product, quieten, read_facts, write_facts
 from training.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
+_STYLE_SAMPLES = 512  # captions that the style is measured on
 
 
 class DiffusionFamily(Family):
@@ -52,7 +54,7 @@ class DiffusionFamily(Family):
         if asked not in (None, encoder):
             problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
-        write_facts(folder, size=size)
+        write_facts(folder, size=size, style=_style(samples).facts())
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         quieten()
@@ -61,6 +63,7 @@ class DiffusionFamily(Family):
         if self.vae.config.shift_factor:
             problem = "has a shift_factor, which diffusers' StableDiffusionPipeline does not apply"
             raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
+        self.assets = assets
         self.size = int(read_facts(assets)["size"])
         self.side = self.size // factor_of(self.vae.config)
         own = self.train.text.pretrained is None
@@ -132,7 +135,9 @@ class DiffusionFamily(Family):
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
-        write_facts(folder, family=self.name, size=self.size, sampling=self.train.sampling.model_dump())
+        style = read_facts(self.assets).get("style")  # none in runs that were begun before it was measured
+        facts = {"size": self.size, "sampling": self.train.sampling.model_dump()} | ({"style": style} if style else {})
+        write_facts(folder, family=self.name, **facts)
 
     def describe(self) -> dict[str, Any]:
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
@@ -155,3 +160,12 @@ class DiffusionFamily(Family):
             mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=draw, device=mean.device)
         return (mean + std * noise) * self.vae.config.scaling_factor
+
+
+def _style(samples: Samples) -> Style:
+    """How the captions are written that the model will see most: those of one slot."""
+    texts: dict[str, list[str]] = {}
+    for index in range(0, len(samples), max(1, len(samples) // _STYLE_SAMPLES)):
+        sample = samples.sample(index)
+        texts.setdefault(sample.slot, []).append(sample.text)
+    return Style.of(max(texts.values(), key=lambda found: len(found), default=[]))

@@ -1,0 +1,215 @@
+"""Captioning: decoding with a key-value cache against open_clip's own loop, and how busy the model workers are.
+
+    python benchmarks/recaption.py decode     coca_ViT-B-32's sizes with random weights, 76 tokens, greedy: images/s of
+                                              both, and whether the tokens are the same
+    python benchmarks/recaption.py busy       a whole `capstan recaption` over drawn JPEGs of 512 px: which share of
+                                              the time between its first and last picture the model worker computes
+
+open_clip's loop is that of its `generate` (which does not start under transformers 5): text tower and decoder over the
+whole caption for every new token, the image's tokens kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENS = 76  # start token included: coca_ViT-B-32's context
+PROMPT = "a photo of"
+
+
+def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
+    """A folder with a model of that name's sizes and random weights."""
+    import open_clip
+    import torch
+    from open_clip.coca_model import CoCa
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    architecture = open_clip.get_model_config(name)
+    model = CoCa(**{key: value for key, value in architecture.items() if key != "custom_text"})
+    # open_clip leaves it as it finds it. So large that the likeliest token is likelier by far: ties would be decided by
+    # rounding, and the two loops round differently.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=1.0)
+    folder.mkdir(parents=True)
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture, "preprocess_cfg": {}}))
+    return folder
+
+
+def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Images/s of both loops at each batch size, encoding of the images included."""
+    import torch
+
+    from recaption.config import RecaptionConfig
+    from recaption.engines.coca import CocaEngine
+    from recaption.engines.decode import decode as cached
+
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "tokens": TOKENS, "batches": {}}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        section = {
+            "model": str(random_captioner(Path(folder) / "m")),
+            "slots": ["short"],
+            "prompts": {"short": PROMPT},
+        }
+        engine = CocaEngine(RecaptionConfig.model_validate(section))
+        loaded = _load(engine)
+        prompt, limit = loaded.slots["short"]
+        for batch in batches:
+            pictures = list(np.random.default_rng(batch).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8))
+
+            def ours(pictures: list[np.ndarray] = pictures, batch: int = batch) -> list[list[int]]:
+                cache = loaded.look(pictures, engine.preprocessing, batch)
+                written = cached(cache, range(batch), prompt, limit, loaded.tokens, engine.config.decoding, [0] * batch)
+                return [tokens for tokens, _ in written]
+
+            ours()
+            cached_s, found = _best(ours, repeats)
+            plain_s, expected = _best(lambda pictures=pictures: _plain(loaded, engine, pictures, prompt, limit), 1)
+            results["batches"][batch] = {
+                "open_clip_images_per_s": round(batch / plain_s, 4),
+                "cached_images_per_s": round(batch / cached_s, 4),
+                "ratio": round(plain_s / cached_s, 2),
+                "same_tokens": found == expected,
+                "mean_tokens": float(np.mean([len(tokens) for tokens in found])),
+            }
+            print(json.dumps({batch: results["batches"][batch]}), flush=True)
+    return results
+
+
+def _load(engine: Any) -> Any:
+    """The engine's model, loaded without captioning anything."""
+    from recaption.engines.coca import _Loaded
+
+    return _Loaded(engine)
+
+
+def _best(run: Any, repeats: int) -> tuple[float, Any]:
+    """The shortest of `repeats` runs, in seconds, and what the last gave."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def _plain(loaded: Any, engine: Any, pictures: list[np.ndarray], prompt: list[int], limit: int) -> list[list[int]]:
+    """Greedy captions as open_clip's loop makes them."""
+    import torch
+
+    mean, std = (torch.tensor(v)[:, None, None] for v in (engine.preprocessing.mean, engine.preprocessing.std))
+    images = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    latent, embeddings = loaded.model._encode_image(images)
+    tokens, model = loaded.tokens, loaded.model
+    out = torch.tensor([[tokens.start, *prompt]]).expand(len(pictures), -1)
+    ended = torch.zeros(len(pictures), dtype=torch.bool)
+    for _ in range(limit):
+        answer = model(images, out, image_latent=latent, image_embs=embeddings, output_labels=False)
+        logits = answer["logits"][:, -1]
+        logits[:, tokens.pad] = -torch.inf
+        chosen = logits.argmax(-1).masked_fill(ended, tokens.end)
+        out = torch.cat([out, chosen[:, None]], 1)
+        ended |= chosen == tokens.end
+        if ended.all():
+            break
+    lines = out[:, 1 + len(prompt) :].tolist()
+    return [line[: line.index(tokens.end)] if tokens.end in line else line for line in lines]
+
+
+class TimedEngine:
+    """An engine that writes down from when to when it captioned: a line a call, [start, stop] in seconds."""
+
+    uses_original = False
+
+    def __init__(self, engine: Any, times: Path) -> None:
+        self.engine, self.times = engine, times
+
+    def describe(self) -> dict[str, Any]:
+        return self.engine.describe()
+
+    def prepare(self, jpeg: bytes) -> Any:
+        return self.engine.prepare(jpeg)
+
+    def caption(self, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+        start = time.time()
+        found = self.engine.caption(pictures, requests, attempt=attempt)
+        with self.times.open("a") as file:
+            file.write(json.dumps([start, time.time()]) + "\n")
+        return found
+
+
+def busy(images: int, max_tokens: int, side: int) -> dict[str, Any]:
+    """The model worker's share of computing, while one CPU worker reads and decodes; loading is not counted."""
+    from pipeline.config import Recipe
+    from pipeline.job import build
+    from recaption import job
+    from recaption.engines import make
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, times = Path(place), Path(place) / "times"
+        section = {"model": str(random_captioner(folder / "m")), "max_tokens": max_tokens, "batch": 8}
+        section["slots"] = ["short"]
+        recipe = Recipe.model_validate(
+            {
+                "dataset": str(folder / "ds"),
+                "source": {"format": "world", "world": {"scenes": images, "size": side, "defects": False}},
+                "fetch": {"allow_private": True},
+                "dedup": {"exact": False, "perceptual": None},
+                "shards": {"samples": max(1, images // 4)},
+                "resources": {"cpus": 2, "model_workers": 1},
+                "recaption": section,
+            }
+        )
+        build(recipe, progress=False)
+        job.make = lambda config, **workers: TimedEngine(make(config, **workers), times)  # type: ignore[assignment]
+        summary = job.recaption(recipe, progress=False)
+        spans = sorted(json.loads(line) for line in times.read_text().splitlines())[1:]  # the first loads the weights
+        decoding = _decoding_rate(recipe, make(job.RecaptionConfig.from_recipe(recipe)))
+    whole = spans[-1][1] - spans[0][0]
+    return {
+        "images": summary["new"],
+        "calls": len(spans),
+        "model_busy_share": round(sum(stop - start for start, stop in spans) / whole, 3),
+        "decoded_images_per_s_and_core": round(decoding, 1),
+    }
+
+
+def _decoding_rate(recipe: Any, engine: Any) -> float:
+    """Images a second that one core reads and decodes."""
+    from pipeline.shards import Dataset
+    from pipeline.storage import Storage
+
+    dataset = Dataset(Storage(recipe.dataset))
+    entry = dataset.manifest.shards[0]
+    start = time.perf_counter()
+    for _, jpeg in dataset.read_images(entry.name, range(entry.samples)):
+        engine.prepare(jpeg)
+    return entry.samples / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["decode", "busy"])
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16])
+    parser.add_argument("--repeats", type=int, default=3, help="of the cached loop; the shortest counts")
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument("--side", type=int, default=512)
+    asked = parser.parse_args()
+    if asked.part == "decode":
+        print(json.dumps(decode(asked.batches, asked.repeats)))
+    else:
+        print(json.dumps(busy(asked.images, asked.max_tokens, asked.side)))
+
+
+if __name__ == "__main__":
+    main()

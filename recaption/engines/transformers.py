@@ -1,0 +1,287 @@
+"""Pictures → captions by any image-text-to-text model of transformers: from a folder, or by its name on the hub.
+
+The model's own chat template and processor make its inputs. A caption depends on its own picture and prompt only:
+prompts are padded on the left to a length that follows from their own length, captions of other lengths are made in
+other batches, and batches have shapes in which a row is computed alike whatever is beside it (see decode.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline.errors import MissingExtra, RecipeError
+from recaption import pixels, prompts
+from recaption.config import Decoding, RecaptionConfig
+from recaption.engines import Caption, Picture, Request, need, seed_of
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = 1  # of this engine's own arithmetic; part of a layer's id
+MAX_TOKENS: Final = 256  # new tokens a caption, where the recipe names no other number
+BUCKET: Final = 32  # tokens: prompts are padded to whole multiples of so many
+
+# What of a model's folder can change a caption; the rest (readme files, training state) is not looked at.
+_KINDS: Final = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
+
+Message = dict[str, Any]
+
+
+class TransformersEngine:
+    """A `CaptionEngine` and `TextEngine`; pickles as its settings, without weights."""
+
+    def __init__(self, config: RecaptionConfig, *, workers: int = 1) -> None:
+        self.config = config
+        self.folder = Path(config.model).absolute() if Path(config.model).is_dir() else None
+        if self.folder is None and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
+            mend = "name a folder that save_pretrained wrote, or a model on the hub, e.g. org/name"
+            raise RecipeError("recaption.model", f"no folder {config.model}", mend)
+        if self.folder is not None and not (self.folder / "config.json").is_file():
+            mend = "name a folder that save_pretrained wrote"
+            raise RecipeError("recaption.model", f"{self.folder} holds no config.json", mend)
+        self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
+        self._description: dict[str, Any] | None = None
+        self._loaded: _Loaded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    @property
+    def uses_original(self) -> bool:
+        return any(prompts.ORIGINAL in text for text in self.prompts.values())
+
+    def describe(self) -> dict[str, Any]:
+        if self._description is None:
+            name = f"{self.config.model}@{self.config.pretrained or 'main'}"
+            self._description = {
+                "engine": "transformers",
+                "version": VERSION,
+                "weights": _digests(self.folder) if self.folder else name,  # processor and chat template are among them
+                "max_side": self.config.max_side,
+                "system": self.config.system,
+                "prompts": dict(self.prompts),
+                "prompt_versions": self.versions,
+                "decoding": self.config.decoding.model_dump(),
+                "max_tokens": self.config.max_tokens or MAX_TOKENS,
+                "precision": self.config.precision or "auto",
+            }
+        return self._description
+
+    def prepare(self, jpeg: bytes) -> np.ndarray:
+        return pixels.within(jpeg, self.config.max_side)
+
+    def caption(
+        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+    ) -> list[dict[str, Caption]]:
+        found = [dict[str, Caption]() for _ in requests]
+        how = self.config.decoding
+        if attempt:
+            how = how.model_copy(update={"method": "top_p"})
+        for slot, prompt in self.prompts.items():
+            rows = [row for row, request in enumerate(requests) if slot in request.slots]
+            conversations = [self._ask(prompts.quote(prompt, requests[row].original), pictures[row]) for row in rows]
+            seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) for row in rows]
+            for row, caption in zip(rows, self._answer(conversations, seeds, how), strict=True):
+                found[row][slot] = caption
+        return found
+
+    def write(self, prompts: Sequence[str], *, seeds: Sequence[int], max_tokens: int) -> list[Caption]:
+        conversations = [self._ask(prompt) for prompt in prompts]
+        return self._answer(conversations, seeds, self.config.decoding, max_tokens)
+
+    def _ask(self, text: str, picture: Picture | None = None) -> list[Message]:
+        from PIL import Image
+
+        content: list[Message] = [{"type": "text", "text": text}]
+        if picture is not None:
+            content.insert(0, {"type": "image", "image": Image.fromarray(np.asarray(picture))})
+        system = [{"role": "system", "content": [{"type": "text", "text": self.config.system}]}]
+        return [*(system if self.config.system else []), {"role": "user", "content": content}]
+
+    def _answer(
+        self, conversations: Sequence[list[Message]], seeds: Sequence[int], how: Decoding, max_tokens: int | None = None
+    ) -> list[Caption]:
+        loaded = self._loaded = self._loaded or _Loaded(self)
+        limit, answers = max_tokens or self.config.max_tokens or MAX_TOKENS, list[Caption]()
+        for first in range(0, len(conversations), self.config.batch):
+            part = slice(first, first + self.config.batch)
+            answers += loaded.answer(conversations[part], seeds[part], how, limit)
+        return answers
+
+
+class _Loaded:
+    """What a model worker holds: the model on its device, its processor, and the chat template."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        transformers = need("transformers", "transformers")
+        import torch
+
+        transformers.utils.logging.disable_progress_bar()
+
+        config = engine.config
+        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        self.device, self.batch = torch.device("cuda" if cuda else "cpu"), config.batch
+        precision = config.precision or ("bf16" if cuda else "fp32")
+        where = {"pretrained_model_name_or_path": str(engine.folder or config.model)}
+        if engine.folder is None:
+            where["revision"] = config.pretrained or "main"
+        try:
+            kind = transformers.AutoConfig.from_pretrained(**where)
+            self.sees = type(kind) in transformers.AutoModelForImageTextToText._model_mapping
+            auto = transformers.AutoModelForImageTextToText if self.sees else transformers.AutoModelForCausalLM
+            self.processor = transformers.AutoProcessor.from_pretrained(**where)
+            self.model = auto.from_pretrained(
+                **where,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+                attn_implementation="sdpa" if cuda else "eager",  # sdpa on the CPU: sums depend on threads
+            )
+        except ImportError as error:
+            raise MissingExtra("recaption.model", _first_line(error), "transformers") from None
+        except (OSError, ValueError) as error:
+            mend = "name a folder that save_pretrained wrote, or an image-text-to-text model on the hub"
+            raise RecipeError("recaption.model", f"cannot load {config.model} ({_first_line(error)})", mend) from None
+        self.model.to(self.device).eval()
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        if getattr(self.processor, "chat_template", None) is None:
+            mend = "name an instruction-tuned model"
+            raise RecipeError("recaption.model", f"{config.model} has no chat template", mend)
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends])
+        log.info("%s loaded on %s, %s", config.model, self.device, precision)
+
+    def answer(
+        self, conversations: Sequence[list[Message]], seeds: Sequence[int], how: Decoding, limit: int
+    ) -> list[Caption]:
+        """One answer a conversation of what the model makes of it: batches of prompts of like length."""
+        import torch
+
+        answers: dict[int, Caption] = {}
+        with torch.inference_mode():
+            whole = self._inputs(self._filled(conversations))
+            groups = _alike(whole["attention_mask"][: len(conversations)].sum(1).tolist())
+            for rows in groups:
+                chosen = self._filled([conversations[row] for row in rows])
+                inputs = whole if len(groups) == 1 else self._inputs(chosen)
+                its_seeds = [seeds[row] for row in rows]
+                lines = self._generate(inputs, [*its_seeds, *[0] * (len(chosen) - len(rows))], how, limit)
+                for row, seed, line in zip(rows, its_seeds, lines, strict=False):
+                    answers[row] = self._caption(line, seed if how.method == "top_p" else 0)
+        return [answers[row] for row in range(len(conversations))]
+
+    def _filled(self, conversations: Sequence[list[Message]]) -> list[list[Message]]:
+        """As many conversations as a batch has rows: the last is repeated."""
+        from recaption.engines.decode import padded
+
+        count = len(conversations)
+        total = padded(count) if self.device.type == "cpu" else max(count, self.batch)
+        return [*conversations, *[conversations[-1]] * (total - count)]
+
+    def _inputs(self, conversations: Sequence[list[Message]]) -> dict[str, Any]:
+        """What the model takes, on its device; padded on the left, to whole multiples of BUCKET."""
+        pictures = [_picture(messages) for messages in conversations]
+        if any(picture is not None for picture in pictures) and not self.sees:
+            problem, mend = "the model takes no pictures", "name an image-text-to-text model"
+            raise RecipeError("recaption.model", problem, mend)
+        texts = [
+            self.processor.apply_chat_template(
+                messages if self.sees else _flat(messages), tokenize=False, add_generation_prompt=True
+            )
+            for messages in conversations
+        ]
+        # Templates write the start token themselves, where the model wants one.
+        start = self.tokenizer.bos_token
+        special = not (start and texts[0].startswith(start))
+        text_kwargs = {"padding": True, "padding_side": "left", "pad_to_multiple_of": BUCKET, "return_tensors": "pt"}
+        text_kwargs["add_special_tokens"] = special
+        if all(picture is None for picture in pictures):
+            inputs = self.tokenizer(texts, **text_kwargs)
+        else:
+            inputs = self.processor(text=texts, images=[[picture] for picture in pictures], **text_kwargs)
+        return {
+            name: tensor.to(self.device, self.model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
+
+    def _generate(self, inputs: Any, seeds: Sequence[int], how: Decoding, limit: int) -> list[list[int]]:
+        """New tokens of each row."""
+        start = inputs["input_ids"].shape[1]
+        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if how.method == "beam":
+            settings |= {"num_beams": how.beams, "length_penalty": how.length_penalty, "early_stopping": False}
+        drawing = [_Drawing(seeds, how, start, limit)] if how.method == "top_p" else []
+        made = self.model.generate(
+            **inputs,
+            **settings,
+            max_new_tokens=limit,
+            logits_processor=drawing,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=sorted(self.ends),
+        )
+        return [line[start:] if len(line) > start else [] for line in made.tolist()]
+
+    def _caption(self, line: list[int], seed: int) -> Caption:
+        length = next((place for place, token in enumerate(line) if token in self.ends), len(line))
+        text = self.tokenizer.decode(line[:length], skip_special_tokens=True).strip()
+        return Caption(text, length, "end" if length < len(line) else "length", seed)
+
+
+class _Drawing:
+    """A logits processor that draws each row's next token with the row's own random numbers.
+
+    transformers draws from the one generator of the process, so that a caption would depend on all before it.
+    """
+
+    def __init__(self, seeds: Sequence[int], how: Decoding, start: int, limit: int) -> None:
+        from recaption.engines.decode import chances_of
+
+        self.chances, self.how, self.start = chances_of(seeds, limit), how, start
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        import torch
+
+        from recaption.engines.decode import draw
+
+        chance = self.chances[:, ids.shape[1] - self.start].to(scores.device)
+        chosen = draw(scores.float(), chance, self.how)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts' lengths in tokens → their numbers, those together that are padded to the same length."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(-(-length // BUCKET), []).append(row)
+    return [groups[length] for length in sorted(groups)]
+
+
+def _picture(messages: Sequence[Message]) -> Any:
+    """The picture in a conversation, or None."""
+    parts = [part for message in messages for part in message["content"]]
+    return next((part["image"] for part in parts if part["type"] == "image"), None)
+
+
+def _flat(messages: Sequence[Message]) -> list[Message]:
+    """Messages as language models' templates want them: text in place of parts."""
+    return [{**message, "content": " ".join(part["text"] for part in message["content"])} for message in messages]
+
+
+def _digests(folder: Path) -> Mapping[str, str]:
+    """File → SHA-256 of what is in a model's folder."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _KINDS and file.is_file():
+            with file.open("rb") as opened:
+                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,184 @@
+"""A dataset and a caption layer → a copy of the dataset with the layer's texts in its tars.
+
+KEY.txt and the `caption` of KEY.json become the text of one slot, or stay as they are where the layer has none; all
+texts, the original among them, go into KEY.json's `extra` under `capstan`. No member is added: open_clip and most
+training scripts read `txt` and nothing else, and Hugging Face refuses tars whose samples differ in their members.
+
+A shard is a unit: tar, table and offsets first, its marker next, the manifest last of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import pyarrow as pa
+
+from pipeline.ahead import ahead
+from pipeline.config import Resources, fingerprint
+from pipeline.energon import tar_index
+from pipeline.errors import Quarantined, RecipeError
+from pipeline.indexes import hide_indexes, write_indexes
+from pipeline.local import scratch
+from pipeline.pack import sample_fields, unlisted
+from pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
+from pipeline.shards import (
+    Dataset,
+    Manifest,
+    Sample,
+    ShardEntry,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+    write_samples,
+)
+from pipeline.storage import Storage, parquet_bytes
+from pipeline.units import Job, Piece, Unit, forget, markers, report, run
+from recaption import store
+
+SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
+ORIGINAL: Final = "original"
+
+
+class Export(Job):
+    """Writes shards with other captions. A unit is a shard."""
+
+    name = title = "export"
+
+    def __init__(self, dataset: Dataset, layer: str, slot: str, target: Storage) -> None:
+        self.dataset, self.layer, self.slot, self.storage = dataset, layer, slot, target
+        self.whole = store.is_model(store.layer_recipe(dataset.storage, layer))  # people may leave samples out
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """One piece: the shard's entry in the manifest, and how many samples have a text of the layer."""
+        name = unit.spec["shard"]
+        texts, table = store.read_layer(self.dataset.storage, self.layer, name), self.dataset.table(name)
+        if self.whole:
+            self._check(name, table["key"].to_pylist())
+        rows = [self._row(row, texts.get(row["key"], {})) for row in table.to_pylist()]
+        digest = hashlib.sha256()
+        with scratch() as folder:
+            tar = folder / "shard.tar"
+            places = write_samples(tar, self._samples(name, rows), digest)
+            size = tar.stat().st_size
+            placed = [row | place._asdict() for row, place in zip(rows, places, strict=True)]
+            table = pa.Table.from_pylist(placed, SHARD_SCHEMA)
+            data = parquet_bytes(table)
+            entry = ShardEntry(
+                name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256=sha256_of(data)
+            )
+            self.storage.put(tar, entry.tar)
+            self.storage.write(entry.table, data)
+            self.storage.write(entry.index, tar_index(table))
+        yield {"entry": entry.model_dump(), "texts": sum(self.slot in texts.get(row["key"], {}) for row in rows)}
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (facts,) = pieces
+        return facts
+
+    def _row(self, row: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+        """A sample's row with its new caption."""
+        captions = {"layer": self.layer, "slot": self.slot, "captions": {**texts, ORIGINAL: row["caption"]}}
+        extra = json.loads(row["extra"]) | {"capstan": captions}
+        text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        return row | {"caption": texts.get(self.slot, row["caption"]), "extra": text}
+
+    def _check(self, shard: str, keys: list[str]) -> None:
+        """Raise RecipeError where the shard holds samples that the layer has not seen."""
+        seen = set(store.read_rows(self.dataset.storage, self.layer, shard, ["key"])["key"].to_pylist())
+        if unseen := [key for key in keys if key not in seen]:
+            problem = f"{len(unseen):,} sample(s) of {shard} are newer than layer {self.layer}"
+            raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
+
+    def _samples(self, shard: str, rows: list[dict[str, Any]]) -> Iterator[Sample]:
+        for row, (key, jpeg) in zip(rows, self.dataset.read_images(shard), strict=True):
+            assert key == row["key"]
+            report({"samples": 1, "bytes": len(jpeg)})
+            yield Sample(key, jpeg, sample_fields(row), row["caption"])
+
+
+def export(
+    source: Storage, layer: str, target: Storage, *, slot: str, resources: Resources, progress: bool = True
+) -> dict[str, Any]:
+    """Write the copy, or complete it: shards that are there and whose content stays are not written again.
+
+    Raises RecipeError where there is no such layer or slot, or where `target` is no export of this kind.
+    """
+    dataset, known = Dataset(source), store.layer_recipe(source, layer)
+    if slot not in known["slots"]:
+        raise RecipeError("--slot", f"layer {layer} has no slot {slot!r}", f"name one of {', '.join(known['slots'])}")
+    if not dataset.manifest.complete:
+        raise RecipeError(source.field, f"{source.url} is incomplete", "run `capstan build` again")
+    recipe = dataset.manifest.recipe | {SECTION: {"layer": layer, "slot": slot}}
+    before = _check_target(source, target)
+    job = Export(dataset, layer, slot, target)
+    units = _units(job)
+    wanted, done = {unit.id for unit in units}, markers(job)
+    if before is not None:
+        kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
+        write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
+    hide_indexes(target)
+    forget(job, done.keys() - wanted)
+    for entry in dataset.manifest.ledger:
+        target.write(entry.table, source.read(entry.table))
+    summary = run(job, units, resources, progress=progress)
+    done = markers(job)
+    manifest = dataset.manifest.model_copy(
+        update={
+            "recipe": recipe,
+            "recipe_hash": fingerprint(recipe),
+            "selection": "",
+            "complete": not summary.quarantined,
+            "shards": [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done],
+        }
+    )
+    manifest = manifest.model_copy(update={"indexes": write_indexes(target, manifest)})
+    target.delete(*unlisted(target, manifest))
+    write_manifest(target, manifest)
+    if summary.quarantined:
+        raise Quarantined(job.name, summary.quarantined)
+    samples, texts = (sum(entry.samples for entry in manifest.shards), int(sum(f["texts"] for f in done.values())))
+    return {
+        "dataset": target.url,
+        "layer": layer,
+        "slot": slot,
+        "shards": len(manifest.shards),
+        "samples": samples,
+        "from_layer": texts,
+        "original": samples - texts,
+        "written": summary.done,
+    }
+
+
+def _check_target(source: Storage, target: Storage) -> Manifest | None:
+    """The manifest of an export that is there already. Raises RecipeError where something else is."""
+    if source.url == target.url or (source.local_path() and source.local_path() == target.local_path()):
+        raise RecipeError(
+            target.field, "is the dataset itself", "name another folder: tars are never rewritten in place"
+        )
+    before = read_manifest(target)
+    if before is not None and SECTION not in before.recipe:
+        raise RecipeError(target.field, f"{target.url} holds another dataset", "name an empty folder")
+    return before
+
+
+def _units(job: Export) -> list[Unit]:
+    """One unit a shard; its id has the hash of all that decides its bytes."""
+    entries = job.dataset.manifest.shards
+    files = [store.file_name(job.layer, entry.name) for entry in entries]
+    missing = [entry.name for entry, name in zip(entries, files, strict=True) if not job.dataset.storage.exists(name)]
+    if missing:
+        problem = f"layer {job.layer} has no captions for {missing[0]}" + f" and {len(missing) - 1} more" * (
+            len(missing) > 1
+        )
+        raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
+    sums = ahead(lambda name: sha256_of(job.dataset.storage.read(name)), files)
+    return [
+        Unit(
+            f"{entry.name}-{fingerprint([FORMAT_VERSION, entry.sha256, captions, job.layer, job.slot])}",
+            {"shard": entry.name, "rows": entry.samples},
+        )
+        for entry, captions in zip(entries, sums, strict=True)
+    ]

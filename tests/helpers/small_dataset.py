@@ -1,0 +1,61 @@
+"""Small datasets of drawn pictures, written without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.local import scratch
+from pipeline.records import SHARD_SCHEMA, make_key
+from pipeline.shards import Manifest, Sample, ShardEntry, write_manifest, write_tar
+from pipeline.storage import Storage
+
+Shards = list[list[int]]
+
+
+def picture(number: int) -> bytes:
+    """A JPEG unlike those of other numbers."""
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((20, 16), Image.Resampling.NEAREST).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_dataset(storage: Storage, shards: Shards) -> None:
+    """A dataset of these pictures, in place of what is there. A picture whose number is negative is no picture."""
+    with scratch() as folder:
+        entries = [_write(storage, folder, f"shard-{n:06d}", numbers) for n, numbers in enumerate(shards)]
+    write_manifest(storage, Manifest(shards=entries))
+
+
+def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> ShardEntry:
+    jpegs = [picture(number) if number >= 0 else b"no picture" for number in numbers]
+    keys = [make_key(str(number)) for number in numbers]
+    tar = scratch / f"{name}.tar"
+    digest = hashlib.sha256()
+    spans = write_tar(
+        tar, [Sample(k, j, {"url": ""}, f"alt {n}") for k, j, n in zip(keys, jpegs, numbers, strict=True)], digest
+    )
+    size = tar.stat().st_size
+    storage.put(tar, f"shards/{name}.tar")
+    rows: list[dict[str, Any]] = [
+        {
+            **dict.fromkeys(SHARD_SCHEMA.names, 0),
+            "key": key,
+            "caption": f"alt {number}",
+            "url": "",
+            "sha256": hashlib.sha256(jpeg).hexdigest(),
+            "extra": "{}",
+            "offset": offset,
+            "size": length,
+        }
+        for number, key, jpeg, (offset, length) in zip(numbers, keys, jpegs, spans, strict=True)
+    ]
+    storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, SHARD_SCHEMA))
+    return ShardEntry(name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256="")

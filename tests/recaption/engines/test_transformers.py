@@ -1,0 +1,210 @@
+"""The transformers engine: any image-text-to-text model in a folder, and captions that depend on their picture only."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import vision_models
+from PIL import Image
+
+from pipeline.errors import MissingExtra, RecipeError
+from recaption.config import RecaptionConfig
+from recaption.engines import Caption, CaptionEngine, Request, TextEngine, make
+from recaption.engines.transformers import TransformersEngine
+
+SLOTS = ("short", "descriptive")
+PROMPTS = {"short": "write one short caption", "descriptive": "describe the picture: {original}"}
+SIZES = [(28, 28), (40, 30), (20, 60), (90, 20), (28, 28), (64, 64)]
+
+
+def jpeg(number: int) -> bytes:
+    width, height = SIZES[number % len(SIZES)]
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+REQUESTS = [Request(f"image {n}", SLOTS, "the red circle " * (n % 5)) for n in range(18)]
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision_models.llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision_models.qwen2_vl(tmp_path_factory.mktemp("qwen"))
+
+
+def engine(folder: Path, **recipe: Any) -> TransformersEngine:
+    section = {"engine": "transformers", "model": str(folder), "max_tokens": 8, "prompts": PROMPTS, **recipe}
+    made = make(RecaptionConfig.model_validate(section))
+    assert isinstance(made, TransformersEngine)
+    return made
+
+
+def captions(folder: Path, rows: Any = range(18), attempt: int = 0, **recipe: Any) -> list[dict[str, Caption]]:
+    made = engine(folder, **recipe)
+    return made.caption([made.prepare(jpeg(n)) for n in rows], [REQUESTS[n] for n in rows], attempt=attempt)
+
+
+@pytest.mark.parametrize(
+    ("model", "decoding"),
+    [
+        ("llava", {}),
+        ("llava", {"method": "top_p", "temperature": 2.0}),
+        ("qwen", {}),
+        ("qwen", {"method": "beam", "beams": 2}),
+    ],
+)
+def test_captions_do_not_depend_on_the_batch(model: str, decoding: Any, request: pytest.FixtureRequest) -> None:
+    """Other sizes, companions and orders; pictures and prompts of different lengths; other numbers of threads."""
+    import torch
+
+    folder: Path = request.getfixturevalue(model)
+    expected = captions(folder, decoding=decoding)
+    assert len({found["descriptive"].raw for found in expected}) > 8, "the test needs captions that differ"
+    assert captions(folder, range(17, -1, -1), batch=7, decoding=decoding)[::-1] == expected
+    for number in (0, 5):
+        assert captions(folder, [number], decoding=decoding) == [expected[number]]
+    try:
+        torch.set_num_threads(2)
+        assert captions(folder, range(3, 9), decoding=decoding) == expected[3:9]
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_models_own_generate_gives_the_same_tokens(llava: Path) -> None:
+    """One picture at a time, as the model's card would do it."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(llava)
+    model = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
+    found = captions(llava)
+    for number in range(6):
+        text = PROMPTS["descriptive"].replace("{original}", REQUESTS[number].original.strip())
+        with Image.open(io.BytesIO(jpeg(number))) as picture:
+            content = [{"type": "image", "image": picture.convert("RGB")}, {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
+        end = processor.tokenizer.eos_token_id
+        kept = made[: made.index(end)] if end in made else made
+        caption = found[number]["descriptive"]
+        assert caption.raw == processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert (caption.tokens, caption.finish) == (len(kept), "end" if end in made else "length")
+
+
+def test_the_original_caption_is_quoted_on_one_line(llava: Path) -> None:
+    made = engine(llava)
+    assert made.uses_original
+    assert not engine(llava, prompts={}).uses_original
+    picture = made.prepare(jpeg(0))
+    asked = [Request("a", ("descriptive",), text) for text in ("a dog", "a  dog\n", "a cat")]
+    one, same, other = made.caption([picture] * 3, asked)
+    assert one == same
+    assert one != other
+
+
+def test_attempts_draw_with_seeds_of_their_own(llava: Path) -> None:
+    first, second, third = (captions(llava, range(4), attempt=number) for number in range(3))
+    assert {caption.seed for found in first for caption in found.values()} == {0}
+    seeds = [caption.seed for found in second + third for caption in found.values()]
+    assert len(set(seeds)) == 16
+    assert first != second != third
+    assert captions(llava, range(4), attempt=1, batch=1) == second
+
+
+def test_only_what_is_asked_for_is_written(llava: Path) -> None:
+    made = engine(llava)
+    picture = made.prepare(jpeg(1))
+    found = made.caption([picture, picture], [Request("a", ("short",)), Request("a", SLOTS)])
+    assert [list(one) for one in found] == [["short"], ["short", "descriptive"]]
+    assert found[0]["short"] == found[1]["short"]
+
+
+@pytest.mark.parametrize("model", ["llava", "qwen"])
+def test_answers_without_pictures(model: str, request: pytest.FixtureRequest) -> None:
+    made = engine(request.getfixturevalue(model), decoding={"method": "top_p"})
+    assert isinstance(made, CaptionEngine)
+    assert isinstance(made, TextEngine)
+    one, other = made.write(["describe the red circle", "describe"], seeds=[1, 2], max_tokens=5)
+    assert 0 < one.tokens <= 5
+    assert made.write(["describe"], seeds=[2], max_tokens=5) == [other]
+
+
+def test_a_language_model_writes_and_refuses_pictures(tmp_path: Path) -> None:
+    made = engine(vision_models.language_model(tmp_path))
+    assert made.write(["describe the circle"], seeds=[0], max_tokens=4)[0].tokens > 0
+    with pytest.raises(RecipeError, match="takes no pictures"):
+        made.caption([made.prepare(jpeg(0))], [REQUESTS[0]])
+
+
+def test_description_changes_with_what_changes_captions_and_with_nothing_else(llava: Path, tmp_path: Path) -> None:
+    base = engine(llava).describe()
+    moved = shutil.copytree(llava, tmp_path / "elsewhere")
+    assert engine(moved, batch=3, device="cpu").describe() == base
+    (moved / "README.md").write_text("about")
+    assert engine(moved).describe() == base
+    json.dumps(base)
+    for change in (
+        {"prompts": {}},
+        {"system": "be brief"},
+        {"max_side": 64},
+        {"max_tokens": 9},
+        {"decoding": {"method": "top_p"}},
+        {"precision": "bf16"},
+    ):
+        assert engine(llava, **change).describe() != base, change
+    (moved / "chat_template.jinja").write_text("{{ messages }}")
+    assert engine(moved).describe() != base
+
+
+def test_travels_without_weights_and_its_pictures_are_bounded(llava: Path) -> None:
+    made = engine(llava, max_side=32)
+    picture = made.prepare(jpeg(3))
+    assert picture.shape == (7, 32, 3)
+    assert made._loaded is None
+    found = made.caption([picture], REQUESTS[:1])
+    assert len(sent := pickle.dumps(made)) < 5000
+    assert pickle.loads(sent).caption([picture], REQUESTS[:1]) == found
+    with pytest.raises(OSError, match=r"(?i)truncated"):
+        made.prepare(jpeg(5)[:600])
+
+
+def test_what_cannot_work_is_said_with_the_field_and_the_mend(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match=r"no folder \./nowhere"):
+        engine(Path("./nowhere"), model="./nowhere")
+    with pytest.raises(RecipeError, match=r"holds no config\.json"):
+        engine(tmp_path)
+    with pytest.raises(RecipeError, match="no prompt for 'poem'"):
+        engine(llava, slots=["poem"], prompts={})
+    plain = shutil.copytree(llava, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(RecipeError, match="no chat template"):
+        engine(plain).write(["x"], seeds=[0], max_tokens=1)
+    broken = shutil.copytree(llava, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"recaption\.model: cannot load"):
+        engine(broken).write(["x"], seeds=[0], max_tokens=1)
+
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'capstan\[transformers\]'"):
+        engine(llava).write(["x"], seeds=[0], max_tokens=1)
