@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -205,6 +206,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--side", type=int, default=512)
     asked = parser.parse_args()
+    # This file bears a package's name: neither here nor on Ray's workers is its folder to be searched for modules.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     if asked.part == "decode":
         print(json.dumps(decode(asked.batches, asked.repeats)))
     else:

@@ -79,7 +79,7 @@ def style_of(run: str | Path) -> Style:
 def upsampler_of(run: str | Path) -> RecaptionConfig:
     """The caption engine that a run's own recipe names. Raises RecipeError where that one writes no text."""
     file = Path(run) / "recipe.json"
-    section = json.loads(file.read_text(encoding="utf-8"))["recipe"]["recaption"] if file.is_file() else None
+    section = json.loads(file.read_text(encoding="utf-8"))["recipe"].get("recaption") if file.is_file() else None
     if section is None or section.get("engine", "coca") == "coca":
         problem = f"{run} knows no engine that writes text"
         mend = "add --upsampler RECIPE, whose recaption section names engine transformers or openai"

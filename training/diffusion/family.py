@@ -168,4 +168,5 @@ def _style(samples: Samples) -> Style:
     for index in range(0, len(samples), max(1, len(samples) // _STYLE_SAMPLES)):
         sample = samples.sample(index)
         texts.setdefault(sample.slot, []).append(sample.text)
-    return Style.of(max(texts.values(), key=lambda found: len(found), default=[]))
+    slot = max(texts, key=lambda name: len(texts[name]), default="")
+    return Style.of(texts.get(slot, []))

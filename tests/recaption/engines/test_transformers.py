@@ -32,7 +32,7 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
-REQUESTS = [Request(f"image {n}", SLOTS, "the red circle " * (n % 5)) for n in range(18)]
+REQUESTS = [Request(f"image {n}", SLOTS, "the red circle " * (n % 5)) for n in range(10)]
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def engine(folder: Path, **recipe: Any) -> TransformersEngine:
     return made
 
 
-def captions(folder: Path, rows: Any = range(18), attempt: int = 0, **recipe: Any) -> list[dict[str, Caption]]:
+def captions(folder: Path, rows: Any = range(10), attempt: int = 0, **recipe: Any) -> list[dict[str, Caption]]:
     made = engine(folder, **recipe)
     return made.caption([made.prepare(jpeg(n)) for n in rows], [REQUESTS[n] for n in rows], attempt=attempt)
 
@@ -61,7 +61,6 @@ def captions(folder: Path, rows: Any = range(18), attempt: int = 0, **recipe: An
     ("model", "decoding"),
     [
         ("llava", {}),
-        ("llava", {"method": "top_p", "temperature": 2.0}),
         ("qwen", {}),
         ("qwen", {"method": "beam", "beams": 2}),
     ],
@@ -72,13 +71,13 @@ def test_captions_do_not_depend_on_the_batch(model: str, decoding: Any, request:
 
     folder: Path = request.getfixturevalue(model)
     expected = captions(folder, decoding=decoding)
-    assert len({found["descriptive"].raw for found in expected}) > 8, "the test needs captions that differ"
-    assert captions(folder, range(17, -1, -1), batch=7, decoding=decoding)[::-1] == expected
-    for number in (0, 5):
+    assert len({found["descriptive"].raw for found in expected}) > 5, "the test needs captions that differ"
+    assert captions(folder, range(9, -1, -1), batch=7, decoding=decoding)[::-1] == expected
+    for number in (0, 4):
         assert captions(folder, [number], decoding=decoding) == [expected[number]]
     try:
         torch.set_num_threads(2)
-        assert captions(folder, range(3, 9), decoding=decoding) == expected[3:9]
+        assert captions(folder, range(3, 7), decoding=decoding) == expected[3:7]
     finally:
         torch.set_num_threads(1)
 
