@@ -16,6 +16,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+import cluster.jobs_cli
 import pipeline.cli
 import recaption.cli
 import training.cli
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for floor in (pipeline.cli, recaption.cli, training.cli):
     floor.add_commands(app, load)
+cluster.jobs_cli.add_commands(app)
 
 
 @app.command()
