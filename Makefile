@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean bench-build bench-plan bench-rebuild
+.PHONY: demo test test-cluster check format clean bench-build bench-plan bench-rebuild bench-submit
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
 
 test: check
 	$(BIN)/python -m pytest
+
+# Several Ray nodes, a bucket, nodes that are lost and answers that are spoilt: minutes, so apart from the other tests.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,6 +31,9 @@ bench-rebuild: $(STAMP)
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py
+
+bench-submit: $(STAMP)
+	$(BIN)/python benchmarks/submit.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

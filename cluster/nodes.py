@@ -40,7 +40,7 @@ class Nodes:
         self.folder, self.token_file = folder, folder / "token"
         self.port = self.dashboard_port = 0
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self._temp: str | None = None  # short: the sockets in it may have names of 107 characters at most
+        self.temps: list[str] = []  # Ray's own folders, one a node as on machines of their own
 
     @property
     def address(self) -> str:
@@ -58,14 +58,12 @@ class Nodes:
     def start_head(self, *, cpus: int = 0, env: Mapping[str, str] | None = None) -> None:
         """Start the head: by default it runs drivers and job servers, and no work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._temp = tempfile.mkdtemp(prefix="capstan-ray-")
         with open(os.open(self.token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         self.port, self.dashboard_port = free_port(), free_port()
         options = [f"--port={self.port}", f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={self.dashboard_port}"]
-        options += ["--head", f"--num-cpus={cpus}", f"--temp-dir={self._temp}", f"--ray-client-server-port={free_port()}"]
+        options += ["--head", f"--num-cpus={cpus}", f"--ray-client-server-port={free_port()}"]
         self._start(options, env or {})
-        self.wait_for(1)
 
     def start_worker(
         self,
@@ -76,29 +74,29 @@ class Nodes:
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Add a worker node and wait until it has joined; gives what `kill` takes."""
-        before = len(self.alive())
         options = [f"--address={_LOOPBACK}:{self.port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         if labels:
             options.append("--labels=" + ",".join(f"{name}={value}" for name, value in labels.items()))
-        node = self._start(options, env or {})
-        self.wait_for(before + 1)
-        return node
+        return self._start(options, env or {})
 
     def _start(self, options: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "cluster.nodes", "start", "--block", f"--node-ip-address={_LOOPBACK}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         command += [f"--object-store-memory={_STORE_BYTES}", "--include-log-monitor=false", "--disable-usage-stats"]
-        joined = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", _KEEP_TO_LOOPBACK)}
-        with (self.folder / f"node-{len(self._nodes)}.log").open("ab") as log:
+        name = f"node-{len(self.temps)}"
+        self.temps.append(tempfile.mkdtemp(prefix="capstan-ray-"))  # short: sockets in it have 107 characters at most
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", _KEEP_TO_LOOPBACK)}
+        with (self.folder / f"{name}.log").open("ab") as log:
             node = subprocess.Popen(
-                [*command, *options],
+                [*command, f"--node-name={name}", f"--temp-dir={self.temps[-1]}", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=joined | self.auth_env() | dict(env),
+                env=inherited | self.auth_env() | dict(env),
                 start_new_session=True,
             )
         self._nodes.append(node)
+        self._wait_for(name, node)
         return node
 
     def alive(self) -> list[dict[str, Any]]:
@@ -112,14 +110,18 @@ class Nodes:
             return []
         return [node for node in nodes if node["raylet"].get("state") == "ALIVE"]
 
-    def wait_for(self, count: int) -> None:
-        """Until so many nodes are alive. Raises CapstanError if that takes too long, or one ends."""
+    def _wait_for(self, name: str, node: subprocess.Popen[bytes]) -> None:
+        """Until the node `name` is alive. Raises CapstanError if that takes too long, or it ends."""
         started = time.monotonic()
-        while len(self.alive()) < count:
-            if self._nodes[-1].poll() is not None or time.monotonic() - started > _START_S:
-                log = self.folder / f"node-{len(self._nodes) - 1}.log"
+        while name not in (known["raylet"].get("nodeName") for known in self.alive()):
+            if node.poll() is not None or time.monotonic() - started > _START_S:
+                log = self.folder / f"{name}.log"
                 raise CapstanError(f"a Ray node did not start; see {log}: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(_LOOK_EVERY_S)
+
+    def pids(self) -> list[int]:
+        """All processes of the cluster."""
+        return [pid for node in self._nodes for pid in _tree(node.pid)]
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """End a node and all that runs on it at once, as when its machine is taken away."""
@@ -135,8 +137,8 @@ class Nodes:
         """End all nodes, the head last."""
         for node in reversed(list(self._nodes)):
             self.kill(node)
-        if self._temp is not None:
-            shutil.rmtree(self._temp, ignore_errors=True)
+        for temp in self.temps:
+            shutil.rmtree(temp, ignore_errors=True)
 
     def __enter__(self) -> Nodes:
         return self

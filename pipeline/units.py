@@ -262,7 +262,7 @@ class _Run:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                num_gpus=_gpus() / workers if _gpus() else None,
+                num_gpus=_gpus(self.resources) / workers if _gpus(self.resources) else None,
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
@@ -322,10 +322,11 @@ def _cpus(resources: Resources) -> int:
     return resources.cpus or len(os.sched_getaffinity(0))
 
 
-def _gpus() -> float:
+def _gpus(resources: Resources) -> float:
+    """GPUs for the model workers: as the recipe says, also where an autoscaler has yet to make them; or all there are."""
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0))
+    return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)
 
 
 def _model_workers(resources: Resources) -> int:
