@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test test-cluster check format clean bench-build bench-plan bench-rebuild bench-submit
+.PHONY: demo docs test test-cluster check format clean bench-build bench-plan bench-rebuild bench-submit
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -34,6 +34,10 @@ bench-plan: $(STAMP)
 
 bench-submit: $(STAMP)
 	$(BIN)/python benchmarks/submit.py
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

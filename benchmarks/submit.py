@@ -31,7 +31,11 @@ from small_captioner import write_captioner  # noqa: E402
 from cluster.nodes import Nodes  # noqa: E402
 
 STAGES = ["build", "recaption", "train"]
-LAYERS = {"plain": [], "local": ["submit", "--wait", "--"], "local-cluster": ["submit", "--to", "local-cluster", "--wait", "--"]}
+LAYERS = {
+    "plain": [],
+    "local": ["submit", "--wait", "--"],
+    "local-cluster": ["submit", "--to", "local-cluster", "--wait", "--"],
+}
 
 
 def recipe(folder: Path, name: str, captioner: Path, scenes: int) -> Path:

@@ -68,7 +68,7 @@ def find(job: str) -> Note:
 
 
 def state_of(note: Note) -> State:
-    """How the job is; asked of its cluster unless it is known to have ended. Raises CapstanError where that is silent."""
+    """How the job is; asked of its cluster unless it is known to have ended. Raises CapstanError if that is silent."""
     if note.ended is not None:
         return State(**note.ended)
     state = note.open().state(note.handle)
@@ -93,12 +93,12 @@ def listed() -> Iterator[dict[str, Any]]:
     for note in reversed(notes()):
         try:
             state = state_of(note)
-            status, code = state.status, state.exit_code
+            told: tuple[str, int | None] = state.status, state.exit_code
         except CapstanError:
-            status, code = "unknown", None
+            told = "unknown", None
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(note.submitted))
         command = " ".join(note.arguments)
-        row = {"job": note.id, "target": note.target, "status": status, "exit_code": code}
+        row = {"job": note.id, "target": note.target, "status": told[0], "exit_code": told[1]}
         yield {**row, "submitted": when, "command": command}
 
 

@@ -58,8 +58,8 @@ class Nodes:
     def start_head(self, *, cpus: int = 0, env: Mapping[str, str] | None = None) -> None:
         """Start the head: by default it runs drivers and job servers, and no work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(secrets.token_hex(32))
         self.port, self.dashboard_port = free_port(), free_port()
         options = [f"--port={self.port}", f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={self.dashboard_port}"]
         options += ["--head", f"--num-cpus={cpus}", f"--ray-client-server-port={free_port()}"]

@@ -1,8 +1,8 @@
 """A capstan command and a target → a job there.
 
-    arguments ──order──▶ Order: an id, the arguments as they are there, the recipe's bytes
-              ──check──▶ what would only fail there is said here: the recipe, paths of this machine, a job that runs
-              ──submit─▶ Note ──wait──▶ its output here, its exit code
+arguments ──order──▶ Order: an id, the arguments as they are there, the recipe's bytes
+          ──check──▶ what would only fail there is said here: the recipe, paths of this machine, a job that runs
+          ──submit─▶ Note ──wait──▶ its output here, its exit code
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ def plan(target: Target, arguments: Sequence[str]) -> tuple[Order, Path | None, 
     Raises RecipeError for what cannot work there.
     """
     if not arguments or arguments[0] in _HERE_ONLY or arguments[0].startswith("-"):
-        raise RecipeError("COMMAND", "is not a command that can run elsewhere", "write e.g. `submit -- build recipe.yaml`")
+        raise RecipeError(
+            "COMMAND", "is not a command that can run elsewhere", "write e.g. `submit -- build recipe.yaml`"
+        )
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals:
             refuse_secrets({name.rpartition(".")[2]: value}, name)
     files = [number for number, argument in enumerate(arguments) if number and Path(argument).is_file()]
-    recipe_file = next((Path(arguments[number]) for number in files if arguments[number].endswith((".yaml", ".yml"))), None)
+    recipe_file = next(
+        (Path(arguments[number]) for number in files if arguments[number].endswith((".yaml", ".yml"))), None
+    )
     recipe = load(recipe_file, _overrides(arguments)) if recipe_file is not None else None
     if recipe is not None and target.elsewhere:
         _refuse_paths_of_this_machine(recipe, target)

@@ -323,7 +323,7 @@ def _cpus(resources: Resources) -> int:
 
 
 def _gpus(resources: Resources) -> float:
-    """GPUs for the model workers: as the recipe says, also where an autoscaler has yet to make them; or all there are."""
+    """GPUs for the model workers: as the recipe says, though an autoscaler may have yet to make them; or all."""
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)

@@ -1,4 +1,4 @@
-"""Clocks: a bucket refuses requests that are signed more than some minutes off, and says only that they are forbidden."""
+"""Clocks: a bucket refuses requests that are signed some minutes off, and says only that they are forbidden."""
 
 from __future__ import annotations
 

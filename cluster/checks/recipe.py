@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from cluster.config import load
 from pipeline.config import Recipe
 from pipeline.errors import CapstanError
 from pipeline.shards import read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import Storage, find_files
 from training.config import TrainConfig
 
 _ACTIVATIONS: Final = 0.4  # of a GPU's memory is left to activations and fragments
@@ -49,7 +48,12 @@ def recipe_findings(path: Path) -> Iterator[Finding]:
 
 def _failed(name: str, error: CapstanError) -> Finding:
     problem = getattr(error, "problem", None)
-    return Finding(name, False, f"{getattr(error, 'field', name)}: {problem}" if problem else str(error), getattr(error, "mend", "see above"))
+    return Finding(
+        name,
+        False,
+        f"{getattr(error, 'field', name)}: {problem}" if problem else str(error),
+        getattr(error, "mend", "see above"),
+    )
 
 
 def _room(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
@@ -73,13 +77,14 @@ def rows_of(recipe: Recipe) -> int | None:
     if source.format == "world":
         return source.world.scenes if source.world else 1000
     paths = source.path if isinstance(source.path, list) else [source.path]
-    files = [file for path in paths if path and "://" not in path for file in sorted(glob.glob(path)) or []]
-    if not files or not all(file.endswith(".parquet") for file in files):
+    if any(path is None or "://" in path for path in paths):
         return None
     try:
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    except OSError:
-        return None
+        files = [file.path for path in paths for file in find_files(str(path), {})]
+        known = all(file.endswith(".parquet") for file in files)
+        return sum(pq.read_metadata(file).num_rows for file in files) if known else None
+    except (OSError, CapstanError):
+        return None  # building says what is wrong with the source
 
 
 def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
@@ -90,7 +95,9 @@ def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
     train = TrainConfig.from_recipe(recipe)
     samples = sum(entry.samples for entry in manifest.shards) - train.data.holdout
     readers = train.engine.workers * train.data.threads
-    seen = f"{len(manifest.shards)} shards, {samples:,} samples to train on, {readers} readers, batches of {train.batch}"
+    seen = (
+        f"{len(manifest.shards)} shards, {samples:,} samples to train on, {readers} readers, batches of {train.batch}"
+    )
     mend = f"set shards.samples to at most {max(1, samples // readers)} and run `capstan select`, or fewer workers"
     enough = len(manifest.shards) >= readers and samples >= train.batch
     yield Finding("shards", enough, seen, mend)

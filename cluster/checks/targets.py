@@ -43,7 +43,9 @@ def _ray(target: RayJobs) -> Iterator[Finding]:
     try:
         theirs = target.version()
     except CapstanError as error:
-        yield Finding(f"{target.name}: cluster", False, str(error).partition(". Mend: ")[0], str(error).partition("Mend: ")[2])
+        yield Finding(
+            f"{target.name}: cluster", False, str(error).partition(". Mend: ")[0], str(error).partition("Mend: ")[2]
+        )
         return
     yield Finding(f"{target.name}: cluster", True, f"{target.address} answers and takes the token")
     yield same_ray(target.name, theirs)

@@ -50,7 +50,7 @@ class Aws(Target):
     ami: str | None = None  # null: Ray's choice for the region
     instance_profile: str | None = None  # ARN of the profile by which nodes may reach the bucket
     ssh_user: str = "ubuntu"
-    setup: list[str] = []  # shell commands on every node; null image: that install Capstan
+    setup: list[str] = Field(default=[])  # shell commands on every node; null image: that install Capstan
     idle_minutes: Annotated[float, Field(gt=0)] = 10  # after which a worker is given back
     token_file: str = _TOKEN
 
@@ -92,7 +92,9 @@ class Aws(Target):
         if self.image:
             options = ["--ulimit nofile=65536:65536", "--shm-size=8g"]
             config["docker"] = {"image": self.image, "container_name": "capstan", "run_options": options}
-        return f"# Ray {importlib.metadata.version('ray')}: ray up, ray down\n" + yaml.safe_dump(config, sort_keys=False)
+        return f"# Ray {importlib.metadata.version('ray')}: ray up, ray down\n" + yaml.safe_dump(
+            config, sort_keys=False
+        )
 
     def _node_type(self, name: str, kind: Instances) -> dict[str, Any]:
         disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": kind.disk_gib, "VolumeType": "gp3"}}
@@ -149,7 +151,9 @@ class Aws(Target):
                 while not _answers(port):
                     if tunnel.poll() is not None or time.monotonic() - started > _TUNNEL_S:
                         mend = f"see `ray dashboard {file}`"
-                        raise CapstanError(f"target {self.name}: no tunnel to the head of {self._cluster}. Mend: {mend}")
+                        raise CapstanError(
+                            f"target {self.name}: no tunnel to the head of {self._cluster}. Mend: {mend}"
+                        )
                     time.sleep(0.2)
                 yield self._jobs(f"http://127.0.0.1:{port}")
             finally:

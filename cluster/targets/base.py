@@ -75,7 +75,7 @@ class Target(Section, ABC):
     """The settings of one target, and what is done with them."""
 
     name: str = ""  # as in clusters.yaml
-    env: dict[str, str] = {}  # environment variables of the command; nothing secret
+    env: dict[str, str] = Field(default={})  # environment variables of the command; nothing secret
     elsewhere: ClassVar[bool] = True  # on machines that do not see this one's files
 
     @field_validator("env")
@@ -126,7 +126,7 @@ class Machine(Section):
 def run_tool(
     command: Sequence[str], *, field: str, stdin: str | None = None, env: Mapping[str, str] | None = None
 ) -> str:
-    """stdout of a scheduler's own command. Raises RecipeError where it is not installed, CapstanError where it fails."""
+    """stdout of a scheduler's command. Raises RecipeError where it is not installed, CapstanError where it fails."""
     require_tool(command[0], field)
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, check=False)
     if done.returncode:

@@ -44,6 +44,11 @@ _STATUS: Final[dict[str, Status]] = {
     "FAILED": "failed",
     "STOPPED": "stopped",
 }
+_SPOT_TAINTS: Final[list[dict[str, Any]]] = [
+    {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
+    {"key": "capstan/spot", "operator": "Exists", "effect": "NoSchedule"},
+]
 # Asked by python, which every image of Capstan has, unlike wget.
 _ASK: Final = "import urllib.request as u; assert b'success' in u.urlopen('http://127.0.0.1:{}', timeout=3).read()"
 _RAYLET: Final = _ASK.format("52365/api/local_raylet_healthz")
@@ -76,12 +81,8 @@ class Volume(Section):
 class Spot(Section):
     """How spot nodes are told apart in this Kubernetes cluster."""
 
-    tolerations: list[dict[str, Any]] = [
-        {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
-        {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
-        {"key": "capstan/spot", "operator": "Exists", "effect": "NoSchedule"},
-    ]
-    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = Field(default=_SPOT_TAINTS)
+    node_selector: dict[str, str] = Field(default={})
 
 
 class KubeRay(Target):
@@ -95,10 +96,12 @@ class KubeRay(Target):
     gpu_workers: Machine | None = None
     spot: Spot = Spot()
     gpu_resource: str = "nvidia.com/gpu"
-    secrets: dict[str, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = {}  # variable: secret/key
-    volumes: dict[str, Volume] = {}
+    secrets: dict[str, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = Field(
+        default={}
+    )  # variable: secret/key
+    volumes: dict[str, Volume] = Field(default={})
     service_account: str | None = None  # with its role, the way to a bucket without any secret
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field(default={})
     keep_s: Annotated[int, Field(ge=0)] = 600  # the cluster stays so long after the end, to look at it
     deadline_s: Annotated[int, Field(ge=1)] | None = None
     retries: Annotated[int, Field(ge=0)] = 2  # in a new cluster, after a head was lost: the command goes on
@@ -153,7 +156,7 @@ class KubeRay(Target):
     def _pod(self, name: str, machine: Machine, order: Order | None) -> dict[str, Any]:
         """A pod template; that of the head (which has an `order`) has the recipe."""
         is_head = order is not None
-        mounts = [{"name": _SHM, "mountPath": "/dev/shm"}]
+        mounts: list[dict[str, Any]] = [{"name": _SHM, "mountPath": "/dev/shm"}]
         volumes: list[dict[str, Any]] = [
             {"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, machine.memory_gib // 3)}Gi"}}
         ]
@@ -182,7 +185,7 @@ class KubeRay(Target):
         selector = self.node_selector | (self.spot.node_selector if machine.spot else {})
         if selector:
             spec["nodeSelector"] = selector
-        tolerations = list(self.spot.tolerations) if machine.spot else []
+        tolerations = [dict(taint) for taint in self.spot.tolerations] if machine.spot else []
         if machine.gpus:
             tolerations.append({"key": self.gpu_resource, "operator": "Exists", "effect": "NoSchedule"})
         if tolerations:

@@ -8,6 +8,7 @@ With `workers` it has a Ray cluster of several nodes for its time, all on this m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -63,7 +64,9 @@ class Local(Target):
             return ended(int(json.loads(file.read_text())["exit_code"]))
         if alive:
             return State("running")
-        return State("lost", message="its process has gone without an exit code: the machine was restarted, or it was killed")
+        return State(
+            "lost", message="its process has gone without an exit code: the machine was restarted, or it was killed"
+        )
 
     def logs(self, handle: Handle, *, follow: bool) -> Iterator[str]:
         with (Path(handle["folder"]) / "log.txt").open(encoding="utf-8", errors="replace") as file:
@@ -89,10 +92,8 @@ def _born(pid: int) -> str:
 
 
 def _alive(handle: Handle) -> bool:
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(handle["pid"], os.WNOHANG)  # a child of ours that has ended would still be there
-    except ChildProcessError:
-        pass
     try:
         os.kill(handle["pid"], 0)
     except OSError:

@@ -40,7 +40,7 @@ class RayJobs(Target):
     requirements: str | None = None  # a file of pinned packages that Ray installs for the job
     image: str | None = None  # a container image that the job runs in
     entrypoint_cpus: Annotated[float, Field(ge=0)] = 0  # that the command itself keeps busy
-    entrypoint_resources: dict[str, float] = {}
+    entrypoint_resources: dict[str, float] = Field(default={})
 
     @field_validator("address")
     @classmethod
@@ -143,7 +143,9 @@ class RayJobs(Target):
 
 def _refused(target: RayJobs, error: Exception) -> RecipeError:
     problem = f"the cluster at {target.address} does not take the token"
-    return RecipeError(f"{target.name}.token_file", problem, "name the file with the token that the cluster was started with")
+    return RecipeError(
+        f"{target.name}.token_file", problem, "name the file with the token that the cluster was started with"
+    )
 
 
 def _token(file: str | None) -> str | None:
@@ -184,5 +186,3 @@ def _pinned(file: Path) -> list[str]:
 def _texts(order: Order) -> dict[str, str]:
     """The files that are sent along, as text."""
     return {name: content.decode("utf-8", "replace") for name, content in order.files.items()}
-
-

@@ -30,7 +30,7 @@ cd {folder}
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
 unset RAY_ADDRESS
 
-# However this ends, the exit code is written down: the command's, 130 where it was told to stop, 1 where Ray did not start.
+# However this ends, the exit code is written down: the command's; 130 if told to stop, 1 if Ray did not start.
 code=1
 finish() {{
   trap - EXIT TERM INT
@@ -81,12 +81,12 @@ class Slurm(Target):
     cpus: Annotated[int, Field(ge=1)] = 8  # of each node
     gpus: Annotated[int, Field(ge=0)] = 0  # of each node
     memory_gib: Annotated[int, Field(ge=1)] | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")] = "24:00:00"
+    hours: Annotated[float, Field(gt=0)] = 24  # after which Slurm ends it
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    options: list[Annotated[str, Field(pattern="^--[a-z]")]] = []  # more of sbatch's, as they are
-    setup: list[str] = []  # lines of shell: modules to load, an environment to activate
+    options: list[Annotated[str, Field(pattern="^--[a-z]")]] = Field(default=[])  # more of sbatch's, as they are
+    setup: list[str] = Field(default=[])  # lines of shell: modules to load, an environment to activate
     python: str = "python"
     grace_s: Annotated[int, Field(ge=10)] = 120  # before the time is up, the command is told to save and stop
 
@@ -116,7 +116,7 @@ class Slurm(Target):
             "nodes": self.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": self.cpus,
-            "time": self.time,
+            "time": _clock(self.hours),
             "output": f"{folder}/log.txt",
             "open-mode": "append",
             "signal": f"B:TERM@{self.grace_s}",
@@ -185,3 +185,12 @@ class Slurm(Target):
         run_tool(["scancel", "--batch", "--signal=TERM", handle["slurm_id"]], field="kind")
         if self.state(handle).status == "pending":
             run_tool(["scancel", handle["slurm_id"]], field="kind")
+
+
+def _clock(hours: float) -> str:
+    """
+    >>> _clock(24), _clock(0.5)
+    ('24:00:00', '0:30:00')
+    """
+    minutes, seconds = divmod(round(hours * 3600), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

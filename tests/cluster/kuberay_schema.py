@@ -1,4 +1,4 @@
-"""What may stand in a RayJob, by the published names and types of ray.io/v1 (KubeRay 1.5) and of Kubernetes' own models.
+"""What may stand in a RayJob, by the published names and types of ray.io/v1 (KubeRay 1.5) and Kubernetes' models.
 
 KubeRay's API server refuses an unknown or mistyped field; so does `check_ray_job`.
 """
@@ -103,13 +103,15 @@ def check_ray_job(job: dict[str, Any]) -> None:
 
 
 def check(value: Any, kind: Any, where: str) -> None:
-    """`value` against a type: one of _SPECS, a model of Kubernetes, `list[…]`, `dict[str, …]`, a choice, a plain type."""
+    """`value` against a type: of _SPECS, a model of Kubernetes, `list[…]`, `dict[str, …]`, a choice, a plain one."""
     if isinstance(kind, tuple):
         _expect(value in kind, where, f"{value!r} is none of {kind}")
     elif kind == "strings":
         _expect(isinstance(value, dict) and all(isinstance(v, str) for v in value.values()), where, "not strings")
     elif isinstance(kind, type):
-        _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, f"not {kind.__name__}")
+        _expect(
+            isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, f"not {kind.__name__}"
+        )
     elif inner := re.fullmatch(r"[lL]ist\[(.*)\]", kind):
         _expect(isinstance(value, list), where, "not a list")
         for number, item in enumerate(value):

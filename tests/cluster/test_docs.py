@@ -1,13 +1,15 @@
-"""Every command in the docs is one that capstan takes; those that show what would be sent are run, on the page's own files."""
+"""Every command in the docs is one that capstan takes; dry runs of submit are run, on the page's own files."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from cluster.cli import app, run
 
@@ -50,6 +52,24 @@ def parse(arguments: list[str]) -> None:
     command = typer.main.get_command(app)
     name = "capstan"
     while hasattr(command, "resolve_command"):
-        context = command.make_context(name, list(arguments), ignore_unknown_options=True, allow_interspersed_args=False)
+        context = command.make_context(
+            name, list(arguments), ignore_unknown_options=True, allow_interspersed_args=False
+        )
         name, command, arguments = command.resolve_command(context, list(arguments))
     command.make_context(name, list(arguments))
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    nav = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]
+    pages = {page.name for page in DOCS.glob("*.md")}
+    assert set(leaves(nav)) == pages
+    for page in DOCS.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def leaves(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    items = nav.values() if isinstance(nav, dict) else nav
+    return [leaf for item in items for leaf in leaves(item)]

@@ -44,8 +44,13 @@ def written(folder: Path, **content: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("package", "version", "ok"),
-    [("deepspeed", "0.17.5", True), ("deepspeed", "0.17.6", False), ("deepspeed", "0.18.2", False)]
-    + [("deepspeed", "0.19.8", True), ("torch", "0.18.0", True)],
+    [
+        ("deepspeed", "0.17.5", True),
+        ("deepspeed", "0.17.6", False),
+        ("deepspeed", "0.18.2", False),
+        ("deepspeed", "0.19.8", True),
+        ("torch", "0.18.0", True),
+    ],
 )
 def test_versions_that_are_known_to_be_bad(package: str, version: str, ok: bool) -> None:
     finding = judged(package, version)
@@ -214,6 +219,16 @@ def test_doctor_says_it_all_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     told = json.loads(out.splitlines()[-1])
     names = {finding["name"] for finding in told["findings"]}
-    assert {"python", "deepspeed", "cuda", "gpus", "torch extensions", "open files", "ports", "recipe", "dataset"} <= names
+    assert {
+        "python",
+        "deepspeed",
+        "cuda",
+        "gpus",
+        "torch extensions",
+        "open files",
+        "ports",
+        "recipe",
+        "dataset",
+    } <= names
     assert told["ok"] == all(finding["ok"] for finding in told["findings"])
     assert err.count("\n") >= len(names)

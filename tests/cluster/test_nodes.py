@@ -271,12 +271,16 @@ def test_the_cluster_asks_for_its_token_and_listens_on_loopback_only(cluster: Cl
     wrong.write_text("0" * 64)
     settings = {"kind": "ray", "address": cluster.nodes.address, "token_file": str(wrong)}
     (folder / "wrong.yaml").write_text(yaml.safe_dump({"nodes": settings}))
-    refused = capstan("submit", "--to", "nodes", "--clusters", str(folder / "wrong.yaml"), "--", "verify", "s3://b/x", env=cluster.env)
+    refused = capstan(
+        "submit", "--to", "nodes", "--clusters", str(folder / "wrong.yaml"), "--", "verify", "s3://b/x", env=cluster.env
+    )
     assert refused.returncode == 2
     assert "does not take the token" in refused.stderr
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
     ours = {str(pid) for pid in cluster.nodes.pids()}
-    open_to_all = [line for line in listening if any(f"pid={pid}," in line for pid in ours) and "127.0.0.1" not in line.split()[3]]
+    open_to_all = [
+        line for line in listening if any(f"pid={pid}," in line for pid in ours) and "127.0.0.1" not in line.split()[3]
+    ]
     assert open_to_all == []
 
 
@@ -305,13 +309,27 @@ def test_no_secret_is_written_down_or_shown(cluster: Cluster, folder: Path, s3: 
         assert not [line for line in lines if secret.encode() in line]
 
 
+def test_a_rehearsal_has_nodes_of_its_own(folder: Path, s3: S3, captioner: str, env: dict[str, str]) -> None:
+    (folder / "rehearsal.yaml").write_text(yaml.safe_dump({"rehearsal": {"kind": "local", "workers": 2}}))
+    place = Place(folder, s3, "rehearsed", captioner=captioner)
+    command = ["submit", "--to", "rehearsal", "--clusters", str(folder / "rehearsal.yaml"), "--wait", "--json", "--"]
+    small = ["--set", "source.world.scenes=24"]
+    done = capstan(*command, "build", str(place.recipe()), *small, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (place.dataset / "dataset.json").exists()
+    log = json.loads(done.stdout.splitlines()[-1])["job"]
+    assert len(list((folder / "state" / "local" / log / "ray").glob("node-*.log"))) == 3
+
+
 # Answers that are spoilt ---------------------------------------------------------------------------------------------
 
 
 def test_a_twentieth_of_all_requests_fails(
     sound: Place, folder: Path, s3: S3, captioner: str, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = [f"\n{'stage':<12}{'requests':>10}" + "".join(f"{kind:>14}" for kind in FAULTS) + f"{'injected':>10}{'lost':>6}"]
+    table = [
+        f"\n{'stage':<12}{'requests':>10}" + "".join(f"{kind:>14}" for kind in FAULTS) + f"{'injected':>10}{'lost':>6}"
+    ]
     total = 0
     for seed, stage in enumerate(STAGES):
         with Faulty(s3, "--rate", "0.05", "--seed", str(seed)) as bucket:

@@ -32,7 +32,10 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     [
         ({"storage": {"key": "AKIA", "endpoint_url": "http://x"}}, "storage.key"),
         ({"storage": {"secret": CANARY}}, "storage.secret"),
-        ({"storage": {"client_kwargs": {"aws_secret_access_key": CANARY}}}, "storage.client_kwargs.aws_secret_access_key"),
+        (
+            {"storage": {"client_kwargs": {"aws_secret_access_key": CANARY}}},
+            "storage.client_kwargs.aws_secret_access_key",
+        ),
         ({"storage": {"token": CANARY}}, "storage.token"),
         ({"storage": {"account_key": CANARY}}, "storage.account_key"),
         ({"source": {"path": "s3://b/x.parquet", "storage": {"password": CANARY}}}, "source.storage.password"),
@@ -70,11 +73,25 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path) -> None
             "unit": {"rows": 6},
         }
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        env |= s3.env | {"CAPSTAN_STATE": str(tmp_path / "state"), "RAY_TMPDIR": str(tmp_path / "r"), "TMPDIR": str(tmp_path / "t")}
+        env |= s3.env | {
+            "CAPSTAN_STATE": str(tmp_path / "state"),
+            "RAY_TMPDIR": str(tmp_path / "r"),
+            "TMPDIR": str(tmp_path / "t"),
+        }
         (tmp_path / "t").mkdir()
         (tmp_path / "home").mkdir()
         env["HOME"] = str(tmp_path / "home")  # where Ray keeps its token
-        command = [sys.executable, "-m", "cluster.cli", "submit", "--wait", "--json", "--", "build", str(write(tmp_path, content))]
+        command = [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            "submit",
+            "--wait",
+            "--json",
+            "--",
+            "build",
+            str(write(tmp_path, content)),
+        ]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             arguments: set[bytes] = set()
             while process.poll() is None:

@@ -92,7 +92,10 @@ def test_a_job_that_is_gone_without_an_exit_code_is_lost(recipe: Path, capsys: p
 
 def test_a_dry_run_prints_and_sends_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("clusters.yaml").write_text("lab: {kind: ray, address: 'http://127.0.0.1:9'}\n")
-    bucket = yaml.safe_load(recipe.read_text()) | {"dataset": "s3://bucket/ds", "source": {"path": "s3://bucket/rows.parquet"}}
+    bucket = yaml.safe_load(recipe.read_text()) | {
+        "dataset": "s3://bucket/ds",
+        "source": {"path": "s3://bucket/rows.parquet"},
+    }
     recipe.write_text(yaml.safe_dump(bucket))
     assert run(["submit", "--to", "lab", "--dry-run", "--", "build", str(recipe)]) == 0
     out = capsys.readouterr().out

@@ -20,7 +20,9 @@ from cluster.clusters import find_target, make_target, read_targets
 from cluster.targets.base import Order
 from pipeline.errors import CapstanError, RecipeError
 
-ORDER = Order("build-mine-261124201512-3f2a", ["build", "mine.yaml", "--set", "select=[]"], {"mine.yaml": b"dataset: s3://b/x\n"})
+ORDER = Order(
+    "build-mine-261124201512-3f2a", ["build", "mine.yaml", "--set", "select=[]"], {"mine.yaml": b"dataset: s3://b/x\n"}
+)
 KUBERAY = {
     "kind": "kuberay",
     "image": "registry.example.org/capstan:1",
@@ -33,7 +35,14 @@ KUBERAY = {
     "service_account": "trainer",
     "deadline_s": 86400,
 }
-SLURM = {"kind": "slurm", "folder": "/shared/jobs", "nodes": 4, "gpus": 8, "partition": "gpu", "setup": ["module load cuda"]}
+SLURM = {
+    "kind": "slurm",
+    "folder": "/shared/jobs",
+    "nodes": 4,
+    "gpus": 8,
+    "partition": "gpu",
+    "setup": ["module load cuda"],
+}
 AWS = {"kind": "aws", "gpu_workers": {"type": "g6.xlarge", "gpus": 1, "max": 8, "spot": True}, "image": "me/capstan:1"}
 RAY = {"kind": "ray", "address": "http://127.0.0.1:8265"}
 
@@ -93,11 +102,16 @@ def test_a_ray_job_has_what_was_asked_for() -> None:
 
 def test_a_probe_asks_what_it_says(tmp_path: Path) -> None:
     """The probe's own code, against a server that is well and then is not."""
-    probe = ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["livenessProbe"]
+    probe = ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0][
+        "livenessProbe"
+    ]
     (tmp_path / "api").mkdir()
     (tmp_path / "api" / "local_raylet_healthz").write_text("success")
     server = subprocess.Popen(
-        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout is not None
     port = server.stdout.readline().split("port ")[1].split()[0]
@@ -120,12 +134,14 @@ def shellcheck(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(tool), "--severity=style", str(tmp_path / "job.sh")], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("changes", [{}, {"nodes": 1, "gpus": 0, "setup": []}, {"env": {"A": "it's"}, "folder": "/a b/c"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"nodes": 1, "gpus": 0, "setup": []}, {"env": {"A": "it's"}, "folder": "/a b/c"}]
+)
 def test_an_sbatch_script_passes_shellcheck(changes: dict[str, Any], tmp_path: Path) -> None:
     script = make_target("s", SLURM | changes).documents(ORDER)["job.sh"]
     done = shellcheck(script, tmp_path)
     assert done.returncode == 0, done.stdout
-    assert shellcheck(script + '\nfor x in $*; do rm $x; done\n', tmp_path).returncode != 0
+    assert shellcheck(script + "\nfor x in $*; do rm $x; done\n", tmp_path).returncode != 0
     header = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
     assert script.splitlines()[1 : 1 + len(header)] == header  # sbatch reads no options below the first command
     assert "#SBATCH --ntasks-per-node=1" in header
@@ -134,7 +150,9 @@ def test_an_sbatch_script_passes_shellcheck(changes: dict[str, Any], tmp_path: P
 # AWS -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"image": None, "setup": ["pip install capstan"]}, {"gpu_workers": None, "ami": "ami-1"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"image": None, "setup": ["pip install capstan"]}, {"gpu_workers": None, "ami": "ami-1"}]
+)
 def test_a_launcher_file_passes_rays_validator(changes: dict[str, Any]) -> None:
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -261,7 +279,10 @@ def test_a_slurm_job_ends_with_its_commands_exit_code(one_node_slurm: Path) -> N
     state = target.state(handle)
     assert (state.status, state.code) == ("failed", 3)
     assert "token 600" in text
-    assert "token 127.0.0.1:20007 -m cluster.cli build mine.yaml --set select=[]" in text or "-m cluster.cli build mine.yaml" in text
+    assert (
+        "token 127.0.0.1:20007 -m cluster.cli build mine.yaml --set select=[]" in text
+        or "-m cluster.cli build mine.yaml" in text
+    )
     assert not (Path(handle["folder"]) / "token").exists()
 
 
@@ -278,7 +299,9 @@ def test_a_slurm_job_is_stopped_and_saves(one_node_slurm: Path) -> None:
     assert (target.state(handle).status, target.state(handle).code) == ("stopped", 130)
 
 
-def test_a_ray_job_of_kubernetes_is_applied_asked_and_suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_job_of_kubernetes_is_applied_asked_and_suspended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kubectl's calls, against a stand-in that keeps what is applied and answers with a status."""
     tool(
         tmp_path / "bin",
@@ -294,7 +317,11 @@ case "$*" in *apply*) cat > applied.yaml;; *"get rayjob"*) cat status.json;; *lo
         ({}, "pending", 1),
         ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}, "running", 1),
         ({"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete"}, "succeeded", 0),
-        ({"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": "failed with exit code 3, last"}, "failed", 3),
+        (
+            {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": "failed with exit code 3, last"},
+            "failed",
+            3,
+        ),
         ({"jobStatus": "FAILED", "jobDeploymentStatus": "Retrying"}, "running", 1),
         ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Failed", "message": "DeadlineExceeded"}, "failed", 1),
         ({"jobStatus": "STOPPED", "jobDeploymentStatus": "Suspended"}, "stopped", 130),

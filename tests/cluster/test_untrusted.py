@@ -38,7 +38,14 @@ def picture() -> bytes:
 def test_pickles_in_a_tar_are_left_alone(tmp_path: Path) -> None:
     armed = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(armed))
-    members = [("a.jpg", picture()), ("a.txt", b"a cat"), ("a.pkl", bomb), ("a.pyd", bomb), ("a.pth", bomb), ("a.npy", bomb)]
+    members = [
+        ("a.jpg", picture()),
+        ("a.txt", b"a cat"),
+        ("a.pkl", bomb),
+        ("a.pyd", bomb),
+        ("a.pth", bomb),
+        ("a.npy", bomb),
+    ]
     write_tar(tmp_path / "x.tar", members)
     found = rows(tmp_path / "x.tar", format="webdataset")
     assert [row["caption"] for row in found] == ["a cat"]
@@ -48,9 +55,10 @@ def test_pickles_in_a_tar_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_a_program_are_refused(tmp_path: Path) -> None:
+    from small_captioner import write_captioner
+
     from recaption.config import RecaptionConfig
     from recaption.engines import make
-    from small_captioner import write_captioner
 
     folder, armed = write_captioner(tmp_path / "captioner"), tmp_path / "exploded"
     (folder / "open_clip_model.safetensors").unlink()
