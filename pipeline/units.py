@@ -22,7 +22,9 @@ import json
 import logging
 import os
 import pickle
+import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -128,6 +130,7 @@ def start_ray(resources: Resources) -> None:
 
     worker._worker_logs_enabled = False  # else Ray tells on stdout, which is the summary's, that a node has died
     if not ray.is_initialized():
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -142,6 +145,8 @@ def start_ray(resources: Resources) -> None:
                 logging_level=logging.ERROR,
                 _metrics_export_port=resources.metrics_port,
             )
+        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process before it could save
     _configure()
 
 

@@ -39,6 +39,7 @@ class RayJobs(Target):
     working_dir: str | None = None  # a folder that is sent along, which holds the recipe; null: the recipe alone
     requirements: str | None = None  # a file of pinned packages that Ray installs for the job
     image: str | None = None  # a container image that the job runs in
+    grace_s: Annotated[int, Field(ge=1)] = 60  # between asking a job to stop, and killing it
     entrypoint_cpus: Annotated[float, Field(ge=0)] = 0  # that the command itself keeps busy
     entrypoint_resources: dict[str, float] = Field(default={})
 
@@ -56,8 +57,7 @@ class RayJobs(Target):
     def _request(self, order: Order) -> dict[str, Any]:
         """What Ray Jobs is asked for; `working_dir` becomes an upload."""
         runtime_env: dict[str, Any] = {"working_dir": self.working_dir or "."}
-        if self.env:
-            runtime_env["env_vars"] = dict(self.env)
+        runtime_env["env_vars"] = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.grace_s), **self.env}
         if self.requirements:
             runtime_env["pip"] = _pinned(Path(self.requirements))
         if self.image:
