@@ -39,7 +39,8 @@ def plan(target: Target, arguments: Sequence[str]) -> tuple[Order, Path | None, 
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals:
-            refuse_secrets({name.rpartition(".")[2]: value}, name)
+            section, _, key = name.rpartition(".")
+            refuse_secrets({key: value}, section)
     files = [number for number, argument in enumerate(arguments) if number and Path(argument).is_file()]
     recipe_file = next(
         (Path(arguments[number]) for number in files if arguments[number].endswith((".yaml", ".yml"))), None

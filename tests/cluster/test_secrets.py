@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,15 @@ def test_names_of_secrets(name: str) -> None:
     assert not is_secret_name(f"{name}_file")
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for Ray, whose sockets have names of 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="c-", dir="/tmp") as name:
+        yield Path(name)
+
+
 @pytest.mark.integration
-def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path) -> None:
+def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path, short: Path) -> None:
     """The bucket, the state folder, Ray's session and logs, stdout and stderr, the arguments of all processes."""
     with S3(tmp_path / "s3", "capstan-key", CANARY) as s3:
         content = {
@@ -75,7 +84,7 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path) -> None
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         env |= s3.env | {
             "CAPSTAN_STATE": str(tmp_path / "state"),
-            "RAY_TMPDIR": str(tmp_path / "r"),
+            "RAY_TMPDIR": str(short),
             "TMPDIR": str(tmp_path / "t"),
         }
         (tmp_path / "t").mkdir()
@@ -105,7 +114,7 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path) -> None
     ours = [line for line in arguments if b"rclone" not in line]
     assert any(b"raylet" in line for line in ours)
     assert [line for line in ours if CANARY.encode() in line] == []
-    looked = [path for path in tmp_path.rglob("*") if path.is_file()]
+    looked = [path for folder in (tmp_path, short) for path in folder.rglob("*") if path.is_file()]
     assert len([path for path in looked if "/s3/" in str(path)]) > 5
     assert len([path for path in looked if path.suffix in (".log", ".out", ".err")]) > 5
     assert [path for path in looked if CANARY.encode() in path.read_bytes()] == []
