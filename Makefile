@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean bench-build bench-plan bench-rebuild bench-score bench-select
+.PHONY: demo docs test test-cluster check format clean
+.PHONY: bench-build bench-plan bench-rebuild bench-score bench-select bench-submit
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -12,6 +13,10 @@ demo: $(STAMP)
 # By file, since a file's tests share what is dear to start; in order, so that the longest does not come last.
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Several Ray nodes, a bucket, nodes that are lost and answers that are spoilt: minutes, so apart from the other tests.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,6 +39,13 @@ bench-score: $(STAMP)
 
 bench-select: $(STAMP)
 	$(BIN)/python benchmarks/selection.py
+
+bench-submit: $(STAMP)
+	$(BIN)/python benchmarks/submit.py
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

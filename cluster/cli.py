@@ -16,10 +16,12 @@ from typing import Annotated, Final, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+import cluster.jobs_cli
 import pipeline.cli
 import recaption.cli
 import training.cli
 from cluster.config import load, schema
+from cluster.jobs_cli import ClustersOption
 from pipeline.cli import JsonOption, finish
 from pipeline.errors import CapstanError
 
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 for floor in (pipeline.cli, recaption.cli, training.cli):
     floor.add_commands(app, load)
+cluster.jobs_cli.add_commands(app)
 
 
 @app.command()
@@ -54,12 +57,15 @@ def print_schema() -> None:
 @app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="Also check this recipe and its storage.")] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="NAME", help="Also check this target.")] = None,
+    clusters: ClustersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the machine, the versions, the storage and a recipe; say what to fix."""
+    """Check the machine, the versions, the storage, a recipe and a target; say what to fix."""
+    from cluster.clusters import find_target
     from cluster.doctor import examine, show
 
-    findings = examine(recipe)
+    findings = examine(recipe, find_target(to, clusters) if to is not None else None)
     show(findings)
     finish({"ok": all(f.ok for f in findings), "findings": [f.as_dict() for f in findings]}, as_json)
     if not all(finding.ok for finding in findings):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.secrets import refuse_secrets
 from pipeline.config import Recipe, read_recipe, validate
 from recaption.config import RecaptionConfig
 from training.config import TrainConfig, json_schema
@@ -13,7 +14,9 @@ from training.config import TrainConfig, json_schema
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path` with `a.b=value` overrides. Raises RecipeError for anything wrong in any section."""
-    recipe = validate(Recipe, read_recipe(path, overrides))
+    raw = read_recipe(path, overrides)
+    refuse_secrets({name: raw.get(name) for name in ("dataset", "storage", "source")}, "")
+    recipe = validate(Recipe, raw)
     if recipe.recaption is not None:
         validate(RecaptionConfig, recipe.recaption, "recaption")
     if recipe.train is not None:

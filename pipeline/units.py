@@ -22,7 +22,9 @@ import json
 import logging
 import os
 import pickle
+import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -128,6 +130,7 @@ def start_ray(resources: Resources) -> None:
 
     worker._worker_logs_enabled = False  # else Ray tells on stdout, which is the summary's, that a node has died
     if not ray.is_initialized():
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -142,6 +145,8 @@ def start_ray(resources: Resources) -> None:
                 logging_level=logging.ERROR,
                 _metrics_export_port=resources.metrics_port,
             )
+        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process before it could save
     _configure()
 
 
@@ -262,7 +267,7 @@ class _Run:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                num_gpus=_gpus() / workers if _gpus() else None,
+                num_gpus=_gpus(self.resources) / workers if _gpus(self.resources) else None,
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
@@ -322,10 +327,11 @@ def _cpus(resources: Resources) -> int:
     return resources.cpus or len(os.sched_getaffinity(0))
 
 
-def _gpus() -> float:
+def _gpus(resources: Resources) -> float:
+    """GPUs for the model workers: as the recipe says, though an autoscaler may have yet to make them; or all."""
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0))
+    return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)
 
 
 def _model_workers(resources: Resources) -> int:

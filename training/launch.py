@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe
+from pipeline.config import Recipe, Resources
 from pipeline.errors import CapstanError, RecipeError
 from training.config import TrainConfig
 from training.run import Run
@@ -33,6 +33,7 @@ logger = logging.getLogger("training.launch")  # by name: a local worker runs th
 
 _GRACE_S = 20.0  # between asking workers to save and stop, and killing them
 _LOOK_EVERY_S = 0.2
+_JOIN_S = 600.0  # for nodes to join a cluster that has too few
 
 
 class _WorkersDied(Exception):
@@ -78,14 +79,19 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = _resources(config)
+    resources = _resources(config, recipe.resources)
     scaling = ScalingConfig(
         num_workers=config.engine.workers, use_gpu="GPU" in resources, resources_per_worker=resources
     )
     scratch = run.folder / ".ray-train"  # Ray Train's own notes; the state of a run is in its checkpoints
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd()), "path": sys.path},
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "folder": str(Path.cwd()),
+            "path": sys.path,
+            "cpus": resources["CPU"],
+        },
         torch_config=TorchConfig("nccl" if "GPU" in resources else "gloo"),
         scaling_config=scaling,
         run_config=RunConfig(
@@ -106,22 +112,48 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     if Path(config["folder"]).is_dir():  # paths in the recipe are relative to where the command was given
         os.chdir(config["folder"])
     sys.path += [entry for entry in config["path"] if entry not in sys.path]  # where a family of the user's may lie
+    engine = config["recipe"]["train"].setdefault("engine", {})
+    if not engine.get("threads"):  # no more of a node that is shared than was asked for
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        engine["threads"] = max(1, min(cores, int(config["cpus"])))
     return fit(Recipe.model_validate(config["recipe"]))
 
 
-def _resources(config: TrainConfig) -> dict[str, float]:
-    """What each worker takes of the cluster. Raises RecipeError where there is not enough."""
+def _resources(config: TrainConfig, allowed: Resources) -> dict[str, float]:
+    """What each worker takes: a GPU, or where the cluster has none (or `allowed.gpus` is 0) its share of the CPUs.
+
+    On a cluster that others started it waits for nodes, which may be on their way: after one was lost, or while an
+    autoscaler makes them. Raises RecipeError where there is not enough.
+    """
     import ray
 
-    workers, cluster = config.engine.workers, ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    if gpus >= workers:
-        return {"CPU": 1, "GPU": 1}
-    have = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
-    if gpus or cpus < workers:
-        mend = f"set engine.workers to at most {gpus or cpus}, or resources.cpus to {workers}"
-        raise RecipeError("train.engine.workers", f"{workers} workers, but Ray has {have}", mend)
-    return {"CPU": cpus // workers}
+    workers, started = config.engine.workers, time.monotonic()
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = 0 if allowed.gpus == 0 else sum(int(node.get("GPU", 0)) for node in nodes)
+        cpus = [int(node.get("CPU", 0)) for node in nodes]
+        if gpus >= workers:
+            return {"CPU": 1, "GPU": 1}
+        share = 0 if gpus else _share(cpus, workers, config.engine.threads)
+        if share:
+            return {"CPU": share}
+        if not os.environ.get("RAY_ADDRESS") or time.monotonic() - started > _JOIN_S:
+            have = f"{gpus} GPUs" if gpus else f"{sum(cpus)} CPUs"
+            mend = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {workers}"
+            raise RecipeError("train.engine.workers", f"{workers} workers, but Ray has {have}", mend)
+        if time.monotonic() - started < _LOOK_EVERY_S:
+            logger.info("waiting for nodes: %d workers, and the cluster has %s CPUs, %d GPUs", workers, sum(cpus), gpus)
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _share(cpus: list[int], workers: int, threads: int | None) -> int:
+    """CPUs for each worker, as many as fit on nodes of these many, or `threads`; 0 where they do not fit.
+
+    >>> _share([2], 2, None), _share([4, 2], 2, None), _share([1, 0], 2, None), _share([8, 8], 2, 3)
+    (1, 2, 0, 3)
+    """
+    wanted = [threads] if threads else range(sum(cpus) // workers, 0, -1)
+    return next((share for share in wanted if sum(cpu // share for cpu in cpus) >= workers), 0)
 
 
 def _fit_on_ray(trainer: Any) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Nothing secret in recipes: refused with the field's name. A planted secret is nowhere in what a stage writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from s3 import S3
+
+from cluster.config import load
+from cluster.secrets import is_secret_name
+from pipeline.errors import RecipeError
+
+CANARY = "canary-9vJq2LxT7w"
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"dataset": "s3://b/ds", "source": {"format": "world"}} | content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"storage": {"key": "AKIA", "endpoint_url": "http://x"}}, "storage.key"),
+        ({"storage": {"secret": CANARY}}, "storage.secret"),
+        (
+            {"storage": {"client_kwargs": {"aws_secret_access_key": CANARY}}},
+            "storage.client_kwargs.aws_secret_access_key",
+        ),
+        ({"storage": {"token": CANARY}}, "storage.token"),
+        ({"storage": {"account_key": CANARY}}, "storage.account_key"),
+        ({"source": {"path": "s3://b/x.parquet", "storage": {"password": CANARY}}}, "source.storage.password"),
+        ({"source": {"path": ["https://me:pw@example.org/x.parquet"]}}, "source.path.0"),
+        ({"dataset": "https://me:pw@example.org/ds"}, "dataset"),
+    ],
+)
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, content: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load(write(tmp_path, content))
+    assert raised.value.field == field
+    assert CANARY not in str(raised.value)
+    assert "environment" in raised.value.mend
+
+
+def test_what_is_no_secret_is_taken(tmp_path: Path) -> None:
+    storage = {"endpoint_url": "http://x", "profile": "work", "anon": True, "token": "anon", "requester_pays": True}
+    assert load(write(tmp_path, {"storage": storage})).storage == storage
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "hf_token", "api_key", "connection_string", "Password"])
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret_name(name)
+    assert not is_secret_name(f"{name}_file")
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for Ray, whose sockets have names of 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="c-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.mark.integration
+def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path, short: Path) -> None:
+    """The bucket, the state folder, Ray's session and logs, stdout and stderr, the arguments of all processes."""
+    with S3(tmp_path / "s3", "capstan-key", CANARY) as s3:
+        content = {
+            "dataset": "s3://bucket/ds",
+            "storage": s3.storage(),
+            "source": {"format": "world", "world": {"scenes": 12, "size": 32}},
+            "unit": {"rows": 6},
+        }
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        env |= s3.env | {
+            "CAPSTAN_STATE": str(tmp_path / "state"),
+            "RAY_TMPDIR": str(short),
+            "TMPDIR": str(tmp_path / "t"),
+        }
+        (tmp_path / "t").mkdir()
+        (tmp_path / "home").mkdir()
+        env["HOME"] = str(tmp_path / "home")  # where Ray keeps its token
+        command = [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            "submit",
+            "--wait",
+            "--json",
+            "--",
+            "build",
+            str(write(tmp_path, content)),
+        ]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            arguments: set[bytes] = set()
+            while process.poll() is None:
+                arguments |= _command_lines()
+                try:
+                    out, err = process.communicate(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    continue
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["status"] == "succeeded"
+    ours = [line for line in arguments if b"rclone" not in line]
+    assert any(b"raylet" in line for line in ours)
+    assert [line for line in ours if CANARY.encode() in line] == []
+    looked = [path for folder in (tmp_path, short) for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in looked if "/s3/" in str(path)]) > 5
+    assert len([path for path in looked if path.suffix in (".log", ".out", ".err")]) > 5
+    assert [path for path in looked if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in out + err
+
+
+def _command_lines() -> set[bytes]:
+    """The arguments of all processes."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.add(path.read_bytes())
+    return found
