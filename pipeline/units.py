@@ -259,7 +259,8 @@ class _Run:
             num_cpus=1,
         )
         if type(self.job).model is not Job.model:
-            workers = _model_workers(self.resources)
+            gpus = _gpus(self.resources)
+            workers = self.resources.model_workers or max(1, int(gpus))
             dataset = dataset.map_batches(
                 Model,
                 fn_constructor_args=(self.job, self.tracker, self.attempts),
@@ -267,7 +268,7 @@ class _Run:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                num_gpus=_gpus(self.resources) / workers if _gpus(self.resources) else None,
+                num_gpus=min(1.0, gpus / workers) or None,  # an actor lies on one node, so it never asks for more
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()

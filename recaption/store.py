@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -155,6 +155,23 @@ def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, 
         if text and lint.ORIGINAL not in flags:
             captions.setdefault(key, {})[slot] = text
     return captions
+
+
+def check_layer(storage: Storage, layer: str, shard: str, keys: Collection[str]) -> None:
+    """Raise RecipeError unless a layer's file is of the shard as it is now, with these `keys`.
+
+    In a layer that people gave, keys may lack.
+    """
+    name = file_name(layer, shard)
+    if not storage.exists(name):
+        problem = f"layer {layer} has no captions of {shard}"
+    else:
+        captioned, there = set(read_rows(storage, layer, shard, ["key"])["key"].to_pylist()), set(keys)
+        if captioned == there or (captioned < there and not is_model(layer_recipe(storage, layer))):
+            return
+        problem = f"the captions of {shard} in layer {layer} are of an earlier version of that shard"
+    mend = "run `capstan recaption` again: only images without captions cost anything"
+    raise RecipeError("train.data.layer", problem, mend)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ endless sequence, and each worker takes its slice. So a run can stop at any step
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import mmap
@@ -25,7 +26,7 @@ import pyarrow as pa
 from pipeline.errors import CapstanError, RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
-from recaption.store import latest_layer, list_layers, read_layer
+from recaption.store import check_layer, latest_layer, layer_recipe, list_layers, read_layer
 from training.config import ORIGINAL, Data
 from training.family import Batch, Sample
 
@@ -200,7 +201,10 @@ class TrainingData:
     def _load(self, name: str) -> _Shard:
         table = self.dataset.table(name, _COLUMNS)
         columns = {column: pa.concat_arrays(table[column].chunks) for column in _COLUMNS}
-        layer = {} if self.layer is None else read_layer(self.dataset.storage, self.layer, name)
+        layer: dict[str, dict[str, str]] = {}
+        if self.layer is not None:
+            check_layer(self.dataset.storage, self.layer, name, columns["key"].to_pylist())
+            layer = read_layer(self.dataset.storage, self.layer, name)
         if self._latents is not None:
             return _Shard(columns, layer, latents=self._latents(name))
         path = self.dataset.storage.local_path(f"shards/{name}.tar")
@@ -219,6 +223,17 @@ def find_layer(storage: Storage, data: Data) -> str | None:
         problem = f"{storage.url} has no caption layer" + ("" if layer is None else f" {layer}")
         mend = "run `capstan recaption` first, or write layer: null to train on the original captions"
         raise RecipeError("train.data.layer", problem, mend)
+    slots = [*layer_recipe(storage, layer)["slots"], ORIGINAL]
+    for slot in data.weights:
+        if slot not in slots:
+            near = difflib.get_close_matches(slot, slots, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"its slots: {', '.join(slots)}"
+            raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", mend)
+    written = set(storage.names(f"captions/{layer}"))
+    for shard in Dataset(storage).shard_names:
+        if f"captions/{layer}/{shard}.parquet" not in written:
+            mend = "run `capstan recaption` to complete it"
+            raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", mend)
     return layer
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -51,6 +51,7 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     job = LatentsJob(dataset, path, encoder_identity(vae, size), recipe.resources)
     dataset.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
     work = [job.unit(entry) for entry in dataset.manifest.shards]
+    units.forget(job, job.stale(work))
     summary = units.run(job, work, recipe.resources, progress=progress)
     if summary.quarantined:
         raise Quarantined(job.name, summary.quarantined)
@@ -80,6 +81,16 @@ class LatentsJob(units.Job):
     def unit(self, entry: ShardEntry) -> units.Unit:
         """A rewritten shard is another unit: it is encoded again."""
         return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
+
+    def stale(self, work: Iterable[units.Unit]) -> set[str]:
+        """Committed units whose latents are there no longer: deleted, or written over with those of another shard."""
+        there, wanted = set(self.storage.names(self.folder)), {unit.id: unit for unit in work}
+        committed = units.markers(self).keys()
+        return {
+            unit
+            for unit in committed
+            if unit not in wanted or f"{self.folder}/{wanted[unit].spec['shard']}.safetensors" not in there
+        }
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         jpegs: list[bytes] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
+from recaption.store import write_given_layer
 from training.config import Data
-from training.data import Loader, Order, TrainingData, permutation
+from training.data import Loader, Order, TrainingData, find_layer, permutation
 
 
 def open_data(folder: Path, data: Data | None = None, **options) -> TrainingData:
@@ -103,13 +105,20 @@ def test_held_out_samples_are_never_trained_on(squares: Path) -> None:
         open_data(squares, Data(layer=None, holdout=64))
 
 
-def test_captions_are_drawn_by_weight_and_redrawn_each_epoch(squares: Path, monkeypatch) -> None:
-    def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, str]]:
-        keys = Dataset(storage).table(shard, ["key"])["key"].to_pylist()
-        return {key: {"descriptive": f"about {key}"} for key in keys[1:]}  # the first of a shard has none
+@pytest.fixture
+def captioned(squares: Path, tmp_path: Path) -> Path:
+    """A copy with the layer `x`: a descriptive caption of all but the first image of each shard."""
+    folder = Path(shutil.copytree(squares, tmp_path / "captioned"))
+    dataset, texts = Dataset(Storage(str(folder))), {}
+    for shard in dataset.shard_names:
+        keys = dataset.table(shard, ["key"])["key"].to_pylist()
+        texts |= {key: {"descriptive": f"about {key}"} for key in keys[1:]}
+    write_given_layer(dataset.storage, "x", texts)
+    return folder
 
-    monkeypatch.setattr("training.data.read_layer", read_layer)
-    data = open_data(squares, Data(layer="x", blend={"descriptive": 3, "original": 1}), layer="x")
+
+def test_captions_are_drawn_by_weight_and_redrawn_each_epoch(captioned: Path) -> None:
+    data = open_data(captioned, Data(layer="x", blend={"descriptive": 3, "original": 1}), layer="x")
     samples = [data.at(number) for number in range(64 * 20)]
     slots = Counter(sample.slot for sample in samples)
     assert slots["descriptive"] / len(samples) == pytest.approx(0.75 * 60 / 64, abs=0.03)
@@ -117,6 +126,24 @@ def test_captions_are_drawn_by_weight_and_redrawn_each_epoch(squares: Path, monk
     by_epoch = [{s.key: s.slot for s in samples if s.epoch == epoch} for epoch in range(2)]
     assert by_epoch[0] != by_epoch[1]
     assert [s.slot for s in samples] == [data.at(number).slot for number in range(64 * 20)]
+
+
+def test_captions_of_another_shard_are_refused(captioned: Path) -> None:
+    layer = captioned / "captions" / "x"
+    (layer / "shard-000000.parquet").write_bytes((layer / "shard-000001.parquet").read_bytes())
+    data = open_data(captioned, Data(layer="x"), layer="x")
+    with pytest.raises(RecipeError, match=r"train\.data\.layer: .* of an earlier version of that shard.*recaption"):
+        data.sample(0)
+
+
+def test_a_layer_that_lacks_slots_or_shards_is_refused_at_once(captioned: Path) -> None:
+    storage = Storage(str(captioned))
+    assert find_layer(storage, Data(layer="x")) == "x"
+    with pytest.raises(RecipeError, match=r"train\.data\.blend: layer x has no slot 'descriptve'.*mean descriptive"):
+        find_layer(storage, Data(layer="x", blend={"descriptve": 1}))
+    (captioned / "captions" / "x" / "shard-000001.parquet").unlink()
+    with pytest.raises(RecipeError, match=r"train\.data\.layer: layer x has no captions of shard-000001"):
+        find_layer(storage, Data(layer="x"))
 
 
 def test_latents_stand_in_for_pictures(squares: Path) -> None:

@@ -149,4 +149,17 @@ def test_encoding_through_the_unit_map_does_only_what_is_missing(recipe):
     assert summary["samples"] == 45
     again = encode(recipe, progress=False)
     assert (again["shards_done"], again["shards_skipped"]) == (0, 2)
-    assert reader(Storage(recipe.dataset), summary["encoder"])("shard-000001").shape == (5, 8, 8, 8)
+    storage, file = Storage(recipe.dataset), f"latents/{summary['encoder']}/shard-000001.safetensors"
+    assert reader(storage, summary["encoder"])("shard-000001").shape == (5, 8, 8, 8)
+    before = storage.read(file)
+    storage.delete(file)
+    assert encode(recipe, progress=False)["shards_done"] == 1
+    assert storage.read(file) == before
+
+    # Another selection's latents are written under the same names: those of the first one are done no longer.
+    dataset, autoencoder = Dataset(storage), recipe.train["diffusion"]["autoencoder"]
+    job = LatentsJob(dataset, autoencoder, encoder_identity(load_autoencoder(autoencoder, "x"), 16), recipe.resources)
+    first = [job.unit(entry) for entry in dataset.manifest.shards]
+    second = [job.unit(entry.model_copy(update={"sha256": "0" * 64})) for entry in dataset.manifest.shards]
+    assert job.stale(first) == set()
+    assert job.stale(second) == {unit.id for unit in first}
