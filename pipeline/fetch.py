@@ -6,8 +6,10 @@ For each row: robots.txt → request → redirects → capped body, tried again 
   Only waiting for a free slot of `per_host`, for a pause that the host asked for, and for its robots.txt (which has the
   same deadline of its own) do not count;
 - `retries` further attempts, with exponential backoff and jitter, after what can heal: timeouts, broken connections,
-  cut bodies, 429 and some 5xx. Retry-After is honoured for the whole host; one of over a minute ends the row;
+  cut bodies, 429 and some 5xx. Retry-After is honoured for the whole host, by the worker that
+  was told, for the rows of its unit; one of over a minute ends the row;
 - a body of over `max_bytes`, stated, received or unpacked, is given up at once;
+- `per_host` and `concurrency` are a worker's: a cluster of n workers may send n times as many;
 - at most `concurrency` rows are in flight or waiting to be taken, so memory stays bounded.
 
 robots.txt: 4xx means that all is allowed; 429 and 5xx forbid (RFC 9309, 2.3.1); a host that cannot be reached fails

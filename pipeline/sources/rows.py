@@ -11,6 +11,7 @@ Nothing here looks at pixels, and memory does not grow with the source.
 from __future__ import annotations
 
 import csv
+import logging
 import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -26,6 +27,8 @@ from pipeline.sources.files import IMAGES, folder, webdataset
 from pipeline.sources.pictures import Span, options_of, read_pictures
 from pipeline.sources.tables import Reader
 from pipeline.storage import SourceFile, find_files, open_file
+
+log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 4096
 _TABLES: dict[str, Reader] = {
@@ -68,6 +71,8 @@ class Rows:
             yield from _in_tables(_world(self.source))
             return
         kinds = [(self._kind(file), file) for file in self.files]
+        if self.source.format == "auto":
+            _refuse_mixed(kinds)
         if self.source.format == "folder" or (self.source.format == "auto" and any(k == "image" for k, _ in kinds)):
             yield from _guarded(_in_tables(folder(self.files, self.source, self._read_all)), str(self.source.path))
             return
@@ -75,6 +80,8 @@ class Rows:
         if not known:
             mend = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
             raise RecipeError("source.format", f"cannot tell the format of {self.files[0].path}", mend)
+        if skipped := [file.path for kind, file in kinds if not kind]:
+            log.warning("source: %d files of no known format are left out: %s …", len(skipped), skipped[0])
         for kind, file in known:
             yield from _guarded(self._read(kind, file), file.path)
 
@@ -108,6 +115,15 @@ class Rows:
 
     def _open(self, path: str, *, ahead: bool = True) -> Any:
         return open_file(path, options_of(path, self._recipe), ahead=ahead)
+
+
+def _refuse_mixed(kinds: list[tuple[str, SourceFile]]) -> None:
+    """Pictures beside tables: whichever is read, the other would be left out without a word."""
+    pictures = [file.path for kind, file in kinds if kind == "image"]
+    tables_ = [file.path for kind, file in kinds if kind in ("parquet", "csv", "tsv", "jsonl", "webdataset")]
+    if pictures and tables_:
+        problem = f"holds tables ({tables_[0]}) and pictures ({pictures[0]})"
+        raise RecipeError("source.path", problem, "name the tables with a glob, or say format: folder for the pictures")
 
 
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:

@@ -7,6 +7,7 @@ import pytest
 from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write_table, write_tar
 
 from pipeline.config import Recipe
+from pipeline.errors import RecipeError
 from pipeline.sources import Rows, read_pictures
 from pipeline.sources.pictures import Span
 from pipeline.storage import Storage
@@ -40,6 +41,35 @@ def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
     assert [row["caption"] for row in found] == ["a cat", "a dog"]
     assert found[1]["extra"] == '{"n":1}'
     assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
+
+
+def test_samples_of_a_tar_share_their_name_up_to_its_first_dot(tmp_path: Path) -> None:
+    members = [
+        ("0.jpg", b"JPEG 0"),
+        ("0.meta.json", b"{}"),
+        ("0.txt", b"zero"),
+        ("a.b/1.jpg", b"JPEG 1"),
+        ("a.b/1.seg.png", b"mask"),
+        ("a.b/1.txt", b"one"),
+    ]
+    write_tar(tmp_path / "t.tar", members)
+    found = rows(tmp_path / "t.tar")
+    assert [row["caption"] for row in found] == ["zero", "one"]
+    assert pictures(found, recipe(tmp_path)) == [b"JPEG 0", b"JPEG 1"]
+
+
+def test_keys_with_dots_are_taken_for_what_they_are(tmp_path: Path) -> None:
+    members = [(f"img.v1_{n}.{kind}", f"{kind} {n}".encode()) for n in range(3) for kind in ("jpg", "txt")]
+    write_tar(tmp_path / "t.tar", members)
+    assert [row["caption"] for row in rows(tmp_path / "t.tar")] == ["txt 0", "txt 1", "txt 2"]
+
+
+def test_tables_beside_pictures_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet")
+    (tmp_path / "preview.png").write_bytes(b"PNG")
+    with pytest.raises(RecipeError, match=r"source\.path: holds tables .*t\.parquet.* and pictures .*preview\.png"):
+        rows(tmp_path)
+    assert len(rows(tmp_path / "*.parquet")) > 1
 
 
 @pytest.mark.integration
