@@ -5,15 +5,15 @@ the smaller key. A row is a duplicate if a kept row before it is the same, or li
 depends on the rows alone, and new rows never unseat old ones.
 
 Two pictures are near if their perceptual hashes differ in at most `distance` bits and, where that is asked for, their
-colours by at most a tolerance: the hash sees no colour.
+colours by at most a tolerance, once the one's brightness and contrast are made the other's: the hash sees no colour,
+and shapes only as far as 64 bits go.
 
 Hashes are compared only where they agree on some of their bits (Norouzi et al., Fast Exact Search in Hamming Space with
-Multi-Index Hashing, 2014; here by sorting, which numpy does faster than hashing). If they can differ in 4 bits of 6 bands,
-they agree on 2 bands: 15 sorts of 10 million hashes, each by 21 bits, leave 5 candidates a hash. Where many
-hashes lie close together (a template with other words in it) their pairs are too many to be listed, so rows are cut in
-halves: what is near a kept row of the first half is gone before the second half is compared with itself.
-
-faiss's IndexBinaryMultiHash gives the same answers, but one query at a time from one table a band: it was slower by far.
+Multi-Index Hashing, 2014; here by sorting, which numpy does with vector instructions and without Python's lock). If
+they can differ in 4 bits of 6 bands, they agree on 2 bands: 15 sorts of 10 million hashes, each by 21 bits, leave 5
+candidates a hash. Where many hashes lie close together (a template with other words in it) their pairs are too many to
+be listed, so rows are cut in halves: what is near a kept row of the first half is gone before the second half is
+compared with itself.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,14 @@ REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated")
 
 MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one go; beyond that rows are cut in halves
 MAX_PAIRS = 1 << 23  # near pairs held at once
+MAX_GAIN: Final = 1.2  # of contrast, between pictures that are near
+MAX_OFFSET: Final = 30  # of brightness, levels of 256
 _FEW = 1024  # rows that are never cut
 _CHUNK = 1 << 16  # rows compared together: what is read again stays in the cache
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
 Pairs = tuple[Ints, Ints]
 T = TypeVar("T")
 
@@ -71,20 +74,20 @@ def find_duplicates(
     *,
     exact: bool,
     distance: int | None,
-    colour: Words | None = None,
+    colours: Bytes | None = None,
     tolerance: int = 0,
 ) -> Duplicates:
-    """Which of n rows repeat another. `order` is their precedence; `sha256` is text, or words [n, w]; `distance` in bits
-    of `phash`, None: don't look. `colour` (phash.colour_signature) must then agree too, within `tolerance`."""
+    """Which of n rows repeat another. `order` is their precedence; `sha256` is text, or words [n, w]; `distance` in
+    bits of `phash`, None: don't look. `colours` [n, bytes], if given, must then agree too, within `tolerance`."""
     n = len(order)
     kept = np.full(n, -1, np.int64)
     if exact:
-        first = first_equal(as_words(sha256), order)
+        first = first_equal(as_words(sha256).T, order)
         kept = np.where(first != np.arange(n), first, -1)
     kind = np.where(kept >= 0, EXACT, NONE).astype(np.int8)
     if distance is not None:
         left = order[kept[order] < 0]
-        near = _near(phash[left], None if colour is None else colour[left], distance, tolerance)
+        near = _near(_Prints(phash, colours, distance, tolerance).take(left))
         settle(kept, kind, left, near, PERCEPTUAL)
     return Duplicates(kept, kind)
 
@@ -102,22 +105,22 @@ def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reaso
 def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
     """Text of one width as 64-bit words [n, w]; words are left as they are."""
     if values.dtype.kind != "S":
-        return values.reshape(len(values), -1)
+        return cast(Words, values)
     width = -(-max(values.dtype.itemsize, 1) // 8) * 8
     return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), -1)
 
 
-def first_equal(words: Words, order: Ints) -> Ints:
-    """For each of n rows of `words` [n, w] the row that equals it and comes first in `order`.
+def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
+    """For each of n rows of `columns`, each [n], the row that equals it and comes first in `order`.
 
     One fast sort of a mixture of the words, and then a comparison of all of them: the mixture decides nothing."""
-    n = len(words)
+    n = len(order)
     if not n:
         return np.zeros(0, np.int64)
     rank = np.empty(n, np.int64)
     rank[order] = np.arange(n)
-    mixed = words[:, 0].copy()
-    for column in words.T[1:]:
+    mixed = np.zeros(n, np.uint64)
+    for column in columns:
         mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ column
     by = np.argsort(mixed)
     mixed = mixed[by]
@@ -126,9 +129,9 @@ def first_equal(words: Words, order: Ints) -> Ints:
     first = np.empty(n, np.int64)
     first[by] = np.repeat(order[least], np.diff(starts, append=n))
     (repeats,) = np.nonzero(first != np.arange(n))
-    if not all((column[first[repeats]] == column[repeats]).all() for column in words.T):
-        _, inverse = np.unique(words, axis=0, return_inverse=True)
-        return first_equal(inverse.astype(np.uint64).reshape(-1, 1), order)
+    if not all((column[first[repeats]] == column[repeats]).all() for column in columns):
+        _, inverse = np.unique(np.stack([*columns], axis=1), axis=0, return_inverse=True)
+        return first_equal([inverse.astype(np.uint64).reshape(-1)], order)
     return first
 
 
@@ -140,7 +143,7 @@ class _Prints:
     """What is compared of n rows, in order of precedence, and how."""
 
     phash: Words  # [n]
-    colour: Words | None  # [n]
+    colours: Bytes | None  # [n, bytes]
     distance: int
     tolerance: int
 
@@ -148,38 +151,47 @@ class _Prints:
         return len(self.phash)
 
     def take(self, rows: Ints | slice) -> _Prints:
-        colour = None if self.colour is None else self.colour[rows]
-        return _Prints(self.phash[rows], colour, self.distance, self.tolerance)
+        colours = None if self.colours is None else self.colours[rows]
+        return _Prints(self.phash[rows], colours, self.distance, self.tolerance)
 
-    def agree(self, rows: Ints, other: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
-        """Whether the colours of rows[i] and others[i] do."""
-        if self.colour is None or other.colour is None:
+    def agree(self, rows: Ints, later: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the colours of rows[i] and of the later others[i] do."""
+        if self.colours is None or later.colours is None:
             return np.ones(len(rows), bool)
-        return colours_agree(self.colour[rows], other.colour[others], self.tolerance)
+        return colours_agree(self.colours[rows], later.colours[others], self.tolerance)
 
 
-def colours_agree(a: Words, b: Words, tolerance: int) -> npt.NDArray[np.bool_]:
-    """Whether none of the 8 bytes of a[i] and b[i] differ by more than `tolerance`."""
-    levels = [np.ascontiguousarray(words).view(np.uint8).reshape(-1, 8).astype(np.int16) for words in (a, b)]
-    return np.asarray((np.abs(levels[0] - levels[1]) <= tolerance).all(axis=1))
+def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
+    """Whether the levels a[i] and b[i], [n, levels], differ by at most `tolerance` anywhere, once a[i] is made as
+    bright and as full of contrast as b[i], within what a picture goes through that is saved again."""
+    one, other = a.astype(np.float32), b.astype(np.float32)
+    mean, other_mean = one.mean(axis=1, keepdims=True), other.mean(axis=1, keepdims=True)
+    one, other = one - mean, other - other_mean
+    gain = (one * other).sum(axis=1) / np.maximum((one * one).sum(axis=1), 1.0)
+    gain = gain.clip(1 / MAX_GAIN, MAX_GAIN)[:, None]
+    left = np.abs(one * gain - other).max(axis=1)
+    return np.asarray((left <= tolerance) & (np.abs(mean - other_mean)[:, 0] <= MAX_OFFSET))
 
 
-def near_reference(phash: Words, colour: Words, reference: tuple[Words, Words], distance: int, tolerance: int) -> Ints:
-    """For each row the first row of `reference` (hashes, colours) that it is near to, or -1."""
-    other = _Prints(*reference, distance, tolerance)
-    return _first_near(other, _Prints(phash, colour, distance, tolerance))
+def near_reference(
+    reference: tuple[Words, Bytes | None], phash: Words, colours: Bytes | None, distance: int, tolerance: int
+) -> Ints:
+    """For each row the first of the `reference` (hashes, colours) that it is near to, or -1."""
+    return _first_near(_Prints(*reference, distance, tolerance), _Prints(phash, colours, distance, tolerance))
 
 
-def _near(phash: Words, colour: Words | None, distance: int, tolerance: int) -> Ints:
+def _near(prints: _Prints) -> Ints:
     """For each row, in order of precedence, the first kept one near it; -1 for those kept.
 
     Rows with the same hash and colours share their fate, so only the first of each is compared.
     """
-    n = len(phash)
-    words = np.stack([phash] if colour is None else [phash, colour], axis=1)
-    first = first_equal(words, np.arange(n))
+    n = len(prints)
+    columns = [prints.phash]
+    if prints.colours is not None:
+        columns += list(np.ascontiguousarray(prints.colours).view(np.uint64).T)
+    first = first_equal(columns, np.arange(n))
     (unique,) = np.nonzero(first == np.arange(n))
-    found = _first_kept(_Prints(phash, colour, distance, tolerance).take(unique))
+    found = _first_kept(prints.take(unique))
     fate = np.full(n, -1, np.int64)
     fate[unique] = np.where(found >= 0, unique[found], -1)
     (repeats,) = np.nonzero(first != np.arange(n))
@@ -227,7 +239,7 @@ class _TooManyError(Exception):
 
 
 def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
-    """All near pairs (i < j), sorted by j, then i; None if there are too many of them or of candidates, unless `few`."""
+    """All near pairs (i < j), sorted by j, then i; None if they or their candidates are too many, unless `few`."""
     masks = _masks(len(prints), prints.distance)
     limit = None if few else MAX_CANDIDATES // len(masks)
 
@@ -237,7 +249,7 @@ def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
             count += len(a)
             if not few and count > MAX_PAIRS:
                 raise _TooManyError
-            codes.append(np.maximum(a, b) * len(prints) + np.minimum(a, b))
+            codes.append(b * len(prints) + a)
         return np.concatenate(codes)
 
     try:
@@ -250,8 +262,8 @@ def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
 
 
 def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None) -> Iterator[Pairs]:
-    """Near pairs whose hashes agree on the bits of one mask, and on none before it. Raises _TooManyError for more than
-    `limit` candidates."""
+    """Near pairs (i < j) whose hashes agree on the bits of one mask, and on none before it. Raises _TooManyError for
+    more than `limit` candidates."""
     mask, distance = np.uint64(masks[number]), prints.distance
     order = np.argsort(prints.phash & mask)
     hashes = prints.phash[order]
@@ -274,7 +286,8 @@ def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None)
                 first = np.ones(len(close), bool)
                 for earlier in masks[:number]:
                     first &= (apart & np.uint64(earlier)) != 0
-                a, b = order[hits[first]], order[hits[first] + step]
+                one, other = order[hits[first]], order[hits[first] + step]
+                a, b = np.minimum(one, other), np.maximum(one, other)
                 agree = prints.agree(a, prints, b)
                 yield a[agree], b[agree]
             going_on = np.count_nonzero(same)
@@ -312,7 +325,7 @@ def _first_near(kept: _Prints, rows: _Prints) -> Ints:
                 at, own, low, high = at[more], own[more], low[more], high[more]
                 close = np.flatnonzero(np.bitwise_count(own ^ hashes[low]) <= rows.distance)
                 hit, found = at[close], by[low[close]]
-                agree = rows.agree(hit, kept, found)
+                agree = kept.agree(found, rows, hit)
                 np.minimum.at(best, hit[agree], found[agree])
                 low = low + 1
         return best
@@ -327,14 +340,9 @@ def _in_threads(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
     """numpy sorts and compares without holding Python's lock. At most one result a thread waits to be taken."""
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
-        for some in itertools.batched(items, threads) if hasattr(itertools, "batched") else _batched(items, threads):
+        rest = iter(items)
+        while some := list(itertools.islice(rest, threads)):
             yield from pool.map(work, some)
-
-
-def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
-    rest = iter(items)
-    while part := list(itertools.islice(rest, size)):
-        yield part
 
 
 def _masks(n: int, distance: int) -> list[int]:

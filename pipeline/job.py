@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.again import Round, begin, end, parse_reasons
-from pipeline.config import Recipe, WorldSource, fingerprint
+from pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
 from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
+from pipeline.remove import finish, recipe_of, resume, take_down
 from pipeline.select import check_conditions, decide
 from pipeline.shards import Manifest, read_manifest, sha256_of
 from pipeline.storage import Storage, parquet_bytes
@@ -35,6 +36,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
     check_conditions(recipe.select)
+    resume(storage)
     planned = plan(recipe, storage, progress=progress)
     clock.lap("plan")
     job = Ingest(recipe, storage)
@@ -45,7 +47,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
     retried = end(job)
     ready = _staged(job, planned, summary.quarantined)
-    if retried or summary.done or not _is_current(read_manifest(storage), recipe, ready):
+    if retried or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
@@ -68,6 +70,8 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe.select)
+    if not dry_run:
+        resume(storage)
     job = Ingest(recipe, storage)
     units = _staged(job, read_plan(storage), quarantined(job))
     if not units:
@@ -80,15 +84,34 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     return {**_publish(recipe, storage, units, clock, progress), "seconds": clock.laps}
 
 
+def remove(
+    dataset: str, lists: Blocklist, options: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
+    killed is completed by any later `remove`, `select` or `build`."""
+    storage = Storage(dataset, options, field="DATASET")
+    takedown = take_down(storage, lists)
+    recipe = recipe_of(storage)
+    counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
+    summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
+    if recipe is None:
+        finish(storage)
+        return summary
+    published = select(recipe, progress=progress)
+    return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
+
+
 def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Clock, progress: bool) -> dict[str, Any]:
     """Select and pack, unless the dataset is just that already."""
     manifest, bad_shards = read_manifest(storage), dict[str, str]()
-    if manifest is None or not _is_current(manifest, recipe, units):
+    if manifest is None or not _is_current(manifest, recipe, storage, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
         manifest, summary = pack(recipe, storage, decisions, progress=progress)
         bad_shards = summary.quarantined
         clock.lap("pack")
+    if manifest.complete:
+        finish(storage)
     return {
         "dataset": recipe.dataset,
         "counts": manifest.counts,
@@ -97,11 +120,11 @@ def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Cloc
     }
 
 
-def _is_current(manifest: Manifest | None, recipe: Recipe, units: list[Staged]) -> bool:
+def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: list[Staged]) -> bool:
     if manifest is None:
         return False
     same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
-    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, units)
+    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, storage, units)
 
 
 def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:

@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.blocklist import blocked
 from pipeline.config import Recipe, fingerprint
 from pipeline.energon import tar_index
 from pipeline.indexes import hide_indexes, write_indexes
 from pipeline.ingest import Staged
 from pipeline.local import scratch
 from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA
+from pipeline.repeats import evaluation_signature
 from pipeline.select import Decisions, shard_name
 from pipeline.shards import (
     LedgerEntry,
@@ -45,7 +47,7 @@ from pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, r
 log = logging.getLogger(__name__)
 
 # The recipe's sections that decide what is in a dataset.
-_SECTIONS = {"source", "fetch", "image", "select", "dedup", "shards", "unit"}
+_SECTIONS = {"source", "fetch", "image", "select", "dedup", "blocklist", "shards", "unit"}
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def ledger_entry_name(unit: str) -> str:
     return f"ledger/unit-{unit}.parquet"
 
 
-def selection_of(recipe: Recipe, units: Sequence[Staged]) -> str:
+def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
     """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
-    return fingerprint([FORMAT_VERSION, settings, [unit.table for unit in units]])
+    outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
+    return fingerprint([FORMAT_VERSION, settings, outside, [unit.table for unit in units]])
 
 
 def content_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bo
     done = markers(job)
     manifest = manifest.model_copy(
         update={
-            "selection": selection_of(recipe, decisions.units),
+            "selection": selection_of(recipe, storage, decisions.units),
             "complete": not summary.quarantined,
             "counts": decisions.counts,
             "funnel": decisions.funnel,
@@ -196,10 +199,12 @@ def _where_they_went(decisions: Decisions) -> str:
 def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
     """One unit a shard; its id has the hash of all that decides its bytes."""
     order = np.argsort(decisions.shard, kind="stable")
-    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.counts["shards"] + 1))
+    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units = []
     for number, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = order[first:last]
+        if not len(rows):  # all that it held was taken down
+            continue
         keys = decisions.key.take(pa.array(rows)).to_pylist()
         shas = decisions.sha256.take(pa.array(rows)).to_pylist()
         image = recipe.image.model_dump(mode="json")

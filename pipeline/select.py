@@ -17,32 +17,37 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.blocklist import blocked
 from pipeline.config import Condition, Recipe
-from pipeline.dedup import find_duplicates, precedence
+from pipeline.dedup import CONTAMINATED, EXACT, PERCEPTUAL, SEMANTIC
 from pipeline.errors import RecipeError
 from pipeline.ingest import STAGED_SCHEMA, Staged
-from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
+from pipeline.repeats import Repeats, find_repeats
 from pipeline.storage import Storage
 
 COLUMNS = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
 MEMORY_LIMIT = "2GB"
-_FAILED, _PASSED = -1, 0  # a row's step; n > 0: rejected by the n-th condition
+# A row's step; n > 0: rejected by the n-th condition. A row that was kept when it was taken down still holds its place:
+# so its neighbours stay in their shards, and what repeats it stays out.
+_PLACED, _REMOVED, _FAILED, _PASSED = -3, -2, -1, 0
+HELD_PLACE = "kept"  # `detail` of such a row in its staged table
 
 
 @dataclass(frozen=True)
 class Decisions:
     """What becomes of each row, in the order of units and, in a unit, of its table.
 
-    `step` [n] is -1 for a failed row, 0 for one that meets all conditions, or the number of the first it does not meet;
-    `kept` [n] is the row that a duplicate repeats, else -1; `shard` [n] is the shard's number, -1 for rows not kept.
+    `step` [n] is -1 for a failed row, -2 for one that is blocked or was taken down, 0 for one that meets all
+    conditions, or the number of the first it does not meet; `repeats` says of all rows which ones repeat another;
+    `shard` [n] is the shard's number, -1 for rows not kept.
     """
 
     units: list[Staged]
     key: pa.StringArray
     sha256: pa.StringArray
     step: npt.NDArray[np.int64]
-    kept: npt.NDArray[np.int64]
-    exact: npt.NDArray[np.bool_]
+    repeats: Repeats
     shard: npt.NDArray[np.int64]
     conditions: list[str]
     funnel: list[dict[str, Any]]
@@ -55,10 +60,10 @@ class Decisions:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by outcome."""
-        failed, rejected = int((self.step == _FAILED).sum()), int((self.step > 0).sum())
-        duplicate, kept = int((self.kept >= 0).sum()), int((self.shard >= 0).sum())
+        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == _REMOVED)).sum())
+        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
         rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
-        return rows | {"shards": int(self.shard.max(initial=-1)) + 1}
+        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
 
     def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, list[str]]:
         """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
@@ -74,9 +79,12 @@ class Decisions:
             return FAILED, failure, said, ""
         if self.step[row] > 0:
             return REJECTED, self.conditions[self.step[row] - 1], "", ""
-        if self.kept[row] >= 0:
-            kind = "exact" if self.exact[row] else "perceptual"
-            return DUPLICATE, kind, self.key[int(self.kept[row])].as_py(), ""
+        if self.step[row] == _REMOVED:
+            return REJECTED, REMOVED, "", ""
+        if (original := int(self.repeats.kept[row])) >= 0:
+            contaminated = self.repeats.kind[row] == CONTAMINATED
+            detail = self.repeats.evaluation[original] if contaminated else self.key[original].as_py()
+            return DUPLICATE, self.repeats.reason(row), detail, ""
         return KEPT, "", "", shard_name(int(self.shard[row]))
 
 
@@ -94,25 +102,37 @@ def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
     step = rows["step"].to_numpy().astype(np.int64)
     batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
     key, sha256 = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
-    kept, exact = np.full(len(step), -1, np.int64), np.zeros(len(step), bool)
+    unwanted = blocked(recipe, storage)
+    if unwanted:
+        named = unwanted.hits(*(rows[name].to_pylist() for name in ("key", "url", "sha256")))
+        step[np.array(named, bool) & (step >= _FAILED)] = _REMOVED
+    placed = step == _PLACED
+    repeats = _repeats(recipe, storage, rows, batch, np.flatnonzero((step == _PASSED) | placed), placed)
 
-    (passed,) = np.nonzero(step == _PASSED)
-    left = rows.take(passed)
-    order = precedence(batch[passed], left["area"].to_numpy(), _bytes(left["key"], 32))
-    found = find_duplicates(
-        order,
-        _bytes(left["sha256"], 64),
-        left["phash"].to_numpy(),
-        exact=recipe.dedup.exact,
-        distance=recipe.dedup.perceptual,
-    )
-    kept[passed] = np.where(found.kept >= 0, passed[found.kept], -1)
-    exact[passed] = found.exact
-
-    shard = _allot(batch, (step == _PASSED) & (kept < 0), recipe.shards.samples)
+    shard = _allot(batch, ((step == _PASSED) | placed) & (repeats.kept < 0), recipe.shards.samples)
+    shard[placed], step[placed] = -1, _REMOVED
     names = [condition.name for condition in recipe.select]
-    funnel = _funnel(step, names, kept, exact)
-    return Decisions(units, key, sha256, step, kept, exact, shard, names, funnel)
+    funnel = _funnel(recipe, step, names, repeats)
+    return Decisions(units, key, sha256, step, repeats, shard, names, funnel)
+
+
+def _repeats(
+    recipe: Recipe,
+    storage: Storage,
+    rows: pa.Table,
+    batch: npt.NDArray[np.int64],
+    passed: npt.NDArray[np.int64],
+    placed: npt.NDArray[np.bool_],
+) -> Repeats:
+    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its `placed` repeats
+    none."""
+    found = find_repeats(recipe, storage, rows.take(passed), batch[passed])
+    kept, kind = np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int8)
+    own = found.kind != CONTAMINATED
+    kept[passed] = np.where(own & (found.kept >= 0), passed[np.where(own, found.kept, -1)], found.kept)
+    kind[passed] = found.kind
+    kept[placed], kind[placed] = -1, 0
+    return Repeats(kept, kind, found.evaluation)
 
 
 def check_conditions(conditions: list[Condition]) -> None:
@@ -130,14 +150,15 @@ def check_conditions(conditions: list[Condition]) -> None:
 
 
 def _ask(conditions: list[Condition], storage: Storage, units: list[Staged]) -> pa.Table:
-    """key, step, area, sha256, phash of every row, in order."""
+    """key, step, area, url, sha256, phash, colours of every row, in order."""
     cases = "".join(
         f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
         for number, condition in enumerate(conditions, 1)
     )
     query = f"""
-        SELECT key, CASE WHEN reason <> '' THEN {_FAILED}{cases} ELSE {_PASSED} END AS step,
-               original_width::BIGINT * original_height AS area, sha256, phash
+        SELECT key, CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {_PLACED}, {_REMOVED})
+                         WHEN reason <> '' THEN {_FAILED}{cases} ELSE {_PASSED} END AS step,
+               original_width::BIGINT * original_height AS area, url, sha256, phash, colours
         FROM rows ORDER BY unit, key
     """
     with _connect() as db:
@@ -175,10 +196,6 @@ def _explain(condition: Condition, error: duckdb.Error) -> RecipeError:
     return RecipeError(f"select.{condition.name}.where", message, mend)
 
 
-def _bytes(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
-    return np.array(column.to_pylist(), dtype=f"S{width}")
-
-
 def _batch(unit: str) -> int:
     return int(unit.partition("-")[0])
 
@@ -197,13 +214,21 @@ def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: i
     return shard
 
 
-def _funnel(
-    step: npt.NDArray[np.int64], names: list[str], kept: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
-) -> list[dict[str, Any]]:
+def _funnel(recipe: Recipe, step: npt.NDArray[np.int64], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
     """Rows left after each step, and rows that the step took."""
+
+    def repeating(kind: int) -> int:
+        return int((repeats.kind == kind).sum())
+
     losses = [("fetched and decoded", int((step == _FAILED).sum()))]
+    if removed := int((step == _REMOVED).sum()):
+        losses.append((REMOVED, removed))
     losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
-    losses += [("exact duplicates", int(exact.sum())), ("near duplicates", int(((kept >= 0) & ~exact).sum()))]
+    if recipe.dedup.decontaminate is not None:
+        losses.append(("in the evaluation set", repeating(CONTAMINATED)))
+    losses += [("exact duplicates", repeating(EXACT)), ("near duplicates", repeating(PERCEPTUAL))]
+    if recipe.dedup.semantic is not None:
+        losses.append(("semantic duplicates", repeating(SEMANTIC)))
     funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)
     for name, lost in losses:
         left -= lost
