@@ -1,4 +1,4 @@
-"""The commands build, select, remove, verify and report; and the options and the ending that all floors' commands share.
+"""The commands build, select, remove, verify, report; and the options and the ending that all floors' commands share.
 
 stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
 """

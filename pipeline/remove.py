@@ -6,11 +6,11 @@
     (select)    shards, ledger, indexes and manifest follow from what is staged: pipeline.job packs what has changed
     finish      latents are named after the new shards, the log gets its line
 
-    removed/pending.parquet    what is being removed: there until all is done, so that whatever is killed goes on
+    removed/pending.parquet    what is being removed: there until all is done, so that what was killed goes on
     removed/log.jsonl          a line a takedown: its date, what was asked, how many rows and shards it took
 
-Of a removed row stay its key, its sums and its sizes: the row is `rejected`, with the reason `removed`. One that was kept
-holds its place (see select), so that its neighbours stay in their shards and near copies of it stay out.
+Of a removed row stay its key, its sums and its sizes: the row is `rejected`, with the reason `removed`. One that was
+kept holds its place (see select), so that its neighbours stay in their shards and near copies of it stay out.
 """
 
 from __future__ import annotations
@@ -226,8 +226,7 @@ def _scrub_plan(storage: Storage, name: str, keys: pa.Array) -> None:
     if not pc.any(here).as_py():
         return
     table = storage.read_table(name)
-    there = [hit and row["hash"] != REMOVED for hit, row in zip(here.to_pylist(), table.select(["hash"]).to_pylist())]
-    if any(there):
+    if pc.any(pc.and_(here, pc.not_equal(table["hash"], REMOVED))).as_py():
         storage.write_table(name, scrub_planned(table, here.to_pylist()))
 
 

@@ -124,8 +124,8 @@ def _repeats(
     passed: npt.NDArray[np.int64],
     placed: npt.NDArray[np.bool_],
 ) -> Repeats:
-    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its `placed` repeats
-    none."""
+    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its place (`placed`)
+    repeats none."""
     found = find_repeats(recipe, storage, rows.take(passed), batch[passed])
     kept, kind = np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int8)
     own = found.kind != CONTAMINATED
