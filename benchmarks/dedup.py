@@ -3,8 +3,8 @@
     python benchmarks/dedup.py [--rows 10000000] [--only random|crowded|exact|semantic|world|photos]
 
 Each part runs in a process of its own, so that its peak memory is its own. `random`: hashes at random with near ones
-among them. `crowded`: what the web holds, too: equal hashes, flat pictures, templates with other words in them. `exact`:
-the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what clusters miss.
+among them. `crowded`: what the web holds, too: equal hashes, flat pictures, templates with other words in them.
+`exact`: the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what clusters miss.
 `world`: the captioned world's planted duplicates. `photos`: photographs saved again, smaller, or of other brightness.
 """
 
@@ -33,7 +33,9 @@ from pipeline.decode import Picture, decode  # noqa: E402
 from pipeline.phash import COLOUR_BYTES, read_colours  # noqa: E402
 from pipeline.semantic import find_semantic, unit  # noqa: E402
 
-DISTANCE, TOLERANCE = 4, config.Dedup().colours or 0
+DISTANCE = 4
+SETTINGS = config.Dedup()
+TOLERANCE = SETTINGS.colours or 0
 
 
 def main() -> None:
@@ -99,19 +101,20 @@ def some_colours(hashes: np.ndarray, seed: int = 0) -> np.ndarray:
     return looks[rng.integers(0, 64, len(hashes))]
 
 
-def timed(hashes: np.ndarray, colours: np.ndarray | None) -> None:
+def timed(hashes: np.ndarray, colours: np.ndarray | None, distance: int = DISTANCE) -> None:
     order, sums = np.arange(len(hashes)), np.arange(len(hashes), dtype=np.uint64).reshape(-1, 1)
     start = time.perf_counter()
     found = dedup.find_duplicates(
-        order, sums, hashes, exact=True, distance=DISTANCE, colours=colours, tolerance=TOLERANCE
+        order, sums, hashes, exact=True, distance=distance, colours=colours, tolerance=TOLERANCE
     )
     seconds, kept = time.perf_counter() - start, int((found.kept < 0).sum())
     said = "with colours" if colours is not None else "hashes alone"
-    print(f"  {len(hashes):,} rows, distance {DISTANCE}, {said}: {seconds:.1f} s, {kept:,} kept")
+    print(f"  {len(hashes):,} rows, distance {distance}, {said}: {seconds:.1f} s, {kept:,} kept")
 
 
 def random_part(arguments: argparse.Namespace) -> None:
-    timed(random_hashes(arguments.rows), None)
+    for distance in (DISTANCE, SETTINGS.perceptual or 0):
+        timed(random_hashes(arguments.rows), None, distance)
 
 
 def crowded_part(arguments: argparse.Namespace) -> None:
@@ -162,7 +165,8 @@ def semantic_part(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
         near = find_semantic(rows, order, threshold, first=n)
         seconds = time.perf_counter() - start
-        print(f"  {n:,} x {dim} float16, cosine {threshold}: {seconds:.0f} s, {int((near >= 0).sum()):,} repeat another")
+        repeats = int((near >= 0).sum())
+        print(f"  {n:,} x {dim} float16, cosine {threshold}: {seconds:.0f} s, {repeats:,} repeat another")
         sample = np.sort(np.random.default_rng(1).choice(copies, min(2000, len(copies)), replace=False))
         found, missed = int((near[sample] >= 0).sum()), 0
         left = sample[near[sample] < 0]
@@ -206,7 +210,7 @@ def world_part(arguments: argparse.Namespace) -> None:
             np.array(sums, "S64"),
             np.array(hashes, np.uint64),
             exact=True,
-            distance=DISTANCE,
+            distance=SETTINGS.perceptual,
             colours=None if tolerance is None else _unpacked(colours),
             tolerance=tolerance or 0,
         )
@@ -258,10 +262,10 @@ def photos_part(arguments: argparse.Namespace) -> None:
         first = _decoded(_saved(photo, "JPEG", 95))
         for change, data in changes(photo).items():
             other = _decoded(data)
-            by_hash = (first.phash ^ other.phash).bit_count() <= DISTANCE
+            by_hash = (first.phash ^ other.phash).bit_count() <= (SETTINGS.perceptual or 0)
             agree = dedup.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
             near.setdefault(change, []).append((by_hash, by_hash and bool(agree)))
-    print(f"  {len(photos)} photographs; recall by the hash, and by hash and colours")
+    print(f"  {len(photos)} photographs, distance {SETTINGS.perceptual}; recall by the hash, and by hash and colours")
     for change, hits in near.items():
         by_hash, both = np.array(hits).mean(axis=0)
         print(f"  {change:18} {by_hash:.3f} {both:.3f}")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config import Recipe, Source, fingerprint
+from pipeline.config import Dedup, Recipe, Source, fingerprint
 from pipeline.decode import Picture, decode
 from pipeline.dedup import (
     CONTAMINATED,
@@ -68,10 +68,15 @@ class Repeats:
 
 
 def find_repeats(
-    recipe: Recipe, storage: Storage, rows: pa.Table, batch: Ints, embeddings: Embeddings | None = None
+    recipe: Recipe,
+    storage: Storage,
+    rows: pa.Table,
+    batch: Ints,
+    embeddings: Embeddings | None = None,
+    places: Ints | None = None,
 ) -> Repeats:
-    """Look for repeats among `rows` (key, area, sha256, phash, colours), in the order of batches and, in a batch, of
-    keys. `embeddings` [n, d] are for `dedup.semantic`.
+    """Look for repeats among `rows` (area, sha256, phash, colours), in the order of batches and, in a batch, of keys.
+    `embeddings` [m, d] are for `dedup.semantic`; `places` says where those of the n rows are in them, if not in order.
 
     Raises RecipeError for evaluation pictures that cannot be read.
     """
@@ -95,7 +100,7 @@ def find_repeats(
     )
     if dedup.semantic is not None:
         assert embeddings is not None
-        found = _semantic(found, order, batch[clean], embeddings, clean, dedup.semantic)
+        found = _semantic(found, order, batch[clean], embeddings, clean if places is None else places[clean], dedup)
     kept[clean] = np.where(found.kept >= 0, clean[found.kept], -1)
     kind[clean] = found.kind
     hit = contaminated >= 0
@@ -126,12 +131,13 @@ def _lengths(chunk: pa.StringArray) -> npt.NDArray[np.int32]:
 
 
 def _semantic(
-    found: Duplicates, order: Ints, batch: Ints, embeddings: Embeddings, clean: Ints, threshold: float
+    found: Duplicates, order: Ints, batch: Ints, embeddings: Embeddings, places: Ints, dedup: Dedup
 ) -> Duplicates:
-    """`found`, and what repeats a row by meaning that is kept so far."""
+    """`found`, and what repeats by meaning a row that is kept so far."""
+    assert dedup.semantic is not None
     left = order[found.kept[order] < 0]
     first = int((batch[left] == batch[left].min(initial=0)).sum())
-    near = find_semantic(embeddings, clean[left], threshold, first=first)
+    near = find_semantic(embeddings, places[left], dedup.semantic, first=first)
     kept, kind = found.kept.copy(), found.kind.copy()
     settle(kept, kind, left, near, SEMANTIC)
     return Duplicates(kept, kind)

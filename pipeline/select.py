@@ -126,6 +126,8 @@ def _repeats(
 ) -> Repeats:
     """Which of all rows repeat another one; only those that `passed` are compared. One that holds its place (`placed`)
     repeats none."""
+    if recipe.dedup.semantic is not None:
+        raise RecipeError("score.clip.embeddings", "dedup.semantic needs embeddings, and none are kept", "keep them")
     found = find_repeats(recipe, storage, rows.take(passed), batch[passed])
     kept, kind = np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.int8)
     own = found.kind != CONTAMINATED

@@ -171,7 +171,7 @@ def test_planted_duplicates_are_found_and_nothing_else() -> None:
             np.array([p.sha256 for p in pictures], "S64"),
             np.array([p.phash for p in pictures], np.uint64),
             exact=True,
-            distance=4,
+            distance=config.Dedup().perceptual,
             colours=colours,
             tolerance=config.Dedup().colours or 0,
         )

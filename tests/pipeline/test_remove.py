@@ -162,7 +162,7 @@ def test_nothing_that_was_removed_comes_back(folder: Path, draw: Draw) -> None:
     again = job.build(recipe_for(folder), progress=False)
     assert (again["counts"]["kept"], tars(storage)) == (ROWS - 2, shards)
     new = [
-        row(draw, 5) | {"url": "https://elsewhere.net/a.jpg", "caption": "the same file"},
+        row(draw, 5) | {"url": "https://elsewhere.net/a.jpg", "caption": "the same file", "photographer": "?"},
         row(draw, 50) | {"url": row(draw, 5)["url"], "caption": "other words"},
         row(draw, 51),
     ]

@@ -1,5 +1,6 @@
 """The recipe's `dedup` on rows: evaluation pictures from a folder, tars or tables; semantic repeats; in which order."""
 
+import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline import config
 from pipeline.config import Recipe
@@ -30,8 +32,8 @@ def measured(pictures: list[bytes]) -> pa.Table:
         for p in found
         if isinstance(p, Picture)
     ]
-    schema = pa.schema([("area", pa.int64()), ("sha256", pa.string()), ("phash", pa.uint64()), ("colours", pa.string())])
-    return pa.Table.from_pylist(rows, schema)
+    kinds = {"area": pa.int64(), "sha256": pa.string(), "phash": pa.uint64(), "colours": pa.string()}
+    return pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
 
 
 def repeats(storage: Storage, pictures: list[bytes], embeddings: Any = None, **dedup: Any) -> Repeats:
@@ -42,10 +44,6 @@ def repeats(storage: Storage, pictures: list[bytes], embeddings: Any = None, **d
 
 def again(data: bytes, quality: int = 60) -> bytes:
     """The same picture, saved again."""
-    import io
-
-    from PIL import Image
-
     file = io.BytesIO()
     Image.open(io.BytesIO(data)).save(file, "JPEG", quality=quality)
     return file.getvalue()
