@@ -4,7 +4,8 @@
 
 Each part runs in a process of its own, so that its peak memory is its own. `random`: hashes at random with near ones
 among them. `crowded`: what the web holds, too: equal hashes, flat pictures, templates with other words in them.
-`exact`: the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what clusters miss.
+`exact`: the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what
+clusters miss.
 `world`: the captioned world's planted duplicates. `photos`: photographs saved again, smaller, or of other brightness.
 """
 

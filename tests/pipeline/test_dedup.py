@@ -155,11 +155,11 @@ def test_a_reference_gives_the_first_that_is_near() -> None:
 
 def test_planted_duplicates_are_found_and_nothing_else() -> None:
     """Precision and recall of at least 0.99, and of the hash alone far less: it sees no colour."""
-    world = WorldSource(scenes=900, size=64, seed=11)
+    world = WorldSource(scenes=1500, size=128, seed=11)
     vocab, shown, pictures = vocabulary(world), [], []
     for index in range(world.scenes):
         if defect(world, index) not in ("missing", "html"):
-            picture = decode(file_bytes(world, vocab, index)[1], config.Image(size=64, min_size=32))
+            picture = decode(file_bytes(world, vocab, index)[1], config.Image(size=128, min_size=32))
             if isinstance(picture, Picture):
                 shown.append(shown_index(world, index))
                 pictures.append(picture)
