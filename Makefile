@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean bench-build bench-dedup bench-plan bench-rebuild
+.PHONY: demo test check format clean bench-build bench-dedup bench-plan bench-rebuild bench-score bench-select
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -31,6 +31,12 @@ bench-dedup: $(STAMP)
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py
+
+bench-score: $(STAMP)
+	$(BIN)/python benchmarks/score.py
+
+bench-select: $(STAMP)
+	$(BIN)/python benchmarks/selection.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

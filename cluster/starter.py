@@ -19,6 +19,7 @@ source:
   caption: caption               # column with the caption
 fetch: {concurrency: 64, per_host: 8, timeout_s: 20, retries: 2}
 image: {size: 512, resize: keep_ratio, quality: 95, min_size: 64}
+# score: {caption: {}, image: {}}  # columns to select by; docs/scoring.md: clip, aesthetic, nsfw, watermark, language
 select:                          # named SQL conditions over the ledger; each is one step of the funnel
   - {name: size, where: "least(original_width, original_height) >= 200"}
   - {name: caption, where: "length(caption) >= 5"}

@@ -21,14 +21,15 @@ from pipeline.records import REASONS, REMOVED, is_reason
 from pipeline.workers import Job, Unit
 
 ALL: Final = "failed"
+FREED: Final = "freed"  # not a failure: pictures that keep_staged: false removed, and that the recipe now keeps
 
 
 def parse_reasons(text: str) -> list[str]:
     """The reasons in "timeout,http_503", sorted; "failed" stands for all. Raises RecipeError for an unknown one."""
     reasons = sorted({reason.strip() for reason in text.split(",")} - {""})
-    known = [ALL, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400)]
+    known = [ALL, FREED, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400)]
     for reason in reasons:
-        if reason != ALL and not is_reason(reason):
+        if reason not in (ALL, FREED) and not is_reason(reason):
             near = difflib.get_close_matches(reason.lower(), known, n=3)
             mend = f"did you mean {' or '.join(near)}?" if near else f"say {ALL} for all, or some of {', '.join(known)}"
             raise RecipeError("--retry", f"{reason!r} is not a reason to fail", mend)
@@ -54,8 +55,17 @@ class Round:
         return [self.units.get(unit.id, unit) for unit in units]
 
 
-def begin(job: Job, units: Iterable[Unit], marks: Mapping[str, Mapping[str, Any]], reasons: list[str]) -> Round:
-    """A new round for `reasons`, or the one for the same reasons that was cut off. `marks`: the markers of `job`."""
+def begin(
+    job: Job,
+    units: Iterable[Unit],
+    marks: Mapping[str, Mapping[str, Any]],
+    reasons: list[str],
+    freed: Mapping[str, list[str]] | None = None,
+) -> Round:
+    """A new round for `reasons`, or the one for the same reasons that was cut off. `marks`: the markers of `job`.
+
+    `freed`: unit → keys of its rows whose pictures were freed and are wanted again.
+    """
     name = _record(job)
     record = json.loads(job.storage.read(name)) if job.storage.exists(name) else {}
     if record.get("reasons") != reasons:
@@ -65,8 +75,11 @@ def begin(job: Job, units: Iterable[Unit], marks: Mapping[str, Mapping[str, Any]
     for unit in units:
         mark = marks.get(unit.id, {})
         count = sum(n for fact, n in mark.items() if fact.startswith("failed.") and matches(fact[7:], reasons))
-        if count and mark.get("round") != record["round"]:
-            again = {"table": mark["table"], "tar": mark["tar"], **record}
+        keys = (freed or {}).get(unit.id, [])
+        count += len(keys)
+        if count and (keys or mark.get("round") != record["round"]):
+            tar = mark["tar"] if mark["tar"] and job.storage.exists(mark["tar"]) else ""
+            again = {"table": mark["table"], "tar": tar, **record, **({"keys": keys} if keys else {})}
             found[unit.id] = Unit(unit.id, {**unit.spec, "rows": count, "again": again})
             rows += count
     return Round(found, rows)

@@ -1,4 +1,4 @@
-"""The commands build, select, remove, verify, report; and the options and the ending that all floors' commands share.
+"""The commands of this floor; and the options and the ending that all floors' commands share.
 
 stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
 """
@@ -39,10 +39,17 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         overrides: SetOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Rows → fetched → decoded → selected → packed shards. Goes on where it stopped."""
+        """Rows → fetched → decoded → scored → selected → packed shards. Goes on where it stopped."""
         from pipeline.job import build as run
 
         finish(run(load(recipe, overrides), retry=retry), as_json)
+
+    @app.command()
+    def score(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+        """Add the columns of the recipe's scorers to a dataset that was built; nothing is fetched."""
+        from pipeline.job import score as run
+
+        finish(run(load(recipe, overrides)), as_json)
 
     @app.command()
     def select(

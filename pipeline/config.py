@@ -82,11 +82,95 @@ class Image(Section):
     min_size: Annotated[int, Field(ge=1)] = 64  # shorter side of the source, pixels
 
 
+class ClipScore(Section):
+    """`clip_score`: cosine of picture and caption in an open_clip model."""
+
+    model: str = "ViT-B-32"  # an open_clip name, or a folder with open_clip_config.json and its weights
+    pretrained: str | None = None  # a checkpoint file, or one of open_clip's tags; null: the folder's own weights
+    embeddings: bool = False  # keep the pictures' embeddings, float16
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch: Annotated[int, Field(ge=1)] = 64  # pictures that go through the model together
+
+
+class HeadScore(Section):
+    """A small head over CLIP's picture embeddings: linear layers from a file."""
+
+    weights: str  # .pth or .safetensors
+    activation: Literal["none", "relu", "gelu"] | None = None  # between layers; null: what such heads have
+    output: Literal["linear", "sigmoid"] | None = None  # of one value; two values are always a softmax
+    normalize: bool = True  # embeddings of length 1, as LAION's heads were trained on
+    model: str | None = None  # the CLIP that the head was trained on; null: that of score.clip
+    pretrained: str | None = None
+
+
+class CaptionScore(Section):
+    """Measures of the caption: length, words, script, repetition, boilerplate; addresses and file names in it."""
+
+    boilerplate: list[str] = []  # further phrases, in any case, that no caption should consist of
+
+
+class LanguageScore(Section):
+    """`language` and `language_score` by a fastText model."""
+
+    weights: str  # lid.176.bin, lid.176.ftz or another
+
+
+class ImageScore(Section):
+    """Measures of the picture: sharpness, flatness, JPEG quality, entropy, border."""
+
+
+class Score(Section):
+    """Scorers, each of which adds columns to the ledger."""
+
+    clip: ClipScore | None = None
+    aesthetic: HeadScore | None = None
+    nsfw: HeadScore | None = None
+    watermark: HeadScore | None = None
+    caption: CaptionScore | None = None
+    language: LanguageScore | None = None
+    image: ImageScore | None = None
+
+
 class Condition(Section):
-    """A named SQL condition over ledger columns; rows for which it is not true are rejected under its name."""
+    """A named step of the selection, one of:
+
+    where      a SQL condition over the ledger's columns; rows for which it is not true are rejected
+    at_most    that many rows for each value of the SQL expression `per`, those with the highest `by` first
+    balance    a SQL expression: as many rows for each of its values as the rarest has, but at least `at_least`
+    top        this fraction of the rows, those with the highest `by`; with `per`, of the rows of each value
+
+    Without `by` the first rows by key are taken, which is a random choice, as keys are hashes.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    where: Annotated[str, Field(min_length=1)]
+    where: Annotated[str, Field(min_length=1)] | None = None
+    at_most: Annotated[int, Field(ge=1)] | None = None
+    balance: Annotated[str, Field(min_length=1)] | None = None
+    top: Annotated[float, Field(gt=0, le=1)] | None = None
+    per: Annotated[str, Field(min_length=1)] | None = None
+    by: Annotated[str, Field(min_length=1)] | None = None
+    at_least: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Condition:
+        kinds = [kind for kind in ("where", "at_most", "balance", "top") if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{self.name} needs one of where, at_most, balance and top (found: {', '.join(kinds) or 'none'})"
+            )
+        needed = {"at_most": ["per"], "top": ["by"]}.get(kinds[0], [])
+        allowed = {"at_most": {"per", "by"}, "top": {"per", "by"}, "balance": {"by", "at_least"}}.get(kinds[0], set())
+        if missing := [key for key in needed if getattr(self, key) is None]:
+            raise ValueError(f"{self.name} has {kinds[0]} without {missing[0]}")
+        if extra := sorted({"per", "by", "at_least"} & self.model_fields_set - allowed):
+            raise ValueError(f"{self.name} has {kinds[0]}, which takes no {extra[0]}")
+        return self
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """Key → SQL of all that DuckDB is asked for this step."""
+        named = {key: getattr(self, key) for key in ("where", "balance", "per", "by")}
+        return {key: sql for key, sql in named.items() if sql is not None}
 
 
 class Dedup(Section):
@@ -129,9 +213,11 @@ class Recipe(Section):
     source: Source | None = None
     fetch: Fetch = Fetch()
     image: Image = Image()
+    score: Score = Score()
     select: list[Condition] = []
     dedup: Dedup = Dedup()
     blocklist: Blocklist = Blocklist()
+    keep_staged: bool = True  # false: staged pictures are removed once they are packed
     shards: Shards = Shards()
     unit: Unit = Unit()
     resources: Resources = Resources()

@@ -107,7 +107,7 @@ def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
     if values.dtype.kind != "S":
         return cast(Words, values)
     width = -(-max(values.dtype.itemsize, 1) // 8) * 8
-    return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), -1)
+    return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), width // 8)
 
 
 def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:

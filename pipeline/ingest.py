@@ -42,7 +42,7 @@ from pipeline.units import Job, Piece, Unit, report
 log = logging.getLogger(__name__)
 
 # `reason` is "" for a row whose picture is staged, REMOVED for one that is blocked or was taken down, else why it
-# failed. `offset` and `size` locate its JPEG in the staged tar.
+# failed. `offset` and `size` locate its JPEG in the staged tar (0 where it was freed since).
 STAGED_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -64,12 +64,18 @@ _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "off
 
 @dataclass(frozen=True)
 class Staged:
-    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows."""
+    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows.
+
+    `scores` are the files of what it was scored by: (scorer's name, file). `freed`: the tar, or some of the rows'
+    pictures, are no longer there (pipeline.staged).
+    """
 
     unit: str
     table: str
     tar: str
     rows: int
+    scores: tuple[tuple[str, str], ...] = ()
+    freed: bool = False
 
 
 class Ingest(Job):
@@ -100,10 +106,13 @@ class Ingest(Job):
             tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if spans else ""
             if spans:
                 self.storage.put(tar, tar_name)
-        data = parquet_bytes(_table(rows, outcomes, spans, unit.id))
+            places = dict(zip(spool.indices, spans, strict=True))
+        data = parquet_bytes(_table(rows, outcomes, places, unit.id))
         table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
         self.storage.write(table_name, data)
-        mark = {"table": table_name, "tar": tar_name, "rows": len(rows), **_counts(outcomes)}
+        counts = _counts(outcomes)
+        mark: Piece = {"table": table_name, "tar": tar_name, "rows": len(rows), **counts}
+        mark |= {"freed": True} if len(places) + sum(bool(found["reason"]) for found in outcomes) < len(rows) else {}
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
@@ -111,18 +120,24 @@ class Ingest(Job):
         return marker
 
     def _kept(self, unit: Unit, rows: list[dict[str, Any]], spool: _Spool) -> dict[int, Outcome]:
-        """Of a unit that is done again, by index: what stays as it was; its pictures go to the spool as they are."""
+        """Of a unit that is done again, by index: what stays as it was; its pictures, those that were not freed, go to
+        the spool as they are."""
         if "again" not in unit.spec:
             return {}
         again = unit.spec["again"]
         table = self.storage.read_table(again["table"])
         assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} is of another plan"
         before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
-        kept = {index: row for index, row in before.items() if not matches(row["reason"], again["reasons"])}
+        wanted = set(again.get("keys", ()))  # whose pictures were freed
+        kept = {
+            index: row
+            for index, row in before.items()
+            if not matches(row["reason"], again["reasons"]) and rows[index]["key"] not in wanted
+        }
         with self.storage.open(again["tar"]) if again["tar"] else io.BytesIO() as tar:
             for index, row in kept.items():
                 offset, size = row.pop("offset"), row.pop("size")
-                if not row["reason"]:
+                if not row["reason"] and size and again["tar"]:
                     tar.seek(offset)
                     spool.add(index, tar.read(size))
         return kept
@@ -213,9 +228,14 @@ class _Spool:
         part._numbers = numbers
         return part
 
+    @property
+    def indices(self) -> list[int]:
+        """The rows that have a picture, in order."""
+        return sorted(self._spans)
+
     def samples(self, keys: list[str]) -> Iterator[Sample]:
         """The pictures in the order of their rows; `keys` are all rows' keys."""
-        for index in sorted(self._spans):
+        for index in self.indices:
             start, size = self._spans[index]
             self._file.seek(start)
             yield Sample(keys[index], self._file.read(size))
@@ -224,7 +244,7 @@ class _Spool:
 def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Table:
     """STAGED_SCHEMA for planned rows that all failed for one reason."""
     listed = rows.select(["key", "url", "caption", "extra"]).to_pylist()
-    return _table(listed, [_failed(reason, detail)] * len(listed), [], unit)
+    return _table(listed, [_failed(reason, detail)] * len(listed), {}, unit)
 
 
 def _measured(picture: Picture, source_bytes: int) -> Outcome:
@@ -237,12 +257,13 @@ def _failed(reason: str, detail: str) -> Outcome:
     return {"reason": reason, "detail": detail, **nothing}
 
 
-def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], spans: list[tuple[int, int]], unit: str) -> pa.Table:
-    """STAGED_SCHEMA; `spans` are those of the rows that did not fail, in order."""
-    remaining = iter(spans)
+def _table(
+    rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, tuple[int, int]], unit: str
+) -> pa.Table:
+    """STAGED_SCHEMA; `places` are offset and size of the rows that have a picture."""
     records = []
-    for row, outcome in zip(rows, outcomes, strict=True):
-        offset, size = (0, 0) if outcome["reason"] else next(remaining)
+    for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
+        offset, size = places.get(index, (0, 0))
         source = {name: row[name] for name in ("key", "url", "caption", "extra")}
         records.append({**source, **outcome, "unit": unit, "offset": offset, "size": size})
     return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
@@ -262,7 +283,10 @@ def _report(outcome: Outcome) -> None:
 
 def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
     """The markers of an ingest job as what they say, by unit."""
-    return {unit: Staged(unit, mark["table"], mark["tar"], mark["rows"]) for unit, mark in marks.items()}
+    return {
+        unit: Staged(unit, mark["table"], mark["tar"], mark["rows"], freed=mark.get("freed", False))
+        for unit, mark in marks.items()
+    }
 
 
 def clean(job: Ingest, kept: Iterable[Staged]) -> None:

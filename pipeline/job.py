@@ -1,22 +1,30 @@
-"""The recipe → a finished dataset: plan → ingest → select → pack, each stage going on where it stopped."""
+"""The recipe → a finished dataset: plan → ingest → score → select → pack, each stage going on where it stopped."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.again import Round, begin, end, parse_reasons
+from pipeline.again import FREED, Round, begin, end, parse_reasons
+from pipeline.conditions import check_conditions
 from pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
 from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
 from pipeline.remove import finish, recipe_of, resume, take_down
-from pipeline.select import check_conditions, decide
+from pipeline.score import registry
+from pipeline.score.job import as_scored
+from pipeline.score.job import score as run_scorers
+from pipeline.score.scorer import Scorer
+from pipeline.select import decide
 from pipeline.shards import Manifest, read_manifest, sha256_of
+from pipeline.shelf import lost_rows, packed_shards
+from pipeline.staged import free, with_freed
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import markers, pending, quarantined, run
 
@@ -26,7 +34,8 @@ log = logging.getLogger(__name__)
 def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
 
-    `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again.
+    `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again; "freed"
+    are those whose pictures `keep_staged: false` removed and that the recipe keeps now.
 
     Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
     `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend.
@@ -35,13 +44,15 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
-    check_conditions(recipe.select)
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
     resume(storage)
     planned = plan(recipe, storage, progress=progress)
     clock.lap("plan")
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
-    again = begin(job, units, markers(job), reasons) if reasons else Round({}, 0)
+    freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
+    again = begin(job, units, markers(job), reasons, freed) if reasons else Round({}, 0)
     with _site(job, needed=bool(again.units or pending(job, units))) as resolve:
         job = Ingest(recipe, storage, resolve)
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
@@ -51,7 +62,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
-    published = _publish(recipe, storage, ready, clock, progress)
+    published = _publish(recipe, storage, ready, scorers, clock, progress)
     return {
         **published,
         **({"retried": again.rows} if reasons else {}),
@@ -62,33 +73,45 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     }
 
 
+def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Score what is staged by the recipe's scorers, as far as it is not, and publish their columns. Nothing is fetched;
+    no tar is written unless other rows are kept now."""
+    clock = _Clock()
+    storage = Storage(recipe.dataset, recipe.storage)
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
+    if not scorers:
+        raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
+    resume(storage)
+    units = _found(recipe, storage)
+    return {**_publish(recipe, storage, units, scorers, clock, progress), "seconds": clock.laps}
+
+
 def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
     """Decide again about what is staged already, by the recipe's conditions as they are now. `dry_run` only counts.
 
-    Raises RecipeError where nothing is staged, or for a condition that DuckDB does not take.
+    Raises RecipeError where nothing is staged or scored, or for a condition that DuckDB does not take.
     """
     clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
-    check_conditions(recipe.select)
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
     if not dry_run:
         resume(storage)
-    job = Ingest(recipe, storage)
-    units = _staged(job, read_plan(storage), quarantined(job))
-    if not units:
-        raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
+    units = as_scored(recipe, storage, scorers, _found(recipe, storage))
     if dry_run:
         decisions = decide(recipe, storage, units)
         clock.lap("select")
         seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
         return {**seen, "seconds": clock.laps}
-    return {**_publish(recipe, storage, units, clock, progress), "seconds": clock.laps}
+    return {**_publish(recipe, storage, units, scorers, clock, progress), "seconds": clock.laps}
 
 
 def remove(
     dataset: str, lists: Blocklist, options: Mapping[str, Any] | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
     """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
-    killed is completed by any later `remove`, `select` or `build`."""
+    killed is completed by any later `remove`, `select`, `score` or `build`."""
     storage = Storage(dataset, options, field="DATASET")
     takedown = take_down(storage, lists)
     recipe = recipe_of(storage)
@@ -101,23 +124,52 @@ def remove(
     return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
 
 
-def _publish(recipe: Recipe, storage: Storage, units: list[Staged], clock: _Clock, progress: bool) -> dict[str, Any]:
-    """Select and pack, unless the dataset is just that already."""
-    manifest, bad_shards = read_manifest(storage), dict[str, str]()
+def _publish(
+    recipe: Recipe, storage: Storage, units: list[Staged], scorers: list[Scorer], clock: _Clock, progress: bool
+) -> dict[str, Any]:
+    """Score, select and pack, unless the dataset is just that already."""
+    manifest, bad = read_manifest(storage), dict[str, str]()
+    if scorers:
+        packed = functools.cache(lambda unit: packed_shards(storage, manifest, unit))
+        units, scored = run_scorers(recipe, storage, scorers, units, packed=packed, progress=progress)
+        bad |= scored.quarantined
+        clock.lap("score")
     if manifest is None or not _is_current(manifest, recipe, storage, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
-        manifest, summary = pack(recipe, storage, decisions, progress=progress)
-        bad_shards = summary.quarantined
+        manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
+        bad |= summary.quarantined
         clock.lap("pack")
+    elif not recipe.keep_staged:
+        free(storage, units)
     if manifest.complete:
         finish(storage)
     return {
         "dataset": recipe.dataset,
         "counts": manifest.counts,
         "funnel": manifest.funnel,
-        "quarantined": bad_shards,
+        "quarantined": bad,
     }
+
+
+def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
+    """What is staged, without looking at the source."""
+    job = Ingest(recipe, storage)
+    if units := _staged(job, read_plan(storage), quarantined(job)):
+        return units
+    raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
+
+
+def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
+    """Unit → keys of the rows that the recipe keeps now, whose pictures are neither staged nor packed."""
+    units = as_scored(recipe, job.storage, scorers, _staged(job, planned, quarantined(job)))
+    decisions = decide(recipe, job.storage, units)
+    rows = lost_rows(job.storage, read_manifest(job.storage), decisions)
+    found: dict[str, list[str]] = {}
+    for unit, start, stop in zip(units, decisions.starts, decisions.starts[1:], strict=False):
+        if len(own := rows[(rows >= start) & (rows < stop)]):
+            found[unit.unit] = decisions.keys(own)
+    return found
 
 
 def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: list[Staged]) -> bool:
@@ -143,7 +195,7 @@ def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
             if not job.storage.exists(name):
                 job.storage.write(name, data)
             units.append(Staged(unit.id, name, "", len(rows)))
-    return units
+    return with_freed(job.storage, units)
 
 
 @contextlib.contextmanager

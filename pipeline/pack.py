@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.blocklist import blocked
+from pipeline.commits import mark
 from pipeline.config import Recipe, fingerprint
 from pipeline.energon import tar_index
 from pipeline.indexes import hide_indexes, write_indexes
 from pipeline.ingest import Staged
 from pipeline.local import scratch
-from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA
+from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from pipeline.repeats import evaluation_signature
+from pipeline.score import registry
+from pipeline.score.scorer import Scorer
+from pipeline.score.store import added, joined, pins
 from pipeline.select import Decisions, shard_name
 from pipeline.shards import (
     LedgerEntry,
@@ -41,13 +46,17 @@ from pipeline.shards import (
     write_manifest,
     write_samples,
 )
+from pipeline.shelf import clear, shelve
+from pipeline.staged import Packed, free, pictures
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
 
 log = logging.getLogger(__name__)
 
+_ROW = "row"  # a row's place in its unit
+
 # The recipe's sections that decide what is in a dataset.
-_SECTIONS = {"source", "fetch", "image", "select", "dedup", "blocklist", "shards", "unit"}
+_SECTIONS = {"source", "fetch", "image", "score", "select", "dedup", "blocklist", "shards", "unit"}
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,14 @@ class Pack(Job):
         name = unit.spec["shard"]
         segments = [Segment(**segment) for segment in unit.spec["segments"]]
         parts = [self._rows(segment, name) for segment in segments]
+        if "packed" in unit.spec:
+            yield self._described_anew(ShardEntry(**unit.spec["packed"]), parts).model_dump()
+            return
         digest = hashlib.sha256()
         with scratch() as folder:
             tar = folder / "shard.tar"
-            places = write_samples(tar, self._samples(segments, parts), digest)
+            shelf = [(tar_name, table_name) for tar_name, table_name in unit.spec["shelf"]]
+            places = write_samples(tar, self._samples(segments, parts, shelf), digest)
             size = tar.stat().st_size
             rows = _table(parts, places)
             table = parquet_bytes(rows)
@@ -95,24 +108,32 @@ class Pack(Job):
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (entry,) = pieces
-        return entry
+        return {**entry, "scores": unit.spec["scores"]}
 
     def _rows(self, segment: Segment, shard: str) -> pa.Table:
-        """The segment's samples: the ledger's columns, and offset and size in the staged tar."""
+        """The segment's samples: the ledger's columns, and their place in the unit."""
         ledger = self.storage.read_table(ledger_entry_name(segment.unit))
-        spans = self.storage.read_table(segment.table, ["offset", "size"])
-        rows = ledger.append_column("offset", spans["offset"]).append_column("size", spans["size"])
+        rows = ledger.append_column(_ROW, pa.array(np.arange(len(ledger))))
         rows = rows.slice(segment.start, segment.stop - segment.start)
         return rows.filter(pc.equal(rows["shard"], shard))
 
-    def _samples(self, segments: list[Segment], parts: list[pa.Table]) -> Iterator[Sample]:
+    def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
         for segment, rows in zip(segments, parts, strict=True):
-            with self.storage.open(segment.tar) as tar:
-                for row in rows.to_pylist():
-                    tar.seek(row["offset"])
-                    jpeg = tar.read(row["size"])
-                    report({"samples": 1, "bytes": len(jpeg)})
-                    yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
+            found = pictures(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            for row, (_, jpeg) in zip(rows.to_pylist(), found, strict=True):
+                assert jpeg is not None, f"{row['key']} is neither staged nor packed"
+                report({"samples": 1, "bytes": len(jpeg)})
+                yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
+
+    def _described_anew(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
+        """The shard's table with other scores; the tar stays as it is."""
+        before = self.storage.read_table(packed.table, ["key", *Place._fields])
+        places = [Place(*values) for values in zip(*(before[name].to_pylist() for name in Place._fields), strict=True)]
+        rows = _table(parts, places)
+        assert rows["key"].equals(before["key"]), f"{packed.table} is of another shard"
+        table = parquet_bytes(rows)
+        self.storage.write(packed.table, table)
+        return packed.model_copy(update={"table_sha256": sha256_of(table)})
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
@@ -124,10 +145,12 @@ def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
 
 def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
     """The shard's table: the samples' rows with where they lie in the shard."""
-    rows = pa.concat_tables(parts).drop_columns(["offset", "size"])
+    rows = pa.concat_tables(parts)
+    scores = [field for field in rows.schema if field.name not in (*LEDGER_SCHEMA.names, _ROW)]
     for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
         rows = rows.append_column(name, pa.array(values, pa.int64()))
-    return rows.select(SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
+    schema = with_scores(SHARD_SCHEMA, scores, rows.schema.metadata)
+    return rows.select(schema.names).cast(schema)
 
 
 def ledger_entry_name(unit: str) -> str:
@@ -138,7 +161,9 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
     """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
     outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
-    return fingerprint([FORMAT_VERSION, settings, outside, [unit.table for unit in units]])
+    return fingerprint(
+        [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
+    )
 
 
 def content_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -148,31 +173,51 @@ def content_recipe(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bool = True) -> tuple[Manifest, Summary]:
-    """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete."""
-    job = Pack(storage)
-    units = _shard_units(recipe, decisions)
+def pack(
+    recipe: Recipe,
+    storage: Storage,
+    decisions: Decisions,
+    scorers: Sequence[Scorer] = (),
+    *,
+    progress: bool = True,
+) -> tuple[Manifest, Summary]:
+    """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete.
+
+    Raises RecipeError where pictures are to be packed that are no longer there.
+    """
+    job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
+    units, done = _shard_units(recipe, decisions, pinned), markers(job)
     wanted = {unit.id for unit in units}
-    done = markers(job)
+    shelf = shelve(storage, before, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
     content = content_recipe(recipe)
-    manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False)
+    manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False, scores=pinned)
     if not units:
         log.warning("pack: no row is kept, so there is no shard (%s)", _where_they_went(decisions))
-    if read_manifest(storage) is not None:
-        unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done]
+    changed = {
+        unit.id for unit in units if done.get(unit.id, {}).get("scores", "") != unit.spec["scores"]
+    } & done.keys()
+    if before is not None:
+        unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done and unit.id not in changed]
         write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
     hide_indexes(storage)
     forget(job, done.keys() - wanted)
-    ledger = _write_ledger(storage, decisions)
-    summary = run(job, units, recipe.resources, progress=progress)
+    for unit in changed:  # from now on its table may be the old one or the new one
+        mark(job, unit, {**done[unit], "scores": "?"})
+    ledger = _write_ledger(recipe, storage, decisions, pinned)
+    work = [
+        Unit(unit.id, {**unit.spec, "shelf": shelf, **({"packed": done[unit.id]} if unit.id in changed else {})})
+        for unit in units
+    ]
+    summary = run(job, work, recipe.resources, redo=changed, progress=progress)
     done = markers(job)
+    listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
     manifest = manifest.model_copy(
         update={
             "selection": selection_of(recipe, storage, decisions.units),
             "complete": not summary.quarantined,
             "counts": decisions.counts,
             "funnel": decisions.funnel,
-            "shards": [ShardEntry(**done[unit.id]) for unit in units if unit.id in done],
+            "shards": [ShardEntry(**entry) for entry in listed],
             "ledger": ledger,
         }
     )
@@ -180,6 +225,10 @@ def pack(recipe: Recipe, storage: Storage, decisions: Decisions, *, progress: bo
     for name in unlisted(storage, manifest):
         storage.delete(name)
     write_manifest(storage, manifest)
+    if manifest.complete:
+        clear(storage)
+        if not recipe.keep_staged:
+            free(storage, decisions.units)
     return manifest, summary
 
 
@@ -196,8 +245,9 @@ def _where_they_went(decisions: Decisions) -> str:
     return f"of {len(decisions.step):,} rows " + ", ".join(lost) if lost else "the source has no rows"
 
 
-def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
-    """One unit a shard; its id has the hash of all that decides its bytes."""
+def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, Any]]) -> list[Unit]:
+    """One unit a shard; its id has the hash of all that decides its tar's bytes. `scores` changes with anything else
+    that its table says."""
     order = np.argsort(decisions.shard, kind="stable")
     bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units = []
@@ -205,36 +255,41 @@ def _shard_units(recipe: Recipe, decisions: Decisions) -> list[Unit]:
         rows = order[first:last]
         if not len(rows):  # all that it held was taken down
             continue
-        keys = decisions.key.take(pa.array(rows)).to_pylist()
-        shas = decisions.sha256.take(pa.array(rows)).to_pylist()
         image = recipe.image.model_dump(mode="json")
-        content = fingerprint([FORMAT_VERSION, image, keys, shas])
+        content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
         segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)
+        files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
+        scores = fingerprint([pinned, files]) if pinned else ""
         name = shard_name(number)
-        units.append(Unit(f"{name}-{content}", {"shard": name, "segments": segments, "rows": len(rows)}))
+        spec = {"shard": name, "segments": segments, "rows": len(rows), "scores": scores}
+        units.append(Unit(f"{name}-{content}", spec))
     return units
 
 
 def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any]]:
     """Rows [first, last) of all rows, as row ranges of units."""
     starts = decisions.starts
-    return [
-        {"unit": unit.unit, "table": unit.table, "tar": unit.tar, "start": max(first - a, 0), "stop": min(last, b) - a}
-        for unit, a, b in zip(decisions.units, starts, starts[1:], strict=False)
-        if a < last and b > first and unit.tar
-    ]
+    segments = []
+    for number, (unit, a, b) in enumerate(zip(decisions.units, starts, starts[1:], strict=False)):
+        if a < last and b > first and (unit.tar or unit.freed):
+            place = {"start": max(first - a, 0), "stop": min(last, b) - a, "number": number}
+            segments.append({"unit": unit.unit, "table": unit.table, "tar": unit.tar, **place})
+    return segments
 
 
-def _write_ledger(storage: Storage, decisions: Decisions) -> list[LedgerEntry]:
+def _write_ledger(
+    recipe: Recipe, storage: Storage, decisions: Decisions, pinned: list[dict[str, Any]]
+) -> list[LedgerEntry]:
     """ledger/unit-*.parquet: one row for every input row, its outcome final."""
-    entries = []
-    starts = decisions.starts
+    scores, entries = registry.columns(recipe), []
+    said = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
+    schema, starts = with_scores(LEDGER_SCHEMA, added(scores), said), decisions.starts
     for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
-        rows = storage.read_table(unit.table)
+        rows, scored = storage.read_table(unit.table), joined(storage, unit, scores)
         columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
         columns |= decisions.columns(start, stop, rows["reason"], rows["detail"])
-        table = pa.table({name: columns[name] for name in LEDGER_SCHEMA.names}, schema=LEDGER_SCHEMA)
-        data = parquet_bytes(table)
+        columns |= {name: scored[name] for name in scored.column_names}
+        data = parquet_bytes(pa.table([columns[name] for name in schema.names], schema=schema))
         storage.write(ledger_entry_name(unit.unit), data)
-        entries.append(LedgerEntry(name=f"unit-{unit.unit}", rows=len(table), sha256=sha256_of(data)))
+        entries.append(LedgerEntry(name=f"unit-{unit.unit}", rows=len(rows), sha256=sha256_of(data)))
     return entries

@@ -120,3 +120,8 @@ SHARD_SCHEMA: Final = pa.schema(
         pa.field("json_size", pa.int64(), nullable=False),
     ]
 )
+
+
+def with_scores(schema: pa.Schema, scores: list[pa.Field], metadata: dict[str, str] | None = None) -> pa.Schema:
+    """LEDGER_SCHEMA or SHARD_SCHEMA with what the recipe's scorers add, at the end."""
+    return pa.schema([*schema, *scores], metadata=metadata)

@@ -31,6 +31,7 @@ from pipeline import config
 from pipeline.ahead import ahead
 from pipeline.blocklist import FOLDER, KINDS, Blocklist, add_removed, read_lists, scrub_planned, url_digest
 from pipeline.commits import mark, markers
+from pipeline.conditions import HELD_PLACE
 from pipeline.config import Recipe
 from pipeline.derived import scrub_derived, settle_latents
 from pipeline.errors import RecipeError
@@ -38,7 +39,6 @@ from pipeline.ingest import Ingest
 from pipeline.local import scratch
 from pipeline.plan import read_plan
 from pipeline.records import KEPT, REMOVED
-from pipeline.select import HELD_PLACE
 from pipeline.shards import Sample, read_manifest, sha256_of, write_tar
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.workers import Job

@@ -52,6 +52,8 @@ _SCHEMA = pa.schema(
 
 Ints = npt.NDArray[np.int64]
 Embeddings = npt.NDArray[np.float16]
+Sums = npt.NDArray[np.bytes_]  # SHA-256, 32 raw bytes each
+Colours = npt.NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,25 @@ class Repeats:
 def find_repeats(
     recipe: Recipe,
     storage: Storage,
-    rows: pa.Table,
+    sha256: Sums,
+    phash: npt.NDArray[np.uint64],
+    colours: Colours,
+    area: Ints,
     batch: Ints,
     embeddings: Embeddings | None = None,
     places: Ints | None = None,
 ) -> Repeats:
-    """Look for repeats among `rows` (area, sha256, phash, colours), in the order of batches and, in a batch, of keys.
-    `embeddings` [m, d] are for `dedup.semantic`; `places` says where those of the n rows are in them, if not in order.
+    """Look for repeats among n rows, in the order of batches and, in a batch, of keys: `sha256` as 32 raw bytes,
+    `colours` [n, phash.COLOUR_BYTES] (None: by the hash alone), `area` in pixels. `embeddings` [m, d] are for
+    `dedup.semantic`; `places` says where those of the n rows are in them, if not in order.
 
     Raises RecipeError for evaluation pictures that cannot be read.
     """
-    dedup = recipe.dedup
-    n = len(rows)
-    sha256 = words_of(rows["sha256"])
-    phash = rows["phash"].to_numpy()
-    colours = None if dedup.colours is None or dedup.perceptual is None else read_colours(rows["colours"])
-    evaluation, contaminated = _contaminated(recipe, storage, rows["sha256"], phash, colours)
+    dedup, n = recipe.dedup, len(phash)
+    evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours)
     kept, kind = np.full(n, -1, np.int64), np.zeros(n, np.int8)
     (clean,) = np.nonzero(contaminated < 0)
-    order = precedence(batch[clean], rows["area"].to_numpy()[clean])
+    order = precedence(batch[clean], area[clean])
     found = find_duplicates(
         order,
         sha256[clean],
@@ -106,28 +108,6 @@ def find_repeats(
     hit = contaminated >= 0
     kept[hit], kind[hit] = contaminated[hit], CONTAMINATED
     return Repeats(kept, kind, evaluation)
-
-
-def words_of(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Text as 64-bit words [n, w], zeros behind its end. Sums of one length are not copied row by row."""
-    parts = []
-    width = max((max(_lengths(chunk), default=0) for chunk in column.chunks), default=0)
-    words = max(-(-width // 8), 1)
-    for chunk in column.chunks:
-        lengths = _lengths(chunk)
-        if len(chunk) and width % 8 == 0 and width and min(lengths) == width:
-            start = int(np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset])
-            parts.append(np.frombuffer(chunk.buffers()[2], np.uint64, len(chunk) * words, start))
-        else:
-            parts.append(np.array(chunk.to_pylist(), f"S{8 * words}").view(np.uint64))
-    return np.concatenate(parts).reshape(-1, words) if parts else np.zeros((0, words), np.uint64)
-
-
-def _lengths(chunk: pa.StringArray) -> npt.NDArray[np.int32]:
-    """Bytes in each cell."""
-    if not len(chunk):
-        return np.zeros(0, np.int32)
-    return np.diff(np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1])
 
 
 def _semantic(
@@ -203,16 +183,19 @@ def _image_column(recipe: Recipe) -> str | None:
 
 
 def _contaminated(
-    recipe: Recipe, storage: Storage, sums: pa.ChunkedArray, phash: npt.NDArray[np.uint64], colours: np.ndarray | None
+    recipe: Recipe, storage: Storage, sums: Sums, phash: npt.NDArray[np.uint64], colours: Colours
 ) -> tuple[list[str], Ints]:
     """The evaluation pictures' names, and for each row the first one that it repeats, or -1."""
-    none = np.full(len(phash), -1, np.int64)
     if recipe.dedup.decontaminate is None:
-        return [], none
+        return [], np.full(len(phash), -1, np.int64)
     pictures = evaluation_pictures(recipe, storage)
     names = pictures["name"].to_pylist()
-    first = {sha256: number for number, sha256 in reversed(list(enumerate(pictures["sha256"].to_pylist())))}
-    exact = np.array([first.get(sha256, -1) for sha256 in sums.to_pylist()], np.int64)
+    if not names:
+        return [], np.full(len(phash), -1, np.int64)
+    held = np.array([bytes.fromhex(sha256) for sha256 in pictures["sha256"].to_pylist()], "S32")
+    by = np.argsort(held, kind="stable")
+    at = np.minimum(np.searchsorted(held[by], sums), max(len(held) - 1, 0))
+    exact = np.where(held[by[at]] == sums, by[at], -1)
     if recipe.dedup.perceptual is None:
         return names, exact
     reference = pictures["phash"].to_numpy(), None if colours is None else read_colours(pictures["colours"])

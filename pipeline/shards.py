@@ -176,6 +176,7 @@ class Manifest(_Entry):
     shards: list[ShardEntry] = []
     ledger: list[LedgerEntry] = []
     indexes: dict[str, str] = {}
+    scores: list[dict[str, Any]] = []  # what pins the scorers whose columns the tables have (pipeline.score.store.pins)
 
 
 def read_manifest(storage: Storage) -> Manifest | None:

@@ -28,7 +28,8 @@ from pipeline.indexes import indexes
 from pipeline.local import scratch
 from pipeline.pack import sample_fields, unlisted
 from pipeline.progress import Progress
-from pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA
+from pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
+from pipeline.score.store import pinned_columns
 from pipeline.shards import (
     BLOCK,
     MANIFEST,
@@ -98,7 +99,8 @@ def _shards(
     firsts: list[npt.NDArray[np.uint64]] = []
     sums: Sums | None = Sums()
     with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
-        seen = ahead(lambda entry: _shard(storage, entry), manifest.shards)
+        schema = with_scores(SHARD_SCHEMA, pinned_columns(manifest.scores))
+        seen = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
         for entry, shard in zip(manifest.shards, seen, strict=True):
             problems += shard.problems
             firsts.append(_first(shard.keys))
@@ -110,8 +112,8 @@ def _shards(
     return problems, firsts, sums
 
 
-def _shard(storage: Storage, entry: ShardEntry) -> _Shard:
-    table, problems = _table(storage, entry.table, entry.table_sha256, SHARD_SCHEMA)
+def _shard(storage: Storage, entry: ShardEntry, schema: pa.Schema) -> _Shard:
+    table, problems = _table(storage, entry.table, entry.table_sha256, schema)
     shard = _Shard(_words(table["key"] if table else pa.chunked_array([], pa.string())), problems)
     if table is not None:
         if len(table) != entry.samples:
@@ -265,9 +267,10 @@ def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[s
     """The ledger's tables, its counts, and that it and the shards tell the same."""
     problems: list[str] = []
     outcomes, sums = Counter[str](), Sums()
+    schema = with_scores(LEDGER_SCHEMA, pinned_columns(manifest.scores))
     for entry, (table, found) in zip(
         manifest.ledger,
-        ahead(lambda entry: _table(storage, entry.table, entry.sha256, LEDGER_SCHEMA), manifest.ledger),
+        ahead(lambda entry: _table(storage, entry.table, entry.sha256, schema), manifest.ledger),
         strict=True,
     ):
         problems += found

@@ -18,6 +18,7 @@ from pipeline.decode import Picture, decode
 from pipeline.dedup import REASONS
 from pipeline.errors import RecipeError
 from pipeline.pack import selection_of
+from pipeline.phash import read_colours
 from pipeline.repeats import Repeats, find_repeats
 from pipeline.storage import Storage
 
@@ -25,21 +26,21 @@ Draw = Callable[[int], bytes]
 IMAGE = config.Image(size=64)
 
 
-def measured(pictures: list[bytes]) -> pa.Table:
-    found = [decode(data, IMAGE) for data in pictures]
-    rows = [
-        {"area": p.original_width * p.original_height, "sha256": p.sha256, "phash": p.phash, "colours": p.colours}
-        for p in found
-        if isinstance(p, Picture)
-    ]
-    kinds = {"area": pa.int64(), "sha256": pa.string(), "phash": pa.uint64(), "colours": pa.string()}
-    return pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
+def measured(pictures: list[bytes]) -> tuple[np.ndarray, ...]:
+    """SHA-256, pHash, colours, area and batch of each."""
+    found = [p for p in (decode(data, IMAGE) for data in pictures) if isinstance(p, Picture)]
+    return (
+        np.array([bytes.fromhex(p.sha256) for p in found], "S32"),
+        np.array([p.phash for p in found], np.uint64),
+        read_colours(pa.chunked_array([[p.colours for p in found]])),
+        np.array([p.original_width * p.original_height for p in found]),
+        np.zeros(len(found), np.int64),
+    )
 
 
 def repeats(storage: Storage, pictures: list[bytes], embeddings: Any = None, **dedup: Any) -> Repeats:
     recipe = Recipe.model_validate({"dataset": storage.url, "image": {"size": 64}, "dedup": dedup})
-    rows = measured(pictures)
-    return find_repeats(recipe, storage, rows, np.zeros(len(rows), np.int64), embeddings)
+    return find_repeats(recipe, storage, *measured(pictures), embeddings)
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
@@ -97,10 +98,8 @@ def test_the_evaluation_set_is_decoded_once_and_again_when_it_changes(
     before = selection_of(recipe, storage, [])
     with monkeypatch.context() as without:
         without.setattr("pipeline.repeats.decode", lambda *_: pytest.fail("decoded again"))
-        repeats_again = find_repeats(
-            recipe.model_copy(update={"image": IMAGE}), storage, measured([draw(2)]), np.zeros(1, np.int64)
-        )
-    assert repeats_again.kept.tolist() == [0]
+        known = find_repeats(recipe.model_copy(update={"image": IMAGE}), storage, *measured([draw(2)]))
+    assert known.kept.tolist() == [0]
     (folder / "b.jpg").write_bytes(draw(1))
     assert repeats(storage, [draw(1)], decontaminate=str(folder)).evaluation == ["a.jpg", "b.jpg"]
     assert selection_of(recipe, storage, []) != before

@@ -1,0 +1,184 @@
+"""CLIP scoring: how long the model waits for pictures, and what decoding and the model cost together and apart.
+
+    python benchmarks/score.py [--pictures 2000] [--model ViT-B-32] [--batch 64]
+
+A CLIP of this architecture with random weights scores drawn pictures of 512 × 384 pixels through the unit map, on all
+cores and on a GPU if there is one. Waiting is the share of the time between the first batch and the last in which a
+model worker had none, the first batch (a warm-up) left out. CPU seconds are those of all processes; a run over few
+pictures is taken off, which leaves what each further one costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from measure import measure
+
+from pipeline.config import Recipe
+from pipeline.ingest import STAGED_SCHEMA, Staged
+from pipeline.score import job as scoring
+from pipeline.score import registry
+from pipeline.score.job import ModelScoreJob, score
+from pipeline.shards import Sample, write_tar
+from pipeline.storage import Storage
+from pipeline.units import Piece, Unit
+
+ROOT = Path(__file__).resolve().parents[1]
+UNIT_ROWS = 500
+CORES = len(os.sched_getaffinity(0))
+
+
+class Timed(ModelScoreJob):
+    """Notes when each model worker began and ended each batch."""
+
+    def model(self) -> Callable[[Piece], Piece]:
+        apply, log = super().model(), Path(self.storage.url) / f"times-{os.getpid()}.jsonl"
+
+        def timed(piece: Piece) -> Piece:
+            start = time.monotonic()
+            made = apply(piece)
+            with log.open("a") as file:
+                file.write(json.dumps([start, time.monotonic(), len(piece["seen"])]) + "\n")
+            return made
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--run", nargs=2, metavar=("FOLDER", "WHAT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        part(Path(arguments.run[0]), arguments.run[1])
+        return
+    with tempfile.TemporaryDirectory(prefix="capstan-bench-score-") as name:
+        compare(Path(name), arguments)
+
+
+def compare(folder: Path, arguments: argparse.Namespace) -> None:
+    few = UNIT_ROWS
+    for size in (few, arguments.pictures):
+        make(folder / str(size), size, arguments.model, arguments.batch)
+    more = arguments.pictures - few
+
+    def cpu_ms(what: str) -> float:
+        """CPU milliseconds of each further picture."""
+        taken = [run(folder / str(size), what).cpu_s for size in (few, arguments.pictures)]
+        return (taken[1] - taken[0]) / more * 1e3
+
+    decode, model, whole = cpu_ms("decode"), cpu_ms("model"), cpu_ms("job")
+    waited, rate = waiting(folder / str(arguments.pictures))
+    print(
+        f"{arguments.model}, batches of {arguments.batch}, {arguments.pictures:,} pictures, {CORES} cores, {device()}"
+    )
+    print(f"  decoding alone {decode:.1f} ms CPU a picture · the model alone {model:.1f} ms")
+    print(f"  both as a job  {whole:.1f} ms, {whole / (decode + model):.2f} × their sum (asked: 1.15)")
+    print(f"  the model waited {waited:.1%} of the time (asked: under 5%) · {rate:.1f} pictures/s")
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def run(folder: Path, what: str) -> Any:
+    return measure([sys.executable, __file__, "--run", str(folder), what], {"PYTHONPATH": str(ROOT)}, memory=False)
+
+
+def part(folder: Path, what: str) -> None:
+    """In a process of its own: decode, or apply the model to what is decoded, or both as the job that they are."""
+    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
+    storage, scorers = Storage(recipe.dataset), registry.scorers(recipe)
+    units = [Staged(**unit) for unit in json.loads((folder / "units.json").read_text())]
+    if what == "job":
+        scoring.ModelScoreJob = Timed  # type: ignore[misc]
+        storage.delete(*storage.names("state"), *storage.names("scores"))
+        for log in folder.glob("ds/times-*.jsonl"):
+            log.unlink()
+        score(recipe, storage, scorers, units, progress=False)
+        return
+    job = ModelScoreJob(storage, scorers, recipe.score.clip.batch if recipe.score.clip else 1, recipe.resources)
+    apply = job.model() if what == "model" else None
+    for unit in units:
+        spec = {"table": unit.table, "tar": unit.tar, "missing": [s.id for s in scorers], "have": {}, "before": {}}
+        if apply is None:
+            for _ in job.prepare(Unit(unit.unit, spec)):
+                pass
+        else:
+            pixels = np.random.default_rng(0).integers(0, 256, (job.batch, 224, 224, 3), dtype=np.uint8)
+            for start in range(0, unit.rows, job.batch):
+                seen = list(range(start, min(start + job.batch, unit.rows)))
+                reader = scorers[0]
+                piece = {"readers": [reader.id], "found": {}, "seen": seen, "captions": ["a picture"] * len(seen)}
+                apply(piece | {"pixels": {reader.tower.id: pixels[: len(seen)]}})  # type: ignore[attr-defined]
+
+
+def waiting(folder: Path) -> tuple[float, float]:
+    """(share of the time in which model workers had no batch, pictures a second), once warm."""
+    idle = busy = pictures = 0.0
+    spans = []
+    for log in (folder / "ds").glob("times-*.jsonl"):
+        calls = [json.loads(line) for line in log.read_text().splitlines()][1:]
+        busy += sum(end - start for start, end, _ in calls)
+        idle += sum(b[0] - a[1] for a, b in itertools.pairwise(calls))
+        pictures += sum(count for *_, count in calls)
+        spans.append((calls[0][0], calls[-1][1]))
+    seconds = max(end for _, end in spans) - min(start for start, _ in spans)
+    return idle / (idle + busy), pictures / seconds
+
+
+def make(folder: Path, pictures: int, model: str, batch: int) -> None:
+    """Staged units, and a recipe with a CLIP of random weights."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    weights = folder.parent / "weights.safetensors"
+    if not weights.exists():
+        save_file(open_clip.create_model(model).state_dict(), weights)
+    settings = {"dataset": str(folder / "ds"), "score": {"clip": {"model": model, "pretrained": str(weights)}}}
+    settings["score"]["clip"]["batch"] = batch  # type: ignore[index]
+    (folder / "recipe.json").write_text(json.dumps(settings))
+    storage, units = Storage(str(folder / "ds")), list[Staged]()
+    jpegs = [draw(seed) for seed in range(100)]
+    for number, first in enumerate(range(0, pictures, UNIT_ROWS)):
+        keys = [f"{row:032x}" for row in range(first, min(first + UNIT_ROWS, pictures))]
+        spans = write_tar(folder / "x.tar", [Sample(key, jpegs[n % 100]) for n, key in enumerate(keys)])
+        units.append(Staged(f"0000-{number:06d}", f"staged/{number}.parquet", f"staged/{number}.tar", len(keys)))
+        storage.put(folder / "x.tar", units[-1].tar)
+        nothing = {f.name: "" if pa.types.is_string(f.type) else 0 for f in STAGED_SCHEMA}
+        rows = [
+            nothing | {"key": key, "caption": f"picture {key}", "offset": offset, "size": size}
+            for key, (offset, size) in zip(keys, spans, strict=True)
+        ]
+        storage.write_table(units[-1].table, pa.Table.from_pylist(rows, STAGED_SCHEMA))
+    (folder / "units.json").write_text(json.dumps([vars(unit) for unit in units]))
+
+
+def draw(seed: int) -> bytes:
+    """A JPEG of 512 × 384 with as much detail as photographs have: about 60 kB."""
+    random = np.random.default_rng(seed)
+    rough = cv2.resize(random.integers(0, 256, (24, 32, 3), dtype=np.uint8), (512, 384), interpolation=cv2.INTER_CUBIC)
+    fine = random.normal(0, 6, (384, 512, 1))
+    return simplejpeg.encode_jpeg(np.clip(rough + fine, 0, 255).astype(np.uint8), 90)
+
+
+if __name__ == "__main__":
+    main()

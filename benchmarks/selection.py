@@ -1,0 +1,143 @@
+"""`capstan select --dry-run` over a large ledger: seconds, CPU, and the memory of all processes together.
+
+    python benchmarks/selection.py [--rows 10000000] [--work FOLDER]
+
+Writes staged tables, scores and markers as a build leaves them (random keys, hashes and measures; one row in fifty
+repeats another's picture), once for each number of rows, then asks: conditions alone, sampling steps too, and both
+with duplicates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from measure import measure
+
+from pipeline.config import Recipe
+from pipeline.ingest import STAGED_SCHEMA, Ingest
+from pipeline.score import registry
+from pipeline.score.store import file_name, schema
+from pipeline.storage import Storage, parquet_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+UNIT_ROWS = 10_000
+WHERE = [
+    {"name": "size", "where": "least(original_width, original_height) >= 200"},
+    {"name": "shape", "where": "greatest(width, height) <= 3 * least(width, height)"},
+    {"name": "caption", "where": "caption_words >= 5 AND NOT caption_boilerplate"},
+    {"name": "sharp", "where": "image_sharpness >= 100"},
+]
+SAMPLING = [
+    {"name": "domains", "at_most": 5000, "per": "domain"},
+    {"name": "best", "top": 0.5, "by": "image_entropy"},
+]
+NO_DUPLICATES = {"exact": False, "perceptual": None}
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "4 conditions": {"select": WHERE, "dedup": NO_DUPLICATES},
+    "and domains, best": {"select": [*WHERE, *SAMPLING], "dedup": NO_DUPLICATES},
+    "4 conditions, exact": {"select": WHERE, "dedup": {"exact": True, "perceptual": None}},
+    "4 conditions, exact, near": {"select": WHERE, "dedup": {"exact": True, "perceptual": 4}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "capstan-bench-select")
+    arguments = parser.parse_args()
+    folder = arguments.work.resolve() / str(arguments.rows)
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_ledger(folder / "dataset", arguments.rows)
+        (folder / "done").touch()
+    print(f"{arguments.rows:,} rows{'':<15}{'seconds':>9}{'CPU s':>8}{'peak GiB':>10}{'kept':>12}")
+    for name, question in QUESTIONS.items():
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(settings(folder / "dataset") | question))
+        command = [sys.executable, "-m", "cluster.cli", "select", str(recipe), "--dry-run", "--json"]
+        run = measure(command, {"PYTHONPATH": str(ROOT)})
+        summary = json.loads(run.output.splitlines()[-1])
+        figures = f"{run.wall_s:>9.1f}{run.cpu_s:>8.1f}{run.memory / 2**30:>10.2f}{summary['counts']['kept']:>12,}"
+        print(f"  {name:<26}{figures}", flush=True)
+    print(json.dumps(summary["funnel"]))
+
+
+def settings(dataset: Path) -> dict[str, Any]:
+    return {"dataset": str(dataset), "score": {"caption": {}, "image": {}}, "unit": {"rows": UNIT_ROWS}}
+
+
+def write_ledger(dataset: Path, rows: int) -> None:
+    """What a build of `rows` rows leaves, pictures apart."""
+    recipe = Recipe.model_validate(settings(dataset))
+    storage, scorers = Storage(str(dataset)), registry.scorers(recipe)
+    job, random = Ingest(recipe, storage), np.random.default_rng(0)
+    sizes = [min(UNIT_ROWS, rows - start) for start in range(0, rows, UNIT_ROWS)]
+    staged: dict[str, Any] = {}
+    scored: dict[str, Any] = {}
+    for number, count in enumerate(sizes):
+        unit = f"0000-{number:06d}"
+        table = f"staged/{unit}-{number:016x}.parquet"
+        staged_rows = unit_table(random, unit, number / len(sizes), (number + 1) / len(sizes), count)
+        storage.write(table, parquet_bytes(staged_rows))
+        files = {scorer.id: file_name(scorer.id, table) for scorer in scorers}
+        for scorer in scorers:
+            measures = [measure_column(random, field, count) for field in scorer.columns]
+            arrays = [staged_rows["key"], *measures, pa.repeat("", count)]
+            storage.write(files[scorer.id], parquet_bytes(pa.table(arrays, schema=schema(scorer))))
+        staged[unit] = {"table": table, "tar": f"staged/{unit}.tar", "rows": count, "failed": 0}
+        scored[unit] = {"table": table, "files": files, "scored": count, "unscored": 0}
+    storage.write(f"state/{job.name}/log.json", json.dumps(staged).encode())
+    storage.write("state/score/log.json", json.dumps(scored).encode())
+    storage.write("state/plan/batch-0000/batch.json", json.dumps({"batch": 0, "units": sizes}).encode())
+
+
+def unit_table(random: np.random.Generator, unit: str, low: float, high: float, count: int) -> pa.Table:
+    """STAGED_SCHEMA: rows with keys in [low, high) of their range, sorted."""
+    first = np.sort(random.integers(int(low * 2**63), int(high * 2**63), count)).astype(">u8")
+    keys = [f"{a:016x}{b:016x}" for a, b in zip(first.tolist(), random.integers(0, 2**62, count).tolist(), strict=True)]
+    picture = random.integers(0, 2**63, count, dtype=np.uint64)
+    picture[random.random(count) < 0.02] = random.integers(0, 1000)  # seen elsewhere, too
+    side = random.integers(100, 2000, (2, count))
+    failed = random.random(count) < 0.2
+    number = pa.array(random.integers(0, 50_000, count)).cast(pa.string())
+    columns: dict[str, Any] = {
+        "key": keys,
+        "url": pc.binary_join_element_wise("https://images.site-", number, ".org/photos/large/", number, ".jpg", ""),
+        "caption": pc.binary_join_element_wise("A photograph of number", number, "on a wooden table", " "),
+        "reason": np.where(failed, "timeout", ""),
+        "detail": pa.repeat("", count),
+        "sha256": ["" if bad else f"{p:064x}" for p, bad in zip(picture.tolist(), failed.tolist(), strict=True)],
+        "phash": picture,
+        "extra": pa.repeat('{"licence":"cc0"}', count),
+        "unit": pa.repeat(unit, count),
+        "width": side[0] // 2,
+        "height": side[1] // 2,
+        "original_width": side[0],
+        "original_height": side[1],
+    }
+    zeros = np.zeros(count, np.int64)
+    return pa.table([pa.array(columns.get(f.name, zeros)).cast(f.type) for f in STAGED_SCHEMA], schema=STAGED_SCHEMA)
+
+
+def measure_column(random: np.random.Generator, field: pa.Field, count: int) -> pa.Array:
+    if pa.types.is_boolean(field.type):
+        return pa.array(random.random(count) < 0.05)
+    if pa.types.is_string(field.type):
+        return pa.repeat("latin", count)
+    if pa.types.is_integer(field.type):
+        return pa.array(random.integers(1, 40, count)).cast(field.type)
+    return pa.array(random.random(count) * 500).cast(field.type)
+
+
+if __name__ == "__main__":
+    main()

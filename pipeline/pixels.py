@@ -1,0 +1,87 @@
+"""Decoded picture → the square of uint8 pixels that a vision tower sees.
+
+Does on the CPU, without torch, what open_clip's evaluation transform does before its scaling to floats, so that the
+workers which decode stay light and what travels to the model is a quarter of the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from PIL import Image
+
+FILTERS: Final = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+MODES: Final = ("shortest", "longest", "squash")
+
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a vision tower wants its pictures; the names and defaults are open_clip's (`PreprocessCfg`)."""
+
+    height: int
+    width: int
+    mode: str = "shortest"  # shortest: fill and crop; longest: fit and pad with `fill`; squash: change the proportions
+    interpolation: str = "bicubic"
+    fill: int = 0
+    mean: tuple[float, ...] = CLIP_MEAN  # of RGB in [0, 1]
+    std: tuple[float, ...] = CLIP_STD
+
+    @classmethod
+    def of(cls, size: int | list[int] | tuple[int, int], config: Mapping[str, Any]) -> Preprocessing:
+        """From a tower's image size (pixels: one side, or height and width) and open_clip's `preprocess_cfg`."""
+        height, width = (size, size) if isinstance(size, int) else size
+        fill = config.get("fill_color", 0)
+        if not isinstance(fill, int) or config.get("resize_mode", "shortest") not in MODES:
+            raise ValueError(f"cannot preprocess as {dict(config)} asks")
+        if config.get("interpolation", "bicubic") not in FILTERS:
+            raise ValueError(f"cannot interpolate as {config['interpolation']}")
+        return cls(
+            height=height,
+            width=width,
+            mode=config.get("resize_mode", "shortest"),
+            interpolation=config.get("interpolation", "bicubic"),
+            fill=fill,
+            mean=tuple(config.get("mean", CLIP_MEAN)),
+            std=tuple(config.get("std", CLIP_STD)),
+        )
+
+
+def fit(picture: Image.Image, how: Preprocessing) -> Image.Image:
+    """An RGB picture resized and cropped or padded to exactly `how.width` × `how.height`."""
+    target = (how.width, how.height)
+    resample = FILTERS[how.interpolation]
+    if how.mode == "squash":
+        return picture.resize(target, resample)
+    ratios = target[0] / picture.width, target[1] / picture.height
+    if how.mode == "longest":
+        scale = min(ratios)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    elif target[0] == target[1]:  # torchvision's Resize(int), which truncates
+        side, shorter = target[0], min(picture.size)
+        size = (int(side * picture.width / shorter), int(side * picture.height / shorter))
+    else:
+        scale = max(ratios)
+        size = (round(picture.width * scale), round(picture.height * scale))
+    if picture.size != size:
+        picture = picture.resize(size, resample)
+    return _centre(picture, target, how.fill)
+
+
+def _centre(picture: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
+    """The middle `size` of a picture, on a ground of `fill` where it is smaller; rounds as open_clip does."""
+    if picture.size == size:
+        return picture
+    left, top = (
+        round((have - want) / 2) if have >= want else -((want - have) // 2)
+        for have, want in zip(picture.size, size, strict=True)
+    )
+    if left >= 0 and top >= 0:
+        return picture.crop((left, top, left + size[0], top + size[1]))
+    ground = Image.new("RGB", size, (fill, fill, fill))
+    ground.paste(picture, (-left, -top))
+    return ground

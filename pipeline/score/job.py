@@ -1,0 +1,347 @@
+"""Staged units → files of scores, through the unit map: each picture is decoded once for all scorers.
+
+    prepare   on CPU workers: captions and decoded pictures → what SampleScorers say, and pixels for the CLIPs
+    model     on model workers: pixels and captions → embeddings → what EmbeddingScorers say
+    commit    in the driver: one Parquet file a scorer
+
+A unit's marker names its staged table and its files, scorer by scorer. A unit that is staged anew, or lacks one of the
+recipe's scorers, is done again: for those scorers only. Files of other scorers stay, so that going back costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import simplejpeg
+
+from pipeline.config import Recipe, Resources
+from pipeline.errors import RecipeError
+from pipeline.ingest import Staged
+from pipeline.score import store
+from pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
+from pipeline.score.tower import Loaded, Tower
+from pipeline.staged import Packed, pictures
+from pipeline.storage import Storage
+from pipeline.units import Job, Piece, Summary, Unit, markers, model_threads, quarantined, report, run
+
+_BATCH: Final = 256  # rows that travel together where no model is waiting for them
+_NOT_FINITE: Final = "not_finite: the model gave no number"
+_FREED: Final = "freed: keep_staged: false removed its picture"
+
+
+class ScoreJob(Job):
+    """A unit is a staged one; `spec`: its table and tar, the scorers (ids) that it lacks, the files that it has."""
+
+    name = title = "score"
+
+    def __init__(self, storage: Storage, scorers: Sequence[Scorer], batch: int, resources: Resources) -> None:
+        self.storage, self.batch, self.resources = storage, batch, resources
+        self.scorers = {scorer.id: scorer for scorer in scorers}
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        wanted = [self.scorers[id_] for id_ in unit.spec["missing"]]
+        own = [scorer for scorer in wanted if isinstance(scorer, SampleScorer)]
+        readers = [scorer for scorer in wanted if isinstance(scorer, EmbeddingScorer)]
+        for scorer in own:
+            scorer.setup("cpu")
+        table = self.storage.read_table(unit.spec["table"], ["caption", "reason"])
+        captions = table["caption"].to_pylist()
+        rows = [row for row, reason in enumerate(table["reason"].to_pylist()) if not reason]
+        size = self.batch if readers else _BATCH
+        piece = _Piece(own, readers)
+        for row, jpeg in self._jpegs(unit, rows, needed=piece.needs_pictures):
+            piece.add(row, captions[row], jpeg)
+            if piece.rows == size:
+                yield piece.wire()
+                piece = _Piece(own, readers)
+        if piece.rows:
+            yield piece.wire()
+
+    def _jpegs(self, unit: Unit, rows: list[int], *, needed: bool) -> Iterator[tuple[int, bytes | None]]:
+        if not needed:
+            return ((row, None) for row in rows)
+        packed = [(tar, table) for tar, table in unit.spec.get("packed", [])]
+        return pictures(self.storage, unit.spec["table"], unit.spec["tar"], rows, packed)
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        keys = self.storage.read_table(unit.spec["table"], ["key"])["key"]
+        files, failed = dict(unit.spec["have"]), set[int]()
+        for id_ in unit.spec["missing"]:
+            table, bad = _table(self.scorers[id_], keys, pieces)
+            if id_ in unit.spec["before"] and _FREED in table["error"].unique().to_pylist():
+                table = _with_former(table, self.storage.read_table(unit.spec["before"][id_]))
+            files[id_] = store.file_name(id_, unit.spec["table"])
+            self.storage.write_table(files[id_], table)
+            failed |= bad
+        return {"table": unit.spec["table"], "files": files, "scored": len(keys), "unscored": len(failed)}
+
+
+class ModelScoreJob(ScoreJob):
+    """With a model stage, for scorers that look at embeddings."""
+
+    def model(self) -> Callable[[Piece], Piece]:
+        import torch
+
+        torch.set_num_threads(model_threads(self.resources))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        readers = [scorer for scorer in self.scorers.values() if isinstance(scorer, EmbeddingScorer)]
+        towers = {id_: tower.load(device) for id_, tower in {s.tower.id: s.tower for s in readers}.items()}
+        for scorer in readers:
+            scorer.setup(device)
+
+        def apply(piece: Piece) -> Piece:
+            seen = {id_: Batch(towers[id_], pixels, piece["captions"]) for id_, pixels in piece.pop("pixels").items()}
+            for scorer in readers:
+                if piece["seen"] and scorer.id in piece["readers"]:
+                    piece["found"][scorer.id] = (piece["seen"], scorer.score(seen[scorer.tower.id]))
+            return piece
+
+        return apply
+
+
+class Batch:
+    """Pixels uint8 [batch, height, width, 3] and captions, as a loaded CLIP sees them (scorer.Embedded)."""
+
+    def __init__(self, tower: Loaded, pixels: np.ndarray, captions: list[str]) -> None:
+        self._tower, self._pixels, self._captions = tower, pixels, captions
+
+    @functools.cached_property
+    def raw_images(self) -> Any:
+        return self._tower.images(self._pixels)
+
+    @functools.cached_property
+    def images(self) -> Any:
+        return self._tower.normalize(self.raw_images)
+
+    @functools.cached_property
+    def texts(self) -> Any:
+        return self._tower.normalize(self._tower.texts(self._captions))
+
+
+Found = tuple[list[int], dict[str, Values]]  # rows, and column → their values
+
+
+class _Piece:
+    """A batch of rows that `prepare` gathers, and what was found of them."""
+
+    def __init__(self, scorers: list[SampleScorer], readers: list[EmbeddingScorer]) -> None:
+        self.rows = 0
+        self.needs_pictures = bool(readers) or any(scorer.sees_pictures for scorer in scorers)
+        self._scorers, self._readers = scorers, [reader.id for reader in readers]
+        self._towers: dict[str, Tower] = {reader.tower.id: reader.tower for reader in readers}
+        self._found: dict[str, tuple[list[int], dict[str, list[Any]]]] = {
+            s.id: ([], {field.name: [] for field in s.columns}) for s in scorers
+        }
+        self._pixels: dict[str, list[np.ndarray]] = {id_: [] for id_ in self._towers}
+        self._seen, self._captions = list[int](), list[str]()  # of the rows whose pixels the towers get
+        self._unreadable, self._errors = dict[int, str](), dict[str, dict[int, str]]()
+
+    def add(self, row: int, caption: str, jpeg: bytes | None) -> None:
+        """Score one sample; `jpeg` is None where it is not needed, or not there any more."""
+        self.rows += 1
+        sample = Sample(caption)
+        if self.needs_pictures:
+            try:
+                rgb = _decoded(jpeg)
+                fitted = {id_: tower.prepare(rgb) for id_, tower in self._towers.items()}
+            except Exception as error:  # noqa: BLE001 - the sample boundary: a broken picture is a row with a reason
+                self._unreadable[row] = _said(error)
+            else:
+                sample = Sample(caption, jpeg, rgb)
+                self._seen.append(row)
+                self._captions.append(caption)
+                for id_, pixels in fitted.items():
+                    self._pixels[id_].append(pixels)
+        for scorer in self._scorers:
+            if not scorer.sees_pictures or sample.rgb is not None:
+                self._score(scorer, row, sample)
+        failed = {"failed.unreadable": 1} if row in self._unreadable else {}
+        report({"samples": 1, "bytes": len(jpeg or b""), **failed})
+
+    def _score(self, scorer: SampleScorer, row: int, sample: Sample) -> None:
+        rows, columns = self._found[scorer.id]
+        try:
+            values = scorer.score([sample])
+        except Exception as error:  # noqa: BLE001 - the sample boundary: what a scorer cannot take is a row with a reason
+            self._errors.setdefault(scorer.id, {})[row] = _said(error)
+            return
+        rows.append(row)
+        for name, column in columns.items():
+            column.append(values[name][0])
+
+    def wire(self) -> Piece:
+        return {
+            "readers": self._readers,
+            "found": self._found,
+            "unreadable": self._unreadable,
+            "errors": self._errors,
+            "seen": self._seen,
+            "captions": self._captions,
+            "pixels": {id_: np.stack(pixels) for id_, pixels in self._pixels.items() if pixels},
+        }
+
+
+def _decoded(jpeg: bytes | None) -> np.ndarray:
+    """uint8 RGB [height, width, 3] of a stored JPEG."""
+    if jpeg is None:
+        raise LookupError(_FREED)
+    return simplejpeg.decode_jpeg(jpeg, "RGB")
+
+
+def _said(error: Exception) -> str:
+    """Why a sample has no score, for people."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, LookupError) else f"{type(error).__name__}: {said}"
+
+
+def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tuple[pa.Table, set[int]]:
+    """A scorer's file, and the rows that could not be scored."""
+    schema, found = store.schema(scorer), {field.name: _Column(field.type, len(keys)) for field in scorer.columns}
+    errors = [""] * len(keys)
+    sees = not isinstance(scorer, SampleScorer) or scorer.sees_pictures
+    for piece in pieces:
+        for row, why in {**(piece["unreadable"] if sees else {}), **piece["errors"].get(scorer.id, {})}.items():
+            errors[row] = why
+        rows, values = piece["found"].get(scorer.id, ([], {}))
+        for name, column in found.items() if rows else ():
+            for row in column.put(rows, values[name]):
+                errors[row] = _NOT_FINITE
+    arrays = [keys, *(column.array() for column in found.values()), pa.array(errors, pa.string())]
+    return pa.table(arrays, schema=schema), {row for row, why in enumerate(errors) if why}
+
+
+def _with_former(table: pa.Table, former: pa.Table) -> pa.Table:
+    """Rows whose picture was freed, as they were scored when it was there: in `former`, the scorer's file before."""
+    freed = pc.equal(table["error"], _FREED)
+    old = former.take(pc.index_in(table["key"], former["key"].combine_chunks()))
+    known = pc.fill_null(pc.and_(freed, pc.is_valid(old["key"])), False)
+    columns = [table["key"], *(pc.if_else(known, old[name], table[name]) for name in table.column_names[1:])]
+    return pa.table(columns, schema=table.schema)
+
+
+class _Column:
+    """Values of some rows, put in place as they come; null for the others."""
+
+    def __init__(self, kind: pa.DataType, rows: int) -> None:
+        self._kind, self._there = kind, np.zeros(rows, bool)
+        self._values: np.ndarray = np.empty(rows, object)
+        if pa.types.is_fixed_size_list(kind):
+            self._values = np.zeros((rows, kind.list_size), kind.value_type.to_pandas_dtype())
+
+    def put(self, rows: Sequence[int], values: Values) -> list[int]:
+        """Gives the rows whose value is no number: they stay null."""
+        at = np.asarray(rows, np.int64)
+        good: np.ndarray
+        finite: np.ndarray
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+            good = finite = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
+        else:
+            finite = np.array([not isinstance(value, float) or math.isfinite(value) for value in values], bool)
+            good = finite & np.array([value is not None for value in values], bool)
+        self._there[at[good]] = True
+        if self._values.dtype == object:
+            for row, value, is_good in zip(rows, values, good.tolist(), strict=True):
+                if is_good:
+                    self._values[row] = value
+        else:
+            self._values[at[good]] = np.asarray(values)[good]
+        return at[~finite].tolist()
+
+    def array(self) -> pa.Array:
+        if self._values.dtype == object:
+            return pa.array(self._values, self._kind, mask=~self._there)
+        flat = pa.array(self._values.reshape(-1), self._kind.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, type=self._kind, mask=pa.array(~self._there))
+
+
+# Over a dataset ------------------------------------------------------------------------------------------------------
+
+
+def score(
+    recipe: Recipe,
+    storage: Storage,
+    scorers: Sequence[Scorer],
+    units: Sequence[Staged],
+    *,
+    packed: Callable[[Staged], list[Packed]] | None = None,
+    progress: bool = True,
+) -> tuple[list[Staged], Summary]:
+    """Score the units by the recipe's scorers, as far as they are not; gives them with their files, and how it went.
+
+    `packed` finds the shards that hold a unit's pictures, for units whose tar was freed. Raises RecipeError for weights
+    that cannot be loaded.
+    """
+    job = _job(recipe, storage, scorers)
+    marks = markers(job) if scorers else {}
+    work, redo = list[Unit](), list[str]()
+    for unit in units if scorers else ():
+        have = _files(marks.get(unit.unit, {}), unit)
+        missing = [scorer.id for scorer in scorers if scorer.id not in have]
+        spec: dict[str, Any] = {
+            "rows": unit.rows,
+            "table": unit.table,
+            "tar": unit.tar,
+            "missing": missing,
+            "have": have,
+            "before": _former(marks.get(unit.unit, {}), unit),
+        }
+        if missing and unit.freed and packed is not None:
+            spec["packed"] = packed(unit)
+        work.append(Unit(unit.unit, spec))
+        redo += [unit.unit] if missing else []
+    if redo:
+        for scorer in scorers:
+            record = json.dumps(scorer.identity, indent=1, sort_keys=True).encode()
+            storage.write(f"{store.ROOT}/{scorer.id}/recipe.json", record)
+    summary = run(job, work, recipe.resources, redo=redo, progress=progress) if redo else Summary(0, len(work), {}, {})
+    now = {name for mark in markers(job).values() for name in mark["files"].values()} if redo else set[str]()
+    storage.delete(*(name for unit in work for name in unit.spec["before"].values() if redo and name not in now))
+    return scored(job, scorers, units), summary
+
+
+def scored(job: ScoreJob, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
+    """The units with the files of those of the scorers that they were scored by."""
+    marks = markers(job) if scorers else {}
+    found = []
+    for unit in units:
+        files = _files(marks.get(unit.unit, {}), unit)
+        found.append(replace(unit, scores=tuple((s.name, files[s.id]) for s in scorers if s.id in files)))
+    return found
+
+
+def as_scored(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
+    """As `score`, but scores nothing. Raises RecipeError where a unit was not scored and might be."""
+    job = _job(recipe, storage, scorers)
+    found, bad = scored(job, scorers, units), quarantined(job) if scorers else {}
+    for scorer in scorers:
+        if left := [u for u in found if scorer.name not in dict(u.scores) and u.unit not in bad]:
+            problem = f"{sum(unit.rows for unit in left):,} rows have not been scored by it as it is now"
+            raise RecipeError(f"score.{_key(scorer)}", problem, "run `capstan score RECIPE` first: nothing is fetched")
+    return found
+
+
+def _key(scorer: Scorer) -> str:
+    return "clip.embeddings" if scorer.name == store.EMBEDDINGS else scorer.name
+
+
+def _job(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer]) -> ScoreJob:
+    kind = ModelScoreJob if any(isinstance(scorer, EmbeddingScorer) for scorer in scorers) else ScoreJob
+    return kind(storage, scorers, recipe.score.clip.batch if recipe.score.clip else 64, recipe.resources)
+
+
+def _former(mark: Mapping[str, Any], unit: Staged) -> dict[str, str]:
+    """Scorer's id → file, of those that scored what was staged of the unit before."""
+    return dict(mark.get("files", {})) if mark.get("table") != unit.table else {}
+
+
+def _files(mark: Mapping[str, Any], unit: Staged) -> dict[str, str]:
+    """Scorer's id → file, of those that scored what is staged now."""
+    return dict(mark["files"]) if mark.get("table") == unit.table else {}

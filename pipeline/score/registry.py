@@ -1,0 +1,68 @@
+"""The recipe's `score` section → scorers, in one order; another scorer is a class in a file here and a line below."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+from pipeline.config import ClipScore, HeadScore, Recipe
+from pipeline.errors import RecipeError
+from pipeline.score.caption import CaptionMeasures
+from pipeline.score.clip import ClipSimilarity, Embeddings
+from pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
+from pipeline.score.image import ImageMeasures
+from pipeline.score.language import Language
+from pipeline.score.scorer import Scorer
+from pipeline.score.tower import Tower
+
+HEADS: Final[dict[str, type[Head]]] = {"aesthetic": Aesthetic, "nsfw": Nsfw, "watermark": Watermark}
+_COLUMNS: Final[dict[str, type[Scorer]]] = {
+    "clip": ClipSimilarity,
+    **HEADS,
+    "caption": CaptionMeasures,
+    "language": Language,
+    "image": ImageMeasures,
+}
+
+
+def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
+    """Scorer's name → what it adds to the ledger, for the recipe's scorers. Needs no weights."""
+    return {name: kind.columns for name, kind in _COLUMNS.items() if getattr(recipe.score, name) is not None}
+
+
+def scorers(recipe: Recipe) -> list[Scorer]:
+    """The recipe's scorers, pinned. Raises RecipeError naming the field and the file where weights are missing."""
+    score, made = recipe.score, list[Scorer]()
+    if score.clip is not None:
+        made.append(ClipSimilarity(_tower(score.clip)))
+        if score.clip.embeddings:
+            made.append(Embeddings(_tower(score.clip)))
+    for name, head in HEADS.items():
+        if (config := getattr(score, name)) is not None:
+            made.append(head(config, _tower_of_head(name, config, score.clip)))
+    if score.caption is not None:
+        made.append(CaptionMeasures(score.caption))
+    if score.language is not None:
+        made.append(Language(score.language))
+    if score.image is not None:
+        made.append(ImageMeasures(score.image))
+    for scorer in made:
+        assert scorer.id
+    return made
+
+
+def _tower(clip: ClipScore) -> Tower:
+    return Tower(clip.model, clip.pretrained, clip.precision, "score.clip")
+
+
+def _tower_of_head(name: str, head: HeadScore, clip: ClipScore | None) -> Tower:
+    if head.model is not None:
+        return Tower(head.model, head.pretrained, clip.precision if clip else "fp32", f"score.{name}")
+    if clip is None:
+        problem, mend = (
+            "no CLIP gives it embeddings",
+            "add score.clip, or name the head's own in `model` and `pretrained`",
+        )
+        raise RecipeError(f"score.{name}.model", problem, mend)
+    return _tower(clip)

@@ -1,0 +1,157 @@
+"""Files of scores, and their columns joined to what is staged.
+
+    scores/<scorer id>/recipe.json                what pins the scorer
+    scores/<scorer id>/<unit>-<hash>.parquet      key, the scorer's columns, error: one row a staged row, in its order
+
+A file is named as the staged table that it scores, so it is that table's and no other's, row by row.
+`error` says why a row that could be scored has nulls ("" otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.ahead import ahead
+from pipeline.errors import CapstanError, RecipeError
+from pipeline.ingest import Staged
+from pipeline.score.scorer import Scorer
+from pipeline.storage import Storage
+
+ROOT: Final = "scores"
+EMBEDDINGS: Final = "embeddings"  # the name of the scorer that keeps them
+_EMBEDDING: Final = "embedding"
+ERROR: Final = pa.field("score_error", pa.string(), nullable=False)  # of the ledger: "clip: why", "" where all is well
+
+
+def file_name(scorer: str, staged_table: str) -> str:
+    """Where the scorer of this id keeps its columns for a staged table."""
+    return f"{ROOT}/{scorer}/{PurePosixPath(staged_table).name}"
+
+
+def schema(scorer: Scorer) -> pa.Schema:
+    """Of a scorer's files; what pins it is in their metadata."""
+    fields = [pa.field("key", pa.string(), nullable=False), *scorer.columns, pa.field("error", pa.string(), False)]
+    return pa.schema(fields, metadata={"capstan.scorer": json.dumps(scorer.identity, sort_keys=True)})
+
+
+Columns = Mapping[str, Sequence[pa.Field]]  # scorer's name → what it adds to the ledger
+
+
+def added(columns: Columns) -> list[pa.Field]:
+    """All that the scorers add to the ledger and to the shards' tables."""
+    return [*(field for fields in columns.values() for field in fields), *([ERROR] if columns else [])]
+
+
+def joined(storage: Storage, unit: Staged, columns: Columns, wanted: Collection[str] | None = None) -> pa.Table:
+    """The scorers' columns (those that are `wanted`), row by row of the unit's table; nulls where it was not scored."""
+    fields = [field for field in added(columns) if wanted is None or field.name in wanted]
+    names = {field.name for field in fields}
+    files = dict(unit.scores)
+    found, errors = dict[str, Any](), list[pa.ChunkedArray]()
+    for scorer, own in columns.items():
+        asked = [field.name for field in own if field.name in names] + ["error"] * (ERROR.name in names)
+        if not asked:
+            continue
+        if scorer not in files:
+            errors += [pa.chunked_array([pa.repeat(f"{scorer}: not scored", unit.rows)])] * (ERROR.name in names)
+            continue
+        table = _read(storage, unit, files[scorer], asked)
+        found |= {name: table[name] for name in asked if name != "error"}
+        if ERROR.name in names:
+            why = table["error"]
+            errors.append(pc.if_else(pc.equal(why, ""), "", pc.binary_join_element_wise(scorer, why, ": ")))
+    if ERROR.name in names:
+        found[ERROR.name] = _join(errors, unit.rows)
+    arrays = [found.get(field.name, pa.nulls(unit.rows, field.type)) for field in fields]
+    return pa.table(arrays, schema=pa.schema(fields)) if fields else pa.table({})
+
+
+def _join(errors: list[pa.ChunkedArray], rows: int) -> pa.ChunkedArray:
+    """The reasons of several scorers as one text."""
+    if not errors:
+        return pa.chunked_array([pa.repeat("", rows)])
+    all_ = errors[0]
+    for more in errors[1:]:
+        both = pc.and_(pc.not_equal(all_, ""), pc.not_equal(more, ""))
+        all_ = pc.binary_join_element_wise(all_, more, pc.if_else(both, "; ", ""))
+    return all_
+
+
+def _read(storage: Storage, unit: Staged, file: str, columns: list[str]) -> pa.Table:
+    """Those of the columns that the file has."""
+    table = storage.read_table(file, columns)
+    if table.num_columns and len(table) != unit.rows:
+        raise CapstanError(f"{storage.url}/{file} has {len(table)} rows, {unit.table} has {unit.rows}: remove {file}")
+    return table
+
+
+def embeddings(storage: Storage, units: Sequence[Staged], folder: Path | None = None) -> npt.NDArray[np.float16]:
+    """The pictures' embeddings [rows, dim], rows ordered as the units and their tables; zeros where there is none.
+
+    In `folder`, if given, the array is a file that is mapped to memory, so that it need not fit there. Raises
+    RecipeError where none were kept.
+    """
+    files = [dict(unit.scores).get(EMBEDDINGS) for unit in units]
+    rows = sum(unit.rows for unit in units)
+    kept = [file for file in files if file is not None]
+    if not kept:
+        raise RecipeError("score.clip.embeddings", "no embeddings are kept", "say `embeddings: true` and build again")
+    blocks = ahead(lambda pair: _block(storage, *pair), zip(units, files, strict=True))
+    made: npt.NDArray[np.float16] | None = None
+    start = 0
+    for unit, block in zip(units, blocks, strict=True):
+        if block is not None:
+            if made is None:  # zeros, without touching the memory
+                made = _zeros((rows, block.shape[1]), folder)
+            made[start : start + unit.rows] = block
+        start += unit.rows
+    assert made is not None
+    return made
+
+
+def _zeros(shape: tuple[int, int], folder: Path | None) -> npt.NDArray[np.float16]:
+    if folder is None:
+        return np.zeros(shape, np.float16)
+    return np.memmap(folder / "embeddings.f16", np.float16, "w+", shape=shape)
+
+
+def _block(storage: Storage, unit: Staged, file: str | None) -> npt.NDArray[np.float16] | None:
+    if file is None:
+        return None
+    column = _read(storage, unit, file, [_EMBEDDING])[_EMBEDDING].combine_chunks()
+    dim = column.type.list_size
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.values.slice(column.offset * dim, len(column) * dim).to_numpy(zero_copy_only=False)
+    return np.where(there[:, None], values.reshape(len(column), dim), np.float16(0))
+
+
+def pins(scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
+    """What the manifest and the ledger's metadata say of the scorers whose columns they hold."""
+    return [
+        {
+            "id": scorer.id,
+            "columns": {field.name: str(field.type) for field in scorer.columns},
+            **{name: value for name, value in scorer.identity.items() if name != "settings"},
+            "settings": scorer.settings(),
+        }
+        for scorer in scorers
+        if scorer.in_ledger
+    ]
+
+
+def pinned_columns(scores: Sequence[Mapping[str, Any]]) -> list[pa.Field]:
+    """What `pins` say that scorers add to the tables."""
+    return added(
+        {
+            pin["id"]: [pa.field(name, pa.type_for_alias(kind)) for name, kind in pin["columns"].items()]
+            for pin in scores
+        }
+    )

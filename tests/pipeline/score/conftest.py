@@ -1,0 +1,71 @@
+"""A CLIP of random weights over 16 × 16 pixels and bytes, in the files that open_clip and Capstan write."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 24, "vocab_size": 514, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_clip(folder: Path, seed: int) -> Path:
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**CLIP)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    (folder / "bpe.txt.gz").write_bytes(gzip.compress(b"#version: 0.2", mtime=0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("models") / "clip", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("models") / "clip", seed=1)
+
+
+@pytest.fixture(scope="session")
+def linear_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As LAION's sa_0_4_*_linear.pth: the state dict of one linear layer."""
+    import torch
+
+    torch.manual_seed(2)
+    file = tmp_path_factory.mktemp("heads") / "linear.pth"
+    torch.save(torch.nn.Linear(16, 1).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., np.ndarray]:
+    """noise(seed) is a picture like no other: uint8 [96, 96, 3]."""
+
+    def make(seed: int, size: int = 96) -> np.ndarray:
+        small = np.random.default_rng(seed).integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+        return cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def as_jpeg() -> Callable[..., bytes]:
+    return lambda rgb, quality=95: simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality)

@@ -1,0 +1,248 @@
+"""Scoring end to end, on pictures in a table: columns in the ledger, pinned and incremental; nothing built anew."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray import cloudpickle
+
+from pipeline import job
+from pipeline.config import Recipe, Resources
+from pipeline.errors import RecipeError
+from pipeline.ingest import Ingest, staged
+from pipeline.score import registry
+from pipeline.score.job import ScoreJob, scored
+from pipeline.score.scorer import Sample, SampleScorer, Values
+from pipeline.score.store import embeddings
+from pipeline.shards import Dataset, sha256_of
+from pipeline.storage import Storage
+from pipeline.units import Unit, markers
+from pipeline.verify import verify
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], ray_session: Resources) -> Make:
+    """A recipe over `count` pictures, every tenth of which is none; `score` as given."""
+
+    def recipe(count: int, score: dict[str, Any], **sections: Any) -> Recipe:
+        images = [b"no picture" if n % 10 == 9 else draw(n) for n in range(count)]
+        captions = [f"picture {n}" for n in range(count)]
+        pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "rows.parquet")
+        settings = {
+            "dataset": str(tmp_path / "dataset"),
+            "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"},
+            "image": {"size": 64},
+            "dedup": {"exact": True, "perceptual": None},
+            "unit": {"rows": 8},
+            "shards": {"samples": 10},
+            "score": score,
+        }
+        return Recipe.model_validate(settings | sections)
+
+    return recipe
+
+
+def tars(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name → (when it was written, sum) of every shard."""
+    files = sorted((folder / "shards").glob("*.tar"))
+    return {file.name: (file.stat().st_mtime_ns, sha256_of(file.read_bytes())) for file in files}
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for part in ("ledger", "shards") for p in (folder / part).glob("*.parquet")}
+
+
+@pytest.mark.integration
+def test_a_build_scores_what_it_stages_and_conditions_see_it(
+    make: Make, tmp_path: Path, clip: Path, linear_head: Path
+) -> None:
+    score = {
+        "clip": {"model": str(clip), "embeddings": True, "batch": 5},
+        "aesthetic": {"weights": str(linear_head)},
+        "caption": {},
+        "image": {},
+    }
+    where = [{"name": "match", "where": "clip_score IS NOT NULL AND caption_words = 2 AND image_entropy > 1"}]
+    recipe = make(30, score, select=where)
+    summary = job.build(recipe, progress=False)
+    assert summary["counts"] == {"rows": 30, "kept": 27, "rejected": 0, "duplicate": 0, "failed": 3, "shards": 3}
+    assert verify(Storage(recipe.dataset)) == []
+
+    ledger = Dataset(Storage(recipe.dataset)).ledger()
+    names = [f.name for fields in registry.columns(recipe).values() for f in fields]
+    assert ledger.column_names[-len(names) - 1 :] == [*names, "score_error"]
+    for row in ledger.to_pylist():
+        assert (row["outcome"] == "kept") == (row["clip_score"] is not None) == (row["aesthetic_score"] is not None)
+        assert row["score_error"] == ""
+    shard = Dataset(Storage(recipe.dataset)).table("shard-000000")
+    of_ledger = {row["key"]: row["clip_score"] for row in ledger.to_pylist()}
+    assert shard["clip_score"].to_pylist() == [of_ledger[key] for key in shard["key"].to_pylist()]
+
+    # Pinned: the metadata of ledger and shards say by what, and the embeddings are those that were scored.
+    pins = json.loads(pq.read_schema(next((tmp_path / "dataset" / "ledger").iterdir())).metadata[b"capstan.scores"])
+    assert [pin["name"] for pin in pins] == ["clip", "aesthetic", "caption", "image"]
+    assert list(pins[1]["weights"].values()) == [sha256_of(linear_head.read_bytes())]
+    assert pins[0]["model"]["weights"] == sha256_of((clip / "open_clip_model.safetensors").read_bytes())
+    storage, scorers = Storage(recipe.dataset), registry.scorers(recipe)
+    units = list(staged(markers(Ingest(recipe, storage))).values())
+    units = sorted(scored(ScoreJob(storage, scorers, 5, recipe.resources), scorers, units), key=lambda unit: unit.unit)
+    vectors = embeddings(storage, units).astype(np.float32)
+    length = np.linalg.norm(vectors, axis=1)
+    assert length.tolist() == pytest.approx([float(r != "failed") for r in ledger["outcome"].to_pylist()], abs=1e-2)
+
+    # The same again does nothing; in one batch more or less and on one worker it gives the same bytes.
+    before = tables(tmp_path / "dataset")
+    files = {name: storage.read(name) for name in storage.names("scores")}
+    storage.delete(*storage.names("scores"), *storage.names("state/score"))
+    job.score(make(30, score, select=where, resources={"cpus": 1}), progress=False)
+    assert {name: storage.read(name) for name in storage.names("scores")} == files
+    assert tables(tmp_path / "dataset") == before
+
+
+@pytest.mark.integration
+def test_scorers_are_added_later_without_building_anew(
+    make: Make, tmp_path: Path, clip: Path, other_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make(30, {})
+    job.build(plain, progress=False)
+    folder = tmp_path / "dataset"
+    first, old = tars(folder), tables(folder)
+    ingested = Path(folder / "staged").stat().st_mtime_ns
+    measured = make(30, {"caption": {}})
+    with pytest.raises(RecipeError, match=r"score.caption: 30 rows have not been scored.*capstan score"):
+        job.select(measured, dry_run=True, progress=False)
+    job.score(measured, progress=False)
+    assert tars(folder) == first  # not even written again
+    assert (folder / "staged").stat().st_mtime_ns == ingested
+    assert verify(Storage(str(folder))) == []
+    assert set(Dataset(Storage(str(folder))).ledger()["caption_words"].to_pylist()) == {2, None}
+
+    # Another model makes other files; going back finds the former ones.
+    score = {"caption": {}, "clip": {"model": str(clip)}}
+    job.score(make(30, score), progress=False)
+    with_clip = tables(folder)
+    job.score(make(30, score | {"clip": {"model": str(other_clip)}}), progress=False)
+    assert tables(folder) != with_clip
+    assert len(list((folder / "scores").iterdir())) == 3
+    monkeypatch.setattr(ScoreJob, "commit", lambda *_: pytest.fail("scored again"))
+    job.score(make(30, score), progress=False)
+    assert tables(folder) == with_clip
+    job.build(plain, progress=False)
+    assert tables(folder) == old
+    assert tars(folder) == first
+    assert verify(Storage(str(folder))) == []
+
+
+@pytest.mark.integration
+def test_new_rows_are_scored_and_no_others(make: Make, tmp_path: Path, draw: Callable[[int], bytes]) -> None:
+    job.build(make(16, {"image": {}}), progress=False)
+    storage = Storage(str(tmp_path / "dataset"))
+    before = {name: storage.read(name) for name in storage.names("scores")}
+    summary = job.build(make(24, {"image": {}}), progress=False)
+    assert summary["counts"]["kept"] == 22
+    after = {name: storage.read(name) for name in storage.names("scores")}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 1
+    assert Dataset(storage).ledger()["image_entropy"].null_count == 2
+
+
+def test_a_bad_picture_is_a_null_with_a_reason(
+    storage: Storage, draw: Callable[[int], bytes], clip: Path, tmp_path: Path
+) -> None:
+    """In process: a staged JPEG that cannot be decoded, and one that was freed."""
+    from pipeline.ingest import STAGED_SCHEMA
+    from pipeline.shards import Sample as Packed
+    from pipeline.shards import write_tar
+
+    rows = [dict.fromkeys(STAGED_SCHEMA.names, "") for _ in range(4)]
+    spans = write_tar(tmp_path / "x.tar", [Packed(f"k{n}", data) for n, data in enumerate([draw(1), b"\xff\xd8 cut"])])
+    storage.put(tmp_path / "x.tar", "staged/u.tar")
+    for number, row in enumerate(rows):
+        numbers = {f.name: 0 for f in STAGED_SCHEMA if not pa.types.is_string(f.type)}
+        offset, size = spans[number] if number < 2 else (0, 0)
+        row |= {"key": f"k{number}", "caption": "a cat", **numbers, "offset": offset, "size": size}
+    rows[3]["reason"] = "timeout"
+    storage.write_table("staged/u.parquet", pa.Table.from_pylist(rows, STAGED_SCHEMA))
+    recipe = Recipe.model_validate(
+        {"dataset": storage.url, "score": {"clip": {"model": str(clip)}, "caption": {}, "image": {}}}
+    )
+    scorers = registry.scorers(recipe)
+    from pipeline.score.job import ModelScoreJob
+
+    work = ModelScoreJob(storage, scorers, 2, recipe.resources)
+    spec = {
+        "table": "staged/u.parquet",
+        "tar": "staged/u.tar",
+        "missing": [s.id for s in scorers],
+        "have": {},
+        "before": {},
+    }
+    unit = Unit("u", spec)
+    apply = work.model()
+    facts = work.commit(unit, [apply(piece) for piece in work.prepare(unit)])
+    assert (facts["scored"], facts["unscored"]) == (4, 2)
+    of_clip, of_caption, of_image = (storage.read_table(facts["files"][scorer.id]).to_pydict() for scorer in scorers)
+    assert [value is None for value in of_clip["clip_score"]] == [False, True, True, True]
+    assert of_clip["error"][0] == of_clip["error"][3] == ""
+    assert of_clip["error"][1].startswith("ValueError: ")
+    assert of_clip["error"][2] == "freed: keep_staged: false removed its picture"
+    assert of_image["error"] == of_clip["error"]
+    assert of_caption["caption_words"] == [2, 2, 2, None]
+    assert of_caption["error"] == [""] * 4
+
+
+class Moody(SampleScorer):
+    """Fails on one caption, gives no number for another, and has nothing to say of a third."""
+
+    name: ClassVar[str] = "moody"
+    sees_pictures: ClassVar[bool] = False
+    columns: ClassVar[list[pa.Field]] = [pa.field("moody_score", pa.float32())]
+
+    def score(self, samples: Any) -> dict[str, Values]:
+        (sample,) = samples
+        if sample.caption == "fail":
+            raise KeyError("no word")
+        return {"moody_score": [{"nan": float("nan"), "none": None}.get(sample.caption, 1.0)]}
+
+
+def test_what_a_scorer_cannot_take_is_a_null_with_a_reason(storage: Storage) -> None:
+    assert Moody().score([Sample("x")]) == {"moody_score": [1.0]}
+    captions = ["fine", "fail", "nan", "none"]
+    table = {"key": captions, "caption": captions, "reason": [""] * 4}
+    storage.write_table("staged/u.parquet", pa.table(table))
+    work = ScoreJob(storage, [Moody()], 64, Resources())
+    unit = Unit("u", {"table": "staged/u.parquet", "tar": "", "missing": [Moody().id], "have": {}, "before": {}})
+    facts = work.commit(unit, list(work.prepare(unit)))
+    found = storage.read_table(facts["files"][Moody().id]).to_pydict()
+    assert found["moody_score"] == [1.0, None, None, None]
+    assert found["error"] == ["", "'no word'", "not_finite: the model gave no number", ""]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"aesthetic": {"weights": "gone.pth"}}, r"score.aesthetic.model: no CLIP gives it embeddings"),
+        ({"clip": {"model": "CLIP"}, "aesthetic": {"weights": "gone.pth"}}, r"aesthetic.weights: no file .*gone.pth"),
+        ({"language": {"weights": "lid.176.bin"}}, r"score.language.weights: no file .*bring lid.176.bin"),
+    ],
+)
+def test_missing_weights_are_said_before_anything_is_fetched(
+    score: dict[str, Any], message: str, clip: Path, tmp_path: Path
+) -> None:
+    if "clip" in score:
+        score = score | {"clip": {"model": str(clip)}}
+    source = {"path": str(tmp_path / "no such table.parquet")}
+    recipe = Recipe.model_validate({"dataset": str(tmp_path / "ds"), "source": source, "score": score})
+    with pytest.raises(RecipeError, match=message):
+        job.build(recipe, progress=False)
+    assert not list((tmp_path / "ds").rglob("*.parquet"))

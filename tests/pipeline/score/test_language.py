@@ -1,0 +1,54 @@
+"""The language of captions, by a fastText model that is trained here."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import LanguageScore
+from pipeline.errors import RecipeError
+from pipeline.score.language import Language
+from pipeline.score.scorer import Sample
+
+SENTENCES = {
+    "en": ["the cat sits on the chair", "a red car in the street", "two dogs and a ball", "the house by the sea"],
+    "de": [
+        "die Katze sitzt auf dem Stuhl",
+        "ein rotes Auto in der Straße",
+        "zwei Hunde und ein Ball",
+        "das Haus am Meer",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import fasttext
+
+    folder = tmp_path_factory.mktemp("language")
+    lines = [f"__label__{name} {text}" for name, texts in SENTENCES.items() for text in texts]
+    (folder / "train.txt").write_text("\n".join(lines * 5))
+    trained = fasttext.train_supervised(
+        str(folder / "train.txt"), dim=8, epoch=40, lr=0.5, minn=2, maxn=3, bucket=500, thread=1, verbose=0
+    )
+    trained.save_model(str(folder / "lid.bin"))
+    return folder / "lid.bin"
+
+
+def test_captions_get_a_language_and_its_probability(model: Path) -> None:
+    scorer = pickle.loads(pickle.dumps(Language(LanguageScore(weights=str(model)))))
+    scorer.setup("cpu")
+    captions = ["the dogs sit\nin the street", "die Hunde sitzen in der Straße", "", "\ud800 the cat"]
+    found = scorer.score([Sample(caption) for caption in captions])
+    assert found["language"][:3] == ["en", "de", None]
+    assert found["language_score"][2] is None
+    assert all(0.5 < found["language_score"][n] <= 1 for n in (0, 1))
+
+
+def test_a_missing_or_broken_model_is_named(tmp_path: Path) -> None:
+    scorer = Language(LanguageScore(weights=str(tmp_path / "lid.176.bin")))
+    with pytest.raises(RecipeError, match=r"score.language.weights: no file .*Mend: bring lid.176.bin"):
+        _ = scorer.id
+    (tmp_path / "lid.176.bin").write_bytes(b"no model")
+    with pytest.raises(RecipeError, match=r"score.language.weights: cannot load"):
+        scorer.setup("cpu")
