@@ -261,3 +261,26 @@ def test_a_bad_list_changes_nothing(tmp_path: Path, lists: str, entry: str, mess
 def test_a_list_that_is_not_there_names_its_option(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--urls: no file at"):
         job.remove(str(tmp_path), Blocklist(urls=str(tmp_path / "none.txt")), progress=False)
+
+
+@pytest.mark.integration
+def test_scores_follow_and_freed_pictures_are_taken_from_the_shards(
+    tmp_path: Path, ray_session: object, draw: Draw
+) -> None:
+    """With staged pictures freed, the shard is packed anew from itself; scores are not computed again."""
+    pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(9)]), tmp_path / "rows.parquet")
+    recipe = recipe_for(tmp_path, keep_staged=False, score={"caption": {}, "image": {}})
+    assert job.build(recipe, progress=False)["counts"]["kept"] == 9
+    storage = Storage(recipe.dataset)
+    assert not [name for name in storage.names("staged") if name.endswith(".tar")]
+    jpeg, key, before = stored(storage, 5), key_of(storage, 5), tars(storage)
+    job.remove(storage.url, Blocklist(keys=listed(tmp_path, key)), progress=False)
+    assert gone(storage, 5, jpeg)
+    assert verify(storage) == []
+    assert sum(before[name] != sum_ for name, sum_ in tars(storage).items()) == 1
+    rows = ledger(storage)
+    assert rows[key]["caption_words"] is None
+    assert all(other["caption_words"] is not None for name, other in rows.items() if name != key)
+    shards = tars(storage)
+    assert job.build(recipe, progress=False)["counts"]["kept"] == 8
+    assert tars(storage) == shards
