@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo test check format clean bench-build bench-plan bench-rebuild bench-score bench-select
+.PHONY: demo test check format clean bench-build bench-dedup bench-plan bench-rebuild bench-score bench-select
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -25,6 +25,10 @@ bench-build: $(STAMP)
 
 bench-rebuild: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py
+
+bench-dedup: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/dedup.py
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py
