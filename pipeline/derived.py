@@ -1,6 +1,6 @@
 """What was made of a dataset's pictures, without the rows that were removed: caption layers and latents.
 
-    captions/**.parquet                              tables with a column `key`
+    captions/**.parquet                              tables with a column `key`, those of layers that are moving, too
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples
 
 Latents go by the place of a sample in its shard and by the shard's sum, which is known only once the shard is packed
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import numpy as np
@@ -30,15 +31,24 @@ _SUM, _KEYS = "shard_sha256", "keys"
 _LATENTS: Final = "latents"
 
 
-def scrub_derived(storage: Storage, keys: pa.Array, shards: Iterable[str]) -> None:
-    """Drop the rows of `keys`, of which these `shards` (as they are packed now) hold some. May be repeated."""
+def scrub_derived(storage: Storage, keys: pa.Array, shards: Collection[str], manifest: Manifest | None) -> None:
+    """Drop the rows of `keys`, of which these `shards` (as they are packed now) hold some. May be repeated.
+
+    Latents of shards that the manifest does not list as they were then may be anybody's: they go.
+    """
     for name in storage.names("captions"):
         if name.endswith(".parquet"):
             _scrub_table(storage, name, keys)
-    for shard in shards:
-        files = [name for name in storage.names(_LATENTS) if name.endswith(f"/{shard}.safetensors")]
-        for name in files:
-            _scrub_latents(storage, name, shard, keys)
+    sums = {entry.name: entry.sha256 for entry in (manifest.shards if manifest else [])}
+    for name in storage.names(_LATENTS):
+        path = PurePosixPath(name)
+        if path.suffix != ".safetensors" or _KEYS in (said := _said(storage, name)):
+            continue
+        if said.get(_SUM) != sums.get(path.stem, ""):
+            log.warning("%s is not of the shard as it is: removed, to be encoded again", name)
+            storage.delete(name)
+        elif path.stem in shards:
+            _scrub_latents(storage, name, path.stem, keys)
 
 
 def _scrub_table(storage: Storage, name: str, keys: pa.Array) -> None:
@@ -49,15 +59,8 @@ def _scrub_table(storage: Storage, name: str, keys: pa.Array) -> None:
 
 def _scrub_latents(storage: Storage, name: str, shard: str, keys: pa.Array) -> None:
     tensors, said = _read(storage.read(name))
-    if _KEYS in said:
-        return
-    table = f"shards/{shard}.parquet"
-    held = storage.read_table(table, ["key"])["key"].combine_chunks() if storage.exists(table) else pa.array([], "utf8")
-    rows = {len(tensor) for tensor in tensors.values()}
-    if rows != {len(held)}:
-        log.warning("%s is not of the shard as it is: removed, to be encoded again", name)
-        storage.delete(name)
-        return
+    held = storage.read_table(f"shards/{shard}.parquet", ["key"])["key"].combine_chunks()
+    assert {len(tensor) for tensor in tensors.values()} == {len(held)}, f"{name} is of other samples than its sum says"
     left = np.asarray(pc.invert(pc.is_in(held, keys)))
     if left.all():
         return
@@ -73,9 +76,9 @@ def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
         _, encoder, file = name.split("/")
         if not file.endswith(".safetensors"):
             continue
-        tensors, said = _read(storage.read(name))
-        if _KEYS not in said:
+        if _KEYS not in _said(storage, name):
             continue
+        tensors, said = _read(storage.read(name))
         entry = shards.get(file.removesuffix(".safetensors"))
         keys = storage.read_table(entry.table, ["key"])["key"].to_pylist() if entry else []
         if entry is None or fingerprint(keys) != said.pop(_KEYS):
@@ -86,6 +89,13 @@ def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
         job = Ingest(Recipe(dataset=storage.url), storage)
         job.name = f"latents-{encoder}"
         mark(job, f"{entry.name}-{entry.sha256[:12]}", {"samples": len(keys), "bytes": len(data)})
+
+
+def _said(storage: Storage, name: str) -> dict[str, str]:
+    """What a safetensors file says of itself, without reading its tensors."""
+    with storage.open(name) as file:
+        size = int.from_bytes(file.read(8), "little")
+        return dict(json.loads(file.read(size)).get("__metadata__", {}))
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:

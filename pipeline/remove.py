@@ -2,7 +2,8 @@
 
     find        which rows are asked for, and which others hold the very same file
     block       their keys, addresses and sums go on the dataset's blocklist (pipeline.blocklist)
-    scrub       plan tables, staged tables and tars, scores, captions, latents: rewritten where they hold one of them
+    scrub       plan tables, staged tables and tars, scores, captions, latents: rewritten where they hold one of them;
+                reports, and comparisons of captions, are dropped
     (select)    shards, ledger, indexes and manifest follow from what is staged: pipeline.job packs what has changed
     finish      latents are named after the new shards, the log gets its line
 
@@ -38,8 +39,9 @@ from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest
 from pipeline.local import scratch
 from pipeline.plan import read_plan
-from pipeline.records import KEPT, REMOVED
+from pipeline.records import REMOVED
 from pipeline.shards import Sample, read_manifest, sha256_of, write_tar
+from pipeline.shelf import clear
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.workers import Job
 
@@ -116,7 +118,7 @@ def resume(storage: Storage) -> Takedown | None:
         for job in _ingests(storage):
             for unit_id, facts in markers(job).items():
                 _scrub_staged(job, unit_id, facts, takedown)
-        scrub_derived(storage, takedown.keys, takedown.shards)
+        scrub_derived(storage, takedown.keys, takedown.shards, read_manifest(storage))
         _sweep(storage)
     return takedown
 
@@ -130,6 +132,7 @@ def finish(storage: Storage) -> None:
     if takedown is None:
         return
     settle_latents(storage, read_manifest(storage))
+    clear(storage)  # where packing was killed just before it did
     line = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "asked": takedown.asked,
@@ -194,14 +197,13 @@ def _note(storage: Storage, name: str, wanted: Blocklist, found: dict[str, dict[
 
 
 def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
-    """Key → shard of those that the dataset holds."""
+    """Key → shard of those that the dataset holds; by the shards, as there is no ledger while they are packed anew."""
     manifest, wanted = read_manifest(storage), pa.array(keys, pa.string())
     shards: dict[str, str] = {}
     if manifest is not None and len(wanted):
-        tables = ahead(lambda entry: storage.read_table(entry.table, ["key", "outcome", "shard"]), manifest.ledger)
-        for table in tables:
-            rows = table.filter(pc.and_(pc.is_in(table["key"], wanted), pc.equal(table["outcome"], KEPT)))
-            shards |= dict(zip(rows["key"].to_pylist(), rows["shard"].to_pylist(), strict=True))
+        tables = ahead(lambda entry: storage.read_table(entry.table, ["key"])["key"], manifest.shards)
+        for entry, held in zip(manifest.shards, tables, strict=True):
+            shards |= dict.fromkeys(held.filter(pc.is_in(held, wanted)).to_pylist(), entry.name)
     return shards
 
 
@@ -253,7 +255,7 @@ def _scrub_staged(job: Job, unit: str, facts: Mapping[str, Any], takedown: Taked
     data = parquet_bytes(scrubbed)
     name = f"staged/{unit}-{sha256_of(data)[:16]}.parquet"
     storage.write(name, data)
-    _carry_scores(storage, unit, facts["table"], name, hit)
+    _carry_scores(storage, unit, facts["table"], name, takedown.keys)
     reasons = Counter(reason for reason in scrubbed["reason"].to_pylist() if reason not in ("", REMOVED))
     other = {fact: value for fact, value in facts.items() if not fact.startswith("failed")}
     failed = {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
@@ -287,30 +289,35 @@ def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, spans: list[
     return pa.table(columns, schema=table.schema)
 
 
-def _carry_scores(storage: Storage, unit: str, before: str, after: str, hit: pa.ChunkedArray) -> None:
+def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:
     """Files of scores are named as the staged table that they belong to: they follow it, without what is said of the
-    rows that are hit."""
+    rows of `keys`. Those of what was staged earlier, which the next scoring looks at, stay where they are."""
     job = _named(storage, "score")
-    facts = markers(job).get(unit)
-    files = dict(facts["files"]) if facts and facts.get("table") == before else {}
-    rows = pa.array([None if removed else row for row, removed in enumerate(hit.to_pylist())], pa.int64())
+    facts = markers(job).get(unit, {})
+    files, follow = dict(facts.get("files", {})), facts.get("table") == before
     for scorer, name in files.items():
         table = storage.read_table(name)
+        hit = pc.is_in(table["key"], keys).to_pylist()
+        rows = pa.array([None if removed else row for row, removed in enumerate(hit)], pa.int64())
         blank = table.take(rows)
         columns = [pc.fill_null(blank[f.name], "") if not f.nullable else blank[f.name] for f in table.schema]
         columns[table.schema.get_field_index("key")] = table["key"]
-        files[scorer] = f"{name.rpartition('/')[0]}/{after.rpartition('/')[2]}"
+        if follow:
+            files[scorer] = f"{name.rpartition('/')[0]}/{after.rpartition('/')[2]}"
         storage.write_table(files[scorer], pa.table(columns, schema=table.schema))
-    if facts and files:
+    if follow:
         mark(job, unit, {**facts, "table": after, "files": files})
     storage.delete(*(name for name in storage.names("scores") if name.endswith(f"/{before.rpartition('/')[2]}")))
 
 
 def _sweep(storage: Storage) -> None:
-    """Remove staged files that no marker names, and reports: what they show may be what was removed."""
+    """Remove staged files that no marker names, and reports and comparisons: they may show what was removed."""
     named = {facts[kind] for job in _ingests(storage) for facts in markers(job).values() for kind in ("table", "tar")}
     storage.delete(*(name for name in storage.names("staged") if name not in named))
-    storage.delete(*(name for name in ("report.html", "samples.png")))
+    compared = [
+        name for name in storage.names("captions") if name.startswith("captions/diff-") and name.count("/") == 1
+    ]
+    storage.delete("report.html", "samples.png", *compared)
 
 
 def _drop_reasons(storage: Storage, addresses: list[str]) -> None:

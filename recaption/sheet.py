@@ -79,9 +79,8 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 def page_of(result: Mapping[str, Any], groups: Mapping[str, Sequence[Entry]]) -> str:
     """The comparison as one HTML file."""
     a, b = result["a"], result["b"]
-    made = page.Page(
-        f"{a['name']} against {b['name']}", f"On {result['pictures']:,} pictures, judged by {result['clip']}."
-    )
+    about = page.note(f"On {result['pictures']:,} pictures, judged by {result['clip']}.")
+    made = page.Page(f"{a['name']} against {b['name']}", about)
     made.section("How well the captions fit", *_fit(result))
     made.section("How they are written", *_written(a, b))
     made.section("What is wrong with them", _flags(a, b))
@@ -90,7 +89,7 @@ def page_of(result: Mapping[str, Any], groups: Mapping[str, Sequence[Entry]]) ->
     return made.html()
 
 
-def _fit(result: Mapping[str, Any]) -> list[str]:
+def _fit(result: Mapping[str, Any]) -> list[page.Html]:
     a, b = result["a"], result["b"]
     rows = [
         ["CLIP score, mean over sentences", a["clip_mean"], b["clip_mean"], _won(result["a_wins_by_mean"])],
@@ -111,7 +110,7 @@ def _won(wins: Mapping[str, float]) -> str:
     return f"{wins['rate']:.1%} ({wins['low']:.1%} to {wins['high']:.1%})"
 
 
-def _written(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def _written(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[page.Html]:
     rows = [
         *([f"words, {name}", a["words"][name], b["words"][name]] for name in ("mean", "p10", "p50", "p90")),
         ["entropy of the first three words, bits", *(side["openers"]["entropy_bits"] for side in (a, b))],
@@ -126,7 +125,7 @@ def _written(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [page.table(["", a["name"], b["name"]], rows), page.table(["", "commonest opener", "share"], commonest)]
 
 
-def _flags(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+def _flags(a: Mapping[str, Any], b: Mapping[str, Any]) -> page.Html:
     reasons = lint.reasons()
     rows = [
         [flag, *(f"{side['flags'].get(flag, 0):.1%}" for side in (a, b)), reasons.get(flag, "")]

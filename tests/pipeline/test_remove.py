@@ -65,7 +65,16 @@ def built(tmp_path_factory: pytest.TempPathFactory, ray_session: object, draw: D
     recipe = recipe_for(folder)
     assert job.build(recipe, progress=False)["counts"]["kept"] == ROWS - 1
     layers(Storage(recipe.dataset))
-    Storage(recipe.dataset).write("report.html", b"<p>words-05 of a person")
+    storage = Storage(recipe.dataset)
+    # What else is made of a dataset: a report, a comparison of layers, a layer that is moving, latents of a shard as it
+    # was once, and what is left on the shelf by packing that was killed at its very end.
+    for name in ("report.html", "samples.png", "captions/diff-a-b.html", "captions/diff-a-b.png", "shelf/0.tar"):
+        storage.write(name, b"<p>words-05 of a person")
+    moving = pa.table({"key": [key_of(storage, 5), key_of(storage, 6)], "raw": ["words-05", "words-06"]})
+    storage.write_table("captions/mine/aside/part.parquet", moving)
+    old = save({"latents": np.zeros((3, 1, 1, 1), np.float16)}, metadata={"shard_sha256": "0" * 64})
+    for shard in ("shard-000000", "shard-000099"):
+        storage.write(f"latents/old/{shard}.safetensors", old)
     return folder
 
 
@@ -146,6 +155,8 @@ def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder
     data = storage.read(f"latents/enc/{shard}.safetensors")
     assert load(data)["latents"].ravel().tolist() == [np.float16(int(key[:4], 16)) for key in keys]
     assert {entry.name: entry.sha256 for entry in dataset.manifest.shards}[shard].encode() in data[:400]
+    assert storage.read_table("captions/mine/aside/part.parquet")["raw"].to_pylist() == ["words-06"]
+    assert not [name for name in storage.names() if name.startswith(("latents/old/", "shelf/", "captions/diff-"))]
     # The log tells how much was removed, not what.
     (line,) = storage.read("removed/log.jsonl").splitlines()
     said = {name: value for name, value in json.loads(line).items() if name != "date"}
@@ -284,3 +295,11 @@ def test_scores_follow_and_freed_pictures_are_taken_from_the_shards(
     shards = tars(storage)
     assert job.build(recipe, progress=False)["counts"]["kept"] == 8
     assert tars(storage) == shards
+    # A shard that is no more leaves a gap in the numbers: the one after it is still packed from itself.
+    dataset = Dataset(storage)
+    first, middle, last = (dataset.table(name, ["key"])["key"].to_pylist() for name in dataset.shard_names)
+    job.remove(storage.url, Blocklist(keys=listed(tmp_path, *middle)), progress=False)
+    job.remove(storage.url, Blocklist(keys=listed(tmp_path, last[0])), progress=False)
+    assert verify(storage) == []
+    assert [row["key"] for row in ledger(storage).values() if row["outcome"] == "kept"] == [*first, *last[1:]]
+    assert job.build(recipe, retry="freed", progress=False)["retried"] == 0
