@@ -23,7 +23,7 @@ image: {size: 512, resize: keep_ratio, quality: 95, min_size: 64}
 select:                          # named SQL conditions over the ledger; each is one step of the funnel
   - {name: size, where: "least(original_width, original_height) >= 200"}
   - {name: caption, where: "length(caption) >= 5"}
-dedup: {exact: true, perceptual: 4}
+dedup: {exact: true, perceptual: 6}
 shards: {samples: 10000}
 
 # 2. capstan recaption recipe.yaml ---------------------------------------------------------------------------------

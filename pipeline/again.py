@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from pipeline.errors import RecipeError
-from pipeline.records import REASONS, is_reason
+from pipeline.records import REASONS, REMOVED, is_reason
 from pipeline.workers import Job, Unit
 
 ALL: Final = "failed"
@@ -40,7 +40,7 @@ def parse_reasons(text: str) -> list[str]:
 
 def matches(reason: str, reasons: Collection[str]) -> bool:
     """Whether a row with this reason ("" if it did not fail) is tried again."""
-    return bool(reason) and (ALL in reasons or reason in reasons)
+    return reason not in ("", REMOVED) and (ALL in reasons or reason in reasons)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands build, score, select, verify and report; and the options and the ending that all floors' commands share.
+"""The commands of this floor; and the options and the ending that all floors' commands share.
 
 stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
 """
@@ -62,6 +62,25 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         from pipeline.job import select as run
 
         finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
+
+    @app.command()
+    def remove(
+        dataset: DatasetArgument,
+        keys: Annotated[str | None, typer.Option("--keys", metavar="FILE", help="Keys, one a line.")] = None,
+        urls: Annotated[str | None, typer.Option("--urls", metavar="FILE", help="Addresses, one a line.")] = None,
+        domains: Annotated[
+            str | None, typer.Option("--domains", metavar="FILE", help="Domains, with all their subdomains.")
+        ] = None,
+        sha256: Annotated[
+            str | None, typer.Option("--sha256", metavar="FILE", help="SHA-256 sums of source files.")
+        ] = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Takedown: remove rows and all that was made of them, for good; only what holds them is rewritten."""
+        from pipeline.config import Blocklist
+        from pipeline.job import remove as run
+
+        finish(run(dataset, Blocklist(keys=keys, urls=urls, domains=domains, sha256=sha256)), as_json)
 
     @app.command()
     def verify(dataset: DatasetArgument, as_json: JsonOption = False) -> None:

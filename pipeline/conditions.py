@@ -21,14 +21,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.ahead import ahead
+from pipeline.blocklist import Blocklist, blocked
 from pipeline.config import Condition, Recipe
 from pipeline.errors import RecipeError
 from pipeline.ingest import STAGED_SCHEMA, Staged
+from pipeline.phash import read_colours
+from pipeline.records import REMOVED
 from pipeline.score import registry
 from pipeline.score.store import Columns, added, joined
 from pipeline.storage import Storage
 
-FAILED, PASSED = -1, 0  # a row's step; n > 0: it does not meet the n-th condition
+# A row's step; n > 0: it does not meet the n-th condition. A row that was kept when it was taken down still holds its
+# place: so its neighbours stay in their shards, and what repeats it stays out.
+PLACED, BLOCKED, FAILED, PASSED = -3, -2, -1, 0
+HELD_PLACE: Final = "kept"  # `detail` of such a row in its staged table
 
 _BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
 _DOMAIN: Final = "domain"
@@ -37,7 +43,7 @@ _DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:
 _BLOCK_ROWS: Final = 100_000
 _MEMORY_LIMIT: Final = "1GB"
 _ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
-_ALWAYS: Final = ["key", "reason", "original_width", "original_height", "sha256", "phash"]
+_ALWAYS: Final = ["key", "reason", "detail", "original_width", "original_height", "sha256", "phash"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Answers:
     sha256: npt.NDArray[np.bytes_]
     area: npt.NDArray[np.int64]
     phash: npt.NDArray[np.uint64]
+    colours: npt.NDArray[np.uint8] | None  # [n, phash.COLOUR_BYTES]; None: not asked for
     groups: dict[int, npt.NDArray[np.uint64]]
     ranks: dict[int, npt.NDArray[np.float64]]
 
@@ -78,9 +85,10 @@ def check_conditions(recipe: Recipe) -> None:
 
 def ask(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> Answers:
     """Answers about all rows of the units. Raises RecipeError for a condition that fails on one."""
-    columns = registry.columns(recipe)
+    columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
+    coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
     with _connect() as db:
-        question = _Question(db, recipe.select, columns)
+        question = _Question(db, recipe.select, columns, unwanted, coloured=coloured)
         blocks = list(ahead(lambda part: question.ask(storage, part), _blocks(units)))
     if not blocks:
         blocks = [question.nothing()]
@@ -88,6 +96,7 @@ def ask(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> Answers:
     whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
     return Answers(
         **whole,
+        colours=np.concatenate([block.colours for block in blocks if block.colours is not None]) if coloured else None,
         groups={number: np.concatenate([block.groups[number] for block in blocks]) for number in first.groups},
         ranks={number: np.concatenate([block.ranks[number] for block in blocks]) for number in first.ranks},
     )
@@ -108,10 +117,20 @@ def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:
 class _Question:
     """All that the recipe's conditions ask of a row, as one query."""
 
-    def __init__(self, db: duckdb.DuckDBPyConnection, conditions: Sequence[Condition], columns: Columns) -> None:
+    def __init__(
+        self,
+        db: duckdb.DuckDBPyConnection,
+        conditions: Sequence[Condition],
+        columns: Columns,
+        unwanted: Blocklist,
+        *,
+        coloured: bool,
+    ) -> None:
         self._db, self._conditions, self._columns = db, conditions, columns
+        self._unwanted, self._coloured = unwanted, coloured
         cases, self._groups, self._ranks = "", list[int](), list[int]()
-        asked = [f"CASE WHEN reason <> '' THEN {FAILED}"]
+        taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {PLACED}, {BLOCKED})"
+        asked = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
         for number, condition in enumerate(conditions, 1):
             if condition.where is not None:
                 cases += f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
@@ -136,7 +155,8 @@ class _Question:
             for name in node.get("column_names", ())
         }
         known = [*_BASE, *(field.name for field in added(self._columns))]
-        return {name for name in known if name in named} | ({"url"} if _DOMAIN in named else set())
+        needed = {"url"} if _DOMAIN in named or self._unwanted else set()
+        return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
     def ask(self, storage: Storage, units: Sequence[Staged]) -> Answers:
         return self._answers(pa.concat_tables([self._read(storage, unit) for unit in units]))
@@ -154,12 +174,17 @@ class _Question:
     def _answers(self, rows: pa.Table) -> Answers:
         found = self._found(rows)
         size = rows["original_width"].to_numpy().astype(np.int64)
+        step = found["step"].to_numpy()
+        if self._unwanted:
+            hits = self._unwanted.hits(*(rows[name].to_pylist() for name in ("key", "url", "sha256")))
+            step = np.where(np.array(hits, bool) & (step >= FAILED), np.int16(BLOCKED), step)
         return Answers(
-            found["step"].to_numpy(),
+            step,
             raw_digits(rows["key"], 16),
             raw_digits(rows["sha256"], 32),
             size * rows["original_height"].to_numpy(),
             rows["phash"].to_numpy(),
+            read_colours(rows["colours"]) if self._coloured else None,
             {number: found[f"group_{number}"].to_numpy() for number in self._groups},
             {number: found[f"rank_{number}"].to_numpy() for number in self._ranks},
         )

@@ -175,7 +175,19 @@ class Condition(Section):
 
 class Dedup(Section):
     exact: bool = True
-    perceptual: Annotated[int, Field(ge=0, le=16)] | None = 4  # Hamming distance of 64-bit pHash; null: off
+    perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
+    colours: Annotated[int, Field(ge=0, le=255)] | None = 5  # how far those of near pictures may differ; null: any
+    semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
+    decontaminate: str | list[str] | None = None  # evaluation pictures: a folder, tars or tables; what is near goes
+
+
+class Blocklist(Section):
+    """Files of lines: what they name is not fetched and not kept."""
+
+    keys: str | None = None
+    urls: str | None = None
+    domains: str | None = None  # with all their subdomains
+    sha256: str | None = None  # of source files
 
 
 class Shards(Section):
@@ -204,6 +216,7 @@ class Recipe(Section):
     score: Score = Score()
     select: list[Condition] = []
     dedup: Dedup = Dedup()
+    blocklist: Blocklist = Blocklist()
     keep_staged: bool = True  # false: staged pictures are removed once they are packed
     shards: Shards = Shards()
     unit: Unit = Unit()
@@ -216,6 +229,8 @@ class Recipe(Section):
         names = [condition.name for condition in self.select]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"select names a condition twice: {', '.join(sorted(twice))}")
+        if "removed" in names:
+            raise ValueError("select names a condition removed, which is the reason of rows that are blocked")
         return self
 
 

@@ -37,7 +37,7 @@ from PIL import (
 from pipeline import config, formats, jpeg
 from pipeline.colour import is_srgb, to_srgb
 from pipeline.formats import Unreadable
-from pipeline.phash import phash
+from pipeline.phash import colours, phash
 
 _LARGEST_SIDE: Final = 65_500  # pixels; what JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
 _HASHED_SIDE: Final = 64  # a picture stored as it is need not be decoded larger than this for its phash
@@ -74,6 +74,7 @@ class Picture:
     sha256: str
     crop_left: int = 0
     crop_top: int = 0
+    colours: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ def _decode_jpeg(data: bytes, image: config.Image) -> Picture:
         cut = "premature end" in str(error).lower() or not jpeg.has_end(data)
         raise Unreadable("truncated" if cut else "corrupt", str(error)) from None
     if as_it_is:
-        return _picture(jpeg.strip(data), phash(pixels), data, layout)
+        return _picture(jpeg.strip(data), pixels, data, layout)
     shown = _turn(_resize(pixels, size), orientation)
     return _encode(_jpeg_rgb(shown, colours, header.icc), data, layout, image)
 
@@ -359,9 +360,9 @@ def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Imag
             pixels = pixels[top : top + height, left : left + width]
     pixels = np.ascontiguousarray(pixels)
     encoded = simplejpeg.encode_jpeg(pixels, image.quality, "RGB", "420")
-    return _picture(encoded, phash(pixels), data, layout)
+    return _picture(encoded, pixels, data, layout)
 
 
-def _picture(encoded: bytes, fingerprint: int, data: bytes, layout: _Layout) -> Picture:
+def _picture(encoded: bytes, pixels: np.ndarray, data: bytes, layout: _Layout) -> Picture:
     digest = hashlib.sha256(data).hexdigest()
-    return Picture(encoded, *layout.out, *layout.source, fingerprint, digest, *layout.offset)
+    return Picture(encoded, *layout.out, *layout.source, phash(pixels), digest, *layout.offset, colours(pixels))

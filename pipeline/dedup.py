@@ -3,111 +3,365 @@
 Rows are looked at in one order of precedence: earlier batch first (what is packed stays), then the larger picture, then
 the smaller key. A row is a duplicate if a kept row before it is the same, or lies within the distance. So the outcome
 depends on the rows alone, and new rows never unseat old ones.
+
+Two pictures are near if their perceptual hashes differ in at most `distance` bits and, where that is asked for, their
+colours by at most a tolerance, once the one's brightness and contrast are made the other's: the hash sees no colour,
+and shapes only as far as 64 bits go.
+
+Hashes are compared only where they agree on some of their bits (Norouzi et al., Fast Exact Search in Hamming Space with
+Multi-Index Hashing, 2014; here by sorting, which numpy does with vector instructions and without Python's lock). If
+they can differ in 4 bits of 6 bands, they agree on 2 bands: 15 sorts of 10 million hashes, each by 21 bits, leave 5
+candidates a hash. Where many hashes lie close together (a template with other words in it) their pairs are too many to
+be listed, so rows are cut in halves: what is near a kept row of the first half is gone before the second half is
+compared with itself.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-HASH_BITS = 64
-_CHUNK = 1 << 20  # pairs looked at together
+HASH_BITS: Final = 64
+NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED = range(5)
+REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated")
+
+MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one go; beyond that rows are cut in halves
+MAX_PAIRS = 1 << 23  # near pairs held at once
+MAX_GAIN: Final = 1.2  # of contrast, between pictures that are near
+MAX_OFFSET: Final = 30  # of brightness, levels of 256
+_FEW = 1024  # rows that are never cut
+_CHUNK = 1 << 16  # rows compared together: what is read again stays in the cache
 
 Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
+Pairs = tuple[Ints, Ints]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """For each of n rows: the index of the kept row that it repeats, or -1; `exact` where the files are the same."""
+    """For each of n rows: the index of the kept row that it repeats, or -1; and in which way (EXACT, …; NONE)."""
 
     kept: Ints  # [n]
-    exact: npt.NDArray[np.bool_]  # [n]
+    kind: npt.NDArray[np.int8]  # [n]
+
+    @property
+    def exact(self) -> npt.NDArray[np.bool_]:
+        """Where the files are the same."""
+        return self.kind == EXACT
 
 
-def precedence(batch: Ints, area: Ints, key: npt.NDArray) -> Ints:
-    """Row indices [n], the one that stays first. `area` in pixels, of the source."""
-    return np.lexsort((key, -area, batch))
+def precedence(batch: Ints, area: Ints, key: npt.NDArray[np.bytes_] | None = None) -> Ints:
+    """Row indices [n], the one that stays first. `area` in pixels, of the source. Without `key` rows of a batch must
+    stand in the order of their keys."""
+    by = (-area, batch)
+    return np.lexsort(by if key is None else (key, *by))
 
 
 def find_duplicates(
-    order: Ints, sha256: npt.NDArray[np.bytes_], phash: npt.NDArray[np.uint64], *, exact: bool, distance: int | None
+    order: Ints,
+    sha256: npt.NDArray[np.bytes_] | Words,
+    phash: Words,
+    *,
+    exact: bool,
+    distance: int | None,
+    colours: Bytes | None = None,
+    tolerance: int = 0,
 ) -> Duplicates:
-    """Which of n rows repeat another. `order` is their precedence; `distance` in bits of `phash`, None: don't look."""
+    """Which of n rows repeat another. `order` is their precedence; `sha256` is text, or words [n, w]; `distance` in
+    bits of `phash`, None: don't look. `colours` [n, bytes], if given, must then agree too, within `tolerance`."""
     n = len(order)
     kept = np.full(n, -1, np.int64)
     if exact:
-        first = _first_equal(sha256[order])
-        kept[order] = np.where(first < np.arange(n), order[first], -1)
-    same_file = kept >= 0
+        first = first_equal(as_words(sha256).T, order)
+        kept = np.where(first != np.arange(n), first, -1)
+    kind = np.where(kept >= 0, EXACT, NONE).astype(np.int8)
     if distance is not None:
-        left = order[~same_file[order]]
-        near = _near(phash[left], distance)
-        kept[left] = np.where(near >= 0, left[near], -1)
-        # What repeats a file exactly repeats whatever that file was found to repeat.
-        root = kept[kept[same_file]]
-        kept[same_file] = np.where(root >= 0, root, kept[same_file])
-    return Duplicates(kept, same_file)
+        left = order[kept[order] < 0]
+        near = _near(_Prints(phash, colours, distance, tolerance).take(left))
+        settle(kept, kind, left, near, PERCEPTUAL)
+    return Duplicates(kept, kind)
 
 
-def _first_equal(values: npt.NDArray) -> Ints:
-    """For each value the index of the first that equals it."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    return np.asarray(first[inverse.reshape(-1)], np.int64)
+def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int) -> None:
+    """Enter that row left[i] repeats left[near[i]] (-1: none). What repeated a row that is kept no more repeats what
+    that one was found to repeat."""
+    before = np.flatnonzero(kept >= 0)
+    kept[left] = np.where(near >= 0, left[near], -1)
+    kind[left[near >= 0]] = reason
+    root = kept[kept[before]]
+    kept[before] = np.where(root >= 0, root, kept[before])
 
 
-def _near(phash: npt.NDArray[np.uint64], distance: int) -> Ints:
-    """For each hash, in order of precedence, the first kept one within `distance` bits; -1 for those kept.
+def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
+    """Text of one width as 64-bit words [n, w]; words are left as they are."""
+    if values.dtype.kind != "S":
+        return cast(Words, values)
+    width = -(-max(values.dtype.itemsize, 1) // 8) * 8
+    return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), width // 8)
 
-    Equal hashes share their fate, so only the first of each is compared.
+
+def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
+    """For each of n rows of `columns`, each [n], the row that equals it and comes first in `order`.
+
+    One fast sort of a mixture of the words, and then a comparison of all of them: the mixture decides nothing."""
+    n = len(order)
+    if not n:
+        return np.zeros(0, np.int64)
+    rank = np.empty(n, np.int64)
+    rank[order] = np.arange(n)
+    mixed = np.zeros(n, np.uint64)
+    for column in columns:
+        mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ column
+    by = np.argsort(mixed)
+    mixed = mixed[by]
+    starts = np.flatnonzero(np.concatenate([[True], mixed[1:] != mixed[:-1]]))
+    least = np.minimum.reduceat(rank[by], starts)
+    first = np.empty(n, np.int64)
+    first[by] = np.repeat(order[least], np.diff(starts, append=n))
+    (repeats,) = np.nonzero(first != np.arange(n))
+    if not all((column[first[repeats]] == column[repeats]).all() for column in columns):
+        _, inverse = np.unique(np.stack([*columns], axis=1), axis=0, return_inverse=True)
+        return first_equal([inverse.astype(np.uint64).reshape(-1)], order)
+    return first
+
+
+# Near duplicates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Prints:
+    """What is compared of n rows, in order of precedence, and how."""
+
+    phash: Words  # [n]
+    colours: Bytes | None  # [n, bytes]
+    distance: int
+    tolerance: int
+
+    def __len__(self) -> int:
+        return len(self.phash)
+
+    def take(self, rows: Ints | slice) -> _Prints:
+        colours = None if self.colours is None else self.colours[rows]
+        return _Prints(self.phash[rows], colours, self.distance, self.tolerance)
+
+    def agree(self, rows: Ints, later: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the colours of rows[i] and of the later others[i] do."""
+        if self.colours is None or later.colours is None:
+            return np.ones(len(rows), bool)
+        return colours_agree(self.colours[rows], later.colours[others], self.tolerance)
+
+
+def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
+    """Whether the levels a[i] and b[i], [n, levels], differ by at most `tolerance` anywhere, once a[i] is made as
+    bright and as full of contrast as b[i], within what a picture goes through that is saved again."""
+    one, other = a.astype(np.float32), b.astype(np.float32)
+    mean, other_mean = one.mean(axis=1, keepdims=True), other.mean(axis=1, keepdims=True)
+    one, other = one - mean, other - other_mean
+    gain = (one * other).sum(axis=1) / np.maximum((one * one).sum(axis=1), 1.0)
+    gain = gain.clip(1 / MAX_GAIN, MAX_GAIN)[:, None]
+    left = np.abs(one * gain - other).max(axis=1)
+    return np.asarray((left <= tolerance) & (np.abs(mean - other_mean)[:, 0] <= MAX_OFFSET))
+
+
+def near_reference(
+    reference: tuple[Words, Bytes | None], phash: Words, colours: Bytes | None, distance: int, tolerance: int
+) -> Ints:
+    """For each row the first of the `reference` (hashes, colours) that it is near to, or -1."""
+    return _first_near(_Prints(*reference, distance, tolerance), _Prints(phash, colours, distance, tolerance))
+
+
+def _near(prints: _Prints) -> Ints:
+    """For each row, in order of precedence, the first kept one near it; -1 for those kept.
+
+    Rows with the same hash and colours share their fate, so only the first of each is compared.
     """
-    first = _first_equal(phash)
-    (unique,) = np.nonzero(first == np.arange(len(phash)))
-    near_unique = np.full(len(unique), -1, np.int64)
-    earlier, later = close_pairs(phash[unique], distance)
-    for before, after in zip(earlier.tolist(), later.tolist(), strict=True):  # sorted by `after`, then `before`
-        if near_unique[after] < 0 and near_unique[before] < 0:
-            near_unique[after] = before
-    fate = np.full(len(phash), -1, np.int64)
-    fate[unique] = np.where(near_unique >= 0, unique[near_unique], -1)
-    repeats = first < np.arange(len(phash))
+    n = len(prints)
+    columns = [prints.phash]
+    if prints.colours is not None:
+        columns += list(np.ascontiguousarray(prints.colours).view(np.uint64).T)
+    first = first_equal(columns, np.arange(n))
+    (unique,) = np.nonzero(first == np.arange(n))
+    found = _first_kept(prints.take(unique))
+    fate = np.full(n, -1, np.int64)
+    fate[unique] = np.where(found >= 0, unique[found], -1)
+    (repeats,) = np.nonzero(first != np.arange(n))
     fate[repeats] = np.where(fate[first[repeats]] >= 0, fate[first[repeats]], first[repeats])
     return fate
 
 
-def close_pairs(phash: npt.NDArray[np.uint64], distance: int) -> tuple[Ints, Ints]:
-    """All pairs (i < j) of distinct hashes at most `distance` bits apart, sorted by j, then i.
+def _first_kept(prints: _Prints) -> Ints:
+    """For each row the first kept one near it; -1 for those kept."""
+    pairs = _pairs(prints, few=len(prints) <= _FEW)
+    if pairs is not None:
+        return _greedy(len(prints), *pairs)
+    half = len(prints) // 2
+    near = np.full(len(prints), -1, np.int64)
+    near[:half] = _first_kept(prints.take(slice(0, half)))
+    (kept,) = np.nonzero(near[:half] < 0)
+    found = _first_near(prints.take(kept), prints.take(slice(half, None)))
+    near[half:] = np.where(found >= 0, kept[found], -1)
+    left = half + np.flatnonzero(found < 0)
+    found = _first_kept(prints.take(left))
+    near[left] = np.where(found >= 0, left[found], -1)
+    return near
 
-    Exact, by pigeonholes: cut into distance + 1 bands, two such hashes agree on a band at least. Sorted by a band, each
-    hash is compared with the next one, the one after, ... of its own band.
-    """
-    n = len(phash)
-    codes = np.empty(0, np.int64)
-    for shift, width in _bands(distance + 1):
-        band = (phash >> np.uint64(shift)) & np.uint64((1 << width) - 1)
-        order = np.argsort(band, kind="stable")
-        sorted_band, sorted_hash = band[order], phash[order]
-        starts = np.arange(n, dtype=np.int64)
-        step = 1
-        while len(starts := starts[starts + step < n]):
-            starts = starts[sorted_band[starts] == sorted_band[starts + step]]
-            for chunk in np.array_split(starts, len(starts) // _CHUNK + 1):
-                apart = np.bitwise_count(sorted_hash[chunk] ^ sorted_hash[chunk + step])
-                hits = chunk[apart <= distance]
-                a, b = order[hits], order[hits + step]
-                codes = np.concatenate([codes, np.maximum(a, b) * n + np.minimum(a, b)])
+
+def _greedy(n: int, earlier: Ints, later: Ints) -> Ints:
+    """Near pairs, sorted by the later row, then the earlier → for each of n rows the first kept one near it, or -1."""
+    near = [-1] * n if len(later) else []
+    for start in range(0, len(later), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        for before, after in zip(earlier[part].tolist(), later[part].tolist(), strict=True):
+            if near[after] < 0 and near[before] < 0:
+                near[after] = before
+    return np.array(near, np.int64) if len(later) else np.full(n, -1, np.int64)
+
+
+def close_pairs(phash: Words, distance: int) -> Pairs:
+    """All pairs (i < j) of hashes at most `distance` bits apart, sorted by j, then i."""
+    pairs = _pairs(_Prints(phash, None, distance, 0), few=True)
+    assert pairs is not None
+    return pairs
+
+
+class _TooManyError(Exception):
+    """The pairs cannot be listed in reasonable time or memory."""
+
+
+def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
+    """All near pairs (i < j), sorted by j, then i; None if they or their candidates are too many, unless `few`."""
+    masks = _masks(len(prints), prints.distance)
+    limit = None if few else MAX_CANDIDATES // len(masks)
+
+    def of_mask(number: int) -> Ints:
+        codes, count = [np.empty(0, np.int64)], 0
+        for a, b in _agreeing(prints, masks, number, limit):
+            count += len(a)
+            if not few and count > MAX_PAIRS:
+                raise _TooManyError
+            codes.append(b * len(prints) + a)
+        return np.concatenate(codes)
+
+    try:
+        codes = np.sort(np.concatenate(list(_in_threads(of_mask, range(len(masks))))))
+    except _TooManyError:
+        return None
+    if not few and len(codes) > MAX_PAIRS:
+        return None
+    return codes % max(len(prints), 1), codes // max(len(prints), 1)
+
+
+def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None) -> Iterator[Pairs]:
+    """Near pairs (i < j) whose hashes agree on the bits of one mask, and on none before it. Raises _TooManyError for
+    more than `limit` candidates."""
+    mask, distance = np.uint64(masks[number]), prints.distance
+    order = np.argsort(prints.phash & mask)
+    hashes = prints.phash[order]
+    if limit is not None:
+        bounds = np.flatnonzero(np.diff(hashes & mask)) + 1
+        sizes = np.diff(np.concatenate([[0], bounds, [len(hashes)]]))
+        if int((sizes * (sizes - 1) // 2).sum()) > limit:
+            raise _TooManyError
+    for start in range(0, len(hashes), _CHUNK):
+        # Each row with the next one, the one after, … as long as they agree.
+        rows, step = np.arange(start, min(start + _CHUNK, len(hashes))), 0
+        while True:
             step += 1
-    codes = np.unique(codes)
-    return codes % max(n, 1), codes // max(n, 1)
+            rows = rows[: np.searchsorted(rows, len(hashes) - step)]
+            apart = _apart(hashes, rows, step)
+            same = (apart & mask) == 0
+            close = np.flatnonzero(same & (np.bitwise_count(apart) <= distance))
+            if len(close):
+                apart, hits = apart[close], rows[close]
+                first = np.ones(len(close), bool)
+                for earlier in masks[:number]:
+                    first &= (apart & np.uint64(earlier)) != 0
+                one, other = order[hits[first]], order[hits[first] + step]
+                a, b = np.minimum(one, other), np.maximum(one, other)
+                agree = prints.agree(a, prints, b)
+                yield a[agree], b[agree]
+            going_on = np.count_nonzero(same)
+            if not going_on:
+                break
+            if going_on < len(rows) - len(rows) // 4:
+                rows = rows[same]
 
 
-def _bands(count: int) -> list[tuple[int, int]]:
-    """(shift, width) of `count` bands that cover the 64 bits as evenly as can be.
+def _apart(hashes: Words, rows: Ints, step: int) -> Words:
+    """hashes[rows] ^ hashes[rows + step]; where rows follow each other without gathering them."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        return hashes[low:high] ^ hashes[low + step : high + step]
+    return hashes[rows] ^ hashes[rows + step]
 
-    >>> _bands(5)
-    [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]
+
+def _first_near(kept: _Prints, rows: _Prints) -> Ints:
+    """For each of `rows` the first of `kept` that it is near to, or -1."""
+    masks = _masks(max(len(kept), len(rows)), rows.distance)
+    nobody = len(kept)
+
+    def of_mask(number: int) -> Ints:
+        mask = np.uint64(masks[number])
+        best = np.full(len(rows), nobody, np.int64)
+        by, order = np.argsort(kept.phash & mask), np.argsort(rows.phash & mask)
+        hashes = kept.phash[by]
+        keys = hashes & mask
+        for start in range(0, len(order), _CHUNK):
+            at = order[start : start + _CHUNK]
+            own = rows.phash[at]
+            low, high = (np.searchsorted(keys, own & mask, side) for side in ("left", "right"))
+            while len(at):
+                more = low < high
+                at, own, low, high = at[more], own[more], low[more], high[more]
+                close = np.flatnonzero(np.bitwise_count(own ^ hashes[low]) <= rows.distance)
+                hit, found = at[close], by[low[close]]
+                agree = kept.agree(found, rows, hit)
+                np.minimum.at(best, hit[agree], found[agree])
+                low = low + 1
+        return best
+
+    best = np.full(len(rows), nobody, np.int64)
+    for found in _in_threads(of_mask, range(len(masks))):
+        np.minimum(best, found, out=best)
+    return np.where(best < nobody, best, -1)
+
+
+def _in_threads(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+    """numpy sorts and compares without holding Python's lock. At most one result a thread waits to be taken."""
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        rest = iter(items)
+        while some := list(itertools.islice(rest, threads)):
+            yield from pool.map(work, some)
+
+
+def _masks(n: int, distance: int) -> list[int]:
+    """Sets of bits, as masks, such that two hashes at most `distance` bits apart agree on all bits of one set at least.
+
+    Of `count` bands `distance` can differ, so some count - distance agree. The more bands, the more sets, and the fewer
+    of n hashes agree by chance: the count that costs least is taken. One empty set (all pairs) if n is small.
+
+    >>> len(_masks(100, 4)), len(_masks(100_000, 4)), len(_masks(10_000_000, 4))
+    (1, 5, 15)
     """
-    edges = [HASH_BITS * band // count + (HASH_BITS * band % count > 0) for band in range(count + 1)]
-    return [(low, high - low) for low, high in itertools.pairwise(edges)]
+    counts = range(distance + 1, min(distance + 6, HASH_BITS) + 1)
+    best = min([distance, *counts], key=lambda count: _cost(n, distance, count))
+    bands = [sum(1 << bit for bit in range(band, HASH_BITS, best)) for band in range(best)]
+    return [sum(chosen) for chosen in itertools.combinations(bands, best - distance)]
+
+
+def _cost(n: int, distance: int, count: int) -> float:
+    """About how many nanoseconds comparing n random hashes takes with `count` bands."""
+    sets = math.comb(count, distance)
+    bits = HASH_BITS * (count - distance) / count if count else 0
+    return sets * (200_000 + 100 * n + 3 * n * n / 2 ** (bits + 1))

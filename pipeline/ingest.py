@@ -25,13 +25,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.again import matches
+from pipeline.blocklist import blocked, is_removed
 from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, check_hash, decode
 from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
 from pipeline.local import scratch
 from pipeline.plan import PlannedUnit
-from pipeline.records import MEASURED
+from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED
 from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
 from pipeline.sources.pictures import Span, read_pictures
@@ -40,8 +41,8 @@ from pipeline.units import Job, Piece, Unit, report
 
 log = logging.getLogger(__name__)
 
-# `reason` is "" for a row whose picture is staged; `offset` and `size` locate its JPEG in the staged tar (0 where it
-# was freed since).
+# `reason` is "" for a row whose picture is staged, REMOVED for one that is blocked or was taken down, else why it
+# failed. `offset` and `size` locate its JPEG in the staged tar (0 where it was freed since).
 STAGED_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -84,7 +85,7 @@ class Ingest(Job):
 
     def __init__(self, recipe: Recipe, storage: Storage, resolve: Mapping[str, str] | None = None) -> None:
         self.recipe, self.storage, self.resolve = recipe, storage, dict(resolve or {})
-        self.name = f"ingest-{fingerprint(recipe.image)}"
+        self.name = f"ingest-{fingerprint([FORMAT_VERSION, recipe.image.model_dump(mode='json')])}"
 
     @staticmethod
     def units(planned: Iterable[PlannedUnit]) -> list[Unit]:
@@ -111,7 +112,7 @@ class Ingest(Job):
         self.storage.write(table_name, data)
         counts = _counts(outcomes)
         mark: Piece = {"table": table_name, "tar": tar_name, "rows": len(rows), **counts}
-        mark |= {"freed": True} if len(places) + counts["failed"] < len(rows) else {}
+        mark |= {"freed": True} if len(places) + sum(bool(found["reason"]) for found in outcomes) < len(rows) else {}
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
@@ -144,11 +145,14 @@ class Ingest(Job):
     def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
         """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
         outcomes: list[Outcome] = [{}] * len(rows)
+        unwanted = blocked(self.recipe, self.storage)
         for index, data in self._bytes(rows):
             result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
-            if isinstance(result, Picture):
+            if isinstance(result, Picture) and result.sha256 not in unwanted.sha256:
                 spool.add(index, result.jpeg)
                 outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)
+            elif isinstance(result, Picture):
+                outcomes[index] = _failed(REMOVED, "")
             else:
                 outcomes[index] = _failed(result.reason, result.detail)
             _report(outcomes[index])
@@ -165,7 +169,9 @@ class Ingest(Job):
     def _found(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
         spans, remote = [], []
         for index, row in enumerate(rows):
-            if row["image"] is not None:
+            if is_removed(row):
+                yield index, Failure(REMOVED)
+            elif row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:
                 remote.append(index)
@@ -264,13 +270,13 @@ def _table(
 
 
 def _counts(outcomes: list[Outcome]) -> dict[str, int]:
-    reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["reason"])
+    reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["reason"] not in ("", REMOVED))
     return {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
 
 
 def _report(outcome: Outcome) -> None:
     counts = {"samples": 1, "bytes": outcome["bytes"]}
-    if outcome["reason"]:
+    if outcome["reason"] not in ("", REMOVED):
         counts[f"failed.{outcome['reason']}"] = 1
     report(counts)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from pipeline.again import FREED, Round, begin, end, parse_reasons
 from pipeline.conditions import check_conditions
-from pipeline.config import Recipe, WorldSource, fingerprint
+from pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
 from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
+from pipeline.remove import finish, recipe_of, resume, take_down
 from pipeline.runs import note_run
 from pipeline.score import registry
 from pipeline.score.job import as_scored
@@ -46,6 +47,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     storage.check_writable()
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
+    resume(storage)
     planned = plan(recipe, storage, progress=progress)
     clock.lap("plan")
     job = Ingest(recipe, storage)
@@ -58,7 +60,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
     retried = end(job)
     ready = _staged(job, planned, summary.quarantined)
-    if retried or summary.done or not _is_current(read_manifest(storage), recipe, ready):
+    if retried or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
@@ -85,6 +87,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     scorers = registry.scorers(recipe)
     if not scorers:
         raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
+    resume(storage)
     units = _found(recipe, storage)
     return {**_publish(recipe, storage, units, scorers, clock, progress), "seconds": clock.laps}
 
@@ -98,6 +101,8 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
+    if not dry_run:
+        resume(storage)
     units = as_scored(recipe, storage, scorers, _found(recipe, storage))
     if dry_run:
         decisions = decide(recipe, storage, units)
@@ -110,6 +115,23 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     return {**published, "seconds": clock.laps}
 
 
+def remove(
+    dataset: str, lists: Blocklist, options: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
+    killed is completed by any later `remove`, `select`, `score` or `build`."""
+    storage = Storage(dataset, options, field="DATASET")
+    takedown = take_down(storage, lists)
+    recipe = recipe_of(storage)
+    counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
+    summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
+    if recipe is None:
+        finish(storage)
+        return summary
+    published = select(recipe, progress=progress)
+    return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
+
+
 def _publish(
     recipe: Recipe, storage: Storage, units: list[Staged], scorers: list[Scorer], clock: _Clock, progress: bool
 ) -> dict[str, Any]:
@@ -120,7 +142,7 @@ def _publish(
         units, scored = run_scorers(recipe, storage, scorers, units, packed=packed, progress=progress)
         bad |= scored.quarantined
         clock.lap("score")
-    if manifest is None or not _is_current(manifest, recipe, units):
+    if manifest is None or not _is_current(manifest, recipe, storage, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
         manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
@@ -128,6 +150,8 @@ def _publish(
         clock.lap("pack")
     elif not recipe.keep_staged:
         free(storage, units)
+    if manifest.complete:
+        finish(storage)
     return {
         "dataset": recipe.dataset,
         "counts": manifest.counts,
@@ -156,11 +180,11 @@ def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) ->
     return found
 
 
-def _is_current(manifest: Manifest | None, recipe: Recipe, units: list[Staged]) -> bool:
+def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: list[Staged]) -> bool:
     if manifest is None:
         return False
     same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
-    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, units)
+    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, storage, units)
 
 
 def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.blocklist import blocked
 from pipeline.commits import mark
 from pipeline.config import Recipe, fingerprint
 from pipeline.energon import tar_index
@@ -29,6 +30,7 @@ from pipeline.indexes import hide_indexes, write_indexes
 from pipeline.ingest import Staged
 from pipeline.local import scratch
 from pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
+from pipeline.repeats import evaluation_signature
 from pipeline.score import registry
 from pipeline.score.scorer import Scorer
 from pipeline.score.store import added, joined, pins
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 _ROW = "row"  # a row's place in its unit
 
 # The recipe's sections that decide what is in a dataset.
-_SECTIONS = {"source", "fetch", "image", "score", "select", "dedup", "shards", "unit"}
+_SECTIONS = {"source", "fetch", "image", "score", "select", "dedup", "blocklist", "shards", "unit"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,13 @@ def ledger_entry_name(unit: str) -> str:
     return f"ledger/unit-{unit}.parquet"
 
 
-def selection_of(recipe: Recipe, units: Sequence[Staged]) -> str:
+def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
     """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
-    return fingerprint([FORMAT_VERSION, settings, [[unit.table, *dict(unit.scores).values()] for unit in units]])
+    outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
+    return fingerprint(
+        [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
+    )
 
 
 def content_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def pack(
     listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
     manifest = manifest.model_copy(
         update={
-            "selection": selection_of(recipe, decisions.units),
+            "selection": selection_of(recipe, storage, decisions.units),
             "complete": not summary.quarantined,
             "counts": decisions.counts,
             "funnel": decisions.funnel,
@@ -244,10 +249,12 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
     """One unit a shard; its id has the hash of all that decides its tar's bytes. `scores` changes with anything else
     that its table says."""
     order = np.argsort(decisions.shard, kind="stable")
-    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.counts["shards"] + 1))
+    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units = []
     for number, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = order[first:last]
+        if not len(rows):  # all that it held was taken down
+            continue
         image = recipe.image.model_dump(mode="json")
         content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
         segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)

@@ -1,9 +1,17 @@
-"""Pixels → a 64-bit perceptual hash: near duplicates differ in few bits."""
+"""Pixels → a 64-bit perceptual hash, of which near duplicates differ in few bits; and colours, which it cannot see."""
 
 from __future__ import annotations
 
+import base64
+from typing import Final
+
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+COLOUR_CELLS: Final = 4  # cells of the colour signature, each way
+COLOUR_BYTES: Final = 3 * COLOUR_CELLS**2
 
 
 def phash(rgb: np.ndarray) -> int:
@@ -13,12 +21,34 @@ def phash(rgb: np.ndarray) -> int:
     row and column; a bit says whether a coefficient exceeds their median. A flat picture hashes to 0.
     """
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    factor = min(grey.shape) // 64
-    if factor > 1:  # by a whole number first: OpenCV averages whole blocks several times faster
-        height, width = grey.shape[0] // factor, grey.shape[1] // factor
-        whole = grey[: height * factor, : width * factor]
-        grey = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
-    luma = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
+    luma = cv2.resize(_smaller(grey), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
     low = cv2.dct(luma - luma.mean())[1:9, 1:9]  # mean first: a flat picture then gives exact zeros, not rounding noise
     ordered = np.sort(low, axis=None)  # np.median would take longer than the transform
     return int.from_bytes(np.packbits(low > (ordered[31] + ordered[32]) / 2).tobytes(), "big")
+
+
+def colours(rgb: np.ndarray) -> str:
+    """The mean colour of each of 4 × 4 cells of uint8 [H, W, 3], row by row: 48 bytes, in base64."""
+    cells = cv2.resize(_smaller(rgb), (COLOUR_CELLS, COLOUR_CELLS), interpolation=cv2.INTER_AREA)
+    return base64.b64encode(cells.tobytes()).decode()
+
+
+def read_colours(column: pa.ChunkedArray) -> np.ndarray:
+    """`colours` of many pictures as uint8 [n, COLOUR_BYTES]; zeros where they are unknown ("")."""
+    unknown = base64.b64encode(bytes(COLOUR_BYTES)).decode()
+    parts = [np.zeros((0, COLOUR_BYTES), np.uint8)]
+    for chunk in column.chunks:
+        text = pc.if_else(pc.equal(chunk, ""), unknown, chunk)
+        joined = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(text)], pa.int32()), text), "")
+        parts.append(np.frombuffer(base64.b64decode(joined[0].as_buffer()), np.uint8).reshape(-1, COLOUR_BYTES))
+    return np.concatenate(parts)
+
+
+def _smaller(pixels: np.ndarray) -> np.ndarray:
+    """Shrunk by a whole number to 64 pixels or a little more: OpenCV averages whole blocks several times faster."""
+    factor = min(pixels.shape[:2]) // 64
+    if factor <= 1:
+        return pixels
+    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+    whole = pixels[: height * factor, : width * factor]
+    return cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)

@@ -5,7 +5,8 @@
     state/plan/batch-0000/batch.json                  the batch: its units; written last
     state/plan/source.json                            the source as it was planned last, so that planning can be skipped
 
-Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves.
+Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves. Of rows that
+are blocked (pipeline.blocklist) only the key is planned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.blocklist import blocked
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
 from pipeline.keysort import KEY_BYTES, KeySort, raw_keys
@@ -104,6 +106,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     if seen.get("signature") == rows.signature:
         return read_plan(storage)
     before = read_plan(storage)
+    unwanted = blocked(recipe, storage)
     earlier = sorted({unit.batch for unit in before.units})
     batch = earlier[-1] + 1 if earlier else 0
     with (
@@ -112,7 +115,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     ):
         sort = KeySort(folder)
         for table in rows.tables():
-            sort.add(table)
+            sort.add(unwanted.without(table))
             bar.advance(len(table))
         units = _write_batch(sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder)
     read, repeats = sort.rows, sort.repeats

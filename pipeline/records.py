@@ -10,7 +10,7 @@ from typing import Final
 
 import pyarrow as pa
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 # Outcome of an input row (contract: one ledger row for every input row).
 KEPT: Final = "kept"
@@ -18,6 +18,9 @@ REJECTED: Final = "rejected"
 DUPLICATE: Final = "duplicate"
 FAILED: Final = "failed"
 OUTCOMES: Final = (KEPT, REJECTED, DUPLICATE, FAILED)
+
+# The reason of rows that were rejected because of a takedown or a blocklist, in staged tables and in the ledger.
+REMOVED: Final = "removed"
 
 # Why a row failed. `http_<status>` stands beside these.
 _REASONS = """
@@ -72,7 +75,8 @@ PLAN_SCHEMA: Final = pa.schema(
 
 # Sizes in pixels of the stored picture and of the source (as a viewer shows it), 0 where unknown; `crop_left` and
 # `crop_top` are the pixels of the scaled picture that were cut off there (negative: padded);
-# `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash.
+# `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash, `colours` the mean RGB of
+# 4 × 4 cells in base64 ("" where unknown).
 MEASURED: Final = [
     pa.field("width", pa.int32(), nullable=False),
     pa.field("height", pa.int32(), nullable=False),
@@ -83,6 +87,7 @@ MEASURED: Final = [
     pa.field("bytes", pa.int64(), nullable=False),
     pa.field("sha256", pa.string(), nullable=False),
     pa.field("phash", pa.uint64(), nullable=False),
+    pa.field("colours", pa.string(), nullable=False),
 ]
 
 # One row an input row. `unit` names the staged unit, `shard` the packed shard ("" unless kept).

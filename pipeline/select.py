@@ -6,40 +6,40 @@ Nothing here touches a picture: thresholds are questions to tables (pipeline.con
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.conditions import BLOCKED, PASSED, PLACED, Answers, ask, check_conditions
 from pipeline.conditions import FAILED as _FAILED
-from pipeline.conditions import PASSED as _PASSED
-from pipeline.conditions import ask, check_conditions
 from pipeline.config import Recipe
-from pipeline.dedup import find_duplicates, precedence
+from pipeline.dedup import CONTAMINATED, EXACT, PERCEPTUAL, REASONS, SEMANTIC
 from pipeline.ingest import Staged
-from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from pipeline.local import scratch
+from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
+from pipeline.repeats import Repeats, find_repeats
 from pipeline.sampling import sample
+from pipeline.score.store import embeddings
 from pipeline.storage import Storage
-
-_KINDS: Final = ["perceptual", "exact"]  # of a duplicate, by `exact`
 
 
 @dataclass(frozen=True)
 class Decisions:
     """What becomes of each row, in the order of units and, in a unit, of its table.
 
-    `step` [n] is -1 for a failed row, 0 for one that meets all conditions, or the number of the first it does not meet;
-    `kept` [n] is the row that a duplicate repeats, else -1; `shard` [n] is the shard's number, -1 for rows not kept.
+    `step` [n] is -1 for a failed row, -2 for one that is blocked or was taken down, 0 for one that meets all
+    conditions, or the number of the first it does not meet; `repeats` says of all rows which ones repeat another;
+    `shard` [n] is the shard's number, -1 for rows not kept.
     """
 
     units: list[Staged]
     key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes
     sha256: npt.NDArray[np.bytes_]  # [n], 32 raw bytes
     step: npt.NDArray[np.int16]
-    kept: npt.NDArray[np.int64]
-    exact: npt.NDArray[np.bool_]
+    repeats: Repeats
     shard: npt.NDArray[np.int64]
     conditions: list[str]
     funnel: list[dict[str, Any]]
@@ -52,10 +52,10 @@ class Decisions:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by outcome."""
-        failed, rejected = int((self.step == _FAILED).sum()), int((self.step > 0).sum())
-        duplicate, kept = int((self.kept >= 0).sum()), int((self.shard >= 0).sum())
+        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
+        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
         rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
-        return rows | {"shards": int(self.shard.max(initial=-1)) + 1}
+        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Keys of these rows, hexadecimal."""
@@ -67,17 +67,22 @@ class Decisions:
 
     def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, pa.Array]:
         """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
-        step, kept, shard = self.step[start:stop], self.kept[start:stop], self.shard[start:stop]
-        failed, repeats = step == _FAILED, kept >= 0
-        outcome = np.select([failed, step > 0, repeats], [0, 1, 2], 3)
-        why = np.select([step > 0, repeats], [step, len(self.conditions) + 1 + self.exact[start:stop]], 0)
+        step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
+        kind = self.repeats.kind[start:stop]
+        failed, repeats, gone = step == _FAILED, kept >= 0, step == BLOCKED
+        reasons = ["", *self.conditions, REMOVED, *REASONS]
+        outcome = np.select([failed, (step > 0) | gone, repeats], [0, 1, 2], 3)
+        first_kind = len(self.conditions) + 2
+        why = np.select([step > 0, gone, repeats], [step, first_kind - 1, first_kind + kind], 0)
         of_whom = np.full(len(step), "", object)
-        of_whom[repeats] = self.keys(kept[repeats])
+        contaminated = kind == CONTAMINATED
+        of_whom[repeats & ~contaminated] = self.keys(kept[repeats & ~contaminated])
+        of_whom[contaminated] = [self.repeats.evaluation[number] for number in kept[contaminated]]
         first = max(int(shard.min(where=shard >= 0, initial=np.iinfo(np.int64).max)), 0) if (shard >= 0).any() else 0
         names = ["", *(shard_name(number) for number in range(first, int(shard.max(initial=-1)) + 1))]
         return {
             "outcome": _texts([FAILED, REJECTED, DUPLICATE, KEPT], outcome),
-            "reason": pc.if_else(pa.array(failed), reason, _texts(["", *self.conditions, *_KINDS], why)),
+            "reason": pc.if_else(pa.array(failed), reason, _texts(reasons, why)),
             "detail": pc.if_else(pa.array(failed), detail, pa.array(of_whom, pa.string())),
             "shard": _texts(names, np.where(shard >= 0, shard - first + 1, 0)),
         }
@@ -106,25 +111,38 @@ def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
     rows = ask(recipe, storage, units)
     batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
     step = sample(recipe.select, rows, batch)
-    kept, exact = np.full(len(step), -1, np.int64), np.zeros(len(step), bool)
-
-    (passed,) = np.nonzero(step == _PASSED)
-    # In a batch rows come by key: their place says which key is smaller.
-    order = precedence(batch[passed], rows.area[passed], np.arange(len(passed)))
-    found = find_duplicates(
-        order,
-        rows.sha256[passed],
-        rows.phash[passed],
-        exact=recipe.dedup.exact,
-        distance=recipe.dedup.perceptual,
-    )
-    kept[passed] = np.where(found.kept >= 0, passed[found.kept], -1)
-    exact[passed] = found.exact
-
-    shard = _allot(batch, (step == _PASSED) & (kept < 0), recipe.shards.samples)
+    placed = step == PLACED
+    repeats = _repeats(recipe, storage, units, rows, batch, np.flatnonzero((step == PASSED) | placed), placed)
+    shard = _allot(batch, ((step == PASSED) | placed) & (repeats.kept < 0), recipe.shards.samples)
+    shard[placed], step[placed] = -1, BLOCKED
     names = [condition.name for condition in recipe.select]
-    funnel = _funnel(step, names, kept, exact)
-    return Decisions(units, rows.key, rows.sha256, step, kept, exact, shard, names, funnel)
+    funnel = _funnel(recipe, step, names, repeats)
+    return Decisions(units, rows.key, rows.sha256, step, repeats, shard, names, funnel)
+
+
+def _repeats(
+    recipe: Recipe,
+    storage: Storage,
+    units: list[Staged],
+    rows: Answers,
+    batch: npt.NDArray[np.int64],
+    passed: npt.NDArray[np.int64],
+    placed: npt.NDArray[np.bool_],
+) -> Repeats:
+    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its place (`placed`)
+    repeats none."""
+    with scratch() as folder:
+        seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
+        colours = None if rows.colours is None else rows.colours[passed]
+        measures = (rows.sha256[passed], rows.phash[passed], colours, rows.area[passed])
+        found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed)
+    kept, kind = np.full(len(batch), -1, np.int64), np.zeros(len(batch), np.int8)
+    own = (found.kept >= 0) & (found.kind != CONTAMINATED)
+    kept[passed] = found.kept
+    kept[passed[own]] = passed[found.kept[own]]
+    kind[passed] = found.kind
+    kept[placed], kind[placed] = -1, 0
+    return Repeats(kept, kind, found.evaluation)
 
 
 def _batch(unit: str) -> int:
@@ -145,13 +163,21 @@ def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: i
     return shard
 
 
-def _funnel(
-    step: npt.NDArray[np.int16], names: list[str], kept: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
-) -> list[dict[str, Any]]:
+def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
     """Rows left after each step, and rows that the step took."""
+
+    def repeating(kind: int) -> int:
+        return int((repeats.kind == kind).sum())
+
     losses = [("fetched and decoded", int((step == _FAILED).sum()))]
+    if removed := int((step == BLOCKED).sum()):
+        losses.append((REMOVED, removed))
     losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
-    losses += [("exact duplicates", int(exact.sum())), ("near duplicates", int(((kept >= 0) & ~exact).sum()))]
+    if recipe.dedup.decontaminate is not None:
+        losses.append(("in the evaluation set", repeating(CONTAMINATED)))
+    losses += [("exact duplicates", repeating(EXACT)), ("near duplicates", repeating(PERCEPTUAL))]
+    if recipe.dedup.semantic is not None:
+        losses.append(("semantic duplicates", repeating(SEMANTIC)))
     funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)
     for name, lost in losses:
         left -= lost

@@ -74,7 +74,7 @@ def _unstaged(storage: Storage, decisions: Decisions, shards: Iterable[str] | No
     """The kept rows (of these shards) whose pictures are not staged."""
     found = [np.zeros(0, np.int64)]
     if any(unit.freed for unit in decisions.units):
-        count = decisions.counts["shards"]
+        count = int(decisions.shard.max(initial=-1)) + 1  # numbers: some shards may be empty
         numbers = {shard_name(number): number for number in range(count)}
         asked = np.zeros(count + 1, bool)  # the last one is for rows of no shard
         asked[[numbers[shard] for shard in (numbers if shards is None else shards)]] = True

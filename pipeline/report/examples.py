@@ -9,6 +9,8 @@ from typing import Final
 
 import duckdb
 
+from pipeline.dedup import CONTAMINATED as _CONTAMINATED
+from pipeline.dedup import REASONS
 from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
 from pipeline.report.histograms import value
 from pipeline.report.rows import STAGED, Row, Rows, literal
@@ -20,6 +22,7 @@ _ALL_STEPS: Final = 160  # pictures of all conditions
 _PAIRS: Final = 9  # duplicates of a kind
 _FAILED: Final = 2  # failed rows of a reason
 _KINDS: Final = 40  # failure reasons and kinds of duplicates
+CONTAMINATED: Final = REASONS[_CONTAMINATED]  # repeats an evaluation picture, whose name is its `detail`
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Examples:
 
     kept: list[str]
     steps: list[Step]
-    pairs: dict[str, list[str]]  # kind of duplicate → dropped rows; each one's `detail` is the key that was kept
+    pairs: dict[
+        str, list[str]
+    ]  # kind of duplicate → dropped rows; each one's `detail` is the key that was kept (contaminated: a name)
     failed: dict[str, list[str]]  # reason → rows
     rows: dict[str, Row] = field(default_factory=dict)
     values: dict[tuple[str, str], float] = field(default_factory=dict)  # (condition, key) → what its threshold looks at
@@ -64,7 +69,9 @@ def choose(rows: Rows) -> Examples:
     keys = [*kept, *_flat(pairs.values()), *_flat(failed.values())]
     keys += [key for step in steps for key in step.dropped + step.passed]
     found = rows.rows(keys)
-    found |= rows.rows(found[key].detail for key in _flat(pairs.values()) if key in found)
+    found |= rows.rows(
+        row.detail for row in [*found.values()] if row.outcome == DUPLICATE and row.reason != CONTAMINATED
+    )
     values = {(step.name, key): number for step in steps for key, number in _values(rows, step)}
     return Examples(kept, steps, {k: [d for d in v if d in found] for k, v in pairs.items()}, failed, found, values)
 

@@ -1,7 +1,8 @@
 """A dataset's rows → histograms of sizes, aspect, caption lengths and scores, with the recipe's thresholds drawn in.
 
-Rows that failed have no picture to measure, and are left out. Where bins lie follows from quantiles, so that a few odd
-values do not flatten all others. Counts are of all rows, or of a million where there are more.
+Rows that failed have no picture to measure, and are left out, as are those that were taken down. Where bins lie follows
+from quantiles, so that a few odd values do not flatten all others. Counts are of all rows, or of a million where there
+are more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import duckdb
 
 from pipeline import plots
 from pipeline.records import KEPT, LEDGER_SCHEMA
-from pipeline.report.rows import MEASURED, Rows, quoted
+from pipeline.report.rows import SHOWN, Rows, quoted
 from pipeline.report.thresholds import Threshold, canonical, thresholds
 
 # What is always shown: title, SQL, whether proportions matter more than differences.
@@ -121,7 +122,7 @@ def _spread(rows: Rows, subject: Subject) -> _Spread | None:
 def _values(rows: Rows, subject: Subject) -> str:
     """SQL for the subject's values `v` and whether the rows are `kept`, of those that have a picture."""
     columns = f"{value(subject.sql)} AS v, outcome = '{KEPT}' AS kept"
-    return f"SELECT {columns} FROM rows WHERE outcome IN {MEASURED} AND {rows.sample}"
+    return f"SELECT {columns} FROM rows WHERE {SHOWN} AND {rows.sample}"
 
 
 def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.errors import CapstanError
 from pipeline.records import KEPT
-from pipeline.report.rows import MEASURED, Row, Rows
+from pipeline.report.rows import Row, Rows
 from pipeline.storage import Storage
 
 # Longest side in pixels, and quality: the first of these with which all thumbnails fit is taken. Shown at about half
@@ -29,12 +29,12 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
     places: dict[tuple[str, str], list[str]] = {}
     listed = {entry.name: entry for entry in rows.manifest.shards} if rows.manifest else {}
     for row in wanted:
-        if row.outcome == KEPT:
-            files = [(listed[row.shard].table, listed[row.shard].tar)] if row.shard in listed else []
-        elif row.outcome in MEASURED:
-            files = [(unit.table, unit.tar) for unit in rows.staged_units(row.unit) if unit.tar]
-        else:
+        if not row.is_shown:
             files = []
+        elif row.outcome == KEPT:
+            files = [(listed[row.shard].table, listed[row.shard].tar)] if row.shard in listed else []
+        else:
+            files = [(unit.table, unit.tar) for unit in rows.staged_units(row.unit) if unit.tar]
         for place in files:
             places.setdefault(place, []).append(row.key)
     found: dict[str, bytes] = {}
@@ -45,7 +45,7 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
 
 def why_missing(row: Row) -> str:
     """In a few words, why there is no picture of a row."""
-    if row.outcome not in MEASURED:
+    if not row.is_shown:
         return row.reason or row.outcome
     return "cannot be read" if row.outcome == KEPT else "no longer staged"
 

@@ -25,12 +25,13 @@ from pipeline.errors import RecipeError
 from pipeline.ingest import STAGED_SCHEMA, Ingest, Staged, staged
 from pipeline.local import scratch
 from pipeline.plan import read_plan
-from pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED
+from pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
 from pipeline.shards import Manifest, read_manifest
 from pipeline.storage import Storage
 
 STAGED: Final = "staged"
-MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have a picture
+MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have a picture,
+SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # and in SQL, those that may be looked at
 _MEMORY_LIMIT: Final = "1500MB"
 _TEXT: Final = 400  # characters of a text that are looked at
 SAMPLE: Final = 1_000_000  # rows: of longer tables, about so many are looked at where a random sample does
@@ -56,6 +57,11 @@ class Row:
     phash: int
     unit: str
     shard: str
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it has a picture that may be looked at: what was taken down, or is blocked, may not."""
+        return self.outcome in MEASURED and self.reason != REMOVED
 
 
 class Rows:
@@ -91,7 +97,7 @@ class Rows:
             return 'SELECT * FROM "table"', _schema(self.storage, names, LEDGER_SCHEMA), names
         marks = max(self._marks.values(), key=len, default={})
         names = [unit.table for _, unit in sorted(marks.items())]
-        outcome = f"CASE WHEN reason = '' THEN '{STAGED}' ELSE '{FAILED}' END"
+        outcome = f"CASE reason WHEN '' THEN '{STAGED}' WHEN '{REMOVED}' THEN '{REJECTED}' ELSE '{FAILED}' END"
         view = f"SELECT *, {outcome} AS outcome, '' AS shard FROM \"table\""
         return view, _schema(self.storage, names, STAGED_SCHEMA), names
 

@@ -8,10 +8,10 @@ from typing import Any, Final
 from pipeline import page, plots
 from pipeline.page import Cell, Html, percent
 from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
-from pipeline.report.examples import Examples, Step
+from pipeline.report.examples import CONTAMINATED, Examples, Step
 from pipeline.report.histograms import histograms, subjects
 from pipeline.report.pictures import why_missing
-from pipeline.report.rows import SAMPLE, Row, Rows, recipe_text
+from pipeline.report.rows import SAMPLE, STAGED, Row, Rows, recipe_text
 from pipeline.runs import Run
 
 _CAPTION: Final = 140  # characters shown of a caption
@@ -43,6 +43,13 @@ _MEANING: Final = {
     "read_error": "the source could not be read",
 }
 
+# What makes a row a duplicate, where its name does not say so.
+_KINDS: Final = {
+    "perceptual": "They look the same (dedup.perceptual).",
+    "semantic": "Their embeddings are near (dedup.semantic).",
+    CONTAMINATED: "They repeat pictures of the evaluation set (dedup.decontaminate), which are not shown.",
+}
+
 Thumbs = Mapping[str, bytes]
 
 
@@ -50,7 +57,7 @@ def key_figures(rows: Rows, size: int) -> Html:
     """The counts that matter most; `size` is that of the tars in bytes."""
     total = rows.count
     if not rows.finished:
-        staged = total - rows.having(FAILED)
+        staged = rows.having(STAGED)
         shares = {"Rows planned": f"{rows.planned:,}", "Looked at": f"{total:,}", "Staged": f"{staged:,}"}
         return page.figures(shares | {"Failed": percent(rows.having(FAILED), total)})
     counts = {"Rows": f"{total:,}", "Kept": f"{rows.having(KEPT):,}"}
@@ -109,7 +116,7 @@ def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
     blocks: list[Html] = []
     for kind, dropped in examples.pairs.items():
         count = rows.outcomes[DUPLICATE, kind]
-        blocks.append(page.heading(f"{kind}: {count:,}"))
+        blocks += [page.heading(f"{kind}: {count:,}"), *([page.note(_KINDS[kind])] if kind in _KINDS else [])]
         blocks.append(page.gallery((_pair(examples.rows[key], examples, thumbs) for key in dropped), wide=True))
     return blocks
 
@@ -206,17 +213,19 @@ def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
 
 
 def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
-    kept_row = examples.rows.get(dropped.detail)
+    kept_row = examples.rows.get(dropped.detail) if dropped.reason != CONTAMINATED else None
     right = (_picture(dropped, thumbs), "dropped")
     if kept_row is None:
-        left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), "kept")
+        word = "evaluation picture" if dropped.reason == CONTAMINATED else "kept"
+        left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), word)
         return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
     bits = (dropped.phash ^ kept_row.phash).bit_count()
     apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
     sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
-    return page.pair((_picture(kept_row, thumbs), "kept"), right, *said, sizes)
+    word = "kept" if kept_row.is_shown else kept_row.reason  # one that was taken down holds its place
+    return page.pair((_picture(kept_row, thumbs), word), right, *said, sizes)
 
 
 def _sizes(row: Row) -> str:

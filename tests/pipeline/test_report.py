@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image
 
 from cluster.cli import run
+from pipeline.config import Recipe
 from pipeline.errors import RecipeError
+from pipeline.job import select
 from pipeline.report import rows as report_rows
 from pipeline.report.histograms import histograms, subjects
-from pipeline.report.pictures import thumbnails
+from pipeline.report.pictures import find_pictures, thumbnails
 from pipeline.report.rows import Rows
 from pipeline.report.thresholds import thresholds
 from pipeline.report.write import LIMIT, report, write_report
@@ -265,6 +268,40 @@ def test_freed_pictures_leave_frames_that_say_so(copy: Storage) -> None:
     shown = Parsed(copy.read("report.html").decode()).sections
     assert "no longer staged" in shown["What the conditions dropped"]
     assert "no longer staged" not in shown["What is kept"]
+
+
+def test_what_is_blocked_is_counted_and_never_shown_and_evaluation_pictures_are_named(
+    hostile_dataset: Path, copy: Storage, tmp_path: Path, draw: Any
+) -> None:
+    kept = [
+        row
+        for row in Dataset(copy).ledger().to_pylist()
+        if row["outcome"] == "kept" and json.loads(row["extra"])["number"] != 0
+    ]
+    evaluated, blocked = kept[0], kept[1:4]
+    (tmp_path / "evaluation").mkdir()
+    name = "<i>evaluated.jpg"
+    (tmp_path / "evaluation" / name).write_bytes(draw(json.loads(evaluated["extra"])["number"]))
+    (tmp_path / "keys.txt").write_text("\n".join(row["key"] for row in blocked))
+    settings = hostile.recipe("", "") | {
+        "dataset": copy.url,
+        "source": Dataset(copy).manifest.recipe["source"],
+        "dedup": {"perceptual": None, "decontaminate": str(tmp_path / "evaluation")},
+        "blocklist": {"keys": str(tmp_path / "keys.txt")},
+    }
+    select(Recipe.model_validate(settings), progress=False)
+    with Rows(copy) as rows:
+        total, lost = rows.count, rows.having("failed") + len(blocked)
+        assert rows.outcomes["rejected", "removed"] == len(blocked)
+        assert rows.outcomes["duplicate", "contaminated"] == 1
+        found = rows.rows(row["key"] for row in [*blocked, evaluated])
+        assert set(find_pictures(rows, found.values())) == {evaluated["key"]}
+        (score,) = [drawn for drawn in histograms(rows, subjects(rows))[0] if "score" in drawn.title]
+        assert sum(score.kept) + sum(score.lost) == total - lost
+        shown = Parsed(report(rows)).sections
+    assert re.search(rf"removed +{total - lost} +\S+ +−{len(blocked)} ", shown["Funnel"])
+    assert "contaminated: 1" in shown["Duplicates"]
+    assert name in shown["Duplicates"]
 
 
 def test_where_there_is_nothing_it_is_said_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def write_dataset(folder: Path, counts: list[int], size: int = 16) -> Path:
             rows.append(
                 {"key": key, "caption": caption, "url": f"http://x.test/{index}.jpg", "width": size, "height": size}
                 | {"original_width": size, "original_height": size, "bytes": len(data), "sha256": sha256_of(data)}
-                | {"crop_left": 0, "crop_top": 0, "phash": 0, "extra": f'{{"index":{index}}}'}
+                | {"crop_left": 0, "crop_top": 0, "phash": 0, "colours": "", "extra": f'{{"index":{index}}}'}
             )
             index += 1
         spans = write_tar(folder / "shards" / f"{name}.tar", samples)

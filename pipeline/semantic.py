@@ -1,0 +1,122 @@
+"""Embeddings of pictures → which ones say the same as another: cosine within clusters (SemDeDup, Abbas et al. 2023).
+
+All pairs of a million pictures would be half a trillion products. Pictures that are alike lie in the same cluster of a
+k-means almost always, so only those are compared: what is missed are pairs that a border cuts.
+
+Clusters follow from the first batch alone, in order of precedence, so that what a new batch brings changes no earlier
+decision. Every product is computed in one thread and in pieces of fixed size; threads work on different clusters. So
+the outcome does not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+CLUSTER_ROWS: Final = 1000  # of the first batch, on average
+_TRAINED_ON: Final = 64  # rows a cluster that k-means looks at,
+_MOST_CLUSTERS: Final = 4096
+_ROUNDS: Final = 8  # of k-means
+_PIECE: Final = 4096  # rows converted to float32 at a time
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+def find_semantic(embeddings: npt.NDArray[np.float16], order: Ints, threshold: float, *, first: int) -> Ints:
+    """For each position of `order` (rows of `embeddings` [n, d], by precedence) the position of the first kept row
+    before it in its cluster whose cosine is `threshold` or more; -1 for those kept.
+
+    `first` is how many of them, from the start, are of the first batch. A row of zeros (no embedding) repeats nothing.
+    `embeddings` may be a memory map: it is read in pieces.
+    """
+    near = np.full(len(order), -1, np.int64)
+    if not len(order):
+        return near
+    with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        centres = _centres(embeddings, order[:first] if first else order, pool)
+        cluster = _nearest(embeddings, order, centres, pool)
+        by = np.argsort(cluster, kind="stable")
+        bounds = np.searchsorted(cluster[by], np.arange(len(centres) + 1))
+
+        def of_cluster(number: int) -> tuple[Ints, Ints]:
+            rows = by[bounds[number] : bounds[number + 1]]
+            return rows, _first_kept(embeddings, order[rows], threshold)
+
+        for rows, found in pool.map(of_cluster, range(len(centres))):
+            near[rows] = np.where(found >= 0, rows[found], -1)
+    return near
+
+
+def unit(rows: npt.NDArray[np.float16]) -> Floats:
+    """Rows [n, d] as float32 of length 1; zeros stay zeros."""
+    wide = rows.astype(np.float32)
+    length = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    return np.asarray(wide / np.maximum(length, 1e-12)[:, None], np.float32)
+
+
+def _centres(embeddings: npt.NDArray[np.float16], order: Ints, pool: ThreadPoolExecutor) -> Floats:
+    """Spherical k-means over an even choice of `order`: float32 [k, d], of length 1."""
+    k = min(max(len(order) // CLUSTER_ROWS, 1), _MOST_CLUSTERS)
+    count = min(len(order), k * _TRAINED_ON)
+    chosen = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
+    sample = np.concatenate([unit(embeddings[rows]) for rows in _pieces(np.sort(chosen))])
+    centres = sample[np.linspace(0, count - 1, k).astype(np.int64)]
+    for _ in range(_ROUNDS if k > 1 else 0):
+        nearest = np.concatenate(list(pool.map(_closest, _pieces(sample), itertools.repeat(centres))))
+        by = np.argsort(nearest, kind="stable")
+        there, starts = np.unique(nearest[by], return_index=True)
+        centres = centres.copy()
+        centres[there] = np.add.reduceat(sample[by], starts, axis=0)
+        centres = unit(centres)  # an empty cluster stays where it is
+    return centres
+
+
+def _nearest(embeddings: npt.NDArray[np.float16], order: Ints, centres: Floats, pool: ThreadPoolExecutor) -> Ints:
+    """The cluster of each row."""
+    if len(centres) == 1:
+        return np.zeros(len(order), np.int64)
+    found = pool.map(lambda rows: _closest(unit(embeddings[rows]), centres), _pieces(order))
+    return np.concatenate(list(found))
+
+
+def _closest(rows: Floats, centres: Floats) -> Ints:
+    return np.asarray((rows @ centres.T).argmax(axis=1), np.int64)
+
+
+def _pieces(rows: npt.NDArray) -> Iterator[npt.NDArray]:
+    return (rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE))
+
+
+def _first_kept(embeddings: npt.NDArray[np.float16], rows: Ints, threshold: float) -> Ints:
+    """For each of a cluster's rows, in order of precedence, the first kept one before it that is near, or -1.
+
+    Kept rows grow piece by piece: each piece is compared with what is kept so far, and what is left of it with itself.
+    """
+    near = np.full(len(rows), -1, np.int64)
+    kept: list[int] = []
+    held = np.empty((0, embeddings.shape[1]), np.float32)
+    for start in range(0, len(rows), _PIECE // 4):
+        own = unit(embeddings[rows[start : start + _PIECE // 4]])
+        if len(held):
+            close = own @ held.T >= threshold
+            hit = close.any(axis=1)
+            near[start : start + len(own)] = np.where(hit, np.array(kept)[close.argmax(axis=1)], -1)
+        (left,) = np.nonzero(near[start : start + len(own)] < 0)
+        close = own[left] @ own[left].T >= threshold
+        alone = np.ones(len(left), bool)
+        for row in np.flatnonzero(np.tril(close, -1).any(axis=1)).tolist():  # the others are near nothing before them
+            before = np.flatnonzero(close[row, :row] & alone[:row])
+            if len(before):
+                near[start + left[row]] = start + left[before[0]]
+                alone[row] = False
+        kept += (start + left[alone]).tolist()
+        held = np.concatenate([held, own[left[alone]]])
+    return near
