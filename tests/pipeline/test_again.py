@@ -23,7 +23,7 @@ from pipeline.verify import verify
 
 COUNT = 24
 MISSING = {f"/{n}.jpg": 404 for n in range(0, COUNT, 8)}
-BUSY = {f"/{n}.jpg": 503 for n in range(1, COUNT, 4)}
+BUSY = {f"/{n}.jpg": 503 for n in range(1, COUNT, 2)}
 
 
 def test_reasons_are_parsed() -> None:
