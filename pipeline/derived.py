@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commits import mark
+from pipeline.commits import forget, mark, markers
 from pipeline.config import Recipe, fingerprint
 from pipeline.ingest import Ingest
 from pipeline.shards import Manifest
@@ -31,22 +31,23 @@ _SUM, _KEYS = "shard_sha256", "keys"
 _LATENTS: Final = "latents"
 
 
-def scrub_derived(storage: Storage, keys: pa.Array, shards: Collection[str], manifest: Manifest | None) -> None:
+def scrub_derived(
+    storage: Storage, keys: pa.Array, shards: Collection[str], packed: Collection[tuple[str, str]]
+) -> None:
     """Drop the rows of `keys`, of which these `shards` (as they are packed now) hold some. May be repeated.
 
-    Latents of shards that the manifest does not list as they were then may be anybody's: they go.
+    `packed` are the shards (name, sum) as they are now: latents of others may be anybody's, and go.
     """
     for name in storage.names("captions"):
         if name.endswith(".parquet"):
             _scrub_table(storage, name, keys)
-    sums = {entry.name: entry.sha256 for entry in (manifest.shards if manifest else [])}
     for name in storage.names(_LATENTS):
         path = PurePosixPath(name)
         if path.suffix != ".safetensors" or _KEYS in (said := _said(storage, name)):
             continue
-        if said.get(_SUM) != sums.get(path.stem, ""):
+        if (path.stem, said.get(_SUM, "")) not in packed:
             log.warning("%s is not of the shard as it is: removed, to be encoded again", name)
-            storage.delete(name)
+            _drop_latents(storage, path)
         elif path.stem in shards:
             _scrub_latents(storage, name, path.stem, keys)
 
@@ -82,13 +83,27 @@ def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
         entry = shards.get(file.removesuffix(".safetensors"))
         keys = storage.read_table(entry.table, ["key"])["key"].to_pylist() if entry else []
         if entry is None or fingerprint(keys) != said.pop(_KEYS):
-            storage.delete(name)
+            _drop_latents(storage, PurePosixPath(name))
             continue
         data = _write(tensors, {**said, _SUM: entry.sha256})
         storage.write(name, data)
-        job = Ingest(Recipe(dataset=storage.url), storage)
-        job.name = f"latents-{encoder}"
-        mark(job, f"{entry.name}-{entry.sha256[:12]}", {"samples": len(keys), "bytes": len(data)})
+        mark(
+            _encoding(storage, encoder), f"{entry.name}-{entry.sha256[:12]}", {"samples": len(keys), "bytes": len(data)}
+        )
+
+
+def _drop_latents(storage: Storage, path: PurePosixPath) -> None:
+    """Remove a shard's latents, and what says that they are there: they are encoded again."""
+    job = _encoding(storage, path.parent.name)
+    storage.delete(str(path))
+    forget(job, [unit for unit in markers(job) if unit.startswith(f"{path.stem}-")])
+
+
+def _encoding(storage: Storage, encoder: str) -> Ingest:
+    """The job of the floor above by its name: its markers are written, and nothing is done."""
+    job = Ingest(Recipe(dataset=storage.url), storage)
+    job.name = f"latents-{encoder}"
+    return job
 
 
 def _said(storage: Storage, name: str) -> dict[str, str]:

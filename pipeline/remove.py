@@ -118,7 +118,7 @@ def resume(storage: Storage) -> Takedown | None:
         for job in _ingests(storage):
             for unit_id, facts in markers(job).items():
                 _scrub_staged(job, unit_id, facts, takedown)
-        scrub_derived(storage, takedown.keys, takedown.shards, read_manifest(storage))
+        scrub_derived(storage, takedown.keys, takedown.shards, _packed(storage))
         _sweep(storage)
     return takedown
 
@@ -205,6 +205,13 @@ def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
         for entry, held in zip(manifest.shards, tables, strict=True):
             shards |= dict.fromkeys(held.filter(pc.is_in(held, wanted)).to_pylist(), entry.name)
     return shards
+
+
+def _packed(storage: Storage) -> set[tuple[str, str]]:
+    """Shards (name, sum) as they are now, also those that no manifest lists while others are packed anew."""
+    manifest = read_manifest(storage)
+    listed = {(entry.name, entry.sha256) for entry in (manifest.shards if manifest else [])}
+    return listed | {(facts["name"], facts["sha256"]) for facts in markers(_named(storage, "pack")).values()}
 
 
 def _ingests(storage: Storage) -> list[Job]:

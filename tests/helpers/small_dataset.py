@@ -51,6 +51,7 @@ def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> Sh
             "caption": f"alt {number}",
             "url": "",
             "sha256": hashlib.sha256(jpeg).hexdigest(),
+            "colours": "",
             "extra": "{}",
             "offset": offset,
             "size": length,
