@@ -176,7 +176,7 @@ class Condition(Section):
 class Dedup(Section):
     exact: bool = True
     perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
-    colours: Annotated[int, Field(ge=0, le=255)] | None = 5  # how far those of near pictures may differ; null: any
+    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # how far those of near pictures may differ; null: any
     semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
     decontaminate: str | list[str] | None = None  # evaluation pictures: a folder, tars or tables; what is near goes
 

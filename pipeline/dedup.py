@@ -37,6 +37,8 @@ MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one go; beyond that rows a
 MAX_PAIRS = 1 << 23  # near pairs held at once
 MAX_GAIN: Final = 1.2  # of contrast, between pictures that are near
 MAX_OFFSET: Final = 30  # of brightness, levels of 256
+_PART_OF_CONTRAST: Final = 0.1
+_LEAST_TOLERANCE: Final = 2.0  # levels
 _FEW = 1024  # rows that are never cut
 _CHUNK = 1 << 16  # rows compared together: what is read again stays in the cache
 
@@ -162,15 +164,20 @@ class _Prints:
 
 
 def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
-    """Whether the levels a[i] and b[i], [n, levels], differ by at most `tolerance` anywhere, once a[i] is made as
-    bright and as full of contrast as b[i], within what a picture goes through that is saved again."""
+    """Whether the levels a[i] and b[i], [n, levels], agree everywhere, once a[i] is made as bright and as full of
+    contrast as b[i], within what a picture goes through that is saved again.
+
+    They may differ by a tenth of their standard deviation (what is busy changes more when it is scaled than what is
+    plain), by 2 levels at least, by `tolerance` at most.
+    """
     one, other = a.astype(np.float32), b.astype(np.float32)
     mean, other_mean = one.mean(axis=1, keepdims=True), other.mean(axis=1, keepdims=True)
     one, other = one - mean, other - other_mean
     gain = (one * other).sum(axis=1) / np.maximum((one * one).sum(axis=1), 1.0)
     gain = gain.clip(1 / MAX_GAIN, MAX_GAIN)[:, None]
     left = np.abs(one * gain - other).max(axis=1)
-    return np.asarray((left <= tolerance) & (np.abs(mean - other_mean)[:, 0] <= MAX_OFFSET))
+    allowed = (_PART_OF_CONTRAST * other.std(axis=1)).clip(_LEAST_TOLERANCE, None).clip(None, tolerance)
+    return np.asarray((left <= allowed) & (np.abs(mean - other_mean)[:, 0] <= MAX_OFFSET))
 
 
 def near_reference(
