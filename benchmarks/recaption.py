@@ -75,7 +75,9 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
             ours()
             cached_s, cached_cpu_s, found = _best(ours, repeats)
             print(f"batch {batch}: cached {cached_s:.1f} s; now open_clip's own loop", file=sys.stderr, flush=True)
-            plain_s, plain_cpu_s, expected = _best(lambda pictures=pictures: _plain(loaded, engine, pictures, prompt, limit), 1)
+            plain_s, plain_cpu_s, expected = _best(
+                lambda pictures=pictures: _plain(loaded, engine, pictures, prompt, limit), 1
+            )
             results["batches"][batch] = {
                 "open_clip_images_per_s": round(batch / plain_s, 4),
                 "cached_images_per_s": round(batch / cached_s, 4),
