@@ -96,6 +96,8 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for library in ("botocore", "aiobotocore"):  # they tell where credentials were found
+        logging.getLogger(library).setLevel(logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -162,7 +162,9 @@ class Condition(Section):
         allowed = {"at_most": {"per", "by"}, "top": {"per", "by"}, "balance": {"by", "at_least"}}.get(kinds[0], set())
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"{self.name} has {kinds[0]} without {missing[0]}")
-        if extra := sorted({"per", "by", "at_least"} & self.model_fields_set - allowed):
+        # By value: a recipe that was dumped and is read again states every key.
+        stated = {key for key in ("per", "by", "at_least") if getattr(self, key) not in (None, 1)}
+        if extra := sorted(stated - allowed):
             raise ValueError(f"{self.name} has {kinds[0]}, which takes no {extra[0]}")
         return self
 

@@ -107,7 +107,8 @@ def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
 
     with Faulty(server, "--rate", "0") as bucket:
         job.build(recipe(bucket.port, "sound"), progress=False)
-    assert bucket.counts["requests"] < 45, "a finished dataset is not looked at unit by unit"
+    # Some for the dataset as a whole; one for each of its 15 units would make over 60.
+    assert bucket.counts["requests"] < 55, "a finished dataset is not looked at unit by unit"
 
 
 @pytest.mark.parametrize("kind", ["503", "refused", "reset", "stall", "stalled_body", "truncated", "short"])

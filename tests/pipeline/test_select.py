@@ -229,3 +229,13 @@ def test_many_units_are_asked_in_blocks_in_their_order(storage: Storage, monkeyp
     assert parts.step.tolist() == whole.step.tolist()
     assert parts.step.tolist() == [int(w % 3 == 0) for n in range(9) for w in (n, 100 + n)]
     assert (parts.key == whole.key).all()
+
+
+def test_a_recipe_that_was_dumped_is_the_same_when_it_is_read_again() -> None:
+    steps = [
+        {"name": "a", "where": "width > 1"},
+        {"name": "b", "at_most": 2, "per": "domain"},
+        {"name": "c", "balance": "x"},
+    ]
+    recipe = Recipe.model_validate({"dataset": "d", "select": steps})
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
