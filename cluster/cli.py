@@ -22,7 +22,7 @@ import recaption.cli
 import training.cli
 from cluster.config import load, schema
 from cluster.jobs_cli import ClustersOption
-from pipeline.cli import JsonOption, finish
+from pipeline.cli import JsonOption, SetOption, finish
 from pipeline.errors import CapstanError
 
 INTERRUPTED: Final = 130
@@ -41,11 +41,13 @@ cluster.jobs_cli.add_commands(app)
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="Where to write recipe.yaml.")] = Path()) -> None:
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write recipe.yaml.")] = Path(), as_json: JsonOption = False
+) -> None:
     """Write a commented starter recipe."""
     from cluster.starter import write_starter
 
-    typer.echo(write_starter(folder))
+    finish({"recipe": str(write_starter(folder))}, as_json)
 
 
 @app.command("schema")
@@ -59,13 +61,14 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="Also check this recipe and its storage.")] = None,
     to: Annotated[str | None, typer.Option("--to", metavar="NAME", help="Also check this target.")] = None,
     clusters: ClustersOption = None,
+    overrides: SetOption = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
     """Check the machine, the versions, the storage, a recipe and a target; say what to fix."""
     from cluster.clusters import find_target
     from cluster.doctor import examine, show
 
-    findings = examine(recipe, find_target(to, clusters) if to is not None else None)
+    findings = examine(recipe, find_target(to, clusters) if to is not None else None, overrides)
     show(findings)
     finish({"ok": all(f.ok for f in findings), "findings": [f.as_dict() for f in findings]}, as_json)
     if not all(finding.ok for finding in findings):

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 
 from cluster.places import config_folder
-from cluster.secrets import refuse_secrets
 from cluster.targets import KINDS
 from cluster.targets.base import Target
 from pipeline.config import validate
 from pipeline.errors import RecipeError
+from pipeline.secrets import refuse_secrets
 
 LOCAL = "local"
 

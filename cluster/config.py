@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.secrets import refuse_secrets
 from pipeline.config import Recipe, read_recipe, validate
+from pipeline.secrets import refuse_secrets
 from recaption.config import RecaptionConfig
 from training.config import TrainConfig, json_schema
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.checks.finding import Finding
@@ -13,23 +14,23 @@ from cluster.checks.targets import target_findings
 from cluster.targets.base import Target
 
 
-def examine(recipe: Path | None = None, target: Target | None = None) -> list[Finding]:
+def examine(recipe: Path | None = None, target: Target | None = None, overrides: Sequence[str] = ()) -> list[Finding]:
     """Everything that doctor looks at, in the order in which a run would need it."""
     findings = [*python_and_packages(), *cores_memory_disk(), *accelerators(), *extension_locks(), *open_files()]
-    findings += ports(_metrics_port(recipe))
+    findings += ports(_metrics_port(recipe, overrides))
     if recipe is not None:
-        findings += recipe_findings(recipe)
+        findings += recipe_findings(recipe, overrides)
     if target is not None:
         findings += target_findings(target)
     return findings
 
 
-def _metrics_port(recipe: Path | None) -> int | None:
+def _metrics_port(recipe: Path | None, overrides: Sequence[str]) -> int | None:
     from cluster.config import load
     from pipeline.errors import CapstanError
 
     try:
-        return load(recipe).resources.metrics_port if recipe is not None else None
+        return load(recipe, overrides).resources.metrics_port if recipe is not None else None
     except CapstanError:
         return None  # the recipe's own finding says so
 

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from cluster.config import load
 from cluster.jobs import Note, keep, state_of, still_running
-from cluster.secrets import refuse_secrets
 from cluster.targets.base import Order, State, Target
 from pipeline.config import Recipe
 from pipeline.errors import CapstanError, RecipeError
+from pipeline.secrets import refuse_secrets
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
 _ASK_EVERY_S: Final = 1.0

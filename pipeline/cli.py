@@ -6,14 +6,15 @@ stdout carries the summary only (with --json one JSON object, the last line); pr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.config import Recipe
-from pipeline.errors import CapstanError, Quarantined
+from pipeline.config import Recipe, apply_overrides, validate
+from pipeline.errors import CapstanError, Quarantined, RecipeError
+from pipeline.secrets import refuse_secrets
 from pipeline.storage import Storage
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -21,11 +22,22 @@ SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help
 JsonOption = Annotated[bool, typer.Option("--json", help="End with the summary as one JSON object on stdout.")]
 DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder or URL.")]
 
+StorageOption = Annotated[
+    list[str], typer.Option("--set", metavar="storage.KEY=VALUE", help="How to reach the dataset, as in a recipe.")
+]
+
 Load = Callable[[Path, list[str]], Recipe]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+    _add_making(app, load)
+    _add_takedown(app)
+    _add_looking(app)
+
+
+def _add_making(app: typer.Typer, load: Load) -> None:
+    """Commands on a recipe."""
 
     @app.command()
     def build(
@@ -63,6 +75,8 @@ def add_commands(app: typer.Typer, load: Load) -> None:
 
         finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
 
+
+def _add_takedown(app: typer.Typer) -> None:
     @app.command()
     def remove(
         dataset: DatasetArgument,
@@ -74,20 +88,26 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         sha256: Annotated[
             str | None, typer.Option("--sha256", metavar="FILE", help="SHA-256 sums of source files.")
         ] = None,
+        overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
         """Takedown: remove rows and all that was made of them, for good; only what holds them is rewritten."""
         from pipeline.config import Blocklist
         from pipeline.job import remove as run
 
-        finish(run(dataset, Blocklist(keys=keys, urls=urls, domains=domains, sha256=sha256)), as_json)
+        lists = Blocklist(keys=keys, urls=urls, domains=domains, sha256=sha256)
+        finish(run(dataset, lists, open_dataset(dataset, overrides).options), as_json)
+
+
+def _add_looking(app: typer.Typer) -> None:
+    """Commands on a dataset that only look at it."""
 
     @app.command()
-    def verify(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
+    def verify(dataset: DatasetArgument, overrides: StorageOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Reopen every tar, check every sum and index."""
         from pipeline.verify import verify as run
 
-        problems = run(Storage(dataset, field="DATASET"), progress=True)
+        problems = run(open_dataset(dataset, overrides), progress=True)
         finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
         if problems:
             raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
@@ -106,10 +126,11 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         ] = [],  # noqa: B006
         count: Annotated[int, typer.Option(min=1, max=1000, help="Rows on the contact sheet.")] = 64,
         out: Annotated[Path, typer.Option("-o", metavar="FILE", help="The contact sheet.")] = Path("samples.png"),
+        overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
         """Write report.html into the dataset's folder: the funnel, what each step dropped; or a contact sheet."""
-        storage = Storage(dataset, field="DATASET")
+        storage = open_dataset(dataset, overrides)
         if samples:
             from pipeline.report.contact import write_sheet
 
@@ -118,6 +139,29 @@ def add_commands(app: typer.Typer, load: Load) -> None:
             from pipeline.report.write import write_report
 
             finish({"report": write_report(storage)}, as_json)
+
+
+def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASET") -> Storage:
+    """The place of a dataset that is named by its address. Of a recipe's keys, `overrides` may give `storage`.
+
+    Raises RecipeError for other keys, and where the place cannot be reached.
+    """
+    raw = apply_overrides({}, overrides)
+    if unused := sorted(raw.keys() - {"storage"}):
+        raise RecipeError("--set", f"{unused[0]} says nothing here", "only storage.… does, e.g. storage.endpoint_url")
+    options = validate(Recipe, {"dataset": dataset, **raw}).storage
+    refuse_secrets(options, "storage")
+    storage = Storage(dataset, options, field=field)
+    storage.check_reachable()
+    return storage
+
+
+def concluded(run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What `run` gives; where it ends with quarantined units, these, so that `finish` shows them as of any command."""
+    try:
+        return run()
+    except Quarantined as bad:
+        return {"job": bad.job, "quarantined": bad.units}
 
 
 def finish(summary: Mapping[str, Any], as_json: bool) -> None:
@@ -130,7 +174,7 @@ def finish(summary: Mapping[str, Any], as_json: bool) -> None:
     else:
         typer.echo("\n".join(_lines(summary)))
     if quarantined := summary.get("quarantined"):
-        raise Quarantined(str(summary.get("dataset", "")), quarantined)
+        raise Quarantined(str(summary.get("dataset") or summary.get("job", "")), quarantined)
 
 
 def _lines(summary: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -304,6 +304,11 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError("RECIPE", f"{file} is not valid YAML: {problem}", "correct the line it names") from None
     if not isinstance(raw, dict):
         raise RecipeError("RECIPE", f"{file} is not a mapping", "start from `capstan init`")
+    return apply_overrides(raw, overrides)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw`, changed by `a.b=value` overrides."""
     for override in overrides:
         _apply(raw, override)
     return raw

@@ -27,7 +27,7 @@ from pipeline.shards import Manifest, read_manifest, sha256_of
 from pipeline.shelf import lost_rows, packed_shards
 from pipeline.staged import free, with_freed
 from pipeline.storage import Storage, parquet_bytes
-from pipeline.units import markers, pending, quarantined, run
+from pipeline.units import forget, markers, pending, quarantined, run
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     clock.lap("plan")
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
+    forget(job, _lost(job))
     freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
     again = begin(job, units, markers(job), reasons, freed) if reasons else Round({}, 0)
     fresh = pending(job, units)
@@ -85,6 +86,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
+    storage.check_writable()
     if not scorers:
         raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
     resume(storage)
@@ -101,7 +103,9 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
+    storage.check_reachable()
     if not dry_run:
+        storage.check_writable()
         resume(storage)
     units = as_scored(recipe, storage, scorers, _found(recipe, storage))
     if dry_run:
@@ -121,6 +125,7 @@ def remove(
     """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
     killed is completed by any later `remove`, `select`, `score` or `build`."""
     storage = Storage(dataset, options, field="DATASET")
+    storage.check_writable()
     takedown = take_down(storage, lists)
     recipe = recipe_of(storage)
     counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
@@ -158,6 +163,13 @@ def _publish(
         "funnel": manifest.funnel,
         "quarantined": bad,
     }
+
+
+def _lost(job: Ingest) -> list[str]:
+    """Units that are committed, and whose table is gone: another build of the same dataset, at the same time, took it
+    for a file that nothing names."""
+    there = set(job.storage.names("staged"))
+    return [unit for unit, found in staged(markers(job)).items() if found.table not in there]
 
 
 def _found(recipe: Recipe, storage: Storage) -> list[Staged]:

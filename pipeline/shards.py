@@ -222,6 +222,7 @@ class Dataset:
     """A finished dataset for readers. Raises RecipeError where there is none. Can be pickled to workers."""
 
     def __init__(self, storage: Storage) -> None:
+        storage.check_reachable()
         manifest = read_manifest(storage)
         if manifest is None:
             raise RecipeError(storage.field, f"no dataset at {storage.url}", "run `capstan build` first")

@@ -133,6 +133,15 @@ class Storage:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(action, names))
 
+    def check_reachable(self) -> None:
+        """Raise RecipeError unless it can be asked for a file, whether that is there or not."""
+        try:
+            self.exists("dataset.json")
+        except (OSError, StorageError) as error:
+            said = error.problem if isinstance(error, StorageError) else str(error)
+            mend = "check the address, the bucket, its permissions, storage.endpoint_url and credentials"
+            raise RecipeError(self.field, f"cannot reach {self.url} ({said})", mend) from None
+
     def check_writable(self) -> None:
         """Raise RecipeError unless a file can be written here, read back and removed; DiskFull if there is no room."""
         name = f"{PARTIAL}check-{uuid.uuid4().hex}"

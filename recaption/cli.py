@@ -6,9 +6,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import DatasetArgument, JsonOption, Load, RecipeArgument, SetOption, finish
+from pipeline.cli import (
+    DatasetArgument,
+    JsonOption,
+    Load,
+    RecipeArgument,
+    SetOption,
+    StorageOption,
+    concluded,
+    finish,
+    open_dataset,
+)
 from pipeline.config import Recipe
-from pipeline.storage import Storage
 
 LayerHelp = "A layer's id, or `latest`."
 
@@ -28,8 +37,8 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         """Add a layer of captions beside the shards, or complete it for new data. Goes on where it stopped."""
         from recaption import job
 
-        run = job.plan if plan else job.recaption
-        finish(run(load(recipe, overrides)), as_json)
+        run, ready = (job.plan if plan else job.recaption), load(recipe, overrides)
+        finish(concluded(lambda: run(ready)), as_json)
 
     captions = typer.Typer(
         help="Compare caption layers, and write them into tars.", no_args_is_help=True, rich_markup_mode=None
@@ -42,15 +51,16 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp)],
         dest: Annotated[str, typer.Argument(metavar="DEST", help="The copy's folder or URL.")],
         slot: Annotated[str, typer.Option("--slot", help="Whose text KEY.txt becomes.")] = "descriptive",
+        overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
         """Copy a dataset with a layer's text in the tars. Goes on where it stopped."""
         from recaption.export import export as run
         from recaption.store import find_layer
 
-        source, target = Storage(dataset, field="DATASET"), Storage(dest, field="DEST")
-        resources = Recipe(dataset=dest).resources
-        finish(run(source, find_layer(source, layer), target, slot=slot, resources=resources), as_json)
+        source, target = open_dataset(dataset, overrides), open_dataset(dest, overrides, field="DEST")
+        layer, resources = find_layer(source, layer), Recipe(dataset=dest).resources
+        finish(concluded(lambda: run(source, layer, target, slot=slot, resources=resources)), as_json)
 
     @captions.command()
     def diff(
@@ -65,11 +75,12 @@ def add_commands(app: typer.Typer, load: Load) -> None:
             str, typer.Option("--pretrained", help="open_clip's tag or a checkpoint file, for a --model by name.")
         ] = "laion2b_s34b_b79k",
         sample: Annotated[int, typer.Option("--sample", min=2, help="Pictures to compare.")] = 1000,
+        overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
         """Compare two caption layers: CLIP score, self-retrieval, length, openers, flags; where they disagree most."""
         from recaption.clip import Clip
         from recaption.compare import compare
 
-        place = Storage(dataset, field="DATASET")
+        place = open_dataset(dataset, overrides)
         finish(compare(place, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)

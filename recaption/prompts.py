@@ -85,6 +85,11 @@ def quote(prompt: str, original: str) -> str:
     return prompt.replace(ORIGINAL, " ".join(original.split()))
 
 
+def quote_original(prompts: Mapping[str, str]) -> bool:
+    """Whether one of the prompts wants the original caption."""
+    return any(ORIGINAL in text for text in prompts.values())
+
+
 def refuse_original(prompts: Mapping[str, str], why: str) -> None:
     """Raises RecipeError where a prompt wants the original caption of an engine that cannot take it."""
     for slot, text in prompts.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,13 +46,14 @@ class Caption:
         return self.text.split()
 
 
-class _Rule(Section):
+class _Rule(Section, ABC):
     name: str
     reason: str
     action: Action
 
+    @abstractmethod
     def applies(self, caption: Caption) -> bool:
-        raise NotImplementedError
+        """Whether this is wrong with a caption."""
 
 
 class Empty(_Rule):

@@ -7,13 +7,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, finish
+from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the product in it.")]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+    _add_fitting(app, load)
+    _add_drawing(app, load)
+    _add_leaving(app)
+
+
+def _add_fitting(app: typer.Typer, load: Load) -> None:
+    """Commands on a recipe."""
 
     @app.command()
     def train(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
@@ -27,8 +34,11 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         """Run the autoencoder of train.diffusion over all pictures once; train.data.latents then reads the latents."""
         from training.latents import encode as run
 
-        finish(run(load(recipe, overrides)), as_json)
+        ready = load(recipe, overrides)
+        finish(concluded(lambda: run(ready)), as_json)
 
+
+def _add_drawing(app: typer.Typer, load: Load) -> None:
     @app.command()
     def sample(
         run: RunArgument,
@@ -59,6 +69,10 @@ def add_commands(app: typer.Typer, load: Load) -> None:
             writer = upsampler_of(run)
         drawn = draw(run, prompt, out, seeds=seeds, negative=negative, steps=steps, guidance=guidance, upsampler=writer)
         finish(drawn, as_json)
+
+
+def _add_leaving(app: typer.Typer) -> None:
+    """Commands on a finished run."""
 
     @app.command()
     def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,10 +22,10 @@ from training.config import TrainConfig
 _ACTIVATIONS: Final = 0.4  # of a GPU's memory is left to activations and fragments
 
 
-def recipe_findings(path: Path) -> Iterator[Finding]:
+def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Finding]:
     """Everything that a run of the recipe would need, in the order in which it would need it."""
     try:
-        recipe = load(path)
+        recipe = load(path, overrides)
     except CapstanError as error:
         yield _failed("recipe", error)
         return

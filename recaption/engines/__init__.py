@@ -17,6 +17,8 @@ from pipeline.errors import MissingExtra
 from recaption.config import RecaptionConfig
 from recaption.lint import Finish
 
+MAX_TOKENS: Final = 256  # new tokens a caption of an engine that is asked in words, where the recipe names no number
+
 Picture: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded picture: what `prepare` made
 
 
@@ -104,6 +106,18 @@ def seed_of(seed: int, sha256: str, slot: str, attempt: int) -> int:
     """Of one caption's random numbers: 63 bits from the recipe's seed, the picture, the slot and the attempt."""
     digest = hashlib.blake2b(f"{seed} {sha256} {slot} {attempt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def chat_settings(config: RecaptionConfig, prompts: Mapping[str, str], versions: Mapping[str, int]) -> dict[str, Any]:
+    """What of the recipe can change a caption of an engine that is asked in words: part of what it describes."""
+    return {
+        "max_side": config.max_side,
+        "system": config.system,
+        "prompts": dict(prompts),
+        "prompt_versions": dict(versions),
+        "decoding": config.decoding.model_dump(),
+        "max_tokens": config.max_tokens or MAX_TOKENS,
+    }
 
 
 def need(package: str, extra: str, field: str = "recaption.engine") -> Any:

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 from pipeline.errors import RecipeError
 from recaption import pixels, prompts
 from recaption.config import Decoding, RecaptionConfig
-from recaption.engines import Caption, Picture, Request, need, seed_of
+from recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
 from recaption.engines.pace import Pace, Retries, retry_after
 
 if TYPE_CHECKING:
     import aiohttp
 
 VERSION: Final = 1  # of what is sent; part of a layer's id
-MAX_TOKENS: Final = 256  # new tokens a caption, where the recipe names no other number
 
 _PICTURE_TOKENS: Final = 1000  # of a prompt, until the server says how many it were
 _LETTERS_A_TOKEN: Final = 4
@@ -55,19 +54,14 @@ class OpenAIEngine:
 
     @property
     def uses_original(self) -> bool:
-        return any(prompts.ORIGINAL in text for text in self.prompts.values())
+        return prompts.quote_original(self.prompts)
 
     def describe(self) -> dict[str, Any]:
         return {
             "engine": "openai",
             "version": VERSION,
             "weights": f"{self.config.model}@{self.config.pretrained or 'unnamed'}",  # a server shows no more of them
-            "max_side": self.config.max_side,
-            "system": self.config.system,
-            "prompts": dict(self.prompts),
-            "prompt_versions": self.versions,
-            "decoding": self.config.decoding.model_dump(),
-            "max_tokens": self.config.max_tokens or MAX_TOKENS,
+            **chat_settings(self.config, self.prompts, self.versions),
             "extra": self.server.extra,
         }
 

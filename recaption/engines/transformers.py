@@ -18,12 +18,11 @@ import numpy as np
 from pipeline.errors import MissingExtra, RecipeError
 from recaption import pixels, prompts
 from recaption.config import Decoding, RecaptionConfig
-from recaption.engines import Caption, Picture, Request, need, seed_of
+from recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
 
 log = logging.getLogger(__name__)
 
 VERSION: Final = 1  # of this engine's own arithmetic; part of a layer's id
-MAX_TOKENS: Final = 256  # new tokens a caption, where the recipe names no other number
 BUCKET: Final = 32  # tokens: prompts are padded to whole multiples of so many
 
 # What of a model's folder can change a caption; the rest (readme files, training state) is not looked at.
@@ -53,7 +52,7 @@ class TransformersEngine:
 
     @property
     def uses_original(self) -> bool:
-        return any(prompts.ORIGINAL in text for text in self.prompts.values())
+        return prompts.quote_original(self.prompts)
 
     def describe(self) -> dict[str, Any]:
         if self._description is None:
@@ -62,12 +61,7 @@ class TransformersEngine:
                 "engine": "transformers",
                 "version": VERSION,
                 "weights": _digests(self.folder) if self.folder else name,  # processor and chat template are among them
-                "max_side": self.config.max_side,
-                "system": self.config.system,
-                "prompts": dict(self.prompts),
-                "prompt_versions": self.versions,
-                "decoding": self.config.decoding.model_dump(),
-                "max_tokens": self.config.max_tokens or MAX_TOKENS,
+                **chat_settings(self.config, self.prompts, self.versions),
                 "precision": self.config.precision or "auto",
             }
         return self._description

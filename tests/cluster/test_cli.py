@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,47 @@ def test_an_unreachable_bucket_is_said_before_anything_is_fetched(
     err = capsys.readouterr().err
     assert "dataset: cannot" in err
     assert "endpoint_url" in err
+
+
+COMMANDS = [  # one of each way to a dataset
+    ["select", "RECIPE", "--dry-run"],
+    ["recaption", "RECIPE", "--plan", "--set", "recaption={engine: coca, model: coca_ViT-B-32}"],
+    ["verify", "s3://bucket/ds", "--set", "storage.endpoint_url=http://127.0.0.1:9"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_says_that_its_bucket_cannot_be_reached(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    bucket = {"dataset": "s3://bucket/ds", "storage": {"endpoint_url": "http://127.0.0.1:9"}}
+    path = written(tmp_path, recipe | bucket)
+    assert run([path if part == "RECIPE" else part for part in command]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: (dataset|DATASET): cannot (reach|write to) s3://bucket/ds \(.*Mend: .*endpoint_url", line)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("image.size=3", "--set: image says nothing here"),
+        ("storage.secret=x", "storage.secret: is a secret"),
+        ("storage=3", "storage"),
+    ],
+)
+def test_of_a_dataset_that_is_named_only_the_storage_can_be_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    assert run(["verify", str(tmp_path), "--set", override]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import yaml
 from s3 import S3
 
 from cluster.config import load
-from cluster.secrets import is_secret_name
 from pipeline.errors import RecipeError
+from pipeline.secrets import is_secret_name
 
 CANARY = "canary-9vJq2LxT7w"
 
