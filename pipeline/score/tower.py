@@ -184,9 +184,13 @@ class Loaded:
 
         return torch.nn.functional.normalize(vectors, dim=-1)
 
+    def tokens(self, captions: Sequence[str]) -> Any:
+        """Captions → token ids [batch, context], cut where they are longer."""
+        return self._tokenize(list(captions))
+
     def texts(self, captions: Sequence[str]) -> Any:
         """Captions → float32 tensor [batch, dim], of any length."""
-        return self._encode(self._model.encode_text, self._tokenize(list(captions)))
+        return self._encode(self._model.encode_text, self.tokens(captions))
 
     def _encode(self, encode: Callable[[Any], Any], batch: Any) -> Any:
         """On a CPU in parts of one size, each on one thread: how many threads there are then changes no bit."""
