@@ -140,6 +140,22 @@ def test_measures_of_the_rows_that_stay_are_carried_over(tmp_path: Path, site: A
         assert before[key] == after[key]
 
 
+@pytest.mark.integration
+def test_a_unit_whose_staged_files_are_gone_is_done_again(tmp_path: Path, site: Any, ray_session: Resources) -> None:
+    folder = tmp_path / "dataset"
+    recipe = settings(folder, site)
+    build(recipe)
+    before = pictures(folder)
+    site.new_asked()
+    unit = sorted((folder / "staged").glob("*.parquet"))[0].name.rpartition("-")[0]
+    for file in (folder / "staged").glob(f"{unit}-*"):
+        file.unlink()
+    build(recipe | {"select": [{"name": "size", "where": "width > 1"}]})
+    assert len(site.new_asked()) == 8  # the unit's rows
+    assert pictures(folder) == before
+    assert verify(Storage(str(folder))) == []
+
+
 SCRIPT = """
 import json, sys
 from pipeline.config import Recipe
