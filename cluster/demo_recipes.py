@@ -158,7 +158,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
     return _train(
         "diffusion",
         folder / "diffusion",
-        steps=1600,
+        steps=2000,
         batch=64,  # per picture a third cheaper than 32: at this size a step's cost is in its number of operations
         lr=2.5e-3,
         warmup=100,
@@ -169,7 +169,10 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "unet": {
                 "block_out_channels": [32, 64],
                 "layers_per_block": 1,
-                "attention": [True, True],
+                "attention": [
+                    True,
+                    False,
+                ],  # where things are told apart: at 8 × 8; at 4 × 4 it costs a third and adds nothing
                 "heads": 2,
                 "norm_num_groups": 16,
             },
