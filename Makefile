@@ -14,9 +14,9 @@ demo: $(STAMP)
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Several Ray nodes, a bucket, nodes that are lost and answers that are spoilt: minutes, so apart from the other tests.
+# Nodes, disks and buckets that are lost, answers that are spoilt, whole runs: minutes each, so apart from the other tests.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -m cluster
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -118,6 +118,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.cluster
 def test_a_killed_node_costs_only_time(tmp_path: Path, cluster: Any) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     finish(start(whole, RAY_ADDRESS=cluster.address))
