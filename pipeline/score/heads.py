@@ -40,13 +40,18 @@ class Head(EmbeddingScorer):
     def weights(self) -> dict[str, Path]:
         return {f"score.{self.name}.weights": self._file}
 
-    def setup(self, device: str) -> None:
-        import torch
-
+    def layers(self) -> list[tuple[Any, Any]]:
+        """(weight, bias) of each layer, on the CPU. Raises RecipeError where they are no head for this CLIP."""
         tensors = _read(self._file, f"score.{self.name}.weights")
         names = sorted((name.removesuffix("weight") for name in tensors if name.endswith("weight")), key=_natural)
         layers = [(tensors[f"{name}weight"].float(), tensors.get(f"{name}bias")) for name in names]
         self._check(layers)
+        return layers
+
+    def setup(self, device: str) -> None:
+        import torch
+
+        layers = self.layers()
         self._layers = [(w.to(device), None if b is None else b.float().to(device)) for w, b in layers]
         self._between = {"none": lambda x: x, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[self._activation]
 

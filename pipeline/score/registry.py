@@ -32,7 +32,7 @@ def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
 
 
 def scorers(recipe: Recipe) -> list[Scorer]:
-    """The recipe's scorers, pinned. Raises RecipeError naming the field and the file where weights are missing."""
+    """The recipe's scorers, pinned. Raises RecipeError naming field and file where weights miss or do not fit."""
     score, made = recipe.score, list[Scorer]()
     if score.clip is not None:
         made.append(ClipSimilarity(_tower(score.clip)))
@@ -49,6 +49,8 @@ def scorers(recipe: Recipe) -> list[Scorer]:
         made.append(ImageMeasures(score.image))
     for scorer in made:
         assert scorer.id
+        if isinstance(scorer, Head):
+            scorer.layers()  # a mistake is told before anything is fetched
     return made
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import HeadScore
+from pipeline.config import HeadScore, Recipe
 from pipeline.errors import RecipeError
+from pipeline.score import registry
 from pipeline.score.heads import Aesthetic, Nsfw, Watermark
 from pipeline.score.tower import Tower
 
@@ -75,10 +76,11 @@ def test_watermark_is_a_probability(tower: Tower, batch: Any, tmp_path: Path, ou
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_a_head_of_another_clip_is_refused(tower: Tower, tmp_path: Path) -> None:
+def test_a_head_of_another_clip_is_refused_before_anything_is_fetched(clip: Path, tmp_path: Path) -> None:
     torch.save(nn.Linear(768, 1).state_dict(), tmp_path / "large.pth")
+    score = {"clip": {"model": str(clip)}, "aesthetic": {"weights": str(tmp_path / "large.pth")}}
     with pytest.raises(RecipeError, match=r"score.aesthetic.weights: large.pth holds 1×768, not linear layers from 16"):
-        Aesthetic(HeadScore(weights=str(tmp_path / "large.pth")), tower).setup("cpu")
+        registry.scorers(Recipe.model_validate({"dataset": str(tmp_path), "score": score}))
 
 
 def test_nothing_in_a_file_of_weights_is_run(tower: Tower, tmp_path: Path) -> None:
