@@ -168,7 +168,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
     return _train(
         "diffusion",
         folder / "diffusion",
-        steps=2400,
+        steps=1900,
         batch=64,  # per picture a third cheaper than 32: at this size a step's cost is in its number of operations
         lr=2.5e-3,
         warmup=100,
@@ -179,7 +179,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "unet": {
                 "block_out_channels": [32, 64],
                 "layers_per_block": 1,
-                "attention": [True, False],  # at 8 × 8; at 4 × 4 it costs a third of a step and adds nothing
+                "attention": [True, True],  # at 4 × 4 too: a quarter more time, and relations are seldom learnt without
                 "heads": 2,
                 "norm_num_groups": 16,
             },
@@ -187,6 +187,6 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "flow": {"mean": 0.5},  # noisier times, at which it is decided what is where and in which colour
             "sampling": {"steps": 15, "guidance": 2.0},
         },
-        engine={**_ENGINE, "launcher": "ray"},
+        engine={**_ENGINE, "zero": 0, "launcher": "ray"},  # nothing worth sharding: 15% faster than stage 2
         checkpoint={"every": 200},
     )
