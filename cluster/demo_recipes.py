@@ -32,6 +32,7 @@ VOCABULARY: Final = 1024
 # Two processes of one thread each train faster on two cores than one process of two threads. Ray Train launches the
 # longest run; for the others its start-up, 10 s more than that of plain processes, would be a tenth of their time.
 _ENGINE: Final = {"strategy": "deepspeed", "zero": 2, "workers": 2, "launcher": "local"}
+_UNSHARDED: Final = {**_ENGINE, "zero": 0}  # a million parameters are not worth sharding: 10 to 20% faster than stage 2
 
 
 def recipes(folder: Path, *, quick: bool = False) -> dict[str, dict[str, Any]]:
@@ -126,13 +127,15 @@ def captioner(folder: Path) -> dict[str, Any]:
         "captioner",
         folder / "captioner",
         init=str(folder / "captioner-base"),
-        steps=1000,
+        steps=1300,
         batch=32,
-        lr=3e-3,
+        lr=2e-3,
+        betas=[0.9, 0.98],
         warmup=50,
         ema=0.99,
         data={"layer": LABELLED_LAYER, "blend": {"short": 0.25, "descriptive": 0.75}},
         captioner={**_coca(folder), "contrastive": 0.0, "caption": 1.0},
+        engine=_UNSHARDED,
         checkpoint={"every": 200},
     )
 
@@ -159,6 +162,7 @@ def autoencoder(folder: Path) -> dict[str, Any]:
             "kl": 1e-4,
         },
         data={"layer": None},
+        engine=_UNSHARDED,
         checkpoint={"every": 200},
     )
 
@@ -187,6 +191,6 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "flow": {"mean": 0.5},  # noisier times, at which it is decided what is where and in which colour
             "sampling": {"steps": 15, "guidance": 2.0},
         },
-        engine={**_ENGINE, "zero": 0, "launcher": "ray"},  # nothing worth sharding: 15% faster than stage 2
+        engine={**_UNSHARDED, "launcher": "ray"},
         checkpoint={"every": 200},
     )

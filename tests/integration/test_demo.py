@@ -73,7 +73,7 @@ def test_it_ends_with_a_grid_and_a_report(demo: tuple[Path, dict[str, Any]]) -> 
 
 def test_every_run_was_trained_by_deepspeed_on_two_processes(demo: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = demo
-    for run, stage in {"captioner-base": 2, "captioner": 2, "autoencoder": 2, "diffusion": 0}.items():
+    for run, stage in {"captioner-base": 2, "captioner": 0, "autoencoder": 0, "diffusion": 0}.items():
         assert f"DeepSpeed, ZeRO stage {stage}, world size 2" in (folder / run / "train.log").read_text()
 
 
