@@ -14,9 +14,10 @@ demo: $(STAMP)
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Several Ray nodes, a bucket, nodes that are lost and answers that are spoilt: minutes, so apart from the other tests.
+# Several Ray nodes, a bucket, nodes that are lost, answers that are spoilt, workers killed twenty times: minutes, so apart
+# from the other tests.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -m cluster tests/cluster tests/training
 
 check: $(STAMP)
 	$(BIN)/ruff check .
