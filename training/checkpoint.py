@@ -1,8 +1,10 @@
 """State of a run ↔ checkpoints/step-000200/: complete or not there.
 
-checkpoints/step-000200/engine/...          model and optimizer, every worker its part
-checkpoints/step-000200/worker-00000.pt     each worker's share of the EMA, and what it has not logged yet
+checkpoints/step-000200/worker-00000.pt     each worker's elements of model, optimizer and average (see training.parts),
+                                            the model's buffers, and what this worker has not logged yet
 checkpoints/step-000200/checkpoint.json     step, workers, data; written last: a folder without it does not count
+
+It is read by any number of workers, of any strategy; by as many of the same it is taken up bit for bit.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.errors import RecipeError
 from pipeline.storage import Storage
 from training.config import TrainConfig
 from training.ema import Ema
 from training.engine import Engine
+from training.loss_scale import LossScale
+from training.parts import Pieces, written
 
 logger = logging.getLogger(__name__)
 
@@ -30,58 +36,106 @@ MARK = "checkpoint.json"
 class Checkpoints:
     """The checkpoints of one run; all methods that save or load are called on every worker."""
 
-    def __init__(self, train: TrainConfig, engine: Engine, ema: Ema) -> None:
+    def __init__(
+        self, train: TrainConfig, engine: Engine, ema: Ema, wanted: Callable[[Path], bool] = lambda path: False
+    ) -> None:
         self.train, self.engine, self.ema = train, engine, ema
+        self._wanted = wanted  # whether an old checkpoint has to stay for a while, since it is being uploaded
         self.folder = train.folder / "checkpoints"
 
-    def save(self, step: int, worker: dict[str, Any], shared: dict[str, Any]) -> None:
-        """Write the state after `step` steps. `worker` is this worker's own, `shared` (plain data) is rank 0's."""
+    def save(self, step: int, worker: dict[str, Any], shared: dict[str, Any]) -> Path:
+        """Write the state after `step` steps; gives its folder. `worker` is this worker's own, `shared` (plain data) is
+        rank 0's.
+        """
         folder = self.folder / f"step-{step:06d}"
         if self.engine.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # what a killed run began
             folder.mkdir(parents=True)
         self.engine.wait()
-        self.engine.save(folder / "engine")
-        torch.save({"ema": self.ema.state(), **worker}, folder / f"worker-{self.engine.rank:05d}.pt")
+        parts = written(chain(self.engine.parts(), self.ema.parts()))
+        content = {"parts": parts, "buffers": self.engine.buffers(), "worker": worker}
+        torch.save(content, folder / f"worker-{self.engine.rank:05d}.pt")
+        del parts, content
         self.engine.wait()
         if self.engine.is_main:
             _sync(folder)
             mark = {"step": step, "samples": step * self.train.batch, "engine": self._shape(), **shared}
+            if self.engine.loss_scale is not None:
+                mark["loss_scale"] = asdict(self.engine.loss_scale)
             Storage(str(folder), field="train.run").write(MARK, json.dumps(mark, indent=1).encode())
             for old in complete(self.folder)[: -self.train.checkpoint.keep]:
-                (old / MARK).unlink()
-                shutil.rmtree(old)
+                if not self._wanted(old):
+                    (old / MARK).unlink()
+                    shutil.rmtree(old)
+        return folder
 
     def load(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Take up the last complete checkpoint: (step, this worker's own, shared); (0, {}, {}) where there is none."""
+        """Take up the last complete checkpoint: (step, this worker's own, shared); (0, {}, {}) where there is none.
+
+        Where there were more workers then, what the others had of their own is dealt out and merged; where there were
+        fewer, some get nothing.
+        """
         found = complete(self.folder)
         if not found:
             return 0, {}, {}
         shared = json.loads((found[-1] / MARK).read_text())
-        self._refuse_other_shape(shared["engine"])
-        self.engine.load(found[-1] / "engine")
-        name = f"worker-{self.engine.rank:05d}.pt"
-        worker = torch.load(found[-1] / name, map_location=self.engine.device, weights_only=True)
-        self.ema.restore(worker.pop("ema"))
+        pieces = Pieces(sorted(found[-1].glob("worker-*.pt")))
+        self.engine.take(pieces)
+        for part in self.ema.parts():
+            part.take(pieces)
+        if self.engine.loss_scale is not None:
+            self.engine.loss_scale = LossScale(**shared["loss_scale"])
+        before, now = shared["engine"], self._shape()
+        rank, world = self.engine.rank, self.engine.world
+        self.engine.take_buffers(pieces.buffers[rank if before["workers"] == world else 0])
         if self.engine.is_main:
-            logger.info("going on from %s", found[-1])
-        return int(shared["step"]), worker, shared
+            then = "" if before == now else f", written by {_words(before)}, as {_words(now)}"
+            logger.info("going on from %s%s", found[-1], then)
+        return int(shared["step"]), merged(pieces.workers[rank::world]), shared
 
     def _shape(self) -> dict[str, Any]:
         strategy = self.train.engine.strategy
         return {"strategy": strategy, "zero": self.engine.zero, "workers": self.engine.world}
 
-    def _refuse_other_shape(self, saved: dict[str, Any]) -> None:
-        for name, value in self._shape().items():
-            if saved[name] != value:
-                problem = f"the last checkpoint in {self.train.run} was written with {name}: {saved[name]}, not {value}"
-                mend = f"write {name}: {saved[name]}, or start anew in another train.run"
-                raise RecipeError(f"train.engine.{name}", problem, mend)
+
+def merged(states: list[Any]) -> Any:
+    """What several workers have counted and not logged yet, as if one had: lists are joined, numbers and tensors added.
+
+    >>> merged([{"a": [1], "n": {"x": 1}}, {"a": [2], "n": {"x": 2, "y": 3}}]), merged([])
+    ({'a': [1, 2], 'n': {'x': 3, 'y': 3}}, {})
+    """
+    if not states:
+        return {}
+    if not isinstance(states[0], dict):
+        total = states[0]
+        for state in states[1:]:
+            total = total + state
+        return total
+    names = {name: None for state in states for name in state}
+    return {name: merged([state[name] for state in states if name in state]) for name in names}
+
+
+def _words(shape: dict[str, Any]) -> str:
+    """
+    >>> _words({"strategy": "deepspeed", "zero": 2, "workers": 1}), _words({"strategy": "ddp", "zero": 0, "workers": 2})
+    ('1 worker of ZeRO 2', '2 workers of DDP')
+    """
+    kind = f"ZeRO {shape['zero']}" if shape["strategy"] == "deepspeed" else "DDP"
+    return f"{shape['workers']} worker{'s' * (shape['workers'] != 1)} of {kind}"
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    return sorted((mark.parent for mark in folder.glob(f"step-*/{MARK}")), key=lambda path: int(path.name[5:]))
+    return sorted((mark.parent for mark in folder.glob(f"step-*/{MARK}")), key=lambda path: step_of(path.name))
+
+
+def step_of(name: str) -> int:
+    """The steps made before the checkpoint of this name.
+
+    >>> step_of("step-000200")
+    200
+    """
+    return int(name.removeprefix("step-"))
 
 
 def _sync(folder: Path) -> None:

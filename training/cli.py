@@ -9,7 +9,15 @@ import typer
 
 from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the product in it.")]
+
+def _on_this_machine(run: str) -> Path:
+    from training.product import fetched
+
+    return fetched(run) if "://" in run else Path(run)
+
+
+_RUN_HELP = "A run folder, or the product in it; or a finished run in a bucket."
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP, parser=_on_this_machine)]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:

@@ -9,10 +9,11 @@ stand in the section that bears its name (`train.diffusion`, ...); the family it
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from pipeline.config import Recipe, Section, fingerprint, validate
 from pipeline.errors import RecipeError
@@ -57,27 +58,64 @@ class Data(Section):
         return {slot: weight / sum(blend.values()) for slot, weight in sorted(blend.items()) if weight > 0}
 
 
+Workers = Annotated[int, Field(ge=1)]
+
+
 class Engine(Section):
-    """How the work is spread over processes."""
+    """How the work is spread over processes. All of it may change between a stop and its resume."""
 
     strategy: Literal["deepspeed", "ddp"] = "deepspeed"
     zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
-    workers: Annotated[int, Field(ge=1)] = 1  # processes; with GPUs one each
+    workers: Workers | tuple[Workers, Workers] = 1  # processes; with GPUs one each; [least, most]: as many as there are
     launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes of this machine
     retries: Annotated[int, Field(ge=0)] = 2  # restarts after a worker died, each from the last checkpoint
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
+    offload: bool = False  # ZeRO 1 to 3: Adam's state in the CPUs' memory, and its step on them
+    checkpointing: bool = False  # activations are computed again in the backward pass, not kept
+    compile: bool = False  # torch.compile
+    channels_last: bool = False  # pictures as [B, H, W, C] in memory
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Engine:
+        if self.strategy == "ddp" and self.zero not in (0, Engine.model_fields["zero"].default):
+            raise ValueError("zero is for strategy: deepspeed; remove it or the strategy")
+        if self.offload and (self.strategy == "ddp" or self.zero == 0):
+            raise ValueError("offload is for strategy: deepspeed with zero: 1, 2 or 3; remove it, or write those")
+        if self.least > self.most:
+            raise ValueError(f"workers is [least, most]; write [{self.most}, {self.least}]")
+        if isinstance(self.workers, tuple) and self.launcher == "local":
+            raise ValueError(f"workers: {list(self.workers)} is for launcher: ray; write workers: {self.most}")
+        return self
+
+    @property
+    def least(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class Checkpoint(Section):
+    """The state of a run, from which it goes on. All of it may change between a stop and its resume."""
+
     every: Annotated[int, Field(ge=1)] = 500  # steps
     keep: Annotated[int, Field(ge=1)] = 2  # the newest so many
+    upload: str | None = None  # a bucket's URL (s3://bucket/run): finished checkpoints and the product go there as well
+
+
+class Diverged(Section):
+    """When a loss counts as diverging: the run then stops, with the keys of the batches written down."""
+
+    factor: Annotated[float, Field(gt=1)] = 10.0  # a loss above factor × the median of the losses before it is high
+    steps: Annotated[int, Field(ge=1)] = 50  # so many high ones in a row are too many
 
 
 class TrainConfig(Section):
     """One training run."""
 
     model: str  # a name of FAMILIES, or package.module:Class
-    run: Annotated[str, Field(min_length=1)]  # the run folder: log, checkpoints, product
+    run: Annotated[str, Field(min_length=1)]  # the run folder: log, checkpoints, product; or a bucket's URL for them
     steps: Annotated[int, Field(ge=1)]  # optimizer steps
     batch: Annotated[int, Field(ge=1)] = 64  # samples a step, over all workers
     accumulate: Annotated[int, Field(ge=1)] = 1  # each worker goes through its share of a batch in so many parts
@@ -91,33 +129,36 @@ class TrainConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and kernels; never on biases, norms and scalars
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest norm of the gradient; null: unclipped
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; fp16 on GPUs alone, with loss scaling
     ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999  # decay of the weights' moving average; null: none
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
     data: Data = Data()
+    diverged: Diverged | None = Diverged()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
 
     _settings: Any = PrivateAttr(default=None)
 
-    @field_validator("run")
-    @classmethod
-    def _is_a_folder(cls, run: str) -> str:
-        if "://" in run:
-            raise ValueError("must be a folder that all workers share, not a bucket")
-        return run
+    @model_validator(mode="after")
+    def _has_one_bucket(self) -> TrainConfig:
+        if "://" in self.run and self.checkpoint.upload is not None:
+            raise ValueError("run is in a bucket, to which all is uploaded; remove checkpoint.upload")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
-        parts = self.engine.workers * self.accumulate
-        if self.batch % parts:
+        if not self.world_sizes():
+            parts = self.engine.least * self.accumulate
             raise ValueError(
                 f"batch {self.batch} is not a multiple of engine.workers × accumulate ({parts}); "
                 f"use e.g. batch: {-(-self.batch // parts) * parts}"
             )
-        if self.engine.strategy == "ddp" and self.engine.zero not in (0, Engine.model_fields["zero"].default):
-            raise ValueError("engine.zero is for strategy: deepspeed; remove it or the strategy")
         return self
+
+    def world_sizes(self) -> list[int]:
+        """How many workers there may be, most first: those among whom the batch, part by part, can be dealt evenly."""
+        sizes = range(self.engine.most, self.engine.least - 1, -1)
+        return [size for size in sizes if self.batch % (size * self.accumulate) == 0]
 
     @property
     def settings(self) -> Any:
@@ -126,8 +167,13 @@ class TrainConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run)
+        """The run folder; of a run in a bucket, the one on this machine in which it works."""
+        return scratch_folder(self.run) if "://" in self.run else Path(self.run)
+
+    @property
+    def bucket(self) -> str | None:
+        """Where the run is copied to."""
+        return self.run if "://" in self.run else self.checkpoint.upload
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> TrainConfig:
@@ -158,7 +204,7 @@ class TrainConfig(Section):
 
         Left out: where it runs and on how much, how often it logs and saves, and how many steps it goes.
         """
-        free = {"run", "steps", "log_every", "engine", "checkpoint"}
+        free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
         fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads"})
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
@@ -167,6 +213,12 @@ class TrainConfig(Section):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything in `identity`."""
         return fingerprint(self.identity())
+
+
+def scratch_folder(url: str) -> Path:
+    """Where this machine keeps what it has of a run in a bucket: below $CAPSTAN_RUNS, or the user's cache."""
+    root = Path(os.environ.get("CAPSTAN_RUNS") or Path.home() / ".cache" / "capstan" / "runs")
+    return root / f"{url.rstrip('/').rpartition('/')[2]}-{fingerprint(url.rstrip('/'))}"
 
 
 def family_class(name: str) -> Any:

@@ -6,11 +6,12 @@ slice of them, stage 3 the part that it holds. The whole average is put together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 
 from training.engine import Engine
+from training.parts import AVERAGE, Part
 
 
 def decay_at(decay: float, step: int) -> float:
@@ -43,11 +44,9 @@ class Ema:
         """The whole average, name → fp32 tensor on the CPU, on rank 0; None elsewhere. Call it on every worker."""
         return self.engine.gather(self.engine.shards() if self.decay is None else self.shards)
 
-    def state(self) -> list[torch.Tensor]:
-        """This worker's share, to be saved."""
-        return self.shards
-
-    def restore(self, shards: Sequence[torch.Tensor]) -> None:
-        """Take up what `state` gave on this rank of as many workers."""
-        for mine, saved in zip(self.shards, shards, strict=True):
-            mine.copy_(saved)
+    def parts(self) -> Iterator[Part]:
+        """This worker's share, live, by the weights' names: what it writes and what it has to read."""
+        for (name, shape), shard in zip(self.engine.shapes().items(), self.shards, strict=bool(self.shards)):
+            start = self.engine.rank * -(-shape.numel() // self.engine.world)
+            held = max(0, min(shard.numel(), shape.numel() - start))  # ZeRO 3 fills the last shares up
+            yield Part(AVERAGE, name, start, shard[:held])

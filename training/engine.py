@@ -1,6 +1,6 @@
 """The one door to accelerate and deepspeed: a model → a model that trains on many processes, and its state on disk.
 
-    prepare(model) → backward(loss) × accumulate, each with the optimizer's step at the last → save / load
+    prepare(model) → backward(loss) × accumulate, with the optimizer's step at the last → parts, which checkpoints keep
 
 ZeRO 0–3 (Rajbhandari et al. 2020) or plain DDP, on GPUs (nccl) or CPUs (gloo), one process or many. What was seen to
 break, and is kept from breaking here: `Accelerator(cpu=True)` silently drops DeepSpeed; without a named backend every
@@ -16,14 +16,17 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.errors import CapstanError, RecipeError
+from training import switches
 from training.config import TrainConfig
+from training.loss_scale import LossScale
+from training.parts import Part, Pieces, adam_parts, adam_state, even_share
+from training.zero import parts_of_stage_1_or_2, parts_of_stage_3, take_forward_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Engine:
         self.zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
         self._deepspeed = train.engine.strategy == "deepspeed"
         self._wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if self._wanted != train.engine.workers:
+        if self._wanted not in train.world_sizes():
             problem = f"{train.engine.workers}, but the launcher started {self._wanted}"
             raise RecipeError("train.engine.workers", problem, "let the two agree")
         _set_environment(alone=self._wanted == 1 and not self._deepspeed)
@@ -48,6 +51,10 @@ class Engine:
         device = self._accelerator.device
         self.device: torch.device = device if device.type != "cpu" else torch.device("cpu")  # not cpu:0
         self.is_main = self.rank == 0
+        self.loss_scale = LossScale() if train.precision == "fp16" else None
+        self.skipped = False  # whether the last step was left out, since its gradient overflowed in fp16
+        if self.loss_scale is not None and not _has_fp16(self.device):
+            raise RecipeError("train.precision", f"fp16 is for GPUs, not {self.device}", "write bf16 or fp32")
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
             torch.set_num_threads(train.engine.threads or max(1, _cores() // local))
@@ -89,6 +96,10 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.zero},
         }
+        if train.engine.offload:  # stepped by torch's fused AdamW: DeepSpeed's own has to be compiled for minutes
+            pinned = torch.cuda.is_available()
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+            config["zero_force_ds_cpu_optimizer"] = False
         if train.precision == "bf16":  # weights stay fp32, the forward pass computes in bf16
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         return config
@@ -96,6 +107,9 @@ class Engine:
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         """Wrap the one trainable model and make its optimizer; gives the model to call in the loss."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        switches.apply(model, self.train, self.device)
+        if self._deepspeed and self.loss_scale is not None:  # DeepSpeed ends an autocast around the model
+            model.forward = torch.autocast(self.device.type, torch.float16)(model.forward)  # type: ignore[method-assign]
         if self._deepspeed:
             bucket = min(_LARGEST_BUCKET, -(-parameters // 1024) * 1024)  # DeepSpeed wants an even number
             zero = {"stage": self.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
@@ -126,9 +140,9 @@ class Engine:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Around the loss: bf16 where the recipe asks for it."""
-        bf16 = self.train.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        """Around the loss: half precision where the recipe asks for it. Weights and their gradients stay fp32."""
+        dtype = torch.float16 if self.train.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.train.precision != "fp32"):
             yield
 
     def set_lr(self, lr: float) -> None:
@@ -139,30 +153,53 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> torch.Tensor | float | None:
         """Add the gradient of a part's mean loss; with the `last` part of a step, clip and step.
 
-        Gives the norm of the whole gradient before clipping at the last part, None otherwise.
+        Gives the norm of the whole gradient before clipping at the last part, None otherwise. Where fp16 overflows the
+        norm is infinite, and the step is left out (`skipped`).
         """
+        if self.loss_scale is not None and self.zero == 0:
+            loss = loss * self.loss_scale.scale
         if self._deepspeed:
-            return self._backward_deepspeed(loss, last)
-        unsynced = contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
-        with unsynced:
-            self._accelerator.backward(loss / self.train.accumulate)
-        if not last:
-            return None
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            norm = self._backward_deepspeed(loss, last)
+        else:
+            unsynced = contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+            with unsynced:
+                self._accelerator.backward(loss / self.train.accumulate)
+            norm = self._clip(self.model) if last else None
+            if last and not self.skipped:
+                self.optimizer.step()
+            if last:
+                self.optimizer.zero_grad()
+        if last and self.loss_scale is not None:
+            self.loss_scale.update(self.skipped)
         return norm
 
     def _backward_deepspeed(self, loss: torch.Tensor, last: bool) -> torch.Tensor | float | None:
-        model, norm = self.model, None
+        model = self.model
+        if self.loss_scale is not None and self.zero:
+            model.optimizer.override_loss_scale(self.loss_scale.scale)
         model.set_gradient_accumulation_boundary(is_boundary=last)
         model.backward(loss)  # divides by the number of parts
-        if last and not self.zero:
-            norm = torch.nn.utils.clip_grad_norm_(model.module.parameters(), self.train.clip or math.inf)
-        if last:
-            model.step()
-            norm = norm if norm is not None else model.get_global_grad_norm()
-        return norm
+        if not last:
+            return None
+        if not self.zero:
+            norm = self._clip(model.module)
+            if self.skipped:
+                model.zero_grad()
+            else:
+                model.step()
+            return norm
+        model.step()
+        self.skipped = self.loss_scale is not None and bool(model.optimizer.overflow)
+        return math.inf if self.skipped else model.get_global_grad_norm()
+
+    def _clip(self, model: torch.nn.Module) -> torch.Tensor:
+        """The norm of the whole gradient, which is then clipped; `skipped` where fp16 has overflowed."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.train.clip or math.inf)
+        self.skipped = self.loss_scale is not None and not math.isfinite(norm)
+        return torch.full_like(norm, math.inf) if self.skipped else norm
 
     # What one worker holds of the weights ----------------------------------------------------------------------------
 
@@ -183,9 +220,8 @@ class Engine:
         sharded = getattr(parameter, "ds_tensor", None)
         if sharded is not None:  # ZeRO 3 holds nothing else
             return sharded.detach()
-        flat = parameter.detach().view(-1)
-        size = -(-flat.numel() // self.world)
-        return flat[self.rank * size : (self.rank + 1) * size]
+        flat = parameter.detach().reshape(-1)  # a view, but for channels_last
+        return flat[even_share(flat.numel(), self.rank, self.world)]
 
     def gather(self, shards: Iterable[torch.Tensor]) -> dict[str, torch.Tensor] | None:
         """Put shards (as from `shards`) of all workers together: name → full tensor on the CPU; None but on rank 0."""
@@ -207,6 +243,11 @@ class Engine:
         module = self._accelerator.unwrap_model(self.model)
         return {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
 
+    def take_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Take up what `buffers` gave."""
+        for name, buffer in self._accelerator.unwrap_model(self.model).named_buffers():
+            buffer.copy_(buffers[name])
+
     # Together --------------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
@@ -216,11 +257,15 @@ class Engine:
 
     def raised(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any worker raised it; all get the same answer."""
+        return tuple(votes > 0 for votes in self.sums([float(flag) for flag in flags]))
+
+    def sums(self, values: list[float]) -> list[float]:
+        """For each number, its sum over all workers; all get the same answer."""
         if self._small is None:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(votes, group=self._small)
-        return tuple(vote > 0 for vote in votes.tolist())
+            return values
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self._small)
+        return sums.tolist()
 
     def collect(self, value: Any) -> list[Any]:
         """The small value of every worker, by rank; all get the same list."""
@@ -230,22 +275,40 @@ class Engine:
         dist.all_gather_object(values, value, group=self._small)
         return values
 
-    # On disk ---------------------------------------------------------------------------------------------------------
+    # To be kept ------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer into `folder`, every worker its part. Call it on every worker."""
-        self._accelerator.save_state(str(folder))
+    def parts(self) -> Iterator[Part]:
+        """This worker's weights and optimizer state in fp32, live, by name: what it writes and what it has to read."""
+        named = self.named_parameters()
+        if self.zero == 3:
+            return parts_of_stage_3(self.model.optimizer, named, self.rank)
+        if self.zero:
+            return parts_of_stage_1_or_2(self.model.optimizer, named)
+        return self._whole_parts(named)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on as many workers."""
-        self._accelerator.load_state(str(folder))
+    def _whole_parts(self, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Part]:
+        optimizer = self.optimizer.optimizer  # torch's, out of accelerate's
+        for name, parameter in named:
+            mine = even_share(parameter.numel(), self.rank, self.world)
+            yield from adam_parts(name, 0, parameter, adam_state(optimizer, parameter), slice(None), mine)
+
+    def take(self, pieces: Pieces) -> None:
+        """Take up what the parts of any number of workers, of any strategy, were written as."""
+        for part in self.parts():
+            part.take(pieces)
+        if self.zero:
+            take_forward_weights(self.named_parameters(), pieces, self.rank)
 
     def close(self) -> None:
         """Leave the process group, and nothing behind that a next engine in this process would take for its own."""
         from accelerate.state import AcceleratorState, GradientState
 
         self._accelerator.free_memory()
-        if dist.is_initialized():
+        if dist.is_initialized() and self._deepspeed:
+            from deepspeed import comm
+
+            comm.destroy_process_group()  # torch's, and DeepSpeed's own notes of its groups
+        elif dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -296,6 +359,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _has_fp16(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _cores() -> int:

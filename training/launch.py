@@ -32,6 +32,7 @@ from training.run import Run
 logger = logging.getLogger("training.launch")  # by name: a local worker runs this module as __main__
 
 _GRACE_S = 20.0  # between asking workers to save and stop, and killing them
+_GRACE_UPLOAD_S = 600.0  # where the checkpoint has to reach a bucket, too
 _LOOK_EVERY_S = 0.2
 _JOIN_S = 600.0  # for nodes to join a cluster that has too few
 
@@ -49,8 +50,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     config = TrainConfig.from_recipe(recipe)
     run = Run(config)
     run.begin(recipe.model_dump(mode="json"))
-    if finished := run.finished():
-        logger.info("train %s: already finished: %s", finished["model"], run.product)
+    if finished := _already_finished(recipe, config, run):
+        logger.info("train %s: already finished: %s", finished["model"], finished["product"])
         return finished
     launch = _on_ray if config.engine.launcher == "ray" else _on_this_machine
     for attempt in range(config.engine.retries + 1):
@@ -67,6 +68,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return summary
 
 
+def _already_finished(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any] | None:
+    """The summary of a run that is done, here or in its bucket, which then has all of it; else None."""
+    if config.bucket is None:
+        return run.finished()
+    from training.upload import Upload
+
+    upload = Upload(run, config.bucket, recipe.storage)
+    with run.locked():
+        upload.fetch()
+        if finished := run.finished():
+            upload.finish()
+    return finished
+
+
 # Ray Train -----------------------------------------------------------------------------------------------------------
 
 
@@ -79,15 +94,14 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = _resources(config, recipe.resources)
-    scaling = ScalingConfig(
-        num_workers=config.engine.workers, use_gpu="GPU" in resources, resources_per_worker=resources
-    )
+    workers, resources = _workers(config, recipe.resources)
+    scaling = ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources)
     scratch = run.folder / ".ray-train"  # Ray Train's own notes; the state of a run is in its checkpoints
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
+            "workers": workers,
             "folder": str(Path.cwd()),
             "path": sys.path,
             "cpus": resources["CPU"],
@@ -113,37 +127,54 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         os.chdir(config["folder"])
     sys.path += [entry for entry in config["path"] if entry not in sys.path]  # where a family of the user's may lie
     engine = config["recipe"]["train"].setdefault("engine", {})
+    engine["workers"] = config["workers"]
     if not engine.get("threads"):  # no more of a node that is shared than was asked for
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engine["threads"] = max(1, min(cores, int(config["cpus"])))
     return fit(Recipe.model_validate(config["recipe"]))
 
 
-def _resources(config: TrainConfig, allowed: Resources) -> dict[str, float]:
-    """What each worker takes: a GPU, or where the cluster has none (or `allowed.gpus` is 0) its share of the CPUs.
+def _workers(config: TrainConfig, allowed: Resources) -> tuple[int, dict[str, float]]:
+    """(workers, what each takes): a GPU, or where the cluster has none (or `allowed.gpus` is 0) its share of the CPUs.
 
-    On a cluster that others started it waits for nodes, which may be on their way: after one was lost, or while an
-    autoscaler makes them. Raises RecipeError where there is not enough.
+    Of the numbers that `engine.workers` allows and the batch can be dealt among, the largest that there is room for.
+    On a cluster that others started it waits until the least of them fit: for nodes that may be on their way, after one
+    was lost, or while an autoscaler makes them. Raises RecipeError where there is not enough.
     """
     import ray
 
-    workers, started = config.engine.workers, time.monotonic()
+    sizes, started = config.world_sizes(), time.monotonic()
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if allowed.gpus == 0 else sum(int(node.get("GPU", 0)) for node in nodes)
         cpus = [int(node.get("CPU", 0)) for node in nodes]
-        if gpus >= workers:
-            return {"CPU": 1, "GPU": 1}
-        share = 0 if gpus else _share(cpus, workers, config.engine.threads)
-        if share:
-            return {"CPU": share}
+        if config.bucket == config.run and len(cpus) > 1:
+            mend = "name a folder that all nodes share, and the bucket as train.checkpoint.upload"
+            raise RecipeError("train.run", f"a bucket, and workers on {len(cpus)} nodes have no folder in common", mend)
+        if found := _largest(sizes, gpus, cpus, config.engine.threads):
+            return found
         if not os.environ.get("RAY_ADDRESS") or time.monotonic() - started > _JOIN_S:
             have = f"{gpus} GPUs" if gpus else f"{sum(cpus)} CPUs"
-            mend = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {workers}"
-            raise RecipeError("train.engine.workers", f"{workers} workers, but Ray has {have}", mend)
+            mend = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {sizes[-1]}"
+            raise RecipeError("train.engine.workers", f"{sizes[-1]} workers, but Ray has {have}", mend)
         if time.monotonic() - started < _LOOK_EVERY_S:
-            logger.info("waiting for nodes: %d workers, and the cluster has %s CPUs, %d GPUs", workers, sum(cpus), gpus)
+            have = f"{sum(cpus)} CPUs, {gpus} GPUs"
+            logger.info("waiting for nodes: %d workers, and the cluster has %s", sizes[-1], have)
         time.sleep(_LOOK_EVERY_S)
+
+
+def _largest(sizes: list[int], gpus: int, cpus: list[int], threads: int | None) -> tuple[int, dict[str, float]] | None:
+    """The first of `sizes` for which there is room on nodes of these CPUs, with what each worker takes.
+
+    >>> _largest([4, 2], 3, [16], None), _largest([4, 2, 1], 0, [2], None), _largest([4], 0, [2], None)
+    ((2, {'CPU': 1, 'GPU': 1}), (2, {'CPU': 1}), None)
+    """
+    for workers in sizes:
+        if gpus >= workers:
+            return workers, {"CPU": 1, "GPU": 1}
+        if not gpus and (share := _share(cpus, workers, threads)):
+            return workers, {"CPU": share}
+    return None
 
 
 def _share(cpus: list[int], workers: int, threads: int | None) -> int:
@@ -188,7 +219,7 @@ def _kill_ray() -> None:
 def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
     from training.engine import free_port
 
-    world = config.engine.workers
+    world = config.world_sizes()[0]
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory(prefix="capstan-train-") as name:
@@ -291,7 +322,7 @@ def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], N
         logger.info("stopping: the workers save a checkpoint (once more to stop at once)")
         run.stop.touch()
         try:
-            done.wait(_GRACE_S)
+            done.wait(_GRACE_S if run.train.bucket is None else _GRACE_UPLOAD_S)
         finally:
             if not done.is_set():
                 kill()

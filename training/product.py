@@ -6,25 +6,52 @@ is taken as well.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import RecipeError
+from pipeline.storage import Storage
+from training.config import scratch_folder
+from training.run import download
 
 FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
 _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # one of them is in every product
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:
-    """The folder of the finished model at `path`. Raises RecipeError where there is none."""
-    folder = Path(path)
+    """The folder of the finished model at `path`, which may be a run in a bucket. Raises RecipeError if none is."""
+    folder = fetched(str(path), field) if "://" in str(path) else Path(path)
     for candidate in (folder / "product", folder):
         if any((candidate / name).is_file() for name in _SIGNS):
             return candidate
     if (folder / "recipe.json").exists() or (folder / "log.jsonl").exists():
         raise RecipeError(field, f"{folder} has no finished model yet", "run `capstan train` to the end first")
     raise RecipeError(field, f"no model at {folder}", "name a run folder, or a model folder that a run made")
+
+
+def fetched(url: str, field: str = "RUN") -> Path:
+    """This machine's copy of a finished run in a bucket, brought up to date: its product and its recipe."""
+    storage, folder = Storage(url, field=field), scratch_folder(url)
+    storage.check_reachable()
+    if not storage.exists("finished.json"):
+        raise RecipeError(field, f"{url} has no finished model", "name the train.run or train.checkpoint.upload of one")
+    mark, known = storage.read("finished.json"), folder / "fetched.json"  # of which finished run the copy is
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "fetching").open("w") as lock:  # several workers may ask at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if known.exists() and known.read_bytes() == mark:
+            return folder
+        partial = folder / ".partial-product"
+        shutil.rmtree(partial, ignore_errors=True)
+        download(storage, "product", storage.names("product"), partial)
+        (folder / "recipe.json").write_bytes(storage.read("recipe.json"))
+        shutil.rmtree(folder / "product", ignore_errors=True)
+        partial.rename(folder / "product")
+        known.write_bytes(mark)
+    return folder
 
 
 def kind_of(product: Path) -> str:

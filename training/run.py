@@ -29,10 +29,11 @@ _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
 
 
 class Run:
-    """The folder of `train.run`."""
+    """The folder of `train.run`; of a run in a bucket, this machine's copy of it (see training.upload)."""
 
     def __init__(self, train: TrainConfig) -> None:
         self.train, self.folder = train, train.folder
+        self.where = train.run if "://" in train.run else str(train.folder)
         self.assets, self.product = self.folder / "assets", self.folder / "product"
         self.log, self.words, self.stop = (self.folder / name for name in ("log.jsonl", "train.log", "stop"))
 
@@ -42,7 +43,7 @@ class Run:
         identity = self.train.identity()
         if (self.folder / "recipe.json").exists():
             before = json.loads((self.folder / "recipe.json").read_text())["identity"]
-            if changed := _differences(before, json.loads(json.dumps(identity))):
+            if changed := differences(before, json.loads(json.dumps(identity))):
                 problem = f"{self.folder} holds a run of another recipe (other: {', '.join(changed)})"
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
             return
@@ -100,6 +101,16 @@ class Run:
             Storage(str(self.folder)).write(self.log.name, "".join(kept).encode())
 
 
+def download(storage: Storage, name: str, there: list[str], folder: Path) -> None:
+    """The files of the folder `name` of a storage, out of all names that are `there`, into `folder`."""
+    for file in there:
+        if file.startswith(f"{name}/"):
+            path = folder / file.removeprefix(f"{name}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with storage.open(file) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+
 def last_record(log: Path) -> dict[str, Any] | None:
     """The last whole line of a run's log.jsonl, or None where there is none yet."""
     if not log.exists():
@@ -126,7 +137,7 @@ def writing_words(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
     """Dotted names of the values that differ between two JSON objects."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [where]
@@ -134,5 +145,5 @@ def _differences(before: Any, now: Any, where: str = "") -> list[str]:
     return [
         found
         for name in names
-        for found in _differences(before.get(name), now.get(name), f"{where}.{name}".removeprefix("."))
+        for found in differences(before.get(name), now.get(name), f"{where}.{name}".removeprefix("."))
     ]

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import math
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +30,12 @@ from training.data import Loader, Prepared, TrainingData, find_layer, hash64
 from training.ema import Ema
 from training.engine import Engine
 from training.family import Batch, Family
+from training.health import Health
 from training.meter import Meter
 from training.product import find_product
 from training.run import Run, last_record, writing_words
+from training.switches import place
+from training.upload import Upload
 
 logger = logging.getLogger("training.trainer")  # by name: under `python -m` this module is __main__
 
@@ -45,15 +46,23 @@ def fit(recipe: Recipe) -> dict[str, Any]:
     A run that was stopped goes on from its last checkpoint; a finished one is not trained again.
     """
     train = TrainConfig.from_recipe(recipe)
-    engine, run = Engine(train), Run(train)
+    engine, run, upload = Engine(train), Run(train), None
     with contextlib.ExitStack() as held:
         held.callback(engine.close)
         if engine.is_main:
             run.begin(recipe.model_dump(mode="json"))
             held.enter_context(run.locked())
+            if train.bucket is not None:
+                upload = held.enter_context(Upload(run, train.bucket, recipe.storage))
+                upload.fetch()
             held.enter_context(writing_words(run.words))
         engine.wait()
-        return run.finished() or _Fit(recipe, train, engine).run()
+        summary = run.finished() or _Fit(recipe, train, engine, upload).run()
+        if upload is not None:
+            upload.drain()
+            if not summary["stopped"]:
+                upload.finish()
+        return summary
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -70,8 +79,9 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 class _Fit:
     """One run, as one worker sees it."""
 
-    def __init__(self, recipe: Recipe, train: TrainConfig, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, train: TrainConfig, engine: Engine, upload: Upload | None) -> None:
         self.recipe, self.train, self.engine, self.disk = recipe, train, engine, Run(train)
+        self.upload = upload
         self.data = self._open_data()
         self.family = self._build_family()
         # A copy that stays whole and on the CPU, to carry the averaged weights into the product.
@@ -79,10 +89,10 @@ class _Fit:
         self.family.to(engine.device)
         self.model = engine.prepare(self.family.model)
         self.ema = Ema(engine, train.ema)
-        self.checkpoints = Checkpoints(train, engine, self.ema)
+        wanted = (lambda path: False) if upload is None else upload.is_sending
+        self.checkpoints = Checkpoints(train, engine, self.ema, wanted)
         self.meter = Meter(engine, self.disk, self.family.name)
-        self.unchecked: deque[tuple[Prepared, torch.Tensor, Any]] = deque()
-        self.bad_step: int | None = None
+        self.health = Health(engine, self.disk)
 
     def _open_data(self) -> TrainingData:
         train, engine = self.train, self.engine
@@ -117,18 +127,14 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, or until told to stop; publish the product."""
-        train, engine = self.train, self.engine
+        train = self.train
         step = self._resume()
         with _Interrupts() as interrupts, self._loader(step) as loader:
             for prepared in self.meter.timed(loader):
                 self._step(prepared)
                 step = prepared.step + 1
                 saving = step == train.steps or step % train.checkpoint.every == 0
-                stop, bad = engine.raised(interrupts.seen or self._told_to_stop(), self._is_bad(everything=saving))
-                if stop:
-                    (bad,) = engine.raised(bad or self._is_bad(everything=True))
-                if bad:
-                    raise self._lost()
+                stop = self.health.check(interrupts.seen or self._told_to_stop(), everything=saving)
                 if step % train.log_every == 0 or step == train.steps:
                     self.meter.log(step, self._facts(step))
                 if saving or stop:
@@ -160,17 +166,17 @@ class _Fit:
         for part, batch in enumerate(_split(prepared.batch, train.accumulate)):
             draw = torch.Generator(engine.device)
             draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
-            on_device = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+            on_device = place(batch, train, engine.device)
             with engine.computing():
                 loss, metrics = self.family.loss(self.model, on_device, draw)
             norm = engine.backward(loss, last=part == train.accumulate - 1)
             losses.append(loss.detach())
             self.meter.add({"loss": losses[-1], **metrics})
         self.ema.update(step)
-        if norm is not None:
+        if norm is not None and not engine.skipped:
             self.meter.add({"grad_norm": norm})
         self.meter.step(prepared.slots)
-        self.unchecked.append((prepared, torch.stack(losses).mean(), norm))
+        self.health.add(step, prepared.keys, torch.stack(losses).mean(), norm)
 
     def _facts(self, step: int) -> dict[str, float]:
         samples = step * self.train.batch
@@ -179,43 +185,22 @@ class _Fit:
     def _told_to_stop(self) -> bool:
         return self.engine.is_main and self.disk.stop.exists()
 
-    # Going wrong -----------------------------------------------------------------------------------------------------
-
-    def _is_bad(self, everything: bool) -> bool:
-        """Whether a step's loss or gradient is not finite; its keys are then written down.
-
-        Looks one step back unless `everything` is asked for, so that a GPU is never waited for.
-        """
-        while len(self.unchecked) > (0 if everything else 1):
-            prepared, loss, norm = self.unchecked.popleft()
-            values = {"loss": float(loss), "grad_norm": 0.0 if norm is None else float(norm)}
-            if not all(math.isfinite(value) for value in values.values()):
-                self.bad_step = prepared.step
-                content = {"step": prepared.step, **{name: repr(value) for name, value in values.items()}}
-                content["keys"] = prepared.keys
-                name = f"bad-step-{prepared.step:06d}-worker-{self.engine.rank:05d}.json"
-                Storage(str(self.disk.folder)).write(name, json.dumps(content, indent=1).encode())
-                return True
-        return False
-
-    def _lost(self) -> CapstanError:
-        steps = [step for step in self.engine.collect(self.bad_step) if step is not None]
-        return CapstanError(
-            f"training: the loss or the gradient is not finite at step {min(steps)}; the keys of its batch are in "
-            f"{self.disk.folder}/bad-step-{min(steps):06d}-*.json. Lower train.lr, or look at those images"
-        )
-
     # Stopping and going on -------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
         step, worker, shared = self.checkpoints.load()
         if shared and shared["data"] != self.data.identity() and self.engine.is_main:
             logger.warning("the dataset has changed since step %d: from there on the samples are other ones", step)
+        if "health" in shared:
+            self.health.divergence.restore(shared["health"])
         self.meter.start(step, worker, shared)
         return step
 
     def _save(self, step: int) -> None:
-        self.checkpoints.save(step, self.meter.state(), {"data": self.data.identity(), **self.meter.shared_state()})
+        shared = {"data": self.data.identity(), "health": self.health.divergence.state(), **self.meter.shared_state()}
+        saved = self.checkpoints.save(step, self.meter.state(), shared)
+        if self.upload is not None:
+            self.upload.send(saved)
 
     def _stopped(self, step: int) -> dict[str, Any]:
         if self.engine.is_main:
@@ -245,12 +230,12 @@ class _Fit:
     def _summary(self, step: int, stopped: bool = False) -> dict[str, Any]:
         record = last_record(self.disk.log) or {}
         return {
-            "run": str(self.disk.folder),
+            "run": self.disk.where,
             "model": self.family.name,
             "steps": step,
             "samples": step * self.train.batch,
             "loss": record.get("loss"),
-            "product": None if stopped else str(self.disk.product),
+            "product": None if stopped else f"{self.disk.where}/product",
             "stopped": stopped,
         }
 

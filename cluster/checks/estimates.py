@@ -81,7 +81,7 @@ def state_bytes(train: TrainConfig, count: int) -> int:
     (Rajbhandari et al. 2020, figure 1). All are kept in fp32.
     """
     zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
-    workers = train.engine.workers
+    workers = train.engine.least
     weights = 4 * count / (workers if zero >= 3 else 1)
     gradients = 4 * count / (workers if zero >= 2 else 1)
     optimizer = (8 + (4 if train.ema is not None else 0)) * count / (workers if zero >= 1 else 1)

@@ -94,7 +94,7 @@ def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
         return
     train = TrainConfig.from_recipe(recipe)
     samples = sum(entry.samples for entry in manifest.shards) - train.data.holdout
-    readers = train.engine.workers * train.data.threads
+    readers = train.engine.most * train.data.threads
     seen = (
         f"{len(manifest.shards)} shards, {samples:,} samples to train on, {readers} readers, batches of {train.batch}"
     )
@@ -122,6 +122,6 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     least = min(torch.cuda.get_device_properties(number).total_memory for number in range(gpus))
     mend = "set engine.zero: 3, more engine.workers, or a smaller model"
     yield Finding("model", needed < (1 - _ACTIVATIONS) * least, f"{seen}; the smallest GPU has {size(least)}", mend)
-    if train.engine.workers > gpus:
+    if train.engine.least > gpus:
         mend = f"set engine.workers to at most {gpus}, or submit to a cluster"
-        yield Finding("workers", False, f"{train.engine.workers} workers, {gpus} GPUs here", mend)
+        yield Finding("workers", False, f"{train.engine.least} workers, {gpus} GPUs here", mend)

@@ -41,10 +41,15 @@ def test_defaults_and_the_familys_own_settings() -> None:
         ({"model": "difusion"}, "train.model", "diffusion"),
         ({"model": "no.such:Family"}, "train.model", "cannot load"),
         ({"tiny": {"widht": 3}}, "train.tiny.widht", "did you mean width"),
-        ({"run": "s3://bucket/run"}, "train.run", "folder"),
+        ({"run": "s3://b/run", "checkpoint": {"upload": "s3://b/other"}}, "train", "remove checkpoint.upload"),
+        ({"engine": {"strategy": "ddp", "offload": True}}, "train.engine", "zero: 1, 2 or 3"),
+        ({"engine": {"workers": [3, 2]}}, "train.engine", r"write \[2, 3\]"),
+        ({"engine": {"workers": [1, 2], "launcher": "local"}}, "train.engine", "launcher: ray"),
+        ({"batch": 7, "engine": {"workers": [2, 6]}}, "train", "batch: 8"),
+        ({"diverged": {"factor": 1}}, "train.diverged.factor", "greater than 1"),
         ({"data": {"layer": None, "blend": {"short": 1}}}, "train.data", "layer"),
         ({"data": {"blend": {"short": 0}}}, "train.data", "weight"),
-        ({"engine": {"strategy": "ddp", "zero": 3}}, "train", "deepspeed"),
+        ({"engine": {"strategy": "ddp", "zero": 3}}, "train.engine", "deepspeed"),
         ({"lr": 0}, "train.lr", "greater than 0"),
     ],
 )
@@ -64,6 +69,11 @@ def test_a_run_may_change_where_and_how_long_it_runs_but_not_what_it_is() -> Non
     other = [{"lr": 1}, {"seed": 1}, {"batch": 16}, {"tiny": {"width": 3}}, {"data": {"layer": None}}]
     assert {config(**section).fingerprint() for section in same} == {config().fingerprint()}
     assert config().fingerprint() not in {config(**section).fingerprint() for section in other}
+
+
+def test_the_number_of_workers_may_be_left_to_what_there_is() -> None:
+    assert config(batch=24, accumulate=2, engine={"workers": [1, 8]}).world_sizes() == [6, 4, 3, 2, 1]
+    assert config(batch=24, engine={"workers": 8}).world_sizes() == [8]
 
 
 def test_every_family_says_what_a_family_must() -> None:

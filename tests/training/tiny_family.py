@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from training.family import Batch, Family, Metrics, Sample, Samples
 class TinySettings(Section):
     width: int = 16
     explode_at: int | None = None  # a sample number's text from which the loss is not finite
+    rise_at: float | None = None  # the step from which the loss is a thousand times what it was
     sleep_s: float = 0.0  # in every loss
 
 
@@ -53,7 +55,7 @@ class TinyFamily(Family):
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         assert (assets / "captions.json").exists()
         self.options: TinySettings = train.settings
-        self.model = TinyModel(self.options.width)
+        self.model, self.steps = TinyModel(self.options.width), 0
 
     def start_from(self, product: Path) -> None:
         self.model.load_state_dict(torch.load(product / "weights.pt"))
@@ -64,14 +66,23 @@ class TinyFamily(Family):
         jitter = np.array([sample.rng().normal(0, 0.01) for sample in samples], dtype=np.float32)
         colour = torch.from_numpy(pixels[:, 8, 8].astype(np.float32) / 255 + jitter[:, None])
         bad = [self.options.explode_at is not None and f"number {self.options.explode_at}" in s.text for s in samples]
-        return {"ids": ids, "colour": colour, "bad": torch.tensor(bad)}
+        numbers = torch.tensor([json.loads(sample.extra)["index"] for sample in samples])
+        return {"ids": ids, "colour": colour, "bad": torch.tensor(bad), "number": numbers}
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         time.sleep(self.options.sleep_s)
+        if folder := os.environ.get("TINY_RECORD"):  # what was seen, a line a step: by which of how many workers
+            name = f"{os.environ.get('WORLD_SIZE', '1')}-{os.environ.get('RANK', '0')}"
+            with (Path(folder) / name).open("a") as file:
+                file.write(" ".join(str(int(number)) for number in batch["number"]) + "\n")
         noise = torch.randn(batch["colour"].shape, generator=draw, device=draw.device) * 0.01
         error = model(batch["ids"]).float() - batch["colour"] - noise
         error = error.masked_fill(batch["bad"][:, None], float("nan"))
-        return error.square().mean(), {"worst": error.detach().abs().max()}
+        self.steps += 1
+        if self.options.rise_at is not None and self.steps > self.options.rise_at:
+            error = error + 100
+        seen = (batch["number"] * 2654435761 % 2**32).double().mean()  # of which samples, on however many workers
+        return error.square().mean(), {"worst": error.detach().abs().max(), "seen": seen}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         torch.save(model.state_dict(), folder / "weights.pt")

@@ -1,0 +1,140 @@
+"""A run's copy in a bucket: whole or not there, enough for a machine that has nothing, and never in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s3 import S3
+
+from pipeline.config import Recipe
+from pipeline.errors import CapstanError, RecipeError, StorageError
+from pipeline.storage import Storage
+from training.product import find_product
+from training.trainer import fit
+from training.upload import Upload
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("CAPSTAN_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with S3(tmp_path_factory.mktemp("s3"), "capstan-key", "capstan-secret") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    return server
+
+
+@pytest.fixture
+def recipe(squares: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(run: str, upload: str | None = None, **section: Any) -> Recipe:
+        base = {"model": "tiny_family:TinyFamily", "steps": 12, "batch": 8, "log_every": 1, "lr": 0.01, "warmup": 4}
+        base |= {"run": run if "://" in run else str(tmp_path / run), "ema": 0.9, "data": {"layer": None}}
+        base |= {"checkpoint": {"every": 4, "upload": upload}, "engine": {"strategy": "ddp"}}
+        return Recipe(dataset=str(squares), train={**base, **section})
+
+    return make
+
+
+def weights(product: Path) -> dict[str, torch.Tensor]:
+    return torch.load(product / "weights.pt")
+
+
+def assert_equal(product: Path, other: Path) -> None:
+    ours, theirs = weights(product), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_machine_that_has_nothing_goes_on_from_the_bucket(recipe, s3: S3, tmp_path: Path) -> None:
+    fit(recipe("whole"))
+    fit(recipe("here", "s3://bucket/moved", steps=7))
+    bucket = s3.folder / "bucket" / "moved"
+    assert sorted(path.name for path in (bucket / "checkpoints").iterdir()) == ["step-000004", "step-000007"]
+    (bucket / "checkpoints" / "step-000004" / "checkpoint.json").unlink()  # an upload that was cut off
+    (bucket / "checkpoints" / "step-000004").rename(bucket / "checkpoints" / "step-000099")
+    fit(recipe("there", "s3://bucket/moved"))
+    assert "fetching step-000007" in (tmp_path / "there" / "train.log").read_text()
+    assert_equal(tmp_path / "there" / "product", tmp_path / "whole" / "product")
+    losses = [(tmp_path / run / "log.jsonl").read_text().count('"loss"') for run in ("there", "whole")]
+    assert losses == [12, 12]
+    here = files(tmp_path / "there")
+    assert {name: here[name] for name in files(bucket) if "step-" not in name} == {
+        name: content for name, content in files(bucket).items() if "step-" not in name
+    }
+    assert sorted(name.split("/")[1] for name in files(bucket) if name.endswith("checkpoint.json")) == [
+        "step-000008",
+        "step-000012",
+    ]
+
+
+def test_a_run_in_a_bucket(recipe, s3: S3, tmp_path: Path) -> None:
+    fit(recipe("whole"))
+    summary = fit(recipe("s3://bucket/run"))
+    assert (summary["run"], summary["product"]) == ("s3://bucket/run", "s3://bucket/run/product")
+    product = find_product("s3://bucket/run")
+    assert_equal(product, tmp_path / "whole" / "product")
+    with pytest.MonkeyPatch.context() as patch:  # on another machine
+        patch.setenv("CAPSTAN_RUNS", str(tmp_path / "elsewhere"))
+        assert_equal(find_product("s3://bucket/run"), product)
+        assert fit(recipe("s3://bucket/run"))["steps"] == 12
+        fit(recipe("next", init="s3://bucket/run", steps=1))
+    with pytest.raises(RecipeError, match="no finished model"):
+        find_product("s3://bucket/nothing")
+    with pytest.raises(RecipeError, match=r"remove checkpoint\.upload"):
+        fit(recipe("s3://bucket/run", "s3://bucket/other"))
+
+
+def test_a_bucket_that_does_not_answer_stops_nothing_and_is_told(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, copy = Storage.put, str(tmp_path / "copy")
+
+    def fail(self: Storage, source: Path, name: str) -> None:
+        raise StorageError(f"write {name}", "503", "wait")
+
+    monkeypatch.setattr(Storage, "put", fail)
+    with pytest.raises(CapstanError, match=r"product is in .* Run the same command again to upload it"):
+        fit(recipe("run", copy))
+    assert (tmp_path / "run" / "finished.json").exists()
+    assert "could not upload step-000004" in (tmp_path / "run" / "train.log").read_text()
+    assert not [name for name in files(tmp_path / "copy") if name.endswith(("checkpoint.json", "finished.json"))]
+    monkeypatch.setattr(Storage, "put", put)
+    before = (tmp_path / "run" / "product" / "weights.pt").stat().st_mtime_ns
+    assert fit(recipe("run", copy))["steps"] == 12
+    assert (tmp_path / "run" / "product" / "weights.pt").stat().st_mtime_ns == before  # sent, not trained again
+    assert_equal(tmp_path / "copy" / "product", tmp_path / "run" / "product")
+
+
+def test_another_recipes_bucket_is_refused(recipe, tmp_path: Path) -> None:
+    fit(recipe("run", str(tmp_path / "copy"), steps=4))
+    with pytest.raises(RecipeError, match=r"train\.checkpoint\.upload: .*other: lr"):
+        fit(recipe("second", str(tmp_path / "copy"), lr=0.5))
+
+
+def test_what_is_being_sent_is_not_removed(tmp_path: Path, recipe) -> None:
+    from training.config import TrainConfig
+    from training.run import Run
+
+    upload = Upload(Run(TrainConfig.from_recipe(recipe("run"))), str(tmp_path / "copy"), {})
+    upload.send(tmp_path / "step-000004")
+    assert upload.is_sending(tmp_path / "step-000004")
+    upload.send(tmp_path / "step-000008")  # overtaken before it was begun
+    assert not upload.is_sending(tmp_path / "step-000004")

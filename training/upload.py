@@ -1,0 +1,196 @@
+"""A run folder ↔ its copy in a bucket (`train.checkpoint.upload`, or `train.run` itself): checkpoints, product, log.
+
+    a checkpoint is saved ──▶ Upload.send: a thread puts its files, then its mark; older ones go, the newest `keep` stay
+    the product is there  ──▶ Upload.finish: what is missing, then finished.json
+    a machine with nothing ─▶ Upload.fetch: the newest whole checkpoint (or the product) comes down, and the run goes on
+
+The bucket has the names of the run folder. A checkpoint without checkpoint.json, and a product without finished.json,
+do not count there either. A bucket that does not answer never stops the training: it is tried again with the next
+checkpoint, and at the end, which then fails with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import CapstanError, RecipeError
+from pipeline.local import scratch
+from pipeline.storage import Storage
+from training.checkpoint import MARK, complete, step_of
+from training.run import Run, differences, download
+
+logger = logging.getLogger(__name__)
+
+_ONCE: Final = ("recipe.json", "pinned.json")
+_GROWING: Final = ("log.jsonl", "train.log")
+_TRIES_AT_END: Final = 3  # each of them has the patience of pipeline.retry
+_FIELD: Final = "train.checkpoint.upload"
+
+
+class Upload:
+    """The copy of one run; used by one process. Close it, or use it as a context manager."""
+
+    def __init__(self, run: Run, url: str, options: Mapping[str, Any]) -> None:
+        self.run, self.storage = run, Storage(url, options, field=_FIELD)
+        self._waiting: Path | None = None  # the newest checkpoint that is not yet being sent
+        self._sending: Path | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="upload")
+
+    def __enter__(self) -> Upload:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # In the background -----------------------------------------------------------------------------------------------
+
+    def send(self, checkpoint: Path) -> None:
+        """Have a finished checkpoint sent. One that has not been begun is left out for a newer one."""
+        with self._changed:
+            self._waiting = checkpoint
+            self._changed.notify_all()
+
+    def is_sending(self, checkpoint: Path) -> bool:
+        """Whether the files of a checkpoint are still wanted."""
+        with self._changed:
+            return checkpoint in (self._sending, self._waiting)
+
+    def drain(self) -> None:
+        """Wait until nothing is left to send, or it could not be sent."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and self._sending is None)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._sending = None
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                if self._waiting is None:
+                    return
+                self._sending, self._waiting = self._waiting, None
+                checkpoint = self._sending
+            try:
+                self._put_checkpoint(checkpoint)
+                logger.info("uploaded %s to %s", checkpoint.name, self.storage.url)
+            except (CapstanError, OSError) as error:
+                again = "it will be tried again with the next checkpoint, or at the end"
+                logger.warning("could not upload %s (%s); %s", checkpoint.name, error, again)
+
+    # To the bucket ---------------------------------------------------------------------------------------------------
+
+    def _put_checkpoint(self, checkpoint: Path) -> None:
+        """The files, then the mark: until then a reader takes an older checkpoint."""
+        there = self.storage.names()
+        self._put_small(there)
+        name = f"checkpoints/{checkpoint.name}"
+        before = [old for old in there if old.startswith(f"{name}/")]
+        self.storage.delete(f"{name}/{MARK}", *(old for old in before if not old.endswith(MARK)))
+        for path in sorted(checkpoint.iterdir()):
+            if path.name != MARK:
+                self._put(path, f"{name}/{path.name}")
+        self.storage.write(f"{name}/{MARK}", (checkpoint / MARK).read_bytes())
+        marks = sorted({*_steps(there), checkpoint.name}, key=step_of)
+        for old in marks[: -self.run.train.checkpoint.keep]:
+            self._remove(old, there)
+
+    def _remove(self, checkpoint: str, there: list[str]) -> None:
+        mark = f"checkpoints/{checkpoint}/{MARK}"
+        self.storage.delete(mark)
+        self.storage.delete(*(name for name in there if name.startswith(f"checkpoints/{checkpoint}/")))
+
+    def _put_small(self, there: list[str]) -> None:
+        """What a run needs beside its checkpoints, and its log as far as it goes."""
+        folder = self.run.folder
+        once = [folder / name for name in _ONCE] + [path for path in self.run.assets.rglob("*") if path.is_file()]
+        for path in once:
+            name = path.relative_to(folder).as_posix()
+            if name not in there and path.exists():
+                self._put(path, name)
+        for path in [*(folder / name for name in _GROWING), *sorted((folder / "tensorboard").glob("*"))]:
+            if path.exists():
+                self.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+    def _put(self, path: Path, name: str) -> None:
+        if self.storage.local_path() is None:
+            self.storage.put(path, name)
+            return
+        with scratch() as folder:  # a folder's `put` would move the file
+            self.storage.put(Path(shutil.copy(path, folder)), name)
+
+    def finish(self) -> None:
+        """Send what is missing of a finished run: the product, then its mark. Raises CapstanError if that fails."""
+        mark = (self.run.folder / "finished.json").read_bytes()
+        for attempt in range(1, _TRIES_AT_END + 1):
+            try:
+                if self.storage.exists("finished.json") and self.storage.read("finished.json") == mark:
+                    return
+                self.storage.delete("finished.json")
+                newest = complete(self.run.folder / "checkpoints")[-1]
+                if f"checkpoints/{newest.name}/{MARK}" not in self.storage.names("checkpoints"):
+                    self._put_checkpoint(newest)
+                self._put_small(self.storage.names())
+                for path in sorted(self.run.product.rglob("*")):
+                    if path.is_file():
+                        self._put(path, path.relative_to(self.run.folder).as_posix())
+                self.storage.write("finished.json", mark)
+                logger.info("uploaded the product to %s", self.storage.url)
+                return
+            except (CapstanError, OSError) as error:
+                if attempt == _TRIES_AT_END:
+                    raise CapstanError(
+                        f"training: finished, the product is in {self.run.product}, but {self.storage.url} does not "
+                        f"have it: {error}. Run the same command again to upload it"
+                    ) from error
+                logger.warning("could not upload the product (%s); trying again", error)
+
+    # From the bucket -------------------------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Take what the bucket has newer than the run folder: the finished run, or the newest whole checkpoint.
+
+        Raises RecipeError where it holds a run of another recipe, or cannot be written to.
+        """
+        self.storage.check_writable()
+        there, folder = self.storage.names(), self.run.folder
+        if "recipe.json" in there:
+            before = json.loads(self.storage.read("recipe.json"))["identity"]
+            if changed := differences(before, json.loads(json.dumps(self.run.train.identity()))):
+                problem = f"{self.storage.url} holds a run of another recipe (other: {', '.join(changed)})"
+                raise RecipeError(_FIELD, problem, "name another place, or remove what is there")
+        here = max((step_of(path.name) for path in complete(folder / "checkpoints")), default=0)
+        newest = max(_steps(there), key=step_of, default=None)
+        if here > max((step_of(name) for name in _steps(there)), default=0):
+            self.send(complete(folder / "checkpoints")[-1])
+        if newest is not None and step_of(newest) > here:
+            logger.info("fetching %s from %s", newest, self.storage.url)
+            self._get_small(there)
+            name = f"checkpoints/{newest}"
+            self.run.publish(folder / name, lambda partial: download(self.storage, name, there, partial))
+        if "finished.json" in there and not (folder / "finished.json").exists():
+            self._get_small(there)
+            self.run.publish(self.run.product, lambda partial: download(self.storage, "product", there, partial))
+            Storage(str(folder)).write("finished.json", self.storage.read("finished.json"))
+
+    def _get_small(self, there: list[str]) -> None:
+        for name in there:
+            if name in (*_ONCE, *_GROWING) or name.startswith("tensorboard/"):
+                Storage(str(self.run.folder)).write(name, self.storage.read(name))
+        if not self.run.assets.is_dir():
+            self.run.publish(self.run.assets, lambda partial: download(self.storage, "assets", there, partial))
+
+
+def _steps(there: list[str]) -> list[str]:
+    """The checkpoints of a bucket that are whole."""
+    return [name.split("/")[1] for name in there if name.startswith("checkpoints/step-") and name.endswith(f"/{MARK}")]
