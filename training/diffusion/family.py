@@ -6,6 +6,7 @@ caption ─tokenizer─▶ ids ─(some emptied)─▶ text encoder ────
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from pipeline.config import Section, fingerprint
 from pipeline.errors import RecipeError
 from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
-from training.config import TrainConfig
+from training.buckets import check_sizes, sizes_of
+from training.config import AUTO, TrainConfig
+from training.diffusion.frozen_text import FrozenText
 from training.diffusion.model import Denoiser, build_text_encoder, build_unet, load_text_encoder, load_tokenizer
 from training.diffusion.process import process_of
 from training.diffusion.settings import DiffusionSettings
@@ -38,6 +41,7 @@ class DiffusionFamily(Family):
 
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
+    buckets: ClassVar[bool] = True
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
@@ -50,11 +54,19 @@ class DiffusionFamily(Family):
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
         multiple = max(8, factor_of(vae.config))  # diffusers' pipelines draw in steps of 8 pixels
         size = picture_size(samples, settings.size, multiple, "train.diffusion.size")
-        encoder, asked = fingerprint(encoder_identity(vae, size)), train.data.latents
-        if asked not in (None, encoder):
+        buckets, asked = train.data.buckets, train.data.latents
+        halved = factor_of(vae.config) * 2 ** (len(settings.unet.block_out_channels) - 1)
+        check_sizes(buckets, math.lcm(multiple, halved))
+        encoder = fingerprint(encoder_identity(vae, size, None if buckets is None else sizes_of(buckets)))
+        if asked not in (None, AUTO, encoder):
             problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
         write_facts(folder, size=size, style=_style(samples).facts())
+
+    @classmethod
+    def text_encoder(cls, train: TrainConfig) -> FrozenText | None:
+        pretrained = train.settings.text.pretrained
+        return None if pretrained is None else FrozenText(pretrained)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         quieten()
@@ -84,6 +96,7 @@ class DiffusionFamily(Family):
         self.frozen = [self.vae] if own else [self.vae, self.text_encoder]
         self.process = process_of(self.train)
         self.nothing = self._ids([""])  # [1, L]
+        self._nothing_states: torch.Tensor | None = None  # [1, L, W]
 
     def start_from(self, product: Path) -> None:
         from diffusers import UNet2DConditionModel
@@ -99,6 +112,9 @@ class DiffusionFamily(Family):
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch = {"ids": self._ids([sample.text for sample in samples])}
+        states = [sample.states["text"] for sample in samples if sample.states is not None]
+        if states:  # of a frozen text encoder, made ahead
+            batch["states"] = torch.from_numpy(np.stack(states))
         latents = [sample.latent for sample in samples if sample.latent is not None]
         if latents:
             batch["latents"] = torch.from_numpy(np.stack(latents))
@@ -111,10 +127,13 @@ class DiffusionFamily(Family):
         task = self.process.draw(self._latents(batch, draw), draw)
         ids = batch["ids"]
         dropped = drop_rows(len(ids), self.train.drop_text, draw)
-        text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
-        if self.model.text_encoder is None:
-            with torch.no_grad():
-                text = self.text_encoder(text)[0]
+        if "states" in batch:
+            text = torch.where(dropped[:, None, None], self._no_states(), batch["states"].float())
+        else:
+            text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
+            if self.model.text_encoder is None:
+                with torch.no_grad():
+                    text = self.text_encoder(text)[0]
         prediction = model(task.noisy.to(dtype), task.timesteps, text)
         loss = weighted_mse(prediction, task.target, task.weight)
         return loss, {"text_dropped": dropped.float().mean()}
@@ -143,6 +162,13 @@ class DiffusionFamily(Family):
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
         facts["unet"] = sum(p.numel() for p in self.model.unet.parameters())
         return facts | {"vocabulary": len(self.tokenizer), "objective": self.train.objective}
+
+    def _no_states(self) -> torch.Tensor:
+        """What the frozen text encoder makes of an empty caption: [1, L, W], float32."""
+        if self._nothing_states is None:
+            with torch.no_grad():
+                self._nothing_states = self.text_encoder(self.nothing.to(self.text_encoder.device))[0].float()
+        return self._nothing_states
 
     def _ids(self, texts: list[str]) -> torch.Tensor:
         """int64 [B, L], exactly as the pipeline will tokenize prompts."""
