@@ -43,9 +43,7 @@ def make_recipe(squares: Path, run: Path, **data: Any) -> Recipe:
     return Recipe(dataset=str(squares), train=train)
 
 
-def test_a_mixture_is_trained_on_logged_and_kept_in_the_checkpoint(
-    squares: Path, drawings: Path, tmp_path: Path
-) -> None:
+def test_a_mixture_is_logged_and_kept_in_the_checkpoint(squares: Path, drawings: Path, tmp_path: Path) -> None:
     two = [{"dataset": str(squares), "weight": 0.75}, {"dataset": str(drawings), "weight": 0.25, "layer": "own"}]
     recipe = make_recipe(squares, tmp_path / "run", datasets=two)
     fit(recipe)
@@ -102,8 +100,11 @@ def test_one_dataset_is_the_recipes_own(squares: Path, tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_mend(
     squares: Path, tmp_path: Path, data: dict[str, Any], field: str, words: str
 ) -> None:
-    with pytest.raises(RecipeError, match=words) as error:
+    def begin() -> None:
         recipe = make_recipe(squares, tmp_path / "run", **data)
         train = TrainConfig.from_recipe(recipe)
         pin(recipe, train, Run(train))
+
+    with pytest.raises(RecipeError, match=words) as error:
+        begin()
     assert error.value.field == field
