@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,14 @@ from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from recaption.store import latest_layer, layer_recipe, list_layers
-from training.buckets import assign, shapes, sizes_of
+from training.buckets import Size, assign, shapes, sizes_of
 from training.config import ORIGINAL, Data
 from training.family import Sample
 from training.open_shards import NUMBERS, TARS, OpenShard, OpenShards, Rows
 from training.order import BucketOrder, Order, Window, hash64, without_last
 from training.shard_cache import ShardCache
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingData:
@@ -61,13 +64,14 @@ class TrainingData:
         counts = without_last(counts, data.holdout)
         order = Order(counts, data.block, seed if order_seed is None else order_seed)
         self.order: Order | BucketOrder = order
-        self._sizes, self._buckets = [], list[np.ndarray]()
+        self._sizes, self._buckets = list[Size](), list[np.ndarray]()
         if data.buckets is not None:
             assert batch is not None, "buckets need to know the batch"
             self._sizes = sizes_of(data.buckets)
             self._buckets = [assign(widths, heights, self._sizes) for widths, heights in shapes(dataset)]
             trained = [buckets[:count] for buckets, count in zip(self._buckets, counts, strict=False)]
             self.order = BucketOrder(order, trained, len(self._sizes), batch)
+            _warn_of_rare(self._sizes, np.bincount(np.concatenate(trained), minlength=len(self._sizes)), batch)
         self._cache, self._seen = cache, set[Window]()
         self._two_fit = cache is not None and (TARS not in files or cache.holds(dataset, 2 * data.block))
         keep = 2 * data.block + 2
@@ -147,6 +151,17 @@ class TrainingData:
             if draw < 0:
                 break
         return (slot, texts[slot]) if slot in texts and slot != ORIGINAL else (ORIGINAL, original)
+
+
+def _warn_of_rare(sizes: list[Size], samples: np.ndarray, batch: int) -> None:
+    rare = [(size, count) for size, count in zip(sizes, samples.tolist(), strict=True) if 0 < count < batch]
+    if rare:
+        told = ", ".join(f"{width} × {height}: {count}" for (width, height), count in rare)
+        logger.warning(
+            "buckets with fewer samples than a batch, which come together once in several epochs (%s). Mend: give "
+            "train.data.buckets fewer sizes, or a smaller ratio",
+            told,
+        )
 
 
 def _states(states: Mapping[str, Rows], slot: str, row: int) -> dict[str, np.ndarray]:

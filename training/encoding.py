@@ -29,7 +29,7 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """
     train = TrainConfig.from_recipe(recipe)
     summaries = [_pictures(recipe, train, share, progress) for share in shares(recipe, train)]
-    if family_class(train.model).text_encoder(train) is not None:
+    if family_class(train.model).text_ahead(train) is not None:
         summaries += [_texts(recipe, train, share, progress) for share in shares(recipe, train)]
     return _sum(summaries)
 
@@ -56,7 +56,7 @@ def _texts(recipe: Recipe, train: TrainConfig, share: Share, progress: bool) -> 
     layer = find_layer(dataset.storage, train.data.model_copy(update={"layer": share.layer}))
     job = text_states.TextStatesJob(dataset, train, text_states.plan(train, dataset, layer), recipe.resources)
     counts = _run(job, recipe, progress)
-    return {"text_states": job.encoder, "captions": counts["samples"], "bytes": counts["bytes"]}
+    return {"text_states": job.encoder, "captions": counts.pop("samples"), **counts}
 
 
 def _run(job: Job, recipe: Recipe, progress: bool) -> dict[str, Any]:

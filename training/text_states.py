@@ -34,7 +34,7 @@ Captions = Mapping[str, Sequence[str | None]]  # slot → text of each of a shar
 
 def plan(train: TrainConfig, dataset: Dataset, layer: str | None) -> dict[str, Any]:
     """The identity of a dataset's text states. Raises RecipeError where the text encoder is not frozen."""
-    encoder = family_class(train.model).text_encoder(train)
+    encoder = family_class(train.model).text_ahead(train)
     if encoder is None:
         problem = "the text encoder is trained, so that what it makes of a caption changes"
         raise RecipeError(_FIELD, problem, "name a frozen one (train.diffusion.text.pretrained), or remove the setting")
@@ -86,7 +86,7 @@ class TextStatesJob(units.Job):
 
         torch.set_num_threads(units.model_threads(self.resources))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = family_class(self.train.model).text_encoder(self.train)
+        encoder = family_class(self.train.model).text_ahead(self.train)
         encoder.to(device)
 
         def apply(piece: units.Piece) -> units.Piece:

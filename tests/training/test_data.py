@@ -113,3 +113,9 @@ def test_a_batch_of_buckets_has_one_size(shaped: Path) -> None:
     assert all(sample.bucket == nearest[sample.width, sample.height] for sample in samples)
     assert len({sample.bucket for sample in samples}) == 3
     assert data.sample(0).bucket is not None
+
+
+def test_buckets_too_rare_for_a_batch_are_told_of(shaped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_data(shaped, Data.model_validate({"layer": None, "buckets": {"sizes": [(16, 16), (16, 12)]}}), batch=20)
+    assert "fewer samples than a batch" in caplog.text
+    assert "16 × 12: 15" in caplog.text

@@ -240,7 +240,7 @@ def test_text_states_made_ahead_are_those_of_the_captions_drawn(captioned, tmp_p
     job = TextStatesJob(Dataset(storage), train, identity, captioned.resources)
     run_here(job)
     data = open_data(captioned, train, run)
-    encoder = DiffusionFamily.text_encoder(train)
+    encoder = DiffusionFamily.text_ahead(train)
     samples = [data.at(number) for number in range(20)]
     assert {sample.slot for sample in samples} == {"descriptive", "original"}
     with torch.no_grad():

@@ -68,10 +68,11 @@ def test_every_batch_is_of_one_bucket_and_every_sample_comes_once_an_epoch(block
         assert len({int(buckets[place.shard][place.row]) for place in places[start : start + batch]}) == 1
     seen = Counter(places)
     assert set(seen.values()) == {1}
-    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
-    carried = 3 * (batch - 1)  # at most so many wait for their bucket's next batch
-    for epoch in range(5 - -(-carried // 200) - 1):
-        assert {place[1:] for place in seen if place.epoch == epoch} == everything
+    totals = np.bincount(np.concatenate(buckets))
+    full = {(s, row) for s, bucket in enumerate(buckets) for row in range(len(bucket)) if totals[bucket[row]] >= batch}
+    for epoch in range(3):  # of those that wait for their bucket's next batch, none waits for more than an epoch
+        assert full <= {place[1:] for place in seen if place.epoch == epoch}
+    assert batch > 8 or len(full) == 200
     assert [place[1:] for place in places[:100]] != [place[1:] for place in places[200:300]]
 
 
@@ -85,10 +86,10 @@ def test_a_bucket_smaller_than_a_batch_waits_for_its_next_epochs() -> None:
 def test_batches_of_a_window_come_in_random_order_and_from_its_shards() -> None:
     counts = [1000] * 12
     order, buckets = in_buckets(counts, 3, 20)
-    firsts = [order(20 * batch) for batch in range(600)]
+    firsts = [order(20 * batch) for batch in range(590)]
     kinds = [int(buckets[place.shard][place.row]) for place in firsts]
     assert sum(a != b for a, b in pairwise(kinds)) > 200  # as good as chance, where two large buckets take turns
-    windows = [order.window_of(20 * batch) for batch in range(600)]
+    windows = [order.window_of(20 * batch) for batch in range(590)]
     assert windows == sorted(windows)
     assert len(set(windows)) == 4
     shards = [order.shards_of(window) for window in windows]
@@ -98,7 +99,7 @@ def test_batches_of_a_window_come_in_random_order_and_from_its_shards() -> None:
 
 def test_the_order_of_buckets_finds_a_late_place_at_once() -> None:
     order, _ = in_buckets([10_000] * 100, 8, 256)
-    assert order(256 * 10_000_000).epoch == 2559  # of a bucket's samples that were carried, or 2560
+    assert order(256 * 10_000_000).epoch in (2559, 2560)  # of a sample that was carried, or not
 
 
 def test_held_out_samples_are_the_last() -> None:

@@ -158,7 +158,9 @@ def test_training_on_a_bucket_reads_whole_shards_ahead(server: S3, make_dataset,
         assert data.at(number) == local.at(number)
         assert sum(map(len, copies(here))) <= cache.limit
     tars = [(name, stop - start == tar) for name, start, stop in storage.asked if name.endswith(".tar")]
-    assert Counter(name for name, whole in tars if whole) == dict.fromkeys((e.tar for e in dataset.manifest.shards), 1)
+    copied = Counter(name for name, whole in tars if whole)
+    assert copied.keys() == {entry.tar for entry in dataset.manifest.shards}
+    assert copied.total() <= 6 + 2  # each once, and those that the next epoch begins with
     assert sum(not whole for _, whole in tars) == 1  # the first sample
     cache.close()
 

@@ -64,7 +64,7 @@ class DiffusionFamily(Family):
         write_facts(folder, size=size, style=_style(samples).facts())
 
     @classmethod
-    def text_encoder(cls, train: TrainConfig) -> FrozenText | None:
+    def text_ahead(cls, train: TrainConfig) -> FrozenText | None:
         pretrained = train.settings.text.pretrained
         return None if pretrained is None else FrozenText(pretrained)
 
