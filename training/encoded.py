@@ -20,7 +20,7 @@ from training.shard_cache import ShardCache
 
 Raw = np.ndarray  # uint8 [bytes]: a whole safetensors file
 
-_TYPES = {"F16": np.float16, "F32": np.float32}
+_TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
 
 
 def file_of(encoder: str) -> str:

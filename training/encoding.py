@@ -29,7 +29,7 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """
     train = TrainConfig.from_recipe(recipe)
     summaries = [_pictures(recipe, train, share, progress) for share in shares(recipe, train)]
-    if family_class(train.model).text_ahead(train) is not None:
+    if family_class(train.model).text_encoder(train) is not None:
         summaries += [_texts(recipe, train, share, progress) for share in shares(recipe, train)]
     return _sum(summaries)
 

@@ -40,7 +40,7 @@ class Sample:
     crop_left: int = 0  # pixels of the scaled source that the stored picture lacks there (negative: padded)
     crop_top: int = 0
     bucket: tuple[int, int] | None = None  # width and height, pixels, that all pictures of the batch are cut to
-    states: Mapping[str, np.ndarray] | None = None  # what `Family.text_ahead` made of the text, by name
+    states: Mapping[str, np.ndarray] | None = None  # what `Family.text_encoder` made of the text, by name
 
     def rng(self) -> np.random.Generator:
         """Randomness for `prepare` that is the same whenever this sample is seen in this epoch."""
@@ -106,7 +106,7 @@ class Family(ABC):
         """
 
     @classmethod
-    def text_ahead(cls, train: TrainConfig) -> TextEncoder | None:
+    def text_encoder(cls, train: TrainConfig) -> TextEncoder | None:
         """The text encoders whose states may be made ahead (`Sample.states`); None where they are trained."""
         return None
 

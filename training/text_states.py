@@ -1,8 +1,9 @@
 """A dataset, a caption layer and frozen text encoders → what they make of all captions, once, through the unit map.
 
     latents/<id>/recipe.json                    which encoders, which layer, which slots
-    latents/<id>/shard-000000.safetensors       SLOT.NAME float16 [samples, ...], in tar order, for each slot of the
-                                                layer and the original captions, and each state that the encoders give
+    latents/<id>/shard-000000.safetensors       SLOT.NAME [samples, ...], in tar order, for each slot of the layer and
+                                                the original captions, and each state that the encoders give; float16,
+                                                or whole numbers as they are
 
 Where the layer has no caption in a slot for a sample there are zeros, which are never read: the original stands in.
 Each file says of which captions it is (`captions`, their hash); those of others are refused, and encoded again.
@@ -24,6 +25,7 @@ from pipeline.storage import Storage
 from recaption.store import layer_recipe, read_layer
 from training.config import ORIGINAL, TrainConfig, family_class
 from training.encoded import files_of, parse, said_by
+from training.family import Batch, Sample
 from training.shard_cache import ShardCache
 
 _BATCH: Final = 32  # captions encoded at once; always the same, so that states do not depend on the machine
@@ -34,7 +36,7 @@ Captions = Mapping[str, Sequence[str | None]]  # slot → text of each of a shar
 
 def plan(train: TrainConfig, dataset: Dataset, layer: str | None) -> dict[str, Any]:
     """The identity of a dataset's text states. Raises RecipeError where the text encoder is not frozen."""
-    encoder = family_class(train.model).text_ahead(train)
+    encoder = family_class(train.model).text_encoder(train)
     if encoder is None:
         problem = "the text encoder is trained, so that what it makes of a caption changes"
         raise RecipeError(_FIELD, problem, "name a frozen one (train.diffusion.text.pretrained), or remove the setting")
@@ -86,15 +88,15 @@ class TextStatesJob(units.Job):
 
         torch.set_num_threads(units.model_threads(self.resources))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = family_class(self.train.model).text_ahead(self.train)
+        encoder = family_class(self.train.model).text_encoder(self.train)
         encoder.to(device)
 
         def apply(piece: units.Piece) -> units.Piece:
             with torch.no_grad():
                 states = encoder(piece["texts"])
             units.report({"samples": len(piece["texts"])})
-            halves = {name: state.half().cpu().numpy() for name, state in states.items()}
-            return {**piece, "texts": None, "states": halves}
+            stored = {name: state.half() if state.is_floating_point() else state for name, state in states.items()}
+            return {**piece, "texts": None, "states": {name: state.cpu().numpy() for name, state in stored.items()}}
 
         return apply
 
@@ -106,7 +108,7 @@ class TextStatesJob(units.Job):
             for piece in [piece for piece in pieces if piece["slot"] == slot] or pieces[:1]:
                 for name, state in piece["states"].items():
                     empty = (piece["samples"], *state.shape[1:])
-                    tensor = tensors.setdefault(f"{slot}.{name}", np.zeros(empty, np.float16))
+                    tensor = tensors.setdefault(f"{slot}.{name}", np.zeros(empty, state.dtype))
                     if piece["slot"] == slot:
                         tensor[piece["rows"]] = state
         metadata = {"shard_sha256": unit.spec["sha256"], "captions": self._captions(shard)}
@@ -122,6 +124,16 @@ def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> di
     known = read_layer(dataset.storage, layer, shard) if layer is not None else {}
     texts = {slot: [known.get(key, {}).get(slot) for key in keys] for slot in identity["slots"]}
     return {**texts, ORIGINAL: table["caption"].to_pylist()}
+
+
+def states_of(samples: Sequence[Sample]) -> Batch:
+    """The states made ahead of the samples' captions, by name, [B, ...]; floats in float32. Empty where there are none."""
+    import torch
+
+    first = samples[0].states or {}
+    found = [sample.states for sample in samples if sample.states is not None]
+    states = {name: torch.from_numpy(np.stack([one[name] for one in found])) for name in first}
+    return {name: state.float() if state.is_floating_point() else state for name, state in states.items()}
 
 
 def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], dict[str, np.ndarray]]:

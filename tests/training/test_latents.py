@@ -240,12 +240,12 @@ def test_text_states_made_ahead_are_those_of_the_captions_drawn(captioned, tmp_p
     job = TextStatesJob(Dataset(storage), train, identity, captioned.resources)
     run_here(job)
     data = open_data(captioned, train, run)
-    encoder = DiffusionFamily.text_ahead(train)
+    encoder = DiffusionFamily.text_encoder(train)
     samples = [data.at(number) for number in range(20)]
     assert {sample.slot for sample in samples} == {"descriptive", "original"}
     with torch.no_grad():
-        expected = encoder([sample.text for sample in samples])["text"]
-    stored = np.stack([sample.states["text"] for sample in samples])
+        expected = encoder([sample.text for sample in samples])["text_states"]
+    stored = np.stack([sample.states["text_states"] for sample in samples])
     assert stored.dtype == np.float16
     np.testing.assert_allclose(stored.astype(np.float32), expected.numpy(), atol=2e-3)
 
@@ -253,10 +253,10 @@ def test_text_states_made_ahead_are_those_of_the_captions_drawn(captioned, tmp_p
     assets.mkdir()
     DiffusionFamily.make_assets(train, data, assets)
     family = DiffusionFamily(train, assets)
-    family.text_encoder.eval()
+    family.encoder.eval()
     batch = family.prepare(samples)
     ahead, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
-    del batch["states"]
+    del batch["text_states"]
     on_the_fly, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
     torch.testing.assert_close(ahead, on_the_fly, atol=1e-3, rtol=1e-3)
 
@@ -269,7 +269,10 @@ def test_text_states_of_other_captions_are_refused_and_made_again(captioned):
     for unit in work:
         mark(job, unit.id, {"samples": 1})
     assert job.stale(work) == set()
-    assert set(read_text_states(storage, encoder)("shard-000001")) == {"descriptive.text", "original.text"}
+    assert set(read_text_states(storage, encoder)("shard-000001")) == {
+        "descriptive.text_states",
+        "original.text_states",
+    }
     name = "captions/x/shard-000001.parquet"
     storage.write_table(name, storage.read_table(name).slice(1))  # as `capstan remove` does
     with pytest.raises(RecipeError, match="the text states of shard-000001 are of other captions"):

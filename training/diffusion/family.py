@@ -30,6 +30,7 @@ from training.latents import encoder_identity
 from training.objectives import drop_rows, weighted_mse
 from training.pixels import batch_of, picture_size, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
+from training.text_states import states_of
 from training.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
@@ -64,7 +65,7 @@ class DiffusionFamily(Family):
         write_facts(folder, size=size, style=_style(samples).facts())
 
     @classmethod
-    def text_ahead(cls, train: TrainConfig) -> FrozenText | None:
+    def text_encoder(cls, train: TrainConfig) -> FrozenText | None:
         pretrained = train.settings.text.pretrained
         return None if pretrained is None else FrozenText(pretrained)
 
@@ -81,19 +82,19 @@ class DiffusionFamily(Family):
         own = self.train.text.pretrained is None
         if own:
             self.tokenizer = load_tokenizer(assets / _TOKENIZER, self.train.text.length)
-            self.text_encoder = build_text_encoder(self.train.text, self.tokenizer)
+            self.encoder = build_text_encoder(self.train.text, self.tokenizer)
         else:
-            self.text_encoder, self.tokenizer = load_text_encoder(
+            self.encoder, self.tokenizer = load_text_encoder(
                 str(self.train.text.pretrained), "train.diffusion.text.pretrained"
             )
         unet = build_unet(
             self.train.unet,
             channels=int(self.vae.config.latent_channels),
             side=self.side,
-            text_width=int(self.text_encoder.config.hidden_size),
+            text_width=int(self.encoder.config.hidden_size),
         )
-        self.model = Denoiser(unet, self.text_encoder if own else None)
-        self.frozen = [self.vae] if own else [self.vae, self.text_encoder]
+        self.model = Denoiser(unet, self.encoder if own else None)
+        self.frozen = [self.vae] if own else [self.vae, self.encoder]
         self.process = process_of(self.train)
         self.nothing = self._ids([""])  # [1, L]
         self._nothing_states: torch.Tensor | None = None  # [1, L, W]
@@ -112,9 +113,7 @@ class DiffusionFamily(Family):
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch = {"ids": self._ids([sample.text for sample in samples])}
-        states = [sample.states["text"] for sample in samples if sample.states is not None]
-        if states:  # of a frozen text encoder, made ahead
-            batch["states"] = torch.from_numpy(np.stack(states))
+        batch |= states_of(samples)
         latents = [sample.latent for sample in samples if sample.latent is not None]
         if latents:
             batch["latents"] = torch.from_numpy(np.stack(latents))
@@ -127,13 +126,13 @@ class DiffusionFamily(Family):
         task = self.process.draw(self._latents(batch, draw), draw)
         ids = batch["ids"]
         dropped = drop_rows(len(ids), self.train.drop_text, draw)
-        if "states" in batch:
-            text = torch.where(dropped[:, None, None], self._no_states(), batch["states"].float())
+        if "text_states" in batch:  # made ahead
+            text = torch.where(dropped[:, None, None], self._no_states(), batch["text_states"])
         else:
             text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
             if self.model.text_encoder is None:
                 with torch.no_grad():
-                    text = self.text_encoder(text)[0]
+                    text = self.encoder(text)[0]
         prediction = model(task.noisy.to(dtype), task.timesteps, text)
         loss = weighted_mse(prediction, task.target, task.weight)
         return loss, {"text_dropped": dropped.float().mean()}
@@ -142,7 +141,7 @@ class DiffusionFamily(Family):
         """A diffusers StableDiffusionPipeline folder with the EMA's UNet and text encoder."""
         from diffusers import StableDiffusionPipeline
 
-        text_encoder = self.text_encoder if model.text_encoder is None else model.text_encoder
+        text_encoder = self.encoder if model.text_encoder is None else model.text_encoder
         pipeline = StableDiffusionPipeline(
             vae=self.vae.to("cpu"),
             text_encoder=text_encoder.to("cpu"),
@@ -167,7 +166,7 @@ class DiffusionFamily(Family):
         """What the frozen text encoder makes of an empty caption: [1, L, W], float32."""
         if self._nothing_states is None:
             with torch.no_grad():
-                self._nothing_states = self.text_encoder(self.nothing.to(self.text_encoder.device))[0].float()
+                self._nothing_states = self.encoder(self.nothing.to(self.encoder.device))[0].float()
         return self._nothing_states
 
     def _ids(self, texts: list[str]) -> torch.Tensor:

@@ -31,9 +31,9 @@ class FrozenText:
         return self.encoder.to(device)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`text`: the last hidden states [B, L, W]."""
+        """`text_states`: the last hidden states [B, L, W]."""
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        return {"text": self.encoder(tokens.input_ids.to(self.encoder.device))[0]}
+        return {"text_states": self.encoder(tokens.input_ids.to(self.encoder.device))[0]}
