@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from pipeline import units
 from pipeline.config import Resources, fingerprint
@@ -84,8 +85,6 @@ class TextStatesJob(units.Job):
                 yield {"slot": slot, "rows": part, "texts": [texts[row] for row in part], "samples": len(texts)}
 
     def model(self) -> Callable[[units.Piece], units.Piece]:
-        import torch
-
         torch.set_num_threads(units.model_threads(self.resources))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = family_class(self.train.model).text_encoder(self.train)
@@ -127,9 +126,7 @@ def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> di
 
 
 def states_of(samples: Sequence[Sample]) -> Batch:
-    """The states made ahead of the samples' captions, by name, [B, ...]; floats in float32. Empty where there are none."""
-    import torch
-
+    """The states of the samples' captions that were made ahead, by name: [B, ...], floats in float32; {} without."""
     first = samples[0].states or {}
     found = [sample.states for sample in samples if sample.states is not None]
     states = {name: torch.from_numpy(np.stack([one[name] for one in found])) for name in first}
