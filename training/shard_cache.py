@@ -18,8 +18,8 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO
 
 from pipeline.errors import CapstanError, RecipeError
@@ -54,9 +54,13 @@ class ShardCache:
             mend = "name a folder on a disk of this machine"
             raise RecipeError("train.data.cache.folder", f"cannot write to {folder} ({error})", mend) from None
         Storage(str(folder)).sweep()  # what killed processes left half-done
-        self._pool = ThreadPoolExecutor(_COPIES, thread_name_prefix="cache")
         self._asked: set[str] = set()
         self._lock, self._closed, self._said = threading.Lock(), False, False
+        self._todo: SimpleQueue[tuple[str, Path, str | None] | None] = SimpleQueue()
+        # Daemons: a process that ends does not wait for what it has no use for any more.
+        self._threads = [threading.Thread(target=self._work, name="cache", daemon=True) for _ in range(_COPIES)]
+        for thread in self._threads:
+            thread.start()
 
     def open(self, name: str, tag: str) -> Copy | None:
         """The copy of the file `name` whose content is known as `tag`, or None where there is none (yet)."""
@@ -80,7 +84,7 @@ class ShardCache:
                 return None
             fcntl.flock(file, fcntl.LOCK_SH)
             if os.fstat(file.fileno()).st_nlink:  # else it was removed between the two calls
-                os.utime(file.fileno())
+                _touch(path)
                 return file
             file.close()
 
@@ -88,10 +92,11 @@ class ShardCache:
         """Copy the file in the background, unless that is done or under way. `sha256` is checked where it is known."""
         path = self._path(name, tag)
         with self._lock:
-            if self._closed or path.name in self._asked or path.exists():
-                return
-            self._asked.add(path.name)
-            self._pool.submit(self._quietly, name, path, sha256)
+            if path.exists():
+                _touch(path)  # it will be used: not now the next to go
+            elif not self._closed and path.name not in self._asked:
+                self._asked.add(path.name)
+                self._todo.put((name, path, sha256))
 
     def fetch(self, name: str, tag: str) -> Copy | None:
         """The copy of a file that is needed whole, made now if there is none; None where there is no room for it."""
@@ -104,7 +109,7 @@ class ShardCache:
         """Whether any so many of the dataset's tars fit in; warns where they do not."""
         needed = sum(sorted((entry.bytes for entry in dataset.manifest.shards), reverse=True)[:shards])
         if needed > self.limit:
-            facts = (self.folder, self.limit / 2**30, needed / 2**30)
+            facts = (self.folder, self.limit / 2**30, needed / 2**30 + 0.01)
             logger.warning(
                 "the cache %s (%.2f GiB) is too small to copy shards ahead. Mend: train.data.cache.gib: %.2f", *facts
             )
@@ -114,21 +119,27 @@ class ShardCache:
         """Give up what has not begun, and wait for what has."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _path(self, name: str, tag: str) -> Path:
         known = hashlib.sha256("\0".join((self.storage.url, name, tag)).encode()).hexdigest()
         return self.folder / known[:_NAME]
 
-    def _quietly(self, name: str, path: Path, sha256: str | None) -> None:
-        """A copy ahead that fails leaves the reader to ask the bucket, which says what is wrong."""
-        try:
-            self._copy(name, path, sha256)
-        except (CapstanError, OSError) as error:
-            logger.warning("no copy of %s in the cache: %s", name, error)
-        finally:
-            with self._lock:
-                self._asked.discard(path.name)
+    def _work(self) -> None:
+        """Copy what is asked for. Where that fails the reader asks the bucket, which says what is wrong."""
+        while (job := self._todo.get()) is not None:
+            name, path, sha256 = job
+            try:
+                if not self._closed:
+                    self._copy(name, path, sha256)
+            except (CapstanError, OSError) as error:
+                logger.warning("no copy of %s in the cache: %s", name, error)
+            finally:
+                with self._lock:
+                    self._asked.discard(path.name)
 
     def _copy(self, name: str, path: Path, sha256: str | None) -> None:
         # One process of the machine copies a file; the others wait for it here, and find it done.
@@ -212,6 +223,12 @@ class ShardCache:
                     if remove:
                         path.unlink(missing_ok=True)
                 return
+
+
+def _touch(path: Path) -> None:
+    """Note that a copy is used."""
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # gone just now; another user's
+        os.utime(path)
 
 
 def _removed(path: Path) -> int:

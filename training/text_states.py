@@ -65,11 +65,9 @@ class TextStatesJob(units.Job):
             for unit in units.markers(self)
             if unit not in wanted
             or f"{self.folder}/{wanted[unit]}.safetensors" not in there
-            or self._said(wanted[unit]).get("captions") != self._captions(wanted[unit])
+            or self._said(wanted[unit])["captions"]
+            != fingerprint(captions_of(self.dataset, wanted[unit], self.identity))
         }
-
-    def _captions(self, shard: str) -> str:
-        return fingerprint(captions_of(self.dataset, shard, self.identity))
 
     def _said(self, shard: str) -> dict[str, str]:
         with self.storage.open(f"{self.folder}/{shard}.safetensors") as file:
@@ -78,11 +76,13 @@ class TextStatesJob(units.Job):
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         """Captions of one slot, with their rows in the shard."""
-        for slot, texts in captions_of(self.dataset, unit.spec["shard"], self.identity).items():
+        captions = captions_of(self.dataset, unit.spec["shard"], self.identity)
+        facts = {"captions": fingerprint(captions), "samples": len(captions[ORIGINAL])}
+        for slot, texts in captions.items():
             rows = [row for row, text in enumerate(texts) if text is not None]
             for start in range(0, len(rows), _BATCH):
                 part = rows[start : start + _BATCH]
-                yield {"slot": slot, "rows": part, "texts": [texts[row] for row in part], "samples": len(texts)}
+                yield {"slot": slot, "rows": part, "texts": [texts[row] for row in part], **facts}
 
     def model(self) -> Callable[[units.Piece], units.Piece]:
         torch.set_num_threads(units.model_threads(self.resources))
@@ -110,7 +110,7 @@ class TextStatesJob(units.Job):
                     tensor = tensors.setdefault(f"{slot}.{name}", np.zeros(empty, state.dtype))
                     if piece["slot"] == slot:
                         tensor[piece["rows"]] = state
-        metadata = {"shard_sha256": unit.spec["sha256"], "captions": self._captions(shard)}
+        metadata = {"shard_sha256": unit.spec["sha256"], "captions": pieces[0]["captions"]}
         data = save(tensors, metadata=metadata)
         self.storage.write(f"{self.folder}/{shard}.safetensors", data)
         return {"samples": sum(len(piece["rows"]) for piece in pieces), "bytes": len(data)}
