@@ -126,7 +126,7 @@ class _Demo:
         return {"said": f"{written['images']:,} pictures captioned", "layer": written["layer"]}
 
     def _encode(self) -> dict[str, Any]:
-        from training.latents import encode
+        from training.encoding import encode
 
         encoded = encode(self.recipe("diffusion"), progress=False)
         self.recipes["diffusion"]["train"]["data"]["latents"] = encoded["encoder"]

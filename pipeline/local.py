@@ -116,10 +116,15 @@ def _sweep_scratch() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def partial_of(target: Path) -> Path:
+    """A temporary name beside `target`, by which `sweep` knows whether its writer, this process, still runs."""
+    return target.with_name(f"{PARTIAL}{_owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
+
+
 @contextlib.contextmanager
 def _publish(target: Path, size: int) -> Iterator[Path]:
     """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
-    partial = target.with_name(f"{PARTIAL}{_owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
+    partial = partial_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial

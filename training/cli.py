@@ -39,8 +39,8 @@ def _add_fitting(app: typer.Typer, load: Load) -> None:
 
     @app.command()
     def encode(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Run the autoencoder of train.diffusion over all pictures once; train.data.latents then reads the latents."""
-        from training.latents import encode as run
+        """Run the frozen models of train.diffusion over all pictures, and captions, once, ahead of training."""
+        from training.encoding import encode as run
 
         ready = load(recipe, overrides)
         finish(concluded(lambda: run(ready)), as_json)

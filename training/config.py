@@ -26,6 +26,43 @@ FAMILIES: Final = {
 }
 
 ORIGINAL: Final = "original"  # the slot of the caption that came with the image
+AUTO: Final = "auto"  # latents: encode what is missing, then read them
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Buckets(Section):
+    """Aspect-ratio buckets: every batch holds pictures of one size. The sizes are given, or made in steps."""
+
+    sizes: Annotated[list[tuple[Positive, Positive]], Field(min_length=1)] | None = None  # width, height in pixels
+    size: Positive | None = None  # or: all sizes in steps of at most the area of a square with this side
+    step: Positive = 64  # pixels
+    ratio: Annotated[float, Field(ge=1)] = 2.0  # of the longer side to the shorter, at most
+
+    @model_validator(mode="after")
+    def _has_sizes(self) -> Buckets:
+        if (self.sizes is None) == (self.size is None):
+            raise ValueError("give sizes, or size (of the square whose area they have); e.g. buckets: {size: 512}")
+        if self.size is not None and self.size % self.step:
+            raise ValueError(f"size {self.size} does not divide by step {self.step}")
+        if self.sizes is not None and len({width / height for width, height in self.sizes}) < len(self.sizes):
+            raise ValueError("two of sizes have the same proportions; leave one out")
+        return self
+
+
+class Cache(Section):
+    """Whole shards of a bucket, copied ahead of their use into a folder that all workers of a machine share."""
+
+    folder: str
+    gib: Annotated[float, Field(gt=0)]  # the folder's bound; room for two windows (2 × block shards) is best
+
+
+class Share(Section):
+    """One of several datasets."""
+
+    dataset: str  # a folder or a URL; storage options are the recipe's
+    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the samples is weight / sum of weights
+    layer: str | None = "latest"  # as train.data.layer, which counts where this is not given
 
 
 class Data(Section):
@@ -33,11 +70,15 @@ class Data(Section):
 
     layer: str | None = "latest"  # caption layer: an id, "latest", or null for the original captions only
     blend: dict[str, Annotated[float, Field(ge=0)]] | None = None  # slot → weight; null: see `Data.weights`
-    latents: str | None = None  # encoder id of a latents/ folder: read latents in place of images
-    holdout: Annotated[int, Field(ge=0)] = 0  # so many samples, the dataset's last, are never trained on
+    datasets: Annotated[list[Share], Field(min_length=1)] | None = None  # several, mixed; null: the recipe's dataset
+    latents: str | None = None  # encoder id of a latents/ folder, or "auto": read latents in place of images
+    text_states: Literal["auto"] | None = None  # auto: encode captions ahead, where their encoder is frozen
+    buckets: Buckets | None = None  # aspect-ratio buckets; null: pictures are cut to squares
+    holdout: Annotated[int, Field(ge=0)] = 0  # so many samples, the last of each dataset, are never trained on
     block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are mixed with each other within an epoch
     prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches held ready on each worker
     threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
+    cache: Cache | None = None  # of a dataset in a bucket; null: each picture is a request of its own
 
     @model_validator(mode="after")
     def _blend_has_weight(self) -> Data:
@@ -197,6 +238,8 @@ class TrainConfig(Section):
                 config._settings = settings
         if chosen and config._settings is None:
             config._settings = validate(chosen.settings, {}, f"train.{section}")
+        if chosen and config.data.buckets is not None and not chosen.buckets:
+            raise RecipeError("train.data.buckets", f"the family {chosen.name} takes squares alone", "remove it")
         return config
 
     def identity(self) -> dict[str, Any]:
@@ -206,7 +249,7 @@ class TrainConfig(Section):
         """
         free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
-        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads"})
+        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache"})
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
         return fixed
 

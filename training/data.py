@@ -1,9 +1,9 @@
-"""A dataset → prepared batches, in an order that is a pure function of (seed, epoch, position).
+"""A dataset → samples, in an order that is a pure function of (seed, epoch, position).
 
     number (0, 1, 2, …) ──Order──▶ (epoch, shard, row) ──TrainingData──▶ Sample ──Loader──▶ batch of tensors
 
-The loader's whole state is one integer: step s of a run with batches of B reads the samples s·B … s·B + B − 1 of one
-endless sequence, and each worker takes its slice. So a run can stop at any step and go on with any number of workers.
+The state of a run is one integer: step s of a run with batches of B reads the samples s·B … s·B + B − 1 of one endless
+sequence, and each worker takes its slice. So a run can stop at any step and go on with any number of workers.
 """
 
 from __future__ import annotations
@@ -11,99 +11,32 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import mmap
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
-from threading import Lock
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from pipeline.errors import CapstanError, RecipeError
+from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
-from recaption.store import check_layer, latest_layer, layer_recipe, list_layers, read_layer
+from recaption.store import latest_layer, layer_recipe, list_layers
+from training.buckets import Size, assign, shapes, sizes_of
 from training.config import ORIGINAL, Data
-from training.family import Batch, Sample
+from training.family import Sample
+from training.open_shards import NUMBERS, TARS, OpenShard, OpenShards, Rows
+from training.order import BucketOrder, Order, Window, hash64, without_last
+from training.shard_cache import ShardCache
 
 logger = logging.getLogger(__name__)
-
-
-def hash64(*parts: str | int) -> int:
-    """A 64-bit integer that is the same everywhere for the same parts."""
-    text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-def permutation(count: int, seed: int) -> np.ndarray:
-    """A permutation of 0 … count − 1 that depends on `seed` alone, not on a library's version (int64 [count]).
-
-    Sorts by SplitMix64 of a counter (Steele, Lea & Flood 2014).
-    """
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
-
-
-class Order:
-    """number → (epoch, shard, row): every row once an epoch.
-
-    An epoch permutes the shards, cuts them into windows of `block` shards, and permutes the samples of a window: what
-    is read within a while lies in a few shards. Finding a place costs the same wherever in the epoch it lies.
-    """
-
-    def __init__(self, counts: Sequence[int], block: int, seed: int) -> None:
-        self.counts, self.block, self.seed = np.asarray(counts, dtype=np.int64), block, seed
-        self.total = int(self.counts.sum())
-        self._epoch = lru_cache(maxsize=2)(self._lay_out)
-        self._window = lru_cache(maxsize=4)(self._permute)
-
-    def __call__(self, number: int) -> tuple[int, int, int]:
-        epoch, position = divmod(number, self.total)
-        shards, window_starts = self._epoch(epoch)
-        window = int(np.searchsorted(window_starts, position, side="right")) - 1
-        order, row_starts = self._window(epoch, window)
-        place = int(order[position - window_starts[window]])
-        member = int(np.searchsorted(row_starts, place, side="right")) - 1
-        return epoch, int(shards[window * self.block + member]), place - int(row_starts[member])
-
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in order, and the position at which each window starts."""
-        shards = permutation(len(self.counts), hash64(self.seed, "shards", epoch))
-        starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
-        return shards, starts[:-1][:: self.block]
-
-    def _permute(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The window's samples in order, and the place at which each of its shards starts."""
-        shards, _ = self._epoch(epoch)
-        counts = self.counts[shards[window * self.block : (window + 1) * self.block]]
-        order = permutation(int(counts.sum()), hash64(self.seed, "window", epoch, window))
-        return order, np.concatenate([[0], np.cumsum(counts)])[:-1]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """What is kept in memory of a shard that is being read."""
-
-    columns: dict[str, pa.Array]
-    layer: dict[str, dict[str, str]] = field(default_factory=dict)  # key → slot → text
-    latents: np.ndarray | None = None  # [samples, ...] in tar order
-    tar: mmap.mmap | None = None  # a local tar; unmapped when the last thread has let go of it
-
-
-_COLUMNS = ["key", "caption", "width", "height", "original_width", "original_height", "extra", "offset", "size"]
 
 
 class TrainingData:
     """Samples by number (in training order) or by index (in dataset order, held-out samples last).
 
-    `layer` is a caption layer's id, or None for the original captions; `latents` gives a shard's latents [samples, ...]
-    in tar order, which then stand in for the pictures. Safe to use from several threads.
+    `layer` is a caption layer's id, or None for the original captions; `latents` gives a shard's latents in tar order,
+    which then stand in for the pictures, and `states` what frozen text encoders made of its captions. `files` are those
+    that the `cache` copies ahead. `batch` is the size of a step's batch, which aspect-ratio buckets need. Safe to use
+    from several threads.
     """
 
     def __init__(
@@ -113,20 +46,36 @@ class TrainingData:
         seed: int,
         *,
         layer: str | None,
-        latents: Callable[[str], np.ndarray] | None = None,
+        latents: Callable[[str], Rows] | None = None,
+        states: Callable[[str], Mapping[str, Rows]] | None = None,
+        cache: ShardCache | None = None,
+        files: Sequence[str] = (TARS,),
+        batch: int | None = None,
+        order_seed: int | None = None,
     ) -> None:
-        self.dataset, self.seed, self.layer, self._latents = dataset, seed, layer, latents
+        self.dataset, self.seed, self.layer = dataset, seed, layer
         self.weights = data.weights if layer is not None else {ORIGINAL: 1.0}
-        self.shards = dataset.shard_names
         counts = [entry.samples for entry in dataset.manifest.shards]
         self.total = sum(counts)
         if self.total <= data.holdout:
             where, mend = dataset.storage.url, "build a larger dataset, or hold out fewer samples"
             raise RecipeError("train.data.holdout", f"leaves nothing of {where} ({self.total} samples)", mend)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self.order = Order(_without_last(counts, data.holdout), data.block, seed)
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        self._keep_open, self._lock = 2 * data.block + 2, Lock()
+        counts = without_last(counts, data.holdout)
+        order = Order(counts, data.block, seed if order_seed is None else order_seed)
+        self.order: Order | BucketOrder = order
+        self._sizes, self._buckets = list[Size](), list[np.ndarray]()
+        if data.buckets is not None:
+            assert batch is not None, "buckets need to know the batch"
+            self._sizes = sizes_of(data.buckets)
+            self._buckets = [assign(widths, heights, self._sizes) for widths, heights in shapes(dataset)]
+            trained = [buckets[:count] for buckets, count in zip(self._buckets, counts, strict=False)]
+            self.order = BucketOrder(order, trained, len(self._sizes), batch)
+            _warn_of_rare(self._sizes, np.bincount(np.concatenate(trained), minlength=len(self._sizes)), batch)
+        self._cache, self._seen = cache, set[Window]()
+        self._two_fit = cache is not None and (TARS not in files or cache.holds(dataset, 2 * data.block))
+        keep = 2 * data.block + 2
+        self._open = OpenShards(dataset, layer, keep, latents=latents, states=states, cache=cache, files=files)
 
     def __len__(self) -> int:
         """How many samples are trained on in an epoch."""
@@ -139,8 +88,14 @@ class TrainingData:
             digest.update(entry.sha256.encode())
         return {"samples": len(self), "shards": digest.hexdigest(), "layer": self.layer}
 
+    def progress(self, number: int) -> dict[str, float]:
+        """Facts for the log after so many samples."""
+        return {"epoch": number / len(self)}
+
     def at(self, number: int) -> Sample:
         """The sample that comes as `number` in the endless training sequence."""
+        if self._cache is not None:
+            self._look_ahead(number)
         epoch, shard, row = self.order(number)
         return self._sample(shard, row, epoch)
 
@@ -151,67 +106,68 @@ class TrainingData:
 
     def captions(self) -> Iterator[str]:
         """Every caption that the blend may show, in dataset order."""
-        for number in range(len(self.shards)):
-            shard = self._shard(number)
-            keys, originals = (shard.columns[name].to_pylist() for name in ("key", "caption"))
+        for number in range(len(self.dataset.manifest.shards)):
+            shard = self._open[number]
+            keys, originals = (shard.words[name].to_pylist() for name in ("key", "caption"))
             for key, original in zip(keys, originals, strict=True):
-                texts = shard.layer.get(key, {}) | {ORIGINAL: original}
+                texts = {**shard.captions.get(key, {}), ORIGINAL: original}
                 yield from (texts[slot] for slot in self.weights if slot in texts)
 
-    def _sample(self, number: int, row: int, epoch: int) -> Sample:
-        shard = self._shard(number)
-        values = {name: column[row].as_py() for name, column in shard.columns.items()}
-        key, offset, size = values["key"], values.pop("offset"), values.pop("size")
-        slot, text = self._caption(shard, key, values.pop("caption"), epoch)
-        latent = None if shard.latents is None else np.asarray(shard.latents[row])
-        jpeg = self._read(number, shard, offset, size) if latent is None else b""
-        seed = hash64(self.seed, "sample", key, epoch) >> 1
-        return Sample(jpeg=jpeg, text=text, slot=slot, epoch=epoch, seed=seed, latent=latent, **values)
+    def _look_ahead(self, number: int) -> None:
+        """Have the shards of this window and of the next copied into the cache."""
+        window = self.order.window_of(number)
+        if window not in self._seen:
+            self._seen = {window} if len(self._seen) > 8 else self._seen | {window}
+            for near in (window, self.order.after(window)) if self._two_fit else (window,):
+                for shard in self.order.shards_of(near):
+                    self._open.ahead(int(shard))
 
-    def _caption(self, shard: _Shard, key: str, original: str, epoch: int) -> tuple[str, str]:
+    def _sample(self, number: int, row: int, epoch: int) -> Sample:
+        shard = self._open[number]
+        key, extra = shard.words["key"][row].as_py(), shard.words["extra"][row].as_py()
+        slot, text = self._caption(shard, key, shard.words["caption"][row].as_py(), epoch)
+        latent = None if shard.latents is None else np.asarray(shard.latents[row])
+        states = None if shard.states is None else _states(shard.states, slot, row)
+        return Sample(
+            key=key,
+            jpeg=self._open.jpeg(number, shard, row) if latent is None else b"",
+            text=text,
+            slot=slot,
+            epoch=epoch,
+            seed=hash64(self.seed, "sample", key, epoch) >> 1,
+            extra=extra,
+            latent=latent,
+            states=states,
+            bucket=self._sizes[self._buckets[number][row]] if self._sizes else None,
+            **dict(zip(NUMBERS, shard.numbers[row].tolist(), strict=False)),
+        )
+
+    def _caption(self, shard: OpenShard, key: str, original: str, epoch: int) -> tuple[str, str]:
         """(slot, text) drawn by (seed, key, epoch); a slot that the layer lacks for this key gives the original."""
-        texts = shard.layer.get(key, {}) | {ORIGINAL: original}
+        texts = shard.captions.get(key, {})
         draw, slot = hash64(self.seed, "caption", key, epoch) / 2**64, ORIGINAL
         for slot, weight in self.weights.items():  # noqa: B007 - the last slot takes what rounding leaves
             draw -= weight
             if draw < 0:
                 break
-        return (slot, texts[slot]) if slot in texts else (ORIGINAL, original)
+        return (slot, texts[slot]) if slot in texts and slot != ORIGINAL else (ORIGINAL, original)
 
-    def _read(self, number: int, shard: _Shard, offset: int, size: int) -> bytes:
-        name = f"shards/{self.shards[number]}.tar"
-        if shard.tar is not None:
-            jpeg = shard.tar[offset : offset + size]
-        else:
-            jpeg = self.dataset.storage.read_range(name, offset, offset + size)
-        if len(jpeg) != size:
-            raise CapstanError(f"{self.dataset.storage.url}/{name} is cut: run `capstan verify`")
-        return jpeg
 
-    def _shard(self, number: int) -> _Shard:
-        """The shard, from memory where it is being read already."""
-        with self._lock:
-            if number not in self._open:
-                self._open[number] = self._load(self.shards[number])
-                if len(self._open) > self._keep_open:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
+def _warn_of_rare(sizes: list[Size], samples: np.ndarray, batch: int) -> None:
+    rare = [(size, count) for size, count in zip(sizes, samples.tolist(), strict=True) if 0 < count < batch]
+    if rare:
+        told = ", ".join(f"{width} × {height}: {count}" for (width, height), count in rare)
+        logger.warning(
+            "buckets with fewer samples than a batch, which come together once in several epochs (%s). Mend: give "
+            "train.data.buckets fewer sizes, or a smaller ratio",
+            told,
+        )
 
-    def _load(self, name: str) -> _Shard:
-        table = self.dataset.table(name, _COLUMNS)
-        columns = {column: pa.concat_arrays(table[column].chunks) for column in _COLUMNS}
-        layer: dict[str, dict[str, str]] = {}
-        if self.layer is not None:
-            check_layer(self.dataset.storage, self.layer, name, columns["key"].to_pylist())
-            layer = read_layer(self.dataset.storage, self.layer, name)
-        if self._latents is not None:
-            return _Shard(columns, layer, latents=self._latents(name))
-        path = self.dataset.storage.local_path(f"shards/{name}.tar")
-        if path is None:
-            return _Shard(columns, layer)
-        with path.open("rb") as file:
-            return _Shard(columns, layer, tar=mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+def _states(states: Mapping[str, Rows], slot: str, row: int) -> dict[str, np.ndarray]:
+    """What is stored as SLOT.NAME for one sample and the slot drawn for it: name → array."""
+    start = f"{slot}."
+    return {name.removeprefix(start): np.asarray(rows[row]) for name, rows in states.items() if name.startswith(start)}
 
 
 def find_layer(storage: Storage, data: Data) -> str | None:
@@ -235,72 +191,3 @@ def find_layer(storage: Storage, data: Data) -> str | None:
             mend = "run `capstan recaption` to complete it"
             raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", mend)
     return layer
-
-
-def _without_last(counts: Sequence[int], held_out: int) -> list[int]:
-    """`counts` with the last `held_out` samples taken away, and no empty shards at the end."""
-    ends = np.minimum(np.cumsum(counts), sum(counts) - held_out)
-    return [int(count) for count in np.diff(ends, prepend=0) if count > 0]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One worker's share of a step's batch."""
-
-    step: int
-    batch: Batch
-    keys: list[str]
-    slots: Counter[str]  # how many captions came from which slot
-
-
-class Loader:
-    """Prepares batches ahead on background threads and hands them out step by step.
-
-    An error in `prepare` is raised where its batch is asked for. Close it, or use it as a context manager.
-    """
-
-    def __init__(
-        self,
-        data: TrainingData,
-        prepare: Callable[[Sequence[Sample]], Batch],
-        *,
-        batch: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world: int = 1,
-        prefetch: int = 4,
-        threads: int = 1,
-    ) -> None:
-        if batch % world:
-            raise RecipeError("train.batch", f"{batch} is not a multiple of {world} workers", "change one of them")
-        self.data, self.prepare, self.batch = data, prepare, batch
-        self.step, self.stop, self.rank, self.share = start, stop, rank, batch // world
-        self._prefetch = max(prefetch, threads)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._ahead: deque[Future[Prepared]] = deque()
-
-    def __iter__(self) -> Iterator[Prepared]:
-        while self.step < self.stop:
-            while len(self._ahead) < min(self._prefetch, self.stop - self.step):
-                self._ahead.append(self._threads.submit(self._load, self.step + len(self._ahead)))
-            prepared = self._ahead.popleft().result()
-            self.step += 1
-            yield prepared
-
-    def _load(self, step: int) -> Prepared:
-        first = step * self.batch + self.rank * self.share
-        samples = [self.data.at(number) for number in range(first, first + self.share)]
-        slots = Counter(sample.slot for sample in samples)
-        return Prepared(step, self.prepare(samples), [sample.key for sample in samples], slots)
-
-    def close(self) -> None:
-        """Drop what is prepared and end the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

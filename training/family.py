@@ -37,6 +37,10 @@ class Sample:
     original_height: int
     extra: str = "{}"  # JSON object of the source's other columns
     latent: np.ndarray | None = None  # what the encoder of `train.data.latents` made of the picture
+    crop_left: int = 0  # pixels of the scaled source that the stored picture lacks there (negative: padded)
+    crop_top: int = 0
+    bucket: tuple[int, int] | None = None  # width and height, pixels, that all pictures of the batch are cut to
+    states: Mapping[str, np.ndarray] | None = None  # what `Family.text_encoder` made of the text, by name
 
     def rng(self) -> np.random.Generator:
         """Randomness for `prepare` that is the same whenever this sample is seen in this epoch."""
@@ -55,6 +59,18 @@ class Samples(Protocol):
         """Every caption that the blend may show, sample by sample."""
 
 
+class TextEncoder(Protocol):
+    """Frozen text encoders of a family, as `capstan encode` runs them ahead of training."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that can change a state, as plain data."""
+
+    def to(self, device: torch.device) -> object: ...
+
+    def __call__(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        """Texts → states by name, the first axis being the texts; of one shape whatever the texts."""
+
+
 Batch = dict[str, torch.Tensor]  # every tensor's first dimension is the batch
 Metrics = Mapping[str, float | torch.Tensor]  # scalars; a tensor need not leave its device
 
@@ -69,6 +85,7 @@ class Family(ABC):
     name: ClassVar[str]
     settings: ClassVar[type[Section]]
     captions: ClassVar[bool] = True
+    buckets: ClassVar[bool] = False  # whether batches of other sizes than squares are understood
 
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # what only computes: never optimised, never sharded, moved to the device
@@ -87,6 +104,11 @@ class Family(ABC):
         Weights are drawn from torch's global generator, which has been seeded with `train.seed`: all workers build the
         same model. `train.settings` holds the family's own settings.
         """
+
+    @classmethod
+    def text_encoder(cls, train: TrainConfig) -> TextEncoder | None:
+        """The text encoders whose states may be made ahead (`Sample.states`); None where they are trained."""
+        return None
 
     def start_from(self, product: Path) -> None:
         """Load the weights of a product that `save` wrote into `self.model` (`train.init`)."""

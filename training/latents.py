@@ -4,7 +4,9 @@
     latents/<encoder id>/shard-000000.safetensors       `latents` float16 [samples, 2 C, h, w], in tar order
 
 The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`: so that a
-step may still draw from it. The encoder id is a hash of all that can change a latent. Training reads the files by mmap.
+step may still draw from it. With aspect-ratio buckets, whose latents differ in shape, they are [samples, 2 C, A]: a
+sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of all that can change a
+latent. Training reads the files by mmap.
 """
 
 from __future__ import annotations
@@ -12,20 +14,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from pipeline import units
-from pipeline.config import Recipe, Resources, fingerprint
-from pipeline.errors import Quarantined, RecipeError
-from pipeline.shards import Dataset, ShardEntry, read_manifest
+from pipeline.config import Resources, fingerprint
+from pipeline.errors import RecipeError
+from pipeline.shards import Dataset, ShardEntry
 from pipeline.storage import Storage
 from training.autoencoder.family import factor_of, load_autoencoder
-from training.config import TrainConfig
+from training.buckets import Size, assign, check_sizes, sizes_of
+from training.config import Data, TrainConfig
 from training.data import TrainingData
-from training.pixels import picture_size, square, to_signed
+from training.encoded import files_of, parse
+from training.open_shards import Rows
+from training.pixels import cut, picture_size, to_signed
+from training.shard_cache import ShardCache
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +40,29 @@ _BATCH: Final = 32  # pictures encoded at once; always the same, so that latents
 _FIELD: Final = "train.diffusion.autoencoder"
 
 
-def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Encode what has no latents yet, for the autoencoder of `train.diffusion`. Gives a summary with the `encoder` id.
-
-    Write that id under `train.data.latents` to train on them. Raises Quarantined if some shards could not be encoded.
-    """
-    train = TrainConfig.from_recipe(recipe)
+def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
+    """The autoencoder's path and the identity of its latents. Raises RecipeError where a recipe cannot have any."""
     path, wanted = getattr(train.settings, "autoencoder", None), getattr(train.settings, "size", None)
     if not isinstance(path, str):
         raise RecipeError("train.model", f"{train.model} is not trained on latents", "encode for model: diffusion")
     if getattr(train.settings, "crop", "center") != "center":
         raise RecipeError("train.diffusion.crop", "random cuts cannot be encoded ahead", "use crop: center")
-    dataset = Dataset(Storage(recipe.dataset, recipe.storage))
     vae = load_autoencoder(path, _FIELD)
-    samples = TrainingData(dataset, train.data, train.seed, layer=None)
+    samples = TrainingData(dataset, Data(layer=None), train.seed, layer=None)
     size = picture_size(samples, wanted, max(8, factor_of(vae.config)), "train.diffusion.size")
-    job = LatentsJob(dataset, path, encoder_identity(vae, size), recipe.resources)
-    dataset.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
-    work = [job.unit(entry) for entry in dataset.manifest.shards]
-    units.forget(job, job.stale(work))
-    summary = units.run(job, work, recipe.resources, progress=progress)
-    if summary.quarantined:
-        raise Quarantined(job.name, summary.quarantined)
-    counts = {name: int(count) for name, count in summary.counts.items()}
-    return {"encoder": job.encoder, "shards_done": summary.done, "shards_skipped": summary.skipped, **counts}
+    check_sizes(train.data.buckets, factor_of(vae.config))
+    return path, encoder_identity(vae, size, sizes_of(train.data.buckets) if train.data.buckets else None)
 
 
-def encoder_identity(vae: Any, size: int) -> dict[str, Any]:
+def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
     """Everything that can change a latent of a picture, as plain data."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(weight.cpu().float().numpy()).tobytes())
-    return {"weights": digest.hexdigest(), "size": size, "crop": "center", "factor": factor_of(vae.config), "format": 1}
+    identity = {"weights": digest.hexdigest(), "crop": "center", "factor": factor_of(vae.config), "format": 1}
+    return identity | ({"size": size} if buckets is None else {"buckets": [list(bucket) for bucket in buckets]})
 
 
 class LatentsJob(units.Job):
@@ -93,14 +89,21 @@ class LatentsJob(units.Job):
         }
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        jpegs: list[bytes] = []
-        for _, jpeg in self.dataset.read_images(unit.spec["shard"]):
-            jpegs.append(jpeg)
-            if len(jpegs) == _BATCH:
-                yield {"jpegs": jpegs}
-                jpegs = []
-        if jpegs:
-            yield {"jpegs": jpegs}
+        """Pictures of one size, with their rows in the shard. The tar is read once, in order."""
+        shard = unit.spec["shard"]
+        sizes, buckets = _buckets(self.dataset, shard, self.identity)
+        waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
+
+        def piece(bucket: int) -> units.Piece:
+            rows, jpegs = zip(*waiting[bucket], strict=True)
+            waiting[bucket] = []
+            return {"jpegs": list(jpegs), "rows": list(rows), "size": sizes[bucket]}
+
+        for row, (_, jpeg) in enumerate(self.dataset.read_images(shard)):
+            waiting[buckets[row]].append((row, jpeg))
+            if len(waiting[buckets[row]]) == _BATCH:
+                yield piece(buckets[row])
+        yield from (piece(bucket) for bucket in range(len(sizes)) if waiting[bucket])
 
     def model(self) -> Callable[[units.Piece], units.Piece]:
         import torch
@@ -110,13 +113,13 @@ class LatentsJob(units.Job):
         vae = load_autoencoder(self.autoencoder, _FIELD).to(device).eval()
 
         def apply(piece: units.Piece) -> units.Piece:
-            pictures = np.stack([square(jpeg, self.identity["size"]) for jpeg in piece["jpegs"]])
+            pictures = np.stack([cut(jpeg, piece["size"]) for jpeg in piece["jpegs"]])
             signed = to_signed(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device))
             with torch.no_grad():
                 posterior = vae.encode(signed).latent_dist
             both = torch.cat([posterior.mean, posterior.std], dim=1)
             units.report({"samples": len(pictures)})
-            return {"latents": both.half().cpu().numpy()}
+            return {"latents": both.half().cpu().numpy(), "rows": piece["rows"]}
 
         return apply
 
@@ -124,42 +127,60 @@ class LatentsJob(units.Job):
         from safetensors.numpy import save
 
         # safetensors writes memory as it lies, whatever the strides.
-        latents = np.ascontiguousarray(np.concatenate([piece["latents"] for piece in pieces]))
+        latents = np.ascontiguousarray(self._in_order(pieces))
         data = save({"latents": latents}, metadata={"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
         return {"samples": len(latents), "bytes": len(data)}
 
+    def _in_order(self, pieces: list[units.Piece]) -> np.ndarray:
+        if "buckets" not in self.identity:
+            return np.concatenate([piece["latents"] for piece in pieces])
+        area = max(width * height for width, height in self.identity["buckets"]) // self.identity["factor"] ** 2
+        samples, channels = sum(len(piece["rows"]) for piece in pieces), pieces[0]["latents"].shape[1]
+        latents = np.zeros((samples, channels, area), np.float16)
+        for piece in pieces:
+            flat = piece["latents"].reshape(len(piece["rows"]), channels, -1)
+            latents[piece["rows"], :, : flat.shape[2]] = flat
+        return latents
 
-def reader(storage: Storage, encoder: str) -> Callable[[str], np.ndarray]:
-    """Gives what reads a shard's latents [samples, 2 C, h, w] in tar order, by mmap from a local folder.
+
+def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[list[Size], np.ndarray]:
+    """The sizes that pictures are encoded at, and which of them each of the shard's is (int16 [samples])."""
+    sizes = [(width, height) for width, height in identity.get("buckets", [[identity.get("size")] * 2])]
+    table = dataset.table(shard, ["width", "height"])
+    return sizes, assign(table["width"].to_numpy(), table["height"].to_numpy(), sizes)
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """A shard's latents of several shapes: `flat` is [samples, 2 C, A], `shapes` (h, w) of each bucket."""
+
+    flat: np.ndarray
+    buckets: np.ndarray
+    shapes: list[tuple[int, int]]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        height, width = self.shapes[self.buckets[row]]
+        return self.flat[row, :, : height * width].reshape(-1, height, width)
+
+
+def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], Rows]:
+    """Gives what reads a shard's latents in tar order, each [2 C, h, w], by mmap from a local folder or the cache.
 
     Raises RecipeError (here, or when a shard is read) where the latents are missing or of an earlier shard.
     """
     if not storage.exists(f"latents/{encoder}/recipe.json"):
         problem = f"{storage.url} has no latents {encoder}"
         raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
-    manifest = read_manifest(storage)
-    sums = {entry.name: entry.sha256 for entry in manifest.shards} if manifest else {}
+    identity = json.loads(storage.read(f"latents/{encoder}/recipe.json"))
+    dataset, read = Dataset(storage), files_of(storage, encoder, "train.data.latents", cache)
 
-    def read(shard: str) -> np.ndarray:
-        name = f"latents/{encoder}/{shard}.safetensors"
-        if not storage.exists(name):
-            raise RecipeError("train.data.latents", f"{encoder} lacks {shard}", "run `capstan encode` to complete it")
-        path = storage.local_path(name)
-        raw = np.frombuffer(storage.read(name), np.uint8) if path is None else np.memmap(path, np.uint8, mode="r")
-        latents, made_of = _parse(raw)
-        if made_of != sums.get(shard):
-            problem = f"the latents of {shard} are of an earlier version of that shard"
-            raise RecipeError("train.data.latents", problem, "run `capstan encode` to renew them")
-        return latents
+    def rows(shard: str) -> Rows:
+        latents = parse(read(shard))["latents"]
+        if "buckets" not in identity:
+            return latents
+        sizes, buckets = _buckets(dataset, shard, identity)
+        factor = identity["factor"]
+        return _Shaped(latents, buckets, [(height // factor, width // factor) for width, height in sizes])
 
-    return read
-
-
-def _parse(raw: np.ndarray) -> tuple[np.ndarray, str]:
-    """The bytes of a safetensors file → (`latents` without a copy, sum of the shard that they were made of)."""
-    length = int.from_bytes(raw[:8].tobytes(), "little")
-    header = json.loads(raw[8 : 8 + length].tobytes())
-    entry = header["latents"]
-    start, stop = (8 + length + offset for offset in entry["data_offsets"])
-    return raw[start:stop].view(np.float16).reshape(entry["shape"]), header["__metadata__"]["shard_sha256"]
+    return rows

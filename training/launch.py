@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.config import Recipe, Resources
 from pipeline.errors import CapstanError, RecipeError
-from training.config import TrainConfig
+from training.config import AUTO, TrainConfig
 from training.run import Run
 
 logger = logging.getLogger("training.launch")  # by name: a local worker runs this module as __main__
@@ -53,6 +53,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if finished := _already_finished(recipe, config, run):
         logger.info("train %s: already finished: %s", finished["model"], finished["product"])
         return finished
+    if AUTO in (config.data.latents, config.data.text_states):
+        from training.encoding import encode_missing
+
+        encode_missing(recipe)
     launch = _on_ray if config.engine.launcher == "ray" else _on_this_machine
     for attempt in range(config.engine.retries + 1):
         run.stop.unlink(missing_ok=True)

@@ -22,16 +22,18 @@ import torch
 
 from pipeline.config import Recipe, read_recipe, validate
 from pipeline.errors import CapstanError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, family_class
-from training.data import Loader, Prepared, TrainingData, find_layer, hash64
+from training.data import TrainingData
+from training.datasets import open_data, pin
 from training.ema import Ema
 from training.engine import Engine
 from training.family import Batch, Family
 from training.health import Health
+from training.loader import Loader, Prepared
 from training.meter import Meter
+from training.mixture import MixedData
+from training.order import hash64
 from training.product import find_product
 from training.run import Run, last_record, writing_words
 from training.switches import place
@@ -94,20 +96,11 @@ class _Fit:
         self.meter = Meter(engine, self.disk, self.family.name)
         self.health = Health(engine, self.disk)
 
-    def _open_data(self) -> TrainingData:
-        train, engine = self.train, self.engine
-        dataset, layer = Dataset(Storage(self.recipe.dataset, self.recipe.storage)), None
-        if family_class(train.model).captions:
-            if engine.is_main:
-                self.disk.pinned("layer", lambda: find_layer(dataset.storage, train.data))
-            engine.wait()
-            layer = self.disk.pinned("layer", lambda: None)
-        latents = None
-        if train.data.latents is not None:
-            from training.latents import reader
-
-            latents = reader(dataset.storage, train.data.latents)
-        return TrainingData(dataset, train.data, train.seed, layer=layer, latents=latents)
+    def _open_data(self) -> TrainingData | MixedData:
+        if self.engine.is_main:
+            pin(self.recipe, self.train, self.disk)
+        self.engine.wait()
+        return open_data(self.recipe, self.train, self.disk)
 
     def _build_family(self) -> Family:
         train, chosen, assets = self.train, family_class(self.train.model), self.disk.assets
@@ -180,7 +173,7 @@ class _Fit:
 
     def _facts(self, step: int) -> dict[str, float]:
         samples = step * self.train.batch
-        return {"lr": learning_rate(self.train, step - 1), "epoch": samples / len(self.data), "samples": samples}
+        return {"lr": learning_rate(self.train, step - 1), "samples": samples, **self.data.progress(samples)}
 
     def _told_to_stop(self) -> bool:
         return self.engine.is_main and self.disk.stop.exists()
@@ -197,7 +190,8 @@ class _Fit:
         return step
 
     def _save(self, step: int) -> None:
-        shared = {"data": self.data.identity(), "health": self.health.divergence.state(), **self.meter.shared_state()}
+        data = {"data": self.data.identity(), "progress": self.data.progress(step * self.train.batch)}
+        shared = {**data, "health": self.health.divergence.state(), **self.meter.shared_state()}
         saved = self.checkpoints.save(step, self.meter.state(), shared)
         if self.upload is not None:
             self.upload.send(saved)

@@ -18,29 +18,36 @@ from pipeline.storage import Storage
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def jpeg(index: int, size: int = 16) -> tuple[bytes, str]:
+def jpeg(index: int, width: int = 16, height: int = 16) -> tuple[bytes, str]:
     """A square of one colour on grey, and a caption that says so."""
     name = list(COLOURS)[index % len(COLOURS)]
-    pixels = np.full((size, size, 3), 90 + index % 40, dtype=np.uint8)
-    pixels[size // 4 : -size // 4, size // 4 : -size // 4] = COLOURS[name]
+    pixels = np.full((height, width, 3), 90 + index % 40, dtype=np.uint8)
+    pixels[height // 4 : -height // 4, width // 4 : -width // 4] = COLOURS[name]
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue(), f"a {name} square, number {index}"
 
 
-def write_dataset(folder: Path, counts: list[int], size: int = 16) -> Path:
-    """A finished dataset with shards of these many samples."""
+def write_dataset(folder: Path, counts: list[int], size: int = 16, sizes: list[tuple[int, int]] | None = None) -> Path:
+    """A finished dataset with shards of these many samples, of `sizes` (width, height) in turn."""
     storage, entries, index = Storage(str(folder)), [], 0
     (folder / "shards").mkdir(parents=True)
     for number, count in enumerate(counts):
         name, rows, samples = f"shard-{number:06d}", [], []
         for _ in range(count):
-            data, caption = jpeg(index, size)
+            width, height = sizes[index % len(sizes)] if sizes else (size, size)
+            data, caption = jpeg(index, width, height)
             key = make_key(str(index))
             samples.append(Sample(key, data, {"key": key}, caption))
             rows.append(
-                {"key": key, "caption": caption, "url": f"http://x.test/{index}.jpg", "width": size, "height": size}
-                | {"original_width": size, "original_height": size, "bytes": len(data), "sha256": sha256_of(data)}
+                {"key": key, "caption": caption, "url": f"http://x.test/{index}.jpg", "width": width}
+                | {
+                    "height": height,
+                    "original_width": width,
+                    "original_height": height,
+                    "bytes": len(data),
+                    "sha256": sha256_of(data),
+                }
                 | {"crop_left": 0, "crop_top": 0, "phash": 0, "colours": "", "extra": f'{{"index":{index}}}'}
             )
             index += 1
@@ -70,3 +77,10 @@ def make_dataset() -> Callable[..., Path]:
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 samples in four shards."""
     return write_dataset(tmp_path_factory.mktemp("squares") / "ds", [20, 20, 20, 4])
+
+
+@pytest.fixture(scope="session")
+def shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 samples in three shards: squares, and pictures half as wide or half as high again."""
+    sizes = [(16, 16), (24, 16), (16, 24), (16, 16)]
+    return write_dataset(tmp_path_factory.mktemp("shaped") / "ds", [20, 25, 15], sizes=sizes)

@@ -1,86 +1,25 @@
-"""The order is a pure function, the caption blend is what was asked for, and the loader hands on what it is given."""
+"""Samples are the dataset's own, the caption blend is what was asked for, and what is held out stays so."""
 
 from __future__ import annotations
 
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from recaption.store import write_given_layer
 from training.config import Data
-from training.data import Loader, Order, TrainingData, find_layer, permutation
+from training.data import TrainingData, find_layer
+from training.order import hash64
 
 
 def open_data(folder: Path, data: Data | None = None, **options) -> TrainingData:
     return TrainingData(Dataset(Storage(str(folder))), data or Data(layer=None), 7, **{"layer": None, **options})
-
-
-def numbers(data: TrainingData, start: int, stop: int, world: int, batch: int = 8) -> list[str]:
-    """The keys of the steps [start, stop) of all ranks, in the order of the global batches."""
-    steps: dict[int, list[str]] = {}
-    for rank in range(world):
-        with Loader(
-            data, lambda _: {}, batch=batch, start=start, stop=stop, rank=rank, world=world, threads=2
-        ) as loader:
-            for prepared in loader:
-                steps.setdefault(prepared.step, []).extend(prepared.keys)
-    return [key for step in sorted(steps) for key in steps[step]]
-
-
-@pytest.mark.parametrize("count", [1, 2, 1000])
-def test_permutation_holds_every_number_once_and_depends_on_the_seed_alone(count: int) -> None:
-    assert sorted(permutation(count, 3)) == list(range(count))
-    assert (permutation(count, 3) == permutation(count, 3)).all()
-    assert count < 3 or (permutation(count, 3) != permutation(count, 4)).any()
-
-
-def test_permutation_is_the_same_for_ever() -> None:
-    assert permutation(8, 1).tolist() == [4, 3, 7, 0, 1, 5, 6, 2]
-
-
-def test_permutation_is_spread_evenly() -> None:
-    places = np.array([np.argsort(permutation(50, seed))[7] for seed in range(2000)])
-    assert abs(places.mean() - 24.5) < 1.5
-    assert len(set(places)) == 50
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 100])
-def test_every_sample_comes_once_an_epoch(block: int) -> None:
-    counts = [5, 1, 7, 3, 4]
-    order = Order(counts, block, seed=1)
-    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
-    epochs = [[order(number) for number in range(20 * e, 20 * e + 20)] for e in range(3)]
-    for number, epoch in enumerate(epochs):
-        assert {place[0] for place in epoch} == {number}
-        assert {place[1:] for place in epoch} == everything
-    assert [place[1:] for place in epochs[0]] != [place[1:] for place in epochs[1]]
-
-
-def test_reads_stay_within_a_block_of_shards() -> None:
-    order = Order([100] * 12, 3, seed=1)
-    for window in range(4):
-        assert len({order(300 * window + i)[1] for i in range(300)}) == 3
-
-
-def test_a_place_late_in_a_large_epoch_is_found_at_once() -> None:
-    order = Order([10_000] * 1000, 8, seed=0)
-    assert order(9_999_999)[0] == 0
-
-
-def test_any_number_of_ranks_sees_the_same_sequence(squares: Path) -> None:
-    data = open_data(squares)
-    whole = numbers(data, 0, 16, world=1)
-    assert Counter(whole) == dict.fromkeys(whole, 2)  # two epochs of 64
-    assert numbers(data, 0, 16, world=4) == whole
-    assert numbers(data, 0, 5, world=2) + numbers(data, 5, 16, world=1) == whole
 
 
 def test_samples_are_the_datasets_own(squares: Path) -> None:
@@ -157,34 +96,26 @@ def test_latents_stand_in_for_pictures(squares: Path) -> None:
     assert sample.latent.max() == 1
 
 
-def test_loader_prepares_ahead_and_in_order(squares: Path) -> None:
-    started = threading.Event()
-
-    def prepare(samples):
-        if samples[0].key == third:
-            started.set()
-        return {"length": torch.tensor([len(sample.jpeg) for sample in samples])}
-
+def test_the_sequence_is_the_same_for_ever(squares: Path) -> None:
+    """A run that an earlier version began goes on with the same samples and draws."""
     data = open_data(squares)
-    third = data.at(16).key
-    with Loader(data, prepare, batch=8, start=0, stop=10**9, prefetch=3) as loader:
-        first = next(iter(loader))
-        assert started.wait(10)
-        assert first.batch["length"].shape == (8,)
-        assert first.slots == {"original": 8}
+    samples = [data.at(number) for number in range(200)]
+    assert hash64(*(f"{sample.key} {sample.epoch} {sample.seed}" for sample in samples)) == 15391684941882796523
 
 
-def test_an_error_in_prepare_reaches_the_loop(squares: Path) -> None:
-    def prepare(samples):
-        raise ValueError("bad pixels")
+def test_a_batch_of_buckets_has_one_size(shaped: Path) -> None:
+    buckets = {"sizes": [(12, 16), (16, 16), (16, 12)]}
+    data = open_data(shaped, Data.model_validate({"layer": None, "buckets": buckets}), batch=4)
+    samples = [data.at(number) for number in range(60)]
+    for start in range(0, 60, 4):
+        assert len({sample.bucket for sample in samples[start : start + 4]}) == 1
+    nearest = {(16, 16): (16, 16), (24, 16): (16, 12), (16, 24): (12, 16)}
+    assert all(sample.bucket == nearest[sample.width, sample.height] for sample in samples)
+    assert len({sample.bucket for sample in samples}) == 3
+    assert data.sample(0).bucket is not None
 
-    with (
-        Loader(open_data(squares), prepare, batch=8, start=0, stop=3) as loader,
-        pytest.raises(ValueError, match="bad pixels"),
-    ):
-        next(iter(loader))
 
-
-def test_loader_ends_where_it_is_told(squares: Path) -> None:
-    with Loader(open_data(squares), lambda _: {}, batch=8, start=2, stop=5, threads=3) as loader:
-        assert [prepared.step for prepared in loader] == [2, 3, 4]
+def test_buckets_too_rare_for_a_batch_are_told_of(shaped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_data(shaped, Data.model_validate({"layer": None, "buckets": {"sizes": [(16, 16), (16, 12)]}}), batch=20)
+    assert "fewer samples than a batch" in caplog.text
+    assert "16 × 12: 15" in caplog.text

@@ -172,9 +172,9 @@ def test_ids_are_those_of_our_tokenizer(make, data):
     texts = ["a red square, number 3", "", "something quite different, and much too long for this model to read it all"]
     ours = Tokenizer.train(data.captions(), 600)
     torch.testing.assert_close(family._ids(texts), ours.encode(texts, 16))
-    assert family.text_encoder.config.vocab_size == ours.vocab_size
-    assert family.text_encoder.config.eos_token_id == ours.end
-    assert family.text_encoder.config.bos_token_id == ours.start
+    assert family.encoder.config.vocab_size == ours.vocab_size
+    assert family.encoder.config.eos_token_id == ours.end
+    assert family.encoder.config.bos_token_id == ours.start
 
 
 def test_the_same_draw_gives_the_same_loss(make, data):
@@ -262,10 +262,10 @@ def test_a_pretrained_text_encoder_is_used_as_it_is(make, tmp_path):
     first.save(first.model, product)
     family = make(text={"pretrained": str(tmp_path / "run")})
     assert family.model.text_encoder is None
-    assert family.text_encoder in family.frozen
+    assert family.encoder in family.frozen
     torch.testing.assert_close(family._ids(["a blue square"]), first._ids(["a blue square"]))
     for name, weight in first.text_encoder.state_dict().items():
-        torch.testing.assert_close(family.text_encoder.state_dict()[name], weight)
+        torch.testing.assert_close(family.encoder.state_dict()[name], weight)
 
 
 def test_a_missing_text_encoder_names_the_field(make):

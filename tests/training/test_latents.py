@@ -1,22 +1,34 @@
 """Latents encoded once through the unit map, and training that reads them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.commits import mark
 from pipeline.config import Recipe, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset, read_manifest, write_manifest
 from pipeline.storage import Storage
+from recaption.store import write_given_layer
 from training.autoencoder import AutoencoderFamily
 from training.autoencoder.family import load_autoencoder
 from training.config import TrainConfig
 from training.data import TrainingData
+from training.datasets import open_data, pin
 from training.diffusion import DiffusionFamily
-from training.latents import LatentsJob, encode, encoder_identity, reader
-from training.pixels import batch_of, to_signed
+from training.encoding import encode, encode_missing
+from training.latents import LatentsJob, encoder_identity, plan, reader
+from training.launch import train as train_
+from training.pixels import batch_of, cut, to_signed
+from training.run import Run
+from training.text_states import TextStatesJob
+from training.text_states import plan as text_plan
+from training.text_states import reader as read_text_states
+from training.tokenizer import Tokenizer
+from training.trainer import fit
 
 
 @pytest.fixture(autouse=True)
@@ -51,18 +63,39 @@ def recipe(make_dataset, tmp_path):
 
 
 def encode_here(recipe):
-    """What `encode` does, without Ray: the job's stages in this process."""
-    storage = Storage(recipe.dataset)
-    dataset = Dataset(storage)
-    autoencoder = recipe.train["diffusion"]["autoencoder"]
-    identity = encoder_identity(load_autoencoder(autoencoder, "x"), 16)
-    job = LatentsJob(dataset, autoencoder, identity, recipe.resources)
-    storage.write(f"{job.folder}/recipe.json", json.dumps(identity).encode())
+    """What `encode` does of pictures, without Ray: the job's stages in this process."""
+    dataset = Dataset(Storage(recipe.dataset))
+    return run_here(LatentsJob(dataset, *plan(TrainConfig.from_recipe(recipe), dataset), recipe.resources))
+
+
+def run_here(job):
+    job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity).encode())
     apply = job.model()
-    for entry in dataset.manifest.shards:
+    for entry in job.dataset.manifest.shards:
         unit = job.unit(entry)
         job.commit(unit, [apply(piece) for piece in job.prepare(unit)])
     return job.encoder
+
+
+def changed(recipe, data=None, **diffusion):
+    """The recipe with other settings of train.data and train.diffusion."""
+    train = recipe.train | {"data": recipe.train["data"] | (data or {})}
+    return recipe.model_copy(update={"train": train | {"diffusion": train["diffusion"] | diffusion}})
+
+
+@pytest.fixture
+def frozen(recipe, tmp_path):
+    """The same recipe with a frozen text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path / "text"
+    Tokenizer.train([f"a red square, number {n}" for n in range(9)], 520).save(folder / "tokenizer")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPTextModel(CLIPTextConfig(vocab_size=600, max_position_embeddings=16, **shape)).save_pretrained(
+        folder / "text_encoder"
+    )
+    return changed(recipe, text={"pretrained": str(folder)})
 
 
 def test_stored_latents_are_those_of_the_autoencoder(recipe):
@@ -142,19 +175,132 @@ def test_only_what_can_be_encoded_ahead_is(recipe):
         encode(recipe.model_copy(update={"train": other}))
 
 
+def test_latents_of_buckets_have_their_shapes(recipe, make_dataset, tmp_path):
+    folder = make_dataset(tmp_path / "shaped", [40, 5], sizes=[(16, 16), (24, 16), (16, 24), (100, 80)])
+    buckets = {"sizes": [(16, 16), (24, 16), (16, 24)]}
+    recipe = changed(recipe, {"buckets": buckets}).model_copy(update={"dataset": str(folder)})
+    encoder = encode_here(recipe)
+    storage, train = Storage(recipe.dataset), TrainConfig.from_recipe(changed(recipe, {"latents": encoder}))
+    data = TrainingData(
+        Dataset(storage), train.data, 0, layer=None, latents=reader(storage, encoder), batch=4, order_seed=1
+    )
+    pictures = TrainingData(Dataset(storage), train.data, 0, layer=None, batch=4)
+    vae = load_autoencoder(recipe.train["diffusion"]["autoencoder"], "x")
+    for index in (0, 1, 2, 39, 41):
+        sample = data.sample(index)
+        width, height = sample.bucket
+        assert sample.latent.shape == (8, height // 2, width // 2)
+        signed = to_signed(torch.from_numpy(cut(pictures.sample(index).jpeg, sample.bucket)).permute(2, 0, 1)[None])
+        with torch.no_grad():
+            mean = vae.encode(signed).latent_dist.mean[0]
+        np.testing.assert_allclose(sample.latent[:4].astype(np.float32), mean.numpy(), atol=5e-3)
+    assets = tmp_path / "diffusion-assets"
+    assets.mkdir()
+    DiffusionFamily.make_assets(train, data, assets)
+    family = DiffusionFamily(train, assets)
+    shapes = set()
+    for start in range(0, 40, 4):
+        batch = family.prepare([data.at(number) for number in range(start, start + 4)])
+        shapes.add(batch["latents"].shape[2:])
+        loss, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
+        assert torch.isfinite(loss)
+    assert len(shapes) == 3
+    square = changed(recipe, {"buckets": None})
+    assert plan(TrainConfig.from_recipe(square), Dataset(storage))[1] != plan(train, Dataset(storage))[1]
+
+
+def test_sizes_that_the_unet_cannot_halve_are_refused(recipe, tmp_path):
+    buckets = {"sizes": [(16, 16), (18, 14)]}
+    train = TrainConfig.from_recipe(changed(recipe, {"buckets": buckets}))
+    data = TrainingData(Dataset(Storage(recipe.dataset)), train.data, 0, layer=None, batch=4)
+    with pytest.raises(RecipeError, match=r"train\.data\.buckets: a bucket of 18 × 14 pixels does not divide by 8"):
+        DiffusionFamily.make_assets(train, data, tmp_path)
+
+
+@pytest.fixture
+def captioned(frozen):
+    """The recipe's dataset with a layer that lacks some captions."""
+    dataset, texts = Dataset(Storage(frozen.dataset)), {}
+    for shard in dataset.shard_names:
+        keys = dataset.table(shard, ["key"])["key"].to_pylist()
+        texts |= {key: {"descriptive": f"a square like {key[:4]}"} for key in keys[1:]}
+    write_given_layer(dataset.storage, "x", texts)
+    return changed(frozen, {"layer": "x", "blend": {"descriptive": 1, "original": 1}, "text_states": "auto"})
+
+
+def test_text_states_made_ahead_are_those_of_the_captions_drawn(captioned, tmp_path):
+    train, storage = TrainConfig.from_recipe(captioned), Storage(captioned.dataset)
+    run = Run(train)
+    run.begin(captioned.model_dump(mode="json"))
+    pin(captioned, train, run)
+    with pytest.raises(RecipeError, match=r"train\.data\.text_states: .* has no text states .*capstan encode"):
+        open_data(captioned, train, run)
+    identity = text_plan(train, Dataset(storage), "x")
+    assert identity["slots"] == ["descriptive", "original"]
+    job = TextStatesJob(Dataset(storage), train, identity, captioned.resources)
+    run_here(job)
+    data = open_data(captioned, train, run)
+    encoder = DiffusionFamily.text_encoder(train)
+    samples = [data.at(number) for number in range(20)]
+    assert {sample.slot for sample in samples} == {"descriptive", "original"}
+    with torch.no_grad():
+        expected = encoder([sample.text for sample in samples])["text_states"]
+    stored = np.stack([sample.states["text_states"] for sample in samples])
+    assert stored.dtype == np.float16
+    np.testing.assert_allclose(stored.astype(np.float32), expected.numpy(), atol=2e-3)
+
+    assets = tmp_path / "diffusion-assets"
+    assets.mkdir()
+    DiffusionFamily.make_assets(train, data, assets)
+    family = DiffusionFamily(train, assets)
+    family.encoder.eval()
+    batch = family.prepare(samples)
+    ahead, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
+    del batch["text_states"]
+    on_the_fly, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ahead, on_the_fly, atol=1e-3, rtol=1e-3)
+
+
+def test_text_states_of_other_captions_are_refused_and_made_again(captioned):
+    train, storage = TrainConfig.from_recipe(captioned), Storage(captioned.dataset)
+    dataset = Dataset(storage)
+    job = TextStatesJob(dataset, train, text_plan(train, dataset, "x"), captioned.resources)
+    encoder, work = run_here(job), [job.unit(entry) for entry in dataset.manifest.shards]
+    for unit in work:
+        mark(job, unit.id, {"samples": 1})
+    assert job.stale(work) == set()
+    assert set(read_text_states(storage, encoder)("shard-000001")) == {
+        "descriptive.text_states",
+        "original.text_states",
+    }
+    name = "captions/x/shard-000001.parquet"
+    storage.write_table(name, storage.read_table(name).slice(1))  # as `capstan remove` does
+    with pytest.raises(RecipeError, match="the text states of shard-000001 are of other captions"):
+        read_text_states(storage, encoder)("shard-000001")
+    assert job.stale(work) == {work[1].id}
+
+
+def test_states_of_a_text_encoder_that_is_trained_are_refused_before_anything_starts(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"train\.data\.text_states: the text encoder is trained"):
+        train_(changed(recipe, {"text_states": "auto"}))
+
+
 @pytest.mark.integration
-def test_encoding_through_the_unit_map_does_only_what_is_missing(recipe):
+def test_encoding_through_the_unit_map_does_only_what_is_missing(frozen):
+    recipe = changed(frozen, {"latents": "auto", "text_states": "auto"})
     summary = encode(recipe, progress=False)
-    assert summary["shards_done"] == 2
-    assert summary["samples"] == 45
+    assert (summary["shards_done"], summary["samples"], summary["captions"]) == (4, 45, 45)
     again = encode(recipe, progress=False)
-    assert (again["shards_done"], again["shards_skipped"]) == (0, 2)
+    assert (again["shards_done"], again["shards_skipped"]) == (0, 4)
     storage, file = Storage(recipe.dataset), f"latents/{summary['encoder']}/shard-000001.safetensors"
     assert reader(storage, summary["encoder"])("shard-000001").shape == (5, 8, 8, 8)
     before = storage.read(file)
     storage.delete(file)
-    assert encode(recipe, progress=False)["shards_done"] == 1
+    encode_missing(recipe, progress=False)
     assert storage.read(file) == before
+    assert fit(recipe)["steps"] == 1
+    pinned = json.loads((Path(recipe.train["run"]) / "pinned.json").read_text())
+    assert pinned == {"layer": None, "text_states": summary["text_states"], "latents": summary["encoder"]}
 
     # Another selection's latents are written under the same names: those of the first one are done no longer.
     dataset, autoencoder = Dataset(storage), recipe.train["diffusion"]["autoencoder"]

@@ -6,6 +6,7 @@ caption ─tokenizer─▶ ids ─(some emptied)─▶ text encoder ────
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from pipeline.config import Section, fingerprint
 from pipeline.errors import RecipeError
 from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
-from training.config import TrainConfig
+from training.buckets import check_sizes, sizes_of
+from training.config import AUTO, TrainConfig
+from training.diffusion.frozen_text import FrozenText
 from training.diffusion.model import Denoiser, build_text_encoder, build_unet, load_text_encoder, load_tokenizer
 from training.diffusion.process import process_of
 from training.diffusion.settings import DiffusionSettings
@@ -27,6 +30,7 @@ from training.latents import encoder_identity
 from training.objectives import drop_rows, weighted_mse
 from training.pixels import batch_of, picture_size, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
+from training.text_states import states_of
 from training.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
@@ -38,6 +42,7 @@ class DiffusionFamily(Family):
 
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
+    buckets: ClassVar[bool] = True
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
@@ -50,11 +55,19 @@ class DiffusionFamily(Family):
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
         multiple = max(8, factor_of(vae.config))  # diffusers' pipelines draw in steps of 8 pixels
         size = picture_size(samples, settings.size, multiple, "train.diffusion.size")
-        encoder, asked = fingerprint(encoder_identity(vae, size)), train.data.latents
-        if asked not in (None, encoder):
+        buckets, asked = train.data.buckets, train.data.latents
+        halved = factor_of(vae.config) * 2 ** (len(settings.unet.block_out_channels) - 1)
+        check_sizes(buckets, math.lcm(multiple, halved))
+        encoder = fingerprint(encoder_identity(vae, size, None if buckets is None else sizes_of(buckets)))
+        if asked not in (None, AUTO, encoder):
             problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
         write_facts(folder, size=size, style=_style(samples).facts())
+
+    @classmethod
+    def text_encoder(cls, train: TrainConfig) -> FrozenText | None:
+        pretrained = train.settings.text.pretrained
+        return None if pretrained is None else FrozenText(pretrained)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         quieten()
@@ -69,21 +82,22 @@ class DiffusionFamily(Family):
         own = self.train.text.pretrained is None
         if own:
             self.tokenizer = load_tokenizer(assets / _TOKENIZER, self.train.text.length)
-            self.text_encoder = build_text_encoder(self.train.text, self.tokenizer)
+            self.encoder = build_text_encoder(self.train.text, self.tokenizer)
         else:
-            self.text_encoder, self.tokenizer = load_text_encoder(
+            self.encoder, self.tokenizer = load_text_encoder(
                 str(self.train.text.pretrained), "train.diffusion.text.pretrained"
             )
         unet = build_unet(
             self.train.unet,
             channels=int(self.vae.config.latent_channels),
             side=self.side,
-            text_width=int(self.text_encoder.config.hidden_size),
+            text_width=int(self.encoder.config.hidden_size),
         )
-        self.model = Denoiser(unet, self.text_encoder if own else None)
-        self.frozen = [self.vae] if own else [self.vae, self.text_encoder]
+        self.model = Denoiser(unet, self.encoder if own else None)
+        self.frozen = [self.vae] if own else [self.vae, self.encoder]
         self.process = process_of(self.train)
         self.nothing = self._ids([""])  # [1, L]
+        self._nothing_states: torch.Tensor | None = None  # [1, L, W]
 
     def start_from(self, product: Path) -> None:
         from diffusers import UNet2DConditionModel
@@ -99,6 +113,7 @@ class DiffusionFamily(Family):
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch = {"ids": self._ids([sample.text for sample in samples])}
+        batch |= states_of(samples)
         latents = [sample.latent for sample in samples if sample.latent is not None]
         if latents:
             batch["latents"] = torch.from_numpy(np.stack(latents))
@@ -111,10 +126,13 @@ class DiffusionFamily(Family):
         task = self.process.draw(self._latents(batch, draw), draw)
         ids = batch["ids"]
         dropped = drop_rows(len(ids), self.train.drop_text, draw)
-        text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
-        if self.model.text_encoder is None:
-            with torch.no_grad():
-                text = self.text_encoder(text)[0]
+        if "text_states" in batch:  # made ahead
+            text = torch.where(dropped[:, None, None], self._no_states(), batch["text_states"])
+        else:
+            text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
+            if self.model.text_encoder is None:
+                with torch.no_grad():
+                    text = self.encoder(text)[0]
         prediction = model(task.noisy.to(dtype), task.timesteps, text)
         loss = weighted_mse(prediction, task.target, task.weight)
         return loss, {"text_dropped": dropped.float().mean()}
@@ -123,7 +141,7 @@ class DiffusionFamily(Family):
         """A diffusers StableDiffusionPipeline folder with the EMA's UNet and text encoder."""
         from diffusers import StableDiffusionPipeline
 
-        text_encoder = self.text_encoder if model.text_encoder is None else model.text_encoder
+        text_encoder = self.encoder if model.text_encoder is None else model.text_encoder
         pipeline = StableDiffusionPipeline(
             vae=self.vae.to("cpu"),
             text_encoder=text_encoder.to("cpu"),
@@ -143,6 +161,13 @@ class DiffusionFamily(Family):
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
         facts["unet"] = sum(p.numel() for p in self.model.unet.parameters())
         return facts | {"vocabulary": len(self.tokenizer), "objective": self.train.objective}
+
+    def _no_states(self) -> torch.Tensor:
+        """What the frozen text encoder makes of an empty caption: [1, L, W], float32."""
+        if self._nothing_states is None:
+            with torch.no_grad():
+                self._nothing_states = self.encoder(self.nothing.to(self.encoder.device))[0].float()
+        return self._nothing_states
 
     def _ids(self, texts: list[str]) -> torch.Tensor:
         """int64 [B, L], exactly as the pipeline will tokenize prompts."""

@@ -1,0 +1,121 @@
+"""A recipe → the samples of a run: one dataset, or several with weights; which captions and latents.
+
+pin(recipe, train, run)          by one worker: what "latest" and "auto" mean is written into the run folder
+open_data(recipe, train, run)    by every worker
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+from pipeline.config import Recipe, fingerprint
+from pipeline.shards import Dataset
+from pipeline.storage import Storage
+from training import latents, text_states
+from training.config import AUTO, Data, Share, TrainConfig, family_class
+from training.data import TrainingData, find_layer
+from training.encoded import file_of
+from training.mixture import MixedData
+from training.open_shards import TARS
+from training.order import hash64
+from training.run import Run
+from training.shard_cache import ShardCache
+
+_FIELD = "train.data.datasets"
+
+
+def shares(recipe: Recipe, train: TrainConfig) -> list[Share]:
+    """The datasets of a run, each with its weight and the layer that is asked for."""
+    data = train.data
+    found = data.datasets or [Share(dataset=recipe.dataset)]
+    return [
+        share if "layer" in share.model_fields_set else share.model_copy(update={"layer": data.layer})
+        for share in found
+    ]
+
+
+def open_storage(recipe: Recipe, share: Share) -> Storage:
+    return Storage(share.dataset, recipe.storage, field="dataset" if share.dataset == recipe.dataset else _FIELD)
+
+
+def pin(recipe: Recipe, train: TrainConfig, run: Run) -> None:
+    """Settle for the whole run which caption layers and latents are meant. Raises RecipeError where there are none."""
+    found = shares(recipe, train)
+    for number, share in enumerate(found):
+        _pin(train, run, number, Dataset(open_storage(recipe, share)), share)
+    if train.data.latents == AUTO:
+        first = Dataset(open_storage(recipe, found[0]))
+        run.pinned("latents", lambda: fingerprint(latents.plan(train, first)[1]))
+
+
+def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, share: Share) -> None:
+    layer = None
+    if family_class(train.model).captions:
+        layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, _asked(train, share)))
+    if train.data.text_states == AUTO:
+        run.pinned(_name("text_states", number), lambda: fingerprint(text_states.plan(train, dataset, layer)))
+
+
+def _asked(train: TrainConfig, share: Share) -> Data:
+    """`train.data` as it is for one dataset."""
+    return train.data.model_copy(update={"layer": share.layer})
+
+
+def open_data(recipe: Recipe, train: TrainConfig, run: Run) -> TrainingData | MixedData:
+    """The samples of a run, as `pin` has settled them."""
+    found = shares(recipe, train)
+    parts = [_open(recipe, train, run, number, share) for number, share in enumerate(found)]
+    if train.data.datasets is None:
+        return parts[0]
+    batch = train.batch if train.data.buckets is not None else 1
+    return MixedData(parts, names_of(found), [share.weight for share in found], train.seed, batch)
+
+
+def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, share: Share) -> TrainingData:
+    data, storage = _asked(train, share), open_storage(recipe, share)
+
+    def settled(name: str) -> str | None:
+        return run.pinned(name, lambda: None)
+
+    layer = settled(_name("layer", number)) if family_class(train.model).captions else None
+    encoder = settled("latents") if data.latents == AUTO else data.latents
+    cache = states = None
+    files = [TARS if encoder is None else file_of(encoder)]
+    if data.cache is not None and storage.local_path() is None:
+        cache = ShardCache(storage, Path(data.cache.folder), int(data.cache.gib * 2**30))
+    if data.text_states == AUTO:
+        id_ = str(settled(_name("text_states", number)))
+        states = text_states.reader(storage, id_, cache)
+        files.append(file_of(id_))
+    return TrainingData(
+        Dataset(storage),
+        data,
+        train.seed,
+        layer=layer,
+        latents=None if encoder is None else latents.reader(storage, encoder, cache),
+        states=states,
+        cache=cache,
+        files=files,
+        batch=train.batch,
+        order_seed=hash64(train.seed, "dataset", number) if number else None,  # no two go in step
+    )
+
+
+def names_of(found: list[Share]) -> list[str]:
+    """A short name for each dataset: the last part of its path, and a number where that is not enough.
+
+    >>> names_of([Share(dataset=name) for name in ("s3://a/laion", "./own", "s3://b/laion")])
+    ['laion', 'own', 'laion-2']
+    """
+    names, seen = [], Counter[str]()
+    for share in found:
+        name = PurePosixPath(share.dataset).name or "dataset"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
+
+
+def _name(what: str, number: int) -> str:
+    """Under which name something of dataset `number` is pinned; the first one's as in a run of one dataset."""
+    return what if number == 0 else f"{what} {number}"
