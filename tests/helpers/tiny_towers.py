@@ -13,13 +13,14 @@ from training.tokenizer import Tokenizer
 
 LENGTH = 16  # tokens of the CLIPs
 _CAPTIONS = [f"a {colour} square, number {n}" for n in range(9) for colour in ("red", "green", "blue", "yellow")]
+WORDS = Tokenizer.train(_CAPTIONS, 560)
 
 
 def save_clip(folder: Path, *, width: int = 16, layers: int = 2, projected: bool = True, seed: int = 0) -> str:
     """transformers' CLIP text encoder with its tokenizer beside it; its projection is 4 wider than its states."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    words = Tokenizer.train(_CAPTIONS, 560)
+    words = WORDS
     words.save(folder)
     torch.manual_seed(seed)
     config = CLIPTextConfig(
@@ -55,7 +56,7 @@ def save_open_clip(folder: Path, text: dict[str, Any] | None = None, **architect
     import open_clip
     from safetensors.torch import save_file
 
-    words = Tokenizer.train(_CAPTIONS, 560)
+    words = WORDS
     words.save(folder)
     tower = {"context_length": LENGTH, "vocab_size": words.vocab_size, "width": 16, "heads": 2, "layers": 2}
     eyes = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}

@@ -95,21 +95,22 @@ def test_a_pipelines_folder_brings_all_its_encoders(tmp_path):
     tiny_towers.save_clip(tmp_path / "p" / "text_encoder", projected=False)
     tiny_towers.save_clip(tmp_path / "p" / "text_encoder_2", seed=1)
     for name in ("tokenizer", "tokenizer_2"):
-        (tmp_path / "p" / name.replace("tokenizer", "text_encoder")).joinpath("vocab.json").exists()
-        tiny_towers.Tokenizer.train(tiny_towers._CAPTIONS, 560).save(tmp_path / "p" / name)
+        tiny_towers.WORDS.save(tmp_path / "p" / name)
     text = open_encoders(XlUNet.slots, TextSettings(pretrained=str(tmp_path / "p")))
     assert [tower.slot.name for tower in text.towers] == ["text_encoder", "text_encoder_2"]
 
 
 def test_what_states_depend_on_is_in_their_identity(tmp_path):
     clip, other = (tiny_towers.save_clip(tmp_path / f"clip-{seed}", seed=seed) for seed in (0, 1))
-    first = opened(UNet.slots, clip).identity()
-    assert first == opened(UNet.slots, clip).identity()
+    first, used = opened(UNet.slots, clip).identity(), opened(UNet.slots, clip)
+    used(TEXTS)
+    assert first == used.identity()
     assert json.loads(json.dumps(first)) == first
     assert first != opened(UNet.slots, other).identity()  # weights
     assert first != opened([PROJECTED], clip).identity()  # layer
-    config = tmp_path / "clip-0" / "tokenizer_config.json"
-    config.write_text(config.read_text().replace('"pad_token": "<|endoftext|>"', '"pad_token": "!"'))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = json.loads((tmp_path / "clip-0" / name).read_text())
+        (tmp_path / "clip-0" / name).write_text(json.dumps(config | {"pad_token": "!"}))
     assert first != opened(UNet.slots, clip).identity()  # padding
 
 

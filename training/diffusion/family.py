@@ -49,7 +49,7 @@ class DiffusionFamily(Family):
         """The tokenizer, learnt from the captions (or that of the model to start from), and the size of pictures."""
         settings: DiffusionSettings = train.settings
         if settings.text.pretrained is None and train.init is not None:
-            shutil.copytree(find_product(train.init, "train.init") / _TOKENIZER, folder / _TOKENIZER)
+            _take_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
@@ -173,6 +173,16 @@ def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
         problem = f"has a {unknown[0]}, which this network's diffusers pipeline does not apply"
         raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
     return vae
+
+
+def _take_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
+    """Copy the tokenizer of a product, whose text encoders are to be trained on. Raises RecipeError."""
+    name = next(slot.tokenizer for slot in backbone_of(settings).slots if slot.required)
+    config = product / name / "tokenizer_config.json"
+    if not config.is_file() or "CLIPTokenizer" not in config.read_text(encoding="utf-8"):
+        problem = f"{product} has no {name} of CLIP's kind"
+        raise RecipeError("train.init", problem, "name a run of the same network with text encoders of its own")
+    shutil.copytree(product / name, folder)
 
 
 def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:

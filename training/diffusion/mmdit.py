@@ -102,7 +102,24 @@ class MMDiT(Backbone):
         vae = parts["vae"]
         if vae.config.shift_factor is None:  # the pipeline adds it, whatever it is
             vae.register_to_config(shift_factor=0.0)
+        if "text_encoder_3" not in parts:
+            encoder, tokenizer = _silent_t5(int(parts[self.part].config.joint_attention_dim))
+            parts = {**parts, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
         return fit_pipeline(StableDiffusion3Pipeline, self, parts)
+
+
+def _silent_t5(width: int) -> tuple[Any, Any]:
+    """A T5 without layers that gives zeros, as the pipeline does without one.
+
+    `DiffusionPipeline.from_pretrained` opens this pipeline without a T5 only if the caller says that there is none.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer(extra_ids=0)
+    shape = {"d_model": width, "d_kv": 1, "d_ff": 1, "num_layers": 0, "num_heads": 1}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape))
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
 
 
 def _clips(ends: Ends) -> int:

@@ -12,6 +12,7 @@ Shapes: ids and text_mask [B, L], text_states [B, L, W], text_pooled [B, P]; L, 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.config import fingerprint
 from pipeline.errors import RecipeError
 from training.diffusion.settings import EncoderSettings, TextSettings
 from training.diffusion.towers import Kind, open_tower
@@ -148,16 +150,16 @@ class TextEncoders:
 
 
 def _identity(tower: Tower) -> dict[str, Any]:
-    weights, words = hashlib.sha256(), hashlib.sha256()
+    weights = hashlib.sha256()
     for name, weight in sorted(tower.encoder.state_dict().items()):
         weights.update(name.encode())
         weights.update(np.ascontiguousarray(weight.cpu().float().numpy()).tobytes())
-    # transformers' tokenizers are this one file, whatever they were read from.
-    words.update(tower.tokenizer.backend_tokenizer.to_str().encode())
+    # transformers' tokenizers are this one file, whatever they were read from; calls leave their padding in it.
+    words = json.loads(tower.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     slot, length = tower.slot, tower.slot.length or tower.tokenizer.model_max_length
     taken = {"layer": slot.layer, "projected": slot.projected, "masked": slot.masked, "lower": slot.lower}
     special = tower.tokenizer.special_tokens_map
-    return {"weights": weights.hexdigest(), "words": words.hexdigest(), "special": special, "length": length, **taken}
+    return {"weights": weights.hexdigest(), "words": fingerprint(words), "special": special, "length": length, **taken}
 
 
 def open_encoders(slots: Sequence[Slot], settings: TextSettings) -> TextEncoders:

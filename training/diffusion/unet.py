@@ -7,7 +7,7 @@ states of two side by side, and beside the time the second's pooled state and th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class UNet(Backbone):
     """Stable Diffusion's: one CLIP, whose last states are attended to."""
 
     part = "unet"
-    slots = (Slot("text_encoder"),)
+    slots: ClassVar[tuple[Slot, ...]] = (Slot("text_encoder"),)
 
     def network(self) -> Any:
         from diffusers import UNet2DConditionModel
