@@ -125,6 +125,20 @@ def test_every_weight_learns(make, squares, network, own):
 
 
 @pytest.mark.parametrize("network", tiny.NETWORKS)
+def test_gradient_checkpointing_changes_no_gradient(make, squares, network):
+    family = make(network, own=True, drop_text=0.15)
+    batch, found = family.prepare([tiny.data_of(squares).at(number) for number in range(2)]), []
+    family.model.train()
+    for switch in (lambda: None, family.model.enable_gradient_checkpointing):
+        switch()
+        family.model.zero_grad()
+        loss, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
+        loss.backward()
+        found.append([weight.grad.clone() for weight in family.model.parameters()])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", tiny.NETWORKS)
 def test_states_made_ahead_stand_in_for_captions(make, squares, network):
     family = make(network, drop_text=0.5)
     batch = family.prepare([tiny.data_of(squares).at(number) for number in range(4)])
