@@ -50,8 +50,13 @@ class Backbone(ABC):
 
     @property
     def patch(self) -> int:
-        """By how many latents a side must divide."""
+        """Latents along a side of a patch: those of a picture are whole patches."""
         return int(self.config.get("patch_size", 1))
+
+    @property
+    def divisor(self) -> int:
+        """By how many latents both sides of what is trained on must divide."""
+        return self.patch
 
     @abstractmethod
     def network(self) -> Any:

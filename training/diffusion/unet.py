@@ -52,13 +52,14 @@ class UNet(Backbone):
             "cross_attention_dim": sum(ends.widths.values()),
         }
 
+    @property
+    def divisor(self) -> int:
+        return int(2 ** (len(self.config.get("block_out_channels", range(4))) - 1))
+
     def check(self, ends: Ends) -> None:
-        halvings = len(self.config.get("block_out_channels", range(4))) - 1
-        if ends.side % 2**halvings:
-            problem, mend = (
-                f"cannot halve latents of {ends.side} {halvings}×",
-                "use fewer levels, or another picture size",
-            )
+        if ends.side % self.divisor:
+            problem = f"cannot halve latents of {ends.side} {self.divisor.bit_length() - 1}×"
+            mend = "use fewer levels, or another picture size"
             raise RecipeError("train.diffusion.unet.block_out_channels", problem, mend)
 
     def predict(
