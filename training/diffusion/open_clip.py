@@ -65,7 +65,7 @@ def convert(chosen: EncoderSettings, *, projected: bool, field: str) -> tuple[An
 
 
 def _check_activation(chosen: EncoderSettings, field: str) -> None:
-    """Raises RecipeError where a tag's weights were trained with another activation than the model's: open_clip warns."""
+    """Raises RecipeError where a tag's weights were trained with another activation, of which open_clip only warns."""
     import open_clip
 
     quick = (open_clip.get_model_config(chosen.model) or {}).get("quick_gelu", False)
