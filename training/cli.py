@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
+from pipeline.errors import RecipeError
 
 
 def _on_this_machine(run: str) -> Path:
@@ -18,6 +19,10 @@ def _on_this_machine(run: str) -> Path:
 
 _RUN_HELP = "A run folder, or the product in it; or a finished run in a bucket."
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP, parser=_on_this_machine)]
+SamplerOption = Annotated[
+    Literal["ddim", "dpm++", "euler"] | None,
+    typer.Option(help="ddim or dpm++ for a model that learnt DDPM, dpm++ or euler for flow; else the recipe's."),
+]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
@@ -56,6 +61,10 @@ def _add_drawing(app: typer.Typer, load: Load) -> None:
         negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
         steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
         guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="Guidance scale.")] = None,
+        sampler: SamplerOption = None,
+        size: Annotated[
+            str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Pixels, e.g. 640x512.")
+        ] = None,
         upsample: Annotated[
             bool, typer.Option("--upsample", help="Expand prompts into the style of the captions trained on.")
         ] = False,
@@ -75,8 +84,27 @@ def _add_drawing(app: typer.Typer, load: Load) -> None:
             writer = RecaptionConfig.from_recipe(load(upsampler, []))
         elif upsample:
             writer = upsampler_of(run)
-        drawn = draw(run, prompt, out, seeds=seeds, negative=negative, steps=steps, guidance=guidance, upsampler=writer)
+        drawn = draw(
+            run,
+            prompt,
+            out,
+            seeds=seeds,
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            size=None if size is None else _pixels(size),
+            upsampler=writer,
+        )
         finish(drawn, as_json)
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    """`640x512` or `512` → width and height."""
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise RecipeError("--size", f"{size!r} is no size", "write e.g. 640x512")
+    return int(sides[0]), int(sides[-1])
 
 
 def _add_leaving(app: typer.Typer) -> None:
@@ -98,9 +126,10 @@ def _add_leaving(app: typer.Typer) -> None:
         run: RunArgument,
         folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the diffusers folder goes.")],
         precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+        sampler: SamplerOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Write a folder that diffusers.DiffusionPipeline.from_pretrained opens."""
         from training.export import export as write
 
-        finish(write(run, folder, precision=precision), as_json)
+        finish(write(run, folder, precision=precision, sampler=sampler), as_json)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.errors import RecipeError
+from training.diffusion.samplers import SamplerName
 from training.product import FACTS, find_product
 from training.sample import open_sampler
 
@@ -21,11 +22,14 @@ Precision = Literal["fp32", "fp16", "bf16"]
 _TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def export(run: str | Path, folder: str | Path, *, precision: Precision = "fp32") -> dict[str, Any]:
+def export(
+    run: str | Path, folder: str | Path, *, precision: Precision = "fp32", sampler: SamplerName | None = None
+) -> dict[str, Any]:
     """Write the pipeline of `run` into `folder`, whole or not at all; gives a summary.
 
-    UNet, autoencoder and text encoder as safetensors in `precision`, tokenizer, scheduler, model_index.json. An earlier
-    export is replaced; any other folder with something in it is refused.
+    UNet or transformer, autoencoder and text encoders as safetensors in `precision`, tokenizers, the scheduler of the
+    recipe or of `sampler`, model_index.json. An earlier export is replaced; any other folder with something in it is
+    refused.
     """
     import torch
 
@@ -35,7 +39,7 @@ def export(run: str | Path, folder: str | Path, *, precision: Precision = "fp32"
     product = find_product(run)
     if target.resolve() == product.resolve():
         raise RecipeError("DIR", f"{target} is the model itself", "name another folder")
-    pipeline = open_sampler(run, device="cpu").pipeline
+    pipeline = open_sampler(run, device="cpu", sampler=sampler).pipeline
     pipeline.to(dtype=getattr(torch, _TORCH[precision]))
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -5,8 +5,10 @@ Nothing here draws in a way of its own: what `sample` shows is what `DiffusionPi
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +21,19 @@ from pipeline.config import validate
 from pipeline.errors import RecipeError
 from recaption.config import RecaptionConfig
 from recaption.upsample import PAPER, Style, expand, text_engine
+from training.diffusion.samplers import SamplerName, switch
 from training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
 
+Size = tuple[int, int]  # width and height, pixels
+
 _CELL: Final = 224  # pixels of a picture in the grid, at least
 _FONT: Final = 14  # pixels
 _MARGIN: Final = 12  # pixels
+# PixArt's pipelines would draw in another size and cut the picture to that asked for, and rewrite prompts by rules of
+# their own where beautifulsoup4 is installed. Training does neither.
+_AS_TRAINED: Final = ("use_resolution_binning", "clean_caption")
 
 
 def sample(
@@ -37,6 +45,8 @@ def sample(
     negative: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    sampler: SamplerName | None = None,
+    size: Size | None = None,
     batch: int = 16,
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
@@ -44,8 +54,9 @@ def sample(
     """Draw one picture a prompt and publish the labelled grid `out` (PNG). Gives a summary.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one a prompt, or as many as
-    wanted for a single prompt. `steps` and `guidance` default to what the run's recipe says. With an `upsampler`, what
-    is drawn are the prompts as it expands them; the summary has them, and the grid is labelled with those given.
+    wanted for a single prompt. `steps`, `guidance` and `sampler` default to what the run's recipe says, `size` to that
+    of its pictures. With an `upsampler`, what is drawn are the prompts as it expands them; the summary has them, and
+    the grid is labelled with those given.
     """
     short = prompts
     if upsampler is not None:
@@ -55,8 +66,8 @@ def sample(
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     prompts, seeds = _paired(prompts, seeds)
     labels = list(short) if len(short) == len(prompts) else list(short) * len(prompts)
-    sampler = open_sampler(run)
-    images = sampler.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, batch=batch)
+    drawer = open_sampler(run, sampler=sampler)
+    images = drawer.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +75,8 @@ def sample(
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a PNG file that can be written") from None
     logger.info("sample: %d pictures in %s", len(images), path)
-    size = list(images.shape[1:3])
-    return {"grid": str(path), "pictures": len(images), "size": size, "seeds": list(seeds), **expanded}
+    drawn = list(images.shape[1:3])
+    return {"grid": str(path), "pictures": len(images), "size": drawn, "seeds": list(seeds), **expanded}
 
 
 def style_of(run: str | Path) -> Style:
@@ -103,11 +114,17 @@ class Sampler:
         negative: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        size: Size | None = None,
         batch: int = 16,
     ) -> np.ndarray:
         """Pictures as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
         import torch
 
+        given = inspect.signature(self.pipeline.__call__).parameters
+        more: dict[str, Any] = {name: False for name in _AS_TRAINED if name in given}
+        if size is not None:
+            more |= {"width": size[0], "height": size[1]}
+            self._check(size)
         images = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
@@ -115,16 +132,28 @@ class Sampler:
                 part,
                 num_inference_steps=steps or self.steps,
                 guidance_scale=self.guidance if guidance is None else guidance,
-                negative_prompt=None if negative is None else [negative] * len(part),
+                **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
                 output_type="np",
+                **more,
             )
             images.append(result.images)
         return (np.concatenate(images) * 255).round().astype(np.uint8)
 
+    def _check(self, size: Size) -> None:
+        """Raises RecipeError for a size that is not whole in latents and patches, and in the pipelines' steps of 8."""
+        network = getattr(self.pipeline, "transformer", None)
+        unit = math.lcm(8, self.pipeline.vae_scale_factor * (network.config.patch_size if network else 1))
+        if any(side <= 0 or side % unit for side in size):
+            problem = f"{size[0]}x{size[1]} pixels do not divide by {unit}"
+            raise RecipeError("--size", problem, f"use multiples of {unit}, e.g. {unit * 8}x{unit * 6}")
 
-def open_sampler(run: str | Path, device: str | None = None) -> Sampler:
-    """The pipeline of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError."""
+
+def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerName | None = None) -> Sampler:
+    """The pipeline of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError.
+
+    It draws with the sampler that its folder names, or with another that walks the same path.
+    """
     import torch
     from diffusers import DiffusionPipeline
 
@@ -135,6 +164,8 @@ def open_sampler(run: str | Path, device: str | None = None) -> Sampler:
     quieten()
     pipeline = DiffusionPipeline.from_pretrained(product)
     pipeline.set_progress_bar_config(disable=True)
+    if sampler is not None:
+        switch(pipeline, sampler)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Sampler(pipeline, **({"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})))
 

@@ -47,12 +47,7 @@ def _model(train: TrainConfig) -> list[Any] | None:
     """The parameters, without memory behind them."""
     settings = train.settings
     if train.model == "diffusion":
-        from training.diffusion.model import build_unet
-
-        if settings.text.pretrained is not None:
-            return None
-        unet = build_unet(settings.unet, channels=4, side=1024, text_width=settings.text.width)
-        return [*unet.parameters(), *_text_encoder(settings.text).parameters()]
+        return _denoiser(settings)
     if train.model == "autoencoder" and settings.pretrained is None:
         from training.autoencoder.family import build
 
@@ -66,12 +61,18 @@ def _model(train: TrainConfig) -> list[Any] | None:
     return None
 
 
-def _text_encoder(settings: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _denoiser(settings: Any) -> list[Any] | None:
+    from training.diffusion.backbone import Ends
+    from training.diffusion.backbones import backbone_of
+    from training.diffusion.text import Tower, new_encoder
 
-    shape = {"hidden_size": settings.width, "num_hidden_layers": settings.layers, "num_attention_heads": settings.heads}
-    config = CLIPTextConfig(**shape, vocab_size=settings.vocab_size, intermediate_size=4 * settings.width)
-    return CLIPTextModel(config)
+    if settings.text.pretrained is not None:
+        return None
+    backbone, size = backbone_of(settings), settings.text.vocab_size
+    slots = [slot for slot in backbone.slots if slot.required]
+    towers = [Tower(slot, new_encoder(slot, settings.text, size), None) for slot in slots]
+    net = backbone.build(Ends.of(4, 128, towers))
+    return [parameter for module in (net, *(tower.encoder for tower in towers)) for parameter in module.parameters()]
 
 
 def state_bytes(train: TrainConfig, count: int) -> int:

@@ -163,7 +163,7 @@ class Loaded:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[tower.precision]
         on_cpu = self.device.type == "cpu"
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tower") if on_cpu else None
-        self._model, self._tokenize = _load(tower, device), _tokenizer(tower)
+        self._model, self._tokenize = load_model(tower, device), _tokenizer(tower)
         self._mean, self._std = (
             torch.tensor(values, device=self.device)[:, None, None] for values in (self._how.mean, self._how.std)
         )
@@ -207,7 +207,7 @@ class Loaded:
         return torch.cat(list(self._threads.map(one, padded.split(PART))))[: len(batch)]
 
 
-def _load(tower: Tower, device: str) -> Any:
+def load_model(tower: Tower, device: str) -> Any:
     """The model with its weights. Raises RecipeError where they do not fit, or are not what they are said to be."""
     import open_clip
     import torch

@@ -71,33 +71,56 @@ def make(autoencoder, data, tmp_path):
 
 
 def walk_back(path, velocity, steps=25):
-    """Draw with the path's scheduler as StableDiffusionPipeline does; `velocity(x, timestep)` is the model."""
+    """Draw with the path's scheduler as the pipelines do; `velocity(x, timestep)` is the model."""
     scheduler = path.scheduler()
     scheduler.set_timesteps(steps)
     noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = noise * scheduler.init_noise_sigma
+    exact = getattr(
+        path, "exact", False
+    )  # StableDiffusion3Pipeline, which neither scales noise nor what the model sees
+    x = noise if exact else noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
-        given = scheduler.scale_model_input(x, timestep)
+        given = x if exact else scheduler.scale_model_input(x, timestep)
         torch.testing.assert_close(given, x)  # the model sees x_t itself, as in training
         x = scheduler.step(velocity(given, timestep), timestep, x, return_dict=False)[0]
     return noise, x
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_flow_scheduler_walks_the_path_that_is_learnt(shift):
+@pytest.mark.parametrize(
+    ("sampler", "exact", "steps"),
+    [(None, False, 25), ("euler", False, 200), (None, True, 200), ("dpm++", True, 25)],
+)
+def test_the_flow_scheduler_walks_the_path_that_is_learnt(shift, sampler, exact, steps):
     """For data N(m, s²) the velocity is known, and x0 = m + s·ε is where it leads."""
     m, s = 0.7, 0.5
-    path = Flow(FlowSettings(shift=shift))
-    sigmas = iter(path_sigmas(path))
+    path = Flow(FlowSettings(shift=shift), sampler, exact=exact)
+    sigmas = iter(path_sigmas(path, steps))
 
     def velocity(x, timestep):
         t = next(sigmas)
-        assert int(timestep) == int(t * 1000)  # timesteps as in training: thousandths, cut off
+        if exact and sampler is None:  # times as in training: thousandths, which are exact or cut off
+            assert float(timestep) == pytest.approx(t * 1000)
+        else:
+            assert int(timestep) == int(t * 1000)
         variance = (1 - t) ** 2 * s**2 + t**2
         return (t - (1 - t) * s**2) / variance * (x - (1 - t) * m) - m
 
-    noise, x = walk_back(path, velocity)
+    noise, x = walk_back(path, velocity, steps)
     torch.testing.assert_close(x, m + s * noise, atol=0.03, rtol=0.03)
+
+
+def test_a_straight_step_is_the_same_in_both_of_eulers_schedulers():
+    """DPM-Solver++ of order 1 stands in for Euler where a pipeline does not take Euler's own scheduler."""
+    path = Flow(FlowSettings(shift=2.0), "euler")
+    scheduler = path.scheduler()
+    scheduler.set_timesteps(7)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        velocity = torch.sin(5 * x)
+        stepped = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(stepped, x + (then - now) * velocity, atol=1e-5, rtol=1e-5)
+        x = stepped
 
 
 def path_sigmas(path, steps=25):
@@ -106,10 +129,11 @@ def path_sigmas(path, steps=25):
     return scheduler.sigmas.tolist()
 
 
+@pytest.mark.parametrize("sampler", [None, "dpm++"])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_the_ddpm_scheduler_walks_the_path_that_is_learnt(prediction):
+def test_the_ddpm_scheduler_walks_the_path_that_is_learnt(prediction, sampler):
     m, s = 0.7, 0.5
-    path = Ddpm(DdpmSettings(prediction=prediction))
+    path = Ddpm(DdpmSettings(prediction=prediction), sampler)
 
     def predict(x, timestep):
         alpha = path.alphas[int(timestep)]
@@ -131,6 +155,17 @@ def test_a_flow_task_is_noised_at_the_time_it_states():
     assert ((time * 1000).floor() - task.timesteps).abs().max() <= 1
     assert task.timesteps.min() >= 0
     assert task.timesteps.max() <= 999
+
+
+def test_exact_times_are_not_cut_off():
+    task = Flow(FlowSettings(base=8), size=24, exact=True).draw(
+        torch.zeros(500, 1, 2, 2), torch.Generator().manual_seed(0)
+    )
+    time = (task.noisy / task.target).mean((1, 2, 3))
+    torch.testing.assert_close(time * 1000, task.timesteps, atol=1e-2, rtol=1e-4)
+    # Logit-normal times have their middle at 1/2; shifted by 24 / 8 it lies at 3·½ / (1 + 2·½).
+    assert time.median().item() == pytest.approx(0.75, abs=0.02)
+    assert Flow(FlowSettings(base=8), size=24).scheduler().config.flow_shift == 3.0
 
 
 def test_a_ddpm_task_is_noised_at_the_time_it_states():
@@ -171,10 +206,9 @@ def test_ids_are_those_of_our_tokenizer(make, data):
     family = make()
     texts = ["a red square, number 3", "", "something quite different, and much too long for this model to read it all"]
     ours = Tokenizer.train(data.captions(), 600)
-    torch.testing.assert_close(family._ids(texts), ours.encode(texts, 16))
-    assert family.encoder.config.vocab_size == ours.vocab_size
-    assert family.encoder.config.eos_token_id == ours.end
-    assert family.encoder.config.bos_token_id == ours.start
+    torch.testing.assert_close(family.text.ids(texts)["ids"], ours.encode(texts, 16))
+    config = family.text.towers[0].encoder.config
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (ours.vocab_size, ours.start, ours.end)
 
 
 def test_the_same_draw_gives_the_same_loss(make, data):
@@ -208,7 +242,7 @@ def test_dropped_captions_become_empty_ones(make, data):
     family = make(drop_text=0.999999)
     samples = [data.at(number) for number in range(4)]
     batch = family.prepare(samples)
-    other = batch | {"ids": family._ids(["quite other words"] * 4)}
+    other = batch | family.text.ids(["quite other words"] * 4)
     losses = [family.loss(family.model, b, torch.Generator().manual_seed(0))[0].item() for b in (batch, other)]
     assert losses[0] == losses[1]
 
@@ -246,7 +280,7 @@ def test_the_product_is_a_diffusers_pipeline_and_starts_another_run(make, tmp_pa
     assert pipeline.tokenizer.model_max_length == 16
     assert pipeline.scheduler.config.prediction_type == "flow_prediction"
     ids = pipeline.tokenizer(["a red square"], padding="max_length", return_tensors="pt").input_ids
-    torch.testing.assert_close(ids, family._ids(["a red square"]))
+    torch.testing.assert_close(ids, family.text.ids(["a red square"])["ids"])
 
     other = make(init=str(tmp_path / "run"))
     torch.nn.init.zeros_(other.model.unet.conv_in.weight)
@@ -262,10 +296,11 @@ def test_a_pretrained_text_encoder_is_used_as_it_is(make, tmp_path):
     first.save(first.model, product)
     family = make(text={"pretrained": str(tmp_path / "run")})
     assert family.model.text_encoder is None
-    assert family.encoder in family.frozen
-    torch.testing.assert_close(family._ids(["a blue square"]), first._ids(["a blue square"]))
-    for name, weight in first.text_encoder.state_dict().items():
-        torch.testing.assert_close(family.encoder.state_dict()[name], weight)
+    (frozen,) = family.text.modules
+    assert frozen in family.frozen
+    torch.testing.assert_close(family.text.ids(["a blue square"]), first.text.ids(["a blue square"]))
+    for name, weight in first.text.modules[0].state_dict().items():
+        torch.testing.assert_close(frozen.state_dict()[name], weight)
 
 
 def test_a_missing_text_encoder_names_the_field(make):

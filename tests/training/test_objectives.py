@@ -98,6 +98,14 @@ def test_shift_keeps_the_ends_and_undoes_itself():
     torch.testing.assert_close(o.shift_times(time, 1.0), time)
 
 
+def test_resolution_shift_keeps_how_certain_the_data_is():
+    """A picture of k equal values c: its noisy mean tells c with an error of t / (1−t) / √k, which must not change."""
+    time = torch.linspace(0.1, 0.9, 9)
+    shifted = o.shift_times(time, o.resolution_shift(1024.0, 64.0))
+    torch.testing.assert_close(shifted / (1 - shifted) / 1024**0.5, time / (1 - time) / 64**0.5)
+    assert o.resolution_shift(64, 64) == 1
+
+
 def test_offset_noise_is_one_value_a_channel(draw):
     added = o.offset_noise(torch.zeros(500, 4, 8, 8), 0.1, draw)
     assert (added == added[:, :, :1, :1]).all()
@@ -113,3 +121,11 @@ def test_weighted_mse_is_the_mean_of_weighted_samples():
 def test_rows_are_dropped_at_the_stated_rate(draw):
     assert o.drop_rows(100_000, 0.1, draw).float().mean().item() == pytest.approx(0.1, abs=0.005)
     assert not o.drop_rows(100, 0.0, draw).any()
+
+
+def test_encoders_are_dropped_independently(draw):
+    """Each with probability p, two with p², all three with p³: SD3's 0.463 leaves a tenth without text."""
+    mask = o.drop_encoders(200_000, 3, 0.463, draw)
+    torch.testing.assert_close(mask.float().mean(0), torch.full((3,), 0.463), atol=0.005, rtol=0)
+    assert mask[:, :2].all(1).float().mean().item() == pytest.approx(0.463**2, abs=0.005)
+    assert mask.all(1).float().mean().item() == pytest.approx(0.0992, abs=0.003)

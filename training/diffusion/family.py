@@ -1,7 +1,7 @@
 """The family `diffusion`: captioned pictures → a text-to-image pipeline in diffusers' format.
 
 picture ─frozen autoencoder─▶ latent ─process─▶ noisy latent, time ─┐
-caption ─tokenizer─▶ ids ─(some emptied)─▶ text encoder ─────────┴▶ UNet ─▶ prediction; loss = mean squared error
+caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ──────────┴▶ backbone ─▶ prediction; loss = squared error
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
 from training.buckets import check_sizes, sizes_of
 from training.config import AUTO, TrainConfig
-from training.diffusion.frozen_text import FrozenText
-from training.diffusion.model import Denoiser, build_text_encoder, build_unet, load_text_encoder, load_tokenizer
+from training.diffusion.backbone import Ends
+from training.diffusion.backbones import backbone_of
+from training.diffusion.model import Denoiser
 from training.diffusion.process import process_of
 from training.diffusion.settings import DiffusionSettings
+from training.diffusion.text import TextEncoders, Texts, new_encoders, open_encoders
 from training.family import Batch, Family, Metrics, Sample, Samples
 from training.latents import encoder_identity
-from training.objectives import drop_rows, weighted_mse
-from training.pixels import batch_of, picture_size, to_signed
+from training.objectives import drop_encoders, drop_rows, weighted_mse
+from training.pixels import batch_of, conditions_of, picture_size, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
 from training.text_states import states_of
 from training.tokenizer import Tokenizer
@@ -38,7 +40,7 @@ _STYLE_SAMPLES = 512  # captions that the style is measured on
 
 
 class DiffusionFamily(Family):
-    """Fits a UNet (and a text encoder, unless that is given) on the latents of a frozen autoencoder."""
+    """Fits a backbone (and small text encoders, unless others are given) on the latents of a frozen autoencoder."""
 
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
@@ -49,71 +51,60 @@ class DiffusionFamily(Family):
         """The tokenizer, learnt from the captions (or that of the model to start from), and the size of pictures."""
         settings: DiffusionSettings = train.settings
         if settings.text.pretrained is None and train.init is not None:
-            shutil.copytree(find_product(train.init, "train.init") / _TOKENIZER, folder / _TOKENIZER)
+            _take_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
-        multiple = max(8, factor_of(vae.config))  # diffusers' pipelines draw in steps of 8 pixels
+        backbone, factor = backbone_of(settings), factor_of(vae.config)
+        multiple = math.lcm(8, factor * backbone.patch)  # pipelines draw in steps of 8
         size = picture_size(samples, settings.size, multiple, "train.diffusion.size")
         buckets, asked = train.data.buckets, train.data.latents
-        halved = factor_of(vae.config) * 2 ** (len(settings.unet.block_out_channels) - 1)
-        check_sizes(buckets, math.lcm(multiple, halved))
+        check_sizes(buckets, math.lcm(multiple, factor * backbone.divisor))
         encoder = fingerprint(encoder_identity(vae, size, None if buckets is None else sizes_of(buckets)))
         if asked not in (None, AUTO, encoder):
             problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
         write_facts(folder, size=size, style=_style(samples).facts())
 
-    @classmethod
-    def text_encoder(cls, train: TrainConfig) -> FrozenText | None:
-        pretrained = train.settings.text.pretrained
-        return None if pretrained is None else FrozenText(pretrained)
-
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         quieten()
         self.train: DiffusionSettings = train.settings
-        self.vae = load_autoencoder(self.train.autoencoder, "train.diffusion.autoencoder")
-        if self.vae.config.shift_factor:
-            problem = "has a shift_factor, which diffusers' StableDiffusionPipeline does not apply"
-            raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
+        self.backbone = backbone_of(self.train)
+        self.vae = _load_vae(self.train, shifts=self.backbone.shifts)
         self.assets = assets
         self.size = int(read_facts(assets)["size"])
         self.side = self.size // factor_of(self.vae.config)
-        own = self.train.text.pretrained is None
-        if own:
-            self.tokenizer = load_tokenizer(assets / _TOKENIZER, self.train.text.length)
-            self.encoder = build_text_encoder(self.train.text, self.tokenizer)
-        else:
-            self.encoder, self.tokenizer = load_text_encoder(
-                str(self.train.text.pretrained), "train.diffusion.text.pretrained"
-            )
-        unet = build_unet(
-            self.train.unet,
-            channels=int(self.vae.config.latent_channels),
-            side=self.side,
-            text_width=int(self.encoder.config.hidden_size),
-        )
-        self.model = Denoiser(unet, self.encoder if own else None)
-        self.frozen = [self.vae] if own else [self.vae, self.encoder]
-        self.process = process_of(self.train)
-        self.nothing = self._ids([""])  # [1, L]
-        self._nothing_states: torch.Tensor | None = None  # [1, L, W]
+        encoders = self.text_encoder(train)
+        self.text = encoders or new_encoders(self.backbone.slots, self.train.text, assets / _TOKENIZER)
+        net = self.backbone.build(Ends.of(int(self.vae.config.latent_channels), self.side, self.text.towers))
+        self.model = Denoiser(self.backbone, net, self.text)
+        self.frozen = [self.vae] if self.text.own else [self.vae, *self.text.modules]
+        self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
+        self.nothing = self.text.ids([""])  # each [1, L]
+        self._nothing_states: Texts | None = None
+
+    @classmethod
+    def text_encoder(cls, train: TrainConfig) -> TextEncoders | None:
+        """The frozen encoders, whose states may be made ahead; None where they are trained."""
+        settings: DiffusionSettings = train.settings
+        if settings.text.pretrained is None:
+            return None
+        return open_encoders(backbone_of(settings).slots, settings.text)
 
     def start_from(self, product: Path) -> None:
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
-
+        model = self.model
+        mine = {slot.name: getattr(model, slot.name) for slot in model.text_slots} | {self.backbone.part: model.net}
         try:
-            self.model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(product / "unet").state_dict())
-            if self.model.text_encoder is not None:
-                text = CLIPTextModel.from_pretrained(product / "text_encoder")
-                self.model.text_encoder.load_state_dict(text.state_dict())
+            for name, module in mine.items():
+                if module is not None:
+                    module.load_state_dict(type(module).from_pretrained(product / name).state_dict())
         except (OSError, RuntimeError) as error:
             raise RecipeError("train.init", f"{product} has another shape ({error})", "use its settings") from None
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        batch = {"ids": self._ids([sample.text for sample in samples])}
-        batch |= states_of(samples)
+        batch: Batch = {**self.text.ids([sample.text for sample in samples]), **states_of(samples)}
+        if self.backbone.conditioned:
+            batch["conditions"] = conditions_of(samples, self.size, crop=self.train.crop)
         latents = [sample.latent for sample in samples if sample.latent is not None]
         if latents:
             batch["latents"] = torch.from_numpy(np.stack(latents))
@@ -124,59 +115,51 @@ class DiffusionFamily(Family):
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         dtype = next(model.parameters()).dtype
         task = self.process.draw(self._latents(batch, draw), draw)
-        ids = batch["ids"]
-        dropped = drop_rows(len(ids), self.train.drop_text, draw)
-        if "text_states" in batch:  # made ahead
-            text = torch.where(dropped[:, None, None], self._no_states(), batch["text_states"])
-        else:
-            text = torch.where(dropped[:, None], self.nothing.to(ids.device), ids)
-            if self.model.text_encoder is None:
-                with torch.no_grad():
-                    text = self.encoder(text)[0]
-        prediction = model(task.noisy.to(dtype), task.timesteps, text)
-        loss = weighted_mse(prediction, task.target, task.weight)
-        return loss, {"text_dropped": dropped.float().mean()}
+        count = len(task.noisy)
+        dropped = drop_rows(count, self.train.drop_text, draw)
+        text, metrics = self._text(batch, dropped), {"text_dropped": dropped.float().mean()}
+        kept = None
+        if self.train.drop_each is not None:
+            kept = ~drop_encoders(count, len(self.text.towers), self.train.drop_each, draw)
+            metrics["encoders_dropped"] = 1 - kept.float().mean()
+        prediction = model(task.noisy.to(dtype), task.timesteps, text, batch.get("conditions"), kept)
+        return weighted_mse(prediction, task.target, task.weight), metrics
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """A diffusers StableDiffusionPipeline folder with the EMA's UNet and text encoder."""
-        from diffusers import StableDiffusionPipeline
-
-        text_encoder = self.encoder if model.text_encoder is None else model.text_encoder
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae.to("cpu"),
-            text_encoder=text_encoder.to("cpu"),
-            tokenizer=self.tokenizer,
-            unet=model.unet,
-            scheduler=self.process.scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        """The folder of a diffusers pipeline with the EMA's weights."""
+        parts = {"vae": self.vae.to("cpu"), "scheduler": self.process.scheduler(), self.backbone.part: model.net}
+        for tower in self.text.towers:
+            trained = getattr(model, tower.slot.name)
+            parts[tower.slot.name] = tower.encoder.to("cpu") if trained is None else trained
+            parts[tower.slot.tokenizer] = tower.tokenizer
+        self.backbone.pipeline(parts).save_pretrained(folder, safe_serialization=True)
         style = read_facts(self.assets).get("style")  # none in runs that were begun before it was measured
-        facts = {"size": self.size, "sampling": self.train.sampling.model_dump()} | ({"style": style} if style else {})
-        write_facts(folder, family=self.name, **facts)
+        facts = {"size": self.size, "sampling": self.train.sampling.model_dump(exclude={"sampler"})}
+        write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
 
     def describe(self) -> dict[str, Any]:
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
-        facts["unet"] = sum(p.numel() for p in self.model.unet.parameters())
-        return facts | {"vocabulary": len(self.tokenizer), "objective": self.train.objective}
+        facts[self.backbone.part] = sum(p.numel() for p in self.model.net.parameters())
+        words = {f"vocabulary{tower.slot.suffix}": len(tower.tokenizer) for tower in self.text.towers}
+        return facts | words | {"objective": self.train.objective}
 
-    def _no_states(self) -> torch.Tensor:
-        """What the frozen text encoder makes of an empty caption: [1, L, W], float32."""
+    def _text(self, batch: Batch, dropped: torch.Tensor) -> Texts:
+        """What the model is told of the captions, those of the `dropped` rows being empty: ids, or frozen states."""
+        if self.text.towers[0].slot.states in batch:  # made ahead
+            states = {name: value for name, value in batch.items() if name.startswith("text_")}
+            return _emptied(states, self._nothing(dropped.device), dropped)
+        nothing = {name: value.to(dropped.device) for name, value in self.nothing.items()}
+        ids = _emptied({name: batch[name] for name in self.nothing}, nothing, dropped)
+        return ids if self.text.own else self.text.states(ids)
+
+    def _nothing(self, device: torch.device) -> Texts:
+        """The states of an empty caption, each [1, ...]."""
         if self._nothing_states is None:
-            with torch.no_grad():
-                self._nothing_states = self.encoder(self.nothing.to(self.encoder.device))[0].float()
+            self._nothing_states = {name: value.to(device) for name, value in self.text([""]).items()}
         return self._nothing_states
 
-    def _ids(self, texts: list[str]) -> torch.Tensor:
-        """int64 [B, L], exactly as the pipeline will tokenize prompts."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokens.input_ids
-
     def _latents(self, batch: Batch, draw: torch.Generator) -> torch.Tensor:
-        """Latents [B, C, h, w] as the UNet sees them: drawn from the posterior, times `scaling_factor`; float32."""
+        """Latents [B, C, h, w] as the network sees them: drawn from the posterior, shifted, scaled; float32."""
         if "latents" in batch:  # stored: mean and standard deviation, one after the other
             mean, std = batch["latents"].float().chunk(2, dim=1)
         else:
@@ -184,7 +167,35 @@ class DiffusionFamily(Family):
                 posterior = self.vae.encode(to_signed(batch["pictures"]).to(self.vae.dtype)).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=draw, device=mean.device)
-        return (mean + std * noise) * self.vae.config.scaling_factor
+        return (mean + std * noise - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+
+def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
+    """The autoencoder. Raises RecipeError where the pipeline would not undo what it does to latents."""
+    vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
+    unknown = [name for name in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(name)]
+    if unknown and not (shifts and unknown == ["shift_factor"]):
+        problem = f"has a {unknown[0]}, which this network's diffusers pipeline does not apply"
+        raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
+    return vae
+
+
+def _take_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
+    """Copy the tokenizer of a product, whose text encoders are to be trained on. Raises RecipeError."""
+    name = next(slot.tokenizer for slot in backbone_of(settings).slots if slot.required)
+    config = product / name / "tokenizer_config.json"
+    if not config.is_file() or "CLIPTokenizer" not in config.read_text(encoding="utf-8"):
+        problem = f"{product} has no {name} of CLIP's kind"
+        raise RecipeError("train.init", problem, "name a run of the same network with text encoders of its own")
+    shutil.copytree(product / name, folder)
+
+
+def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
+    """`texts` [B, ...], with `nothing` [1, ...] in the rows that are `dropped`."""
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), nothing[name].to(value.dtype), value)
+        for name, value in texts.items()
+    }
 
 
 def _style(samples: Samples) -> Style:

@@ -6,21 +6,20 @@ Each process names the diffusers scheduler that undoes it, so that a product nee
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from training import objectives
+from training.diffusion.samplers import STEPS, SamplerName, ddpm_scheduler, flow_scheduler
 from training.diffusion.settings import DdpmSettings, DiffusionSettings, FlowSettings
-
-STEPS: Final = 1000  # the timesteps 0 … 999 that the model is told are thousandths of the way to noise
 
 
 class Task(NamedTuple):
     """What one step asks of the model: noisy latents [B, C, h, w] and timesteps [B] in, `target` out."""
 
     noisy: torch.Tensor
-    timesteps: torch.Tensor
+    timesteps: torch.Tensor  # whole numbers, or for flow with exact times float32
     target: torch.Tensor
     weight: torch.Tensor | None  # [B]
 
@@ -38,10 +37,18 @@ class Process(ABC):
 
 
 class Flow(Process):
-    """Rectified flow, sampled by DPM-Solver++ (2M) along the straight path (Lu et al. 2022)."""
+    """Rectified flow, sampled along the straight path; in pictures of `size` pixels a side.
 
-    def __init__(self, settings: FlowSettings) -> None:
-        self.settings = settings
+    `exact`: the pipeline's scheduler tells the model exact times; else whole thousandths, cut off.
+    """
+
+    def __init__(
+        self, settings: FlowSettings, sampler: SamplerName | None = None, *, size: int = 0, exact: bool = False
+    ):
+        self.settings, self.sampler, self.exact = settings, sampler, exact
+        self.shift = settings.shift
+        if settings.base is not None:
+            self.shift *= objectives.resolution_shift(size**2, settings.base**2)
 
     def draw(self, latents: torch.Tensor, draw: torch.Generator) -> Task:
         chosen, count = self.settings, len(latents)
@@ -49,33 +56,22 @@ class Flow(Process):
             time = objectives.uniform_times(count, draw)
         else:
             time = objectives.logit_normal_times(count, draw, chosen.mean, chosen.std)
-        time = objectives.shift_times(time, chosen.shift)
+        time = objectives.shift_times(time, self.shift)
         noise = torch.randn(latents.shape, generator=draw, device=latents.device)
-        # The scheduler tells the model whole timesteps, cut off; so the model learns with the same.
-        timesteps = (time * STEPS).long().clamp(max=STEPS - 1)
+        # As the scheduler will tell the model the time, so the model learns it.
+        timesteps = time * STEPS if self.exact else (time * STEPS).long().clamp(max=STEPS - 1)
         noisy = objectives.interpolate(latents, noise, time)
         return Task(noisy, timesteps, objectives.flow_target(latents, noise), None)
 
     def scheduler(self) -> Any:
-        from diffusers import DPMSolverMultistepScheduler
-
-        return DPMSolverMultistepScheduler(
-            num_train_timesteps=STEPS,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=self.settings.shift,
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            final_sigmas_type="zero",
-            steps_offset=1,  # of no effect here; StableDiffusionPipeline warns of another value
-        )
+        return flow_scheduler(self.sampler, self.shift, exact=self.exact)
 
 
 class Ddpm(Process):
-    """Denoising diffusion, sampled by DDIM (Song et al. 2021)."""
+    """Denoising diffusion, sampled by DDIM unless another sampler is named."""
 
-    def __init__(self, settings: DdpmSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DdpmSettings, sampler: SamplerName | None = None) -> None:
+        self.settings, self.sampler = settings, sampler
         self.alphas = objectives.cumulative_alphas(
             STEPS, settings.beta_start, settings.beta_end, zero_terminal_snr=settings.zero_terminal_snr
         )
@@ -95,21 +91,19 @@ class Ddpm(Process):
         return Task(noisy, timesteps, target, weight)
 
     def scheduler(self) -> Any:
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler(
-            num_train_timesteps=STEPS,
+        return ddpm_scheduler(
+            self.sampler,
             beta_start=self.settings.beta_start,
             beta_end=self.settings.beta_end,
             beta_schedule="scaled_linear",
             prediction_type=self.settings.prediction,
             rescale_betas_zero_snr=self.settings.zero_terminal_snr,
-            timestep_spacing="trailing",  # begin at the last timestep, as Lin et al. 2023 §3.3 ask
-            clip_sample=False,
-            steps_offset=1,
         )
 
 
-def process_of(settings: DiffusionSettings) -> Process:
-    """The process that `objective` names."""
-    return Flow(settings.flow) if settings.objective == "flow" else Ddpm(settings.ddpm)
+def process_of(settings: DiffusionSettings, size: int, *, exact: bool) -> Process:
+    """The process that `objective` names, for pictures of `size` pixels a side."""
+    sampler = settings.sampling.sampler
+    if settings.objective == "flow":
+        return Flow(settings.flow, sampler, size=size, exact=exact)
+    return Ddpm(settings.ddpm, sampler)
