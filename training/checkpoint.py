@@ -1,6 +1,7 @@
 """State of a run ↔ checkpoints/step-000200/: complete or not there.
 
 checkpoints/step-000200/engine/...          model and optimizer, every worker its part
+checkpoints/step-000200/rival.pt            the second model and its optimizer, where the family has one
 checkpoints/step-000200/worker-00000.pt     each worker's share of the EMA, and what it has not logged yet
 checkpoints/step-000200/checkpoint.json     step, workers, data; written last: a folder without it does not count
 """
@@ -21,17 +22,19 @@ from pipeline.storage import Storage
 from training.config import TrainConfig
 from training.ema import Ema
 from training.engine import Engine
+from training.rival import Rival
 
 logger = logging.getLogger(__name__)
 
 MARK = "checkpoint.json"
+_RIVAL = "rival.pt"
 
 
 class Checkpoints:
     """The checkpoints of one run; all methods that save or load are called on every worker."""
 
-    def __init__(self, train: TrainConfig, engine: Engine, ema: Ema) -> None:
-        self.train, self.engine, self.ema = train, engine, ema
+    def __init__(self, train: TrainConfig, engine: Engine, ema: Ema, rival: Rival | None = None) -> None:
+        self.train, self.engine, self.ema, self.rival = train, engine, ema, rival
         self.folder = train.folder / "checkpoints"
 
     def save(self, step: int, worker: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -43,6 +46,8 @@ class Checkpoints:
         self.engine.wait()
         self.engine.save(folder / "engine")
         torch.save({"ema": self.ema.state(), **worker}, folder / f"worker-{self.engine.rank:05d}.pt")
+        if self.rival is not None and self.engine.is_main:
+            torch.save(self.rival.state(), folder / _RIVAL)
         self.engine.wait()
         if self.engine.is_main:
             _sync(folder)
@@ -63,6 +68,8 @@ class Checkpoints:
         name = f"worker-{self.engine.rank:05d}.pt"
         worker = torch.load(found[-1] / name, map_location=self.engine.device, weights_only=True)
         self.ema.restore(worker.pop("ema"))
+        if self.rival is not None:
+            self.rival.restore(torch.load(found[-1] / _RIVAL, map_location=self.engine.device, weights_only=True))
         if self.engine.is_main:
             logger.info("going on from %s", found[-1])
         return int(shared["step"]), worker, shared

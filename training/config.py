@@ -22,6 +22,7 @@ FAMILIES: Final = {
     "autoencoder": "training.autoencoder:AutoencoderFamily",
     "captioner": "training.captioner:CaptionerFamily",
     "diffusion": "training.diffusion:DiffusionFamily",
+    "vqgan": "training.vqgan:VqganFamily",
 }
 
 ORIGINAL: Final = "original"  # the slot of the caption that came with the image
@@ -151,6 +152,8 @@ class TrainConfig(Section):
                 config._settings = settings
         if chosen and config._settings is None:
             config._settings = validate(chosen.settings, {}, f"train.{section}")
+        if chosen:
+            chosen.check(config)
         return config
 
     def identity(self) -> dict[str, Any]:
