@@ -151,7 +151,8 @@ class FirstStage(Family):
         if self.adversary is None:
             return loss, metrics
         opposed, more = self.adversary.oppose(made, pictures, loss, last)
-        return loss + opposed, {**metrics, **more}
+        # Only its gradient: its value says who is ahead, and would make the loss look as if it diverged.
+        return loss + (opposed - opposed.detach()), {**metrics, **more}
 
     def describe(self) -> dict[str, Any]:
         facts = {**super().describe(), "size": self.size, "latents": [self.channels, *[self.size // self.factor] * 2]}
