@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 
 class Rival(ABC):
-    """A model with its optimizer. `start`: it takes part from this step on; `lr`: its learning rate as a share of the
-    first model's at the same step. Until `enter` was called it takes no part."""
+    """A model with its optimizer, which takes part from step `start` on, once `enter` was called.
+
+    `lr` is its learning rate as a share of the first model's at the same step.
+    """
 
     def __init__(
         self, model: torch.nn.Module, *, start: int = 0, lr: float = 1.0, betas: tuple[float, float] = (0.5, 0.9)

@@ -146,6 +146,13 @@ def test_the_product_opens_in_diffusers_and_starts_another_run(family, data, tmp
         more.start_from(product)
 
 
+def test_a_codebook_is_not_cut_into_parts():
+    section = {"model": "vqgan", "run": "unused", "steps": 1, "vqgan": SMALL}
+    with pytest.raises(RecipeError, match=r"train\.engine\.zero: .*codebook.*zero: 2"):
+        TrainConfig.from_section(section | {"engine": {"strategy": "deepspeed", "zero": 3}})
+    assert TrainConfig.from_section(section | {"engine": {"strategy": "deepspeed", "zero": 2}}).engine.zero == 2
+
+
 def test_where_an_autoencoder_kl_is_needed_a_vq_model_is_refused(family, tmp_path):
     family.model.vq.save_pretrained(tmp_path / "vq")
     with pytest.raises(RecipeError, match=r"train\.diffusion\.autoencoder: .* is a VQModel.*model: autoencoder"):

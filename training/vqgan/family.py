@@ -52,6 +52,13 @@ class VqganFamily(FirstStage):
         if self.train.pretrained is None and self.train.start == "latents":
             self._start_from_latents()
 
+    @classmethod
+    def check(cls, train: TrainConfig) -> None:
+        super().check(train)
+        if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
+            problem = "3 holds a part of the codebook on each worker, and every latent is compared with all of it"
+            raise RecipeError("train.engine.zero", problem, "write zero: 2, or strategy: ddp")
+
     @staticmethod
     def build(settings: Any) -> Any:
         from diffusers import VQModel
