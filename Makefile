@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: demo docs test test-cluster check format clean
-.PHONY: bench-build bench-dedup bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit
+.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -34,6 +34,9 @@ bench-rebuild: $(STAMP)
 bench-dedup: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/dedup.py
+
+bench-first-stages: $(STAMP)
+	$(BIN)/python benchmarks/first_stages.py
 
 bench-loader: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

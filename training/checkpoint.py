@@ -2,6 +2,7 @@
 
 checkpoints/step-000200/worker-00000.pt     each worker's elements of model, optimizer and average (see training.parts),
                                             the model's buffers, and what this worker has not logged yet
+checkpoints/step-000200/rival.pt            the second model and its optimizer, where the family has one
 checkpoints/step-000200/checkpoint.json     step, workers, data; written last: a folder without it does not count
 
 It is read by any number of workers, of any strategy; by as many of the same it is taken up bit for bit.
@@ -27,19 +28,26 @@ from training.ema import Ema
 from training.engine import Engine
 from training.loss_scale import LossScale
 from training.parts import Pieces, written
+from training.rival import Rival
 
 logger = logging.getLogger(__name__)
 
 MARK = "checkpoint.json"
+_RIVAL = "rival.pt"
 
 
 class Checkpoints:
     """The checkpoints of one run; all methods that save or load are called on every worker."""
 
     def __init__(
-        self, train: TrainConfig, engine: Engine, ema: Ema, wanted: Callable[[Path], bool] = lambda path: False
+        self,
+        train: TrainConfig,
+        engine: Engine,
+        ema: Ema,
+        rival: Rival | None = None,
+        wanted: Callable[[Path], bool] = lambda path: False,
     ) -> None:
-        self.train, self.engine, self.ema = train, engine, ema
+        self.train, self.engine, self.ema, self.rival = train, engine, ema, rival
         self._wanted = wanted  # whether an old checkpoint has to stay for a while, since it is being uploaded
         self.folder = train.folder / "checkpoints"
 
@@ -56,6 +64,8 @@ class Checkpoints:
         content = {"parts": parts, "buffers": self.engine.buffers(), "worker": worker}
         torch.save(content, folder / f"worker-{self.engine.rank:05d}.pt")
         del parts, content
+        if self.rival is not None and self.engine.is_main:
+            torch.save(self.rival.state(), folder / _RIVAL)
         self.engine.wait()
         if self.engine.is_main:
             _sync(folder)
@@ -88,6 +98,8 @@ class Checkpoints:
         before, now = shared["engine"], self._shape()
         rank, world = self.engine.rank, self.engine.world
         self.engine.take_buffers(pieces.buffers[rank if before["workers"] == world else 0])
+        if self.rival is not None:
+            self.rival.restore(torch.load(found[-1] / _RIVAL, map_location=self.engine.device, weights_only=True))
         if self.engine.is_main:
             then = "" if before == now else f", written by {_words(before)}, as {_words(now)}"
             logger.info("going on from %s%s", found[-1], then)

@@ -23,6 +23,7 @@ FAMILIES: Final = {
     "autoencoder": "training.autoencoder:AutoencoderFamily",
     "captioner": "training.captioner:CaptionerFamily",
     "diffusion": "training.diffusion:DiffusionFamily",
+    "vqgan": "training.vqgan:VqganFamily",
 }
 
 ORIGINAL: Final = "original"  # the slot of the caption that came with the image
@@ -240,6 +241,8 @@ class TrainConfig(Section):
             config._settings = validate(chosen.settings, {}, f"train.{section}")
         if chosen and config.data.buckets is not None and not chosen.buckets:
             raise RecipeError("train.data.buckets", f"the family {chosen.name} takes squares alone", "remove it")
+        if chosen:
+            chosen.check(config)
         return config
 
     def identity(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Measured on scenes of the captioned world that no run has seen: their seed is no
     diffusion     descriptions → pictures → the oracle's measures; beside them the same measures for pictures of other
                   scenes (chance) and for drawings that went through the autoencoder and back (ceiling)
     autoencoder   drawings → latents → drawings: PSNR; chance is a picture of the drawings' mean colour
+    vqgan         the same, and how much of its codebook the drawings use; chance is a codebook with one code in use
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -57,15 +58,15 @@ def evaluate(
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
     product = find_product(run)
     kind = kind_of(product)
-    if kind not in ("diffusion", "autoencoder"):
+    if kind not in ("diffusion", "autoencoder", "vqgan"):
         problem = f"{product} is of a kind that is not evaluated ({kind or 'unknown'})"
-        raise RecipeError("RUN", problem, "name a run of train.diffusion or train.autoencoder")
+        raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
     world = world or _world_of(Path(run))
     scenes = [draw_scene(world.seed + _UNSEEN, index, vocabulary(world)) for index in range(count)]
     if kind == "diffusion":
         result, picture = _diffusion(product, scenes, world, steps=steps, guidance=guidance, batch=batch)
     else:
-        result, picture = _autoencoder(product, scenes, batch=batch)
+        result, picture = _first_stage(product, scenes, kind=kind, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     picture.save(png, format="PNG")
@@ -131,19 +132,22 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
-# Autoencoder ---------------------------------------------------------------------------------------------------------
+# First stages --------------------------------------------------------------------------------------------------------
 
 
-def _autoencoder(product: Path, scenes: Sequence[Scene], *, batch: int) -> tuple[Evaluation, Any]:
+def _first_stage(product: Path, scenes: Sequence[Scene], *, kind: str, batch: int) -> tuple[Evaluation, Any]:
     """PSNR of drawings that go through the autoencoder, the oracle's measures of them, and a grid of pairs."""
     from training.autoencoder.family import load_autoencoder
+    from training.vqgan.family import load_vq
 
-    vae = load_autoencoder(str(product), "RUN")
+    vae = load_vq(str(product), "RUN") if kind == "vqgan" else load_autoencoder(str(product), "RUN")
     side = int(read_facts(product).get("size", vae.config.sample_size))
     drawn = np.stack([render(scene, side) for scene in scenes])
     made = _through(vae, drawn, batch)
     flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True), drawn.shape)
     measures: Evaluation = {"psnr": {"value": _psnr(drawn, made), "chance": _psnr(drawn, flat)}}
+    if kind == "vqgan":
+        measures |= _codebook_use(vae, drawn, batch)
     chance = oracle.chance(scenes, list(made))
     for name, value in _scored(scenes, made).items():
         measures[name] = {"value": value, "chance": _or_none(chance[name])}
@@ -151,15 +155,39 @@ def _autoencoder(product: Path, scenes: Sequence[Scene], *, batch: int) -> tuple
     return {"measures": measures}, grid(shown, ["drawn", "decoded"] * (len(shown) // 2), columns=8, cell=128)
 
 
+def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
+    """Over all latents of the images: perplexity of the codes, and the share of the codebook that occurs."""
+    import torch
+
+    from training.vqgan.model import nearest, usage
+
+    codebook = vq.quantize.embedding.weight
+    indices = torch.cat([nearest(latents, codebook).cpu() for latents in _latents(vq, images, batch)])
+    perplexity, used = usage(indices, len(codebook))
+    return {
+        "perplexity": {"value": round(float(perplexity), 2), "chance": 1.0},
+        "codes_used": {"value": round(float(used), 4), "chance": round(1 / len(codebook), 4)},
+    }
+
+
+def _latents(vae: Any, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
+    """The latents of uint8 pictures [N, H, W, 3], batch by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
+    import torch
+
+    for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
+        with torch.no_grad():
+            encoded = vae.encode(part.to(vae.device, vae.dtype) / 127.5 - 1)
+        yield encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+
+
 def _through(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
     """uint8 [N, H, W, 3] → encoded, decoded → uint8 [N, H, W, 3]."""
     import torch
 
     made = []
-    for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
-        signed = part.to(vae.device, vae.dtype) / 127.5 - 1
+    for latents in _latents(vae, images, batch):
         with torch.no_grad():
-            decoded: torch.Tensor = vae.decode(vae.encode(signed).latent_dist.mean).sample
+            decoded: torch.Tensor = vae.decode(latents).sample
         made.append(((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(made).permute(0, 2, 3, 1).numpy()
 

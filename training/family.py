@@ -19,6 +19,7 @@ import torch
 
 from pipeline.config import Section
 from training.config import TrainConfig
+from training.rival import Rival
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,11 @@ class Family(ABC):
 
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # what only computes: never optimised, never sharded, moved to the device
+    rival: Rival | None = None  # a second model that the first is trained against; built by __init__ after `model`
+
+    @classmethod  # noqa: B027 - few families need it
+    def check(cls, train: TrainConfig) -> None:
+        """Raise RecipeError where the family's settings do not go with the run's; called as the recipe is read."""
 
     @classmethod  # noqa: B027 - few families need it
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:

@@ -19,6 +19,7 @@ from training.run import download
 
 FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
 _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # one of them is in every product
+_KINDS: Final = {"AutoencoderKL": "autoencoder", "VQModel": "vqgan"}  # diffusers' class → the family that trains it
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:
@@ -55,7 +56,7 @@ def fetched(url: str, field: str = "RUN") -> Path:
 
 
 def kind_of(product: Path) -> str:
-    """`diffusion`, `autoencoder`, `captioner` (or another family's name), or "" for a folder of another format."""
+    """`diffusion`, `autoencoder`, `vqgan`, `captioner` or another family's name; "" for a folder of another format."""
     facts = read_facts(product)
     if "family" in facts:
         return str(facts["family"])
@@ -63,7 +64,7 @@ def kind_of(product: Path) -> str:
         return "diffusion"
     if (product / "config.json").is_file():
         config = json.loads((product / "config.json").read_text(encoding="utf-8"))
-        return "autoencoder" if config.get("_class_name") == "AutoencoderKL" else ""
+        return _KINDS.get(config.get("_class_name"), "")
     return "captioner" if (product / "open_clip_config.json").is_file() else ""
 
 

@@ -91,8 +91,11 @@ class _Fit:
         self.family.to(engine.device)
         self.model = engine.prepare(self.family.model)
         self.ema = Ema(engine, train.ema)
+        self.rival = self.family.rival
+        if self.rival is not None:
+            self.rival.enter(engine)
         wanted = (lambda path: False) if upload is None else upload.is_sending
-        self.checkpoints = Checkpoints(train, engine, self.ema, wanted)
+        self.checkpoints = Checkpoints(train, engine, self.ema, self.rival, wanted)
         self.meter = Meter(engine, self.disk, self.family.name)
         self.health = Health(engine, self.disk)
 
@@ -154,6 +157,8 @@ class _Fit:
         """One optimizer step on this worker's share of the batch; its randomness is seeded by (seed, step, rank)."""
         train, engine, step = self.train, self.engine, prepared.step
         engine.set_lr(learning_rate(train, step))
+        if self.rival is not None:
+            self.rival.begin(step, learning_rate(train, step))
         torch.manual_seed(hash64(train.seed, "dropout", step, engine.rank) >> 1)
         losses, norm = [], None
         for part, batch in enumerate(_split(prepared.batch, train.accumulate)):
@@ -163,6 +168,8 @@ class _Fit:
             with engine.computing():
                 loss, metrics = self.family.loss(self.model, on_device, draw)
             norm = engine.backward(loss, last=part == train.accumulate - 1)
+            if self.rival is not None:
+                metrics = {**metrics, **self.rival.turn(last=part == train.accumulate - 1)}
             losses.append(loss.detach())
             self.meter.add({"loss": losses[-1], **metrics})
         self.ema.update(step)

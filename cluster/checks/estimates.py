@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from pipeline.config import Recipe
-from training.config import TrainConfig
+from training.config import TrainConfig, family_class
 
 # Bytes of a JPEG per pixel at a quality, from photographs; between them it is interpolated.
 _JPEG: Final = ((75, 0.16), (85, 0.24), (90, 0.31), (95, 0.46), (100, 1.1))
@@ -48,10 +48,8 @@ def _model(train: TrainConfig) -> list[Any] | None:
     settings = train.settings
     if train.model == "diffusion":
         return _denoiser(settings)
-    if train.model == "autoencoder" and settings.pretrained is None:
-        from training.autoencoder.family import build
-
-        return list(build(settings).parameters())
+    if train.model in ("autoencoder", "vqgan") and settings.pretrained is None:
+        return list(family_class(train.model).build(settings).parameters())
     if train.model == "captioner" and train.init is None:
         from open_clip.coca_model import CoCa
 
