@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config import Recipe, Section, fingerprint, validate
 from pipeline.errors import RecipeError
+from training.watch.settings import Watch
 
 # A family is a folder: adding one here is all that the rest of the training floor has to know of it.
 FAMILIES: Final = {
@@ -97,6 +98,7 @@ class TrainConfig(Section):
     data: Data = Data()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     _settings: Any = PrivateAttr(default=None)
 
@@ -117,6 +119,12 @@ class TrainConfig(Section):
             )
         if self.engine.strategy == "ddp" and self.engine.zero not in (0, Engine.model_fields["zero"].default):
             raise ValueError("engine.zero is for strategy: deepspeed; remove it or the strategy")
+        return self
+
+    @model_validator(mode="after")
+    def _watched_model_draws(self) -> TrainConfig:
+        if self.model in FAMILIES and self.model != "diffusion" and (drawing := self.watch.draws()):
+            raise ValueError(f"watch.{drawing[0]} draws pictures from prompts, and {self.model} does not; remove it")
         return self
 
     @property
@@ -156,9 +164,9 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What a run may not change between a stop and its resume, as plain data.
 
-        Left out: where it runs and on how much, how often it logs and saves, and how many steps it goes.
+        Left out: where it runs and on how much, how often it logs and saves, what is watched, how many steps it goes.
         """
-        free = {"run", "steps", "log_every", "engine", "checkpoint"}
+        free = {"run", "steps", "log_every", "engine", "checkpoint", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
         fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads"})
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}

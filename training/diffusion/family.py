@@ -20,11 +20,11 @@ from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
 from training.config import TrainConfig
 from training.diffusion.model import Denoiser, build_text_encoder, build_unet, load_text_encoder, load_tokenizer
-from training.diffusion.process import process_of
+from training.diffusion.process import STEPS, process_of
 from training.diffusion.settings import DiffusionSettings
-from training.family import Batch, Family, Metrics, Sample, Samples
+from training.family import Batch, Family, Metrics, Sample, Samples, Spread
 from training.latents import encoder_identity
-from training.objectives import drop_rows, weighted_mse
+from training.objectives import drop_rows, sample_mse, weighted_mse
 from training.pixels import batch_of, picture_size, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
 from training.tokenizer import Tokenizer
@@ -117,7 +117,8 @@ class DiffusionFamily(Family):
                 text = self.text_encoder(text)[0]
         prediction = model(task.noisy.to(dtype), task.timesteps, text)
         loss = weighted_mse(prediction, task.target, task.weight)
-        return loss, {"text_dropped": dropped.float().mean()}
+        by_time = Spread(sample_mse(prediction.detach(), task.target), task.timesteps / STEPS)
+        return loss, {"text_dropped": dropped.float().mean(), "loss_by_time": by_time}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """A diffusers StableDiffusionPipeline folder with the EMA's UNet and text encoder."""
