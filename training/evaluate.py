@@ -106,9 +106,9 @@ def _world_of(run: Path) -> WorldSource:
 
 
 def _subjects(recipe: Recipe | None, run: Path, world: WorldSource | None, count: int) -> Subjects:
-    if world is not None:
+    if recipe is None or world is not None or (world := world_of(recipe)) is not None:
+        assert world is not None
         return Scenes(world, count)
-    assert recipe is not None
     train = TrainConfig.from_recipe(recipe)
     pinned = next((f / "pinned.json" for f in (run, *run.parents[:2]) if (f / "pinned.json").is_file()), None)
     layer = json.loads(pinned.read_text()).get("layer") if pinned else None
@@ -120,13 +120,13 @@ def _judges(
 ) -> list[Judge]:
     """What judges, by the options given or else by the run's recipe."""
     asked: dict[str, Any] = {"measures": list(measures), "count": count}
-    said = TrainConfig.from_recipe(recipe).watch.evaluate if recipe is not None and recipe.train else None
+    section = (recipe.train if recipe is not None else None) or {}
+    said = (section.get("watch") or {}).get("evaluate") or {}
     for name, given in (("clip", clip), ("fid", fid)):
-        chosen = given or getattr(said, name, None)
-        if name in measures and chosen is None:
+        asked[name] = said.get(name) if given is None else given.model_dump()
+        if name in measures and asked[name] is None:
             mend = "add --clip MODEL" if name == "clip" else "add --features FILE"
             raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", mend)
-        asked[name] = None if chosen is None else chosen.model_dump()
     return judges_of(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
 
 
