@@ -6,7 +6,6 @@ The model is what scoring uses too (pipeline.score.tower): any of open_clip's, f
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -35,7 +34,7 @@ class ClipScore(Judge):
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
         self.sums.zero_()
-        self.loaded = self.tower.load(str(device), threads=len(os.sched_getaffinity(0)))
+        self.loaded = self.tower.load(str(device), threads=torch.get_num_threads())
         try:
             yield
         finally:

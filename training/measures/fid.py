@@ -8,6 +8,8 @@ Figures compare only where network and number of pictures are the same. Every wo
 from __future__ import annotations
 
 import contextlib
+import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -52,8 +54,9 @@ class FrechetDistance(Judge):
                 metric = FrechetInceptionDistance(_Script(self.file), sync_on_compute=False)
             else:
                 metric = FrechetInceptionDistance(feature_extractor_weights_path=str(self.file), sync_on_compute=False)
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
-            problem = f"{self.file} holds no network that pictures can be given ({str(error).splitlines()[0]})"
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            problem = f"{self.file} holds no network that pictures can be given ({first})"
             raise RecipeError(self.field, problem, f"name {_WEIGHTS}, or a TorchScript file (.pt)") from None
         self.metric = metric.to(device)
         try:
@@ -91,7 +94,9 @@ class _Script(torch.nn.Module):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.network = torch.jit.load(str(file), map_location="cpu").eval()
+        with warnings.catch_warnings():  # torch would rather have another format; these files are of this one
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.network = torch.jit.load(str(file), map_location="cpu").eval()
         named = [argument.name for argument in self.network.forward.schema.arguments]
         self.asked = {"return_features": True} if "return_features" in named else {}
 

@@ -60,12 +60,12 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"clip": {"model": str(write_clip(root / "clip", 0))}, "fid": {"features": str(root / "features.pt")}}
 
 
-@pytest.fixture
-def recipe(squares: Path, autoencoder: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """`recipe(name, watch={...}, key=value, ...)` trains in the folder `name`."""
+@pytest.fixture(scope="session")
+def recipe_in(squares: Path, autoencoder: Path) -> Callable[..., Recipe]:
+    """`recipe_in(folder, name, watch={...}, key=value, ...)` trains in `folder / name`."""
 
-    def make(run: str = "run", source: dict[str, Any] | None = WORLD, **section: Any) -> Recipe:
-        base = {"model": "diffusion", "run": str(tmp_path / run), "steps": 4, "batch": 8, "log_every": 1, "lr": 0.01}
+    def make(folder: Path, run: str = "run", source: dict[str, Any] | None = WORLD, **section: Any) -> Recipe:
+        base = {"model": "diffusion", "run": str(folder / run), "steps": 4, "batch": 8, "log_every": 1, "lr": 0.01}
         base |= {"ema": 0.5, "data": {"layer": None, "holdout": 4}, "warmup": 0, "engine": {"strategy": "ddp"}}
         base |= {"checkpoint": {"every": 4, "keep": 1}}
         base["diffusion"] = {
@@ -74,7 +74,13 @@ def recipe(squares: Path, autoencoder: Path, tmp_path: Path) -> Callable[..., Re
             "text": {"vocab_size": 600, "length": 24, "width": 16, "layers": 1, "heads": 2},
             "sampling": {"steps": 2, "guidance": 2.0},
         }
-        source_or_rows = source or {"path": "rows.parquet"}
-        return Recipe.model_validate({"dataset": str(squares), "source": source_or_rows, "train": {**base, **section}})
+        rows = source or {"path": "rows.parquet"}
+        return Recipe.model_validate({"dataset": str(squares), "source": rows, "train": {**base, **section}})
 
     return make
+
+
+@pytest.fixture
+def recipe(recipe_in: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """`recipe(name, watch={...}, key=value, ...)` trains in the folder `name`."""
+    return lambda *names, **section: recipe_in(tmp_path, *names, **section)

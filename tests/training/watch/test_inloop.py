@@ -36,10 +36,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "product" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.fixture
-def watched(recipe, judges, tmp_path: Path) -> Path:
-    fit(recipe("watched", watch=all_of_it(judges)))
-    return tmp_path / "watched"
+@pytest.fixture(scope="module")
+def watched(recipe_in, judges, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watched")
+    fit(recipe_in(folder, watch=all_of_it(judges)))
+    return folder / "run"
 
 
 def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tm
     for few, many in by_time:  # 4 bands and 10, of the same losses
         assert set(few) <= {"0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"}
         assert few
-        assert all(float(band[:4]) * 10 % 1 == 0 for band in many)
+        assert set(many) <= {f"{n / 10:.2f}-{(n + 1) / 10:.2f}" for n in range(10)}
     assert all(torch.equal(weights(watched)[name], value) for name, value in weights(tmp_path / "plain").items())
 
     evaluations = lines(watched / "evaluations.jsonl")
@@ -123,10 +124,10 @@ def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, judges
 
 
 def test_what_is_missing_is_named_before_the_first_step(recipe, judges, tmp_path: Path) -> None:
-    def refused(match: str, source: dict[str, Any] | None = None, **evaluate: Any) -> None:
+    def refused(match: str, **evaluate: Any) -> None:
         watch = {"evaluate": {"every": 1, "count": 4, **judges, **evaluate}}
         with pytest.raises(RecipeError, match=match):
-            fit(recipe("refused", watch=watch, **({"source": source} if source else {"source": None})))
+            fit(recipe("refused", source=None, watch=watch))
         assert not (tmp_path / "refused" / "log.jsonl").exists()
 
     refused(r"evaluate\.measures: oracle knows the captioned world alone", measures=["oracle"])
