@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: demo docs test test-cluster check format clean
-.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit
+.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -53,6 +53,9 @@ bench-select: $(STAMP)
 
 bench-submit: $(STAMP)
 	$(BIN)/python benchmarks/submit.py
+
+bench-train: $(STAMP)
+	$(BIN)/python benchmarks/train.py
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

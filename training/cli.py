@@ -113,13 +113,28 @@ def _add_leaving(app: typer.Typer) -> None:
     @app.command()
     def evaluate(
         run: RunArgument,
-        count: Annotated[int, typer.Option("--count", min=2, help="How many unseen scenes.")] = 128,
+        count: Annotated[int, typer.Option("--count", min=2, help="How many unseen scenes or held-out samples.")] = 128,
+        measures: Annotated[
+            str, typer.Option("--measures", help="Of pictures from prompts: oracle, clip, fid; by commas.")
+        ] = "oracle",
+        clip: Annotated[
+            str | None, typer.Option("--clip", metavar="MODEL", help="A CLIP: a folder, or a name of open_clip.")
+        ] = None,
+        pretrained: Annotated[
+            str | None, typer.Option("--pretrained", help="Its weights: a file, or a tag of open_clip.")
+        ] = None,
+        features: Annotated[
+            Path | None, typer.Option("--features", metavar="FILE", help="The network of fid: .pth or TorchScript .pt.")
+        ] = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Measure a run on scenes of the captioned world that it has not seen, each measure beside its chance level."""
+        """Measure a run on scenes or samples that it has not seen, each measure beside its chance level."""
         from training.evaluate import evaluate as measure
+        from training.watch.settings import ClipModel, Fid, measures_in
 
-        finish(measure(run, count=count), as_json)
+        judge = None if clip is None else ClipModel(model=clip, pretrained=pretrained)
+        network = None if features is None else Fid(features=str(features))
+        finish(measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network), as_json)
 
     @app.command()
     def export(

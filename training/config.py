@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from pipeline.config import Recipe, Section, fingerprint, validate
 from pipeline.errors import RecipeError
+from training.watch.settings import Watch
 
 # A family is a folder: adding one here is all that the rest of the training floor has to know of it.
 FAMILIES: Final = {
@@ -178,6 +179,7 @@ class TrainConfig(Section):
     diverged: Diverged | None = Diverged()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     _settings: Any = PrivateAttr(default=None)
 
@@ -201,6 +203,12 @@ class TrainConfig(Section):
         """How many workers there may be, most first: those among whom the batch, part by part, can be dealt evenly."""
         sizes = range(self.engine.most, self.engine.least - 1, -1)
         return [size for size in sizes if self.batch % (size * self.accumulate) == 0]
+
+    @model_validator(mode="after")
+    def _watched_model_draws(self) -> TrainConfig:
+        if self.model in FAMILIES and self.model != "diffusion" and (drawing := self.watch.draws()):
+            raise ValueError(f"watch.{drawing[0]} draws pictures from prompts, and {self.model} does not; remove it")
+        return self
 
     @property
     def settings(self) -> Any:
@@ -248,9 +256,9 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What a run may not change between a stop and its resume, as plain data.
 
-        Left out: where it runs and on how much, how often it logs and saves, and how many steps it goes.
+        Left out: where it runs and on how much, how often it logs and saves, what is watched, how many steps it goes.
         """
-        free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged"}
+        free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
         fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache"})
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}

@@ -275,6 +275,12 @@ class Engine:
         dist.all_gather_object(values, value, group=self._small)
         return values
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every worker's tensor, which lies on the CPU; all get the same."""
+        if self._small is not None:
+            dist.all_reduce(tensor, group=self._small)
+        return tensor
+
     # To be kept ------------------------------------------------------------------------------------------------------
 
     def parts(self) -> Iterator[Part]:

@@ -1,15 +1,16 @@
 """A finished run → evaluation.json: how well pictures follow prompts, or survive the autoencoder, each beside chance.
 
-Measured on scenes of the captioned world that no run has seen: their seed is none that a dataset is drawn from.
+Measured on scenes of the captioned world that no run has seen, or on held-out samples (training.measures.subjects).
 
-    diffusion     descriptions → pictures → the oracle's measures; beside them the same measures for pictures of other
-                  scenes (chance) and for drawings that went through the autoencoder and back (ceiling)
+    diffusion     prompts → pictures → oracle, CLIP score, FID; beside them the same measures for pictures of other
+                  prompts (chance) and for true pictures that went through the autoencoder and back (ceiling)
     autoencoder   drawings → latents → drawings: PSNR; chance is a picture of the drawings' mean colour
     vqgan         the same, and how much of its codebook the drawings use; chance is a codebook with one code in use
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -20,22 +21,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.config import Recipe, WorldSource
+from pipeline.config import Recipe, WorldSource, validate
 from pipeline.errors import RecipeError
 from pipeline.storage import Storage
 from pipeline.world import oracle
 from pipeline.world.draw import render
-from pipeline.world.scene import Scene, draw_scene, vocabulary
-from pipeline.world.text import descriptive
+from pipeline.world.scene import Scene, vocabulary
+from training.config import TrainConfig
+from training.measures.follows import Follows
+from training.measures.judge import Judge, alone, judges_of, undisturbed
+from training.measures.subjects import Scenes, Subjects, subjects_of, world_of
 from training.product import find_product, kind_of, read_facts
 from training.sample import grid, open_sampler
+from training.watch.settings import ClipModel, Evaluate, Fid, Measure
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-_UNSEEN: Final = 7_919_000_003  # added to the world's seed
 _SHOWN: Final = 16  # pictures in the grid beside evaluation.json
 
 Evaluation = dict[str, Any]
@@ -45,14 +49,19 @@ def evaluate(
     run: str | Path,
     *,
     count: int = 128,
+    measures: Sequence[Measure] = ("oracle",),
+    clip: ClipModel | None = None,
+    fid: Fid | None = None,
     world: WorldSource | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch: int = 32,
 ) -> Evaluation:
-    """Measure a run on `count` unseen scenes; evaluation.json and .png go into its folder. Gives the summary.
+    """Measure a run on `count` unseen scenes or held-out samples; evaluation.json and .png go into its folder.
 
-    `world` is what the run was trained on; by default what its recipe says. Raises RecipeError where there is none.
+    `clip` and `fid` say what judges; by default what train.watch.evaluate of the run's recipe names. `world` is what
+    the run was trained on; by default what its recipe says. Gives the summary. Raises RecipeError where a file, a
+    package or the truth is missing.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
@@ -61,12 +70,16 @@ def evaluate(
     if kind not in ("diffusion", "autoencoder", "vqgan"):
         problem = f"{product} is of a kind that is not evaluated ({kind or 'unknown'})"
         raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
-    world = world or _world_of(Path(run))
-    scenes = [draw_scene(world.seed + _UNSEEN, index, vocabulary(world)) for index in range(count)]
-    if kind == "diffusion":
-        result, picture = _diffusion(product, scenes, world, steps=steps, guidance=guidance, batch=batch)
-    else:
+    if kind != "diffusion":
+        scenes = Scenes(world or _world_of(Path(run)), count).scenes
         result, picture = _first_stage(product, scenes, kind=kind, batch=batch)
+    else:
+        recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(Path(run))
+        subjects = _subjects(recipe, Path(run), world, count)
+        judges = _judges(recipe, measures, clip, fid, count)
+        for judge in judges:
+            judge.check(subjects)
+        result, picture = _diffusion(product, subjects, judges, steps=steps, guidance=guidance, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     picture.save(png, format="PNG")
@@ -76,16 +89,46 @@ def evaluate(
     return result
 
 
+def _recipe_of(run: Path) -> Recipe:
+    """The recipe that the run was trained by."""
+    for folder in (run, *run.parents[:2]):  # a product, or a best state's, lies within its run
+        if (folder / "recipe.json").is_file():
+            return Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
+    mend = "name a run folder that was trained on `format: world`"
+    raise RecipeError("RUN", f"{run} has no recipe.json to tell which world it has seen", mend)
+
+
 def _world_of(run: Path) -> WorldSource:
     """The captioned world that the run's dataset was built from."""
-    mend = "name a run folder that was trained on `format: world`"
-    for folder in (run, run.parent):
-        if (folder / "recipe.json").is_file():
-            recipe = Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
-            if recipe.source is None or recipe.source.format != "world":
-                raise RecipeError("RUN", f"{run} was not trained on the captioned world: there is no truth", mend)
-            return recipe.source.world or WorldSource()
-    raise RecipeError("RUN", f"{run} has no recipe.json to tell which world it has seen", mend)
+    if (world := world_of(_recipe_of(run))) is None:
+        mend = "name a run folder that was trained on `format: world`"
+        raise RecipeError("RUN", f"{run} was not trained on the captioned world: there is no truth", mend)
+    return world
+
+
+def _subjects(recipe: Recipe | None, run: Path, world: WorldSource | None, count: int) -> Subjects:
+    if recipe is None or world is not None or (world := world_of(recipe)) is not None:
+        assert world is not None
+        return Scenes(world, count)
+    train = TrainConfig.from_recipe(recipe)
+    pinned = next((f / "pinned.json" for f in (run, *run.parents[:2]) if (f / "pinned.json").is_file()), None)
+    layer = json.loads(pinned.read_text()).get("layer") if pinned else None
+    return subjects_of(recipe, train, layer, count, "--count")
+
+
+def _judges(
+    recipe: Recipe | None, measures: Sequence[Measure], clip: ClipModel | None, fid: Fid | None, count: int
+) -> list[Judge]:
+    """What judges, by the options given or else by the run's recipe."""
+    asked: dict[str, Any] = {"measures": list(measures), "count": count}
+    section = (recipe.train if recipe is not None else None) or {}
+    said = (section.get("watch") or {}).get("evaluate") or {}
+    for name, given in (("clip", clip), ("fid", fid)):
+        asked[name] = said.get(name) if given is None else given.model_dump()
+        if name in measures and asked[name] is None:
+            mend = "add --clip MODEL" if name == "clip" else "add --features FILE"
+            raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", mend)
+    return judges_of(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
 
 
 # Diffusion -----------------------------------------------------------------------------------------------------------
@@ -93,33 +136,47 @@ def _world_of(run: Path) -> WorldSource:
 
 def _diffusion(
     product: Path,
-    scenes: Sequence[Scene],
-    world: WorldSource,
+    subjects: Subjects,
+    judges: Sequence[Judge],
     *,
     steps: int | None,
     guidance: float | None,
     batch: int,
 ) -> tuple[Evaluation, Any]:
-    """The oracle's measures of pictures drawn from descriptions, and a grid of some."""
+    """The judges' measures of pictures drawn from prompts, and a grid of some."""
     sampler = open_sampler(product)
-    prompts = [descriptive(scene) for scene in scenes]
-    images = sampler.draw(prompts, range(len(prompts)), steps=steps, guidance=guidance, batch=batch)
+    numbers = range(len(subjects))
+    prompts = subjects.prompts(numbers)
+    images = sampler.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
     side = images.shape[1]
-    drawn = np.stack([render(scene, side) for scene in scenes])
-    values = _scored(scenes, images)
-    ceiling = _scored(scenes, _through(sampler.pipeline.vae, drawn, batch))
-    chance = oracle.chance(scenes, list(images))
-    result = {
-        "measures": {
-            name: {"value": values[name], "chance": _or_none(chance[name]), "ceiling": ceiling[name]} for name in values
-        },
-        "oracle": oracle.accuracy_on_clean(side, vocabulary(world)),
-        "sampling": {
-            "steps": steps or sampler.steps,
-            "guidance": sampler.guidance if guidance is None else guidance,
-        },
-    }
+    through = _through(sampler.pipeline.vae, subjects.pictures(numbers, side), batch)
+    others = [(number + 1) % len(subjects) for number in numbers]
+    measures: Evaluation = {}
+    trust: Evaluation = {}
+    for judge in judges:
+        judged = functools.partial(_judged, judge, subjects, batch=batch, device=sampler.pipeline.device)
+        value, ceiling = judged(numbers, images), judged(numbers, through)
+        if isinstance(judge, Follows) and isinstance(subjects, Scenes):
+            chance = oracle.chance(subjects.scenes, list(images))
+            trust = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
+        else:
+            chance = judged(others, images) if judge.knows_prompts else {}
+        for name in value:
+            row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": ceiling[name]}
+            measures[name] = {kind: _or_none(number) for kind, number in row.items()}
+    sampling = {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
+    result = {"measures": measures, **trust, "sampling": sampling}
     return result, grid(images[:_SHOWN], prompts[:_SHOWN])
+
+
+def _judged(
+    judge: Judge, subjects: Subjects, numbers: Sequence[int], pictures: np.ndarray, *, batch: int, device: torch.device
+) -> dict[str, float]:
+    """What a judge says of pictures for the prompts of these numbers."""
+    with undisturbed(device), judge.ready(device):
+        for start in range(0, len(numbers), batch):
+            judge.add(subjects, numbers[start : start + batch], pictures[start : start + batch])
+        return judge.result(alone)
 
 
 def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:
@@ -200,4 +257,6 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def _in_words(measures: Evaluation) -> str:
     rows = [(name, row["value"], row["chance"]) for name, row in measures.items() if row["value"] is not None]
-    return ", ".join(f"{name} {value:.2f} (chance {chance:.2f})" for name, value, chance in rows)
+    return ", ".join(
+        f"{name} {value:.2f}" + ("" if chance is None else f" (chance {chance:.2f})") for name, value, chance in rows
+    )

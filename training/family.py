@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,8 +72,15 @@ class TextEncoder(Protocol):
         """Texts → states by name, the first axis being the texts; of one shape whatever the texts."""
 
 
+class Spread(NamedTuple):
+    """A value for each sample of a batch, to be logged by where in [0, 1] the sample lies (its time, say)."""
+
+    values: torch.Tensor  # [B]
+    places: torch.Tensor  # [B]
+
+
 Batch = dict[str, torch.Tensor]  # every tensor's first dimension is the batch
-Metrics = Mapping[str, float | torch.Tensor]  # scalars; a tensor need not leave its device
+Metrics = Mapping[str, float | torch.Tensor | Spread]  # scalars, or one a sample; a tensor need not leave its device
 
 
 class Family(ABC):
@@ -129,7 +136,7 @@ class Family(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        """The mean loss over the batch (scalar, with gradient) and scalars to log.
+        """The mean loss over the batch (scalar, with gradient) and scalars (or a `Spread`) to log.
 
         `model` is `self.model` as the engine wraps it: call it, don't reach into it (weights may be sharded).
         `batch` is this worker's share of the step's batch (or of one part of it, with `accumulate`), on the device.

@@ -91,6 +91,11 @@ class MixedData:
         trained, held = [len(part) for part in parts], [part.total - len(part) for part in parts]
         self._ends = np.cumsum([*trained, *held])
 
+    @property
+    def layer(self) -> str | None:
+        """The first dataset's caption layer: of it are the samples that are held out to be looked at."""
+        return self.parts[0].layer
+
     def __len__(self) -> int:
         """How many samples are trained on, all datasets together."""
         return int(self._ends[len(self.parts) - 1])

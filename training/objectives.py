@@ -133,9 +133,14 @@ def resolution_shift(values: float, base: float) -> float:
 # Both ----------------------------------------------------------------------------------------------------------------
 
 
+def sample_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Each sample's mean squared error [B], computed in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
 def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over the batch of weight [B] × each sample's mean squared error; computed in float32."""
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    error = sample_mse(prediction, target)
     return (error if weight is None else error * weight).mean()
 
 

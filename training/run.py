@@ -3,6 +3,7 @@
 recipe.json     what the run is; a start with another recipe is refused
 assets/         what the family made from the dataset once: a tokenizer, latent statistics
 log.jsonl       one JSON object a logged step; tensorboard/ the same as curves; train.log in words
+evaluations.jsonl, samples/, best/, best.json     see training.watch.inloop
 checkpoints/    see training.checkpoint
 product/        the trained model in its library's own format
 finished.json   {steps, ...}; written last
@@ -36,6 +37,7 @@ class Run:
         self.where = train.run if "://" in train.run else str(train.folder)
         self.assets, self.product = self.folder / "assets", self.folder / "product"
         self.log, self.words, self.stop = (self.folder / name for name in ("log.jsonl", "train.log", "stop"))
+        self.evaluations = self.folder / "evaluations.jsonl"
 
     def begin(self, recipe: dict[str, Any]) -> None:
         """Make the folder, or check that it holds a run of the same recipe. Raises RecipeError if not."""
@@ -94,11 +96,12 @@ class Run:
         return summary if summary and summary["steps"] >= self.train.steps and self.product.is_dir() else None
 
     def forget_after(self, step: int) -> None:
-        """Drop the log's lines after `step`: a run that goes on from there writes them again."""
-        if self.log.exists():
-            lines = self.log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            Storage(str(self.folder)).write(self.log.name, "".join(kept).encode())
+        """Drop the logs' lines after `step`: a run that goes on from there writes them again."""
+        for log in (self.log, self.evaluations):
+            if log.exists():
+                lines = log.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                Storage(str(self.folder)).write(log.name, "".join(kept).encode())
 
 
 def download(storage: Storage, name: str, there: list[str], folder: Path) -> None:

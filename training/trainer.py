@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from training.product import find_product
 from training.run import Run, last_record, writing_words
 from training.switches import place
 from training.upload import Upload
+from training.watch.inloop import InLoop
 
 logger = logging.getLogger("training.trainer")  # by name: under `python -m` this module is __main__
 
@@ -98,6 +100,7 @@ class _Fit:
         self.checkpoints = Checkpoints(train, engine, self.ema, self.rival, wanted)
         self.meter = Meter(engine, self.disk, self.family.name)
         self.health = Health(engine, self.disk)
+        self.watching = InLoop(recipe, train, engine, self.meter, self.data.layer, self._write_average)
 
     def _open_data(self) -> TrainingData | MixedData:
         if self.engine.is_main:
@@ -126,6 +129,8 @@ class _Fit:
         train = self.train
         step = self._resume()
         with _Interrupts() as interrupts, self._loader(step) as loader:
+            if self._watch(step, interrupts, saved=True):  # what a stop cut off
+                return self._stopped(step)
             for prepared in self.meter.timed(loader):
                 self._step(prepared)
                 step = prepared.step + 1
@@ -135,6 +140,7 @@ class _Fit:
                     self.meter.log(step, self._facts(step))
                 if saving or stop:
                     self._save(step)
+                stop = stop or self._watch(step, interrupts, saved=saving)
                 if stop and step < train.steps:
                     return self._stopped(step)
         return self._publish(step)
@@ -165,9 +171,10 @@ class _Fit:
             draw = torch.Generator(engine.device)
             draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
             on_device = place(batch, train, engine.device)
-            with engine.computing():
-                loss, metrics = self.family.loss(self.model, on_device, draw)
-            norm = engine.backward(loss, last=part == train.accumulate - 1)
+            with self.meter.counting(on_device):
+                with engine.computing():
+                    loss, metrics = self.family.loss(self.model, on_device, draw)
+                norm = engine.backward(loss, last=part == train.accumulate - 1)
             if self.rival is not None:
                 metrics = {**metrics, **self.rival.turn(last=part == train.accumulate - 1)}
             losses.append(loss.detach())
@@ -177,6 +184,19 @@ class _Fit:
             self.meter.add({"grad_norm": norm})
         self.meter.step(prepared.slots)
         self.health.add(step, prepared.keys, torch.stack(losses).mean(), norm)
+
+    def _watch(self, step: int, interrupts: _Interrupts, saved: bool) -> bool:
+        """Draw and measure what is due; True when told to stop meanwhile: there is a checkpoint of this step then."""
+        left = [] if saved else [lambda: self._save(step)]
+
+        def save() -> None:
+            if left:
+                left.pop()()
+
+        stop = self.watching.after(step, lambda: interrupts.seen or self._told_to_stop(), save)
+        if stop:
+            save()
+        return stop
 
     def _facts(self, step: int) -> dict[str, float]:
         samples = step * self.train.batch
@@ -212,8 +232,17 @@ class _Fit:
 
     def _publish(self, step: int) -> dict[str, Any]:
         """Write the product with the averaged weights."""
-        weights, buffers = self.ema.gather(), self.engine.buffers()
+        self._write_average(self.disk.product)
         self.meter.close()
+        if self.engine.is_main:
+            self.disk.finish(self._summary(step))
+            logger.info("train %s: finished after %d steps: %s", self.family.name, step, self.disk.product)
+        self.engine.wait()
+        return self._summary(step)
+
+    def _write_average(self, folder: Path) -> None:
+        """Publish a product with the averaged weights; called on every worker, for shards of them lie on each."""
+        weights, buffers = self.ema.gather(), self.engine.buffers()
         if self.bare is not None and weights is not None:
             bare = self.bare.eval()
             with torch.no_grad():
@@ -222,11 +251,8 @@ class _Fit:
                         parameter.copy_(weights[name])
                 for name, buffer in bare.named_buffers():
                     buffer.copy_(buffers[name])
-            self.disk.publish(self.disk.product, lambda folder: self.family.save(bare, folder))
-            self.disk.finish(self._summary(step))
-            logger.info("train %s: finished after %d steps: %s", self.family.name, step, self.disk.product)
-        self.engine.wait()
-        return self._summary(step)
+            self.disk.publish(folder, lambda partial: self.family.save(bare, partial))
+            self.family.to(self.engine.device)  # saving may have moved frozen parts to the CPU
 
     def _summary(self, step: int, stopped: bool = False) -> dict[str, Any]:
         record = last_record(self.disk.log) or {}

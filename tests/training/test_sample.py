@@ -186,6 +186,24 @@ def test_a_diffusion_run_is_measured_beside_chance_and_ceiling(runs, tmp_path):
     assert result["sampling"] == {"steps": 4, "guidance": 2.0}
 
 
+def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
+    from small_clip import write_clip
+
+    from cluster.cli import run as capstan
+
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run", run)
+    command = ["evaluate", str(run), "--count", "4", "--json", "--measures"]
+    assert capstan([*command, "clip"]) == 2
+    assert "clip has no model: the run's recipe names none. Mend: add --clip MODEL" in capsys.readouterr().err
+    assert capstan([*command, "fid", "--features", "/no/inception.pth"]) == 2
+    assert "/no/inception.pth is not on this machine" in capsys.readouterr().err
+    assert capstan([*command, "clip", "--clip", str(write_clip(tmp_path / "clip", 0))]) == 0
+    (name, row), *others = json.loads(capsys.readouterr().out.splitlines()[-1])["measures"].items()
+    assert (name, others) == ("clip", [])
+    assert all(-1 <= row[kind] <= 1 for kind in ("value", "chance", "ceiling"))
+
+
 def test_an_autoencoder_run_is_measured_by_psnr(runs, tmp_path):
     run = tmp_path / "ae"
     shutil.copytree(runs / "ae", run)

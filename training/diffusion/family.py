@@ -24,12 +24,12 @@ from training.config import AUTO, TrainConfig
 from training.diffusion.backbone import Ends
 from training.diffusion.backbones import backbone_of
 from training.diffusion.model import Denoiser
-from training.diffusion.process import process_of
+from training.diffusion.process import STEPS, process_of
 from training.diffusion.settings import DiffusionSettings
 from training.diffusion.text import TextEncoders, Texts, new_encoders, open_encoders
-from training.family import Batch, Family, Metrics, Sample, Samples
+from training.family import Batch, Family, Metrics, Sample, Samples, Spread
 from training.latents import encoder_identity
-from training.objectives import drop_encoders, drop_rows, weighted_mse
+from training.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from training.pixels import batch_of, conditions_of, picture_size, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
 from training.text_states import states_of
@@ -123,6 +123,7 @@ class DiffusionFamily(Family):
             kept = ~drop_encoders(count, len(self.text.towers), self.train.drop_each, draw)
             metrics["encoders_dropped"] = 1 - kept.float().mean()
         prediction = model(task.noisy.to(dtype), task.timesteps, text, batch.get("conditions"), kept)
+        metrics["loss_by_time"] = Spread(sample_mse(prediction.detach(), task.target), task.timesteps / STEPS)
         return weighted_mse(prediction, task.target, task.weight), metrics
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
