@@ -41,8 +41,8 @@ def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     return run_stages(folder, Demo(folder, quick).stages, "demo.log", ("grid", "report"))
 
 
-def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[str]) -> dict[str, Any]:
-    """Run named stages in order, a line each on the terminal; gives all that they gave, and ends by naming `show`."""
+def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[str] = ()) -> dict[str, Any]:
+    """Run named stages in order, a line each on the terminal, and say where the results of `show` are; gives all."""
     storage = Storage(str(folder), field="DIR")
     storage.check_writable()
     summary: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[s
                 result = stage()
                 say(result.pop("said"))
                 summary |= result
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min; look at", file=sys.stderr)
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min{'; look at' if show else ''}", file=sys.stderr)
     for name in show:
         print(f"  {summary[name]}", file=sys.stderr)
     return summary

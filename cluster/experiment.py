@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from cluster import demo_recipes
 from cluster.demo import Demo, Stage, run_stages, true_captions
+from pipeline.config import Recipe
 from pipeline.storage import Storage
 from recaption.store import write_given_layer
 from training.experiment.config import MAIN, TRUTH
@@ -23,11 +24,15 @@ PROMPTS: Final = 192
 
 def run_experiment(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Run what is not yet done; gives what was found and the path of the report."""
-    return run_stages(folder, _World(folder, quick).stages, "experiment.log", ("report",))
+    from training.experiment.run import run_blend
+
+    world = _World(folder, quick)
+    run_stages(folder, world.stages, "experiment.log")
+    return run_blend(world.recipe())
 
 
 class _World:
-    """The demo's stages up to the latents, and the experiment's."""
+    """The demo's stages up to the latents, and what the experiment needs beside them."""
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.demo = folder, Demo(folder, quick)
@@ -40,20 +45,17 @@ class _World:
             ("write down what is true", self._truth),  # before the captioner's layer, which is then the latest
             *((title, made[title]) for title in before[at:]),
             ("train the CLIP that judges", lambda: self.demo.train("scorer")),
-            ("train and measure the arms", self._blend),
         ]
+
+    def recipe(self) -> Recipe:
+        """The experiment's, once the stages are done: with the layer and the latents that they made."""
+        self.demo.recipes["experiment"]["train"]["data"] = self.demo.recipes["diffusion"]["train"]["data"]
+        return self.demo.recipe("experiment")
 
     def _truth(self) -> dict[str, Any]:
         web = self.demo.recipe("web")
         written = write_given_layer(Storage(web.dataset), TRUTH, true_captions(web))
         return {"said": f"{written['images']:,} pictures"}
-
-    def _blend(self) -> dict[str, Any]:
-        from training.experiment.run import run_blend
-
-        self.demo.recipes["experiment"]["train"]["data"] = self.demo.recipes["diffusion"]["train"]["data"]
-        found = run_blend(self.demo.recipe("experiment"))
-        return {"said": f"{sum(found['runs'].values())} runs", **found}
 
 
 def recipes(folder: Path, demo: dict[str, dict[str, Any]], *, quick: bool) -> dict[str, dict[str, Any]]:

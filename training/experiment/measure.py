@@ -60,7 +60,9 @@ def judged(prompts: Sequence[Prompt], pictures: np.ndarray, clip: Clip | None) -
     """Measure → one value a prompt, of pictures [N, H, W, 3]."""
     columns: dict[str, list[float | None]] = {}
     if all(prompt.wanted is not None for prompt in prompts):
-        rows = [judge.judge(p.wanted, image) for p, image in zip(prompts, pictures, strict=True) if p.wanted]
+        rows = [
+            judge.judge(p.wanted, image) for p, image in zip(prompts, pictures, strict=True) if p.wanted is not None
+        ]
         columns = {name: [_plain(row[name]) for row in rows] for name in judge.MEASURES}
     if clip is not None:
         mean, least = clip_scores(clip, pictures, [prompt.text for prompt in prompts])

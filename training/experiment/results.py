@@ -269,7 +269,7 @@ def _claim(part: str, values: Mapping[str, Interval], find: Callable[[str, str],
     rising = all(values[a].mean < values[b].mean for a, b in itertools.pairwise(MAIN))
     sure = [found.low > 0 for _, _, found in steps]
     order = " < ".join(MAIN)
-    if rising and all(sure):
+    if rising and len(steps) == len(pairs) and all(sure):
         verdict = f"The paper's order, {order}, appears on {part} prompts, and every difference excludes 0"
     elif rising:
         verdict = f"The paper's order, {order}, appears on {part} prompts in the means, not in every difference"

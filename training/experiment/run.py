@@ -12,12 +12,13 @@ A run is trained to its first point, measured with the averaged weights that it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,30 @@ def run_blend(recipe: Recipe) -> dict[str, Any]:
     """
     experiment = Experiment(recipe)
     experiment.begin()
-    experiment.check()
-    for seed in experiment.config.seeds:
-        experiment.start(seed)
-    if experiment.train.engine.launcher == "ray":
-        from pipeline.units import start_ray
+    experiment.judges()  # all that measuring needs is looked at before anything is trained
+    with _in_few_words():
+        for seed in experiment.config.seeds:
+            experiment.start(seed)
+        if experiment.train.engine.launcher == "ray":
+            from pipeline.units import start_ray
 
-        start_ray(recipe.resources)  # here, in the main thread, and once for all
-    todo = [trial for trial in arms.trials(experiment.config) if not experiment.finished(trial)]
-    logger.info("experiment: %d runs to go, %d at a time", len(todo), experiment.parallel)
-    _side_by_side(todo, experiment)
+            start_ray(recipe.resources)  # here, in the main thread, and once for all
+        todo = [trial for trial in arms.trials(experiment.config) if not experiment.finished(trial)]
+        experiment.expect(todo)
+        _side_by_side(todo, experiment)
     return experiment.report()
+
+
+@contextlib.contextmanager
+def _in_few_words() -> Iterator[None]:
+    """Each run tells of its steps in its own train.log; here several would talk at once."""
+    talk = logging.getLogger("training.launch")
+    before = talk.level
+    talk.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        talk.setLevel(before)
 
 
 class Experiment:
@@ -95,12 +109,8 @@ class Experiment:
         content = {"identity": identity, "layer": self.layer, "recipe": self.recipe.model_dump(mode="json")}
         self.storage.write("experiment.json", json.dumps(content, indent=1).encode())
 
-    def check(self) -> None:
-        """Look at all that measuring needs before anything is trained. Raises RecipeError."""
-        self.judges()
-
     def judges(self) -> tuple[prompts.Prompts, Any]:
-        """The sets of prompts, the expanded one included, and the scorer."""
+        """The sets of prompts, the expanded one included, and the scorer. Raises RecipeError."""
         if self._judges is None:
             sets = prompts.prompt_sets(self.recipe, self.config, self.train, self.layer)
             clip = open_scorer(self.config.scorer)
@@ -130,6 +140,14 @@ class Experiment:
             layer = self.layer or next((layer for layer in self.layers.values() if layer), None)
             train(arms.start_recipe(self.recipe, self.config.arms, layer, self.folder, seed))
 
+    def expect(self, todo: Sequence[Trial]) -> None:
+        """Say what is still to be done."""
+        left = [(trial, point) for trial in todo for point in self.points if self.kept.read(trial.name, point) is None]
+        self._expected, self._done, self._since = len(left), 0, time.monotonic()
+        logger.info(
+            "experiment: %d runs to go, %d at a time, measured %d times", len(todo), self.parallel, self._expected
+        )
+
     # One run ---------------------------------------------------------------------------------------------------------
 
     def recipe_of(self, trial: Trial, steps: int) -> Recipe:
@@ -142,7 +160,7 @@ class Experiment:
 
     def run(self, trial: Trial) -> None:
         """Train to each point and measure there. Raises KeyboardInterrupt when told to stop."""
-        whole = self.recipe_of(trial, self.points[-1]).model_dump(mode="json", exclude_none=True)
+        whole = self.recipe_of(trial, self.points[-1]).model_dump(mode="json")
         text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
         Storage(str(arms.trial_folder(self.folder, trial))).write("recipe.yaml", text.encode())
         for point in self.points:
@@ -173,7 +191,12 @@ class Experiment:
         drawn = sum(len(asked) for asked in sets.values())
         facts = {"step": point, "seconds": clock.seconds, "pictures": drawn, "values": values}
         self.kept.write(trial.name, point, facts, pictures if last else {})
-        logger.info("experiment: %s measured at step %d (%d pictures, %.0f s)", trial.name, point, drawn, clock.seconds)
+        self._done += 1
+        minutes = (time.monotonic() - self._since) / 60 * (self._expected / self._done - 1)
+        logger.info(
+            "experiment: %s measured at step %d (%d pictures, %.0f s); %d of %d measurements, about %.0f min to go",
+            *(trial.name, point, drawn, clock.seconds, self._done, self._expected, minutes),
+        )
 
     def ask_to_stop(self, running: Sequence[Trial]) -> None:
         """Let runs save a checkpoint and end."""
