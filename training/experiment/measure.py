@@ -59,10 +59,9 @@ def measure(sampler: Sampler, prompts: Prompts, clip: Clip | None, batch: int = 
 def judged(prompts: Sequence[Prompt], pictures: np.ndarray, clip: Clip | None) -> dict[str, list[float | None]]:
     """Measure → one value a prompt, of pictures [N, H, W, 3]."""
     columns: dict[str, list[float | None]] = {}
-    if all(prompt.wanted is not None for prompt in prompts):
-        rows = [
-            judge.judge(p.wanted, image) for p, image in zip(prompts, pictures, strict=True) if p.wanted is not None
-        ]
+    wanted = [prompt.wanted for prompt in prompts if prompt.wanted is not None]
+    if len(wanted) == len(prompts):
+        rows = [judge.judge(asked, image) for asked, image in zip(wanted, pictures, strict=True)]
         columns = {name: [_plain(row[name]) for row in rows] for name in judge.MEASURES}
     if clip is not None:
         mean, least = clip_scores(clip, pictures, [prompt.text for prompt in prompts])
