@@ -74,7 +74,7 @@ def _page(results: Results, pictures: bytes | None) -> page.Page:
         told = "The first prompts of each set, with the same noise for every arm."
         made.section("The same prompts", page.note(told), page.image(pictures, "pictures by prompt and arm"))
     made.section("Expanded prompts", *_expanded(results))
-    made.section("Captions that were shown", _blends(results))
+    made.section("Captions that were shown", _blends(results), *_truth(results))
     made.section("Cost", _cost(results))
     made.section("How it was measured", *_method(results))
     return made
@@ -175,6 +175,20 @@ def _blends(results: Results) -> Html:
         "was drawn can therefore hold more originals than was asked for."
     )
     return Html(remark + page.table(["arm", "layer", "asked for", "really drawn"], rows))
+
+
+def _truth(results: Results) -> Iterable[Html]:
+    """The captioner's errors."""
+    if not results.captions:
+        return
+    names = list(next(iter(results.captions.values())))
+    rows = [[slot, *(page.number(stated[name]) for name in names)] for slot, stated in results.captions.items()]
+    yield page.heading("How true they are")
+    yield page.note(
+        "Shares of what could be stated that captions state rightly; one that says nothing of it counts as wrong. size, "
+        "texture and place are of things that are named by their right colour and shape."
+    )
+    yield page.table(["captions", *(name.replace("_", " + ") for name in names)], rows)
 
 
 def _cost(results: Results) -> Html:

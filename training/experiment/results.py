@@ -49,7 +49,8 @@ class Results:
     curves: dict[str, dict[str, dict[str, list[tuple[int, Interval]]]]]  # set → measure → arm → (step, …)
     expanding: dict[str, dict[str, Interval]]  # measure → arm → with expanded prompts − without
     references: dict[str, dict[str, dict[str, float | None]]]  # truth, chance → set → measure
-    blends: dict[str, dict[str, Any]]  # arm → {asked, drawn}
+    captions: dict[str, dict[str, float | None]]  # slot → what is stated rightly, on the captioned world
+    blends: dict[str, dict[str, Any]]  # arm → {layer, asked, drawn}
     cost: dict[str, dict[str, float]]  # arm → of all its runs together
     found: list[str] = field(default_factory=list)
 
@@ -95,6 +96,7 @@ def gather(storage: Storage, config: ExperimentConfig, train: TrainConfig, layer
         curves=_curves(values, names, seeds, points, config.draws),
         expanding=_expanding(values, names, seeds, points[-1], config.draws),
         references=_references(storage),
+        captions=json.loads(storage.read("captions.json")),
         blends={arm: _blend(train.folder, config, arm, seeds[arm], layers[arm]) for arm in seeds},
         cost={arm: _cost(train, arm, seeds[arm], read, points) for arm in seeds},
     )

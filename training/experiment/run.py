@@ -4,6 +4,7 @@
     train.run/start, arms        the runs (training.experiment.arms), each one an ordinary run
     train.run/measured           what their pictures score (training.experiment.measure)
     train.run/references.json    what true pictures score, and those of other prompts
+    train.run/captions.json      how true the captions are; train.run/upsampled.json: the expanded prompts
     train.run/results.json, report.html, figures/
 
 A run is trained to its first point, measured with the averaged weights that it leaves there, and goes on to the next:
@@ -32,6 +33,7 @@ from training.config import TrainConfig
 from training.data import find_layer
 from training.experiment import arms, expand, prompts
 from training.experiment.arms import Trial
+from training.experiment.captions import truth_of_captions
 from training.experiment.config import ExperimentConfig
 from training.experiment.measure import Clock, Kept, measure, open_scorer, references, with_upsampled
 from training.launch import train
@@ -121,6 +123,9 @@ class Experiment:
             sets = self._expanded(sets)
             if not self.storage.exists("references.json"):
                 self.storage.write("references.json", json.dumps(references(sets, clip)).encode())
+            if not self.storage.exists("captions.json"):
+                true = truth_of_captions(self.recipe, self.layer)
+                self.storage.write("captions.json", json.dumps(true, indent=1).encode())
             self._judges = sets, clip
         return self._judges
 
