@@ -53,7 +53,8 @@ def bands(title: str, lines: Mapping[str, Sequence[Point]], *, colours: Sequence
     for (name, line), colour in zip(lines.items(), itertools.cycle(colours), strict=False):
         parts.append(_band(name, [p for p in line if math.isfinite(p[1])], x, y, colour))
     parts.append(_baseline(x, sorted({p[0] for p in points})))
-    gist = "; ".join(f"{name} ends at {short(line[-1][1])}" for name, line in lines.items() if line)
+    ends = {name: [p[1] for p in line if math.isfinite(p[1])] for name, line in lines.items()}
+    gist = "; ".join(f"{name} ends at {short(known[-1])}" for name, known in ends.items() if known)
     return _plot(title, _HEIGHT, "".join(parts), gist)
 
 

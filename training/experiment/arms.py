@@ -4,12 +4,12 @@
     train.run/arms/original-s0  an ordinary run that begins there; `recipe.yaml` in it is what `capstan train` takes
 
 A vocabulary learnt from one arm's captions would be another one for each arm, and would cut the others' prompts into
-crumbs: it is learnt from every caption that some arm may show.
+crumbs: it is learnt from all captions of the layer and the original ones, so that arms can still be added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,9 +70,8 @@ def start_folder(folder: Path, seed: int) -> Path:
     return folder / "start" / f"s{seed}"
 
 
-def start_recipe(recipe: Recipe, arms: dict[str, Arm], layer: str | None, folder: Path, seed: int) -> Recipe:
-    """The run from which all arms of a seed begin. Its one step is too small to change a weight."""
-    slots = {slot for arm in arms.values() for slot in arm.shares} if layer is not None else {ORIGINAL}
+def start_recipe(recipe: Recipe, slots: Sequence[str], layer: str | None, folder: Path, seed: int) -> Recipe:
+    """The run from which all arms of a seed begin, on all captions alike. Its step is too small to change a weight."""
     changed: dict[str, Any] = {
         "run": str(start_folder(folder, seed)),
         "seed": seed,

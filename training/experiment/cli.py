@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 
 from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 
 
-def experiments(load: Load) -> Any:
+def experiments(load: Load) -> typer.Typer:
     """The group of commands; `load` reads and validates a recipe file with its overrides."""
     group = typer.Typer(
         help="Train several models that differ in one thing, and say which is better.",

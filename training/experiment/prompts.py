@@ -71,7 +71,7 @@ def _of_world(world: WorldSource, name: str) -> Iterator[Prompt]:
             continue
         text = alt(scene, vocab) if name == "original" else descriptive(scene)
         if wanted := read(text):
-            yield Prompt(text, index, wanted, render(scene, world.size))
+            yield Prompt(text, index, wanted=wanted, picture=render(scene, world.size))
 
 
 def _held_out(recipe: Recipe, train: TrainConfig, layer: str | None, count: int) -> Prompts:

@@ -185,8 +185,8 @@ def _truth(results: Results) -> Iterable[Html]:
     rows = [[slot, *(page.number(stated[name]) for name in names)] for slot, stated in results.captions.items()]
     yield page.heading("How true they are")
     yield page.note(
-        "Shares of what could be stated that captions state rightly; one that says nothing of it counts as wrong. size, "
-        "texture and place are of things that are named by their right colour and shape."
+        "Shares of what could be stated that captions state rightly; one that says nothing of it counts as wrong. "
+        "Size, texture and place are of things that are named by their right colour and shape."
     )
     yield page.table(["captions", *(name.replace("_", " + ") for name in names)], rows)
 

@@ -129,8 +129,8 @@ class _Values:
         found = []
         for b, a in itertools.combinations(self._seeds, 2):
             if both := [seed for seed in self._seeds[a] if seed in self._seeds[b]]:
-                pair = (self.of(part, measure, arm, point, both) for arm in (a, b))
-                found.append(Difference(a, b, difference(*pair, draws)))
+                more, less = (self.of(part, measure, arm, point, both) for arm in (a, b))
+                found.append(Difference(a, b, difference(more, less, draws)))
         return found
 
     def _entry(self, arm: str, seed: int, point: int) -> dict[str, dict[str, list[float | None]]]:

@@ -29,7 +29,8 @@ import yaml
 from pipeline.config import Recipe
 from pipeline.errors import CapstanError, RecipeError
 from pipeline.storage import Storage
-from training.config import TrainConfig
+from recaption.store import layer_recipe
+from training.config import ORIGINAL, TrainConfig
 from training.data import find_layer
 from training.experiment import arms, expand, prompts
 from training.experiment.arms import Trial
@@ -142,8 +143,11 @@ class Experiment:
     def start(self, seed: int) -> None:
         """Train the run of one step from which the arms of a seed begin, unless the recipe says where they do."""
         if self.train.init is None:
-            layer = self.layer or next((layer for layer in self.layers.values() if layer), None)
-            train(arms.start_recipe(self.recipe, self.config.arms, layer, self.folder, seed))
+            slots = [ORIGINAL]
+            if self.layer is not None:
+                storage = Storage(self.recipe.dataset, self.recipe.storage)
+                slots += layer_recipe(storage, self.layer)["slots"]
+            train(arms.start_recipe(self.recipe, slots, self.layer, self.folder, seed))
 
     def expect(self, todo: Sequence[Trial]) -> None:
         """Say what is still to be done."""
@@ -296,6 +300,9 @@ def _side_by_side(todo: Sequence[Trial], experiment: Experiment) -> None:
         running.add(trial)
         try:
             experiment.run(trial)
+        except BaseException:
+            experiment.stopping.set()  # before this thread takes the next
+            raise
         finally:
             running.discard(trial)
 

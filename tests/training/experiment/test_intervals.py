@@ -41,12 +41,12 @@ def test_three_seeds_that_alone_differ_give_students_interval_of_two_degrees() -
 
 @pytest.mark.parametrize("spread", [(0.0, 0.3, 0.3), (0.05, 0.3, 0.3), (0.3, 0.1, 0.1)])
 def test_intervals_hold_the_truth_as_often_as_they_say(spread: tuple[float, float, float]) -> None:
-    chance, trials = np.random.default_rng(1), 400
+    chance, trials = np.random.default_rng(1), 250
     held = 0
     for _ in range(trials):
         found = interval(crossed(chance, 3, 60, spread), draws=300)
         held += found.low <= 0 <= found.high
-    assert held / trials >= 0.93
+    assert held / trials >= 0.92
     assert held / trials <= 0.999 or spread[0] == 0.3  # few seeds: on the wide side
 
 
@@ -63,7 +63,7 @@ def test_what_prompts_have_in_common_goes_out_of_a_difference() -> None:
 
 
 def test_differences_that_are_none_mostly_include_zero() -> None:
-    chance, trials = np.random.default_rng(3), 300
+    chance, trials = np.random.default_rng(3), 200
     excluded = 0
     for _ in range(trials):
         prompts = 0.3 * chance.normal(size=(1, 50))

@@ -29,16 +29,16 @@ def sets_of(recipe: Recipe, layer: str | None = None) -> dict:
 @pytest.fixture(scope="module")
 def world() -> Recipe:
     source = {"format": "world", "world": {"size": 32, "colours": ["red", "blue", "green"], "textures": ["plain"]}}
-    return Recipe(dataset="ds", source=source, train=TRAIN, experiment={"prompts": 40})
+    return Recipe(dataset="ds", source=source, train=TRAIN, experiment={"prompts": 24})
 
 
 def test_prompts_of_the_world_say_something_of_scenes_that_nobody_has_seen(world: Recipe) -> None:
     sets = sets_of(world)
-    assert [len(prompts) for prompts in sets.values()] == [40, 40]
+    assert [len(prompts) for prompts in sets.values()] == [24, 24]
     assert all(prompt.wanted for prompts in sets.values() for prompt in prompts)
     assert all(len(prompt.text.split()) <= 14 for prompt in sets["original"])
     assert all(len(prompt.text.split()) >= 14 for prompt in sets["descriptive"])
-    assert sets == sets_of(world) or [p.text for p in sets["original"]] == [p.text for p in sets_of(world)["original"]]
+    assert [prompt.text for prompt in sets["original"]] == [prompt.text for prompt in sets_of(world)["original"]]
     source = world_of(world)
     assert source is not None
     trained = {descriptive(draw_scene(source.seed, index, vocabulary(source))) for index in range(500)}
