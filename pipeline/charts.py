@@ -38,7 +38,9 @@ def bands(title: str, lines: Mapping[str, Sequence[Point]], *, colours: Sequence
         return _plot(title, _HEIGHT, "", "no values")
     low = min(min(p[1], p[2]) if math.isfinite(p[2]) else p[1] for p in points)
     high = max(max(p[1], p[3]) if math.isfinite(p[3]) else p[1] for p in points)
-    marks = ticks(low, high if high > low else low + 1, 4)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    marks = ticks(low, high, 4)
     low, high = min(low, marks[0]), max(high, marks[-1])
     first, last = min(p[0] for p in points), max(p[0] for p in points)
 
@@ -58,7 +60,7 @@ def bands(title: str, lines: Mapping[str, Sequence[Point]], *, colours: Sequence
     return _plot(title, _HEIGHT, "".join(parts), gist)
 
 
-def forest(title: str, rows: Sequence[tuple[str, float, float, float]], *, width: int = 2 * _WIDTH) -> Html:
+def forest(title: str, rows: Sequence[tuple[str, float, float, float]], *, width: int = _WIDTH) -> Html:
     """Differences (label, mean, low, high) as dots with their intervals, and the line of no difference."""
     rows = [row for row in rows if math.isfinite(row[1])]
     if not rows:

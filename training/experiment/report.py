@@ -101,9 +101,9 @@ def _differences(results: Results) -> Iterable[Html]:
         f"{results.primary.replace('_', ' ')}, on the same prompts and seeds. Each interval is for itself: of twenty "
         "differences that are none, one is expected to exclude 0."
     )
-    for part in results.table:
-        found = results.differences[part][results.primary]
-        yield charts.forest(f"{part} prompts", _rows(found))
+    yield page.grid(
+        charts.forest(f"{part} prompts", _rows(results.differences[part][results.primary])) for part in results.table
+    )
     yield page.heading("Every measure, the main arms")
     rows_of_all = [
         [part, m.replace("_", " "), *(_signed(d.value) for d in _main(results, part, m))]
@@ -254,7 +254,7 @@ def _pictures(results: Results, kept: Kept, prompts: Prompts) -> bytes | None:
         for number in range(min(_ROWS, *(len(images) for images in drawn.values()))):
             prompt = prompts[part][number]
             columns: dict[str, np.ndarray | None] = {} if prompt.picture is None else {"truth": prompt.picture}
-            text = prompt.text if prompt.drawn is None else f"{prompt.text} → {prompt.drawn}"
+            text = prompt.text if prompt.drawn is None else f"{prompt.text}, expanded: {prompt.drawn}"
             rows.append((text, columns | {arm: images[number] for arm, images in drawn.items()}))
     return side_by_side(rows) if rows else None
 

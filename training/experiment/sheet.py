@@ -11,6 +11,7 @@ import numpy as np
 
 _CELL: Final = 112  # pixels of a picture, at least
 _TEXT: Final = 300  # pixels of the column of prompts
+_LINES: Final = 9  # of a prompt, at most
 _FONT: Final = 14  # pixels
 _MARGIN: Final = 10  # pixels
 
@@ -25,7 +26,7 @@ def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) ->
     font = ImageFont.load_default(size=_FONT)
     letters = int((_TEXT - _MARGIN) / font.getlength("n"))
     line = _FONT + 4
-    wrapped = [textwrap.wrap(prompt, letters) or [""] for prompt, _ in rows]
+    wrapped = [textwrap.wrap(prompt, letters, max_lines=_LINES, placeholder=" …") or [""] for prompt, _ in rows]
     heights = [max(cell, line * len(lines)) + _MARGIN for lines in wrapped]
     width = _MARGIN + _TEXT + len(columns) * (cell + _MARGIN)
     sheet = Image.new("RGB", (width, 2 * _MARGIN + line + sum(heights)), "white")
