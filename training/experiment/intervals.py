@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 import numpy as np
@@ -68,8 +68,7 @@ def _stretched(middle: float, means: Floats, freedom: float) -> Interval:
 
 def _resampled(values: Floats, draws: int, seed: int) -> Floats:
     """Means of the values under `draws` choices of seeds and prompts [draws]; the same choices for the same shape."""
-    chance = np.random.default_rng(seed)
-    rows, columns = (_choices(chance, draws, count) for count in values.shape)
+    rows, columns = _choices(values.shape, draws, seed)
     known = ~np.isnan(values)
     total = ((rows @ np.where(known, values, 0.0)) * columns).sum(1)
     weight = ((rows @ known.astype(np.float64)) * columns).sum(1)
@@ -78,10 +77,14 @@ def _resampled(values: Floats, draws: int, seed: int) -> Floats:
     return means
 
 
-def _choices(chance: np.random.Generator, draws: int, count: int) -> Floats:
-    """How often each of `count` is drawn, count − 1 at a time [draws, count]; a single one always is."""
-    drawn: Floats = chance.multinomial(max(1, count - 1), [1 / count] * count, size=draws).astype(np.float64)
-    return drawn
+@lru_cache(maxsize=8)
+def _choices(shape: tuple[int, int], draws: int, seed: int) -> tuple[Floats, Floats]:
+    """How often each seed [draws, S] and each prompt [draws, P] is drawn, n − 1 of n; a single one always is."""
+    chance = np.random.default_rng(seed)
+    rows, columns = (
+        chance.multinomial(max(1, count - 1), [1 / count] * count, size=draws).astype(np.float64) for count in shape
+    )
+    return rows, columns
 
 
 def _freedom(values: Floats) -> float:

@@ -89,7 +89,7 @@ class Experiment:
         self.kept, self.stopping = Kept(self.storage), threading.Event()
         self._measuring = threading.Lock()  # one at a time: it has the threads that the trainers leave
         self._judges: tuple[prompts.Prompts, Any] | None = None
-        self.parallel = how_many(self.config, self.train, *_machine(recipe))
+        self.parallel = how_many(self.config, self.train, *_machine(recipe, self.train))
 
     # Before the runs -------------------------------------------------------------------------------------------------
 
@@ -261,18 +261,26 @@ def _refuse_another(before: dict[str, Any], now: dict[str, Any], folder: Path) -
 # Side by side --------------------------------------------------------------------------------------------------------
 
 
-def _machine(recipe: Recipe) -> tuple[int, int]:
-    """(cores, GPUs) that trainers may take."""
+def _machine(recipe: Recipe, train: TrainConfig) -> tuple[int, int]:
+    """(cores, GPUs) that trainers may take: of the cluster that they run on, or of this machine."""
     import torch
 
     allowed = recipe.resources
-    gpus = torch.cuda.device_count() if allowed.gpus is None else min(allowed.gpus, torch.cuda.device_count())
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, allowed.cpus or cores), gpus
+    if train.engine.launcher == "ray" and os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        from pipeline.units import start_ray
+
+        start_ray(allowed)
+        there = ray.cluster_resources()
+        cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
+    else:
+        cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return min(cores, allowed.cpus or cores), gpus if allowed.gpus is None else min(gpus, allowed.gpus)
 
 
 def how_many(config: ExperimentConfig, train: TrainConfig, cores: int, gpus: int) -> int:
-    """How many runs are trained at once: as the recipe says, or as many as this machine has GPUs or cores for.
+    """How many runs are trained at once: as the recipe says, or as many as there are GPUs or cores for.
 
     A run takes `engine.workers` GPUs, or on CPUs as many cores times `engine.threads`; without threads it takes all.
     Raises RecipeError where plain processes would share one GPU.
