@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo docs test test-cluster check format clean
+.PHONY: demo docs experiment test test-cluster check format clean
 .PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
+
+# Three caption blends, three seeds each: hours. It goes on where it was stopped.
+experiment: $(STAMP)
+	$(BIN)/capstan experiment world
 
 # By file, since a file's tests share what is dear to start; in order, so that the longest does not come last.
 test: check
@@ -74,4 +78,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) capstan-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) capstan-demo capstan-experiment .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ import cluster.jobs_cli
 import pipeline.cli
 import recaption.cli
 import training.cli
+import training.experiment.cli
 from cluster.config import load, schema
 from cluster.jobs_cli import ClustersOption
 from pipeline.cli import JsonOption, SetOption, finish
@@ -38,6 +39,8 @@ app = typer.Typer(
 for floor in (pipeline.cli, recaption.cli, training.cli):
     floor.add_commands(app, load)
 cluster.jobs_cli.add_commands(app)
+experiments = training.experiment.cli.experiments(load)
+app.add_typer(experiments, name="experiment")
 
 
 @app.command()
@@ -87,6 +90,20 @@ def demo(
     from cluster.demo import run_demo
 
     finish(run_demo(folder, quick=quick), as_json)
+
+
+@experiments.command()
+def world(
+    folder: Annotated[Path, typer.Argument(help="Where everything is kept.")] = Path("capstan-experiment"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps of everything: it runs, and learns nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the experiment on blends from nothing, on a captioned world; goes on where it stopped."""
+    from cluster.experiment import run_experiment
+
+    finish(run_experiment(folder, quick=quick), as_json)
 
 
 def run(arguments: list[str] | None = None) -> int:

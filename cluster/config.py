@@ -10,6 +10,7 @@ from pipeline.config import Recipe, read_recipe, validate
 from pipeline.secrets import refuse_secrets
 from recaption.config import RecaptionConfig
 from training.config import TrainConfig, json_schema
+from training.experiment.config import ExperimentConfig
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -21,6 +22,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         validate(RecaptionConfig, recipe.recaption, "recaption")
     if recipe.train is not None:
         TrainConfig.from_recipe(recipe)
+    if recipe.experiment is not None:
+        ExperimentConfig.from_recipe(recipe)
     return recipe
 
 
@@ -28,7 +31,11 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of the whole recipe, for editors."""
     whole = Recipe.model_json_schema()
     definitions = whole.setdefault("$defs", {})
-    for section, inner in (("recaption", RecaptionConfig.model_json_schema()), ("train", json_schema())):
+    for section, inner in (
+        ("recaption", RecaptionConfig.model_json_schema()),
+        ("train", json_schema()),
+        ("experiment", ExperimentConfig.model_json_schema()),
+    ):
         definitions.update(inner.pop("$defs", {}))
         definitions[inner["title"]] = inner
         whole["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{inner['title']}"}, {"type": "null"}]}

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,44 +30,50 @@ from recaption.store import write_given_layer
 
 SCENES = 256  # unseen scenes on which the model is measured
 
+Stage = tuple[str, Callable[[], dict[str, Any]]]  # what it does, in words, and what does it
+
 
 def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Run what is not yet done; gives the paths of the grid and of the report, and what was measured.
 
     `quick`: a few pictures and steps, to see that everything runs on this machine.
     """
+    return run_stages(folder, Demo(folder, quick).stages, "demo.log", ("grid", "report"))
+
+
+def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[str] = ()) -> dict[str, Any]:
+    """Run named stages in order, a line each on the terminal, and say where the results of `show` are; gives all."""
     storage = Storage(str(folder), field="DIR")
     storage.check_writable()
-    demo = _Demo(folder, quick)
     summary: dict[str, Any] = {}
     started = time.monotonic()
-    with _log_to(folder / "demo.log") as terminal:
-        for number, (title, stage) in enumerate(demo.stages, 1):
-            with _line(f"{number}/{len(demo.stages)} {title}", terminal) as say:
+    with _log_to(folder / log) as terminal:
+        for number, (title, stage) in enumerate(stages, 1):
+            with _line(f"{number}/{len(stages)} {title}", terminal) as say:
                 result = stage()
                 say(result.pop("said"))
                 summary |= result
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min; look at", file=sys.stderr)
-    for name in ("grid", "report"):
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min{'; look at' if show else ''}", file=sys.stderr)
+    for name in show:
         print(f"  {summary[name]}", file=sys.stderr)
     return summary
 
 
-class _Demo:
+class Demo:
     """The stages, in order. Each gives {"said": one line, ...}."""
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.scenes = folder, 16 if quick else SCENES
         self.recipes = demo_recipes.recipes(folder, quick=quick)
-        self.stages: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        self.stages: list[Stage] = [
             ("build the web's pictures", lambda: self._build("web")),
             ("build the labelled pictures", self._build_labelled),
-            ("train the captioner on web captions", lambda: self._train("captioner-base")),
-            ("fine-tune it on descriptions", lambda: self._train("captioner")),
+            ("train the captioner on web captions", lambda: self.train("captioner-base")),
+            ("fine-tune it on descriptions", lambda: self.train("captioner")),
             ("recaption the web's pictures", self._recaption),
-            ("train the autoencoder", lambda: self._train("autoencoder")),
+            ("train the autoencoder", lambda: self.train("autoencoder")),
             ("encode the pictures", self._encode),
-            ("train the diffusion model", lambda: self._train("diffusion")),
+            ("train the diffusion model", lambda: self.train("diffusion")),
             ("draw the prompts and measure", self._evaluate),
             ("write the report", self._report),
         ]
@@ -91,15 +97,8 @@ class _Demo:
     def _build_labelled(self) -> dict[str, Any]:
         """The labelled pictures, and their captions as a layer."""
         result, recipe = self._build("labelled"), self.recipe("labelled")
-        assert recipe.source is not None
-        assert recipe.source.world is not None
-        dataset, captions = Dataset(Storage(recipe.dataset)), {}
-        for shard in dataset.shard_names:
-            table = dataset.table(shard, ["key", "url"])
-            for key, url in zip(table["key"].to_pylist(), table["url"].to_pylist(), strict=True):
-                scene = scene_of_url(recipe.source.world, url)
-                captions[key] = {"short": short(scene), "descriptive": descriptive(scene)}
-        write_given_layer(dataset.storage, demo_recipes.LABELLED_LAYER, captions)
+        captions = true_captions(recipe)
+        write_given_layer(Storage(recipe.dataset), demo_recipes.LABELLED_LAYER, captions)
         self._learn_vocabulary([text for slots in captions.values() for text in slots.values()])
         return result
 
@@ -112,7 +111,7 @@ class _Demo:
             labelled += web.table(shard, ["caption"])["caption"].to_pylist()
         Tokenizer.train(labelled, demo_recipes.VOCABULARY).save(self.folder / demo_recipes.TOKENIZER)
 
-    def _train(self, name: str) -> dict[str, Any]:
+    def train(self, name: str) -> dict[str, Any]:
         from training.launch import train
 
         trained = train(self.recipe(name))
@@ -149,6 +148,19 @@ class _Demo:
 
         path = write_demo_report(self.folder, {name: self.recipe(name) for name in self.recipes})
         return {"said": str(path), "report": str(path)}
+
+
+def true_captions(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Key → slot → what is true of the picture, for every picture of a captioned world."""
+    assert recipe.source is not None
+    assert recipe.source.world is not None
+    dataset, captions = Dataset(Storage(recipe.dataset)), {}
+    for shard in dataset.shard_names:
+        table = dataset.table(shard, ["key", "url"])
+        for key, url in zip(table["key"].to_pylist(), table["url"].to_pylist(), strict=True):
+            scene = scene_of_url(recipe.source.world, url)
+            captions[key] = {"short": short(scene), "descriptive": descriptive(scene)}
+    return captions
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The recipe: YAML text → a validated, frozen `Recipe`. Unknown keys are errors that name the field and the mend.
 
-The sections `recaption` and `train` belong to the floors above; they travel through here as plain mappings and are
-validated by those floors (`cluster.config.load` checks all of them at once).
+The sections `recaption`, `train` and `experiment` belong to the floors above; they travel through here as plain
+mappings and are validated by those floors (`cluster.config.load` checks all of them at once).
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ class Recipe(Section):
     resources: Resources = Resources()
     recaption: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    experiment: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Recipe:

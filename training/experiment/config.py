@@ -1,0 +1,147 @@
+"""The recipe's section `experiment`: plain mapping → a validated `ExperimentConfig`.
+
+    recipe.experiment = {arms, seeds, steps, prompts, scorer, upsampler, parallel}
+
+What an arm trains is the recipe's section `train`, but for the captions that its blend shows; `train.run` is the
+experiment's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Recipe, Section, validate
+from pipeline.errors import RecipeError
+from recaption.config import RecaptionConfig
+from training.config import ORIGINAL, TrainConfig
+
+ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Arm(Section):
+    """What one arm's captions are."""
+
+    blend: dict[str, Annotated[float, Field(ge=0)]]  # slot → weight, as in train.data.blend
+    layer: str | None = None  # the caption layer; null: that of train.data.layer
+
+    @field_validator("blend")
+    @classmethod
+    def _has_weight(cls, blend: dict[str, float]) -> dict[str, float]:
+        if sum(blend.values()) <= 0:
+            raise ValueError("gives no slot any weight; write e.g. blend: {descriptive: 0.95, original: 0.05}")
+        return blend
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Slot → share of the draws."""
+        return {slot: weight / sum(self.blend.values()) for slot, weight in self.blend.items() if weight > 0}
+
+
+def _mostly(slot: str, percent: int, layer: str | None = None) -> Arm:
+    blend = {slot: percent / 100, ORIGINAL: round(1 - percent / 100, 2)}
+    return Arm(blend={name: weight for name, weight in blend.items() if weight > 0}, layer=layer)
+
+
+# The arms of the DALL-E 3 paper (Betker et al. 2023, section 3): original against short against descriptive captions
+# (figure 4), and how much of the latter (figure 5). `truth95` is a ceiling: its layer holds what is true of pictures.
+TRUTH: Final = "truth"
+STANDARD: Final[Mapping[str, Arm]] = {
+    "original": Arm(blend={ORIGINAL: 1.0}),
+    "short95": _mostly("short", 95),
+    **{f"descriptive{percent}": _mostly("descriptive", percent) for percent in (65, 80, 90, 95, 100)},
+    "truth95": _mostly("descriptive", 95, TRUTH),
+}
+MAIN: Final = ("original", "short95", "descriptive95")  # those that the paper's claim is about, the worst first
+
+
+class Scorer(Section):
+    """The CLIP that scores pictures against prompts; it should be no part of the training."""
+
+    model: str  # an open_clip name, or a folder with open_clip_config.json
+    pretrained: str | None = None  # a checkpoint file or one of open_clip's tags; null: the folder's own weights
+
+
+class ExperimentConfig(Section):
+    """One experiment on caption blends. A list of `arms` names standard ones; a mapping gives blends of your own."""
+
+    arms: Annotated[dict[ArmName, Arm], Field(min_length=2)] = Field(
+        default={name: STANDARD[name] for name in STANDARD if name != "truth95"}
+    )
+    # of weights, order and noise; each trains every arm
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[0, 1, 2])
+    steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None  # measured at; null: the end
+    prompts: Annotated[int, Field(ge=2)] = 128  # in each of the two sets
+    scorer: Scorer | None = None  # null: no CLIP score
+    # what expands short prompts: `captions` takes the nearest caption trained on; or a section like `recaption` whose
+    # engine writes text; null: no prompt is expanded
+    upsampler: Literal["captions"] | dict[str, Any] | None = None
+    parallel: Annotated[int, Field(ge=1)] | None = None  # arms trained at once; null: as many as there is room for
+    draws: Annotated[int, Field(ge=100)] = 2000  # of the bootstrap
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _by_name(cls, arms: Any) -> Any:
+        """Standard arms by their names; in a mapping, null stands for the standard arm of that name."""
+        if isinstance(arms, list):
+            if twice := {name for name in arms if arms.count(name) > 1}:
+                raise ValueError(f"names {', '.join(sorted(map(str, twice)))} twice; name each once")
+            arms = dict.fromkeys(arms)
+        if not isinstance(arms, dict):
+            return arms
+        unknown = [name for name, arm in arms.items() if arm is None and name not in STANDARD]
+        if unknown:
+            known = ", ".join(STANDARD)
+            raise ValueError(f"knows no arm {unknown[0]!r}; name one of {known}, or give its blend: {{slot: weight}}")
+        return {name: STANDARD[name] if arm is None else arm for name, arm in arms.items()}
+
+    @field_validator("upsampler", mode="before")
+    @classmethod
+    def _writes_text(cls, upsampler: Any) -> Any:
+        if isinstance(upsampler, dict | None) or upsampler == "captions":
+            return upsampler
+        raise ValueError("must be captions, a section like recaption with an engine that writes text, or null")
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> ExperimentConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names a seed twice; name each once")
+        if self.steps is not None and self.steps != sorted(set(self.steps)):
+            raise ValueError("steps must rise, e.g. steps: [1000, 2000, 4000]")
+        return self
+
+    @property
+    def writer(self) -> RecaptionConfig | None:
+        """The engine that expands prompts, where the recipe names one. Raises RecipeError."""
+        if not isinstance(self.upsampler, dict):
+            return None
+        writer = validate(RecaptionConfig, self.upsampler, "experiment.upsampler")
+        if writer.engine == "coca":
+            mend = "use transformers or openai, or write upsampler: captions"
+            raise RecipeError("experiment.upsampler.engine", "coca writes no text", mend)
+        return writer
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ExperimentConfig:
+        """The validated section `experiment`, held against `train`. Raises RecipeError."""
+        if recipe.experiment is None:
+            mend = "add the section, e.g. experiment: {arms: [original, short95, descriptive95], seeds: [0, 1, 2]}"
+            raise RecipeError("experiment", "is missing", mend)
+        config, train = validate(cls, recipe.experiment, "experiment"), TrainConfig.from_recipe(recipe)
+        _ = config.writer
+        if train.model != "diffusion":
+            raise RecipeError("train.model", f"{train.model} draws no pictures from prompts", "name diffusion")
+        if config.steps is not None and config.steps[-1] != train.steps:
+            problem = f"ends at {config.steps[-1]}, and train.steps is {train.steps}"
+            raise RecipeError("experiment.steps", problem, "let the last of them be train.steps")
+        if config.steps is not None and len(config.steps) > 1 and train.schedule != "constant":
+            problem = f"{train.schedule} leads to another rate at every step where a run may end"
+            mend = "write schedule: constant, or measure at the end only (experiment.steps: null)"
+            raise RecipeError("train.schedule", problem, mend)
+        return config
+
+    def points(self, train: TrainConfig) -> list[int]:
+        """The steps at which arms are measured, rising; the last is the end."""
+        return self.steps or [train.steps]

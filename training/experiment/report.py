@@ -1,0 +1,280 @@
+"""Results → report.html (one file, as all of Capstan's pages), results.json, and figures for documents.
+
+figures/curves.svg          the primary measure by step, the main arms, both sets of prompts
+figures/differences.svg     differences of arms with their intervals
+figures/pictures.png        the same prompts drawn by each arm
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline import charts, page
+from pipeline.page import Html
+from pipeline.storage import Storage
+from training.experiment.arms import Trial
+from training.experiment.config import MAIN
+from training.experiment.intervals import Interval
+from training.experiment.measure import Kept
+from training.experiment.prompts import SETS, UPSAMPLED, Prompts
+from training.experiment.results import Difference, Results
+from training.experiment.sheet import side_by_side
+
+REPORT: Final = "report.html"
+_ROWS: Final = 4  # prompts of each set that are shown
+_MEANS: Final = {
+    "followed": "of all that a prompt says (things, their size, pattern and place, count, background, relation), the "
+    "share that is so",
+    "colour_shape": "of the coloured shapes that are asked for, the share that is there",
+    "colour_binding": "of the things whose shape is there, the share in the right colour",
+    "shape_binding": "of the things whose colour is there, the share in the right shape",
+    "shapes": "of the shapes that are asked for, in whatever colour, the share that is there",
+    "size": "of the things that are there, the share of the size that is said",
+    "texture": "of the things that are there, the share with the pattern that is said",
+    "count": "whether there are as many things as the prompt says",
+    "background": "whether the background is as said",
+    "relation": "whether both things are there and stand to each other as said",
+    "clip_mean": "CLIP score: 100 × the cosine of picture and sentence, the mean over a prompt's sentences",
+    "clip_min": "the same, of the sentence that fits least",
+}
+
+
+def write_report(storage: Storage, results: Results, kept: Kept, prompts: Prompts) -> str:
+    """Publish results.json, the figures and, last, report.html; gives its path."""
+    storage.write("results.json", json.dumps(results.facts(), indent=1, ensure_ascii=False).encode() + b"\n")
+    pictures = _pictures(results, kept, prompts)
+    for name, data in _figures(results, pictures).items():
+        storage.write(f"figures/{name}", data)
+    storage.write(REPORT, _page(results, pictures).html().encode())
+    return f"{storage.url}/{REPORT}"
+
+
+def _page(results: Results, pictures: bytes | None) -> page.Page:
+    ended = ", ".join(f"{arm} {len(seeds)}" for arm, seeds in results.seeds.items())
+    made = page.Page(
+        "Which captions make a model follow prompts?",
+        page.paragraph(
+            "One recipe, trained once for each arm and seed. Arms see the same pictures in the same order from the "
+            "same first weights; only the captions differ, by the share that the loader draws from each kind."
+        ),
+        page.note(f"Runs that have ended: {ended}; {results.prompts} prompts in each set."),
+    )
+    made.section("What was found", *(page.paragraph(text) for text in results.found))
+    if len(results.arms) < 2:
+        return made
+    made.section("By arm", *_by_arm(results))
+    made.section("Differences", *_differences(results))
+    made.section("By step", *_curves(results))
+    if pictures is not None:
+        told = "The first prompts of each set, with the same noise for every arm."
+        made.section("The same prompts", page.note(told), page.image(pictures, "pictures by prompt and arm"))
+    made.section("Expanded prompts", *_expanded(results))
+    made.section("Captions that were shown", _blends(results), *_truth(results))
+    made.section("Cost", _cost(results))
+    made.section("How it was measured", *_method(results))
+    return made
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+def _by_arm(results: Results) -> Iterable[Html]:
+    yield page.note("At the last step: mean [95% interval].")
+    for part in results.table:
+        measures = results.table[part]
+        yield page.heading(f"{part} prompts")
+        rows = [[arm, *(_cell(measures[m][arm]) for m in measures)] for arm in results.arms]
+        for name, sets in results.references.items():
+            if part in sets:
+                what = {"truth": "(the true pictures)", "chance": "(pictures of other prompts)"}[name]
+                rows.append([what, *(page.number(sets[part].get(m)) for m in measures)])
+        yield page.table(["arm", *(m.replace("_", " ") for m in measures)], rows)
+
+
+def _differences(results: Results) -> Iterable[Html]:
+    yield page.note(
+        f"{results.primary.replace('_', ' ')}, on the same prompts and seeds. Each interval is for itself: of twenty "
+        "differences that are none, one is expected to exclude 0."
+    )
+    yield page.grid(
+        charts.forest(f"{part} prompts", _rows(results.differences[part][results.primary])) for part in results.table
+    )
+    yield page.heading("Every measure, the main arms")
+    rows_of_all = [
+        [part, m.replace("_", " "), *(_signed(d.value) for d in _main(results, part, m))]
+        for part, measures in results.differences.items()
+        for m in measures
+    ]
+    names = [f"{d.a} − {d.b}" for d in _main(results, SETS[0], results.primary)]
+    if names:
+        yield page.table(["prompts", "measure", *names], rows_of_all)
+        yield page.note("* excludes 0.")
+
+
+def _main(results: Results, part: str, measure: str) -> list[Difference]:
+    found = results.differences[part][measure]
+    return [d for d in found if d.a in MAIN and d.b in MAIN]
+
+
+def _rows(found: Sequence[Difference]) -> list[tuple[str, float, float, float]]:
+    return [(f"{d.a} − {d.b}", d.value.mean, d.value.low, d.value.high) for d in found]
+
+
+def _curves(results: Results) -> Iterable[Html]:
+    yield charts.key(results.arms)
+    yield page.note("Bands are 95% intervals over prompts and seeds.")
+    for part, measures in results.curves.items():
+        yield page.heading(f"{part} prompts")
+        yield page.grid(charts.bands(m.replace("_", " "), _lines(results, part, m)) for m in measures)
+
+
+def _lines(results: Results, part: str, measure: str, arms: Sequence[str] = ()) -> dict[str, list[charts.Point]]:
+    curves = results.curves[part][measure]
+    return {
+        arm: [(step, value.mean, value.low, value.high) for step, value in curves[arm]] for arm in arms or results.arms
+    }
+
+
+def _expanded(results: Results) -> Iterable[Html]:
+    if not results.expanding:
+        yield page.note("Not run: the recipe names nothing that expands prompts (experiment.upsampler).")
+        return
+    yield page.note(
+        "Original prompts as they are, and expanded into the style of the descriptive captions; both are held to what "
+        "the prompt itself says. mean [95% interval]."
+    )
+    for measure in results.expanding:
+        yield page.heading(measure.replace("_", " "))
+        rows = [
+            [
+                arm,
+                _cell(results.table[SETS[0]][measure][arm]),
+                _cell(results.table[UPSAMPLED][measure][arm]),
+                _signed(change),
+            ]
+            for arm, change in results.expanding[measure].items()
+        ]
+        yield page.table(["arm", "without", "with", "with − without"], rows)
+
+
+def _blends(results: Results) -> Html:
+    def shares(blend: dict[str, float]) -> str:
+        return ", ".join(f"{slot} {100 * share:.1f}%" for slot, share in sorted(blend.items(), key=lambda s: -s[1]))
+
+    rows = [
+        [arm, blend["layer"] or "–", shares(blend["asked"]), shares(blend["drawn"])]
+        for arm, blend in results.blends.items()
+    ]
+    remark = page.note(
+        "Where the captioner's text was not good enough, or an image has none, the original caption stands in: what "
+        "was drawn can therefore hold more originals than was asked for."
+    )
+    return Html(remark + page.table(["arm", "layer", "asked for", "really drawn"], rows))
+
+
+def _truth(results: Results) -> Iterable[Html]:
+    """The captioner's errors."""
+    if not results.captions:
+        return
+    names = list(next(iter(results.captions.values())))
+    rows = [[slot, *(page.number(stated[name]) for name in names)] for slot, stated in results.captions.items()]
+    yield page.heading("How true they are")
+    yield page.note(
+        "Shares of what could be stated that captions state rightly; one that says nothing of it counts as wrong. "
+        "Size, texture and place are of things that are named by their right colour and shape."
+    )
+    yield page.table(["captions", *(name.replace("_", " + ") for name in names)], rows)
+
+
+def _cost(results: Results) -> Html:
+    rows: list[list[Any]] = [
+        [arm, c["runs"], f"{c['training_s']:,.0f}", c["images"], f"{c['measuring_s']:,.0f}", c["pictures"]]
+        for arm, c in results.cost.items()
+    ]
+    total = [sum(c[name] for c in results.cost.values()) for name in ("runs", "training_s", "images")]
+    rest = [sum(c[name] for c in results.cost.values()) for name in ("measuring_s", "pictures")]
+    rows.append(["all", total[0], f"{total[1]:,.0f}", total[2], f"{rest[0]:,.0f}", rest[1]])
+    header = ["arm", "runs", "training, s", "images seen", "measuring, s", "pictures drawn"]
+    remark = page.note(
+        "Seconds of the runs' own clocks, on a machine that may have trained several at once; starting and saving are "
+        "not in them."
+    )
+    return Html(remark + page.table(header, rows))
+
+
+def _method(results: Results) -> Iterable[Html]:
+    yield page.paragraph(
+        "Original prompts are captions as they come with pictures, descriptive ones describe pictures; neither the "
+        "pictures nor these captions were trained on. Every arm is drawn with the averaged weights of its step. What "
+        f"is compared first was chosen beforehand: {results.primary.replace('_', ' ')}. Intervals come from a "
+        "bootstrap over prompts and seeds, widened for few seeds (training/experiment/intervals.py)."
+    )
+    shown = {m for measures in results.table.values() for m in measures}
+    yield page.table(["measure", "what it is"], [[m.replace("_", " "), _MEANS[m]] for m in _MEANS if m in shown])
+    if "clip_mean" not in shown:
+        yield page.note("CLIP score: not run, since the recipe names no scorer (experiment.scorer).")
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def _figures(results: Results, pictures: bytes | None) -> dict[str, bytes]:
+    if len(results.arms) < 2:
+        return {}
+    arms = [arm for arm in results.arms if arm in MAIN or arm.startswith("truth")] or results.arms
+    places = {arm: charts.COLOURS[number % len(charts.COLOURS)] for number, arm in enumerate(arms)}
+    name = results.primary.replace("_", " ")
+    curves = [
+        (
+            f"{name}, {part} prompts",
+            charts.bands(name, _lines(results, part, results.primary, arms), colours=list(places.values())),
+        )
+        for part in results.curves
+    ]
+    differences = []
+    for part in SETS:
+        rows = _rows(_main(results, part, results.primary))
+        differences.append((f"{name}, {part} prompts", charts.forest(name, rows, width=420)))
+    made = {"curves.svg": charts.standalone(curves, arms), "differences.svg": charts.standalone(differences)}
+    return made | ({"pictures.png": pictures} if pictures is not None else {})
+
+
+def _pictures(results: Results, kept: Kept, prompts: Prompts) -> bytes | None:
+    """The first prompts of each set by every arm with its first seed, beside the true picture where there is one."""
+    rows = []
+    for part in (*SETS, *([UPSAMPLED] if UPSAMPLED in prompts else [])):
+        drawn = {arm: kept.pictures(Trial(arm, seeds[0]).name, part) for arm, seeds in results.seeds.items()}
+        if not drawn or not all(drawn.values()):
+            continue
+        for number in range(min(_ROWS, *(len(images) for images in drawn.values()))):
+            prompt = prompts[part][number]
+            columns: dict[str, np.ndarray | None] = {} if prompt.picture is None else {"truth": prompt.picture}
+            text = prompt.text if prompt.drawn is None else f"{prompt.text}, expanded: {prompt.drawn}"
+            rows.append((text, columns | {arm: images[number] for arm, images in drawn.items()}))
+    return side_by_side(rows) if rows else None
+
+
+def _cell(value: Interval) -> str:
+    """
+    >>> _cell(Interval(0.5, 0.25, 0.75)), _cell(Interval(31.0, 30.5, 31.5))
+    ('0.500 [0.250, 0.750]', '31.00 [30.50, 31.50]')
+    """
+    if math.isnan(value.mean):
+        return "–"
+    digits = 2 if abs(value.mean) >= 10 else 3
+    if math.isnan(value.low):
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def _signed(value: Interval) -> str:
+    if math.isnan(value.mean):
+        return "–"
+    if math.isnan(value.low):
+        return f"{value.mean:+.3f}"
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]" + (" *" if value.excludes_zero else "")
