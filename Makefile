@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: demo docs test test-cluster check format clean
-.PHONY: bench-build bench-dedup bench-plan bench-rebuild bench-score bench-select bench-submit
+.PHONY: bench-build bench-dedup bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -37,6 +37,11 @@ bench-dedup: $(STAMP)
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py
+
+bench-recaption: $(STAMP)
+	$(BIN)/python benchmarks/recaption.py accuracy
+	$(BIN)/python benchmarks/recaption.py decode --batches 2,8,16
+	$(BIN)/python benchmarks/recaption.py busy
 
 bench-score: $(STAMP)
 	$(BIN)/python benchmarks/score.py
