@@ -33,7 +33,7 @@ PROMPT = "a photo of"
 
 # How true captions become ---------------------------------------------------------------------------------------------
 
-SCENES, UNSEEN = 6500, 500
+SCENES, UNSEEN = 5500, 500
 WORLD = {"size": 32, "textures": ["plain"], "scenes": SCENES, "defects": False}  # all colours and shapes
 LAYER = "written"
 COCA = {
@@ -68,9 +68,9 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
         return section(slot, steps, init=str(folder / "base"), data=data, captioner=alone)
 
     return {
-        "base": section("base", 200, batch=64, data={"layer": None}, captioner=coca),
-        "descriptive": tuned("descriptive", 4000),
-        "short": tuned("short", 500),
+        "base": section("base", 150, batch=64, data={"layer": None}, captioner=coca),
+        "descriptive": tuned("descriptive", 3000),
+        "short": tuned("short", 400),
     }
 
 
