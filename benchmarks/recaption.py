@@ -55,12 +55,12 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
             "run": str(folder / name),
             "steps": steps,
             "batch": 32,
-            "lr": 3e-3,
+            "lr": 2e-3,
             "warmup": 100,
         }
         shared |= {"schedule": "cosine", "final_lr": 0.02, "betas": [0.9, 0.98], "ema": 0.99, "log_every": 50}
         shared |= {"checkpoint": {"every": 500}}
-        shared["engine"] = {"workers": 2, "launcher": "local"}
+        shared["engine"] = {"zero": 0, "workers": 2, "launcher": "local"}  # nothing worth sharding
         return shared | keys | {"data": {"holdout": UNSEEN, **keys["data"]}}
 
     def tuned(slot: str, steps: int) -> dict[str, Any]:
