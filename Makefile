@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: demo docs experiment test test-cluster check format clean
-.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-score bench-select bench-submit bench-train
+.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-recaption
+.PHONY: bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -48,6 +49,11 @@ bench-loader: $(STAMP)
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py
+
+bench-recaption: $(STAMP)
+	$(BIN)/python benchmarks/recaption.py accuracy
+	$(BIN)/python benchmarks/recaption.py decode --batches 2,8,16
+	$(BIN)/python benchmarks/recaption.py busy
 
 bench-score: $(STAMP)
 	$(BIN)/python benchmarks/score.py

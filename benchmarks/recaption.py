@@ -1,5 +1,7 @@
-"""Captioning: decoding with a key-value cache against open_clip's own loop, and how busy the model workers are.
+"""Captioning: how true captions become, decoding with a key-value cache, and how busy the model workers are.
 
+    python benchmarks/recaption.py accuracy   captioners trained on the captioned world, two from one base; what they
+                                              say of unseen pictures against the truth, beside chance
     python benchmarks/recaption.py decode     coca_ViT-B-32's sizes with random weights, 76 tokens, greedy: images/s of
                                               both, and whether the tokens are the same
     python benchmarks/recaption.py busy       a whole `capstan recaption` over drawn JPEGs of 512 px: which share of
@@ -12,11 +14,14 @@ whole caption for every new token, the image's tokens kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,172 @@ import numpy as np
 
 TOKENS = 76  # start token included: coca_ViT-B-32's context
 PROMPT = "a photo of"
+
+
+# How true captions become ---------------------------------------------------------------------------------------------
+
+SCENES, UNSEEN = 5500, 500
+WORLD = {"size": 32, "textures": ["plain"], "scenes": SCENES, "defects": False}  # all colours and shapes
+LAYER = "written"
+COCA = {
+    "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
+    "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
+}
+VOCABULARY = 1024
+BUDGET_S = 1800  # 15 minutes of two cores
+
+
+def captioners(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name → section `train`: both losses on what the web writes; from there short captions, and descriptions."""
+
+    coca = {**COCA, "text": {**COCA["text"], "tokenizer": str(folder / "tokenizer")}}
+
+    def section(name: str, steps: int, **keys: Any) -> dict[str, Any]:
+        shared = {
+            "model": "captioner",
+            "run": str(folder / name),
+            "steps": steps,
+            "batch": 32,
+            "lr": 2e-3,
+            "warmup": 100,
+        }
+        shared |= {"schedule": "cosine", "final_lr": 0.02, "betas": [0.9, 0.98], "ema": 0.99, "log_every": 50}
+        shared |= {"checkpoint": {"every": 500}}
+        shared["engine"] = {"zero": 0, "workers": 2, "launcher": "local"}  # nothing worth sharding
+        return shared | keys | {"data": {"holdout": UNSEEN, **keys["data"]}}
+
+    def tuned(slot: str, steps: int) -> dict[str, Any]:
+        data, alone = {"layer": LAYER, "blend": {slot: 1}}, {**coca, "contrastive": 0, "caption": 1}
+        return section(slot, steps, init=str(folder / "base"), data=data, captioner=alone)
+
+    return {
+        "base": section("base", 150, batch=64, data={"layer": None}, captioner=coca),
+        "descriptive": tuned("descriptive", 3000),
+        "short": tuned("short", 400),
+    }
+
+
+def accuracy(folder: Path) -> dict[str, Any]:
+    """Train, caption unseen pictures, and hold what the captions state against the scenes."""
+    from pipeline.config import Recipe
+    from pipeline.job import build
+    from pipeline.shards import Dataset
+    from pipeline.storage import Storage
+    from pipeline.world.rows import scene_of_url
+    from pipeline.world.text import descriptive, short
+    from recaption.prompts import PREFIXES
+    from recaption.store import write_given_layer
+    from training.launch import train
+    from training.tokenizer import Tokenizer
+
+    recipe = Recipe.model_validate(
+        {
+            "dataset": str(folder / "ds"),
+            "source": {"format": "world", "world": WORLD},
+            "image": {"size": WORLD["size"], "min_size": 24, "quality": 95},
+            "fetch": {"allow_private": True},
+            "dedup": {"exact": False, "perceptual": None},
+            "shards": {"samples": 1000},
+            "resources": {"cpus": 2},
+        }
+    )
+    build(recipe, progress=False)
+    assert recipe.source is not None
+    assert recipe.source.world is not None
+    dataset = Dataset(Storage(recipe.dataset))
+    rows = [row for name in dataset.shard_names for row in dataset.table(name, ["key", "url", "caption"]).to_pylist()]
+    scenes = {row["key"]: scene_of_url(recipe.source.world, row["url"]) for row in rows}
+    texts = {key: {"short": short(scene), "descriptive": descriptive(scene)} for key, scene in scenes.items()}
+    write_given_layer(dataset.storage, LAYER, texts)
+    # Learnt on the web's captions alone, the vocabulary would cut descriptions into crumbs.
+    words = [row["caption"] for row in rows] + [text for slots in texts.values() for text in slots.values()]
+    Tokenizer.train(words + 100 * list(PREFIXES.values()), VOCABULARY).save(folder / "tokenizer")
+    results: dict[str, Any] = {"pictures": len(scenes) - UNSEEN, "unseen": UNSEEN, "steps": {}}
+    for name, section in captioners(folder).items():
+        with _cpu_s_added(folder / "cpu_s.json", name):
+            results["steps"][name] = train(recipe.model_copy(update={"train": section}))["steps"]
+    spent = json.loads((folder / "cpu_s.json").read_text())
+    results |= {"cpu_s": spent, "cpu_s_of_all": round(sum(spent.values())), "cpu_s_allowed": BUDGET_S}
+    unseen = list(scenes)[-UNSEEN:]
+    jpegs = [jpeg for shard in dataset.shard_names for _, jpeg in dataset.read_images(shard)][-UNSEEN:]
+    for slot in ("short", "descriptive"):
+        captions = _captions(folder / slot, slot, unseen, jpegs)
+        results[slot] = _measured(captions, [scenes[key] for key in unseen], slot)
+    return results
+
+
+@contextlib.contextmanager
+def _cpu_s_added(file: Path, name: str) -> Iterator[None]:
+    """Add to `file` the CPU seconds, user and system, of the processes that were started meanwhile and have ended.
+
+    However the block ends: a training that is stopped goes on with the next run, and has cost what it has cost.
+    """
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    try:
+        yield
+    finally:
+        spent = json.loads(file.read_text()) if file.exists() else {}
+        spent[name] = round(spent.get(name, 0.0) + used() - before, 1)
+        file.write_text(json.dumps(spent))
+        print(json.dumps(spent), file=sys.stderr, flush=True)
+
+
+def _captions(model: Path, slot: str, keys: Sequence[str], jpegs: Sequence[bytes]) -> list[str]:
+    """What the engine writes, as a recaptioning job would be given it."""
+    from recaption.config import RecaptionConfig
+    from recaption.engines import Request, make
+
+    engine = make(RecaptionConfig.model_validate({"model": str(model), "slots": [slot], "batch": 64}))
+    found = engine.caption([engine.prepare(jpeg) for jpeg in jpegs], [Request(key, (slot,)) for key in keys])
+    return [captions[slot].raw for captions in found]
+
+
+def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict[str, Any]:
+    """Measure → (share of captions that state it rightly, what the captions of other pictures get).
+
+    `relation` counts where both things that it names are there, `relation_of_all` over all pictures of several things.
+    Chance is then the best that one word for all pictures gets; and, knowing which of the two is listed first (things
+    are listed from left to right), the best that one word for each order gets.
+    """
+    from pipeline.world import oracle
+    from pipeline.world.text import compare, facts
+
+    read = [facts(caption) for caption in captions]
+    right = oracle.aggregate([compare(*pair) for pair in zip(read, scenes, strict=True)])
+    others = oracle.aggregate([compare(*pair) for pair in zip(read, [*scenes[1:], scenes[0]], strict=True)])
+    names = ["colours", "count", "colour_shape"] + ["background", "size", "place"] * (slot == "descriptive")
+    found: dict[str, Any] = {name: (round(right[name], 3), round(others[name], 3)) for name in names}
+    if slot == "descriptive":
+        stated = [pair for pair in (_relation(*pair) for pair in zip(read, scenes, strict=True)) if pair]
+        by_order = {first: Counter(truth for _, truth, f in stated if f == first) for first in (True, False)}
+        one_word = max(Counter(truth for _, truth, _ in stated).values()) / len(stated)
+        by_order_right = sum(max(words.values(), default=0) for words in by_order.values()) / len(stated)
+        share = sum(said == truth for said, truth, _ in stated) / len(stated)
+        found["relation"] = (round(share, 3), round(one_word, 3), round(by_order_right, 3))
+        found["relation_of_all"] = (round(right["relation"], 3), round(others["relation"], 3))
+    return found
+
+
+def _relation(read: Any, scene: Any) -> tuple[str, str, bool] | None:
+    """(relation as stated, as it is, whether the first named is listed first) if it is stated of two things there."""
+    from pipeline.world.scene import relation
+
+    things = {(thing.colour, thing.shape): thing for thing in scene.things}
+    if read.relation is None:
+        return None
+    a, said, b = read.relation
+    if a == b or a not in things or b not in things:
+        return None
+    order = [thing for thing in scene.things if thing in (things[a], things[b])]
+    return said, relation(things[a], things[b]), order[0] == things[a]
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
 
 
 def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
@@ -130,6 +301,9 @@ def _plain(loaded: Any, engine: Any, pictures: list[np.ndarray], prompt: list[in
     return [line[: line.index(tokens.end)] if tokens.end in line else line for line in lines]
 
 
+# How busy the model worker is ----------------------------------------------------------------------------------------
+
+
 class TimedEngine:
     """An engine that writes down from when to when it captioned: a line a call, [start, stop] in seconds."""
 
@@ -203,7 +377,8 @@ def _decoding_rate(recipe: Any, engine: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["decode", "busy"])
+    parser.add_argument("part", choices=["accuracy", "decode", "busy"])
+    parser.add_argument("--folder", help="accuracy: where dataset and models stay; it goes on where it stopped")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16])
     parser.add_argument("--repeats", type=int, default=3, help="of the cached loop; the shortest counts")
     parser.add_argument("--images", type=int, default=192)
@@ -212,7 +387,10 @@ def main() -> None:
     asked = parser.parse_args()
     # This file bears a package's name: neither here nor on Ray's workers is its folder to be searched for modules.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-    if asked.part == "decode":
+    if asked.part == "accuracy":
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(accuracy(Path(asked.folder or folder).absolute())))
+    elif asked.part == "decode":
         print(json.dumps(decode(asked.batches, asked.repeats)))
     else:
         print(json.dumps(busy(asked.images, asked.max_tokens, asked.side)))

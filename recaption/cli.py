@@ -1,7 +1,8 @@
-"""The commands recaption, captions export and captions diff."""
+"""The commands recaption, captions import, captions export and captions diff."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,9 +42,35 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         finish(concluded(lambda: run(ready)), as_json)
 
     captions = typer.Typer(
-        help="Compare caption layers, and write them into tars.", no_args_is_help=True, rich_markup_mode=None
+        help="Take in caption layers, compare them, and write them into tars.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
     )
     app.add_typer(captions, name="captions")
+
+    @captions.command("import")
+    def import_(
+        dataset: DatasetArgument,
+        layer: Annotated[str, typer.Argument(metavar="LAYER", help="A name for the layer.")],
+        file: Annotated[
+            Path, typer.Argument(metavar="FILE", help="JSON Lines: key, url or image; and a field a slot.")
+        ],
+        slot: Annotated[
+            list[str],
+            typer.Option(
+                "--slot",
+                metavar="SLOT[=FIELD]",
+                help="A slot, and the field with its text; repeatable. Default: short, descriptive.",
+            ),
+        ] = [],  # noqa: B006
+        overrides: StorageOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Make a layer of captions that people wrote."""
+        from recaption import given
+
+        slots = given.fields(slot)
+        finish(given.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
 
     @captions.command()
     def export(

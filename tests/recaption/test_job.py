@@ -247,13 +247,22 @@ def test_a_broken_image_is_a_flagged_row_and_is_tried_again(
 
 
 def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, captioned: Counter[str]) -> None:
-    """Pictures that the engine is given; shards that stay, that are renamed, that are new, and one packed anew."""
+    """Pictures that the engine is given: a tenth more in a shard of its own; then shards that stay, that are renamed,
+    that are new, and one packed anew."""
     old = [list(range(start, start + 10)) for start in range(0, 40, 10)]
     storage = build(old)
     layer = recaption(recipe(captioner, storage))["layer"]
     assert sum(captioned.values()) == 40
     before = tree(storage)
+    build([*old, list(range(50, 54))])
     captioned.clear()
+    summary = recaption(recipe(captioner, storage))
+    assert captioned == dict.fromkeys([sha256_of(picture(number)) for number in range(50, 54)], 1)
+    assert (summary["new"], summary["reused"], summary["done"], summary["layer"]) == (4, 0, 40, layer)
+    after, of_layer = tree(storage), [name for name in before if name.startswith("captions/")]
+    assert [after[name] for name in of_layer] == [
+        before[name] for name in of_layer
+    ]  # bytes, and when they were written
     build([old[0], old[1], [40, 41, *old[3][:8]], old[2], [*old[3][8:], 42, 43]])
     planned = plan(recipe(captioner, storage))
     assert (planned["new"], planned["reused"], planned["done"]) == (4, 20, 20)

@@ -1,19 +1,30 @@
 """SIGKILL at ten random moments: the layer ends byte for byte as it would have without.
 
 One process loads everything and is forked for each life, which does what a run does, units one after the other; so a
-life costs no more than its work. tests/recaption/test_job.py kills a run on Ray.
+life costs no more than its work. The same on Ray itself, where each life starts a Ray of its own, takes minutes: it is
+with the tests of clusters. tests/recaption/test_job.py kills one run on Ray.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import run_here
+from small_dataset import write_dataset
+
+from pipeline import units
+from pipeline.config import Recipe
+from pipeline.storage import Storage
+from recaption.job import recaption
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,23 +103,80 @@ def run(code: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.integration
 def test_ten_kills_at_random_moments(captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from in_process import run_here
-    from small_dataset import write_dataset
-
-    from pipeline import units
-    from pipeline.config import Recipe
-    from pipeline.storage import Storage
-    from recaption.job import recaption
-
     found = run(SCRIPT, str(captioner), str(tmp_path / "torn"), "5")
     assert found["kills"] >= 10
     assert len(set(found["files"])) > 3  # they came at different points of the work
     monkeypatch.setattr(units, "run", run_here)
     whole, torn = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "torn"))
     write_dataset(whole, found["shards"])
-    section = {"model": str(captioner), "decoding": {"method": "top_p"}, "lint": {"retries": 1}, "batch": 3}
-    recaption(Recipe.model_validate({"dataset": whole.url, "resources": {"cpus": 1}, "recaption": section}))
+    recaption(recipe_of(captioner, whole, batch=3))
     files = {name: whole.read(name) for name in whole.names("captions")}
     assert {name: torn.read(name) for name in torn.names("captions")} == files
     assert len(files) == 6  # five shards, and the layer's recipe
+    assert not list((tmp_path / "torn").rglob(".partial-*"))
+
+
+def recipe_of(captioner: Path, storage: Storage, **section: Any) -> Recipe:
+    section |= {"model": str(captioner), "decoding": {"method": "top_p"}, "lint": {"retries": 1}}
+    return Recipe.model_validate({"dataset": storage.url, "resources": {"cpus": 1}, "recaption": section})
+
+
+LIFE = """
+import sys
+from pathlib import Path
+from pipeline.config import Recipe
+from recaption.job import recaption
+recaption(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), progress=False)
+"""
+
+
+def live_on_ray(file: Path, seconds: float) -> bool:
+    """A run in processes of its own, all of them killed after so many seconds; whether it ended before."""
+    log = file.with_suffix(".log").open("wb")
+    with log, subprocess.Popen([sys.executable, "-c", LIFE, str(file)], stderr=log, start_new_session=True) as process:
+        try:
+            assert process.wait(seconds) == 0, file.with_suffix(".log").read_text()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return False
+    return True
+
+
+@pytest.mark.cluster
+def test_ten_kills_at_random_moments_on_ray(
+    captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Driver, Ray and workers are killed together, at moments drawn from the whole time that a run takes; each time the
+    run goes on, and whenever it comes to its end, pictures change and move."""
+    chance, torn = random.Random(7), Storage(str(tmp_path / "torn"))
+    file = tmp_path / "recipe.json"
+    file.write_text(recipe_of(captioner, torn, batch=2).model_dump_json())
+
+    def layout() -> list[list[int]]:
+        chosen = chance.sample(range(1, 400), 96)
+        return [chosen[start : start + 6] for start in range(0, 96, 6)]
+
+    write_dataset(torn, layout())
+    started = time.monotonic()
+    assert live_on_ray(file, 300)
+    whole, kills, shards = time.monotonic() - started, list[tuple[float, int]](), layout()
+    write_dataset(torn, shards)
+    while len(kills) < 10 or (len({files for _, files in kills}) < 4 and len(kills) < 30):
+        moment = chance.uniform(0, whole)
+        if live_on_ray(file, moment):
+            shards = layout()
+            write_dataset(torn, shards)
+        else:
+            kills.append((round(moment, 1), len(list((tmp_path / "torn/state").rglob("*.json")))))
+    assert live_on_ray(file, 300)
+    with capsys.disabled():
+        print(f"\n{len(kills)} kills of a run of {whole:.1f} s, (second, files of state): {kills}")
+    assert len({files for _, files in kills}) > 3  # they came at different points of the work
+    monkeypatch.setattr(units, "run", run_here)
+    never = Storage(str(tmp_path / "never"))
+    write_dataset(never, shards)
+    recaption(recipe_of(captioner, never, batch=3))
+    expected = {name: never.read(name) for name in never.names("captions")}
+    assert {name: torn.read(name) for name in torn.names("captions")} == expected
+    assert len(expected) == 17  # sixteen shards, and the layer's recipe
     assert not list((tmp_path / "torn").rglob(".partial-*"))

@@ -82,17 +82,17 @@ def test_captions_do_not_depend_on_the_batch(model: str, decoding: Any, request:
         torch.set_num_threads(1)
 
 
-def test_the_models_own_generate_gives_the_same_tokens(llava: Path) -> None:
-    """One picture at a time, as the model's card would do it."""
+def own(folder: Path, cases: list[tuple[bytes, str]]) -> list[Caption]:
+    """What the model's own `generate` gives for (JPEG, prompt), one at a time and without any padding, as its card
+    would do it."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(llava)
-    model = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
-    found = captions(llava)
-    for number in range(6):
-        text = PROMPTS["descriptive"].replace("{original}", REQUESTS[number].original.strip())
-        with Image.open(io.BytesIO(jpeg(number))) as picture:
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for data, text in cases:
+        with Image.open(io.BytesIO(data)) as picture:
             content = [{"type": "image", "image": picture.convert("RGB")}, {"type": "text", "text": text}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -104,9 +104,53 @@ def test_the_models_own_generate_gives_the_same_tokens(llava: Path) -> None:
         made = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
         end = processor.tokenizer.eos_token_id
         kept = made[: made.index(end)] if end in made else made
-        caption = found[number]["descriptive"]
-        assert caption.raw == processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        assert (caption.tokens, caption.finish) == (len(kept), "end" if end in made else "length")
+        raw = processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        found.append(Caption(raw, len(kept), "end" if end in made else "length", 0))
+    return found
+
+
+def test_the_models_own_generate_gives_the_same_tokens(llava: Path) -> None:
+    prompts = [PROMPTS["descriptive"].replace("{original}", request.original.strip()) for request in REQUESTS[:6]]
+    expected = own(llava, [(jpeg(number), prompt) for number, prompt in enumerate(prompts)])
+    assert [found["descriptive"] for found in captions(llava)[:6]] == expected
+
+
+@pytest.mark.parametrize("model", ["llava", "qwen"])
+def test_padding_beside_longer_prompts_changes_no_caption(
+    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of one to sixty words in one batch give what each gives alone, and what it gives with no padding at all.
+
+    The engine puts prompts of like length together; here also all of them into one batch, so that the shortest is
+    mostly padding.
+    """
+    from recaption.engines import transformers
+
+    folder: Path = request.getfixturevalue(model)
+    asked = [
+        Request(f"image {n}", ("descriptive",), "the red circle " * words) for n, words in enumerate((0, 1, 4, 20))
+    ]
+    made = engine(folder)
+    pictures = [made.prepare(jpeg(number)) for number in range(len(asked))]
+
+    def together() -> list[Caption]:
+        return [found["descriptive"] for found in made.caption(pictures, asked)]
+
+    prompts = [PROMPTS["descriptive"].replace("{original}", one.original.strip()) for one in asked]
+    expected = own(folder, [(jpeg(number), prompt) for number, prompt in enumerate(prompts)])
+    assert len({caption.raw for caption in expected}) > 1, "the test needs captions that differ"
+    alone = [made.caption([picture], [one])[0]["descriptive"] for picture, one in zip(pictures, asked, strict=True)]
+    assert together() == alone == expected
+    monkeypatch.setattr(transformers, "_alike", lambda lengths: [list(range(len(lengths)))])
+    assert together() == expected
+    # And the test can tell: captions are others once the model takes padding for words.
+    inputs = transformers._Loaded._inputs
+    monkeypatch.setattr(
+        transformers._Loaded,
+        "_inputs",
+        lambda *asked: (found := inputs(*asked)) | {"attention_mask": found["attention_mask"] * 0 + 1},
+    )
+    assert together() != expected
 
 
 def test_the_original_caption_is_quoted_on_one_line(llava: Path) -> None:
