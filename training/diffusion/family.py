@@ -24,7 +24,8 @@ from training.config import AUTO, TrainConfig
 from training.diffusion.backbone import Ends
 from training.diffusion.backbones import backbone_of
 from training.diffusion.model import Denoiser
-from training.diffusion.process import STEPS, process_of
+from training.diffusion.process import process_of
+from training.diffusion.samplers import STEPS
 from training.diffusion.settings import DiffusionSettings
 from training.diffusion.text import TextEncoders, Texts, new_encoders, open_encoders
 from training.family import Batch, Family, Metrics, Sample, Samples, Spread

@@ -21,8 +21,8 @@ from pipeline.storage import Storage
 from recaption.rules import words
 from recaption.store import read_layer
 from recaption.upsample import Style, expand, text_engine
-from training.data import hash64
 from training.experiment.config import ExperimentConfig
+from training.order import hash64
 
 _SLOT = "descriptive"
 

@@ -294,8 +294,8 @@ def how_many(config: ExperimentConfig, train: TrainConfig, cores: int, gpus: int
     if config.parallel is not None:
         return config.parallel
     if gpus:
-        return max(1, gpus // engine.workers)
-    return max(1, cores // (engine.workers * engine.threads)) if engine.threads else 1
+        return max(1, gpus // engine.most)
+    return max(1, cores // (engine.most * engine.threads)) if engine.threads else 1
 
 
 def _side_by_side(todo: Sequence[Trial], experiment: Experiment) -> None:

@@ -188,8 +188,9 @@ class InLoop:
     def _keep_if_best(self, step: int, best: Best, measures: dict[str, float], save: Callable[[], None]) -> None:
         value, pointer = measures[best.measure], self.run.folder / "best.json"
         before = json.loads(pointer.read_text()) if self.engine.is_main and pointer.exists() else None
-        same = before is not None and before["measure"] == best.measure  # the recipe may have changed its mind
-        better = not math.isnan(value) and (not same or best.sign * (value - before["value"]) > 0)
+        if before is not None and before["measure"] != best.measure:
+            before = None  # the recipe has changed its mind
+        better = not math.isnan(value) and (before is None or best.sign * (value - before["value"]) > 0)
         if not self.engine.raised(self.engine.is_main and better)[0]:
             return
         save()

@@ -43,9 +43,8 @@ class Trackers:
 
 def open_trackers(run: Run, step: int) -> Trackers:
     """The trackers that the recipe names. Raises MissingExtra where one's package is not installed."""
-    names: list[str] = run.train.watch.trackers
     opened: list[Any] = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(run.train.watch.trackers):
         module = importlib.import_module(f"training.watch.trackers.{name}")
         opened.append(module.Tracker(run, step))
     return Trackers(opened)
