@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from training.config import TrainConfig
-from training.run import _differences
+from training.run import differences
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -72,7 +72,7 @@ def test_runs_differ_by_their_captions_alone(summary: tuple[Path, dict]) -> None
         TrainConfig.from_section(json.loads((arms / name / "recipe.json").read_text())["recipe"]["train"]).identity()
         for name in ("original-s0", "descriptive95-s0")
     )
-    assert set(_differences(first, other)) == {"data.blend.descriptive", "data.blend.original"}
+    assert set(differences(first, other)) == {"data.blend.descriptive", "data.blend.original"}
     vocabularies = {(arm / "product" / "tokenizer" / "merges.txt").read_bytes() for arm in arms.glob("*-s0")}
     assert len(vocabularies) == 1
 

@@ -16,7 +16,7 @@ from training.config import TrainConfig
 from training.data import TrainingData
 from training.experiment.arms import Trial, arm_recipe, layers, start_recipe, trials
 from training.experiment.config import STANDARD, ExperimentConfig
-from training.run import _differences
+from training.run import differences
 
 ARMS = list(STANDARD)
 
@@ -56,11 +56,11 @@ def test_arms_of_a_seed_differ_by_layer_and_blend_alone(captioned: Path) -> None
     }
     assert len(identities) == 2 * len(ARMS)
     for arm in ARMS[1:]:
-        changed = set(_differences(identities[Trial("original", 0)], identities[Trial(arm, 0)]))
+        changed = set(differences(identities[Trial("original", 0)], identities[Trial(arm, 0)]))
         allowed = {f"data.blend.{slot}" for slot in ("original", "short", "descriptive")}
         assert changed <= allowed | ({"data.layer"} if arm == "truth95" else set())
         assert changed & allowed
-    assert set(_differences(identities[Trial("original", 0)], identities[Trial("original", 7)])) == {"seed", "init"}
+    assert set(differences(identities[Trial("original", 0)], identities[Trial("original", 7)])) == {"seed", "init"}
 
 
 def test_arms_see_the_same_pictures_in_the_same_order(captioned: Path) -> None:
