@@ -171,6 +171,7 @@ def run_capstan(arguments: argparse.Namespace, workers: int) -> float:
     def prepare(samples: Sequence[Any]) -> Any:
         return {"pictures": batch_of(samples, arguments.size), "texts": [sample.text for sample in samples]}
 
+    torch.set_num_threads(1)  # as in the DataLoader's workers
     data = open_data(speed_dataset(arguments))
     steps = arguments.samples // BATCH
     with Loader(data, prepare, batch=BATCH, start=0, stop=steps, threads=workers, prefetch=2 * workers) as loader:
