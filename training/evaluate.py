@@ -71,11 +71,11 @@ def evaluate(
         problem = f"{product} is of a kind that is not evaluated ({kind or 'unknown'})"
         raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
     if kind != "diffusion":
-        scenes = Scenes(world or _world_of(Path(run)), count).scenes
+        scenes = Scenes(world or _world_of(product), count).scenes
         result, picture = _first_stage(product, scenes, kind=kind, batch=batch)
     else:
-        recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(Path(run))
-        subjects = _subjects(recipe, Path(run), world, count)
+        recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(product)
+        subjects = _subjects(recipe, product, world, count)
         judges = _judges(recipe, measures, clip, fid, count)
         for judge in judges:
             judge.check(subjects)
@@ -89,29 +89,30 @@ def evaluate(
     return result
 
 
-def _recipe_of(run: Path) -> Recipe:
-    """The recipe that the run was trained by."""
-    for folder in (run, *run.parents[:2]):  # a product, or a best state's, lies within its run
+def _recipe_of(product: Path) -> Recipe:
+    """The recipe that a product was trained by: it, or a best state's, lies within its run."""
+    for folder in (product, *product.parents[:3]):
         if (folder / "recipe.json").is_file():
             return Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
     mend = "name a run folder that was trained on `format: world`"
-    raise RecipeError("RUN", f"{run} has no recipe.json to tell which world it has seen", mend)
+    raise RecipeError("RUN", f"{product} has no recipe.json beside it to tell which world it has seen", mend)
 
 
-def _world_of(run: Path) -> WorldSource:
+def _world_of(product: Path) -> WorldSource:
     """The captioned world that the run's dataset was built from."""
-    if (world := world_of(_recipe_of(run))) is None:
+    if (world := world_of(_recipe_of(product))) is None:
         mend = "name a run folder that was trained on `format: world`"
-        raise RecipeError("RUN", f"{run} was not trained on the captioned world: there is no truth", mend)
+        raise RecipeError("RUN", f"{product} was not trained on the captioned world: there is no truth", mend)
     return world
 
 
-def _subjects(recipe: Recipe | None, run: Path, world: WorldSource | None, count: int) -> Subjects:
+def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, count: int) -> Subjects:
     if recipe is None or world is not None or (world := world_of(recipe)) is not None:
         assert world is not None
         return Scenes(world, count)
     train = TrainConfig.from_recipe(recipe)
-    pinned = next((f / "pinned.json" for f in (run, *run.parents[:2]) if (f / "pinned.json").is_file()), None)
+    folders = (product, *product.parents[:3])
+    pinned = next((f / "pinned.json" for f in folders if (f / "pinned.json").is_file()), None)
     layer = json.loads(pinned.read_text()).get("layer") if pinned else None
     return subjects_of(recipe, train, layer, count, "--count")
 

@@ -135,7 +135,8 @@ class _Fit:
                 self._step(prepared)
                 step = prepared.step + 1
                 saving = step == train.steps or step % train.checkpoint.every == 0
-                stop = self.health.check(interrupts.seen or self._told_to_stop(), everything=saving)
+                everything = saving or self.watching.due(step)
+                stop = self.health.check(interrupts.seen or self._told_to_stop(), everything=everything)
                 if step % train.log_every == 0 or step == train.steps:
                     self.meter.log(step, self._facts(step))
                 if saving or stop:

@@ -69,6 +69,11 @@ class InLoop:
             for judge in self.judges:
                 judge.check(self.subjects)
 
+    def due(self, step: int) -> bool:
+        """Whether something may be drawn after `step` steps."""
+        watch = self.train.watch
+        return any(wanted is not None and self._due(step, wanted.every) for wanted in (watch.samples, watch.evaluate))
+
     def after(self, step: int, stopping: Callable[[], bool], save: Callable[[], None]) -> bool:
         """Do what is due after `step` steps and has not been done. True: told to stop, and left it for later.
 
