@@ -17,7 +17,7 @@ from recaption.store import write_given_layer
 from training.experiment.config import MAIN, TRUTH
 
 # Three arms × three seeds: on two idle cores about two hours, after a quarter of an hour for what comes before them.
-STEPS: Final = [1000, 2000, 3000, 4000]
+STEPS: Final = [750, 1500, 2250, 3000]
 SEEDS: Final = [0, 1, 2]
 PROMPTS: Final = 192
 
@@ -84,10 +84,10 @@ def scorer(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
     return base | {
         "run": str(folder / "scorer"),
         "seed": 7,
-        "steps": 1200,
+        "steps": 600,
         "batch": 128,
         "lr": 2e-3,
-        "warmup": 100,
+        "warmup": 50,
         "ema": 0.99,
         "data": {"layer": demo_recipes.LABELLED_LAYER, "blend": {"short": 0.5, "descriptive": 0.5}},
         "captioner": {**base["captioner"], "contrastive": 1.0, "caption": 0.0},

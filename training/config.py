@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config import Recipe, Section, fingerprint, validate
 from pipeline.errors import RecipeError
@@ -101,15 +101,12 @@ class Data(Section):
         return {slot: weight / sum(blend.values()) for slot, weight in sorted(blend.items()) if weight > 0}
 
 
-Workers = Annotated[int, Field(ge=1)]
-
-
 class Engine(Section):
     """How the work is spread over processes. All of it may change between a stop and its resume."""
 
     strategy: Literal["deepspeed", "ddp"] = "deepspeed"
     zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
-    workers: Workers | tuple[Workers, Workers] = 1  # processes; with GPUs one each; [least, most]: as many as there are
+    workers: int | tuple[int, int] = 1  # processes; with GPUs one each; [least, most]: as many as there are
     launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes of this machine
     retries: Annotated[int, Field(ge=0)] = 2  # restarts after a worker died, each from the last checkpoint
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
@@ -117,6 +114,14 @@ class Engine(Section):
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     compile: bool = False  # torch.compile
     channels_last: bool = False  # pictures as [B, H, W, C] in memory
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _are_counts(cls, workers: Any) -> Any:
+        counts = workers if isinstance(workers, list | tuple) and len(workers) == 2 else [workers]
+        if not all(isinstance(count, int) and count >= 1 for count in counts):
+            raise ValueError("must be a number of processes or [least, most]; write e.g. 2 or [1, 8]")
+        return workers
 
     @model_validator(mode="after")
     def _fits_together(self) -> Engine:

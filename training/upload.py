@@ -101,11 +101,12 @@ class Upload:
             if path.name != MARK:
                 self._put(path, f"{name}/{path.name}")
         self.storage.write(f"{name}/{MARK}", (checkpoint / MARK).read_bytes())
-        marks = sorted({*_steps(there), checkpoint.name}, key=step_of)
-        for old in marks[: -self.run.train.checkpoint.keep]:
+        kept = sorted({*_steps(there), checkpoint.name}, key=step_of)[-self.run.train.checkpoint.keep :]
+        for old in {name.split("/")[1] for name in there if name.startswith("checkpoints/")} - set(kept):
             self._remove(old, there)
 
     def _remove(self, checkpoint: str, there: list[str]) -> None:
+        """An old one, or what a killed run had begun."""
         mark = f"checkpoints/{checkpoint}/{MARK}"
         self.storage.delete(mark)
         self.storage.delete(*(name for name in there if name.startswith(f"checkpoints/{checkpoint}/")))

@@ -43,6 +43,8 @@ def test_defaults_and_the_familys_own_settings() -> None:
         ({"tiny": {"widht": 3}}, "train.tiny.widht", "did you mean width"),
         ({"run": "s3://b/run", "checkpoint": {"upload": "s3://b/other"}}, "train", "remove checkpoint.upload"),
         ({"engine": {"strategy": "ddp", "offload": True}}, "train.engine", "zero: 1, 2 or 3"),
+        ({"engine": {"workers": 0}}, "train.engine.workers", r"2 or \[1, 8\]"),
+        ({"engine": {"workers": [2]}}, "train.engine.workers", r"2 or \[1, 8\]"),
         ({"engine": {"workers": [3, 2]}}, "train.engine", r"write \[2, 3\]"),
         ({"engine": {"workers": [1, 2], "launcher": "local"}}, "train.engine", "launcher: ray"),
         ({"batch": 7, "engine": {"workers": [2, 6]}}, "train", "batch: 8"),

@@ -30,9 +30,13 @@ def test_without_a_decay_the_average_is_the_weights() -> None:
     assert ema.gather()["w"].item() == 2.0
 
 
-def test_state_comes_back() -> None:
-    engine = SimpleNamespace(shards=lambda: [torch.ones(3)])
-    before, after = Ema(engine, 0.9), Ema(engine, 0.9)
-    before.shards[0] *= 5
-    after.restore(before.state())
-    assert torch.equal(after.shards[0], before.shards[0])
+def test_what_is_kept_is_the_share_without_what_fills_it_up() -> None:
+    shapes = {"w": torch.Size([3]), "b": torch.Size([1])}  # on the second of two workers, under ZeRO 3
+    engine = SimpleNamespace(shards=lambda: [torch.ones(2), torch.zeros(1)], shapes=lambda: shapes, rank=1, world=2)
+    ema = Ema(engine, 0.9)
+    of_w, of_b = ema.parts()
+    assert (of_w.name, of_w.start, of_w.tensor.tolist()) == ("w", 2, [1.0])
+    assert of_b.tensor.numel() == 0
+    of_w.tensor.fill_(5.0)  # is the average itself
+    assert ema.shards[0].tolist() == [5.0, 1.0]
+    assert list(Ema(engine, None).parts()) == []

@@ -143,11 +143,10 @@ class Experiment:
     def start(self, seed: int) -> None:
         """Train the run of one step from which the arms of a seed begin, unless the recipe says where they do."""
         if self.train.init is None:
-            slots = [ORIGINAL]
-            if self.layer is not None:
-                storage = Storage(self.recipe.dataset, self.recipe.storage)
-                slots += layer_recipe(storage, self.layer)["slots"]
-            train(arms.start_recipe(self.recipe, slots, self.layer, self.folder, seed))
+            layer, slots = self.layer or next((known for known in self.layers.values() if known), None), [ORIGINAL]
+            if layer is not None:
+                slots += layer_recipe(Storage(self.recipe.dataset, self.recipe.storage), layer)["slots"]
+            train(arms.start_recipe(self.recipe, slots, layer, self.folder, seed))
 
     def expect(self, todo: Sequence[Trial]) -> None:
         """Say what is still to be done."""

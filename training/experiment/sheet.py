@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-_CELL: Final = 112  # pixels of a picture, at least
+_CELL, _MOST = 112, 160  # pixels of a picture, at least and at most
 _TEXT: Final = 300  # pixels of the column of prompts
 _LINES: Final = 9  # of a prompt, at most
 _FONT: Final = 14  # pixels
@@ -22,7 +22,7 @@ def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) ->
 
     columns = list(rows[0][1])
     side = next(picture.shape[0] for _, pictures in rows for picture in pictures.values() if picture is not None)
-    cell = side * max(1, -(-_CELL // side))
+    cell = side * -(-_CELL // side) if side < _CELL else min(side, _MOST)
     font = ImageFont.load_default(size=_FONT)
     letters = int((_TEXT - _MARGIN) / font.getlength("n"))
     line = _FONT + 4

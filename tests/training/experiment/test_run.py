@@ -196,6 +196,17 @@ def test_a_point_that_has_gone_by_unmeasured_is_not_made_up(recipe: Callable[...
         experiment.run_blend(recipe(seeds=[0]))
 
 
+def test_without_the_world_a_clip_is_needed_before_anything_is_trained(
+    recipe: Callable[..., Recipe], stage: Stage
+) -> None:
+    asked = recipe()
+    assert asked.train is not None
+    elsewhere = {"source": None, "train": asked.train | {"data": {"holdout": 30}}}
+    with pytest.raises(RecipeError, match=r"experiment\.scorer: is null, and only pictures of the captioned world"):
+        experiment.run_blend(asked.model_copy(update=elsewhere))
+    assert stage.trained == []
+
+
 def test_the_report_holds_all_that_was_asked_for(
     recipe: Callable[..., Recipe], stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
