@@ -208,6 +208,13 @@ def test_deepspeed_cannot_hold_the_second_model():
         configure(engine={"strategy": "deepspeed"}, autoencoder=SMALL | {"discriminator": DISCRIMINATOR})
 
 
+def test_a_compiled_model_has_no_adaptive_weight():
+    engine = {"strategy": "ddp", "compile": True}
+    with pytest.raises(RecipeError, match=r"train\.engine\.compile: .*adaptive: false"):
+        configure(engine=engine, autoencoder=SMALL | {"discriminator": DISCRIMINATOR})
+    configure(engine=engine, autoencoder=SMALL | {"discriminator": DISCRIMINATOR | {"adaptive": False}})
+
+
 def test_more_layers_than_the_pictures_have_room_for_are_refused(data, tmp_path):
     train = configure(autoencoder=SMALL | {"discriminator": DISCRIMINATOR | {"layers": 3}})
     with pytest.raises(RecipeError, match=r"train\.autoencoder\.discriminator\.layers: 3 layers leave nothing of 16"):

@@ -18,7 +18,7 @@ from training.pixels import to_signed
 from training.product import kind_of, read_facts
 from training.vqgan import VqganFamily
 from training.vqgan.family import load_vq
-from training.vqgan.model import codebook_loss, nearest, usage
+from training.vqgan.model import choices, codebook_loss, nearest, revival_loss, usage
 
 SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4, "codes": 32}
 
@@ -77,7 +77,7 @@ def test_latents_are_drawn_to_codes_by_beta_and_codes_to_latents_in_full():
 
 def test_the_gradient_passes_straight_through_the_choice(family, data):
     pictures = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
-    made, latents, codes, indices = family.model(pictures)
+    made, latents, codes, indices, _ = family.model(pictures)
     torch.testing.assert_close(codes.movedim(1, -1), family.model.codebook[indices])
     latents.retain_grad()
     (to_codebook,) = torch.autograd.grad(made.sum(), family.model.codebook, retain_graph=True, allow_unused=True)
@@ -90,11 +90,23 @@ def test_the_gradient_passes_straight_through_the_choice(family, data):
 def test_the_choice_is_that_of_diffusers(family, data):
     pictures = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
     with torch.no_grad():
-        ours, latents, _, indices = family.model(pictures)
+        ours, latents, _, indices, _ = family.model(pictures)
         torch.testing.assert_close(ours, family.model.vq(pictures).sample)
         _, _, (_, _, theirs) = family.model.vq.quantize(latents)
     assert torch.equal(indices.flatten(), theirs)
     assert torch.equal(nearest(latents, family.model.codebook), indices)
+
+
+def test_codes_that_nothing_chose_are_drawn_to_the_nearest_latent():
+    latents = torch.tensor([0.0, 1.0, 5.0]).view(1, 1, 1, 3).requires_grad_()
+    codebook = torch.tensor([[0.5], [-2.0], [9.0], [4.0]], requires_grad=True)  # the second and third are left behind
+    indices, closest = choices(latents, codebook)
+    assert indices.flatten().tolist() == [0, 0, 3]
+    loss = revival_loss(latents, codebook, indices, closest)
+    assert loss.item() == pytest.approx((2.0**2 + 4.0**2) / 4)
+    loss.backward()
+    torch.testing.assert_close(codebook.grad, torch.tensor([[0.0], [-1.0], [2.0], [0.0]]))
+    assert latents.grad is None
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,12 @@ class FirstStage(Family):
     def check(cls, train: TrainConfig) -> None:
         if train.settings.discriminator is not None:
             refuse_without_ddp(train, f"train.{cls.name}.discriminator")
+            if train.engine.compile and train.settings.discriminator.adaptive:
+                problem = (
+                    f"a compiled model goes backward once a step, and the weight of train.{cls.name}.discriminator"
+                )
+                mend = "remove it, or write discriminator: {adaptive: false}"
+                raise RecipeError("train.engine.compile", f"{problem} asks for its gradients before that", mend)
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:

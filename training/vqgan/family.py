@@ -33,6 +33,7 @@ class VqganSettings(StageSettings):
     code_channels: Positive | None = None  # numbers in a code; null: latent_channels
     codebook: Annotated[float, Field(gt=0)] = 1.0  # weight of the codebook's loss
     commitment: Annotated[float, Field(ge=0)] = 0.25  # β: of the latents' pull towards their codes, within it
+    revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the pull on codes that nothing chose; 0: none
     start: Literal["latents", "uniform"] = "latents"  # the first codes: latents of pictures; or drawn around 0
 
 
@@ -73,12 +74,14 @@ class VqganFamily(FirstStage):
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         pictures = to_signed(batch["pictures"])
-        made, latents, codes, indices = model(pictures.to(next(model.parameters()).dtype))
+        made, latents, codes, indices, abandoned = model(pictures.to(next(model.parameters()).dtype))
         loss, metrics = self.picture_loss(made, pictures, self.model.vq.decoder.conv_out.weight)
         codebook = codebook_loss(latents, codes, self.train.commitment)
+        # Of the pull on abandoned codes only the gradient: that they are far off is no fault of the pictures.
         perplexity, used = usage(indices, self.codes)
         more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
-        return loss + self.train.codebook * codebook, {**metrics, **more}
+        loss = loss + self.train.codebook * codebook + self.train.revival * (abandoned - abandoned.detach())
+        return loss, {**metrics, **more}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """A VQModel folder; times its `scaling_factor`, the latents of the dataset's pictures have variance 1."""

@@ -23,6 +23,7 @@ class Quantised(NamedTuple):
     latents: torch.Tensor
     codes: torch.Tensor  # their gradient reaches the codebook, and not the encoder
     indices: torch.Tensor
+    abandoned: torch.Tensor  # scalar: how far codes that no latent chose are from the latents; see `revival_loss`
 
 
 class Vqgan(nn.Module):
@@ -43,18 +44,29 @@ class Vqgan(nn.Module):
     def forward(self, pictures: torch.Tensor) -> Quantised:
         """Encode, take the nearest code for each latent, decode; the gradient passes straight through the choice."""
         latents = self.vq.encode(pictures).latents
-        indices = nearest(latents, self.codebook)
+        indices, closest = choices(latents, self.codebook)
         codes = F.embedding(indices, self.codebook).movedim(-1, 1)
         passed = latents + (codes - latents).detach()
         spatial = passed if self.vq.config.norm_type == "spatial" else None
-        return Quantised(self.vq.decoder(self.vq.post_quant_conv(passed), spatial), latents, codes, indices)
+        made = self.vq.decoder(self.vq.post_quant_conv(passed), spatial)
+        abandoned = revival_loss(latents, self.codebook, indices, closest)
+        return Quantised(made, latents, codes, indices, abandoned)
+
+
+def choices(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest code for each latent, [B, D, h, w] → [B, h, w], and for each code the nearest latent's place, [N].
+
+    The code is the one that VQModel itself chooses; places count latents as they lie in [B, h, w].
+    """
+    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        flat = latents.movedim(1, -1).float()
+        distances = torch.cdist(flat.reshape(-1, flat.shape[-1]), codebook.float())
+        return distances.argmin(1).view(flat.shape[:-1]), distances.argmin(0)
 
 
 def nearest(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The index of the nearest code for each latent: [B, D, h, w] → [B, h, w], as VQModel itself chooses."""
-    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-        flat = latents.movedim(1, -1).float()
-        return torch.cdist(flat.reshape(-1, flat.shape[-1]), codebook.float()).argmin(1).view(flat.shape[:-1])
+    """The index of the nearest code for each latent: [B, D, h, w] → [B, h, w]."""
+    return choices(latents, codebook)[0]
 
 
 def codebook_loss(latents: torch.Tensor, codes: torch.Tensor, commitment: float) -> torch.Tensor:
@@ -64,6 +76,20 @@ def codebook_loss(latents: torch.Tensor, codes: torch.Tensor, commitment: float)
     """
     latents, codes = latents.float(), codes.float()
     return (codes - latents.detach()).square().mean() + commitment * (latents - codes.detach()).square().mean()
+
+
+def revival_loss(
+    latents: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor, closest: torch.Tensor
+) -> torch.Tensor:
+    """Codes that no latent of the batch chose, drawn to the latent nearest to them: a mean over the codebook's values.
+
+    Without it a code that is left behind by the latents is never chosen again, and nothing moves it. Zheng & Vedaldi
+    2023, “Online clustered codebook”, put such codes on their nearest latents; as a loss it is the same on any number
+    of workers, and has no state.
+    """
+    anchors = latents.detach().movedim(1, -1).reshape(-1, codebook.shape[1])[closest].float()
+    left = torch.bincount(indices.flatten(), minlength=len(codebook)) == 0
+    return ((codebook.float() - anchors).square() * left[:, None]).mean()
 
 
 def usage(indices: torch.Tensor, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
