@@ -79,7 +79,11 @@ class DiffusionFamily(Family):
         self.text = encoders or new_encoders(self.backbone.slots, self.train.text, assets / _TOKENIZER)
         net = self.backbone.build(Ends.of(int(self.vae.config.latent_channels), self.side, self.text.towers))
         self.model = Denoiser(self.backbone, net, self.text)
-        self.frozen = [self.vae] if self.text.own else [self.vae, *self.text.modules]
+        self.frozen = [self.vae]
+        if encoders is not None and train.data.text_states is None:
+            self.frozen += encoders.modules
+        elif encoders is not None:  # made ahead: the encoders, perhaps larger than the network, keep off the GPU
+            encoders.to(torch.device("cpu"))
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
         self.nothing = self.text.ids([""])  # each [1, L]
         self._nothing_states: Texts | None = None
