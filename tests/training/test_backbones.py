@@ -388,6 +388,14 @@ def test_networks_that_do_not_fit_are_refused(squares, root, towers, tmp_path, r
         tiny.family_of(squares, tmp_path / "assets", made)
 
 
+def test_a_table_of_positions_that_zero_3_would_shard_is_refused(squares, root, tmp_path, run_of):
+    run_of("sd")  # its autoencoder
+    wide = {"vocab_size": 600, "width": 336, "layers": 1, "heads": 2}
+    section = tiny.settings_of("dit", None, autoencoder=str(root / "ae")) | {"text": wide}
+    with pytest.raises(RecipeError, match=r"train\.engine\.zero: would shard the 300 positions"):
+        tiny.family_of(squares, tmp_path / "assets", section, engine={"zero": 3})
+
+
 def test_runs_of_the_first_release_go_on(run_of):
     """A run refuses another recipe; keys that are new must not make one of an old one."""
     new = TrainConfig.from_section(

@@ -37,6 +37,7 @@ from training.text_states import states_of
 from training.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
+_KEPT_WHOLE = 100_000  # elements of a weight that the engine's ZeRO 3 does not shard
 _STYLE_SAMPLES = 512  # captions that the style is measured on
 
 
@@ -77,9 +78,15 @@ class DiffusionFamily(Family):
         self.side = self.size // factor_of(self.vae.config)
         encoders = self.text_encoder(train)
         self.text = encoders or new_encoders(self.backbone.slots, self.train.text, assets / _TOKENIZER)
+        if self.text.own and train.engine.strategy == "deepspeed" and train.engine.zero == 3:
+            _check_positions(self.text)
         net = self.backbone.build(Ends.of(int(self.vae.config.latent_channels), self.side, self.text.towers))
         self.model = Denoiser(self.backbone, net, self.text)
-        self.frozen = [self.vae] if self.text.own else [self.vae, *self.text.modules]
+        self.frozen = [self.vae]
+        if encoders is not None and train.data.text_states is None:
+            self.frozen += encoders.modules
+        elif encoders is not None:  # made ahead: the encoders, perhaps larger than the network, keep off the GPU
+            encoders.to(torch.device("cpu"))
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
         self.nothing = self.text.ids([""])  # each [1, L]
         self._nothing_states: Texts | None = None
@@ -180,6 +187,15 @@ def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
         problem = f"has a {unknown[0]}, which this network's diffusers pipeline does not apply"
         raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
     return vae
+
+
+def _check_positions(text: TextEncoders) -> None:
+    """Raises RecipeError where ZeRO 3 would shard a CLIP's table of positions, whose shape transformers reads."""
+    for tower in text.towers:
+        shape = tower.encoder.config
+        if shape.max_position_embeddings * shape.hidden_size > _KEPT_WHOLE:
+            problem = f"would shard the {shape.max_position_embeddings} positions of a text encoder this wide"
+            raise RecipeError("train.engine.zero", problem, "use zero: 2, or a smaller train.diffusion.text.width")
 
 
 def _take_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
