@@ -116,6 +116,7 @@ def switches(folder: Path, arguments: argparse.Namespace) -> None:
         ("channels_last", "capstan", {"engine": {"channels_last": True}}),
         ("compile", "capstan", {"engine": {"compile": True}}),
         ("latents ahead", "latents ahead", {}),
+        ("text ahead", "latents ahead", {"data": {"text_states": "auto"}}),
         ("checkpointing", "latents ahead", {"engine": {"checkpointing": True}}),
     ]
     section: dict[str, Any] = {}
@@ -161,7 +162,8 @@ def work(folder: Path, kind: str, steps: int, batch: int, section: dict[str, Any
         print(json.dumps(clock.rates(batch)))
         return
     if kind == "latents ahead":
-        section = section | {"data": {"latents": (folder / "encoder").read_text()}}
+        data = {"latents": (folder / "encoder").read_text()} | section.get("data", {})
+        section = section | {"data": data}
     seen = capstan(folder, clock, batch, section)
     print(json.dumps(clock.rates(batch) | {name: seen[name] for name in ("mfu", "memory_gib") if name in seen}))
 

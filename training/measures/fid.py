@@ -95,7 +95,7 @@ class _Script(torch.nn.Module):
     def __init__(self, file: Path) -> None:
         super().__init__()
         with warnings.catch_warnings():  # torch would rather have another format; these files are of this one
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")
             self.network = torch.jit.load(str(file), map_location="cpu").eval()
         named = [argument.name for argument in self.network.forward.schema.arguments]
         self.asked = {"return_features": True} if "return_features" in named else {}

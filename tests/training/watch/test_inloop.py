@@ -131,7 +131,7 @@ def test_what_is_missing_is_named_before_the_first_step(recipe, judges, tmp_path
         assert not (tmp_path / "refused" / "log.jsonl").exists()
 
     refused(r"evaluate\.measures: oracle knows the captioned world alone", measures=["oracle"])
-    refused(r"evaluate\.count: wants 5 samples .* holdout is 4", count=5)
+    refused(r"evaluate\.count: wants 5 samples .*holdout is 4", count=5)
     refused(
         r"fid\.features: /no/inception\.pth is not on this machine",
         measures=["fid"],
