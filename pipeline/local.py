@@ -99,7 +99,7 @@ def scratch() -> Iterator[Path]:
     Raises DiskFull where its disk is.
     """
     _sweep_scratch()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{_owner()}-{os.getpid()}-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{owner()}-{os.getpid()}-") as name:
         try:
             yield Path(name)
         except OSError as error:
@@ -119,7 +119,7 @@ def _sweep_scratch() -> None:
 @contextlib.contextmanager
 def _publish(target: Path, size: int) -> Iterator[Path]:
     """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
-    partial = target.with_name(f"{PARTIAL}{_owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
+    partial = target.with_name(f"{PARTIAL}{owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -144,11 +144,11 @@ def _is_abandoned(path: Path) -> bool:
 
 def _has_ended(name: str) -> bool:
     """Whether OWNER-PID-… names a process of this machine that is no more."""
-    owner, pid, *_ = [*name.split("-"), ""]
-    return owner == _owner() and pid.isdigit() and not _is_alive(int(pid))
+    where, pid, *_ = [*name.split("-"), ""]
+    return where == owner() and pid.isdigit() and not is_alive(int(pid))
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -159,7 +159,7 @@ def _is_alive(pid: int) -> bool:
 
 
 @functools.cache
-def _owner() -> str:
+def owner() -> str:
     """Eight digits for where a process number means the same process: this machine, since it started, or container."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # Linux only
