@@ -14,6 +14,7 @@ from pipeline.conditions import check_conditions
 from pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
 from pipeline.errors import RecipeError
 from pipeline.ingest import Ingest, Staged, clean, failed_table, staged
+from pipeline.lease import Held, lease
 from pipeline.pack import content_recipe, pack, selection_of
 from pipeline.plan import Plan, plan, read_plan
 from pipeline.remove import finish, recipe_of, resume, take_down
@@ -39,12 +40,18 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     are those whose pictures `keep_staged: false` removed and that the recipe keeps now.
 
     Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
-    `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend.
+    `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend, and
+    CapstanError where another process writes this dataset.
     """
-    clock = _Clock()
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
+    with lease(storage, "build") as held:
+        return _build(recipe, storage, held, reasons, progress)
+
+
+def _build(recipe: Recipe, storage: Storage, held: Held, reasons: list[str], progress: bool) -> dict[str, Any]:
+    clock = _Clock()
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
     resume(storage)
@@ -61,11 +68,12 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
     retried = end(job)
     ready = _staged(job, planned, summary.quarantined)
+    held.check()
     if retried or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
-    published = _publish(recipe, storage, ready, scorers, clock, progress)
+    published = _publish(recipe, storage, held, ready, scorers, clock, progress)
     if summary.done or "pack" in clock.laps:
         ingested = again.rows + sum(unit.spec["rows"] for unit in fresh if unit.id not in summary.quarantined)
         note_run(storage, "build", ingested, clock.laps)
@@ -89,9 +97,10 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     storage.check_writable()
     if not scorers:
         raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
-    resume(storage)
-    units = _found(recipe, storage)
-    return {**_publish(recipe, storage, units, scorers, clock, progress), "seconds": clock.laps}
+    with lease(storage, "score") as held:
+        resume(storage)
+        units = _found(recipe, storage)
+        return {**_publish(recipe, storage, held, units, scorers, clock, progress), "seconds": clock.laps}
 
 
 def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -99,21 +108,28 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
 
     Raises RecipeError where nothing is staged or scored, or for a condition that DuckDB does not take.
     """
-    clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
-    scorers = registry.scorers(recipe)
     storage.check_reachable()
     if not dry_run:
         storage.check_writable()
-        resume(storage)
+        with lease(storage, "select") as held:
+            return _select(recipe, storage, held, progress)
+    clock = _Clock()
+    units = as_scored(recipe, storage, registry.scorers(recipe), _found(recipe, storage))
+    decisions = decide(recipe, storage, units)
+    clock.lap("select")
+    seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
+    return {**seen, "seconds": clock.laps}
+
+
+def _select(recipe: Recipe, storage: Storage, held: Held, progress: bool) -> dict[str, Any]:
+    clock = _Clock()
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
+    resume(storage)
     units = as_scored(recipe, storage, scorers, _found(recipe, storage))
-    if dry_run:
-        decisions = decide(recipe, storage, units)
-        clock.lap("select")
-        seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
-        return {**seen, "seconds": clock.laps}
-    published = _publish(recipe, storage, units, scorers, clock, progress)
+    published = _publish(recipe, storage, held, units, scorers, clock, progress)
     if "pack" in clock.laps:
         note_run(storage, "select", 0, clock.laps)
     return {**published, "seconds": clock.laps}
@@ -126,19 +142,26 @@ def remove(
     killed is completed by any later `remove`, `select`, `score` or `build`."""
     storage = Storage(dataset, options, field="DATASET")
     storage.check_writable()
-    takedown = take_down(storage, lists)
-    recipe = recipe_of(storage)
-    counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
-    summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
-    if recipe is None:
-        finish(storage)
-        return summary
-    published = select(recipe, progress=progress)
+    with lease(storage, "remove") as held:
+        takedown = take_down(storage, lists)
+        recipe = recipe_of(storage)
+        counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
+        summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
+        if recipe is None:
+            finish(storage)
+            return summary
+        published = _select(recipe, Storage(recipe.dataset, recipe.storage), held, progress)
     return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
 
 
 def _publish(
-    recipe: Recipe, storage: Storage, units: list[Staged], scorers: list[Scorer], clock: _Clock, progress: bool
+    recipe: Recipe,
+    storage: Storage,
+    held: Held,
+    units: list[Staged],
+    scorers: list[Scorer],
+    clock: _Clock,
+    progress: bool,
 ) -> dict[str, Any]:
     """Score, select and pack, unless the dataset is just that already."""
     manifest, bad = read_manifest(storage), dict[str, str]()
@@ -150,6 +173,7 @@ def _publish(
     if manifest is None or not _is_current(manifest, recipe, storage, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
+        held.check()
         manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
         bad |= summary.quarantined
         clock.lap("pack")

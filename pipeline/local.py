@@ -99,7 +99,7 @@ def scratch() -> Iterator[Path]:
     Raises DiskFull where its disk is.
     """
     _sweep_scratch()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{_owner()}-{os.getpid()}-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{owner()}-{os.getpid()}-") as name:
         try:
             yield Path(name)
         except OSError as error:
@@ -118,7 +118,7 @@ def _sweep_scratch() -> None:
 
 def partial_of(target: Path) -> Path:
     """A temporary name beside `target`, by which `sweep` knows whether its writer, this process, still runs."""
-    return target.with_name(f"{PARTIAL}{_owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
+    return target.with_name(f"{PARTIAL}{owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
 
 
 @contextlib.contextmanager
@@ -149,11 +149,11 @@ def _is_abandoned(path: Path) -> bool:
 
 def _has_ended(name: str) -> bool:
     """Whether OWNER-PID-… names a process of this machine that is no more."""
-    owner, pid, *_ = [*name.split("-"), ""]
-    return owner == _owner() and pid.isdigit() and not _is_alive(int(pid))
+    where, pid, *_ = [*name.split("-"), ""]
+    return where == owner() and pid.isdigit() and not is_alive(int(pid))
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -164,7 +164,7 @@ def _is_alive(pid: int) -> bool:
 
 
 @functools.cache
-def _owner() -> str:
+def owner() -> str:
     """Eight digits for where a process number means the same process: this machine, since it started, or container."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # Linux only

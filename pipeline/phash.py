@@ -45,10 +45,8 @@ def read_colours(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _smaller(pixels: np.ndarray) -> np.ndarray:
-    """Shrunk by a whole number to 64 pixels or a little more: OpenCV averages whole blocks several times faster."""
-    factor = min(pixels.shape[:2]) // 64
-    if factor <= 1:
-        return pixels
-    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
-    whole = pixels[: height * factor, : width * factor]
-    return cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
+    """Halved until less than 128 pixels are left: OpenCV averages 2 × 2 several times faster than any other block."""
+    while min(pixels.shape[:2]) >= 128:
+        height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+        pixels = cv2.resize(pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return pixels

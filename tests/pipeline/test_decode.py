@@ -124,6 +124,18 @@ def test_resize_modes(kind: str, resize: str, size: int, stored_size: tuple[int,
         assert shown[:, 0, 0].mean() == pytest.approx(255 / 4, abs=12)  # the left quarter is cut off
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("sides", [(400, 300), (301, 499), (333, 1000), (130, 101)])
+def test_what_is_stored_is_the_middle_of_the_scaled_picture(kind: str, sides: tuple[int, int]) -> None:
+    data = file_of(drawing(3).resize(sides), kind)
+    whole = stored(data, config.Image(size=100, resize="keep_ratio", quality=100))
+    middle = stored(data, config.Image(size=100, resize="center_crop", quality=100))
+    left, top = middle.crop_left, middle.crop_top
+    expected = pixels_of(whole)[top : top + 100, left : left + 100].astype(float)
+    assert (middle.width, middle.height) == (100, 100)
+    assert np.abs(pixels_of(middle) - expected).mean() < 6
+
+
 @given(
     width=st.integers(8, 300),
     height=st.integers(8, 300),
