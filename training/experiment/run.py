@@ -298,7 +298,10 @@ def how_many(config: ExperimentConfig, train: TrainConfig, cores: int, gpus: int
 
 
 def _side_by_side(todo: Sequence[Trial], experiment: Experiment) -> None:
-    """Run all trials, so many at a time. The first that fails stops the others; Ctrl-C lets them save and stops."""
+    """Run all trials, so many at a time. The first that fails stops the others; Ctrl-C lets them save and stops.
+
+    Whenever one has ended, and at a stop, the report is written anew.
+    """
     running: set[Trial] = set()
 
     def one(trial: Trial) -> None:
@@ -318,10 +321,11 @@ def _side_by_side(todo: Sequence[Trial], experiment: Experiment) -> None:
         try:
             for done in as_completed(futures):
                 done.result()
-                if experiment.parallel and any(not future.done() for future in futures):
-                    experiment.report()  # what is known so far
+                if any(not future.done() for future in futures):
+                    experiment.report()
         except BaseException:
             _until_all_end(futures, lambda: experiment.ask_to_stop(sorted(running, key=str)))
+            experiment.report()
             raise
 
 

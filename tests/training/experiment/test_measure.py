@@ -30,7 +30,7 @@ class Clip:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         assert all(self.fits(text) for text in texts)
-        return np.eye(2, dtype=np.float32)[["blue" in text for text in texts]]
+        return np.eye(2, dtype=np.float32)[[int("blue" in text) for text in texts]]
 
 
 def test_the_clip_score_is_of_sentences_and_long_ones_are_cut() -> None:
