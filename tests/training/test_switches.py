@@ -21,13 +21,13 @@ def config(**engine: Any) -> TrainConfig:
     return TrainConfig.model_validate(section)
 
 
-def make_unet() -> nn.Module:
+def make_unet(dropout: float) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     shape = {"block_out_channels": (32,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 2}
-    unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, dropout=0.1, **kinds, **shape)
+    unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, dropout=dropout, **kinds, **shape)
 
     class Wrapped(nn.Module):  # as the families wrap what diffusers has
         def __init__(self) -> None:
@@ -40,9 +40,9 @@ def make_unet() -> nn.Module:
     return Wrapped().train()
 
 
-def gradients(train: TrainConfig) -> tuple[list[torch.Tensor], int]:
+def gradients(train: TrainConfig, dropout: float = 0.1) -> tuple[list[torch.Tensor], int]:
     """The gradient of every weight, and the bytes that were kept for the backward pass."""
-    model = make_unet()
+    model = make_unet(dropout)
     switches.apply(model, train, CPU)
     draw = torch.Generator().manual_seed(1)
     batch = {"noisy": torch.randn(2, 4, 8, 8, generator=draw), "text": torch.randn(2, 3, 8, generator=draw)}
@@ -61,8 +61,8 @@ def test_checkpointed_and_channels_last_models_learn_the_same() -> None:
     again, less = gradients(config(checkpointing=True))
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
     assert less < kept / 2
-    moved, _ = gradients(config(channels_last=True))
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(plain, moved, strict=True))
+    plain, moved = (gradients(config(channels_last=last), dropout=0)[0] for last in (False, True))  # else other chance
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(plain, moved, strict=True))
 
 
 def test_pictures_and_kernels_are_laid_out_as_asked() -> None:
@@ -86,6 +86,5 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.cluster
 def test_a_compiled_model_learns_the_same() -> None:
-    plain, _ = gradients(config())
-    compiled, _ = gradients(config(compile=True))
+    plain, compiled = (gradients(config(compile=on), dropout=0)[0] for on in (False, True))  # else other chance
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, compiled, strict=True))

@@ -72,7 +72,8 @@ def test_a_machine_that_has_nothing_goes_on_from_the_bucket(recipe, s3: S3, tmp_
     shutil.copytree(newest, cut_off)
     (cut_off / "checkpoint.json").unlink()  # an upload that was killed
     fit(recipe("there", "s3://bucket/moved"))
-    assert "fetching step-000007" in (tmp_path / "there" / "train.log").read_text()
+    assert "going on from" in (words := (tmp_path / "there" / "train.log").read_text())
+    assert f"{tmp_path / 'there' / 'checkpoints' / 'step-000007'}\n" in words
     assert_equal(tmp_path / "there" / "product", tmp_path / "whole" / "product")
     losses = [(tmp_path / run / "log.jsonl").read_text().count('"loss"') for run in ("there", "whole")]
     assert losses == [12, 12]
