@@ -143,6 +143,7 @@ def live_on_ray(file: Path, seconds: float) -> bool:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(1800)
 def test_ten_kills_at_random_moments_on_ray(
     captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +159,7 @@ def test_ten_kills_at_random_moments_on_ray(
 
     write_dataset(torn, layout())
     started = time.monotonic()
-    assert live_on_ray(file, 300)
+    assert live_on_ray(file, 600)
     whole, kills, shards = time.monotonic() - started, list[tuple[float, int]](), layout()
     write_dataset(torn, shards)
     while len(kills) < 10 or (len({files for _, files in kills}) < 4 and len(kills) < 30):
@@ -168,7 +169,7 @@ def test_ten_kills_at_random_moments_on_ray(
             write_dataset(torn, shards)
         else:
             kills.append((round(moment, 1), len(list((tmp_path / "torn/state").rglob("*.json")))))
-    assert live_on_ray(file, 300)
+    assert live_on_ray(file, 600)
     with capsys.disabled():
         print(f"\n{len(kills)} kills of a run of {whole:.1f} s, (second, files of state): {kills}")
     assert len({files for _, files in kills}) > 3  # they came at different points of the work
