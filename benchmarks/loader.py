@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py [--samples 4000] [--size 256] [--workers 1 2] [--rounds 5] [--only speed|restart|share]
 
-speed     images/s from the first batch on, each run in a process of its own, taking turns; the ratio is that of the
-          medians. webdataset: shuffled shards, a buffer of 1000 samples, decoding in processes of torch's DataLoader,
+speed     images/s from the first batch on, and CPU time, each run in a process of its own, taking turns; the ratio is
+          that of the medians. webdataset: shuffled shards, a buffer of 1000 samples, decoding in processes of torch's DataLoader,
           each making whole batches. Capstan: its exact order, on threads. Both give uint8 [B, 3, S, S] and captions.
 restart   seconds to the first batch at sample 1,000,000 of an epoch, and at sample 0, in a dataset of two million
           samples (its rows share a thousand pictures); and whether a run that was cut and gone on with is the run
@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -167,7 +168,7 @@ def open_data(folder: Path, **settings: Any) -> TrainingData:
 # Speed ---------------------------------------------------------------------------------------------------------------
 
 
-def run_capstan(arguments: argparse.Namespace, workers: int) -> float:
+def run_capstan(arguments: argparse.Namespace, workers: int) -> tuple[float, float]:
     def prepare(samples: Sequence[Any]) -> Any:
         return {"pictures": batch_of(samples, arguments.size), "texts": [sample.text for sample in samples]}
 
@@ -178,7 +179,7 @@ def run_capstan(arguments: argparse.Namespace, workers: int) -> float:
         return rate(loader, lambda prepared: prepared.batch["pictures"])
 
 
-def run_webdataset(arguments: argparse.Namespace, workers: int) -> float:
+def run_webdataset(arguments: argparse.Namespace, workers: int) -> tuple[float, float]:
     import webdataset as wds
 
     def decode(sample: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -195,31 +196,36 @@ def run_webdataset(arguments: argparse.Namespace, workers: int) -> float:
     return rate(wds.WebLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=2), lambda batch: batch[0])
 
 
-def rate(batches: Any, pictures: Callable[[Any], torch.Tensor]) -> float:
-    """Images/s from the first batch to the last."""
-    count, start = 0, 0.0
-    for number, batch in enumerate(batches):
-        if number:
-            count += len(pictures(batch))
-        else:
-            start = time.perf_counter()
-    return count / (time.perf_counter() - start)
+def rate(batches: Any, pictures: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
+    """Images/s from the first batch to the last, and CPU milliseconds an image of this process and its workers."""
+    cpu, count, first, start = cpu_s(), 0, 0, 0.0
+    for batch in batches:
+        count += len(pictures(batch))
+        if not first:
+            first, start = count, time.perf_counter()
+    took = time.perf_counter() - start
+    return (count - first) / took, (cpu_s() - cpu) / count * 1000
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of those of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def speed(arguments: argparse.Namespace) -> None:
     speed_dataset(arguments)
-    print(
-        f"\nspeed: images/s at {arguments.size} px, batches of {BATCH}, {arguments.samples} samples, medians and ranges"
-    )
-    print(f"{'workers':>8}{'capstan':>26}{'webdataset':>26}{'ratio':>8}")
+    print(f"\nspeed at {arguments.size} px, batches of {BATCH}, {arguments.samples} samples: medians (ranges)")
+    print(f"{'workers':>8}{'':>14}{'capstan':>20}{'webdataset':>20}{'ratio':>8}")
     for workers in arguments.workers:
-        found: dict[str, list[float]] = {"capstan": [], "webdataset": []}
+        found: dict[str, list[list[float]]] = {"capstan": [], "webdataset": []}
         for number in range(arguments.rounds):
             for who in sorted(found, reverse=bool(number % 2)):
                 found[who].append(in_process(arguments, who, workers))
-        told = "".join(f"{in_words(values):>26}" for values in found.values())
-        medians = [statistics.median(values) for values in found.values()]
-        print(f"{workers:>8}{told}{medians[0] / medians[1]:>8.2f}", flush=True)
+        for column, what in enumerate(("images/s", "CPU ms/image")):
+            values = [[run[column] for run in runs] for runs in found.values()]
+            ratio = statistics.median(values[0]) / statistics.median(values[1])
+            told = "".join(f"{in_words(some):>20}" for some in values)
+            print(f"{workers:>8}{what:>14}{told}{ratio:>8.2f}", flush=True)
 
 
 def in_process(arguments: argparse.Namespace, who: str, workers: int) -> Any:
@@ -230,7 +236,8 @@ def in_process(arguments: argparse.Namespace, who: str, workers: int) -> Any:
 
 
 def in_words(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
+    digits = 0 if min(values) > 50 else 2
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 # Restart -------------------------------------------------------------------------------------------------------------
