@@ -3,8 +3,9 @@
     python benchmarks/loader.py [--samples 4000] [--size 256] [--workers 1 2] [--rounds 5] [--only speed|restart|share]
 
 speed     images/s from the first batch on, and CPU time, each run in a process of its own, taking turns; the ratio is
-          that of the medians. webdataset: shuffled shards, a buffer of 1000 samples, decoding in processes of torch's DataLoader,
-          each making whole batches. Capstan: its exact order, on threads. Both give uint8 [B, 3, S, S] and captions.
+          that of the medians. webdataset: shuffled shards, a buffer of 1000 samples, decoding in processes of torch's
+          DataLoader, each making whole batches. Capstan: its exact order, on threads. Both give uint8 [B, 3, S, S] and
+          captions.
 restart   seconds to the first batch at sample 1,000,000 of an epoch, and at sample 0, in a dataset of two million
           samples (its rows share a thousand pictures); and whether a run that was cut and gone on with is the run
 share     what of a sample's time is spent outside of decoding, where threads wait for each other
