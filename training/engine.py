@@ -77,6 +77,7 @@ class Engine:
 
             plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
             accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[kwargs], deepspeed_plugin=plugin)
+            _keep_transformers_out()
         if self._deepspeed and accelerator.distributed_type.value != "DEEPSPEED":
             raise CapstanError(f"training: accelerate chose {accelerator.distributed_type} in place of DeepSpeed")
         seen = dist.get_world_size() if dist.is_initialized() else 1
@@ -358,6 +359,13 @@ def _refuse_inference_kernel() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = {}  # looked up before building; none is found to be compatible
+
+
+def _keep_transformers_out() -> None:
+    """Let transformers open models whole: told of ZeRO 3, it would shard frozen ones too, and in vain."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def free_port() -> int:
