@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -154,6 +155,7 @@ class ShardCache:
             try:
                 if self._download(name, size, partial, sha256):
                     with self._locked(self.folder / "lock"):
+                        _touch(partial)
                         partial.replace(path)
             except OSError as error:
                 raise as_disk_full(error, self.folder, size) or error from None
@@ -226,9 +228,10 @@ class ShardCache:
 
 
 def _touch(path: Path) -> None:
-    """Note that a copy is used."""
+    """Note that a copy is used. By the exact time: the one that a file system would set may be 10 ms old."""
+    now = time.time_ns()
     with contextlib.suppress(FileNotFoundError, PermissionError):  # gone just now; another user's
-        os.utime(path)
+        os.utime(path, ns=(now, now))
 
 
 def _removed(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import records
 
 from pipeline.config import Recipe
 from training.autoencoder.adversary import Adversary
@@ -28,11 +28,6 @@ def make_recipe(dataset: Path, run: Path, model: str, settings: dict[str, Any], 
     base = {"model": model, "run": str(run), "steps": 8, "batch": 8, "accumulate": 2, "log_every": 1, "warmup": 2}
     base |= {"checkpoint": {"every": 3}, "engine": {"strategy": "ddp", "threads": 1}, "ema": 0.9, "lr": 1e-3}
     return Recipe(dataset=str(dataset), train={**base, model: settings | {"discriminator": discriminator}, **section})
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("images_per_s", "data_wait")} for line in lines]
 
 
 def rival(run: Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_training_on_a_bucket_reads_whole_shards_ahead(server: S3, make_dataset,
     copied = Counter(name for name, whole in tars if whole)
     assert copied.keys() == {entry.tar for entry in dataset.manifest.shards}
     assert copied.total() <= 6 + 2  # each once, and those that the next epoch begins with
-    assert sum(not whole for _, whole in tars) == 1  # the first sample
+    assert sum(not whole for _, whole in tars) <= 1  # the first sample, unless its copy was sooner there
     cache.close()
 
 
