@@ -70,6 +70,7 @@ def whole(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.integration
+@pytest.mark.cluster
 def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tmp_path: Path) -> None:
     assert "DeepSpeed, ZeRO stage 2, world size 2" in (whole / "train.log").read_text()
     run, slow = tmp_path / "run", recipe(engine=DEEPSPEED, tiny={"sleep_s": 0.2})
@@ -155,6 +156,7 @@ def _ray() -> Iterator[None]:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("_ray")
+@pytest.mark.cluster
 def test_ray_train_starts_dead_workers_again(recipe, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
