@@ -10,6 +10,7 @@ with duplicates.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import shutil
 import sys
@@ -118,6 +119,7 @@ def unit_table(random: np.random.Generator, unit: str, low: float, high: float, 
         "detail": pa.repeat("", count),
         "sha256": ["" if bad else f"{p:064x}" for p, bad in zip(picture.tolist(), failed.tolist(), strict=True)],
         "phash": picture,
+        "colours": [base64.b64encode(p.to_bytes(8) * 6).decode() for p in picture.tolist()],  # alike where the hash is
         "extra": pa.repeat('{"licence":"cc0"}', count),
         "unit": pa.repeat(unit, count),
         "width": side[0] // 2,
