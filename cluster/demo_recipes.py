@@ -183,9 +183,9 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "unet": {
                 "block_out_channels": [32, 64],
                 "layers_per_block": 1,
-                "attention": [True, True],  # at 4 × 4 too: a quarter more time, and relations are seldom learnt without
+                "attention": [True, True],  # at 4 × 4 too: a quarter more time a step
                 "heads": 2,
-                "norm_num_groups": 4,  # of few channels each, they would take away what tells colours apart
+                "norm_num_groups": 4,  # groups of 8 channels: a lower loss at equal steps than groups of 2
             },
             "text": {"vocab_size": 1024, "length": 50, "width": 64, "layers": 2, "heads": 4},
             "flow": {"mean": 0.5},  # noisier times, at which it is decided what is where and in which colour
