@@ -250,15 +250,19 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def open_kind(folder: Path, name: str) -> TrainingData | MixedData:
+    """The samples of one of KINDS."""
+    data = open_data(folder, **KINDS[name])
+    return data if name != "two datasets" else MixedData([data, open_data(folder)], ["a", "b"], [0.8, 0.2], 0)
+
+
 def run_restart(arguments: argparse.Namespace, kind: int) -> list[float]:
     """Seconds from nothing to the first batch, at the far place and at the beginning; imports are not counted."""
     name = list(KINDS)[kind]
     seconds = []
     for place in (PLACE, 0):
         start = time.perf_counter()
-        data: Any = open_data(restart_dataset(arguments), **KINDS[name])
-        if name == "two datasets":
-            data = MixedData([data, open_data(restart_dataset(arguments))], ["a", "b"], [0.8, 0.2], 0)
+        data = open_kind(restart_dataset(arguments), name)
         with Loader(data, lambda samples: {"x": batch_of(samples, 256)}, **steps(place // BATCH, 1)) as loader:
             next(iter(loader))
         seconds.append(time.perf_counter() - start)
@@ -277,13 +281,13 @@ def restart(arguments: argparse.Namespace) -> None:
         runs = [in_process(arguments, "restart", number) for _ in range(arguments.rounds)]
         far, near = (statistics.median(values) for values in zip(*runs, strict=True))
         print(f"{name:<16}{far:>14.2f}{near:>10.2f}", flush=True)
-    for name, settings in KINDS.items():
-        keys = [keys_of(open_data(folder, **settings), *cut) for cut in ((PLACE // BATCH, 40), (PLACE // BATCH, 15))]
-        rest = keys_of(open_data(folder, **settings), PLACE // BATCH + 15, 25)
+    for name in KINDS:
+        keys = [keys_of(open_kind(folder, name), *cut) for cut in ((PLACE // BATCH, 40), (PLACE // BATCH, 15))]
+        rest = keys_of(open_kind(folder, name), PLACE // BATCH + 15, 25)
         print(f"  {name}: cut and gone on with equals the run: {keys[0] == keys[1] + rest}")
 
 
-def keys_of(data: TrainingData, start: int, count: int) -> list[str]:
+def keys_of(data: TrainingData | MixedData, start: int, count: int) -> list[str]:
     with Loader(data, lambda _: {}, threads=2, **steps(start, count)) as loader:
         return [key for prepared in loader for key in prepared.keys]
 

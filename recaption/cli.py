@@ -47,7 +47,11 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         rich_markup_mode=None,
     )
     app.add_typer(captions, name="captions")
+    _add_import_and_export(captions)
+    _add_diff(captions)
 
+
+def _add_import_and_export(captions: typer.Typer) -> None:
     @captions.command("import")
     def import_(
         dataset: DatasetArgument,
@@ -89,6 +93,8 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         layer, resources = find_layer(source, layer), Recipe(dataset=dest).resources
         finish(concluded(lambda: run(source, layer, target, slot=slot, resources=resources)), as_json)
 
+
+def _add_diff(captions: typer.Typer) -> None:
     @captions.command()
     def diff(
         dataset: DatasetArgument,

@@ -242,9 +242,7 @@ def sentences(results: Results) -> list[str]:
     said = [f"The measure is {_SAYS[results.primary]}; intervals are 95%, over prompts and {_seeds(results)}."]
     for part in SETS:
         values = results.table[part][results.primary]
-        order = sorted(values, key=lambda arm: -values[arm].mean)
-        listed = " > ".join(f"{arm} {_number(values[arm])}" for arm in order)
-        said.append(f"On {part} prompts: {listed}.")
+        said.append(f"On {part} prompts: {ranking(values)}.")
         find = _finder(results, part)
         said += _claim(part, values, find)
         said += _blended(part, values, find)
@@ -254,6 +252,18 @@ def sentences(results: Results) -> list[str]:
         if arm in MAIN:
             said.append(f"Expanding original prompts: {_by(change)} for {arm}.")
     return said
+
+
+def ranking(values: Mapping[str, Interval]) -> str:
+    """The arms from the best on, with their means; what is the same as written is said to be equal."""
+    arms = sorted(values, key=lambda arm: -values[arm].mean)
+    text = ""
+    for before, arm in zip([None, *arms], arms, strict=False):
+        mean = _number(values[arm])
+        if before is not None:
+            text += " = " if mean == _number(values[before]) else " > "
+        text += f"{arm} {mean}"
+    return text
 
 
 def _seeds(results: Results) -> str:

@@ -1,0 +1,10 @@
+"""What is said of the arms."""
+
+from training.experiment.intervals import Interval
+from training.experiment.results import ranking
+
+
+def test_arms_of_equal_means_are_not_ranked() -> None:
+    values = {"original": 0.25, "short95": 0.5, "descriptive95": 0.5}
+    said = ranking({arm: Interval(mean, mean, mean) for arm, mean in values.items()})
+    assert said == "short95 0.500 = descriptive95 0.500 > original 0.250"
