@@ -134,6 +134,7 @@ class Tower:
             near = difflib.get_close_matches(pretrained or "", tags, n=3) or tags
             raise RecipeError(field, problem, f"name a checkpoint file, or a tag: {', '.join(near)}")
         config = open_clip.get_pretrained_cfg(self.model, pretrained)
+        self._check_activation(pretrained or "", config)
         try:
             return Path(open_clip.download_pretrained(config)), config
         except Exception as error:  # noqa: BLE001 - hubs and their clients have errors of every kind
@@ -141,6 +142,14 @@ class Tower:
             wanted = f"{_WEIGHTS[0]} of {hub}" if hub else config.get("url")
             problem = f"cannot get the weights {pretrained!r} ({' '.join(str(error).split())[:200]})"
             raise RecipeError(field, problem, f"bring {wanted}, and name the file here") from None
+
+    def _check_activation(self, pretrained: str, config: Mapping[str, Any]) -> None:
+        """Raises RecipeError where weights were trained with another activation, of which open_clip only warns."""
+        quick = self._by_name().get("quick_gelu", False)
+        if config.get("quick_gelu", False) != quick:
+            other = self.model.removesuffix("-quickgelu") if quick else f"{self.model}-quickgelu"
+            problem = f"{pretrained} was trained with another activation than {self.model} has"
+            raise RecipeError(f"{self.section}.pretrained", problem, f"name the model {other}")
 
     def load(self, device: str, threads: int = 1) -> Loaded:
         return Loaded(self, device, threads)

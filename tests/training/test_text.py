@@ -125,7 +125,11 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path):
         (XlUNet.slots, [clip, plain], "lacks text_projection.weight"),
         (UNet.slots, [str(tmp_path / "nothing")], "no text encoder at"),
         (UNet.slots, [EncoderSettings(model="ViT-B-33", pretrained="x.pt")], "no model of open_clip is 'ViT-B-33'"),
-        (UNet.slots, [EncoderSettings(model="ViT-L-14", pretrained="openai")], "Mend: name ViT-L-14-quickgelu"),
+        (
+            UNet.slots,
+            [EncoderSettings(model="ViT-L-14", pretrained="openai")],
+            "Mend: name the model ViT-L-14-quickgelu",
+        ),
     ):
         with pytest.raises(RecipeError, match=problem) as refused:
             opened(slots, *named)

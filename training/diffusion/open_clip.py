@@ -44,7 +44,6 @@ def convert(chosen: EncoderSettings, *, projected: bool, field: str) -> tuple[An
     """(CLIPTextModel or CLIPTextModelWithProjection, CLIPTokenizer) that do what the open_clip tower does."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    _check_activation(chosen, field)
     tower = Tower(chosen.model, chosen.pretrained, "fp32", field)
     shape = tower.architecture["text_cfg"]
     for name, plain in _PLAIN.items():
@@ -62,18 +61,6 @@ def convert(chosen: EncoderSettings, *, projected: bool, field: str) -> tuple[An
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise RecipeError(field, f"{chosen.model} has another text tower than CLIP's ({first})", _ANOTHER) from None
     return encoder.eval(), _tokenizer(words, encoder.config.max_position_embeddings)
-
-
-def _check_activation(chosen: EncoderSettings, field: str) -> None:
-    """Raises RecipeError where a tag's weights were trained with another activation, of which open_clip only warns."""
-    import open_clip
-
-    quick = (open_clip.get_model_config(chosen.model) or {}).get("quick_gelu", False)
-    said = open_clip.get_pretrained_cfg(chosen.model, chosen.pretrained or "")
-    if said and said.get("quick_gelu", False) != quick:
-        other = chosen.model.removesuffix("-quickgelu") if quick else f"{chosen.model}-quickgelu"
-        problem = f"{chosen.pretrained} was trained with another activation than {chosen.model} has"
-        raise RecipeError(field, problem, f"name {other}")
 
 
 def _words(folder: Path) -> Tokenizer:

@@ -73,6 +73,7 @@ def test_a_name_of_open_clip_with_a_file(tmp_path: Path) -> None:
         ("ViT-B-23", "x.pt", r"score.clip.model: no folder and no model of open_clip is 'ViT-B-23'.*ViT-B-32"),
         ("ViT-B-32", None, r"score.clip.pretrained: is missing. Mend: name a checkpoint file, or a tag"),
         ("ViT-B-32", "laion2b", r"score.clip.pretrained: 'laion2b' is neither a file nor a tag.*laion2b_"),
+        ("ViT-B-32", "openai", r"openai was trained with another activation than ViT-B-32 has.*ViT-B-32-quickgelu"),
         ("ViT-B-32", "laion2b_s34b_b79k", r"pretrained: cannot get .*bring open_clip_model.safetensors of laion/CLIP"),
     ],
 )
