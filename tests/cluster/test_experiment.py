@@ -73,7 +73,7 @@ def test_runs_differ_by_their_captions_alone(summary: tuple[Path, dict]) -> None
         for name in ("original-s0", "descriptive95-s0")
     )
     assert set(differences(first, other)) == {"data.blend.descriptive", "data.blend.original"}
-    vocabularies = {(arm / "product" / "tokenizer" / "merges.txt").read_bytes() for arm in arms.glob("*-s0")}
+    vocabularies = {(arm / "product" / "tokenizer" / "tokenizer.json").read_bytes() for arm in arms.glob("*-s0")}
     assert len(vocabularies) == 1
 
 
