@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo docs experiment test test-cluster check format clean
+.PHONY: demo docs experiment test test-cluster test-slow check format clean
 .PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-recaption
 .PHONY: bench-score bench-select bench-submit bench-train
 
@@ -19,9 +19,13 @@ experiment: $(STAMP)
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Nodes, disks and buckets that are lost, answers that are spoilt, whole runs: minutes each, so apart from the other tests.
+# Several nodes and a bucket, lost on the way and spoilt: minutes each, so apart from the other tests.
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -m cluster
+
+# Twenty kills, full disks, schedulers, whole runs: what no change breaks every day.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

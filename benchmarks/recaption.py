@@ -33,12 +33,12 @@ PROMPT = "a photo of"
 
 # How true captions become ---------------------------------------------------------------------------------------------
 
-SCENES, UNSEEN = 5500, 500
+SCENES, UNSEEN = 12_500, 500
 WORLD = {"size": 32, "textures": ["plain"], "scenes": SCENES, "defects": False}  # all colours and shapes
 LAYER = "written"
 COCA = {
     "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
-    "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
+    "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 2, "decoder_layers": 3},
 }
 VOCABULARY = 1024
 BUDGET_S = 1800  # 15 minutes of two cores
@@ -69,8 +69,8 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
 
     return {
         "base": section("base", 150, batch=64, data={"layer": None}, captioner=coca),
-        "descriptive": tuned("descriptive", 3000),
-        "short": tuned("short", 400),
+        "descriptive": tuned("descriptive", 5000),
+        "short": tuned("short", 1500),
     }
 
 

@@ -85,14 +85,14 @@ class Nodes:
         command += [f"--object-store-memory={_STORE_BYTES}", "--include-log-monitor=false", "--disable-usage-stats"]
         name = f"node-{len(self.temps)}"
         self.temps.append(tempfile.mkdtemp(prefix="capstan-ray-"))  # short: sockets in it have 107 characters at most
-        inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", _KEEP_TO_LOOPBACK)}
+        everything = os.environ | self.auth_env() | dict(env)
         with (self.folder / f"{name}.log").open("ab") as log:
             node = subprocess.Popen(
                 [*command, f"--node-name={name}", f"--temp-dir={self.temps[-1]}", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=inherited | self.auth_env() | dict(env),
+                env={key: value for key, value in everything.items() if key not in ("RAY_ADDRESS", _KEEP_TO_LOOPBACK)},
                 start_new_session=True,
             )
         self._nodes.append(node)

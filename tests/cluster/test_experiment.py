@@ -15,7 +15,7 @@ import pytest
 from training.config import TrainConfig
 from training.run import differences
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

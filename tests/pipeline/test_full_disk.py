@@ -13,7 +13,7 @@ from pipeline.local import PARTIAL
 from pipeline.storage import Storage
 from pipeline.verify import verify
 
-pytestmark = [pytest.mark.integration, pytest.mark.cluster]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 BLOCK = 4096  # what tmpfs gives a file
 

@@ -2,7 +2,7 @@
 
 One process loads everything and is forked for each life, which does what a run does, units one after the other; so a
 life costs no more than its work. The same on Ray itself, where each life starts a Ray of its own, takes minutes: it is
-with the tests of clusters. tests/recaption/test_job.py kills one run on Ray.
+among the slow tests. tests/recaption/test_job.py kills one run on Ray.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def live_on_ray(file: Path, seconds: float) -> bool:
     return True
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_kills_at_random_moments_on_ray(
     captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

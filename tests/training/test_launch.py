@@ -70,7 +70,7 @@ def whole(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.integration
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tmp_path: Path) -> None:
     assert "DeepSpeed, ZeRO stage 2, world size 2" in (whole / "train.log").read_text()
     run, slow = tmp_path / "run", recipe(engine=DEEPSPEED, tiny={"sleep_s": 0.2})
@@ -156,7 +156,7 @@ def _ray() -> Iterator[None]:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_ray_train_starts_dead_workers_again(recipe, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
@@ -213,7 +213,7 @@ def test_errors_of_workers_are_raised_as_they_are(recipe) -> None:
 # Minutes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_kills_change_nothing(recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section = {"steps": 200, "checkpoint": {"every": 5}, "tiny": {"sleep_s": 0.05}}
@@ -236,7 +236,7 @@ def test_twenty_kills_change_nothing(recipe, tmp_path: Path, capsys: pytest.Capt
         print(f"200 losses and all weights are those of the run that nothing happened to: {weights(run).keys()}")
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_two_then_one_then_two_workers_see_every_sample_once_an_epoch(
     recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +251,7 @@ def test_two_then_one_then_two_workers_see_every_sample_once_an_epoch(
         )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_a_scheduler_takes_the_machine_back(recipe, tmp_path: Path, launcher: str) -> None:
     run = tmp_path / "run"

@@ -105,7 +105,7 @@ def plain() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.integration
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

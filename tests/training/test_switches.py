@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         switches.apply(nn.Linear(1, 1), config(compile=True), CPU)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same() -> None:
     plain, compiled = (gradients(config(compile=on), dropout=0)[0] for on in (False, True))  # else other chance
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, compiled, strict=True))

@@ -48,7 +48,7 @@ def test_an_open_clip_tower_becomes_a_clip_that_gives_the_same(tmp_path, text, m
     assert last.shape == states["text_states"].shape
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_an_open_clip_by_name_has_clips_vocabulary(tmp_path):
     """With weights from a file: the real vocabulary of 49408 ids, and a real shape."""
     import open_clip

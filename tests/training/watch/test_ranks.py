@@ -13,7 +13,7 @@ from training.launch import train
 from training.sample import sample
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_shares_are_drawn_with_the_whole_average(recipe, judges, tmp_path: Path, zero: int) -> None:
     prompts = ["a red square", "a blue square", "a green square"]  # two for one worker, one for the other

@@ -31,7 +31,7 @@ def test_a_missing_package_names_its_extra(run: Run, name: str, monkeypatch) -> 
         open_trackers(Run(TrainConfig.from_section(section)), 0)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_both_are_told_of_one_run_that_was_stopped(run: Run, monkeypatch, tmp_path: Path) -> None:
     from PIL import Image
 
