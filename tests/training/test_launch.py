@@ -296,4 +296,6 @@ def test_ray_goes_on_with_the_workers_that_there_are(recipe, tmp_path: Path) -> 
     assert (worlds[0], worlds[-1]) == ("2", "2")
     assert "1" in worlds
     ours, theirs = ([record["seen"] for record in records(folder)] for folder in (run, tmp_path / "whole"))
-    assert ours == theirs  # the same samples in the same steps
+    assert ours == pytest.approx(
+        theirs, rel=1e-6
+    )  # the same samples in the same steps: sums of keys' 32 bits, in floats
