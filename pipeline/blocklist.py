@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from pipeline import config
 from pipeline.config import Recipe, fingerprint
-from pipeline.errors import CapstanError, RecipeError
+from pipeline.errors import RecipeError, StorageError
 from pipeline.records import PLAN_SCHEMA, REMOVED
 from pipeline.storage import Storage, find_files, open_file, parquet_bytes
 
@@ -163,7 +163,7 @@ def _entries(path: str, kind: str, field: str, stamp: str, size: int) -> frozens
     try:
         with open_file(path, {}) as file:
             text = file.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, CapstanError) as error:
+    except (OSError, UnicodeDecodeError, StorageError) as error:
         raise RecipeError(field, f"cannot read {path} ({error})", "name a UTF-8 text file, an entry a line") from None
     return frozenset(entry for _, entry in _parsed(text, path, kind, field))
 

@@ -184,10 +184,13 @@ def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.pa
     mend = "check the path, the bucket and its permissions"
     try:
         fs, root = _file_system(path, options)
+    except Exception as error:  # noqa: BLE001 - some file systems connect at once, with errors of their clients' own
+        raise RecipeError(field, f"cannot read {path} ({error})", mend) from None
+    try:
         found = _matches(Remote(fs, mend), root)
     except StorageError as error:
         raise RecipeError(field, f"cannot {error.action} ({error.problem})", mend) from None
-    except Exception as error:  # noqa: BLE001 - every file system has its own errors for an unreachable place
+    except FileNotFoundError as error:  # the bucket, say
         raise RecipeError(field, f"cannot read {path} ({error})", mend) from None
     if not found:
         raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
@@ -214,14 +217,18 @@ def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> B
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, Any]) -> list[bytes | Exception]:
-    """Bytes [start, stop) of users' files on one file system, as (URL, start, stop): many are asked for at once."""
+    """Bytes [start, stop) of users' files on one file system, as (URL, start, stop): many are asked for at once.
+
+    A range that cannot be read is its own row's trouble, and its error stands in its place. Raises where the file
+    system cannot be opened at all: no row is to blame for a package that is missing.
+    """
 
     def read(range_: tuple[str, int, int]) -> bytes | Exception:
         url, start, stop = range_
+        files, root = _connect(url, options)
         try:
-            files, root = _connect(url, options)
             return files.read_range(root, start, stop)
-        except Exception as error:  # noqa: BLE001 - a range that cannot be read is its own row's trouble
+        except (OSError, StorageError) as error:
             return error
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:

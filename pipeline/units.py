@@ -211,9 +211,12 @@ class _Run:
 
     def reported(self) -> dict[str, float]:
         """Counts that workers reported so far, for the display."""
+        from ray.exceptions import RayError
+
         try:
             return dict(self._ask(self.tracker.counts.remote()))
-        except Exception:  # noqa: BLE001 - the display must never stop the work
+        except RayError as error:  # a tracker that is slow or gone leaves the display as it was, and the work goes on
+            log.debug("%s: no counts for the display: %s", self.job.name, first_line(str(error)))
             return {}
 
     @staticmethod

@@ -55,11 +55,13 @@ class RecaptionJob(units.Job):
         piece = _Piece()
         for row, (_, jpeg) in zip(rows, self.dataset.read_images(shard, rows), strict=True):
             try:
-                piece.add(table[row], self.engine.prepare(jpeg))
+                picture = self.engine.prepare(jpeg)
             except Exception as error:  # noqa: BLE001 - the sample boundary: a broken image is a row with a flag
                 log.warning("%s: image %s cannot be read: %s", shard, table[row].content.sha256, error)
                 units.report({"failed.unreadable": 1})
                 piece.broken.append(table[row].content)
+            else:
+                piece.add(table[row], picture)
             if piece.is_full(self.config.batch):
                 yield piece.wire()
                 piece = _Piece()

@@ -14,7 +14,7 @@ from cluster.checks.estimates import disk_bytes, parameters, state_bytes
 from cluster.checks.finding import Finding, size
 from cluster.config import load
 from pipeline.config import Recipe
-from pipeline.errors import CapstanError
+from pipeline.errors import CapstanError, RecipeError
 from pipeline.shards import read_manifest
 from pipeline.storage import Storage, find_files
 from training.config import TrainConfig
@@ -83,7 +83,7 @@ def rows_of(recipe: Recipe) -> int | None:
         files = [file.path for path in paths for file in find_files(str(path), {})]
         known = all(file.endswith(".parquet") for file in files)
         return sum(pq.read_metadata(file).num_rows for file in files) if known else None
-    except (OSError, CapstanError):
+    except (OSError, RecipeError):
         return None  # building says what is wrong with the source
 
 

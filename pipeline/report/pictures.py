@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.errors import CapstanError
+from pipeline.errors import StorageError
 from pipeline.records import KEPT
 from pipeline.report.rows import Row, Rows
 from pipeline.storage import Storage
@@ -58,7 +58,7 @@ def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, 
         spans = spans.filter(pc.is_in(spans["key"], pa.array(keys, pa.string()))).sort_by("offset")
         with storage.open(tar) as file:
             return {row["key"]: _span(file, row["offset"], row["size"]) for row in spans.to_pylist() if row["size"]}
-    except (FileNotFoundError, CapstanError, pa.ArrowInvalid):
+    except (FileNotFoundError, StorageError, pa.ArrowInvalid):
         return {}  # freed, or damaged: `capstan verify` says which
 
 

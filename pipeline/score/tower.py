@@ -230,7 +230,9 @@ def load_model(tower: Tower, device: str) -> Any:
     except FileNotFoundError:
         problem, mend = f"{tower.file} is not on this machine", "put it where all machines see it"
         raise RecipeError(f"{tower.section}.pretrained", problem, mend) from None
-    except Exception as error:  # noqa: BLE001 - open_clip, torch and safetensors have an error each for a wrong file
+    except torch.OutOfMemoryError:
+        raise  # the GPU's trouble, not the file's
+    except Exception as error:  # noqa: BLE001 - open_clip, torch, safetensors: a dozen kinds for files that do not fit
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"cannot load {tower.file} as {tower.model} ({first})"
         raise RecipeError(f"{tower.section}.pretrained", problem, "name weights of this architecture") from None

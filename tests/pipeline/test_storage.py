@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import local
 from pipeline.errors import DiskFull, RecipeError, StorageError
@@ -188,3 +190,24 @@ def test_sources_of_any_fsspec_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert good == b"0"
     assert isinstance(bad, StorageError)
     assert re.match(r"cannot read memory:///sources/a.txt \(10 bytes came instead of 20", str(bad))
+
+
+class Refused(Exception):
+    """A client's own error, which is neither an OSError nor a ValueError."""
+
+
+class Refusing(MemoryFileSystem):
+    """One of those that connect as soon as they are made (SFTP, FTP)."""
+
+    protocol = "refusing"
+
+    def __init__(self, **options: object) -> None:
+        raise Refused("no such user")
+
+
+def test_a_file_system_that_cannot_be_opened_is_no_rows_fault() -> None:
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    with pytest.raises(RecipeError, match=r"source.path: cannot read refusing://a/\*.tar \(no such user\)"):
+        find_files("refusing://a/*.tar", {})
+    with pytest.raises(Refused, match="no such user"):
+        read_ranges([("refusing://a/one.tar", 0, 1)], {})

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 
 from pipeline.config import Resources
 from pipeline.errors import RecipeError
 from pipeline.storage import Storage
-from pipeline.units import Job, Piece, Unit, markers, quarantined, report, run
+from pipeline.units import Job, Piece, Unit, _Run, markers, quarantined, report, run
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -123,6 +124,12 @@ def test_what_keeps_failing_is_quarantined_and_the_others_finish(ray_session: Re
 
     assert run(job, units, ray_session, progress=False).done == 1  # its reasons are gone: it heals
     assert not job.storage.exists("state/squares/quarantine/bad.json")
+
+
+def test_counts_that_are_lost_stop_nothing(ray_session: Resources, make) -> None:
+    work = _Run(make(Squares), [unit("a")], ray_session, attempts=3)
+    ray.kill(work.tracker)
+    assert work.reported() == {}
 
 
 def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(ray_session: Resources, make) -> None:

@@ -67,6 +67,15 @@ def test_a_name_of_open_clip_with_a_file(tmp_path: Path) -> None:
         tower.load("cpu")
 
 
+def test_a_full_gpu_is_not_said_of_the_weights(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("open_clip.create_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Tower(str(clip), None, "fp32", "score.clip").load("cpu")
+
+
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
