@@ -40,6 +40,7 @@ from recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
 ORIGINAL: Final = "original"
+_BEGUN: Final = "state/export/begun.json"  # written before all else: what is in the folder is an export's
 
 
 class Export(Job):
@@ -119,6 +120,8 @@ def export(
     if before is not None:
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
+    else:
+        target.write(_BEGUN, json.dumps(recipe[SECTION]).encode() + b"\n")
     hide_indexes(target)
     forget(job, done.keys() - wanted)
     for entry in dataset.manifest.ledger:
@@ -153,7 +156,7 @@ def export(
 
 
 def _check_target(source: Storage, target: Storage) -> Manifest | None:
-    """The manifest of an export that is there already. Raises RecipeError where something else is."""
+    """The manifest of an export that is there already, if it has one. Raises RecipeError where something else is."""
     if source.url == target.url or (source.local_path() and source.local_path() == target.local_path()):
         raise RecipeError(
             target.field, "is the dataset itself", "name another folder: tars are never rewritten in place"
@@ -161,6 +164,9 @@ def _check_target(source: Storage, target: Storage) -> Manifest | None:
     before = read_manifest(target)
     if before is not None and SECTION not in before.recipe:
         raise RecipeError(target.field, f"{target.url} holds another dataset", "name an empty folder")
+    if before is None and not target.names("state/export") and (other := target.names()):
+        problem = f"{target.url} holds other files, {other[0]} among them"
+        raise RecipeError(target.field, problem, "name an empty folder, or an earlier export")
     return before
 
 

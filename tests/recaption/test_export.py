@@ -160,6 +160,32 @@ def test_what_would_be_overwritten_is_refused(source: Storage, build: Callable[.
         export(source, "none", other, slot="short", resources=Resources())
 
 
+def test_nothing_of_other_people_is_removed(source: Storage, tmp_path: Path) -> None:
+    """Folders that an export would use, without a dataset in them."""
+    mine = Storage(str(tmp_path / "mine"))
+    for name in ("shards/mine.tar", "ledger/mine.parquet", "sizes.json"):
+        mine.write(name, b"mine")
+        with pytest.raises(RecipeError, match=f"DEST: .*{name}.*empty"):
+            run(source, tmp_path / "mine")
+        assert content(tmp_path / "mine") == {name: b"mine"}
+        mine.delete(name)
+    run(source, tmp_path / "mine")
+
+
+def test_an_export_that_was_stopped_before_its_first_shard_goes_on(
+    source: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "torn")
+    assert content(tmp_path / "torn").keys() == {"ledger/unit-u.parquet"}
+    assert run(source, tmp_path / "torn")["written"] == 3
+
+
 def test_a_layer_that_lacks_a_shard_is_to_be_completed_first(source: Storage, tmp_path: Path) -> None:
     source.delete(store.file_name("given", "shard-000001"))
     with pytest.raises(RecipeError, match=r"shard-000001.*capstan recaption"):
