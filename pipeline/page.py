@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NewType
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -93,6 +94,11 @@ def escape(text: object) -> Html:
 def said(text: object) -> Html:
     """Somebody else's text: its direction of writing does not reach beyond it."""
     return Html(f"<bdi>{escape(text)}</bdi>")
+
+
+def link(text: str, file: str) -> Html:
+    """A link to a file that lies beside the page, or in a folder there: by its name, so never to an address."""
+    return Html(f'<a href="./{escape(quote(file))}">{said(text)}</a>')
 
 
 def paragraph(text: str) -> Html:

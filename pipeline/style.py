@@ -30,6 +30,7 @@ code { color: var(--soft); font-weight: 400; overflow-wrap: anywhere }
 pre { margin: .6rem 0; padding: .9rem; overflow-x: auto; background: var(--panel); border-radius: 6px }
 summary { cursor: pointer }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.4rem 0 0; font-size: .9rem }
+td a { color: var(--kept) }
 nav a { padding: .2rem 0; color: var(--kept); text-decoration: none }
 nav a:hover, nav a:focus { text-decoration: underline }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 1rem; margin: 1.4rem 0 0 }

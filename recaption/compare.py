@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
@@ -45,16 +46,16 @@ class Side:
             return ORIGINAL
         return self.layer if self.slot == DEFAULT_SLOT else f"{self.layer}.{self.slot}"
 
-    def texts(self, storage: Storage, shard: str, originals: Mapping[str, str]) -> dict[str, str]:
-        """Key → caption of a shard. Counts flags."""
+    def texts(self, storage: Storage, shard: str, table: pa.Table) -> dict[str, str]:
+        """Key → caption of a shard, of whose table key, sha256 and caption are given. Counts flags."""
+        originals = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
         if self.layer is None:
             found = {key: text for key, text in originals.items() if text}
             flags = [lint.lint(text, "given").flags for text in originals.values()]
         else:
-            rows = store.read_rows(storage, self.layer, shard, ["slot", "flags"]).to_pylist()
-            flags = [tuple(row["flags"]) for row in rows if row["slot"] == self.slot]
-            layer = store.read_layer(storage, self.layer, shard)
-            found = {key: texts[self.slot] for key, texts in layer.items() if self.slot in texts}
+            rows = store.rows_of_shard(storage, self.layer, shard, table)
+            flags = [tuple(row["flags"]) for row in rows.to_pylist() if row["slot"] == self.slot]
+            found = {key: texts[self.slot] for key, texts in store.texts_of(rows).items() if self.slot in texts}
         self.looked += len(flags)
         self.without += len(originals.keys() - found.keys())
         self.flags.update(flag for these in flags for flag in these)
@@ -114,15 +115,13 @@ def _sample(
     """JPEGs and both sides' captions, shard by shard."""
     seen = set[str]()
     for shard in dataset.shard_names:
-        files = [store.file_name(side.layer, shard) for side in sides if side.layer is not None]
-        if not all(dataset.storage.exists(name) for name in files):
+        layers = [side.layer for side in sides if side.layer is not None]
+        if not all(store.is_captioned(dataset.storage, layer, shard) for layer in layers):
             continue
         table = dataset.table(shard, ["key", "sha256", "caption"])
-        columns = [table[name].to_pylist() for name in table.column_names]
-        originals = dict(zip(columns[0], columns[2], strict=True))
-        first, second = (side.texts(dataset.storage, shard, originals) for side in sides)
+        first, second = (side.texts(dataset.storage, shard, table) for side in sides)
         rows = []
-        for row, (key, sha256) in enumerate(zip(columns[0], columns[1], strict=True)):
+        for row, (key, sha256) in enumerate(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True)):
             if key in first and key in second and sha256 not in seen and len(seen) < count:
                 seen.add(sha256)
                 rows.append(row)

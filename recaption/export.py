@@ -40,6 +40,7 @@ from recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
 ORIGINAL: Final = "original"
+_BEGUN: Final = "state/export/begun.json"  # written before all else: what is in the folder is an export's
 
 
 class Export(Job):
@@ -54,9 +55,10 @@ class Export(Job):
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """One piece: the shard's entry in the manifest, and how many samples have a text of the layer."""
         name = unit.spec["shard"]
-        texts, table = store.read_layer(self.dataset.storage, self.layer, name), self.dataset.table(name)
+        table = self.dataset.table(name)
         if self.whole:
-            self._check(name, table["key"].to_pylist())
+            self._check(name, table)
+        texts = store.read_layer(self.dataset.storage, self.layer, name, table)
         rows = [self._row(row, texts.get(row["key"], {})) for row in table.to_pylist()]
         digest = hashlib.sha256()
         with scratch() as folder:
@@ -85,10 +87,10 @@ class Export(Job):
         text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         return row | {"caption": texts.get(self.slot, row["caption"]), "extra": text}
 
-    def _check(self, shard: str, keys: list[str]) -> None:
-        """Raise RecipeError where the shard holds samples that the layer has not seen."""
-        seen = set(store.read_rows(self.dataset.storage, self.layer, shard, ["key"])["key"].to_pylist())
-        if unseen := [key for key in keys if key not in seen]:
+    def _check(self, shard: str, table: pa.Table) -> None:
+        """Raise RecipeError where the shard holds pictures that the layer has not seen."""
+        seen = store.pairs(store.read_rows(self.dataset.storage, self.layer, shard, ["key", "sha256"]))
+        if unseen := store.pairs(table) - seen:
             problem = f"{len(unseen):,} sample(s) of {shard} are newer than layer {self.layer}"
             raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
 
@@ -119,6 +121,8 @@ def export(
     if before is not None:
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
+    else:
+        target.write(_BEGUN, json.dumps(recipe[SECTION]).encode() + b"\n")
     hide_indexes(target)
     forget(job, done.keys() - wanted)
     for entry in dataset.manifest.ledger:
@@ -153,7 +157,7 @@ def export(
 
 
 def _check_target(source: Storage, target: Storage) -> Manifest | None:
-    """The manifest of an export that is there already. Raises RecipeError where something else is."""
+    """The manifest of an export that is there already, if it has one. Raises RecipeError where something else is."""
     if source.url == target.url or (source.local_path() and source.local_path() == target.local_path()):
         raise RecipeError(
             target.field, "is the dataset itself", "name another folder: tars are never rewritten in place"
@@ -161,24 +165,25 @@ def _check_target(source: Storage, target: Storage) -> Manifest | None:
     before = read_manifest(target)
     if before is not None and SECTION not in before.recipe:
         raise RecipeError(target.field, f"{target.url} holds another dataset", "name an empty folder")
+    if before is None and not target.names("state/export") and (other := target.names()):
+        problem = f"{target.url} holds other files, {other[0]} among them"
+        raise RecipeError(target.field, problem, "name an empty folder, or an earlier export")
     return before
 
 
 def _units(job: Export) -> list[Unit]:
     """One unit a shard; its id has the hash of all that decides its bytes."""
-    entries = job.dataset.manifest.shards
-    files = [store.file_name(job.layer, entry.name) for entry in entries]
-    missing = [entry.name for entry, name in zip(entries, files, strict=True) if not job.dataset.storage.exists(name)]
-    if missing:
-        problem = f"layer {job.layer} has no captions for {missing[0]}" + f" and {len(missing) - 1} more" * (
-            len(missing) > 1
-        )
+    entries, storage = job.dataset.manifest.shards, job.dataset.storage
+    lacking = [entry.name for entry in entries if not store.is_captioned(storage, job.layer, entry.name)]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        problem = f"layer {job.layer} has no captions for {lacking[0]}{more}"
         raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
-    sums = ahead(lambda name: sha256_of(job.dataset.storage.read(name)), files)
+    texts = ahead(lambda entry: fingerprint(store.read_layer(storage, job.layer, entry.name)), entries)
     return [
         Unit(
             f"{entry.name}-{fingerprint([FORMAT_VERSION, entry.sha256, captions, job.layer, job.slot])}",
             {"shard": entry.name, "rows": entry.samples},
         )
-        for entry, captions in zip(entries, sums, strict=True)
+        for entry, captions in zip(entries, texts, strict=True)
     ]

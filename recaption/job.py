@@ -1,7 +1,7 @@
 """A dataset and a recipe → a caption layer, shard by shard through the unit map.
 
     plan      which shards are to be done, and which of their images have captions of this recipe already
-    prepare   on CPU workers: JPEG → what the engine wants of it, only of images without captions
+    prepare   on CPU workers: JPEG → what the engine wants of it, only of images that lack captions
     model     on model workers: the engine, the lint rules, and other attempts
     commit    in the driver: one Parquet file a shard
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pipeline import units
@@ -25,7 +25,7 @@ from pipeline.storage import Storage
 from recaption import attempts, lint, store
 from recaption.config import RecaptionConfig
 from recaption.engines import CaptionEngine, Picture, Request, make, size_of
-from recaption.plan import Content, Image, Todo, count_stale, images, outline, take_sample
+from recaption.plan import Content, Image, Todo, count_stale, images, lacking, outline, take_sample
 from recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ class RecaptionJob(units.Job):
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         shard, table = unit.spec["shard"], self._images(unit)
-        known = self._reused(unit).keys() | self._elsewhere(unit)
-        first = {image.content: row for row, image in reversed(list(enumerate(table))) if image.content not in known}
-        rows = sorted(first.values())
+        reused, elsewhere = self._reused(unit), self._elsewhere(unit)
+        wanted = {image.content: lacking(self.slots, reused.get(image.content, {})) for image in table}
+        first = {image.content: row for row, image in reversed(list(enumerate(table)))}
+        rows = sorted(row for content, row in first.items() if wanted[content] and content not in elsewhere)
         piece = _Piece()
         for row, (_, jpeg) in zip(rows, self.dataset.read_images(shard, rows), strict=True):
             try:
@@ -61,7 +62,7 @@ class RecaptionJob(units.Job):
                 units.report({"failed.unreadable": 1})
                 piece.broken.append(table[row].content)
             else:
-                piece.add(table[row], picture)
+                piece.add(table[row], wanted[table[row].content], picture)
             if piece.is_full(self.config.batch):
                 yield piece.wire()
                 piece = _Piece()
@@ -75,8 +76,8 @@ class RecaptionJob(units.Job):
 
         def apply(piece: units.Piece) -> units.Piece:
             requests = [
-                Request(content.sha256, self.slots, original)
-                for content, original in zip(piece["contents"], piece["originals"], strict=True)
+                Request(content.sha256, slots, original)
+                for content, slots, original in zip(piece["contents"], piece["slots"], piece["originals"], strict=True)
             ]
             rows = self.write(piece["pictures"], requests) if requests else []
             units.report({"samples": len(rows), "retried": _retried(rows)})
@@ -90,28 +91,29 @@ class RecaptionJob(units.Job):
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         table, reused = self._images(unit), self._reused(unit)
-        captions, broken = dict(reused), set[Content]()
-        for piece in pieces:
-            captions.update(piece["rows"])
-            broken.update(piece["broken"])
-        captions.update({content: dict.fromkeys(self.slots, Row.missing(lint.UNREADABLE)) for content in broken})
+        made = {content: rows for piece in pieces for content, rows in piece["rows"].items()}
+        broken = {content for piece in pieces for content in piece["broken"]}
+        unread = {content: dict.fromkeys(self.slots, Row.missing(lint.UNREADABLE)) for content in broken}
+        captions = {
+            content: unread.get(content, {}) | made.get(content, {}) | reused.get(content, {})
+            for content in unread.keys() | made.keys() | reused.keys()
+        }
         rows = [
             (Place(image.key, *image.content, slot), captions[image.content][slot].beside(image.original))
             for image in table
             for slot in self.slots
-            if image.content in captions
+            if slot in captions.get(image.content, {})
         ]
         waits = bool(self._elsewhere(unit))
         store.write_rows(self.storage, unit.spec["aside"] if waits else self._file(unit), rows)
         flags = Counter(flag for _, row in rows for flag in row.flags)
-        made = [slots for piece in pieces for slots in piece["rows"].values()]
         return {
             # What the shard held: another sum there means that it is to be done again.
             "source": "" if waits else unit.spec["source"],
             "images": len(table),
             "new": len(made),
-            "reused": sum(image.content in reused for image in table),
-            "retried": _retried(made),
+            "reused": sum(not lacking(self.slots, reused.get(image.content, {})) for image in table),
+            "retried": _retried(made.values()),
             "unreadable": len(broken),
             "failed": flags[lint.FAILED],
             **{f"flag_{flag}": count for flag, count in sorted(flags.items())},
@@ -128,7 +130,7 @@ class RecaptionJob(units.Job):
         return images(self.dataset, unit.spec["shard"], quoting=self.engine.uses_original)
 
     def _reused(self, unit: units.Unit) -> Captions:
-        """Content → slot → row of the unit's images that have captions already."""
+        """Content → slot → row of the captions that the unit's images have already."""
         found: Captions = {}
         for row in self.storage.read_table(unit.spec["reuse"]).to_pylist() if unit.spec["reuse"] else []:
             del row["key"]
@@ -138,7 +140,7 @@ class RecaptionJob(units.Job):
         return found
 
 
-def _retried(rows: Sequence[Mapping[str, Row]]) -> int:
+def _retried(rows: Iterable[Mapping[str, Row]]) -> int:
     """How many captions were tried more than once."""
     return sum(bool(row.discarded) for slots in rows for row in slots.values())
 
@@ -148,13 +150,15 @@ class _Piece:
 
     def __init__(self) -> None:
         self.contents: list[Content] = []
+        self.slots: list[tuple[str, ...]] = []  # that are to be captioned
         self.originals: list[str] = []
         self.pictures: list[Picture] = []
         self.broken: list[Content] = []
         self.bytes = 0
 
-    def add(self, image: Image, picture: Picture) -> None:
+    def add(self, image: Image, slots: tuple[str, ...], picture: Picture) -> None:
         self.contents.append(image.content)
+        self.slots.append(slots)
         self.originals.append(image.original)
         self.pictures.append(picture)
         self.bytes += size_of(picture)
@@ -202,14 +206,15 @@ def _job(recipe: Recipe) -> RecaptionJob:
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `recaption` would do; changes nothing.
 
-    Counts images: `done` in finished shards; of the others `reused` have captions of this recipe, `new` have none, and
-    of these `stale` have captions of another model or recipe only. `tokens` and `eta_s` come from a timed sample:
-    pictures that are captioned now, and thrown away.
+    Counts images: `done` in finished shards; of the others `reused` have all captions of this recipe, `new` lack some
+    (`captions` in all), and of these `stale` have captions of another model or recipe. `tokens` and `eta_s` come from
+    a timed sample: pictures that are captioned now, and thrown away.
     """
     job = _job(recipe)
     todo = _outline(job)
-    new = set[Content]().union(*(shard.new for shard in todo))
-    sample = take_sample(job.dataset, job.engine, job.write, todo, job.slots, job.config.batch)
+    new = {content: slots for shard in todo for content, slots in shard.new.items()}
+    captions = sum(map(len, new.values()))
+    sample = take_sample(job.dataset, job.engine, job.write, todo, job.config.batch)
     total = sum(entry.samples for entry in job.dataset.manifest.shards)
     pending = sum(shard.entry.samples for shard in todo)
     return {
@@ -220,8 +225,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "reused": pending - len(new),
         "new": len(new),
         "stale": count_stale(job.storage, job.layer, {content.sha256 for content in new}),
-        "captions": len(new) * len(job.slots),
-        **sample.estimate(len(new), recipe.resources),
+        "captions": captions,
+        **sample.estimate(captions, recipe.resources),
     }
 
 

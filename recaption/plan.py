@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -57,14 +57,14 @@ class Todo:
     """A shard that is to be done."""
 
     entry: ShardEntry
-    contents: set[Content]
+    wanting: dict[Content, tuple[str, ...]]  # its contents that lack captions, and in which slots
     reused: pa.Table  # rows of its images that have captions of this recipe (store.SCHEMA)
-    elsewhere: set[Content]  # that have none yet, and are captioned for another shard, which holds them too
+    elsewhere: set[Content]  # of `wanting`, those captioned for another shard, which holds them too
 
     @property
-    def new(self) -> set[Content]:
-        """What is captioned for this shard."""
-        return self.contents - set(_contents(self.reused)) - self.elsewhere
+    def new(self) -> dict[Content, tuple[str, ...]]:
+        """What is captioned for this shard, in which slots."""
+        return {content: slots for content, slots in self.wanting.items() if content not in self.elsewhere}
 
 
 def outline(
@@ -85,36 +85,45 @@ def outline(
     entries = [entry for entry in dataset.manifest.shards if not _is_done(done.get(entry.name), entry, layer, names)]
     own = [{image.content for image in images(dataset, entry.name, quoting=quoting)} for entry in entries]
     found = _captioned(dataset.storage, names, set[Content]().union(*own), slots)
-    places: dict[Content, list[int]] = {}
-    for place, content in enumerate(_contents(found)):
-        places.setdefault(content, []).append(place)
+    places: dict[Content, dict[str, int]] = {}
+    for place, (content, slot) in enumerate(zip(_contents(found), found["slot"].to_pylist(), strict=True)):
+        places.setdefault(content, {})[slot] = place
     todo, taken = list[Todo](), set[Content]()
     for entry, wanted in zip(entries, own, strict=True):
-        reused = [place for content in sorted(wanted) for place in places.get(content, [])]
-        todo.append(Todo(entry, wanted, found.take(pa.array(reused, pa.int64())), wanted & taken))
+        reused = [place for content in sorted(wanted) for place in places.get(content, {}).values()]
+        wanting = {content: lacking(slots, places.get(content, {})) for content in sorted(wanted)}
+        wanting = {content: left for content, left in wanting.items() if left}
+        todo.append(Todo(entry, wanting, found.take(pa.array(reused, pa.int64())), wanting.keys() & taken))
         if sharing:
-            taken |= wanted - places.keys()
+            taken |= wanting.keys()
     return todo
 
 
+def lacking(slots: Sequence[str], have: Collection[str]) -> tuple[str, ...]:
+    """The slots that are to be asked for."""
+    return tuple(slot for slot in slots if slot not in have)
+
+
 def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names: list[str]) -> bool:
-    """Whether the shard has its captions; those that an engine did not give are asked for again."""
-    if facts is None or facts["source"] != entry.sha256 or facts["failed"]:
+    """Whether the shard has its captions; those that an engine did not give are asked for again.
+
+    So are pictures that could not be read: why is not known, and a lack of memory or a package passes.
+    """
+    if facts is None or facts["source"] != entry.sha256 or facts["failed"] or facts["unreadable"]:
         return False
     return store.file_name(layer, entry.name) in names
 
 
 def _captioned(storage: Storage, names: list[str], wanted: set[Content], slots: Sequence[str]) -> pa.Table:
-    """The rows in these files of contents of `wanted` that have every slot: one a content and slot (store.SCHEMA)."""
-    found, have = [store.SCHEMA.empty_table()], set[Content]()
+    """The rows in these files of contents of `wanted`: one a content and slot, as far as there are (store.SCHEMA)."""
+    found, have = [store.SCHEMA.empty_table()], set[tuple[Content, str]]()
     for table in rows_of(storage, names, {content.sha256 for content in wanted}):
-        places: dict[Content, dict[str, int]] = {}
+        places: dict[tuple[Content, str], int] = {}
         for place, (content, slot) in enumerate(zip(_contents(table), table["slot"].to_pylist(), strict=True)):
-            if content in wanted and content not in have:
-                places.setdefault(content, {}).setdefault(slot, place)
-        new = [content for content in sorted(places) if places[content].keys() >= set(slots)]
-        have.update(new)
-        found.append(table.take(pa.array([places[content][slot] for content in new for slot in slots], pa.int64())))
+            if content in wanted and slot in slots and (content, slot) not in have:
+                places.setdefault((content, slot), place)
+        have.update(places)
+        found.append(table.take(pa.array([places[one] for one in sorted(places)], pa.int64())))
     return pa.concat_tables(found)
 
 
@@ -149,27 +158,26 @@ class Sample:
     """Pictures that were captioned for an estimate, and thrown away."""
 
     pictures: int = 0
+    captions: int = 0
     seconds: float = 0.0
     tokens: int = 0  # in the captions kept
 
-    def estimate(self, new: int, resources: Resources) -> dict[str, Any]:
-        """What `new` pictures will cost on all model workers."""
-        if not self.pictures:
+    def estimate(self, captions: int, resources: Resources) -> dict[str, Any]:
+        """What so many captions will cost on all model workers."""
+        if not self.captions:
             return {"tokens": 0, "eta_s": 0.0, "sample": {}}
         workers = resources.model_workers or max(1, resources.gpus or 0)
         return {
-            "tokens": round(self.tokens / self.pictures * new),
-            "eta_s": round(self.seconds / self.pictures * new / workers, 3),
+            "tokens": round(self.tokens / self.captions * captions),
+            "eta_s": round(self.seconds / self.captions * captions / workers, 3),
             "sample": {"pictures": self.pictures, "seconds": round(self.seconds, 3), "tokens": self.tokens},
         }
 
 
-def take_sample(
-    dataset: Dataset, engine: CaptionEngine, write: Write, todo: list[Todo], slots: Sequence[str], batch: int
-) -> Sample:
+def take_sample(dataset: Dataset, engine: CaptionEngine, write: Write, todo: list[Todo], batch: int) -> Sample:
     """Caption up to a batch of the pictures that are new. Loading the model is not counted."""
     pictures, requests = list[Picture](), list[Request]()
-    for picture, request in _new_pictures(dataset, engine, todo, tuple(slots)):
+    for picture, request in _new_pictures(dataset, engine, todo):
         pictures.append(picture)
         requests.append(request)
         if len(pictures) >= batch:
@@ -183,13 +191,12 @@ def take_sample(
     count = max(1, min(len(pictures), int(SAMPLE_SECONDS / single)))
     start = time.perf_counter()
     rows = write(pictures[:count], requests[:count])
-    tokens = sum(row.tokens for slots in rows for row in slots.values())
-    return Sample(count, time.perf_counter() - start, tokens)
+    seconds = time.perf_counter() - start
+    made = [row for slots in rows for row in slots.values()]
+    return Sample(count, len(made), seconds, sum(row.tokens for row in made))
 
 
-def _new_pictures(
-    dataset: Dataset, engine: CaptionEngine, todo: list[Todo], slots: tuple[str, ...]
-) -> Iterator[tuple[Picture, Request]]:
+def _new_pictures(dataset: Dataset, engine: CaptionEngine, todo: list[Todo]) -> Iterator[tuple[Picture, Request]]:
     for shard in todo:
         table, new = images(dataset, shard.entry.name, quoting=engine.uses_original), shard.new
         rows = sorted({image.content: row for row, image in enumerate(table) if image.content in new}.values())
@@ -199,4 +206,5 @@ def _new_pictures(
             except Exception as error:  # noqa: BLE001 - the sample boundary: `recaption` will flag it
                 log.warning("%s: an image cannot be read: %s", shard.entry.name, error)
                 continue
-            yield picture, Request(table[row].content.sha256, slots, table[row].original)
+            content = table[row].content
+            yield picture, Request(content.sha256, new[content], table[row].original)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import fingerprint
 from pipeline.errors import RecipeError
@@ -47,6 +48,8 @@ SCHEMA: Final = pa.schema(
         pa.field("discarded", _STRINGS, nullable=False),  # raw texts of other attempts, in the order of attempts
     ]
 )
+
+SAID: Final = ["key", "sha256", "slot", "text", "flags"]  # what readers of captions need
 
 
 @dataclass(frozen=True)
@@ -144,34 +147,85 @@ def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | Non
     return storage.read_table(file_name(layer, shard), columns)
 
 
-def read_layer(storage: Storage, layer: str, shard: str) -> dict[str, dict[str, str]]:
-    """Key → slot → text of a shard's captions. Images and slots for which the layer has none of its own are left out.
+def rows_of_shard(storage: Storage, layer: str, shard: str, pictures: pa.Table | None = None) -> pa.Table:
+    """The layer's rows (columns `SAID`) of what a shard holds now; `pictures`: its table, or `key` and `sha256` of it.
 
-    Raises FileNotFoundError where the shard has not been captioned yet.
+    A caption is of one picture: where its key has another one now, it is left out. A model's captions are in the file
+    of the shard's name, which `capstan recaption` keeps true; those that people gave stay where they were written,
+    whatever is packed anew, and are looked for in all of the layer's files.
+
+    Raises FileNotFoundError where a model has not captioned the shard yet.
     """
-    table = read_rows(storage, layer, shard, ["key", "slot", "text", "flags"])
+    if pictures is None:
+        pictures = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
+    name = file_name(layer, shard)
+    if not _is_given(storage, layer):
+        return _rows_of(pictures, storage.read_table(name, SAID))
+    names = storage.names(f"{ROOT}/{layer}")
+    own = [_rows_of(pictures, storage.read_table(name, SAID))] if name in names else []
+    left = pictures["key"]
+    if own:
+        left = left.filter(pc.invert(pc.is_in(left, own[0]["key"].combine_chunks())))
+    others = [other for other in names if other.endswith(".parquet") and other != name]
+    if len(left) and others:
+        # The bounds spare reading files of other keys: shards are sorted by key, and Parquet says where a column ends.
+        bounds, key = pc.min_max(left), pc.field("key")
+        wanted = (key >= bounds["min"]) & (key <= bounds["max"]) & key.isin(left.combine_chunks())
+        own.append(_rows_of(pictures, storage.dataset(others, SCHEMA).to_table(SAID, filter=wanted)))
+    return pa.concat_tables(own) if own else SCHEMA.empty_table().select(SAID)
+
+
+def _rows_of(pictures: pa.Table, rows: pa.Table) -> pa.Table:
+    """The rows that are of one of the pictures: by key and sha256."""
+    keys, sums = (pictures[name].combine_chunks() for name in ("key", "sha256"))
+    return rows.filter(pc.equal(rows["sha256"], sums.take(pc.index_in(rows["key"].combine_chunks(), keys))))
+
+
+def texts_of(rows: pa.Table) -> dict[str, dict[str, str]]:
+    """Key → slot → text of such rows. Images and slots for which the layer has none of its own are left out."""
     captions: dict[str, dict[str, str]] = {}
-    for key, slot, text, flags in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+    columns = (rows[name].to_pylist() for name in ("key", "slot", "text", "flags"))
+    for key, slot, text, flags in zip(*columns, strict=True):
         if text and lint.ORIGINAL not in flags:
-            captions.setdefault(key, {})[slot] = text
+            captions.setdefault(key, {}).setdefault(slot, text)
     return captions
 
 
-def check_layer(storage: Storage, layer: str, shard: str, keys: Collection[str]) -> None:
-    """Raise RecipeError unless a layer's file is of the shard as it is now, with these `keys`.
+def read_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table | None = None) -> dict[str, dict[str, str]]:
+    """Key → slot → text of a shard's captions: `texts_of` its `rows_of_shard`."""
+    return texts_of(rows_of_shard(storage, layer, shard, pictures))
 
-    In a layer that people gave, keys may lack.
+
+def check_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table) -> None:
+    """Raise RecipeError unless a model's layer is of the shard as it is now, with these `pictures` (key, sha256).
+
+    A layer that people gave may lack any.
     """
-    name = file_name(layer, shard)
-    if not storage.exists(name):
+    if _is_given(storage, layer):
+        return
+    if not storage.exists(file_name(layer, shard)):
         problem = f"layer {layer} has no captions of {shard}"
+    elif pairs(read_rows(storage, layer, shard, ["key", "sha256"])) == pairs(pictures):
+        return
     else:
-        captioned, there = set(read_rows(storage, layer, shard, ["key"])["key"].to_pylist()), set(keys)
-        if captioned == there or (captioned < there and not is_model(layer_recipe(storage, layer))):
-            return
         problem = f"the captions of {shard} in layer {layer} are of an earlier version of that shard"
     mend = "run `capstan recaption` again: only images without captions cost anything"
     raise RecipeError("train.data.layer", problem, mend)
+
+
+def pairs(table: pa.Table) -> set[tuple[str, str]]:
+    """Key and sha256 of a table's rows: which pictures they are of."""
+    return set(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+
+
+def is_captioned(storage: Storage, layer: str, shard: str) -> bool:
+    """Whether the shard has had its turn: by a model; what people did not caption they left out."""
+    return _is_given(storage, layer) or storage.exists(file_name(layer, shard))
+
+
+def _is_given(storage: Storage, layer: str) -> bool:
+    name = f"{ROOT}/{layer}/recipe.json"
+    return storage.exists(name) and not is_model(json.loads(storage.read(name)))
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -235,4 +289,6 @@ def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mappi
                 rows.append((Place(key, sha256, "", slot), Row.written(texts[slot], 0, "given", 0, linted)))
         write_rows(storage, file_name(layer, shard), rows)
     publish(storage, layer, slots, {"engine": GIVEN}, settings)
+    own = {f"{ROOT}/{layer}/recipe.json", *(file_name(layer, shard) for shard in dataset.shard_names)}
+    storage.delete(*(name for name in storage.names(f"{ROOT}/{layer}") if name not in own))  # of shards that were
     return {"images": found, "missing": len(captions) - found}

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
-from recaption.store import latest_layer, layer_recipe, list_layers
+from recaption.store import is_model, latest_layer, layer_recipe, list_layers
 from training.buckets import Size, assign, shapes, sizes_of
 from training.config import ORIGINAL, Data
 from training.family import Sample
@@ -179,14 +179,15 @@ def find_layer(storage: Storage, data: Data) -> str | None:
         problem = f"{storage.url} has no caption layer" + ("" if layer is None else f" {layer}")
         mend = "run `capstan recaption` first, or write layer: null to train on the original captions"
         raise RecipeError("train.data.layer", problem, mend)
-    slots = [*layer_recipe(storage, layer)["slots"], ORIGINAL]
+    recipe = layer_recipe(storage, layer)
+    slots = [*recipe["slots"], ORIGINAL]
     for slot in data.weights:
         if slot not in slots:
             near = difflib.get_close_matches(slot, slots, n=1)
             mend = f"did you mean {near[0]}?" if near else f"its slots: {', '.join(slots)}"
             raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", mend)
     written = set(storage.names(f"captions/{layer}"))
-    for shard in Dataset(storage).shard_names:
+    for shard in Dataset(storage).shard_names if is_model(recipe) else []:  # people may leave samples out
         if f"captions/{layer}/{shard}.parquet" not in written:
             mend = "run `capstan recaption` to complete it"
             raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", mend)

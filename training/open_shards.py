@@ -111,12 +111,12 @@ class OpenShards:
 
     def _load(self, number: int) -> OpenShard:
         name = self.dataset.manifest.shards[number].name
-        table = self.dataset.table(name, [*_WORDS, *NUMBERS, *_PLACES])
+        table = self.dataset.table(name, [*_WORDS, *NUMBERS, *_PLACES, "sha256"])
         words = {column: pa.concat_arrays(table[column].chunks) for column in _WORDS}
         shard = OpenShard(words, np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1))
         if self.layer is not None:
-            check_layer(self.dataset.storage, self.layer, name, words["key"].to_pylist())
-            shard.captions = read_layer(self.dataset.storage, self.layer, name)
+            check_layer(self.dataset.storage, self.layer, name, table)
+            shard.captions = read_layer(self.dataset.storage, self.layer, name, table)
         if self._states is not None:
             shard.states = self._states(name)
         if self._latents is not None:

@@ -118,9 +118,9 @@ class TextStatesJob(units.Job):
 
 def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> dict[str, list[str | None]]:
     """The texts of a shard's samples in tar order, slot by slot; None where the layer has none of its own."""
-    table = dataset.table(shard, ["key", "caption"])
+    table = dataset.table(shard, ["key", "sha256", "caption"])
     keys, layer = table["key"].to_pylist(), identity["layer"]
-    known = read_layer(dataset.storage, layer, shard) if layer is not None else {}
+    known = read_layer(dataset.storage, layer, shard, table) if layer is not None else {}
     texts = {slot: [known.get(key, {}).get(slot) for key in keys] for slot in identity["slots"]}
     return {**texts, ORIGINAL: table["caption"].to_pylist()}
 

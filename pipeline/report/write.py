@@ -11,6 +11,7 @@ from typing import Final
 from pipeline import page
 from pipeline.errors import CapstanError
 from pipeline.report import sections
+from pipeline.report.compared import comparisons
 from pipeline.report.examples import choose
 from pipeline.report.pictures import find_pictures, thumbnails
 from pipeline.report.rows import Rows
@@ -50,6 +51,8 @@ def report(rows: Rows) -> str:
     if examples.steps:
         made.section("What the conditions dropped", *sections.by_step(examples, thumbs, rows))
     made.section("Sizes, captions and scores", *sections.distributions(rows))
+    if compared := comparisons(rows.storage):
+        made.section("Captions compared", *compared)
     if examples.pairs:
         made.section("Duplicates", *sections.duplicates(examples, thumbs, rows))
     if hosts := sections.domains(rows):

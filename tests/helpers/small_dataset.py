@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from pipeline.local import scratch
 from pipeline.records import SHARD_SCHEMA, make_key
-from pipeline.shards import Manifest, Sample, ShardEntry, write_manifest, write_tar
+from pipeline.shards import Manifest, Sample, ShardEntry, read_manifest, write_manifest, write_tar
 from pipeline.storage import Storage
 
 Shards = list[list[int]]
@@ -60,3 +61,23 @@ def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> Sh
     ]
     storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, SHARD_SCHEMA))
     return ShardEntry(name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256="")
+
+
+def replace_picture(storage: Storage, shard: str, key: str) -> None:
+    """As if the sample's address served another picture when the dataset was built again: its key stays."""
+    name = f"shards/{shard}.parquet"
+    table = storage.read_table(name)
+    rows = [row | ({"sha256": "0" * 64} if row["key"] == key else {}) for row in table.to_pylist()]
+    storage.write_table(name, pa.Table.from_pylist(rows, table.schema))
+    manifest = read_manifest(storage)
+    assert manifest is not None
+    shards = [
+        entry.model_copy(update={"sha256": "f" * 64}) if entry.name == shard else entry for entry in manifest.shards
+    ]
+    write_manifest(storage, manifest.model_copy(update={"shards": shards}))
+
+
+def as_if_a_model_wrote_it(storage: Storage, layer: str) -> None:
+    """Change what a layer of given captions says that it was made by."""
+    name = f"captions/{layer}/recipe.json"
+    storage.write(name, json.dumps(json.loads(storage.read(name)) | {"engine": {"engine": "coca"}}).encode())

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_dataset import picture
+from small_dataset import as_if_a_model_wrote_it, picture
 
+from pipeline import page
 from pipeline.errors import RecipeError
 from pipeline.records import make_key
+from pipeline.report.compared import comparisons
 from pipeline.storage import Storage
 from recaption import measures, store
 from recaption.clip import Clip
@@ -143,8 +145,20 @@ def test_pictures_without_a_caption_are_counted_and_left_out(layers: Storage) ->
     layers.delete(store.file_name("wrong", "shard-000002"))
     found = run(layers, "right", "wrong")
     assert found["pictures"] == 18
-    assert (found["a"]["without"], found["b"]["without"]) == (0, 2)
+    assert (found["a"]["without"], found["b"]["without"]) == (0, 6)
     assert run(layers, "right", "wrong", sample=5)["pictures"] == 5
+    as_if_a_model_wrote_it(layers, "wrong")  # which has not come to the last shard yet
+    found = run(layers, "right", "wrong")
+    assert (found["pictures"], found["a"]["without"], found["b"]["without"]) == (18, 0, 2)
+    assert found["a"]["captions"] == 20
+
+
+def test_the_report_shows_the_comparison(layers: Storage) -> None:
+    found = run(layers, "right", "wrong")
+    shown = "".join(comparisons(layers))
+    assert 'href="./captions/diff-right-wrong.html"' in shown
+    assert f">{page.number(found['b']['clip_mean'])}<" in shown
+    assert f"{found['a_wins_by_mean']['rate']:.1%}" in shown
 
 
 def test_captions_are_untrusted(layers: Storage) -> None:

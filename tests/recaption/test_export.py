@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from in_process import run_here
+from small_dataset import as_if_a_model_wrote_it, replace_picture
 
 from pipeline.config import Resources
 from pipeline.errors import RecipeError
@@ -160,7 +161,34 @@ def test_what_would_be_overwritten_is_refused(source: Storage, build: Callable[.
         export(source, "none", other, slot="short", resources=Resources())
 
 
-def test_a_layer_that_lacks_a_shard_is_to_be_completed_first(source: Storage, tmp_path: Path) -> None:
+def test_nothing_of_other_people_is_removed(source: Storage, tmp_path: Path) -> None:
+    """Folders that an export would use, without a dataset in them."""
+    mine = Storage(str(tmp_path / "mine"))
+    for name in ("shards/mine.tar", "ledger/mine.parquet", "sizes.json"):
+        mine.write(name, b"mine")
+        with pytest.raises(RecipeError, match=f"DEST: .*{name}.*empty"):
+            run(source, tmp_path / "mine")
+        assert content(tmp_path / "mine") == {name: b"mine"}
+        mine.delete(name)
+    run(source, tmp_path / "mine")
+
+
+def test_an_export_that_was_stopped_before_its_first_shard_goes_on(
+    source: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "torn")
+    assert content(tmp_path / "torn").keys() == {"ledger/unit-u.parquet"}
+    assert run(source, tmp_path / "torn")["written"] == 3
+
+
+def test_a_model_s_layer_that_lacks_a_shard_is_to_be_completed_first(source: Storage, tmp_path: Path) -> None:
+    as_if_a_model_wrote_it(source, "given")
     source.delete(store.file_name("given", "shard-000001"))
     with pytest.raises(RecipeError, match=r"shard-000001.*capstan recaption"):
         run(source, tmp_path / "copy")
@@ -169,7 +197,30 @@ def test_a_layer_that_lacks_a_shard_is_to_be_completed_first(source: Storage, tm
 def test_a_model_s_layer_that_has_not_seen_all_samples_is_to_be_completed_first(
     source: Storage, tmp_path: Path
 ) -> None:
-    recipe = json.loads(source.read("captions/given/recipe.json"))
-    source.write("captions/given/recipe.json", json.dumps(recipe | {"engine": {"engine": "coca"}}).encode())
+    as_if_a_model_wrote_it(source, "given")
     with pytest.raises(RecipeError, match=r"2 sample\(s\) of shard-000000|1 sample\(s\) of shard-000000"):
         run(source, tmp_path / "copy")
+
+
+def test_what_people_wrote_is_exported_wherever_its_pictures_went(
+    source: Storage, build: Callable[..., Storage], tmp_path: Path
+) -> None:
+    build([[0, 3, 5], [1, 2, 4, 6]])
+    summary = run(source, tmp_path / "copy")
+    assert (summary["from_layer"], summary["original"], summary["written"]) == (2, 5, 2)
+    assert members(tmp_path / "copy", "shard-000000")[f"{KEY[3]}.txt"] == b"three"
+    name = store.file_name("given", "shard-000001")
+    source.write_table(name, source.read_table(name).slice(1))
+    summary = run(source, tmp_path / "copy")
+    assert (summary["from_layer"], summary["written"]) == (1, 1)
+
+
+def test_captions_of_another_picture_are_not_exported(source: Storage, tmp_path: Path) -> None:
+    replace_picture(source, "shard-000001", KEY[3])
+    assert run(source, tmp_path / "copy")["from_layer"] == 1
+    assert members(tmp_path / "copy", "shard-000001")[f"{KEY[3]}.txt"] == b"alt 3"
+    store.write_given_layer(source, "whole", {key: {"descriptive": "a dog"} for key in KEY[:6]})
+    as_if_a_model_wrote_it(source, "whole")
+    replace_picture(source, "shard-000002", KEY[5])
+    with pytest.raises(RecipeError, match=r"1 sample\(s\) of shard-000002 are newer than layer whole"):
+        export(source, "whole", Storage(str(tmp_path / "other")), slot="descriptive", resources=Resources())

@@ -231,7 +231,7 @@ def test_the_same_image_has_the_same_caption_wherever_it_stands(
     assert len({(row["sha256"], row["slot"], row["raw"]) for row in rows}) == 6
 
 
-def test_a_broken_image_is_a_flagged_row_and_is_tried_again(
+def test_a_broken_image_is_a_flagged_row_and_is_tried_again_by_every_run(
     build: Build, captioner: Path, captioned: Counter[str]
 ) -> None:
     storage = build([[0, -1, 1], [-2]])
@@ -242,8 +242,40 @@ def test_a_broken_image_is_a_flagged_row_and_is_tried_again(
     bad = [row for row in rows if row["flags"] == ["unreadable"]]
     assert [(row["key"], row["text"], row["finish"]) for row in bad] == [(make_key("-1"), "", "none")] * 2
     assert make_key("-1") not in store.read_layer(storage, summary["layer"], "shard-000000")
+    before = layer_files(storage)
+    captioned.clear()
+    planned = plan(recipe(captioner, storage))
+    assert (planned["new"], planned["done"], planned["reused"], planned["eta_s"]) == (
+        1,
+        0,
+        3,
+        0.0,
+    )  # both are the same bytes
+    summary = recaption(recipe(captioner, storage))
+    assert (summary["new"], summary["unreadable"], summary["reused"], summary["done"]) == (0, 2, 2, 0)
+    assert not captioned  # the engine is asked for nothing
+    assert layer_files(storage) == before
     build([[0, -1, 1, 2]])
     assert recaption(recipe(captioner, storage))["reused"] == 2
+
+
+def test_what_could_not_be_read_in_passing_is_captioned_by_the_next_run(
+    build: Build, captioner: Path, captioned: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(self: CocaEngine, jpeg: bytes) -> Any:
+        raise MemoryError
+
+    storage = build([[0, 1], [2]])
+    with monkeypatch.context() as patched:
+        patched.setattr(CocaEngine, "prepare", out_of_memory)
+        assert recaption(recipe(captioner, storage))["unreadable"] == 3
+    assert plan(recipe(captioner, storage))["new"] == 3
+    summary = recaption(recipe(captioner, storage))
+    assert (summary["new"], summary["unreadable"], summary["done"]) == (3, 0, 0)
+    assert plan(recipe(captioner, storage))["done"] == 3
+    fresh = build([[0, 1], [2]], "fresh")
+    recaption(recipe(captioner, fresh))
+    assert layer_files(storage) == layer_files(fresh)
 
 
 def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, captioned: Counter[str]) -> None:
@@ -336,6 +368,46 @@ def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: An
     assert [request.sha256 for request, _ in engine.asked] == [sha256_of(picture(2))]
     assert (summary["failed"], summary["new"], summary["done"], summary["reused"]) == (0, 1, 2, 1)
     assert recaption(made)["done"] == 4
+
+
+def test_only_the_slot_that_an_engine_failed_to_give_is_asked_for_again(scripted: Any, build: Build) -> None:
+    """A filter that lets the short caption pass: what was paid for is kept, as it was written."""
+    bad, down = sha256_of(picture(1)), ["descriptive"]
+    count = Counter[str]()
+
+    def say(request: Any, slot: str, attempt: int) -> Caption:
+        if request.sha256 == bad and slot in down:
+            return Caption("", 0, "none", 0, "content_filter")
+        count[request.sha256] += 1
+        return said(f"a {slot} dog, told {count[request.sha256]} times")
+
+    engine, made, storage = scripted(ScriptedEngine(say))
+    made.recaption["slots"] = ["short", "descriptive"]
+    layer = recaption(made)["layer"]
+
+    def rows(shard: str = "shard-000000") -> dict[str, str]:
+        return {row["slot"]: row["raw"] for row in store.read_rows(storage, layer, shard).to_pylist() if is_bad(row)}
+
+    def is_bad(row: dict[str, Any]) -> bool:
+        return bool(row["sha256"] == bad)
+
+    assert rows() == {"short": "a short dog, told 1 times", "descriptive": ""}
+    for _ in range(2):  # refused for good
+        planned = plan(made)
+        assert (planned["new"], planned["captions"], planned["reused"], planned["done"]) == (1, 1, 1, 2)
+        engine.asked.clear()
+        summary = recaption(made)
+        assert {(request.sha256, request.slots) for request, _ in engine.asked} == {(bad, ("descriptive",))}
+        assert rows() == {"short": "a short dog, told 1 times", "descriptive": ""}
+        assert (summary["failed"], summary["new"], summary["reused"]) == (1, 1, 1)
+    build([[0], [2, 3, 1], [1]])  # elsewhere now, in two shards of which the first asks
+    engine.asked.clear()
+    down.clear()
+    assert recaption(made)["failed"] == 0
+    assert {(request.sha256, request.slots) for request, _ in engine.asked} == {(bad, ("descriptive",))}
+    whole = {"short": "a short dog, told 1 times", "descriptive": "a descriptive dog, told 2 times"}
+    assert rows("shard-000001") == rows("shard-000002") == whole
+    assert plan(made)["done"] == 5
 
 
 def test_captions_that_quote_the_original_depend_on_it(scripted: Any) -> None:

@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 import pyarrow.compute as pc
 import pytest
+from small_dataset import as_if_a_model_wrote_it, picture, replace_picture
 
 from pipeline.errors import RecipeError
 from pipeline.records import make_key
+from pipeline.shards import sha256_of
 from pipeline.storage import Storage
 from recaption import lint, store
 from recaption.lint import Settings
 from recaption.store import Place, Row
 
 KEY = [make_key(str(number)) for number in range(5)]
+SHA256 = [sha256_of(picture(number)) for number in range(5)]
 
 
 def row(raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
@@ -24,17 +27,17 @@ def row(raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
 def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> None:
     storage, name = build([[0, 1], [2]]), store.file_name("layer", "shard-000000")
     rows = [
-        (Place(KEY[0], "aa", "", "short"), row("a dog .", 3, "end", 17)),
-        (Place(KEY[0], "aa", "", "descriptive"), row("a brown dog . on", 5, "length", 18)),
-        (Place(KEY[1], "bb", "", "short"), Row.missing(lint.UNREADABLE)),
-        (Place(KEY[1], "bb", "", "descriptive"), row("b b b b", 4, "end", 19).replaced().beside("alt 1")),
+        (Place(KEY[0], SHA256[0], "", "short"), row("a dog .", 3, "end", 17)),
+        (Place(KEY[0], SHA256[0], "", "descriptive"), row("a brown dog . on", 5, "length", 18)),
+        (Place(KEY[1], SHA256[1], "", "short"), Row.missing(lint.UNREADABLE)),
+        (Place(KEY[1], SHA256[1], "", "descriptive"), row("b b b b", 4, "end", 19).replaced().beside("alt 1")),
     ]
     store.write_rows(storage, name, rows)
     table = store.read_rows(storage, "layer", "shard-000000")
     assert table.schema == store.SCHEMA
     assert table.to_pylist()[1] == {
         "key": KEY[0],
-        "sha256": "aa",
+        "sha256": SHA256[0],
         "slot": "descriptive",
         "quoted": "",
         "raw": "a brown dog . on",
@@ -111,6 +114,37 @@ def test_a_table_without_some_of_its_rows_is_still_a_layers_table(build: Callabl
     again = build([[1]], "again")
     store.write_given_layer(again, "given", {KEY[1]: {"short": f"dog {KEY[1]}"}})
     assert storage.read_table(name) == again.read_table(name)
+
+
+def test_what_people_wrote_follows_its_pictures_wherever_they_are_packed(build: Callable[..., Storage]) -> None:
+    storage = build([[0, 1], [2, 3]])
+    captions = {key: {"short": f"dog {key}", "descriptive": f"a dog, {key}."} for key in KEY[:4]}
+    store.write_given_layer(storage, "given", captions)
+    before = {name: storage.read(name) for name in storage.names(store.ROOT)}
+    build([[0, 2], [4], [1, 3]])  # packed anew, with one that is new
+    assert store.read_layer(storage, "given", "shard-000000") == {key: captions[key] for key in (KEY[0], KEY[2])}
+    assert store.read_layer(storage, "given", "shard-000001") == {}
+    assert store.read_layer(storage, "given", "shard-000002") == {key: captions[key] for key in (KEY[1], KEY[3])}
+    assert {name: storage.read(name) for name in storage.names(store.ROOT)} == before
+    build([[0, 1, 2, 3]])
+    assert store.read_layer(storage, "given", "shard-000000") == captions
+    store.write_given_layer(storage, "given", {KEY[3]: {"short": "corrected", "descriptive": "corrected."}})
+    assert store.read_layer(storage, "given", "shard-000000").keys() == {KEY[3]}  # what was there is gone everywhere
+
+
+def test_a_caption_is_of_one_picture(build: Callable[..., Storage]) -> None:
+    """A key whose address serves another picture now has no caption; its neighbours keep theirs."""
+    storage = build([[0, 1], [2]])
+    store.write_given_layer(storage, "given", {key: {"short": f"dog {key}"} for key in KEY[:3]})
+    replace_picture(storage, "shard-000000", KEY[1])
+    assert store.read_layer(storage, "given", "shard-000000") == {KEY[0]: {"short": f"dog {KEY[0]}"}}
+    pictures = storage.read_table("shards/shard-000000.parquet", ["key", "sha256"])
+    store.check_layer(storage, "given", "shard-000000", pictures)  # people may leave samples out
+    as_if_a_model_wrote_it(storage, "given")
+    with pytest.raises(RecipeError, match="shard-000000 in layer given are of an earlier version"):
+        store.check_layer(storage, "given", "shard-000000", pictures)
+    others = storage.read_table("shards/shard-000001.parquet", ["key", "sha256"])
+    store.check_layer(storage, "given", "shard-000001", others)
 
 
 def test_layer_id_changes_with_the_engine_the_cleaning_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_dataset import as_if_a_model_wrote_it
 
 from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
@@ -68,6 +69,7 @@ def test_captions_are_drawn_by_weight_and_redrawn_each_epoch(captioned: Path) ->
 
 
 def test_captions_of_another_shard_are_refused(captioned: Path) -> None:
+    as_if_a_model_wrote_it(Storage(str(captioned)), "x")
     layer = captioned / "captions" / "x"
     (layer / "shard-000000.parquet").write_bytes((layer / "shard-000001.parquet").read_bytes())
     data = open_data(captioned, Data(layer="x"), layer="x")
@@ -81,6 +83,9 @@ def test_a_layer_that_lacks_slots_or_shards_is_refused_at_once(captioned: Path) 
     with pytest.raises(RecipeError, match=r"train\.data\.blend: layer x has no slot 'descriptve'.*mean descriptive"):
         find_layer(storage, Data(layer="x", blend={"descriptve": 1}))
     (captioned / "captions" / "x" / "shard-000001.parquet").unlink()
+    assert find_layer(storage, Data(layer="x")) == "x"  # people may leave samples out
+    assert open_data(captioned, Data(layer="x"), layer="x").sample(25).slot == "original"
+    as_if_a_model_wrote_it(storage, "x")
     with pytest.raises(RecipeError, match=r"train\.data\.layer: layer x has no captions of shard-000001"):
         find_layer(storage, Data(layer="x"))
 
