@@ -53,9 +53,12 @@ def write(
         made = engine.caption([pictures[place] for place in places], again, attempt=attempt)
         for place, captions in zip(places, made, strict=True):
             for slot, caption in captions.items():
-                linted = lint.lint(caption.raw, caption.finish, settings, slot=slot, prompt=prompts.get(slot, ""))
-                tries[place][slot].made.append((caption, linted))
+                tries[place][slot].made.append((caption, _lint(caption, settings, slot, prompts.get(slot, ""))))
     return [{slot: these.row() for slot, these in slots.items()} for slots in tries]
+
+
+def _lint(caption: Caption, settings: lint.Settings, slot: str, prompt: str) -> lint.Linted:
+    return lint.lint(caption.raw, caption.finish, settings, slot=slot, prompt=prompt, parted=caption.parted)
 
 
 def _asked(requests: Sequence[Request], tries: Sequence[Mapping[str, _Tries]]) -> Iterator[tuple[int, Request]]:

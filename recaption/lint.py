@@ -1,8 +1,8 @@
 """A caption as the model wrote it → the text that training sees, what is wrong with it, and what to do about that.
 
 The rules, each with its reason, are data: lint_rules.yaml. The raw text is kept beside the cleaned one in the caption
-store. Cleaning undoes what tokenizers do to text and mends nothing else: taste applied here (openers, case, a final
-full stop) would be a bias in every caption.
+store. Cleaning undoes what a tokenizer did to the text and mends nothing else: taste applied here (openers, case, a
+final full stop) would be a bias in every caption. What people wrote stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from pipeline.config import Section, fingerprint
 from recaption.rules import ACTIONS, Action, Caption, load
 
-VERSION: Final = 2  # of the cleaning below; with the rules it is part of a layer's id
+VERSION: Final = 3  # of the cleaning below; with the rules it is part of a layer's id
 
 # End token, cut by the limit, not made by a model, no caption.
 Finish = Literal["end", "length", "given", "none"]
@@ -27,11 +27,13 @@ Finish = Literal["end", "length", "given", "none"]
 # Flags that no rule sets: the picture cannot be decoded; the engine gave no caption; the original caption stands in.
 UNREADABLE, FAILED, ORIGINAL = "unreadable", "failed", "original"
 
+_JOINERS: Final = "\u200c\u200d"  # not printable, and part of how Hindi, Persian and families of emoji are spelt
 _BEFORE_PUNCTUATION = re.compile(r"\s+([.,;:!?%)\]}])")
 _AFTER_BRACKET = re.compile(r"([(\[{])\s+")
 _CONTRACTION = re.compile(r"(?<=\w)\s+('(?:s|t|re|ve|m|ll|d)\b)")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")  # CLIP's tokenizer parts all digits
-_SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)")
+# A full-width mark needs no space after it, and what it closes is part of the sentence.
+_SENTENCE_END = re.compile(r"[.!?؟।](?=\s|$)|[。！？]+[」』”’）]*")
 
 
 class Settings(Section):
@@ -71,22 +73,43 @@ class Linted:
         return ACTIONS.index(self.action)
 
 
-def lint(raw: str, finish: Finish, settings: Settings | None = None, *, slot: str = "", prompt: str = "") -> Linted:
-    """Clean a caption and hold it against the rules. `prompt` is what the model was asked for this slot.
+def lint(
+    raw: str,
+    finish: Finish,
+    settings: Settings | None = None,
+    *,
+    slot: str = "",
+    prompt: str = "",
+    parted: bool = False,
+) -> Linted:
+    """Clean a caption, unless people gave it, and hold it against the rules.
 
-    >>> lint("a red circle , left of a star . the back", "length")
+    `prompt` is what the model was asked for this slot; `parted` says that it wrote with CLIP's tokenizer.
+
+    >>> lint("a red circle , left of a star . the back", "length", parted=True)
     Linted(text='a red circle, left of a star.', flags=('no_end',), action='retry')
     """
-    settings, text = settings or _DEFAULT, clean(raw)
+    settings, text = settings or _DEFAULT, raw if finish == "given" else _spaced(raw, parted)
     whole = finish != "length"
     if not whole and (ends := [match.end() for match in _SENTENCE_END.finditer(text)]):
         text, whole = text[: ends[-1]], True
+    pieces = text.split()  # the digits of a number each for itself, where the tokenizer parts them
+    text = _BETWEEN_DIGITS.sub("", text) if parted else text
     caption = Caption(
-        raw=raw, text=text, slot=slot, prompt=prompt, language=settings.language, cut=finish == "length", whole=whole
+        raw=raw,
+        text=text if pieces else "",
+        pieces=pieces,
+        slot=slot,
+        prompt=prompt,
+        language=settings.language,
+        cut=finish == "length",
+        whole=whole,
     )
     found = [rule for rule in load().rules if rule.applies(caption)]
     actions = [settings.actions.get(rule.name, rule.action) for rule in found]
-    return Linted(text, tuple(sorted(rule.name for rule in found)), max(actions, key=ACTIONS.index, default="note"))
+    return Linted(
+        caption.text, tuple(sorted(rule.name for rule in found)), max(actions, key=ACTIONS.index, default="note")
+    )
 
 
 @cache
@@ -105,20 +128,23 @@ def reasons() -> Mapping[str, str]:
     return {rule.name: rule.reason for rule in load().rules} | others
 
 
-def clean(raw: str) -> str:
-    """The text without control characters, and with the spaces that a writer would set.
+def clean(raw: str, *, parted: bool = False) -> str:
+    """The text without control characters and without more than one space in a row.
 
-    >>> clean("a dog 's  2 0 balls , ( red ) .")
-    "a dog's 20 balls, (red)."
+    `parted`: CLIP's tokenizer set spaces around marks and between digits; they are taken away.
+
+    >>> clean("un chien !\\n 5 000 francs"), clean("a dog 's  2 0 balls , ( red ) .", parted=True)
+    ('un chien ! 5 000 francs', "a dog's 20 balls, (red).")
     """
-    text = " ".join("".join(c if c.isprintable() else " " for c in raw).split())
-    for pattern, replacement in (
-        (_BEFORE_PUNCTUATION, r"\1"),
-        (_AFTER_BRACKET, r"\1"),
-        (_CONTRACTION, r"\1"),
-        (_BETWEEN_DIGITS, ""),
-    ):
-        text = pattern.sub(replacement, text)
+    text = _spaced(raw, parted)
+    return _BETWEEN_DIGITS.sub("", text) if parted else text
+
+
+def _spaced(raw: str, parted: bool) -> str:
+    """`clean`, but for digits."""
+    text = " ".join("".join(c if c.isprintable() or c in _JOINERS else " " for c in raw).split())
+    for pattern in (_BEFORE_PUNCTUATION, _AFTER_BRACKET, _CONTRACTION) if parted else ():
+        text = pattern.sub(r"\1", text)
     return text
 
 

@@ -35,6 +35,7 @@ class Caption:
 
     raw: str
     text: str  # cleaned, and cut to whole sentences where the model was cut off
+    pieces: Sequence[str]  # the text's words as the tokenizer parts them: each digit of a number for itself, or not
     slot: str = ""
     prompt: str = ""
     language: str | None = None  # that it should be in
@@ -42,8 +43,11 @@ class Caption:
     whole: bool = True  # not within its first sentence
 
     @cached_property
-    def words(self) -> list[str]:
-        return self.text.split()
+    def length(self) -> float:
+        """Words. Where a script sets no spaces between them, some number of its letters stands for one."""
+        letters = load().letters
+        spread = "".join(f" {c}" if c.isalpha() and script(c) in letters else c for c in self.text)
+        return sum(1 / letters.get(script(word[0]), 1) for word in spread.split())
 
 
 class _Rule(Section, ABC):
@@ -72,19 +76,22 @@ class NoEnd(_Rule):
 
 class Unfinished(_Rule):
     kind: Literal["unfinished"]
-    last_words: list[str]
+    last_words: dict[str, list[str]]  # of each language
+    named_by: list[str]  # words after which a last word is a name
     last_marks: list[str]
 
     def applies(self, caption: Caption) -> bool:
         text = caption.text.lower()
-        last = text.endswith(tuple(self.last_marks)) or f" {text}".endswith(tuple(f" {w}" for w in self.last_words))
-        return bool(text) and (not caption.whole or last)
+        *_, before, last = ["", "", *text.split()]
+        open_ended = last in self.last_words.get(caption.language or "", ()) and before not in self.named_by
+        return bool(text) and (not caption.whole or open_ended or text.endswith(tuple(self.last_marks)))
 
 
 class Loop(_Rule):
     kind: Literal["loop"]
     words: int
     times: int
+    pieces: int
     signs: int
     sentences: int
 
@@ -93,7 +100,8 @@ class Loop(_Rule):
             return True
         said = Counter(tuple(words(part)) for part in re.split(r"[.!?]", caption.text))
         again = any(count >= self.sentences for sentence, count in said.items() if len(sentence) >= 4)
-        return again or in_a_row(caption.words, self.words, self.times)
+        row = in_a_row(caption.text.split(), self.words, self.times)
+        return again or row or in_a_row(caption.pieces, self.words, self.pieces)
 
 
 class Patterns(_Rule):
@@ -133,8 +141,8 @@ class InLanguage(_Rule):
         strange = sum(count for name, count in scripts.items() if name not in own.scripts)
         if strange >= self.letters and strange > self.share * scripts.total():
             return True
-        said = words(text)
-        small = {name: sum(word in language.small for word in said) for name, language in languages.items()}
+        said = set(words(text))
+        small = {name: len(said & language.small) for name, language in languages.items()}
         mine = small.pop(caption.language)
         return bool(own.words) and max(small.values(), default=0) >= max(self.words, 2 * mine + 1)
 
@@ -145,7 +153,7 @@ class Words(_Rule):
     most: dict[str, int] = Field(default={})
 
     def applies(self, caption: Caption) -> bool:
-        count = len(caption.words)
+        count = caption.length
         least, most = (limits.get(caption.slot, limits.get("other")) for limits in (self.least, self.most))
         return count > 0 and ((least is not None and count < least) or (most is not None and count > most))
 
@@ -167,6 +175,7 @@ class Language(Section):
 class Rules(Section):
     rules: list[Rule]
     languages: dict[str, Language]
+    letters: dict[str, Annotated[float, Field(ge=1)]]  # script without spaces between words → letters a word
 
     def content(self) -> dict[str, Any]:
         """What decides; not how it is explained."""

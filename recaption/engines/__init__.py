@@ -40,6 +40,7 @@ class Caption:
     finish: Finish  # "end": the model ended it; "length": it was cut; "none": there is no caption
     seed: int  # that the choice of its tokens came from; 0 where nothing was left to chance
     reason: str = ""  # finish "none": why, e.g. `http_503`, `timeout`, `content_filter`; worth another run
+    parted: bool = False  # CLIP's tokenizer wrote it, with spaces around marks and between digits
 
 
 @runtime_checkable

@@ -125,7 +125,7 @@ class CocaEngine:
                 written = decode(cache, rows, prompt, limit, loaded.tokens, how, seeds)
             for row, seed, (tokens, ended) in zip(rows, seeds, written, strict=True):
                 text = loaded.tokenizer.decode(tokens).strip()
-                found[row][slot] = Caption(text, len(tokens), "end" if ended else "length", seed)
+                found[row][slot] = Caption(text, len(tokens), "end" if ended else "length", seed, parted=True)
         return found
 
     @property

@@ -93,6 +93,13 @@ def test_a_prompt_in_the_answer_is_found() -> None:
     assert "prompt" in rows["short"].flags
 
 
+def test_spaces_are_taken_away_where_clips_tokenizer_set_them() -> None:
+    raw = "2 0 dogs , on a mat"
+    engine = ScriptedEngine(lambda r, slot, attempt: Caption(raw, 3, "end", 0, parted=slot == "short"))
+    (rows,) = write(engine, [b""], [Request("aa", ("short", "other"))], Settings(), {})
+    assert [(row.raw, row.text) for row in rows.values()] == [(raw, "20 dogs, on a mat"), (raw, raw)]
+
+
 @pytest.mark.parametrize("together", [1, 3])
 def test_rows_do_not_depend_on_the_batch(together: int) -> None:
     engine = ScriptedEngine(lambda r, slot, attempt: said(LOOP if r.sha256 == "aa" and not attempt else FINE, attempt))

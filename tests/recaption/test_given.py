@@ -81,6 +81,12 @@ def test_pairs_of_picture_and_caption(dataset: Storage, take_in: Import) -> None
     assert read(dataset) == {make_key("0"): {"descriptive": "a dog"}, make_key("1"): {"descriptive": "a cat"}}
 
 
+def test_texts_stay_as_they_were_written(dataset: Storage, take_in: Import) -> None:
+    text = "Bonjour , le monde ! 5 000"
+    assert take_in({"image": "0.jpg", "short": text}) == 0
+    assert read(dataset) == {make_key("0"): {"short": text}}
+
+
 def test_what_is_wrong_is_said_with_its_line(take_in: Import, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"image": "0.jpg", "short": "a dog"}
     for lines, problem in (

@@ -38,8 +38,33 @@ def test_examples_in_the_docstrings_hold(module: object) -> None:
     ],
 )
 def test_clean(raw: str, text: str) -> None:
-    assert clean(raw) == text
+    assert clean(raw, parted=True) == text
+    assert clean(text, parted=True) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Bus number 12 34th street and 5 000 people at 10 30",
+        "Un chien ! Et 50 % de ( presque ) tout : voilà .",
+        "the '90s sofa of the dogs 's owner",
+        "क्\u200dष और क्\u200cष, می\u200cخواهم, 👨\u200d👩\u200d👧",
+    ],
+)
+def test_only_what_clips_tokenizer_wrote_is_set_anew(text: str) -> None:
     assert clean(text) == text
+    assert lint.lint(text, "end").text == text
+    assert clean(text.replace(" ", " \x00\n")) == text
+
+
+def test_letters_are_not_parted_from_their_joiners() -> None:
+    assert clean("می\u200cخواهم .", parted=True) == "می\u200cخواهم."
+
+
+def test_what_people_wrote_stays_as_it_is() -> None:
+    text = " Bonjour , le monde !\n\t5 000 "
+    assert lint.lint(text, "given", Settings(language=None)).text == text
+    assert lint.lint(" \n", "given").text == ""
 
 
 @pytest.mark.parametrize(
@@ -54,7 +79,9 @@ def test_clean(raw: str, text: str) -> None:
         ("a red circle,", "end", "a red circle,", ("unfinished",), "original"),
         ("a red circle on a blue", "length", "a red circle on a blue", ("no_end", "unfinished"), "original"),
         ("a circle . a star ! a", "length", "a circle. a star!", ("no_end",), "retry"),
-        ("2 2 2 2 2 2", "end", "222222", ("short",), "retry"),
+        ("a sign that says 1 0 0 0 0 , 2 0 2 0", "end", "a sign that says 10000, 2020", (), "note"),
+        ("a dog 2 2 2 2 2 2 on a sofa", "end", "a dog 222222 on a sofa", ("loop",), "original"),
+        ("a dog . 2 2 2 2 2 2", "length", "a dog.", ("no_end",), "retry"),
         ("2 2 2 2 2 2 2 2", "end", "22222222", ("loop", "short"), "original"),
         ("a cat and a cat and a cat and it", "end", "a cat and a cat and a cat and it", ("loop",), "original"),
         ("word " * 3, "end", "word word word", ("loop",), "original"),
@@ -62,7 +89,7 @@ def test_clean(raw: str, text: str) -> None:
     ],
 )
 def test_lint(raw: str, finish: lint.Finish, text: str | None, found: tuple[str, ...], action: str) -> None:
-    linted = lint.lint(raw, finish)
+    linted = lint.lint(raw, finish, parted=True)
     assert (linted.flags, linted.action) == (found, action)
     assert text is None or linted.text == text
 
@@ -106,6 +133,9 @@ def test_what_models_are_known_to_write(text: str, flag: str) -> None:
         "a helpful assistant at the counter of a shop, sorry for the delay",
         "A photographer takes a picture of a bride on the beach",
         "two captions: one above the door and one below it",
+        "a white van, a red van, and a blue van in a parking lot",
+        "links, links and links of a chain, met by a die and a pod",
+        "a sign with the letter a",
     ],
 )
 def test_what_a_picture_may_show_is_no_fault(text: str) -> None:
@@ -142,6 +172,34 @@ def test_another_language_may_be_asked_for() -> None:
     assert not flags(german, language=None)
     assert flags("a red circle is on the left of the square", language="de") == {"language"}
     assert flags("a red circle is on the left", language="ja") == {"language"}
+
+
+def test_only_english_captions_end_with_the_last_words_of_english_ones() -> None:
+    german = "ein mann auf einer bank sieht sich ein bild an"
+    assert not flags(german, language="de")
+    assert not flags(german, language=None)
+    assert flags("a red circle on a", language="en") == {"unfinished"}
+    assert flags("ein roter Kreis,", language="de") == {"unfinished"}
+
+
+ZH, JA, TH = "一只棕色的狗睡在红色的沙发上", "赤いソファで眠る茶色い犬", "สุนัขสีน้ำตาลนอนอยู่บนโซฟาสีแดง"
+
+
+@pytest.mark.parametrize(("language", "text"), [("zh", ZH), ("ja", JA), ("th", TH)])
+def test_letters_are_counted_where_no_space_parts_words(language: str, text: str) -> None:
+    for slot in ("short", "descriptive"):
+        assert not flags(text, language=language, slot=slot)
+        assert not flags(text, language=None, slot=slot)
+    assert flags(text[:2], language=language) == {"short"}
+    assert flags(text[:6], language=language, slot="descriptive") == {"short"}
+    assert "long" in flags(text * 8, language=language, slot="short")
+
+
+def test_full_width_sentences_end_without_a_space() -> None:
+    linted = lint.lint("一只狗。它在睡觉。他说「你好。」蓝色的", "length", Settings(language="zh"))
+    assert (linted.text, linted.flags) == ("一只狗。它在睡觉。他说「你好。」", ("no_end",))
+    assert lint.sentences(linted.text) == ["一只狗。", "它在睡觉。", "他说「你好。」"]
+    assert lint.sentences("एक कुत्ता। वह सोता है। 3.5 m") == ["एक कुत्ता।", "वह सोता है।", "3.5 m"]
 
 
 def test_a_recipe_decides_what_is_done() -> None:

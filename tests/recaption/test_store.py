@@ -21,7 +21,7 @@ SHA256 = [sha256_of(picture(number)) for number in range(5)]
 
 
 def row(raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
-    return Row.written(raw, tokens, finish, seed, lint.lint(raw, finish))
+    return Row.written(raw, tokens, finish, seed, lint.lint(raw, finish, parted=True))
 
 
 def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> None:
@@ -98,10 +98,10 @@ def test_given_captions_are_a_layer_like_any_other(build: Callable[..., Storage]
 
 def test_what_people_wrote_is_flagged_and_kept(build: Callable[..., Storage]) -> None:
     storage = build([[0]])
-    store.write_given_layer(storage, "given", {KEY[0]: {"short": "a dog on a"}})
+    store.write_given_layer(storage, "given", {KEY[0]: {"short": "a dog ,"}})
     (only,) = store.read_rows(storage, "given", "shard-000000").to_pylist()
-    assert (only["text"], only["flags"]) == ("a dog on a", ["unfinished"])
-    assert store.read_layer(storage, "given", "shard-000000") == {KEY[0]: {"short": "a dog on a"}}
+    assert (only["text"], only["flags"]) == ("a dog ,", ["unfinished"])
+    assert store.read_layer(storage, "given", "shard-000000") == {KEY[0]: {"short": "a dog ,"}}
 
 
 def test_a_table_without_some_of_its_rows_is_still_a_layers_table(build: Callable[..., Storage]) -> None:

@@ -140,6 +140,11 @@ def test_captions_end_at_the_end_token_or_say_that_they_were_cut(captioner: Path
     assert not any("end_of_text" in c.raw for c in captions)
 
 
+def test_captions_say_that_clips_tokenizer_set_their_spaces(captioner: Path) -> None:
+    (captions,) = engine(captioner).caption(PICTURES[:1], REQUESTS[:1])
+    assert all(caption.parted for caption in captions.values())
+
+
 def test_sampling_has_a_seed_for_every_image_slot_and_attempt(captioner: Path) -> None:
     some, asked = PICTURES[:8], REQUESTS[:8]
     drawn = engine(captioner, decoding={"method": "top_p"}).caption(some, asked)
