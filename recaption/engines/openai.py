@@ -144,7 +144,7 @@ class OpenAIEngine:
             if answer is not None:
                 self.tokens.correct(answer[1] - expected if answer[1] else 0)
                 return answer[0]
-            if not await retries.again(wait_s, hold=self.requests):
+            if not await retries.again(wait_s, self.requests, self.tokens):
                 return Caption("", 0, "none", _seed(body), reason)
 
     async def _exchange(

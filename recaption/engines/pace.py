@@ -20,13 +20,15 @@ class Pace:
     def __init__(self, per_minute: float | None) -> None:
         self.per_minute = per_minute
         self._free = 0.0  # time.monotonic() from which on the next may go
+        self._held_until = 0.0
+        self._held_s = 0.0  # in all: how much later goes what had its turn before
 
     async def wait(self, amount: float) -> None:
         """Return when `amount` may go."""
-        start = max(time.monotonic(), self._free)
+        start, held_s = max(time.monotonic(), self._free, self._held_until), self._held_s
         if self.per_minute is not None:
             self._free = start + amount * 60 / self.per_minute
-        while (left := start - time.monotonic()) > 0:
+        while (left := start + self._held_s - held_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
     def correct(self, amount: float) -> None:
@@ -35,8 +37,12 @@ class Pace:
             self._free += amount * 60 / self.per_minute
 
     def hold(self, seconds: float) -> None:
-        """Nothing goes for so long."""
-        self._free = max(self._free, time.monotonic() + seconds)
+        """Nothing goes for so long: the whole queue moves back, and keeps its distances."""
+        now = time.monotonic()
+        if (longer := now + seconds - max(now, self._held_until)) > 0:
+            self._held_until = now + seconds
+            self._held_s += longer
+            self._free = max(now, self._free) + longer
 
 
 class Retries:
@@ -45,15 +51,15 @@ class Retries:
     def __init__(self, most: int) -> None:
         self.left, self.wait_s = most, FIRST_WAIT_S
 
-    async def again(self, asked_s: float | None, hold: Pace) -> bool:
+    async def again(self, asked_s: float | None, *paces: Pace) -> bool:
         """Wait before asking again; False where that is of no use (`asked_s` is None) or was done often enough.
 
-        What the server asks for (`asked_s` > 0) holds all of its requests.
+        What the server asks for (`asked_s` > 0) holds all of its requests, wherever in `paces` they wait.
         """
         if asked_s is None or not self.left:
             return False
-        if asked_s:
-            hold.hold(asked_s)
+        for pace in paces if asked_s else ():
+            pace.hold(asked_s)
         # Full jitter (Brooker 2015): clients that failed together do not come back together.
         await asyncio.sleep(asked_s + random.uniform(0, self.wait_s))
         self.left, self.wait_s = self.left - 1, min(2 * self.wait_s, LONGEST_WAIT_S)
