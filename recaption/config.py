@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Recipe, Section, validate
 from pipeline.errors import RecipeError
@@ -36,6 +36,13 @@ class Server(Section):
     retries: Annotated[int, Field(ge=0, le=100)] = 6  # of a request that met 408, 409, 429, 5xx or no answer
     # further fields of each request, e.g. {chat_template_kwargs: {enable_thinking: false}}; part of a layer's id
     extra: dict[str, Any] = Field(default={})
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url} begins with neither http:// nor https://; write e.g. http://127.0.0.1:8000/v1")
+        return url
 
 
 class RecaptionConfig(Section):

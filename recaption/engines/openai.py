@@ -1,8 +1,8 @@
 """Pictures → captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, transformers serve, hosted.
 
 Requests go out side by side, a bounded number of them, at the pace that the limits allow. What can heal is asked again;
-what does not heal is a caption with a reason, and the run goes on. A key or model that the server does not know is the
-user's to mend and ends the run.
+what does not heal is a caption with a reason, and the run goes on. What is the user's to mend ends the run: a key or
+model that the server does not know, and a server that is not there, or refuses whatever it is asked, from the start.
 
 Whether the same request gets the same answer is the server's affair: each request carries its own seed.
 """
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+from PIL import Image
 
 from pipeline.errors import RecipeError
 from recaption import pixels, prompts
@@ -23,6 +27,8 @@ from recaption.engines.pace import Pace, Retries, retry_after
 
 if TYPE_CHECKING:
     import aiohttp
+
+log = logging.getLogger(__name__)
 
 VERSION: Final = 1  # of what is sent; part of a layer's id
 
@@ -36,6 +42,7 @@ _MISTAKES: Final = {
     403: ("server.key_env", "the key may not use this model", "use another key, or another model"),
     404: ("model", "the server does not know the model, or this address", "check recaption.model and server.url"),
 }
+_HEALING: Final = frozenset({408, 409, 425, 429})  # and 5xx
 
 Body = dict[str, Any]
 
@@ -51,6 +58,8 @@ class OpenAIEngine:
         # Each worker keeps to its share of the limits.
         self.requests = Pace(None if (limit := self.server.requests_per_minute) is None else limit / workers)
         self.tokens = Pace(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
+        self._answers = False  # whether the server has answered yet as it should
+        self._said: dict[str, str] = {}  # reason of a failure → what was said at the first one
 
     @property
     def uses_original(self) -> bool:
@@ -131,7 +140,44 @@ class OpenAIEngine:
                     tasks = [group.create_task(one(body)) for body in bodies]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the others were cancelled
-        return [task.result() for task in tasks]
+            answers = [task.result() for task in tasks]
+            if not self._answers:
+                await self._refuse_mistake(session, {caption.reason for caption in answers})
+        return answers
+
+    async def _refuse_mistake(self, session: aiohttp.ClientSession, reasons: set[str]) -> None:
+        """Raise RecipeError where all of the first requests failed for one reason that does not heal.
+
+        A request about a plain picture tells whether theirs are at fault: in later runs those that a server refuses may
+        come alone.
+        """
+        reason, *others = reasons
+        number = reason.removeprefix("http_")
+        status = int(number) if number.isdigit() else 0
+        lasts = not others and (reason == "connect" or (status and not _heals(status)))
+        if lasts:
+            text = prompts.quote(next(iter(self.prompts.values())), "")
+            again, *_ = await self._exchange(session, self._body(text, self.config.decoding, 0, _plain_picture()))
+            lasts = again == reason
+        self._answers = not lasts
+        if lasts and not status:
+            problem = f"{self.server.url} cannot be reached ({self._said[reason]})"
+            raise RecipeError("recaption.server.url", problem, "start the server, or correct the address")
+        if lasts:
+            problem = f"the server refuses whatever it is asked (HTTP {status}: {self._said[reason]})"
+            mend = "correct the recipe; server.extra adds fields and, with null, takes them away: {max_tokens: null}"
+            raise RecipeError("recaption.server", problem, mend)
+
+    def _note(self, reason: str, text: str) -> None:
+        """Log what was said at the first failure of a kind."""
+        if reason not in self._said:
+            self._said[reason] = self._quotable(text)
+            log.warning("%s: %s: %s (further ones are counted only)", self.address, reason, self._said[reason])
+
+    def _quotable(self, text: str) -> str:
+        """The beginning of what a server said, on one line and without the key."""
+        key = os.environ.get(self.server.key_env)
+        return " ".join((text.replace(key, "…") if key else text).split())[:200]
 
     async def _ask_one(self, session: aiohttp.ClientSession, body: Body) -> Caption:
         """The answer to one request, or a caption with the reason why there is none."""
@@ -161,27 +207,37 @@ class OpenAIEngine:
                 if response.status in _MISTAKES:
                     raise self._mistake(response.status, await response.text())
                 if response.status >= 400:
-                    heals = response.status in (408, 409, 425, 429) or response.status >= 500
-                    return f"http_{response.status}", None, retry_after(response.headers) if heals else None
+                    self._note(reason := f"http_{response.status}", await response.text(errors="replace"))
+                    return reason, None, retry_after(response.headers) if _heals(response.status) else None
                 answer = await response.json(content_type=None)
         except TimeoutError:
             return "timeout", None, 0.0
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError) as error:
+            self._note("connect", str(error))
             return "connect", None, 0.0
         except ValueError:  # no JSON, or no text
             return "malformed", None, 0.0
         try:
             return "", _read(answer, _seed(body)), None
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
             return "malformed", None, 0.0
 
     def _mistake(self, status: int, text: str) -> RecipeError:
         field, problem, mend = _MISTAKES[status]
         if field == "server.key_env":
             mend = f"{mend} ({self.server.key_env})"
-        key = os.environ.get(self.server.key_env)
-        said = " ".join((text.replace(key, "…") if key else text).split())[:200]
-        return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {said})", mend)
+        return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {self._quotable(text)})", mend)
+
+
+def _heals(status: int) -> bool:
+    return status in _HEALING or status >= 500
+
+
+def _plain_picture() -> bytes:
+    """A grey square that no server finds too small or too large."""
+    file = io.BytesIO()
+    Image.new("RGB", (224, 224), (128, 128, 128)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def _read(answer: Any, seed: int) -> tuple[Caption, int]:

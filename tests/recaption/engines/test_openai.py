@@ -123,6 +123,7 @@ def test_what_heals_is_asked_again(server: ChatServer, fault: int | str) -> None
         ((400, {}, {"error": "too long"}), "http_400", 1),
         ((0, {}, {}), "connect", 3),
         ((200, {}, "<html>"), "malformed", 3),
+        ((200, {}, {**completion("x"), "usage": {"completion_tokens": "some"}}), "malformed", 3),
         ((200, {}, completion("half", "content_filter")), "content_filter", 1),
         ((200, {}, completion(None)), "empty", 1),
     ],
@@ -146,8 +147,42 @@ def test_a_server_that_is_slow_or_not_there(server: ChatServer) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nowhere = ChatServer(url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
-        caption = engine(nowhere, limits=limits).caption(PICTURES[:1], REQUESTS[:1])[0]["short"]
-    assert (caption.finish, caption.reason) == ("none", "connect")
+        with pytest.raises(RecipeError, match=r"recaption\.server\.url: .* cannot be reached"):
+            engine(nowhere, limits=limits).caption(PICTURES[:1], REQUESTS[:1])
+
+
+def test_what_a_server_refuses_from_the_start_ends_the_run(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    problem = "Unsupported parameter: 'max_tokens' (secret-key)"
+    server.misbehave = lambda body, tries: (400, {}, {"error": problem}) if "max_tokens" in body else None
+    with pytest.raises(RecipeError, match=r"recaption\.server: .*HTTP 400.*Unsupported parameter.*max_tokens: null"):
+        engine(server).caption(PICTURES, REQUESTS)
+    assert caplog.text.count("Unsupported parameter: 'max_tokens' (…)") == 1
+    mended = engine(server, limits={"extra": {"max_tokens": None}})
+    assert all(caption.finish == "end" for found in mended.caption(PICTURES, REQUESTS) for caption in found.values())
+
+
+def test_pictures_that_a_server_refuses_do_not_end_the_run(
+    server: ChatServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where there are no others, as in a run that asks again for what failed."""
+    bad = [base64.b64encode(picture).decode() for picture in PICTURES]
+    server.misbehave = lambda body, tries: (400, {}, "too small") if any(b in json.dumps(body) for b in bad) else None
+    made = engine(server)
+    for _ in range(2):
+        found = made.caption(PICTURES, REQUESTS)
+        assert {caption.reason for captions in found for caption in captions.values()} == {"http_400"}
+    assert len(server.bodies) == 25  # one of them asks whether it is the pictures
+    assert caplog.text.count("too small") == 1
+
+
+def test_a_server_that_goes_away_later_does_not_end_the_run(server: ChatServer) -> None:
+    made = engine(server, limits={"retries": 0})
+    made.caption(PICTURES[:1], REQUESTS[:1])
+    server.misbehave = lambda body, tries: (0, {}, {})
+    assert made.caption(PICTURES[:1], REQUESTS[:1])[0]["short"].reason == "connect"
 
 
 @pytest.mark.parametrize(("status", "field"), [(401, "key_env"), (403, "key_env"), (404, "model")])
@@ -244,6 +279,8 @@ def test_recipes_that_cannot_work(server: ChatServer) -> None:
             engine(server, **wrong)
     with pytest.raises(ValueError, match=r"server\.url"):
         RecaptionConfig(engine="openai")
+    with pytest.raises(ValueError, match=r"localhost:8000/v1 begins with neither http:// nor https://"):
+        engine(ChatServer(url="localhost:8000/v1"))
 
 
 @pytest.mark.integration
