@@ -49,6 +49,9 @@ class CocaEngine:
         self.weights = self.folder / WEIGHTS_FILE if self.folder else None  # None: one of open_clip's tags
         if config.pretrained and Path(config.pretrained).is_file():
             self.weights = Path(config.pretrained).absolute()
+        elif config.pretrained and self.folder:
+            problem = f"{config.pretrained!r} is no file, and {self.folder} has weights of its own"
+            raise RecipeError("recaption.pretrained", problem, "name a checkpoint file, or leave it out")
         if self.folder is None:
             self.architecture, preprocess = _by_name(config.model, config.pretrained)
             own: Mapping[str, str] = {}
@@ -271,15 +274,25 @@ def _load(engine: CocaEngine) -> Any:
 
     file = engine.weights
     if file is None:
-        return open_clip.create_model(engine.config.model, pretrained=engine.config.pretrained)
+        name, tag = engine.config.model, engine.config.pretrained
+        try:
+            return open_clip.create_model(name, pretrained=tag)
+        except (RuntimeError, OSError) as error:
+            problem = f"cannot load the weights {tag} of {name} ({_first_line(error)})"
+            mend = "fetch the weights where the hub can be reached, or name a checkpoint file"
+            raise RecipeError("recaption.pretrained", problem, mend) from None
     architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
     model = CoCa(**architecture)
     try:
         open_clip.load_checkpoint(model, str(file))
     except (RuntimeError, OSError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError("recaption.model", f"cannot load {file} ({first})", "name its own architecture") from None
+        problem = f"cannot load {file} ({_first_line(error)})"
+        raise RecipeError("recaption.model", problem, "name its own architecture") from None
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _digest(file: Path) -> str:

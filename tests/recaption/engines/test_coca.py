@@ -317,3 +317,13 @@ def test_what_cannot_work_is_said_with_the_field_and_the_mend(captioner: Path, t
     shutil.copytree(captioner, empty)
     (empty / "open_clip_model.safetensors").unlink()
     assert "No such file" in refused("recaption.model", model=str(empty))
+    assert "laion2b.pt' is no file" in refused("recaption.pretrained", pretrained=str(tmp_path / "laion2b.pt"))
+
+
+def test_a_hub_that_cannot_be_reached_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each shard would be tried three times, and put into quarantine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    coca = CocaEngine(RecaptionConfig(model="coca_ViT-B-32", pretrained="laion2b_s13b_b90k"))
+    with pytest.raises(RecipeError, match="cannot load the weights laion2b_s13b_b90k of coca_ViT-B-32") as caught:
+        coca.caption(PICTURES[:1], REQUESTS[:1])
+    assert caught.value.field == "recaption.pretrained"
