@@ -24,6 +24,8 @@ from recaption.config import RecaptionConfig
 from recaption.engines import Caption, Picture, Request, seed_of
 
 if TYPE_CHECKING:
+    import torch
+
     from recaption.engines.decode import CachedCoca
 
 log = logging.getLogger(__name__)
@@ -195,22 +197,33 @@ class _Loaded:
 def _stretch(text: Any, context: int) -> None:
     """Give a text tower positions for `context` tokens: its own where they suffice, else stretched ones.
 
-    The first positions stay as they are, since every caption uses them and they are learnt best; those after them are
-    interpolated to reach as far as asked (Long-CLIP: Zhang et al. 2024, arXiv:2403.15378). Captions beyond the own
-    context are what such a model makes of places that it was never trained at: fine-tune it there if you can.
+    Captions beyond the own context are what such a model makes of places that it was never trained at: fine-tune it
+    there if you can.
     """
     import torch
 
     own = text.context_length
     if context <= own:
         return
-    table = text.positional_embedding.data  # [own + 1, W]: the class token's stands last
+    table = stretched(text.positional_embedding.data, context)
+    text.positional_embedding = torch.nn.Parameter(table, requires_grad=False)
+    log.warning("positions stretched from %d to %d tokens (recaption.context)", own, context)
+
+
+def stretched(table: torch.Tensor, context: int) -> torch.Tensor:
+    """Positions [own + 1, W], the class token's last → [context + 1, W], for a context that is longer than the own.
+
+    The first positions stay as they are, since every caption uses them and they are learnt best; those after them are
+    interpolated to reach as far as asked (Long-CLIP: Zhang et al. 2024, arXiv:2403.15378).
+    """
+    import torch
+
+    own = len(table) - 1
     kept = min(KEPT, own // 2)
     tail = torch.nn.functional.interpolate(
         table[kept:own].T[None], size=context - kept, mode="linear", align_corners=True
     )[0].T
-    text.positional_embedding = torch.nn.Parameter(torch.cat([table[:kept], tail, table[own:]]), requires_grad=False)
-    log.warning("positions stretched from %d to %d tokens (recaption.context)", own, context)
+    return torch.cat([table[:kept], tail, table[own:]])
 
 
 def product_folder(path: Path) -> Path | None:

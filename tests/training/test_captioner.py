@@ -26,6 +26,7 @@ from training.config import TrainConfig
 from training.data import TrainingData
 from training.family import Sample
 from training.product import kind_of
+from training.tokenizer import Tokenizer
 
 SMALL = {
     "vision": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1, "queries": 0},
@@ -222,6 +223,59 @@ def test_fine_tuning_starts_from_a_product(queries: int, tmp_path: Path) -> None
     (other / "open_clip_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(RecipeError, match="captioner"):
         tuned.start_from(other)
+
+
+def start(product: Path, **settings: Any) -> TrainConfig:
+    section = {"model": "captioner", "run": "unused", "steps": 1, "init": str(product), "captioner": settings}
+    return TrainConfig.from_section(section)
+
+
+def test_fine_tuning_may_lengthen_the_context(family: CaptionerFamily, tmp_path: Path) -> None:
+    product = saved(family, tmp_path / "product")
+    (tmp_path / "tuned").mkdir()
+    tuned = build(start(product, text={"context_length": 50}), tmp_path / "tuned")
+    tuned.start_from(product)
+    table, longer = (one.model.coca.text.positional_embedding for one in (family, tuned))
+    assert longer.requires_grad
+    assert longer.shape == (51, 32)
+    assert torch.equal(longer[:10], table[:10])  # half of so few positions stay
+    torch.testing.assert_close(longer[[10, 49, 50]], table[[10, 19, 20]])  # ends, and the class token's
+    for name, tensor in family.model.state_dict().items():
+        assert name.endswith("text.positional_embedding") or torch.equal(tensor, tuned.model.state_dict()[name]), name
+    long = Sample(**{**{f: getattr(drawing(0), f) for f in Sample.__slots__}, "text": "red " * 40})
+    batch = tuned.prepare([long, drawing(12)])
+    assert tuned.tokenizer.end in batch["tokens"][0]
+    tuned.loss(tuned.model, batch, torch.Generator())[0].backward()
+    assert longer.grad is not None
+    assert longer.grad[30].any()
+    engine = make(RecaptionConfig(model=str(saved(tuned, tmp_path / "longer")), slots=["short"]))
+    (caption,) = engine.caption([engine.prepare(drawing(0).jpeg)], [Request("a", ("short",))])
+    assert caption["short"].tokens > 20  # untrained, it finds no end
+
+
+def test_settings_beside_a_base_must_be_its_own(family: CaptionerFamily, tmp_path: Path) -> None:
+    product = saved(family, tmp_path / "product")
+    for name in ("fits", "other"):
+        (tmp_path / name).mkdir()
+    same = {**SMALL["text"], "vocab_size": None, "tokenizer": str(product)}
+    CaptionerFamily.make_assets(start(product, vision=SMALL["vision"], text=same), Drawings(), tmp_path / "fits")
+    CaptionerFamily.make_assets(start(product, text={"vocab_size": 640}), Drawings(), tmp_path / "fits")
+    Tokenizer.train(["another one of another kind"] * 9, 530).save(tmp_path / "other")
+    for part, key, value in (
+        ("vision", "patch_size", 16),
+        ("vision", "queries", 6),
+        ("text", "width", 64),
+        ("text", "decoder_layers", 2),
+        ("text", "context_length", 10),
+        ("text", "vocab_size", 514),
+        ("text", "tokenizer", str(tmp_path / "other")),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            CaptionerFamily.make_assets(start(product, **{part: {key: value}}), Drawings(), tmp_path / "fits")
+        assert caught.value.field == f"train.captioner.{part}.{key}"
+    (tmp_path / "other" / "capstan.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"train\.init: .*holds no captioner"):
+        CaptionerFamily.make_assets(start(tmp_path / "other"), Drawings(), tmp_path / "fits")
 
 
 def test_given_captions_reach_training_in_their_slots(squares: Path, tmp_path: Path) -> None:

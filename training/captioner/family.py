@@ -23,6 +23,7 @@ from pipeline.config import Section
 from pipeline.errors import RecipeError
 from recaption import pixels, prompts
 from recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from training.captioner import base
 from training.captioner.model import IGNORED, PAD, Captioner, caption_loss, contrastive_loss, initialise
 from training.config import ORIGINAL, TrainConfig
 from training.family import Batch, Family, Metrics, Sample, Samples
@@ -101,27 +102,30 @@ class CaptionerSettings(Section):
 
 
 class CaptionerFamily(Family):
-    """Fits a CoCa, from scratch or from another one (`train.init`: its shape, vocabulary and prompts are kept)."""
+    """Fits a CoCa, from scratch or from another one (`train.init`: its shape, vocabulary and prompts stay)."""
 
     name: ClassVar[str] = "captioner"
     settings: ClassVar[type[Section]] = CaptionerSettings
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """Write the architecture and the vocabulary: those of `train.init`, or by the settings and the captions."""
+        """Write the architecture and the vocabulary: those of `train.init`, or by the settings and the captions.
+
+        Raises RecipeError where the settings contradict `train.init`.
+        """
         settings: CaptionerSettings = train.settings
         if train.init is not None:
             product = find_product(train.init, "train.init")
-            for name in (CONFIG_FILE, BPE_FILE):
-                if (product / name).is_file():
-                    shutil.copyfile(product / name, folder / name)
+            config = base.inherit(product, settings)
+            if (product / BPE_FILE).is_file():
+                shutil.copyfile(product / BPE_FILE, folder / BPE_FILE)
             prompts_of = {**settings.prompts, **read_facts(product).get("slots", {})}
         else:
             prompts_of = dict(settings.prompts)
             tokenizer = cls._tokenizer(settings, samples, list(prompts_of.values()))
             tokenizer.save(folder)
             config = {"model_cfg": settings.architecture(tokenizer.vocab_size), "preprocess_cfg": {}}
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
         write_facts(folder, family=cls.name, slots=prompts_of)
 
     @staticmethod
@@ -154,15 +158,7 @@ class CaptionerFamily(Family):
         initialise(self.model.coca)
 
     def start_from(self, product: Path) -> None:
-        import open_clip
-        from safetensors import SafetensorError
-
-        try:
-            open_clip.load_checkpoint(self.model.coca, str(product / WEIGHTS_FILE))
-        except (RuntimeError, OSError, SafetensorError) as error:
-            first = str(error).partition("\n")[0]
-            mend = "name a captioner's run or product"
-            raise RecipeError("train.init", f"{product} holds no captioner that fits ({first})", mend) from None
+        base.load(self.model.coca, product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         """Pictures uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
