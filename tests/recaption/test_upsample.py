@@ -80,8 +80,8 @@ def test_a_text_of_another_length_is_written_anew_with_another_seed(
 
 
 def test_no_text_is_an_error_that_says_why(server: ChatServer) -> None:
-    server.misbehave = lambda body, tries: (400, {}, {})
-    with pytest.raises(CapstanError, match="http_400"):
+    server.misbehave = lambda body, tries: (200, {}, completion("", "content_filter"))
+    with pytest.raises(CapstanError, match="content_filter"):
         expand(text_engine(config(server)), ["a dog"], STYLE)
 
 
