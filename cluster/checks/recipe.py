@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.checks.clocks import clock_against
@@ -83,7 +84,7 @@ def rows_of(recipe: Recipe) -> int | None:
         files = [file.path for path in paths for file in find_files(str(path), {})]
         known = all(file.endswith(".parquet") for file in files)
         return sum(pq.read_metadata(file).num_rows for file in files) if known else None
-    except (OSError, RecipeError):
+    except (OSError, RecipeError, pa.ArrowInvalid):
         return None  # building says what is wrong with the source
 
 

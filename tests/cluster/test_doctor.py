@@ -110,6 +110,12 @@ def test_the_room_that_a_dataset_needs(tmp_path: Path) -> None:
     assert "larger disk" in finding.mend
 
 
+def test_a_damaged_table_has_no_known_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
+    source = {"path": str(tmp_path / "rows.parquet")}
+    assert rows_of(Recipe.model_validate({"dataset": str(tmp_path / "ds"), "source": source})) is None
+
+
 def test_the_estimate_is_near_what_a_dataset_takes(tmp_path: Path, ray_session: Any) -> None:
     recipe = Recipe.model_validate(
         {
