@@ -278,6 +278,18 @@ def test_settings_beside_a_base_must_be_its_own(family: CaptionerFamily, tmp_pat
         CaptionerFamily.make_assets(start(tmp_path / "other"), Drawings(), tmp_path / "fits")
 
 
+@pytest.mark.parametrize("queries", [0, 6])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 2)])
+def test_every_weight_learns(queries: int, weights: tuple[float, float], tmp_path: Path) -> None:
+    """DDP waits for ever for a gradient that does not come, also where a loss has no weight."""
+    vision = {**SMALL["vision"], "queries": queries}
+    family = build(configure(vision=vision, contrastive=weights[0], caption=weights[1]), tmp_path)
+    loss, _ = family.loss(family.model, family.prepare([drawing(0), drawing(13)]), torch.Generator())
+    loss.backward()
+    assert [name for name, weight in family.model.named_parameters() if weight.grad is None] == []
+    assert all(weight.grad.isfinite().all() for weight in family.model.parameters())
+
+
 def test_given_captions_reach_training_in_their_slots(squares: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(squares, tmp_path / "ds")
     storage = Storage(str(folder))
