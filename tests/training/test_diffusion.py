@@ -180,6 +180,8 @@ def test_a_ddpm_task_is_noised_at_the_time_it_states():
     ("settings", "problem"),
     [
         ({"ddpm": {"prediction": "epsilon"}}, r"train\.diffusion\.ddpm: prediction epsilon says nothing"),
+        ({"ddpm": {"min_snr": 5}}, r"train\.diffusion\.ddpm: min_snr leaves the step untrained"),
+        ({"ddpm": {"min_snr": 5, "prediction": "sample"}}, r"ddpm: min_snr .* use zero_terminal_snr: false"),
         ({"unet": {"block_out_channels": [8, 12], "norm_num_groups": 4, "heads": 8}}, "12 does not divide by heads"),
         ({"unet": {"block_out_channels": [8], "norm_num_groups": 4, "attention": [True, True]}}, "true or false"),
         ({"text": {"width": 15}}, "does not divide by heads"),
