@@ -170,6 +170,9 @@ def test_only_what_can_be_encoded_ahead_is(recipe):
     random = recipe.train | {"diffusion": recipe.train["diffusion"] | {"crop": "random"}}
     with pytest.raises(RecipeError, match=r"train\.diffusion\.crop"):
         encode(recipe.model_copy(update={"train": random}))
+    for latents in ("auto", "0" * 16):
+        with pytest.raises(RecipeError, match=r"train\.diffusion\.crop: latents .* remove train\.data\.latents"):
+            TrainConfig.from_recipe(changed(recipe, {"latents": latents}, crop="random"))
     other = {"model": "autoencoder", "run": "x", "steps": 1}
     with pytest.raises(RecipeError, match="is not trained on latents"):
         encode(recipe.model_copy(update={"train": other}))

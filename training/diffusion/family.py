@@ -49,6 +49,12 @@ class DiffusionFamily(Family):
     buckets: ClassVar[bool] = True
 
     @classmethod
+    def check(cls, train: TrainConfig) -> None:
+        if train.data.latents is not None and train.settings.crop != "center":
+            problem = "latents made ahead are of the pictures' middle, whatever crop says"
+            raise RecipeError("train.diffusion.crop", problem, "use crop: center, or remove train.data.latents")
+
+    @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
         """The tokenizer, learnt from the captions (or that of the model to start from), and the size of pictures."""
         settings: DiffusionSettings = train.settings
