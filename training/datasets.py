@@ -1,6 +1,6 @@
 """A recipe → the samples of a run: one dataset, or several with weights; which captions and latents.
 
-pin(recipe, train, run)          by one worker: what "latest" and "auto" mean is written into the run folder
+pin(recipe, train, run)          by one process: what "latest" and "auto" mean is written into the run folder
 open_data(recipe, train, run)    by every worker
 """
 
@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from pipeline.config import Recipe, fingerprint
+from pipeline.errors import RecipeError
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from training import latents, text_states
@@ -39,22 +40,28 @@ def open_storage(recipe: Recipe, share: Share) -> Storage:
     return Storage(share.dataset, recipe.storage, field="dataset" if share.dataset == recipe.dataset else _FIELD)
 
 
-def pin(recipe: Recipe, train: TrainConfig, run: Run) -> None:
-    """Settle for the whole run which caption layers and latents are meant. Raises RecipeError where there are none."""
+def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
+    """Settle for the whole run which caption layers and latents are meant; gives the layer of each dataset.
+
+    Raises RecipeError where there are none, or where the autoencoder is no longer that of the run's latents.
+    """
     found = shares(recipe, train)
-    for number, share in enumerate(found):
-        _pin(train, run, number, Dataset(open_storage(recipe, share)), share)
+    layers = [_pin(train, run, n, Dataset(open_storage(recipe, share)), share) for n, share in enumerate(found)]
     if train.data.latents == AUTO:
-        first = Dataset(open_storage(recipe, found[0]))
-        run.pinned("latents", lambda: fingerprint(latents.plan(train, first)[1]))
+        now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, found[0])))[1])
+        if (begun := run.pinned("latents", lambda: now)) != now:
+            problem = f"this run was begun on {begun}; of today's autoencoder and picture size they would be {now}"
+            raise RecipeError("train.data.latents", problem, "put back what they were, or name another train.run")
+    return layers
 
 
-def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, share: Share) -> None:
+def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, share: Share) -> str | None:
     layer = None
     if family_class(train.model).captions:
         layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, _asked(train, share)))
     if train.data.text_states == AUTO:
         run.pinned(_name("text_states", number), lambda: fingerprint(text_states.plan(train, dataset, layer)))
+    return layer
 
 
 def _asked(train: TrainConfig, share: Share) -> Data:

@@ -16,7 +16,8 @@ from pipeline.shards import Dataset
 from training import latents, text_states
 from training.config import AUTO, Share, TrainConfig, family_class
 from training.data import find_layer
-from training.datasets import open_storage, shares
+from training.datasets import open_storage, pin, shares
+from training.run import Run
 
 Job = latents.LatentsJob | text_states.TextStatesJob
 
@@ -30,18 +31,24 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     train = TrainConfig.from_recipe(recipe)
     summaries = [_pictures(recipe, train, share, progress) for share in shares(recipe, train)]
     if family_class(train.model).text_encoder(train) is not None:
-        summaries += [_texts(recipe, train, share, progress) for share in shares(recipe, train)]
+        for share in shares(recipe, train):
+            layer = find_layer(open_storage(recipe, share), train.data.model_copy(update={"layer": share.layer}))
+            summaries.append(_texts(recipe, train, share, layer, progress))
     return _sum(summaries)
 
 
 def encode_missing(recipe: Recipe, *, progress: bool = True) -> None:
-    """What `train.data.latents: auto` and `text_states: auto` ask for, before the workers start."""
+    """What `train.data.latents: auto` and `text_states: auto` ask for, before the workers start.
+
+    Captions are those of the layer that the run is pinned to, whichever is the latest by now.
+    """
     train = TrainConfig.from_recipe(recipe)
-    for share in shares(recipe, train):
+    layers = pin(recipe, train, Run(train))
+    for share, layer in zip(shares(recipe, train), layers, strict=True):
         if train.data.latents == AUTO:
             _pictures(recipe, train, share, progress)
         if train.data.text_states == AUTO:
-            _texts(recipe, train, share, progress)
+            _texts(recipe, train, share, layer, progress)
 
 
 def _pictures(recipe: Recipe, train: TrainConfig, share: Share, progress: bool) -> dict[str, Any]:
@@ -51,9 +58,8 @@ def _pictures(recipe: Recipe, train: TrainConfig, share: Share, progress: bool) 
     return {"encoder": job.encoder, **_run(job, recipe, progress)}
 
 
-def _texts(recipe: Recipe, train: TrainConfig, share: Share, progress: bool) -> dict[str, Any]:
+def _texts(recipe: Recipe, train: TrainConfig, share: Share, layer: str | None, progress: bool) -> dict[str, Any]:
     dataset = Dataset(open_storage(recipe, share))
-    layer = find_layer(dataset.storage, train.data.model_copy(update={"layer": share.layer}))
     job = text_states.TextStatesJob(dataset, train, text_states.plan(train, dataset, layer), recipe.resources)
     counts = _run(job, recipe, progress)
     return {"text_states": job.encoder, "captions": counts.pop("samples"), **counts}
