@@ -29,6 +29,15 @@ def sizes_of(buckets: Buckets) -> list[Size]:
     return sorted(found, key=lambda size: (size[0] / size[1], size))
 
 
+def nearest_square(sizes: list[Size], step: int) -> int:
+    """The side in pixels of the square with about the area of the largest of `sizes`, in steps of `step`.
+
+    >>> nearest_square([(512, 512), (640, 384)], 64), nearest_square([(64, 16)], 16)
+    (512, 32)
+    """
+    return round(max(width * height for width, height in sizes) ** 0.5 / step) * step
+
+
 def _generated(buckets: Buckets) -> set[Size]:
     """Every width in steps with the tallest height in steps whose area is within that of the square; and turned."""
     side, step, found = buckets.size or 0, buckets.step, set[Size]()

@@ -123,6 +123,11 @@ class Family(ABC):
         """The text encoders whose states may be made ahead (`Sample.states`); None where they are trained."""
         return None
 
+    @classmethod
+    def multiples(cls, train: TrainConfig) -> tuple[int, int]:
+        """Of how many latents the side of a square must be a multiple, and both sides of an aspect-ratio bucket."""
+        return 1, 1
+
     def start_from(self, product: Path) -> None:
         """Load the weights of a product that `save` wrote into `self.model` (`train.init`)."""
         raise TypeError(f"train.init is not for the family {self.name}")

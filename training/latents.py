@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,10 +27,11 @@ from pipeline.errors import RecipeError
 from pipeline.shards import Dataset, ShardEntry
 from pipeline.storage import Storage
 from training.autoencoder.family import factor_of, load_autoencoder
-from training.buckets import Size, assign, check_sizes, sizes_of
-from training.config import Data, TrainConfig
+from training.buckets import Size, assign, check_sizes, nearest_square, sizes_of
+from training.config import Data, TrainConfig, family_class
 from training.data import TrainingData
 from training.encoded import files_of, parse
+from training.family import Samples
 from training.open_shards import Rows
 from training.pixels import cut, picture_size, to_signed
 from training.shard_cache import ShardCache
@@ -42,16 +44,31 @@ _FIELD: Final = "train.diffusion.autoencoder"
 
 def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
     """The autoencoder's path and the identity of its latents. Raises RecipeError where a recipe cannot have any."""
-    path, wanted = getattr(train.settings, "autoencoder", None), getattr(train.settings, "size", None)
+    path = getattr(train.settings, "autoencoder", None)
     if not isinstance(path, str):
         raise RecipeError("train.model", f"{train.model} is not trained on latents", "encode for model: diffusion")
     if getattr(train.settings, "crop", "center") != "center":
         raise RecipeError("train.diffusion.crop", "random cuts cannot be encoded ahead", "use crop: center")
-    vae = load_autoencoder(path, _FIELD)
     samples = TrainingData(dataset, Data(layer=None), train.seed, layer=None)
-    size = picture_size(samples, wanted, max(8, factor_of(vae.config)), "train.diffusion.size")
-    check_sizes(train.data.buckets, factor_of(vae.config))
-    return path, encoder_identity(vae, size, sizes_of(train.data.buckets) if train.data.buckets else None)
+    return path, measure(train, load_autoencoder(path, _FIELD), samples)[1]
+
+
+def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[str, Any]]:
+    """The side in pixels of the squares that the network is built for and draws, and the identity of its latents.
+
+    What encodes and what trains both ask here, and so agree. Without `size` the side is the first picture's, or with
+    buckets that of a square as large as the largest. Raises RecipeError where network or autoencoder cannot take it.
+    """
+    factor, (patch, divisor) = factor_of(vae.config), family_class(train.model).multiples(train)
+    multiple, wanted = math.lcm(8, factor * patch), getattr(train.settings, "size", None)  # pipelines step by 8 pixels
+    buckets = None
+    if train.data.buckets is not None:
+        step = math.lcm(multiple, factor * divisor)
+        check_sizes(train.data.buckets, step)
+        buckets = sizes_of(train.data.buckets)
+        wanted = wanted or nearest_square(buckets, step)
+    size = picture_size(samples, wanted, multiple, "train.diffusion.size")
+    return size, encoder_identity(vae, size, buckets)
 
 
 def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:

@@ -305,6 +305,21 @@ def test_a_picture_may_have_another_size(run_of, tmp_path):
         sample(run_of("mmdit"), [CAPTION], tmp_path / "g.png", size=(20, 16))
 
 
+def test_the_size_is_that_of_the_buckets(squares, root, towers, tmp_path, run_of):
+    """Not that of a stored picture, 16 pixels; and there is room for the longest bucket."""
+    run_of("sd")  # its autoencoder
+    data = {"layer": None, "buckets": {"sizes": [(32, 32), (160, 16)]}}
+    section = tiny.settings_of("mmdit", towers, autoencoder=str(root / "ae"), flow={"base": 16})
+    family = tiny.family_of(squares, tmp_path / "assets", section, data=data)
+    assert (family.size, family.model.net.config.sample_size) == (48, 24)  # √(160 · 16) = 50.6
+    assert family.process.shift == 3
+    text = family.text.states(family.text.ids([CAPTION]))
+    assert family.model(torch.zeros(1, 4, 8, 80), torch.tensor([500.0]), text).shape == (1, 4, 8, 80)
+    small = section | {"config": tiny.TRANSFORMER | {"pos_embed_max_size": 39}}
+    with pytest.raises(RecipeError, match=r"config\.pos_embed_max_size: is 39, and the longest side .* 40 patches"):
+        tiny.family_of(squares, tmp_path / "small", small, data=data)
+
+
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 

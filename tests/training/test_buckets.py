@@ -8,7 +8,7 @@ import simplejpeg
 import torch
 
 from pipeline.errors import RecipeError
-from training.buckets import assign, check_sizes, sizes_of
+from training.buckets import assign, check_sizes, nearest_square, sizes_of
 from training.config import Buckets
 from training.family import Sample
 from training.pixels import batch_of, conditions_of, cut
@@ -35,6 +35,14 @@ def test_pictures_go_to_the_nearest_proportions() -> None:
     chosen = assign(widths, heights, sizes)
     assert (distance[np.arange(2000), chosen] <= distance.min(1) + 1e-12).all()
     assert sizes[assign(np.array([0]), np.array([0]), sizes)[0]] == (512, 512)
+
+
+def test_the_square_of_some_buckets_is_as_large_as_the_largest() -> None:
+    for side in (256, 512, 1024):
+        assert nearest_square(sizes_of(Buckets(size=side, step=64, ratio=3.0)), 64) == side
+    assert nearest_square([(32, 128), (32, 32)], 32) == 64
+    assert nearest_square([(704, 352), (352, 704)], 16) == 496  # √(704 · 352) = 497.8
+    assert nearest_square([(16, 64)], 16) == 32
 
 
 def test_sizes_that_a_model_cannot_take_are_refused() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_networks as tiny
 import torch
 
 from pipeline.commits import mark
@@ -13,6 +14,7 @@ from pipeline.errors import RecipeError
 from pipeline.shards import Dataset, read_manifest, write_manifest
 from pipeline.storage import Storage
 from recaption.store import write_given_layer
+from training import encoding
 from training.autoencoder import AutoencoderFamily
 from training.autoencoder.family import load_autoencoder
 from training.config import TrainConfig
@@ -23,6 +25,7 @@ from training.encoding import encode, encode_missing
 from training.latents import LatentsJob, encoder_identity, plan, reader
 from training.launch import train as train_
 from training.pixels import batch_of, cut, to_signed
+from training.product import read_facts
 from training.run import Run
 from training.text_states import TextStatesJob
 from training.text_states import plan as text_plan
@@ -212,6 +215,36 @@ def test_latents_of_buckets_have_their_shapes(recipe, make_dataset, tmp_path):
     assert plan(TrainConfig.from_recipe(square), Dataset(storage))[1] != plan(train, Dataset(storage))[1]
 
 
+def test_encoding_and_training_agree_on_the_size(recipe, make_dataset, tmp_path):
+    """Pictures of 24 pixels, of which a network of patches of 8 latents, 2 pixels each, takes 16."""
+    folder = make_dataset(tmp_path / "odd", [3], size=24)
+    section = {name: recipe.train["diffusion"][name] for name in ("autoencoder", "text")}
+    section |= {"preset": "dit-tiny", "config": tiny.TRANSFORMER | {"patch_size": 8}}
+    recipe = recipe.model_copy(update={"dataset": str(folder), "train": recipe.train | {"diffusion": section}})
+    identity = plan(TrainConfig.from_recipe(recipe), Dataset(Storage(recipe.dataset)))[1]
+    assert identity["size"] == 16
+    train = TrainConfig.from_recipe(changed(recipe, {"latents": fingerprint(identity)}))
+    DiffusionFamily.make_assets(train, tiny.data_of(folder), tmp_path)
+    assert read_facts(tmp_path)["size"] == 16
+    shaped = changed(recipe, {"buckets": {"sizes": [(16, 16), (24, 16)]}})
+    with pytest.raises(RecipeError, match=r"train\.data\.buckets: a bucket of 24 × 16 pixels does not divide by 16"):
+        plan(TrainConfig.from_recipe(shaped), Dataset(Storage(recipe.dataset)))
+
+
+def test_a_run_keeps_to_the_autoencoder_whose_latents_it_reads(recipe):
+    recipe = changed(recipe, {"latents": "auto"})
+    train = TrainConfig.from_recipe(recipe)
+    pin(recipe, train, Run(train))
+    pin(recipe, train, Run(train))
+    path = Path(recipe.train["diffusion"]["autoencoder"]) / "product"
+    vae = load_autoencoder(str(path), "x")
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.add_(1e-3)
+    vae.save_pretrained(path)
+    with pytest.raises(RecipeError, match=r"train\.data\.latents: this run was begun on"):
+        pin(recipe, train, Run(train))
+
+
 def test_sizes_that_the_unet_cannot_halve_are_refused(recipe, tmp_path):
     buckets = {"sizes": [(16, 16), (18, 14)]}
     train = TrainConfig.from_recipe(changed(recipe, {"buckets": buckets}))
@@ -281,6 +314,21 @@ def test_text_states_of_other_captions_are_refused_and_made_again(captioned):
     with pytest.raises(RecipeError, match="the text states of shard-000001 are of other captions"):
         read_text_states(storage, encoder)("shard-000001")
     assert job.stale(work) == {work[1].id}
+
+
+def test_a_run_encodes_the_captions_of_its_own_layer_alone(captioned, monkeypatch):
+    """Whichever is the latest by now, and even if the run could not be trained on that one."""
+    recipe, encoded = changed(captioned, {"layer": "latest"}), []
+    monkeypatch.setattr(encoding, "_run", lambda job, *_: encoded.append(job) or {"samples": 0})
+    encode_missing(recipe)
+    storage = Storage(recipe.dataset)
+    (key,) = Dataset(storage).table("shard-000001", ["key"])["key"].to_pylist()[:1]
+    write_given_layer(storage, "newer", {key: {"short": "a square"}})
+    encode_missing(recipe)
+    assert [job.identity["layer"] for job in encoded] == ["x", "x"]
+    train = TrainConfig.from_recipe(recipe)
+    pinned = json.loads((Run(train).folder / "pinned.json").read_text())
+    assert pinned == {"layer": "x", "text_states": encoded[1].encoder}
 
 
 def test_states_of_a_text_encoder_that_is_trained_are_refused_before_anything_starts(recipe, tmp_path):

@@ -28,12 +28,14 @@ class Ends:
     side: int
     widths: Mapping[str, int]  # of the states
     pooled: Mapping[str, int]  # of the projected state; 0: none
+    longest: int = 0  # latents along the longest side of any bucket
 
     @classmethod
-    def of(cls, channels: int, side: int, towers: Iterable[Tower]) -> Ends:
+    def of(cls, channels: int, side: int, towers: Iterable[Tower], longest: int = 0) -> Ends:
         by_name = {tower.slot.name: tower for tower in towers}
         widths = {name: tower.width for name, tower in by_name.items()}
-        return cls(channels, side, widths, {name: tower.pooled_width for name, tower in by_name.items()})
+        pooled = {name: tower.pooled_width for name, tower in by_name.items()}
+        return cls(channels, side, widths, pooled, longest)
 
 
 class Backbone(ABC):

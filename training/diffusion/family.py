@@ -6,7 +6,6 @@ caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ───�
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.config import Section, fingerprint
 from pipeline.errors import RecipeError
 from recaption.upsample import Style
 from training.autoencoder.family import factor_of, load_autoencoder
-from training.buckets import check_sizes, sizes_of
+from training.buckets import sizes_of
 from training.config import AUTO, TrainConfig
 from training.diffusion.backbone import Ends
 from training.diffusion.backbones import backbone_of
@@ -29,9 +28,9 @@ from training.diffusion.samplers import STEPS
 from training.diffusion.settings import DiffusionSettings
 from training.diffusion.text import TextEncoders, Texts, new_encoders, open_encoders
 from training.family import Batch, Family, Metrics, Sample, Samples, Spread
-from training.latents import encoder_identity
+from training.latents import measure
 from training.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
-from training.pixels import batch_of, conditions_of, picture_size, to_signed
+from training.pixels import batch_of, conditions_of, to_signed
 from training.product import find_product, quieten, read_facts, write_facts
 from training.text_states import states_of
 from training.tokenizer import Tokenizer
@@ -63,12 +62,8 @@ class DiffusionFamily(Family):
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
-        backbone, factor = backbone_of(settings), factor_of(vae.config)
-        multiple = math.lcm(8, factor * backbone.patch)  # pipelines draw in steps of 8
-        size = picture_size(samples, settings.size, multiple, "train.diffusion.size")
-        buckets, asked = train.data.buckets, train.data.latents
-        check_sizes(buckets, math.lcm(multiple, factor * backbone.divisor))
-        encoder = fingerprint(encoder_identity(vae, size, None if buckets is None else sizes_of(buckets)))
+        size, identity = measure(train, vae, samples)
+        encoder, asked = fingerprint(identity), train.data.latents
         if asked not in (None, AUTO, encoder):
             problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
@@ -86,7 +81,9 @@ class DiffusionFamily(Family):
         self.text = encoders or new_encoders(self.backbone.slots, self.train.text, assets / _TOKENIZER)
         if self.text.own and train.engine.strategy == "deepspeed" and train.engine.zero == 3:
             _check_positions(self.text)
-        net = self.backbone.build(Ends.of(int(self.vae.config.latent_channels), self.side, self.text.towers))
+        sizes = sizes_of(train.data.buckets) if train.data.buckets is not None else []
+        longest = max((max(size) // factor_of(self.vae.config) for size in sizes), default=self.side)
+        net = self.backbone.build(Ends.of(int(self.vae.config.latent_channels), self.side, self.text.towers, longest))
         self.model = Denoiser(self.backbone, net, self.text)
         self.frozen = [self.vae]
         if encoders is not None and train.data.text_states is None:
@@ -96,6 +93,11 @@ class DiffusionFamily(Family):
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
         self.nothing = self.text.ids([""])  # each [1, L]
         self._nothing_states: Texts | None = None
+
+    @classmethod
+    def multiples(cls, train: TrainConfig) -> tuple[int, int]:
+        backbone = backbone_of(train.settings)
+        return backbone.patch, backbone.divisor
 
     @classmethod
     def text_encoder(cls, train: TrainConfig) -> TextEncoders | None:

@@ -52,11 +52,17 @@ class MMDiT(Backbone):
             "pooled_projection_dim": sum(ends.pooled.values()),
             "joint_attention_dim": ends.widths.get("text_encoder_3", _clips(ends)),
         }
-        if self.config.get("pos_embed_max_size") is None:  # room for pictures of other shapes, up to four to one
-            made["pos_embed_max_size"] = 2 * ends.side // self.patch
+        if (
+            self.config.get("pos_embed_max_size") is None
+        ):  # room for other shapes up to four to one, and for all buckets
+            made["pos_embed_max_size"] = max(2 * ends.side, ends.longest) // self.patch
         return made
 
     def check(self, ends: Ends) -> None:
+        most, needed = self.config.get("pos_embed_max_size"), max(ends.side, ends.longest) // self.patch
+        if most is not None and most < needed:
+            problem = f"is {most}, and the longest side of what is trained on has {needed} patches"
+            raise RecipeError("train.diffusion.config.pos_embed_max_size", problem, "leave it out, or raise it")
         t5 = ends.widths.get("text_encoder_3")
         if t5 is not None and _clips(ends) > t5:
             problem = f"T5's width {t5} is less than both CLIPs' together ({_clips(ends)}), which are padded to it"

@@ -95,7 +95,7 @@ class DdpmSettings(Section):
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
     zero_terminal_snr: bool = True  # the last step is noise alone, as sampling begins
-    min_snr: Annotated[float, Field(gt=0)] | None = None  # γ of min-SNR weighting; 5 is usual, with zero_terminal_snr: false
+    min_snr: Annotated[float, Field(gt=0)] | None = None  # γ of min-SNR weighting, say 5; no zero SNR then
     offset_noise: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class DdpmSettings(Section):
                 "use zero_terminal_snr: false, or prediction: v_prediction"
             )
         # Min-SNR weighs x0's error by min(SNR, γ) (Hang et al. 2023, §3.4), and an SNR of 0 is where sampling begins
-        # (Lin et al. 2023, §3.3). A floor of 1 there would be no paper's: millions of times the weight of the step beside.
+        # (Lin et al. 2023, §3.3). A floor of 1 there is in no paper: the step beside has a millionth of it.
         if self.min_snr is not None and self.zero_terminal_snr:
             raise ValueError(
                 "min_snr leaves the step untrained where there is only noise, at which sampling begins; "
