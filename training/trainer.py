@@ -143,7 +143,7 @@ class _Fit:
                 if saving or stop:
                     self._save(step)
                 stop = stop or self._watch(step, interrupts, saved=saving)
-                if stop and step < train.steps:
+                if stop and (step < train.steps or any(self.watching.left(step))):
                     return self._stopped(step)
         return self._publish(step)
 
