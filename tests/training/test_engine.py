@@ -39,7 +39,12 @@ def plain() -> dict:
 @pytest.fixture(scope="module")
 def plain_bf16() -> dict:
     """The same with bf16 in the forward pass: what two workers compute of two parts each, averaged in fp32."""
-    return train_plainly(bf16=True, shares=4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_plainly(bf16=True, shares=4)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train_plainly(bf16: bool, shares: int) -> dict:
