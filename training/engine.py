@@ -102,7 +102,8 @@ class Engine:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
             config["zero_force_ds_cpu_optimizer"] = False
         if train.precision == "bf16":  # weights stay fp32, the forward pass computes in bf16
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # Without the empty list the gradients of every Linear and Conv would be averaged over workers in bf16.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         return config
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:

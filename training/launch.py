@@ -14,7 +14,6 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,12 +26,12 @@ from typing import Any
 from pipeline.config import Recipe, Resources
 from pipeline.errors import CapstanError, RecipeError
 from training.config import AUTO, TrainConfig
+from training.interrupts import Interrupts
 from training.run import Run
 
 logger = logging.getLogger("training.launch")  # by name: a local worker runs this module as __main__
 
-_GRACE_S = 20.0  # between asking workers to save and stop, and killing them
-_GRACE_UPLOAD_S = 600.0  # where the checkpoint has to reach a bucket, too
+_STOPPING = "stopping: the workers save a checkpoint (once more to stop at once)"
 _LOOK_EVERY_S = 0.2
 _JOIN_S = 600.0  # for nodes to join a cluster that has too few
 
@@ -304,7 +303,8 @@ def _end_with_parent() -> None:
 def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], None]) -> dict[str, Any]:
     """The result of `work`, which runs in a thread, so that Ctrl-C and SIGTERM reach this one.
 
-    The first asks the workers to save and stop; a second, or waiting too long for them, kills them.
+    The first asks the workers to save and stop, which takes as long as it takes: a step and a large state written to
+    disk, or to a bucket. Asking again kills them, and so does every scheduler once its own patience ends.
     """
     box: dict[str, Any] = {}
     done = threading.Event()  # Thread.join takes a thread for ended when a signal interrupts it (Python 3.11)
@@ -317,42 +317,27 @@ def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], N
         finally:
             done.set()
 
-    threading.Thread(target=target, daemon=True, name="train").start()
-    try:
-        with _sigterm_interrupts():
+    with Interrupts(_STOPPING) as interrupts:
+        threading.Thread(target=target, daemon=True, name="train").start()
+        try:
+            while not done.wait(_LOOK_EVERY_S) and not interrupts.seen:
+                pass
+            if interrupts.seen:
+                run.stop.touch()
             while not done.wait(_LOOK_EVERY_S):
                 pass
-    except KeyboardInterrupt:
-        logger.info("stopping: the workers save a checkpoint (once more to stop at once)")
-        run.stop.touch()
-        try:
-            done.wait(_GRACE_S if run.train.bucket is None else _GRACE_UPLOAD_S)
         finally:
             if not done.is_set():
                 kill()
-        if "error" in box or "result" not in box:
-            raise
+            if interrupts.seen:
+                run.stop.unlink(missing_ok=True)  # which killed workers leave, and a next start would obey
+    if interrupts.seen and "error" in box:
+        logger.warning("stopped, but not saved (%s); the run goes on from its last checkpoint", box["error"])
+        raise KeyboardInterrupt
     if "error" in box:
         raise box["error"]
     result: dict[str, Any] = box["result"]
     return result
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM is as good as Ctrl-C here (a scheduler that takes the machine back sends it)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

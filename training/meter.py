@@ -52,7 +52,9 @@ class Meter:
         """Begin after `step` steps, with what `state` and `shared_state` gave then."""
         for name, values in worker.get("values", {}).items():
             self.values[name].extend(values)
-        self.spreads = {name: sums.to(self.engine.device) for name, sums in worker.get("spreads", {}).items()}
+        for name, sums in worker.get("spreads", {}).items():
+            if sums.shape[-1] == self.run.train.watch.bands:  # else the recipe wants other bands now
+                self.spreads[name] = sums.to(self.engine.device)
         self.slots.update(worker.get("slots", {}))
         self.blend.update(shared.get("blend", {}))
         self.flop_count.known.update(shared.get("flops", {}))

@@ -12,9 +12,7 @@ import contextlib
 import copy
 import logging
 import math
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from training.ema import Ema
 from training.engine import Engine
 from training.family import Batch, Family
 from training.health import Health
+from training.interrupts import Interrupts
 from training.loader import Loader, Prepared
 from training.meter import Meter
 from training.mixture import MixedData
@@ -42,6 +41,8 @@ from training.upload import Upload
 from training.watch.inloop import InLoop
 
 logger = logging.getLogger("training.trainer")  # by name: under `python -m` this module is __main__
+
+_STOPPING = "stopping after this step; run the same command again to go on"
 
 
 def fit(recipe: Recipe) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class _Fit:
         """Train to the last step, or until told to stop; publish the product."""
         train = self.train
         step = self._resume()
-        with _Interrupts() as interrupts, self._loader(step) as loader:
+        with Interrupts(_STOPPING) as interrupts, self._loader(step) as loader:
             if self._watch(step, interrupts, saved=True):  # what a stop cut off
                 return self._stopped(step)
             for prepared in self.meter.timed(loader):
@@ -142,7 +143,7 @@ class _Fit:
                 if saving or stop:
                     self._save(step)
                 stop = stop or self._watch(step, interrupts, saved=saving)
-                if stop and step < train.steps:
+                if stop and (step < train.steps or any(self.watching.left(step))):
                     return self._stopped(step)
         return self._publish(step)
 
@@ -186,7 +187,7 @@ class _Fit:
         self.meter.step(prepared.slots)
         self.health.add(step, prepared.keys, torch.stack(losses).mean(), norm)
 
-    def _watch(self, step: int, interrupts: _Interrupts, saved: bool) -> bool:
+    def _watch(self, step: int, interrupts: Interrupts, saved: bool) -> bool:
         """Draw and measure what is due; True when told to stop meanwhile: there is a checkpoint of this step then."""
         left = [] if saved else [lambda: self._save(step)]
 
@@ -275,38 +276,12 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
         yield {name: chunks[part] for name, chunks in pieces.items()}
 
 
-class _Interrupts:
-    """Ctrl-C and SIGTERM ask for a stop after this step while the `with` block runs; a second one stops at once.
-
-    Outside the main thread (Ray Train's workers) signals go elsewhere, and the launcher asks by the run's stop file.
-    """
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
-        logger.info("stopping after this step; run the same command again to go on")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def main(arguments: list[str]) -> int:
     """`python -m training.trainer RECIPE [a.b=value ...]`: one worker of a run, under any launcher."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe = validate(Recipe, read_recipe(arguments[0], arguments[1:]))
+        Run(TrainConfig.from_recipe(recipe)).stop.unlink(missing_ok=True)  # left by a launcher that was killed
         summary = fit(recipe)
     except CapstanError as error:
         logger.error("error: %s", error)

@@ -1,12 +1,13 @@
 """A run folder ↔ its copy in a bucket (`train.checkpoint.upload`, or `train.run` itself): checkpoints, product, log.
 
-    a checkpoint is saved ──▶ Upload.send: a thread puts its files, then its mark; older ones go, the newest `keep` stay
+    a checkpoint is saved ──▶ Upload.send: a thread puts what was drawn and measured before it and the best state, then
+                              its files, then its mark; older ones go, the newest `keep` stay
     the product is there  ──▶ Upload.finish: what is missing, then finished.json
     a machine with nothing ─▶ Upload.fetch: the newest whole checkpoint (or the product) comes down, and the run goes on
 
-The bucket has the names of the run folder. A checkpoint without checkpoint.json, and a product without finished.json,
-do not count there either. A bucket that does not answer never stops the training: it is tried again with the next
-checkpoint, and at the end, which then fails with what is missing.
+The bucket has the names of the run folder. A checkpoint without checkpoint.json, a product without finished.json, and
+a best state that best.json does not name do not count there either. A bucket that does not answer never stops the
+training: it is tried again with the next checkpoint, and at the end, which then fails with what is missing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _ONCE: Final = ("recipe.json", "pinned.json")
 _GROWING: Final = ("log.jsonl", "train.log")
+_EVALUATIONS: Final = "evaluations.jsonl"
+_BEST: Final = "best.json"
 _TRIES_AT_END: Final = 3  # each of them has the patience of pipeline.retry
 _FIELD: Final = "train.checkpoint.upload"
 
@@ -115,13 +118,37 @@ class Upload:
         """What a run needs beside its checkpoints, and its log as far as it goes."""
         folder = self.run.folder
         once = [folder / name for name in _ONCE] + [path for path in self.run.assets.rglob("*") if path.is_file()]
-        for path in once:
+        for path in once + sorted((folder / "samples").glob("*.png")):
             name = path.relative_to(folder).as_posix()
             if name not in there and path.exists():
                 self._put(path, name)
         for path in [*(folder / name for name in _GROWING), *sorted((folder / "tensorboard").glob("*"))]:
             if path.exists():
                 self.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
+        measured = _read(self.run.evaluations)  # as of now: the best of them is there before the bucket tells of them
+        self._put_best(there)
+        if measured is not None:
+            self.storage.write(_EVALUATIONS, measured)
+
+    def _put_best(self, there: list[str]) -> None:
+        """The best state, then best.json, which names it; then those before go."""
+        pointer, sent = self.run.folder / _BEST, self.storage.read(_BEST) if _BEST in there else None
+        while (mark := _read(pointer)) is not None and mark != sent:
+            name = json.loads(mark)["folder"]
+            if sent is not None and json.loads(sent)["folder"] == name:
+                self.storage.delete(_BEST)
+            self.storage.delete(*(old for old in there if old.startswith(f"{name}/")))  # what a killed run had begun
+            try:
+                for path in sorted((self.run.folder / name).rglob("*")):
+                    if path.is_file():
+                        self._put(path, path.relative_to(self.run.folder).as_posix())
+            except (CapstanError, OSError):
+                if _read(pointer) == mark:
+                    raise
+            if _read(pointer) == mark:  # else a better one has taken its place, and its files may be gone
+                self.storage.write(_BEST, mark)
+                self.storage.delete(*(old for old in self.storage.names("best") if not old.startswith(f"{name}/")))
+                sent = mark
 
     def _put(self, path: Path, name: str) -> None:
         if self.storage.local_path() is None:
@@ -186,10 +213,18 @@ class Upload:
 
     def _get_small(self, there: list[str]) -> None:
         for name in there:
-            if name in (*_ONCE, *_GROWING) or name.startswith("tensorboard/"):
+            if name in (*_ONCE, *_GROWING, _EVALUATIONS) or name.startswith(("tensorboard/", "samples/")):
                 Storage(str(self.run.folder)).write(name, self.storage.read(name))
+        if _BEST in there and (mark := self.storage.read(_BEST)) != _read(self.run.folder / _BEST):
+            best = json.loads(mark)["folder"]
+            self.run.publish(self.run.folder / best, lambda partial: download(self.storage, best, there, partial))
+            Storage(str(self.run.folder)).write(_BEST, mark)
         if not self.run.assets.is_dir():
             self.run.publish(self.run.assets, lambda partial: download(self.storage, "assets", there, partial))
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _steps(there: list[str]) -> list[str]:

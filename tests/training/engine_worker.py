@@ -37,6 +37,7 @@ HALF = {
     "fp16-zero2": {"zero": 2},
     "fp16-zero3": {"zero": 3},
 }
+BF16 = {f"bf16-zero{stage}": {"zero": stage, "threads": 1} for stage in (2, 3)}  # by which bf16 is rounded
 
 
 def make_model() -> torch.nn.Module:
@@ -136,6 +137,7 @@ def main(phase: str, folder: Path, before: Path, ports: list[str]) -> None:
     engine_module._has_fp16 = lambda device: True  # slow on a CPU, but the same arithmetic
     jobs = [(name, section, "fp32") for name, section in STRATEGIES.items()]
     jobs += [(name, section, "fp16") for name, section in HALF.items()]
+    jobs += [(name, section, "bf16") for name, section in BF16.items()]
     for (name, section, precision), port in zip(jobs, ports, strict=True):
         os.environ |= {"MASTER_PORT": port, "LOCAL_RANK": os.environ["RANK"]}
         training = Training(config(section, str(folder / name), int(os.environ["WORLD_SIZE"]), precision))

@@ -27,12 +27,27 @@ def load_worker():
     return module
 
 
-NAMES = [*load_worker().STRATEGIES, *load_worker().HALF]
+NAMES = [*load_worker().STRATEGIES, *load_worker().HALF, *load_worker().BF16]
 
 
 @pytest.fixture(scope="module")
 def plain() -> dict:
     """The same training in plain torch, in one process."""
+    return train_plainly(bf16=False, shares=1)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16() -> dict:
+    """The same with bf16 in the forward pass: what two workers compute of two parts each, averaged in fp32."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_plainly(bf16=True, shares=4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_plainly(bf16: bool, shares: int) -> dict:
     worker = load_worker()
     model = worker.make_model()
     groups = [
@@ -44,7 +59,10 @@ def plain() -> dict:
     norms = []
     for step in range(worker.STEPS):
         x, y = worker.batch_of(step)
-        (model(x) - y).square().mean().backward()
+        for x_share, y_share in zip(x.chunk(shares), y.chunk(shares), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                guessed = model(x_share).float()
+            ((guessed - y_share).square().mean() / shares).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
         optimizer.step()
         optimizer.zero_grad()
@@ -98,8 +116,12 @@ def two_again(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_like(folder: Path, plain: dict) -> None:
-    """As plain torch: to rounding; in fp16 on the whole, since Adam makes much of a gradient near zero."""
-    seen, half = torch.load(folder / "seen.pt"), folder.name.startswith("fp16")
+    """As plain torch: to rounding; in half precision on the whole, since Adam makes much of a gradient near zero."""
+    seen, half = torch.load(folder / "seen.pt"), folder.name.startswith(("fp16", "bf16"))
+    assert_close(seen, plain, half)
+
+
+def assert_close(seen: dict, plain: dict, half: bool) -> None:
     assert seen["norms"] == pytest.approx(plain["norms"][-len(seen["norms"]) :], rel=0.05 if half else 1e-4)
     for kind in ("weights", "average"):
         assert seen[kind].keys() == plain[kind].keys()
@@ -134,9 +156,15 @@ def test_another_number_of_processes_goes_on(name: str, two: Path, one: Path, tw
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("name", load_worker().BF16)
+def test_gradients_of_bf16_are_averaged_in_fp32(name: str, two: Path, plain_bf16: dict) -> None:
+    assert_close(torch.load(two / name / "seen.pt"), plain_bf16, half=False)
+
+
+@pytest.mark.integration
 def test_what_runs_is_said_and_no_compiler_is_needed(two: Path, one: Path) -> None:
     said = (two / "said").read_text()
-    for stage, count in ((0, 2), (1, 2), (2, 3), (3, 3)):
+    for stage, count in ((0, 2), (1, 2), (2, 4), (3, 4)):
         assert said.count(f"ZeRO stage {stage}, world size 2") == count
     assert said.count("DDP, world size 2") == 3
     assert "written by 2 workers of ZeRO 2, as 1 worker of ZeRO 2" in (one / "said").read_text()

@@ -16,7 +16,7 @@ from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 from pipeline.config import Recipe
 from pipeline.errors import CapstanError, RecipeError
 from training.config import TrainConfig
-from training.trainer import fit, learning_rate
+from training.trainer import fit, learning_rate, main
 
 HERE = Path(__file__).parent
 
@@ -65,6 +65,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path: Path) -> 
     assert not (run / "product").exists()
     assert fit(slow)["steps"] == 12
     assert_same(run, tmp_path / "whole")
+
+
+def test_a_stop_that_a_killed_launcher_left_is_not_obeyed(recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    (tmp_path / "recipe.yaml").write_text(recipe().model_dump_json())
+    assert main([str(tmp_path / "recipe.yaml")]) == 0  # as torchrun starts it
 
 
 def test_a_run_may_be_made_longer(recipe, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,73 @@ def test_a_machine_that_has_nothing_goes_on_from_the_bucket(recipe, s3: S3, tmp_
     kept = {name.split("/")[1] for name in sent if name.startswith("checkpoints/")}
     assert len(kept) == 2
     assert max(kept) == "step-000012"
+
+
+def keep_best(run: Path, step: int, value: float) -> None:
+    """As training.watch.inloop does after an evaluation."""
+    for old in (run / "best").glob("*"):
+        shutil.rmtree(old)
+    best = run / "best" / f"step-{step:06d}"
+    shutil.copytree(run / "checkpoints" / best.name, best / "checkpoint")
+    (best / "product" / "unet").mkdir(parents=True)
+    (best / "product" / "unet" / "weights").write_bytes(b"%f" % value)
+    told = {"step": step, "measure": "fid", "value": value, "folder": f"best/{best.name}"}
+    (run / "best.json").write_text(json.dumps(told))
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "measures": {"fid": value}}) + "\n")
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / f"step-{step:06d}.png").write_bytes(b"drawn")
+
+
+WATCHED = ("best", "samples", "evaluations.jsonl")
+
+
+def watched(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files(folder).items() if name.startswith(WATCHED)}
+
+
+def test_what_was_drawn_and_measured_goes_along_and_so_does_the_best(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, here, section = tmp_path / "copy", tmp_path / "here", {"schedule": "constant"}
+    for step, value in ((4, 3.0), (8, 2.0)):
+        fit(recipe("here", str(copy), steps=step, **section))
+        keep_best(here, step, value)
+    fit(recipe("here", str(copy), steps=9, **section))
+    assert watched(copy) == watched(here)  # the worse one is gone
+    put = Storage.put
+
+    def overtaken(self: Storage, source: Path, name: str) -> None:
+        if name.startswith("best/step-000009/"):
+            keep_best(here, 10, 0.5)
+        put(self, source, name)
+
+    keep_best(here, 9, 1.0)
+    monkeypatch.setattr(Storage, "put", overtaken)
+    fit(recipe("here", str(copy), steps=10, **section))
+    assert watched(copy) == watched(here)
+    assert json.loads((copy / "best.json").read_text())["value"] == 0.5
+    fit(recipe("there", str(copy), **section))
+    assert watched(tmp_path / "there") == watched(here)
+
+
+def test_a_best_state_is_whole_in_the_bucket_or_not_named(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, here, put = tmp_path / "copy", tmp_path / "here", Storage.put
+    fit(recipe("here", str(copy), steps=4))
+    keep_best(here, 4, 1.0)
+
+    def fail(self: Storage, source: Path, name: str) -> None:
+        if name.endswith("product/unet/weights"):
+            raise StorageError(f"write {name}", "503", "wait")
+        put(self, source, name)
+
+    monkeypatch.setattr(Storage, "put", fail)
+    with pytest.raises(CapstanError, match="503"):
+        fit(recipe("here", str(copy), steps=8))
+    assert "best/step-000004/checkpoint/checkpoint.json" in files(copy)
+    assert not {"best.json", "evaluations.jsonl"} & files(copy).keys()
 
 
 def test_a_run_in_a_bucket(recipe, s3: S3, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     samples/step-001000.png     the same prompts and noise every time
     evaluations.jsonl           one JSON object an evaluation: {step, count, measures: {name: value}, seconds}
     best/step-005000/           checkpoint/ (links: no room until training drops its own) and product/, as drawn with
-    best.json                   {step, measure, value, folder}: which one; written once it is whole
+    best.json                   {step, measure, count, …, value, folder}: which one; written once it is whole
 
 The averaged model is written as the product will be, and every worker draws its share of the prompts with it: what is
 seen is what `capstan sample` gives, whatever shards the weights, and no worker waits for another to draw. Nothing here
@@ -72,7 +72,7 @@ class InLoop:
     def due(self, step: int) -> bool:
         """Whether something may be drawn after `step` steps."""
         watch = self.train.watch
-        return any(wanted is not None and self._due(step, wanted.every) for wanted in (watch.samples, watch.evaluate))
+        return self._due(step, watch.samples) or self._due(step, watch.evaluate)
 
     def after(self, step: int, stopping: Callable[[], bool], save: Callable[[], None]) -> bool:
         """Do what is due after `step` steps and has not been done. True: told to stop, and left it for later.
@@ -80,28 +80,31 @@ class InLoop:
         `save` writes the checkpoint of this step, if there is none yet.
         """
         watch = self.train.watch
-        samples = watch.samples if watch.samples and self._due(step, watch.samples.every) else None
-        evaluate = watch.evaluate if watch.evaluate and self._due(step, watch.evaluate.every) else None
-        (grid, record) = self.engine.raised(
-            self.engine.is_main and samples is not None and not (self.run.folder / _grid_name(step)).exists(),
-            self.engine.is_main and evaluate is not None and self._evaluated().get(step) is None,
-        )
-        if not grid and not record:
+        grid, evaluation = self.left(step)
+        if not grid and not evaluation:
             return False
         with self.meter.paused(), undisturbed(self.engine.device), self._drawing() as sampler:
-            if grid and samples is not None:
-                self._draw_grid(step, samples, sampler)
-            if record and evaluate is not None:
-                values = self._measure(evaluate, sampler, stopping)
+            if grid and watch.samples is not None:
+                self._draw_grid(step, watch.samples, sampler)
+            if evaluation and watch.evaluate is not None:
+                values = self._measure(watch.evaluate, sampler, stopping)
                 if values is None:
                     return True
-                self._record(step, evaluate, values)
-                if watch.best is not None:
-                    self._keep_if_best(step, watch.best, values["measures"], save)
+                if watch.best is not None:  # before the record, which says that nothing is left to do
+                    self._keep_if_best(step, watch.best, watch.evaluate, values["measures"], save)
+                self._record(step, watch.evaluate, values)
         return False
 
-    def _due(self, step: int, every: int) -> bool:
-        return step > 0 and (step % every == 0 or step == self.train.steps)
+    def left(self, step: int) -> tuple[bool, ...]:
+        """Whether a grid is due after `step` steps and not there, and an evaluation; the same on all workers."""
+        samples, evaluate = self.train.watch.samples, self.train.watch.evaluate
+        return self.engine.raised(
+            self._due(step, samples) and self.engine.is_main and not (self.run.folder / _grid_name(step)).exists(),
+            self._due(step, evaluate) and self.engine.is_main and step not in self._evaluated(),
+        )
+
+    def _due(self, step: int, wanted: Samples | Evaluate | None) -> bool:
+        return wanted is not None and step > 0 and (step % wanted.every == 0 or step == self.train.steps)
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[Any]:
@@ -181,20 +184,22 @@ class InLoop:
         words = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if value is not None)
         logger.info("evaluation after step %d: %s (%.0f s)", step, words, values["seconds"])
 
-    def _evaluated(self) -> dict[int, dict[str, Any]]:
-        """step → record."""
+    def _evaluated(self) -> set[int]:
+        """The steps after which there was an evaluation."""
         if not self.run.evaluations.exists():
-            return {}
-        records = map(json.loads, self.run.evaluations.read_text().splitlines())
-        return {int(record["step"]): record for record in records}
+            return set()
+        return {int(json.loads(line)["step"]) for line in self.run.evaluations.read_text().splitlines()}
 
     # The best --------------------------------------------------------------------------------------------------------
 
-    def _keep_if_best(self, step: int, best: Best, measures: dict[str, float], save: Callable[[], None]) -> None:
+    def _keep_if_best(
+        self, step: int, best: Best, wanted: Evaluate, measures: dict[str, float], save: Callable[[], None]
+    ) -> None:
         value, pointer = measures[best.measure], self.run.folder / "best.json"
+        judged = {"measure": best.measure, **wanted.terms(best.measure)}
         before = json.loads(pointer.read_text()) if self.engine.is_main and pointer.exists() else None
-        if before is not None and before["measure"] != best.measure:
-            before = None  # the recipe has changed its mind
+        if before is not None and judged != {name: before.get(name) for name in judged}:
+            before = None  # the recipe has changed its mind, and the values do not compare
         better = not math.isnan(value) and (before is None or best.sign * (value - before["value"]) > 0)
         if not self.engine.raised(self.engine.is_main and better)[0]:
             return
@@ -209,7 +214,7 @@ class InLoop:
                 (self.run.folder / _DRAWN).rename(partial / "product")
 
             self.run.publish(folder, fill)
-            told = {"step": step, "measure": best.measure, "value": value, "folder": f"best/{folder.name}"}
+            told = {"step": step, **judged, "value": value, "folder": f"best/{folder.name}"}
             Storage(str(self.run.folder), field="train.run").write(pointer.name, json.dumps(told).encode())
             for old in home.iterdir():
                 if old != folder:

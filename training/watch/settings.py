@@ -56,6 +56,16 @@ class Evaluate(Section):
                 raise ValueError(f"measure {name} needs {name}: {example}")
         return self
 
+    def terms(self, measure: str) -> dict[str, Any]:
+        """What a value of `measure` depends on: values of other terms do not compare.
+
+        >>> Evaluate(count=100, measures=["fid"], fid=Fid(features="a.pth")).terms("fid")
+        {'count': 100, 'steps': None, 'guidance': None, 'judge': {'features': 'a.pth'}}
+        """
+        judge = {"clip": self.clip, "fid": self.fid}.get(measure)
+        told = None if judge is None else judge.model_dump(mode="json")
+        return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "judge": told}
+
 
 class Best(Section):
     """Which evaluation's state is kept, whatever train.checkpoint.keep says."""

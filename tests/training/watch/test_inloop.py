@@ -110,6 +110,40 @@ def test_a_stop_is_heard_while_measuring_and_the_rest_made_up_for(
     assert all(torch.equal(weights(run)[name], value) for name, value in weights(watched).items())
 
 
+def test_a_stop_at_the_last_step_leaves_nothing_out(recipe, judges, tmp_path: Path, monkeypatch) -> None:
+    watch, run = all_of_it(judges, measures=["fid"]), tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    stopped = fit(recipe(watch=watch, steps=1))
+    assert (stopped["steps"], stopped["stopped"]) == (1, True)
+    assert not (run / "finished.json").exists()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any) -> None:
+            raise OSError("no space left")
+
+        patch.setattr("training.watch.inloop._link", fail)
+        with pytest.raises(OSError, match="no space left"):  # or killed, between the evaluation and its best state
+            fit(recipe(watch=watch, steps=1))
+    assert not fit(recipe(watch=watch, steps=1))["stopped"]
+    assert (run / "samples" / "step-000001.png").exists()
+    assert [record["step"] for record in lines(run / "evaluations.jsonl")] == [1]
+    assert open_sampler(run / json.loads((run / "best.json").read_text())["folder"])
+
+
+def test_the_best_is_of_evaluations_that_compare(recipe, judges, tmp_path: Path) -> None:
+    pointer = tmp_path / "run" / "best.json"
+
+    def best(steps: int, **evaluate: Any) -> int:
+        fit(recipe(watch=all_of_it(judges, measures=["fid"], **evaluate), steps=steps, schedule="constant"))
+        return json.loads(pointer.read_text())["step"]
+
+    assert best(1) == 1
+    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"value": -1.0}))  # no FID is better
+    assert best(2) == 1
+    assert best(3, count=3) == 3
+
+
 def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, judges, tmp_path: Path) -> None:
     watch = {"samples": {"every": 4, "count": 2}, "evaluate": {"every": 4, "count": 4, "measures": ["clip"], **judges}}
     fit(recipe(source=None, watch=watch, steps=1))
