@@ -40,7 +40,7 @@ FEW, MORE = 5, 25  # steps that are made to see what one takes
 SHAPE = {
     "block_out_channels": [16, 32, 64],
     "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,  # groups of two channels would take away what a colour is: 0.8 dB at 200 steps
     "mid_attention": False,
     "edges": 0.5,
 }
