@@ -99,8 +99,7 @@ def accuracy(folder: Path) -> dict[str, Any]:
         }
     )
     build(recipe, progress=False)
-    assert recipe.source is not None
-    assert recipe.source.world is not None
+    assert recipe.source is not None and recipe.source.world is not None  # noqa: PT018
     dataset = Dataset(Storage(recipe.dataset))
     rows = [row for name in dataset.shard_names for row in dataset.table(name, ["key", "url", "caption"]).to_pylist()]
     scenes = {row["key"]: scene_of_url(recipe.source.world, row["url"]) for row in rows}

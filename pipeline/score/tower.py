@@ -53,7 +53,7 @@ class Tower:
                 raise RecipeError(f"{section}.model", f"{self.folder / CONFIG_FILE} has no model_cfg", _ANOTHER)
         else:
             architecture = self._by_name()
-            self.file, preprocess = self._pretrained(pretrained)
+            self.file, preprocess = self._pretrained(pretrained, architecture)
         self.architecture: dict[str, Any] = architecture
         try:
             size = preprocess.get("size") or architecture["vision_cfg"].get("image_size", 224)
@@ -119,7 +119,7 @@ class Tower:
             return Path(pretrained).absolute()
         return next((path for path in map(folder.joinpath, _WEIGHTS) if path.is_file()), folder / _WEIGHTS[0])
 
-    def _pretrained(self, pretrained: str | None) -> tuple[Path, Mapping[str, Any]]:
+    def _pretrained(self, pretrained: str | None, architecture: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
         """(weights, preprocessing) of an open_clip model: a file, or what a tag stands for, which open_clip gets."""
         field = f"{self.section}.pretrained"
         if pretrained is not None and (Path(pretrained).is_file() or pretrained.endswith(_FILE_SUFFIXES)):
@@ -134,7 +134,11 @@ class Tower:
             near = difflib.get_close_matches(pretrained or "", tags, n=3) or tags
             raise RecipeError(field, problem, f"name a checkpoint file, or a tag: {', '.join(near)}")
         config = open_clip.get_pretrained_cfg(self.model, pretrained)
-        self._check_activation(pretrained or "", config)
+        if (quick := architecture.get("quick_gelu", False)) != config.get("quick_gelu", False):
+            # open_clip only warns, and draws other features than the weights were trained for.
+            other = self.model.removesuffix("-quickgelu") if quick else f"{self.model}-quickgelu"
+            problem = f"{pretrained} was trained with another activation than {self.model} has"
+            raise RecipeError(field, problem, f"name the model {other}")
         try:
             return Path(open_clip.download_pretrained(config)), config
         except Exception as error:  # noqa: BLE001 - hubs and their clients have errors of every kind
@@ -142,14 +146,6 @@ class Tower:
             wanted = f"{_WEIGHTS[0]} of {hub}" if hub else config.get("url")
             problem = f"cannot get the weights {pretrained!r} ({' '.join(str(error).split())[:200]})"
             raise RecipeError(field, problem, f"bring {wanted}, and name the file here") from None
-
-    def _check_activation(self, pretrained: str, config: Mapping[str, Any]) -> None:
-        """Raises RecipeError where weights were trained with another activation, of which open_clip only warns."""
-        quick = self._by_name().get("quick_gelu", False)
-        if config.get("quick_gelu", False) != quick:
-            other = self.model.removesuffix("-quickgelu") if quick else f"{self.model}-quickgelu"
-            problem = f"{pretrained} was trained with another activation than {self.model} has"
-            raise RecipeError(f"{self.section}.pretrained", problem, f"name the model {other}")
 
     def load(self, device: str, threads: int = 1) -> Loaded:
         return Loaded(self, device, threads)

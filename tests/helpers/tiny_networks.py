@@ -52,6 +52,12 @@ def settings_of(network: str, towers: dict[str, str] | None, **others: Any) -> d
     return NETWORKS[network] | {"text": text} | others
 
 
+def parsed(**section: Any) -> Any:
+    """`train.diffusion` as a recipe is read. Raises RecipeError where it is wrong."""
+    train = {"model": "diffusion", "run": "x", "steps": 1, "diffusion": {"autoencoder": "y"} | section}
+    return TrainConfig.from_section(train).settings
+
+
 def data_of(dataset: Path) -> TrainingData:
     section = {"model": "autoencoder", "run": "unused", "steps": 1, "data": {"layer": None}}
     return TrainingData(Dataset(Storage(str(dataset))), TrainConfig.from_section(section).data, 0, layer=None)

@@ -15,17 +15,15 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 from in_process import run_here
-from scripted_engine import ScriptedEngine, said
 from small_dataset import picture
 
 from pipeline import units
 from pipeline.config import Recipe
 from pipeline.errors import Quarantined, RecipeError
 from pipeline.records import make_key
-from pipeline.shards import read_manifest, sha256_of, write_manifest
+from pipeline.shards import sha256_of
 from pipeline.storage import Storage
-from recaption import job, store
-from recaption.engines import Caption
+from recaption import store
 from recaption.engines.coca import CocaEngine
 from recaption.job import plan, recaption
 
@@ -321,112 +319,6 @@ def test_a_takedown_costs_nothing(build: Build, captioner: Path, captioned: Coun
     assert recaption(recipe(captioner, storage))["new"] == 0
     assert not captioned
     assert make_key("2") not in store.read_rows(storage, layer, "shard-000000")["key"].to_pylist()
-
-
-# With an engine that says what it is told to -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch, build: Build) -> Callable[[Any], tuple[ScriptedEngine, Recipe, Storage]]:
-    """Runs jobs in this process, with this engine, over a dataset of four pictures."""
-
-    def make(engine: ScriptedEngine) -> tuple[ScriptedEngine, Recipe, Storage]:
-        monkeypatch.setattr(units, "run", run_here)
-        monkeypatch.setattr(job, "make", lambda *_, **__: engine)
-        storage = build([[0, 1], [2, 3]])
-        return engine, recipe(Path("x"), storage, slots=["short"]), storage
-
-    return make
-
-
-def test_the_original_stands_in_and_is_flagged(scripted: Any) -> None:
-    bad = sha256_of(picture(1))
-    say = lambda r, slot, attempt: said("a a a a a" if r.sha256 == bad else f"a dog {attempt}", attempt)  # noqa: E731
-    engine, made, storage = scripted(ScriptedEngine(say))
-    summary = recaption(made)
-    assert (summary["retried"], summary["flags"]["original"], summary["flags"]["loop"]) == (1, 1, 1)
-    rows = store.read_rows(storage, summary["layer"], "shard-000000").to_pylist()
-    assert [(row["text"], row["raw"], row["discarded"]) for row in rows] == [
-        ("a dog 0", "a dog 0", []),
-        ("alt 1", "a a a a a", ["a a a a a"] * 2),
-    ]
-    assert store.read_layer(storage, summary["layer"], "shard-000000") == {make_key("0"): {"short": "a dog 0"}}
-    assert [attempt for request, attempt in engine.asked if request.sha256 == bad] == [0, 1, 2]
-
-
-def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: Any) -> None:
-    down = {sha256_of(picture(2))}
-    none = Caption("", 0, "none", 0, "http_503")
-    engine, made, _ = scripted(ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog")))
-    summary = recaption(made)
-    assert (summary["failed"], summary["flags"]["http_503"], summary["new"]) == (1, 1, 4)
-    engine.asked.clear()
-    down.clear()
-    assert plan(made)["new"] == 1
-    engine.asked.clear()
-    summary = recaption(made)
-    assert [request.sha256 for request, _ in engine.asked] == [sha256_of(picture(2))]
-    assert (summary["failed"], summary["new"], summary["done"], summary["reused"]) == (0, 1, 2, 1)
-    assert recaption(made)["done"] == 4
-
-
-def test_only_the_slot_that_an_engine_failed_to_give_is_asked_for_again(scripted: Any, build: Build) -> None:
-    """A filter that lets the short caption pass: what was paid for is kept, as it was written."""
-    bad, down = sha256_of(picture(1)), ["descriptive"]
-    count = Counter[str]()
-
-    def say(request: Any, slot: str, attempt: int) -> Caption:
-        if request.sha256 == bad and slot in down:
-            return Caption("", 0, "none", 0, "content_filter")
-        count[request.sha256] += 1
-        return said(f"a {slot} dog, told {count[request.sha256]} times")
-
-    engine, made, storage = scripted(ScriptedEngine(say))
-    made.recaption["slots"] = ["short", "descriptive"]
-    layer = recaption(made)["layer"]
-
-    def rows(shard: str = "shard-000000") -> dict[str, str]:
-        return {row["slot"]: row["raw"] for row in store.read_rows(storage, layer, shard).to_pylist() if is_bad(row)}
-
-    def is_bad(row: dict[str, Any]) -> bool:
-        return bool(row["sha256"] == bad)
-
-    assert rows() == {"short": "a short dog, told 1 times", "descriptive": ""}
-    for _ in range(2):  # refused for good
-        planned = plan(made)
-        assert (planned["new"], planned["captions"], planned["reused"], planned["done"]) == (1, 1, 1, 2)
-        engine.asked.clear()
-        summary = recaption(made)
-        assert {(request.sha256, request.slots) for request, _ in engine.asked} == {(bad, ("descriptive",))}
-        assert rows() == {"short": "a short dog, told 1 times", "descriptive": ""}
-        assert (summary["failed"], summary["new"], summary["reused"]) == (1, 1, 1)
-    build([[0], [2, 3, 1], [1]])  # elsewhere now, in two shards of which the first asks
-    engine.asked.clear()
-    down.clear()
-    assert recaption(made)["failed"] == 0
-    assert {(request.sha256, request.slots) for request, _ in engine.asked} == {(bad, ("descriptive",))}
-    whole = {"short": "a short dog, told 1 times", "descriptive": "a descriptive dog, told 2 times"}
-    assert rows("shard-000001") == rows("shard-000002") == whole
-    assert plan(made)["done"] == 5
-
-
-def test_captions_that_quote_the_original_depend_on_it(scripted: Any) -> None:
-    engine, made, storage = scripted(
-        ScriptedEngine(lambda r, slot, attempt: said(f"fused from {r.original}"), uses_original=True)
-    )
-    layer = recaption(made)["layer"]
-    assert store.read_layer(storage, layer, "shard-000001")[make_key("3")] == {"short": "fused from alt 3"}
-    manifest = read_manifest(storage)
-    assert manifest is not None
-    table = storage.read_table("shards/shard-000001.parquet")
-    table = table.set_column(table.schema.get_field_index("caption"), table.schema.field("caption"), [["alt 2", "new"]])
-    storage.write_table("shards/shard-000001.parquet", table)
-    shards = [manifest.shards[0], manifest.shards[1].model_copy(update={"sha256": "0" * 64})]
-    write_manifest(storage, manifest.model_copy(update={"shards": shards}))
-    engine.asked.clear()
-    assert recaption(made)["new"] == 1
-    assert [request.original for request, _ in engine.asked] == ["new"]
-    assert store.read_layer(storage, layer, "shard-000001")[make_key("3")] == {"short": "fused from new"}
 
 
 def test_lost_files_are_made_again(build: Build, captioner: Path, captioned: Counter[str]) -> None:

@@ -323,64 +323,15 @@ def test_the_size_is_that_of_the_buckets(squares, root, towers, tmp_path, run_of
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
-def settings(**section):
-    train = {"model": "diffusion", "run": "x", "steps": 1, "diffusion": {"autoencoder": "y"} | section}
-    return TrainConfig.from_section(train).settings
-
-
-def parameters_of(preset):
-    """In millions, with as many channels and as wide a text as the original has."""
-    from training.diffusion.backbone import Ends
-
-    backbone = backbone_of(settings(preset=preset))
-    widths = {
-        "sd15": {"text_encoder": 768},
-        "sdxl": {"text_encoder": 768, "text_encoder_2": 1280},
-        "dit-xl": {"text_encoder": 4096},
-        "mmdit-l": {"text_encoder": 768, "text_encoder_2": 1280, "text_encoder_3": 4096},
-    }[preset]
-    pooled = {"sdxl": {"text_encoder_2": 1280}, "mmdit-l": {"text_encoder": 768, "text_encoder_2": 1280}}
-    with torch.device("meta"):
-        net = backbone.build(Ends(16 if preset == "mmdit-l" else 4, 64, widths, pooled.get(preset, {})))
-    return sum(weight.numel() for weight in net.parameters()) / 1e6
-
-
-@pytest.mark.parametrize(("preset", "millions"), [("sd15", 859.5), ("sdxl", 2567), ("dit-xl", 610), ("mmdit-l", 2028)])
-def test_presets_have_the_size_that_they_are_named_for(preset, millions):
-    """SD 1.5 has 859.52 M weights, SDXL 2567 M, PixArt-Σ XL 610 M, SD 3 medium 2028 M."""
-    assert parameters_of(preset) == pytest.approx(millions, rel=0.005)
-
-
-def test_sd15_is_the_default_network():
-    plain = {"transformer_layers_per_block": 1, "norm_num_groups": 32, "dropout": 0.0}  # diffusers' own defaults
-    assert backbone_of(settings()).config == plain | backbone_of(settings(preset="sd15")).config
-
-
 def test_a_configuration_file_of_diffusers_names_a_network(run_of, tmp_path):
     product = run_of("mmdit") / "product"
     for path in (product, product / "transformer", product / "transformer" / "config.json"):
-        assert type(backbone_of(settings(config=str(path)))).__name__ == "MMDiT"
+        assert type(backbone_of(tiny.parsed(config=str(path)))).__name__ == "MMDiT"
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"train\.diffusion\.config: cannot read"):
-        backbone_of(settings(config=str(tmp_path)))
+        backbone_of(tiny.parsed(config=str(tmp_path)))
     with pytest.raises(RecipeError, match=r"train\.diffusion\.config: no configuration at"):
-        backbone_of(settings(config=str(tmp_path / "nothing")))
-
-
-@pytest.mark.parametrize(
-    ("section", "problem"),
-    [
-        ({"preset": "sd14"}, r"train\.diffusion\.preset"),
-        ({"preset": "sd15", "unet": tiny.UNET}, r"train\.diffusion: unet describes a network beside preset"),
-        ({"preset": "sd15", "config": "x"}, r"train\.diffusion: config names a whole network beside preset"),
-        ({"config": {"num_layers": 2}}, r"train\.diffusion: config does not say which network"),
-        ({"sampling": {"sampler": "ddim"}}, r"train\.diffusion: sampling\.sampler ddim does not walk"),
-        ({"text": {"pretrained": []}}, r"train\.diffusion\.text: pretrained names no encoder"),
-    ],
-)
-def test_wrong_recipes_are_refused(section, problem):
-    with pytest.raises(RecipeError, match=problem):
-        settings(**section)
+        backbone_of(tiny.parsed(config=str(tmp_path / "nothing")))
 
 
 @pytest.mark.parametrize(

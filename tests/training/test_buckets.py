@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import simplejpeg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import RecipeError
 from training.buckets import assign, check_sizes, nearest_square, sizes_of
@@ -68,6 +71,25 @@ def test_pictures_cover_their_bucket() -> None:
     corners = batch[:, :2, [0, -1], [0, -1]].float()
     torch.testing.assert_close(corners[0], torch.tensor([[0.0, 250], [0, 250]]), atol=6, rtol=0)
     torch.testing.assert_close(corners[1], torch.tensor([[0.0, 250], [62.5, 187.5]]), atol=6, rtol=0)
+
+
+def test_a_batch_is_made_without_operations_of_torch() -> None:
+    """They would start an OpenMP team for the loader's thread, beside which that of the training thread sleeps."""
+
+    class Operations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    samples = [sample(900, 600, bucket=(96, 64)), sample(300, 400, bucket=(96, 64))]
+    with Operations() as operations:
+        batch = batch_of(samples, 64)
+    assert batch.is_contiguous()
+    assert operations.seen == ["aten.lift_fresh.default"]  # of from_numpy: it moves nothing
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48)])

@@ -52,9 +52,8 @@ class MMDiT(Backbone):
             "pooled_projection_dim": sum(ends.pooled.values()),
             "joint_attention_dim": ends.widths.get("text_encoder_3", _clips(ends)),
         }
-        if (
-            self.config.get("pos_embed_max_size") is None
-        ):  # room for other shapes up to four to one, and for all buckets
+        if self.config.get("pos_embed_max_size") is None:
+            # Room for other shapes, up to four to one, and for all buckets.
             made["pos_embed_max_size"] = max(2 * ends.side, ends.longest) // self.patch
         return made
 
