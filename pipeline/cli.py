@@ -200,5 +200,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:,.1f}"
+        return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"  # a share of 0.857 is not 0.9
     return f"{value:,}" if isinstance(value, int) else str(value)

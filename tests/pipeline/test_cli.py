@@ -35,3 +35,8 @@ def test_quarantined_units_are_told_after_the_summary(capsys: pytest.CaptureFixt
     with pytest.raises(Quarantined, match="0000-000001: OSError"):
         finish(SUMMARY | {"quarantined": {"0000-000001": "OSError: no"}}, as_json=True)
     assert json.loads(capsys.readouterr().out)["quarantined"]
+
+
+def test_text_does_not_round_shares_away(capsys: pytest.CaptureFixture[str]) -> None:
+    finish({"colours": 0.857, "chance": 0.01, "seconds": 12.34}, as_json=False)
+    assert capsys.readouterr().out.splitlines() == ["colours: 0.86", "chance: 0.01", "seconds: 12.3"]
