@@ -33,7 +33,7 @@ import yaml
 from measure import Run, measure
 from photos import make_photos, served
 
-FEW = 64  # photos of the run that measures start-up
+FEW = 1000  # photos of the run that measures start-up: enough that no worker is done before the other has started
 CAPSTAN = [sys.executable, "-m", "cluster.cli"]
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"256 center_crop": (256, "center_crop"), "512 keep_ratio": (512, "keep_ratio")}
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def capstan(work: Path, source: dict, size: int, resize: str, count: int) -> Run:
-    """Build a new dataset of `count` photos. There are two units at least, so that both workers have started."""
+    """Build a new dataset of `count` photos. There are two units at least, one for each worker."""
     dataset = work / "dataset"
     shutil.rmtree(dataset, ignore_errors=True)
     recipe = {
