@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 demo: $(STAMP)
 	$(BIN)/capstan demo
 
-# Three caption blends, three seeds each: hours. It goes on where it was stopped.
+# Three caption blends and their ceiling, three seeds each: two hours. It goes on where it was stopped.
 experiment: $(STAMP)
 	$(BIN)/capstan experiment world
 

@@ -20,9 +20,10 @@ from pipeline.world.oracle import Parsed, parse
 from pipeline.world.scene import COLOURS, SHAPES, Thing, relation
 from pipeline.world.text import Facts, NamedThing, facts
 
-# `followed` is the share of all that a prompt says; the others are one category each.
+# `followed` is the share of all that a prompt says; but for the stricter form of it the others are one category each.
 MEASURES: Final = (
     "followed",
+    "followed_strict",
     "colour_shape",
     "colour_binding",
     "shape_binding",
@@ -75,6 +76,8 @@ def judge(wanted: Wanted, image: np.ndarray) -> dict[str, float]:
     background       whether it has the colour asked for
     relation         whether both things are there and stand to each other as said
     followed         the share of all that is said and holds: each thing, its size, pattern and place, the rest once
+    followed_strict  the same, where every thing beyond those that are asked for is one more that does not hold: a
+                     prompt seldom says how many things there are, and of many things one is right by chance
     """
     return compare(wanted, parse(image))
 
@@ -101,8 +104,10 @@ def compare(wanted: Wanted, seen: Parsed) -> dict[str, float]:
     bare = min(all_shapes - min(all_shapes, pairs), len(wanted.bare))
     holds = pairs + bare + sum(sizes) + sum(textures) + sum(places) + sum(v for v in once.values() if v == 1)
     stated = len(asked) + len(size) + len(texture) + len(places) + sum(not math.isnan(v) for v in once.values())
+    more = max(0, len(seen.things) - len(asked)) if stated else 0
     return {
         "followed": _share(holds, stated),
+        "followed_strict": _share(holds, stated + more),
         "colour_shape": _share(pairs, len(wanted.things)),
         "colour_binding": _share(pairs, shapes),
         "shape_binding": _share(pairs, colours),

@@ -80,7 +80,7 @@ def start_recipe(recipe: Recipe, slots: Sequence[str], layer: str | None, folder
         "ema": None,
         "data": {"layer": layer, "blend": dict.fromkeys(sorted(slots), 1.0)},
     }
-    return _with(recipe, changed)
+    return _with(recipe, changed | _copy(recipe, f"start/s{seed}"))
 
 
 def arm_recipe(
@@ -98,7 +98,17 @@ def arm_recipe(
         "init": start,
         "data": {"layer": layer, "blend": arm.shares},
     }
-    return _with(recipe, changed | ({"steps": steps} if steps is not None else {}))
+    changed |= _copy(recipe, f"arms/{trial.name}") | ({"steps": steps} if steps is not None else {})
+    return _with(recipe, changed)
+
+
+def _copy(recipe: Recipe, name: str) -> dict[str, Any]:
+    """A run's own place in the bucket of `train.checkpoint.upload`, where the recipe names one."""
+    assert recipe.train is not None
+    settings = recipe.train.get("checkpoint") or {}
+    if not settings.get("upload"):
+        return {}
+    return {"checkpoint": settings | {"upload": f"{settings['upload'].rstrip('/')}/{name}"}}
 
 
 def _with(recipe: Recipe, changed: dict[str, Any]) -> Recipe:

@@ -1,19 +1,22 @@
-"""How true the captions are that arms are trained on: held against the scenes of the captioned world."""
+"""The captions that arms are trained on: how true they are of the captioned world, and which prompts are among them."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pipeline.config import Recipe
 from pipeline.shards import Dataset
 from pipeline.storage import Storage
+from pipeline.world.judge import Wanted, read
 from pipeline.world.oracle import aggregate
 from pipeline.world.rows import scene_of_url
 from pipeline.world.text import compare, facts
 from recaption.store import read_layer
 from training.config import ORIGINAL
-from training.experiment.prompts import world_of
+from training.experiment.prompts import Prompts, world_of
 
 _LOOKED_AT: Final = 1000  # pictures, the first by key: a random sample
 
@@ -38,3 +41,42 @@ def truth_of_captions(recipe: Recipe, layer: str | None) -> dict[str, dict[str, 
         slot: {name: None if math.isnan(mean) else round(mean, 4) for name, mean in aggregate(found).items()}
         for slot, found in rows.items()
     }
+
+
+def shown_captions(recipe: Recipe, layer: str | None, holdout: int = 0) -> dict[str, list[str]]:
+    """Slot → the captions that arms can be shown, in the order of the samples, without those of samples held out."""
+    dataset, rows = Dataset(Storage(recipe.dataset, recipe.storage)), list[dict[str, str]]()
+    for shard in dataset.shard_names:
+        captions = {} if layer is None else read_layer(dataset.storage, layer, shard)
+        for row in dataset.table(shard, ["key", "caption"]).to_pylist():
+            rows.append({ORIGINAL: row["caption"]} | captions.get(row["key"], {}))
+    found = dict[str, list[str]]()
+    for row in rows[: len(rows) - holdout]:
+        for slot, text in row.items():
+            found.setdefault(slot, []).append(text)
+    return found
+
+
+def about_prompts(sets: Prompts, captions: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Set → `distinct`: how many texts it has; `trained_on`: the share of its prompts that are captions word for word;
+    `kept`: of the things that prompts ask for, the share that expanded prompts still name.
+
+    `captions` are those of `shown_captions`.
+    """
+    known = {text for texts in captions.values() for text in texts}
+    found = dict[str, dict[str, float]]()
+    for name, prompts in sets.items():
+        texts = [prompt.drawn or prompt.text for prompt in prompts]
+        found[name] = {
+            "distinct": len(set(texts)),
+            "trained_on": round(sum(text in known for text in texts) / len(texts), 4),
+        }
+        pairs = [(_things(p.wanted), _things(read(p.drawn))) for p in prompts if p.drawn is not None and p.wanted]
+        if asked := sum(wanted.total() for wanted, _ in pairs):
+            found[name]["kept"] = round(sum((wanted & said).total() for wanted, said in pairs) / asked, 4)
+    return found
+
+
+def _things(wanted: Wanted) -> Counter[str]:
+    """What a prompt names: shapes, with their colours where it gives them."""
+    return Counter([*(f"{thing.colour} {thing.shape}" for thing in wanted.things), *wanted.bare])

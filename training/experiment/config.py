@@ -46,14 +46,17 @@ def _mostly(slot: str, percent: int, layer: str | None = None) -> Arm:
 
 
 # The arms of the DALL-E 3 paper (Betker et al. 2023, section 3): original against short against descriptive captions
-# (figure 4), and how much of the latter (figure 5). `truth95` is a ceiling: its layer holds what is true of pictures.
+# (figure 4), and how much of the latter (figure 5). `truth95` is a ceiling: its layer holds what is true of pictures;
+# beside `truthshort95` it tells length from truth, in which a captioner's short and long captions differ too.
 TRUTH: Final = "truth"
 STANDARD: Final[Mapping[str, Arm]] = {
     "original": Arm(blend={ORIGINAL: 1.0}),
     "short95": _mostly("short", 95),
     **{f"descriptive{percent}": _mostly("descriptive", percent) for percent in (65, 80, 90, 95, 100)},
     "truth95": _mostly("descriptive", 95, TRUTH),
+    "truthshort95": _mostly("short", 95, TRUTH),
 }
+PAPER: Final = {name: arm for name, arm in STANDARD.items() if arm.layer != TRUTH}
 MAIN: Final = ("original", "short95", "descriptive95")  # those that the paper's claim is about, the worst first
 
 
@@ -67,9 +70,7 @@ class Scorer(Section):
 class ExperimentConfig(Section):
     """One experiment on caption blends. A list of `arms` names standard ones; a mapping gives blends of your own."""
 
-    arms: Annotated[dict[ArmName, Arm], Field(min_length=2)] = Field(
-        default={name: STANDARD[name] for name in STANDARD if name != "truth95"}
-    )
+    arms: Annotated[dict[ArmName, Arm], Field(min_length=2)] = Field(default={**PAPER})
     # of weights, order and noise; each trains every arm
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[0, 1, 2])
     steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None  # measured at; null: the end
@@ -84,8 +85,13 @@ class ExperimentConfig(Section):
     @field_validator("arms", mode="before")
     @classmethod
     def _by_name(cls, arms: Any) -> Any:
-        """Standard arms by their names; in a mapping, null stands for the standard arm of that name."""
+        """Standard arms by their names, null for all of the paper's; in a mapping, null stands for the standard arm of
+        that name."""
+        if arms is None:
+            return dict(PAPER)
         if isinstance(arms, list):
+            if other := [name for name in arms if not isinstance(name, str)]:
+                raise ValueError(f"lists names of standard arms, and {other[0]!r} is none; give blends as a mapping")
             if twice := {name for name in arms if arms.count(name) > 1}:
                 raise ValueError(f"names {', '.join(sorted(map(str, twice)))} twice; name each once")
             arms = dict.fromkeys(arms)
@@ -133,6 +139,9 @@ class ExperimentConfig(Section):
         _ = config.writer
         if train.model != "diffusion":
             raise RecipeError("train.model", f"{train.model} draws no pictures from prompts", "name diffusion")
+        if "://" in train.run:
+            mend = "name a folder that every worker sees; each run's own copy goes to train.checkpoint.upload"
+            raise RecipeError("train.run", "is a bucket, and an experiment keeps its measurements in a folder", mend)
         if config.steps is not None and config.steps[-1] != train.steps:
             problem = f"ends at {config.steps[-1]}, and train.steps is {train.steps}"
             raise RecipeError("experiment.steps", problem, "let the last of them be train.steps")

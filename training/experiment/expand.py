@@ -16,11 +16,9 @@ import numpy as np
 
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
 from recaption.rules import words
-from recaption.store import read_layer
 from recaption.upsample import Style, expand, text_engine
+from training.experiment.captions import shown_captions
 from training.experiment.config import ExperimentConfig
 from training.order import hash64
 
@@ -70,14 +68,7 @@ def expanded(
 
 def _captions(recipe: Recipe, layer: str | None, holdout: int) -> list[str]:
     """The layer's descriptive captions, without those of samples held out."""
-    texts = list[str | None]()
-    if layer is not None:
-        dataset = Dataset(Storage(recipe.dataset, recipe.storage))
-        for shard in dataset.shard_names:
-            captions = read_layer(dataset.storage, layer, shard)
-            keys = dataset.table(shard, ["key"])["key"].to_pylist()
-            texts += [captions.get(key, {}).get(_SLOT) for key in keys]
-    found = [text for text in texts[: len(texts) - holdout] if text is not None]
+    found = [] if layer is None else shown_captions(recipe, layer, holdout).get(_SLOT, [])
     if not found:
         mend = "name a layer with descriptive captions, or write upsampler: null"
         raise RecipeError("experiment.upsampler", "finds no descriptive captions in train.data.layer", mend)

@@ -48,7 +48,12 @@ def interval(values: Floats, draws: int = 2000, seed: int = 0) -> Interval:
 
 
 def difference(a: Floats, b: Floats, draws: int = 2000, seed: int = 0) -> Interval:
-    """mean(a) − mean(b), both [S, P] of the same seeds and prompts, which are drawn for both together."""
+    """mean(a) − mean(b), both [S, P] of the same seeds and prompts, which are drawn for both together.
+
+    Only where both are defined: a measure of things that are there is of other things for another arm.
+    """
+    either = np.isnan(a) | np.isnan(b)
+    a, b = np.where(either, math.nan, a), np.where(either, math.nan, b)
     spread = _resampled(a, draws, seed) - _resampled(b, draws, seed)
     middle = _mean(a) - _mean(b)
     return _stretched(middle, spread, _freedom(_centred(a) - _centred(b)))

@@ -63,6 +63,12 @@ def world_of(recipe: Recipe) -> WorldSource | None:
     return recipe.source.world or WorldSource()
 
 
+def source_of(recipe: Recipe) -> dict[str, Any] | None:
+    """What decides which prompts of the captioned world are asked; None for any other dataset."""
+    world = world_of(recipe)
+    return None if world is None else world.model_dump(mode="json")
+
+
 def _of_world(world: WorldSource, name: str) -> Iterator[Prompt]:
     vocab = vocabulary(world)
     for index in itertools.count():

@@ -26,10 +26,12 @@ from training.experiment.results import Difference, Results
 from training.experiment.sheet import side_by_side
 
 REPORT: Final = "report.html"
+_ASKED: Final = ("distinct", "trained_on", "kept")
 _ROWS: Final = 4  # prompts of each set that are shown
 _MEANS: Final = {
     "followed": "of all that a prompt says (things, their size, pattern and place, count, background, relation), the "
     "share that is so",
+    "followed_strict": "the same, where each thing beyond those that are asked for is one more that is not so",
     "colour_shape": "of the coloured shapes that are asked for, the share that is there",
     "colour_binding": "of the things whose shape is there, the share in the right colour",
     "shape_binding": "of the things whose colour is there, the share in the right shape",
@@ -98,8 +100,8 @@ def _by_arm(results: Results) -> Iterable[Html]:
 
 def _differences(results: Results) -> Iterable[Html]:
     yield page.note(
-        f"{results.primary.replace('_', ' ')}, on the same prompts and seeds. Each interval is for itself: of twenty "
-        "differences that are none, one is expected to exclude 0."
+        f"{results.primary.replace('_', ' ')}, on the same prompts and seeds, where it is defined for both arms. Each "
+        "interval is for itself: of twenty differences that are none, one is expected to exclude 0."
     )
     yield page.grid(
         charts.forest(f"{part} prompts", _rows(results.differences[part][results.primary])) for part in results.table
@@ -202,17 +204,25 @@ def _cost(results: Results) -> Html:
     header = ["arm", "runs", "training, s", "images seen", "measuring, s", "pictures drawn"]
     remark = page.note(
         "Seconds of the runs' own clocks, on a machine that may have trained several at once; starting and saving are "
-        "not in them."
+        "not in them, nor is what all arms share: captioner, captions, autoencoder, latents, the CLIP that judges."
     )
     return Html(remark + page.table(header, rows))
 
 
 def _method(results: Results) -> Iterable[Html]:
     yield page.paragraph(
-        "Original prompts are captions as they come with pictures, descriptive ones describe pictures; neither the "
-        "pictures nor these captions were trained on. Every arm is drawn with the averaged weights of its step. What "
-        f"is compared first was chosen beforehand: {results.primary.replace('_', ' ')}. Intervals come from a "
-        "bootstrap over prompts and seeds, widened for few seeds (training/experiment/intervals.py)."
+        "Original prompts are captions as they come with pictures, descriptive ones describe pictures; the pictures "
+        "were not trained on. Every arm is drawn with the averaged weights of its step. What is compared first was "
+        f"chosen beforehand: {results.primary.replace('_', ' ')}. Intervals come from a bootstrap over prompts and "
+        "seeds, widened for few seeds (training/experiment/intervals.py)."
+    )
+    yield page.note(
+        "Short captions repeat themselves: a prompt may be, word for word, the caption of a picture that was trained "
+        "on. Expanded prompts need not name all that the prompt asks for; what is drawn is held to the prompt."
+    )
+    yield page.table(
+        ["prompts", "distinct texts", "are captions trained on", "things asked for that they name"],
+        [[part, *(page.number(told.get(name)) for name in _ASKED)] for part, told in results.asked.items()],
     )
     shown = {m for measures in results.table.values() for m in measures}
     yield page.table(["measure", "what it is"], [[m.replace("_", " "), _MEANS[m]] for m in _MEANS if m in shown])

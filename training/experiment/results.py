@@ -16,7 +16,7 @@ from pipeline.storage import Storage
 from pipeline.world import judge
 from training.config import TrainConfig
 from training.experiment.arms import Trial, trial_folder
-from training.experiment.config import MAIN, ExperimentConfig
+from training.experiment.config import MAIN, STANDARD, ExperimentConfig
 from training.experiment.intervals import Floats, Interval, difference, interval
 from training.experiment.measure import CLIP_MEASURES, Kept
 from training.experiment.prompts import SETS, UPSAMPLED
@@ -50,6 +50,7 @@ class Results:
     expanding: dict[str, dict[str, Interval]]  # measure → arm → with expanded prompts − without
     references: dict[str, dict[str, dict[str, float | None]]]  # truth, chance → set → measure
     captions: dict[str, dict[str, float | None]]  # slot → what is stated rightly, on the captioned world
+    asked: dict[str, dict[str, float]]  # set → what its prompts are like (training.experiment.captions.about_prompts)
     blends: dict[str, dict[str, Any]]  # arm → {layer, asked, drawn}
     cost: dict[str, dict[str, float]]  # arm → of all its runs together
     found: list[str] = field(default_factory=list)
@@ -97,6 +98,7 @@ def gather(storage: Storage, config: ExperimentConfig, train: TrainConfig, layer
         expanding=_expanding(values, names, seeds, points[-1], config.draws),
         references=_references(storage),
         captions=json.loads(storage.read("captions.json")),
+        asked=json.loads(storage.read("prompts.json")),
         blends={arm: _blend(train.folder, config, arm, seeds[arm], layers[arm]) for arm in seeds},
         cost={arm: _cost(train, arm, seeds[arm], read, points) for arm in seeds},
     )
@@ -248,10 +250,30 @@ def sentences(results: Results) -> list[str]:
         said += _blended(part, values, find)
         if (gap := find("truth95", "descriptive95")) is not None:
             said.append(f"True descriptions in place of the captioner's: {_by(gap)} on {part} prompts.")
+        if (strict := results.table[part].get(f"{results.primary}_strict")) is not None:
+            said.append(f"Counting things that nobody asked for against a picture: {ranking(strict)}.")
     for arm, change in results.expanding.get(results.primary, {}).items():
         if arm in MAIN:
             said.append(f"Expanding original prompts: {_by(change)} for {arm}.")
+    said += _captions(results.captions)
+    if left := [arm for arm in STANDARD if arm not in results.arms]:
+        said.append(f"Not run here: {', '.join(left)}.")
     return said
+
+
+def _captions(stated: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """How true the two kinds of synthetic captions are: arms differ by that, too."""
+    told = [
+        f"{100 * share:.0f}% of {slot} ones"
+        for slot in ("short", "descriptive")
+        if (share := stated.get(slot, {}).get("colour_shape")) is not None
+    ]
+    if len(told) < 2:
+        return []
+    return [
+        f"The captions are a captioner's, errors included: coloured shapes are right in {' and in '.join(told)}. "
+        "Arms of short and of descriptive captions differ in that as well as in length."
+    ]
 
 
 def ranking(values: Mapping[str, Interval]) -> str:

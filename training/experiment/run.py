@@ -5,6 +5,7 @@
     train.run/measured           what their pictures score (training.experiment.measure)
     train.run/references.json    what true pictures score, and those of other prompts
     train.run/captions.json      how true the captions are; train.run/upsampled.json: the expanded prompts
+    train.run/prompts.json       how many of the prompts are captions word for word
     train.run/results.json, report.html, figures/
 
 A run is trained to its first point, measured with the averaged weights that it leaves there, and goes on to the next:
@@ -26,15 +27,16 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Recipe
+from pipeline.config import Recipe, fingerprint
 from pipeline.errors import CapstanError, RecipeError
+from pipeline.shards import Dataset
 from pipeline.storage import Storage
 from recaption.store import layer_recipe
 from training.config import ORIGINAL, TrainConfig
 from training.data import find_layer
 from training.experiment import arms, expand, prompts
 from training.experiment.arms import Trial
-from training.experiment.captions import truth_of_captions
+from training.experiment.captions import about_prompts, shown_captions, truth_of_captions
 from training.experiment.config import ExperimentConfig
 from training.experiment.measure import Clock, Kept, measure, open_scorer, references, with_upsampled
 from training.launch import train
@@ -127,6 +129,9 @@ class Experiment:
             if not self.storage.exists("captions.json"):
                 true = truth_of_captions(self.recipe, self.layer)
                 self.storage.write("captions.json", json.dumps(true, indent=1).encode())
+            if not self.storage.exists("prompts.json"):
+                told = about_prompts(sets, shown_captions(self.recipe, self.layer, self.train.data.holdout))
+                self.storage.write("prompts.json", json.dumps(told, indent=1).encode())
             self._judges = sets, clip
         return self._judges
 
@@ -238,8 +243,15 @@ class Experiment:
         fixed["data"] = {k: v for k, v in fixed["data"].items() if k not in ("blend", "layer")}
         chosen = self.config.model_dump(mode="json", include={"prompts", "scorer", "upsampler"})
         own = {name: {"layer": self.layers[name], "blend": arm.shares} for name, arm in self.config.arms.items()}
-        made: dict[str, Any] = json.loads(json.dumps({"train": fixed, "steps": self.points, **chosen, "arms": own}))
+        given = {"dataset": self._pictures(), "source": prompts.source_of(self.recipe), "init": self.train.init}
+        whole = {"train": fixed, **given, "steps": self.points, **chosen, "arms": own}
+        made: dict[str, Any] = json.loads(json.dumps(whole))
         return made
+
+    def _pictures(self) -> str:
+        """A digest of the shards: arms that are added later must see the same pictures."""
+        dataset = Dataset(Storage(self.recipe.dataset, self.recipe.storage))
+        return fingerprint([shard.sha256 for shard in dataset.manifest.shards])
 
 
 def _any_blend(train: TrainConfig) -> Any:

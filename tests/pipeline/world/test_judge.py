@@ -63,7 +63,7 @@ def test_each_measure_answers_its_own_question() -> None:
         """Which measures see the difference; `followed` sees each."""
         now = judge(wanted, render(scene, 128))
         assert now["followed"] < 1
-        return {name for name, value in now.items() if value != right[name]} - {"followed"}
+        return {name for name, value in now.items() if value != right[name]} - {"followed", "followed_strict"}
 
     assert after(replace(SCENE, background="navy")) == {"background"}
     assert after(replace(SCENE, things=(replace(RED, size="small", r=0.16), BLUE))) == {"size"}
@@ -76,6 +76,13 @@ def test_each_measure_answers_its_own_question() -> None:
     assert after(other) == {"colour_shape", "shape_binding", "shapes", "relation", "texture"}
     third = Thing("green", "star", "small", "plain", 0.8, 0.15, 0.13)
     assert after(replace(SCENE, things=(RED, BLUE, third))) == {"count"}
+
+
+def test_things_that_nobody_asked_for_cost_only_the_strict_measure() -> None:
+    wanted = read("red circle clip art")
+    alone, crowd = (judge(wanted, render(replace(SCENE, things=things), 128)) for things in ((RED,), (RED, BLUE)))
+    assert alone["followed"] == crowd["followed"] == alone["followed_strict"] == 1
+    assert crowd["followed_strict"] == 0.5
 
 
 def test_bindings_are_of_what_is_there() -> None:

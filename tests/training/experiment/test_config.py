@@ -37,6 +37,7 @@ def test_arms_by_name_and_of_ones_own(tmp_path: Path) -> None:
         *(f"descriptive{percent}" for percent in (65, 80, 90, 95, 100)),
     ]
     assert len(every.seeds) == 3
+    assert ExperimentConfig.from_recipe(load(write(tmp_path, {"arms": None}))) == every
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def test_arms_by_name_and_of_ones_own(tmp_path: Path) -> None:
         ({"arms": ["original", "original"]}, {}, "names original twice"),
         ({"arms": {"original": None, "mine": {"blend": {"short": 0}}}}, {}, "gives no slot any weight"),
         ({"arms": {"original": None, "Mine!": {"blend": {"short": 1}}}}, {}, "experiment.arms.Mine!"),
+        ({"arms": [["original"], "short95"]}, {}, "lists names of standard arms, and ['original'] is none"),
+        ({}, {"run": "s3://bucket/x"}, "train.run: is a bucket, and an experiment keeps its measurements in a folder"),
         ({"seeds": [1, 1]}, {}, "seeds names a seed twice"),
         ({"seeds": []}, {}, "experiment.seeds"),
         ({"steps": [400, 200]}, {}, "steps must rise"),

@@ -39,6 +39,13 @@ def test_three_seeds_that_alone_differ_give_students_interval_of_two_degrees() -
     assert found.high - found.low >= 2 * student(2) * spread * 0.7
 
 
+def test_differences_are_of_what_is_defined_for_both() -> None:
+    """Of things that are there: an arm that draws only the easy ones is not the better for it."""
+    easy_only, both = np.array([[1.0, NAN, 1.0, NAN]] * 3), np.array([[1.0, 0.0, 1.0, 0.0]] * 3)
+    assert difference(easy_only, both).mean == 0
+    assert interval(easy_only).mean - interval(both).mean == 0.5
+
+
 @pytest.mark.parametrize("spread", [(0.0, 0.3, 0.3), (0.05, 0.3, 0.3), (0.3, 0.1, 0.1)])
 def test_intervals_hold_the_truth_as_often_as_they_say(spread: tuple[float, float, float]) -> None:
     chance, trials = np.random.default_rng(1), 250

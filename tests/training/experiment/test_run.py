@@ -181,6 +181,9 @@ def test_arms_and_seeds_may_be_added_and_nothing_else_changed(recipe: Callable[.
         experiment.run_blend(recipe(prompts=31))
     with pytest.raises(RecipeError, match=r"other: arms\.original"):
         experiment.run_blend(recipe(arms={"original": {"blend": {"short": 1}}, "short95": None}))
+    other = {"dataset": recipe().dataset, "source": {**SOURCE, "world": {**SOURCE["world"], "seed": 9}}}
+    with pytest.raises(RecipeError, match=r"other: source\)"):
+        experiment.run_blend(recipe().model_copy(update={"source": Recipe(**other).source}))
     faster = recipe()
     assert faster.train is not None
     with pytest.raises(RecipeError, match=r"other: train"):
@@ -230,6 +233,12 @@ def test_the_report_holds_all_that_was_asked_for(
     ]
     assert "descriptive 95.0%, original 5.0%" in page
     assert "CLIP score: not run" in page
+    assert "Not run here: descriptive65, descriptive80, descriptive90, descriptive100, truth95" in page
+    assert "word for word" in page
+    asked = json.loads((folder / "prompts.json").read_text())
+    assert asked["original"].keys() == {"distinct", "trained_on"}
+    assert 0 <= asked["upsampled"]["kept"] <= 1
+    assert asked["upsampled"]["trained_on"] == 1
     assert "<script" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     results = json.loads((folder / "results.json").read_text())
