@@ -171,6 +171,15 @@ def test_scaled_decoding_looks_like_full_decoding() -> None:
     assert_shows(picture, big.resize((349, 256), Image.Resampling.BOX), 3.0)
 
 
+@pytest.mark.parametrize("side", [400, 320, 240])
+def test_shrinking_lets_no_finer_pattern_through(side: int) -> None:
+    """Noise is all patterns at once. Taking every pixel's nearest neighbours alone would differ by 9, 17 and 16."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 480), dtype=np.uint8))
+    shown = pixels_of(stored(file_of(noise, "png"), config.Image(size=side, min_size=8, quality=100)))
+    smooth = np.asarray(noise.resize((side, side), Image.Resampling.BILINEAR)).astype(float)
+    assert np.abs(shown[:, :, 0] - smooth).mean() < 8
+
+
 # Stored as it is -----------------------------------------------------------------------------------------------------
 
 
