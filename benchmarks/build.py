@@ -6,7 +6,7 @@ One nginx on loopback serves the same photos to both; img2dataset runs in a virt
 the work folder). Runs are interleaved, medians are shown. Start-up is measured by a run over a few photos and shown
 apart: the figures an image are (whole run - start-up) / (photos - few). CPU seconds are those of all processes that a
 command starts; nginx's are not among them. The floor is one process that decodes (scaled), resizes and encodes the same
-bytes from memory, by simplejpeg and OpenCV.
+bytes from memory, by simplejpeg and OpenCV, as Capstan shrinks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import simplejpeg
 import yaml
 from measure import Run, measure
 from photos import make_photos, served
+
+from pipeline.decode import shrink
 
 FEW = 1000  # photos of the run that measures start-up: enough that no worker is done before the other has started
 CAPSTAN = [sys.executable, "-m", "cluster.cli"]
@@ -140,7 +142,7 @@ def floor(paths: list[Path], size: int, resize: str, sample: int = 2000) -> floa
         scale = min(1.0, size / min(height, width))
         wanted = max(1, round(width * scale)), max(1, round(height * scale))
         pixels = simplejpeg.decode_jpeg(photo, "RGB", min_width=wanted[0], min_height=wanted[1], min_factor=2)
-        pixels = cv2.resize(pixels, wanted, interpolation=cv2.INTER_AREA)
+        pixels = shrink(pixels, wanted)
         if resize == "center_crop":
             side = min(wanted)
             left, top = (wanted[0] - side) // 2, (wanted[1] - side) // 2

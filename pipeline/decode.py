@@ -163,7 +163,7 @@ def _times(length: int, numerator: int, denominator: int) -> int:
     return max(1, (2 * length * numerator + denominator) // (2 * denominator))
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Shrink uint8 [H, W, C] to `size` (w, h) by a tent as wide as two new pixels, in two steps of vector instructions.
 
     Interpolating linearly is a tent as wide as two old pixels, of variance 1/6; [a, 1 − 2a, a] before it adds 2a, and
@@ -194,11 +194,11 @@ def _fit(pixels: np.ndarray, layout: _Layout, orientation: int) -> np.ndarray:
     may be off by less than one of them.
     """
     if orientation != 1 or layout.source == layout.scaled or min(layout.offset) < 0:
-        return _turn(_resize(pixels, _swap(layout.scaled, orientation)), orientation)
+        return _turn(shrink(pixels, _swap(layout.scaled, orientation)), orientation)
     size = pixels.shape[1], pixels.shape[0]
     width, height = (_times(have, *parts) for have, *parts in zip(size, layout.out, layout.scaled, strict=True))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return _resize(pixels[top : top + height, left : left + width], layout.out)
+    return shrink(pixels[top : top + height, left : left + width], layout.out)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
