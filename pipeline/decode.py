@@ -34,7 +34,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pipeline import config, formats, jpeg
+from pipeline import config, formats, jpeg, png
 from pipeline.colour import is_srgb, to_srgb
 from pipeline.formats import Unreadable
 from pipeline.phash import colours, phash
@@ -297,12 +297,19 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
             _check_tiff(picture, data)
         patch = picture.tile[0].extents if kind == "gif" and picture.tile else None
         picture.load()
+        if kind == "png" and _is_blank(picture, png.last_row(data)):
+            png.check_pixels(data)
         shown = _flatten(picture, kind, data)
     if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas
         canvas = Image.new("RGB", shown.size, "white")
         canvas.paste(shown.crop(patch), patch)
         shown = canvas
     return shown, layout, orientation
+
+
+def _is_blank(picture: Image.Image, row: int) -> bool:
+    """Whether Pillow has only zeros there, as where no data came; then the picture may not be whole."""
+    return not np.asarray(picture.crop((0, row, picture.width, row + 1))).any()
 
 
 def _exif(picture: Image.Image) -> bytes:

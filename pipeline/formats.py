@@ -124,6 +124,8 @@ def _promised(size: int, data: bytes) -> None:
 def _check_png(data: bytes) -> None:
     """Walk the chunks up to IEND; checksums of the critical ones must hold (PNG specification, 5.3)."""
     at = len(PNG_MAGIC)
+    if len(data) >= at + 8 and data[at + 4 : at + 8] != b"IHDR":
+        raise Unreadable("corrupt", f"the PNG begins with chunk {data[at + 4 : at + 8]!r}")
     while True:
         size = int.from_bytes(data[at : at + 4], "big")
         name, end = data[at + 4 : at + 8], at + 12 + size

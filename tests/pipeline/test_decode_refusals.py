@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import FILES, KINDS, PLAIN, SEVERAL, assert_shows, file_of, ramp, reason, sample, stored, with_chunk
+from drawn import FILES, KINDS, PLAIN, SEVERAL, assert_shows, file_of, png_of, ramp, reason, sample, stored, with_chunk
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +37,38 @@ def test_a_cut_rare_jpeg_is_refused(path: Path) -> None:
 def test_a_cut_jpeg_with_an_end_marker_is_truncated() -> None:
     data = sample("jpeg", ramp(200, 150))
     assert reason(data[: len(data) * 2 // 3] + b"\xff\xd9") == "truncated"
+
+
+# `full`: bytes of 43 × 21 pixels, in 21 rows, or in the rows of Adam7: 3, 3, 3, 6, 5, 11, 10 of 6, 5, 11, 11, 22, 21, 43.
+@pytest.mark.parametrize(
+    ("depth", "colour", "interlaced", "full"),
+    [
+        (8, 2, False, 21 * (1 + 129)),
+        (1, 0, False, 21 * (1 + 6)),
+        (4, 3, False, 21 * (1 + 22)),
+        (16, 0, False, 21 * (1 + 86)),
+        (16, 6, False, 21 * (1 + 344)),
+        (8, 4, False, 21 * (1 + 86)),
+        (8, 6, True, 3 * 25 + 3 * 21 + 3 * 45 + 6 * 45 + 5 * 89 + 11 * 85 + 10 * 173),
+        (1, 0, True, 3 * 2 + 3 * 2 + 3 * 3 + 6 * 3 + 5 * 4 + 11 * 4 + 10 * 7),
+    ],
+)
+def test_a_png_with_fewer_pixels_than_it_states_is_truncated(
+    depth: int, colour: int, interlaced: bool, full: int
+) -> None:
+    """Its checksums hold and its stream ends well: decoders leave the rest black, and say nothing."""
+    palette = [(b"PLTE", bytes(3) + bytes(range(90, 135)))] if colour == 3 else []
+
+    def made(rows: bytes) -> bytes:
+        return png_of((43, 21), depth, colour, rows, *palette, interlaced=interlaced)
+
+    stored(made(bytes(full)))  # all black, or clear: as it is where rows are missing
+    for length in (full - 1, full // 2, 1, 0):
+        assert reason(made(bytes(length))) == "truncated"
+
+
+def test_a_png_may_hold_more_than_its_pixels() -> None:
+    assert_shows(stored(png_of((16, 16), 8, 0, bytes(1000))), Image.new("L", (16, 16)))
 
 
 @given(name=st.sampled_from(sorted(KINDS)), share=st.floats(0, 1))
