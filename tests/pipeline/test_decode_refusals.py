@@ -39,7 +39,7 @@ def test_a_cut_jpeg_with_an_end_marker_is_truncated() -> None:
     assert reason(data[: len(data) * 2 // 3] + b"\xff\xd9") == "truncated"
 
 
-# `full`: bytes of 43 × 21 pixels, in 21 rows, or in the rows of Adam7: 3, 3, 3, 6, 5, 11, 10 of 6, 5, 11, 11, 22, 21, 43.
+# `full`: bytes of 43 × 21 pixels, in 21 rows, or in Adam7's 3, 3, 3, 6, 5, 11, 10 rows of 6, 5, 11, 11, 22, 21, 43.
 @pytest.mark.parametrize(
     ("depth", "colour", "interlaced", "full"),
     [
