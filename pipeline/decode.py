@@ -353,7 +353,7 @@ def _flatten(picture: Image.Image, kind: str, data: bytes) -> Image.Image:
     elif picture.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
         raise Unreadable("unsupported", f"pixels of mode {picture.mode}")
     else:
-        colours, alpha = _colours_and_alpha(picture, sixteen=kind == "png" and data[24] == 16)
+        colours, alpha = _colours_and_alpha(picture, bits=data[24] if kind == "png" else 8)
     flat = to_srgb(colours, profile)
     if alpha is None:
         return flat
@@ -375,11 +375,17 @@ def _from_16_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None
     return Image.fromarray(grey), alpha
 
 
-def _colours_and_alpha(picture: Image.Image, *, sixteen: bool) -> tuple[Image.Image, Image.Image | None]:
-    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one."""
+def _colours_and_alpha(picture: Image.Image, *, bits: int) -> tuple[Image.Image, Image.Image | None]:
+    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one.
+
+    `bits` are those of a sample in the file: Pillow has made 8 of them, and left the transparent colour as it stands.
+    """
     key = picture.info.get("transparency")
-    if sixteen and isinstance(key, tuple):  # stated in 16 bits, while Pillow has kept the upper 8 of each sample
+    if bits == 16 and isinstance(key, tuple):  # of each sample the upper 8 bits were kept
         picture.info["transparency"] = tuple(value >> 8 for value in key)
+    elif bits in (2, 4) and picture.mode == "L" and isinstance(key, int):
+        top = (1 << bits) - 1
+        picture.info["transparency"] = (key & top) * 255 // top  # the other bits do not count (PNG, 11.3.1.1)
     if picture.mode in ("La", "RGBa"):  # premultiplied
         picture = picture.convert(picture.mode[:-1] + "A")
     alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None

@@ -7,7 +7,7 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from drawn import assert_shows, file_of, pixels_of, ramp, stored, swapped_profile, with_chunk
+from drawn import assert_shows, file_of, pixels_of, png_of, ramp, stored, swapped_profile, with_chunk
 from PIL import Image, ImageCms
 
 from pipeline import config
@@ -153,3 +153,14 @@ def test_other_kinds_of_transparency_lie_on_white() -> None:
     shown = pixels_of(stored(data))
     assert shown[30, 5].min() > 240
     assert abs(shown[30, 60] - 117).max() < 10
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_level_of_few_bits_lies_on_white(bits: int) -> None:
+    top = (1 << bits) - 1
+    for level in (0, 1):
+        every = level * (255 // top)  # the level in each pixel of a byte
+        rows = (b"\0" + bytes([every] * (4 * bits) + [255 - every] * (4 * bits))) * 64
+        shown = pixels_of(stored(png_of((64, 64), bits, 0, rows, (b"tRNS", struct.pack(">H", level)))))
+        assert shown[30, 5].min() > 250
+        assert abs(shown[30, 60] - (255 - every)).max() <= 3
