@@ -288,8 +288,9 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> Picture:
 
 def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
     """The first frame in sRGB at full size, how to lay it out, and how it must still be turned (EXIF orientation)."""
-    source = formats.without_png_text(data) if kind == "png" else data
+    source, profile = png.bare(data) if kind == "png" else (data, b"")
     with _PLUGINS[kind](io.BytesIO(source)) as picture:
+        picture.info |= {"icc_profile": profile} if profile else {}
         # Pillow turns a TIFF upright itself, and says its size as it will then be.
         orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(picture))
         layout = _plan(*_swap(picture.size, orientation), image)

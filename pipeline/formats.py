@@ -138,19 +138,6 @@ def _check_png(data: bytes) -> None:
         at = end
 
 
-def without_png_text(data: bytes) -> bytes:
-    """A whole PNG without its text chunks: no pixel needs them, and compressed ones can be bombs."""
-    kept, at, dropped = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC), False
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in (b"tEXt", b"zTXt", b"iTXt"):
-            dropped = True
-        else:
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept) if dropped else data
-
-
 def _check_gif(data: bytes) -> None:
     """Walk the blocks up to the end of the first picture (GIF89a, appendix B); the later frames are not wanted."""
     _promised(13, data)

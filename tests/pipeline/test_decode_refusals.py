@@ -187,6 +187,15 @@ def test_a_compressed_text_chunk_cannot_bomb() -> None:
     assert_shows(stored(with_chunk(sample("png"), b"zTXt", bomb)), ramp())
 
 
+@pytest.mark.parametrize("name", [b"gAMA", b"pHYs", b"tEXt", b"cHRM", b"acTL", b"fcTL", b"prVt"])
+def test_what_is_wrong_with_a_chunk_that_no_pixel_needs_spoils_no_png(name: bytes) -> None:
+    for body in (b"", b"\0\0\0\1", bytes(26)):
+        assert_shows(stored(with_chunk(sample("png"), name, body)), ramp())
+        damaged = bytearray(with_chunk(sample("png"), name, body))
+        damaged[damaged.index(name) + 4 + len(body)] ^= 1  # its checksum
+        assert_shows(stored(bytes(damaged)), ramp())
+
+
 def test_a_side_that_no_jpeg_can_hold_is_refused() -> None:
     data = file_of(Image.new("1", (70_000, 8)), "png")
     assert reason(data, config.Image(resize="none", min_size=8)) == "unsupported"
