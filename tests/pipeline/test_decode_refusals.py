@@ -39,32 +39,33 @@ def test_a_cut_jpeg_with_an_end_marker_is_truncated() -> None:
     assert reason(data[: len(data) * 2 // 3] + b"\xff\xd9") == "truncated"
 
 
-# `full`: bytes of 43 × 21 pixels, in 21 rows, or in Adam7's 3, 3, 3, 6, 5, 11, 10 rows of 6, 5, 11, 11, 22, 21, 43.
+# Rows of 43 × 21 pixels, and of Adam7: 3, 3, 3, 6, 5, 11, 10 rows of 6, 5, 11, 11, 22, 21, 43; bytes of each.
 @pytest.mark.parametrize(
-    ("depth", "colour", "interlaced", "full"),
+    ("depth", "colour", "rows"),
     [
-        (8, 2, False, 21 * (1 + 129)),
-        (1, 0, False, 21 * (1 + 6)),
-        (4, 3, False, 21 * (1 + 22)),
-        (16, 0, False, 21 * (1 + 86)),
-        (16, 6, False, 21 * (1 + 344)),
-        (8, 4, False, 21 * (1 + 86)),
-        (8, 6, True, 3 * 25 + 3 * 21 + 3 * 45 + 6 * 45 + 5 * 89 + 11 * 85 + 10 * 173),
-        (1, 0, True, 3 * 2 + 3 * 2 + 3 * 3 + 6 * 3 + 5 * 4 + 11 * 4 + 10 * 7),
+        (8, 2, [1 + 129] * 21),
+        (1, 0, [1 + 6] * 21),
+        (4, 3, [1 + 22] * 21),
+        (16, 0, [1 + 86] * 21),
+        (16, 6, [1 + 344] * 21),
+        (8, 4, [1 + 86] * 21),
+        (8, 6, [25] * 3 + [21] * 3 + [45] * 3 + [45] * 6 + [89] * 5 + [85] * 11 + [173] * 10),
+        (1, 0, [2] * 3 + [2] * 3 + [3] * 3 + [3] * 6 + [4] * 5 + [4] * 11 + [7] * 10),
     ],
 )
-def test_a_png_with_fewer_pixels_than_it_states_is_truncated(
-    depth: int, colour: int, interlaced: bool, full: int
-) -> None:
-    """Its checksums hold and its stream ends well: decoders leave the rest black, and say nothing."""
+def test_a_png_with_fewer_pixels_than_it_states_is_truncated(depth: int, colour: int, rows: list[int]) -> None:
+    """Its checksums hold and its stream ends well, between two rows: Pillow leaves the rest black, and says nothing."""
     palette = [(b"PLTE", bytes(3) + bytes(range(90, 135)))] if colour == 3 else []
 
-    def made(rows: bytes) -> bytes:
-        return png_of((43, 21), depth, colour, rows, *palette, interlaced=interlaced)
+    def made(length: int, value: int = 0) -> bytes:
+        pixels = b"".join(b"\0" + bytes([value]) * (row - 1) for row in rows)[:length]
+        return png_of((43, 21), depth, colour, pixels, *palette, interlaced=len(rows) > 21)
 
-    stored(made(bytes(full)))  # all black, or clear: as it is where rows are missing
-    for length in (full - 1, full // 2, 1, 0):
-        assert reason(made(bytes(length))) == "truncated"
+    stored(made(sum(rows)))  # all black, or clear: as it is where rows are missing
+    for count in (len(rows) - 1, len(rows) // 2, 1, 0):
+        assert reason(made(sum(rows[:count]))) == "truncated"
+        assert reason(made(sum(rows[:count]), 0x11)) == "truncated"
+    assert reason(made(sum(rows) - 1)) == "truncated"
 
 
 def test_a_png_may_hold_more_than_its_pixels() -> None:
