@@ -34,7 +34,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pipeline import config, formats, jpeg
+from pipeline import config, formats, jpeg, png
 from pipeline.colour import is_srgb, to_srgb
 from pipeline.formats import Unreadable
 from pipeline.phash import colours, phash
@@ -288,8 +288,9 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> Picture:
 
 def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
     """The first frame in sRGB at full size, how to lay it out, and how it must still be turned (EXIF orientation)."""
-    source = formats.without_png_text(data) if kind == "png" else data
+    source, profile = png.bare(data) if kind == "png" else (data, b"")
     with _PLUGINS[kind](io.BytesIO(source)) as picture:
+        picture.info |= {"icc_profile": profile} if profile else {}
         # Pillow turns a TIFF upright itself, and says its size as it will then be.
         orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(picture))
         layout = _plan(*_swap(picture.size, orientation), image)
@@ -297,12 +298,19 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
             _check_tiff(picture, data)
         patch = picture.tile[0].extents if kind == "gif" and picture.tile else None
         picture.load()
+        if kind == "png" and _is_blank(picture, png.last_row(data)):
+            png.check_pixels(data)
         shown = _flatten(picture, kind, data)
     if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas
         canvas = Image.new("RGB", shown.size, "white")
         canvas.paste(shown.crop(patch), patch)
         shown = canvas
     return shown, layout, orientation
+
+
+def _is_blank(picture: Image.Image, row: int) -> bool:
+    """Whether Pillow has only zeros there, as where no data came; then the picture may not be whole."""
+    return not np.asarray(picture.crop((0, row, picture.width, row + 1))).any()
 
 
 def _exif(picture: Image.Image) -> bytes:
@@ -346,7 +354,7 @@ def _flatten(picture: Image.Image, kind: str, data: bytes) -> Image.Image:
     elif picture.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
         raise Unreadable("unsupported", f"pixels of mode {picture.mode}")
     else:
-        colours, alpha = _colours_and_alpha(picture, sixteen=kind == "png" and data[24] == 16)
+        colours, alpha = _colours_and_alpha(picture, bits=data[24] if kind == "png" else 8)
     flat = to_srgb(colours, profile)
     if alpha is None:
         return flat
@@ -368,11 +376,17 @@ def _from_16_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None
     return Image.fromarray(grey), alpha
 
 
-def _colours_and_alpha(picture: Image.Image, *, sixteen: bool) -> tuple[Image.Image, Image.Image | None]:
-    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one."""
+def _colours_and_alpha(picture: Image.Image, *, bits: int) -> tuple[Image.Image, Image.Image | None]:
+    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one.
+
+    `bits` are those of a sample in the file: Pillow has made 8 of them, and left the transparent colour as it stands.
+    """
     key = picture.info.get("transparency")
-    if sixteen and isinstance(key, tuple):  # stated in 16 bits, while Pillow has kept the upper 8 of each sample
+    if bits == 16 and isinstance(key, tuple):  # of each sample the upper 8 bits were kept
         picture.info["transparency"] = tuple(value >> 8 for value in key)
+    elif bits in (2, 4) and picture.mode == "L" and isinstance(key, int):
+        top = (1 << bits) - 1
+        picture.info["transparency"] = (key & top) * 255 // top  # the other bits do not count (PNG, 11.3.1.1)
     if picture.mode in ("La", "RGBa"):  # premultiplied
         picture = picture.convert(picture.mode[:-1] + "A")
     alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None

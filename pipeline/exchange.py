@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Final
@@ -33,6 +34,7 @@ _MOST_MEMBERS: Final = 64  # of a gzip body; each costs a copy of what follows i
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
 _RULES_LAST_S: Final = 24 * 3600.0  # RFC 9309, 2.4
 _FAILURES_LAST_S: Final = 60.0
+_RULES_BYTES: Final = 64 * 1024**2  # a worker's; of some 30,000 sites with 60 rules each, or 90,000 without any
 _LOST_BEFORE_RULES: Final = frozenset({"dns", "connect", "tls", "timeout", "private_address", "truncated"})
 
 
@@ -44,7 +46,42 @@ class Failed(Exception):
         self.reason, self.detail, self.heals, self.pause_s = reason, detail, heals, pause_s
 
 
-KnownRules = dict[str, tuple[float, robots.Rules | Failed]]  # origin → (until when, what), in monotonic seconds
+class KnownRules:
+    """What the robots.txt of many origins said, each for a time. Those not asked for longest are forgotten first."""
+
+    def __init__(self, most_bytes: int = _RULES_BYTES) -> None:
+        self._most, self._size = most_bytes, 0
+        self._known: OrderedDict[str, tuple[float, robots.Rules | Failed]] = OrderedDict()  # until, monotonic seconds
+
+    def get(self, origin: str) -> robots.Rules | Failed | None:
+        """None: nothing, or nothing any more."""
+        if (found := self._known.get(origin)) is None:
+            return None
+        if found[0] < time.monotonic():
+            self._forget(origin)
+            return None
+        self._known.move_to_end(origin)
+        return found[1]
+
+    def put(self, origin: str, rules: robots.Rules | Failed, last_s: float) -> None:
+        self._forget(origin)
+        now = time.monotonic()
+        self._known[origin] = (now + last_s, rules)
+        self._size += self._cost(rules)
+        while self._size > self._most or (self._known and self._known[next(iter(self._known))][0] < now):
+            self._forget(next(iter(self._known)))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _forget(self, origin: str) -> None:
+        if (found := self._known.pop(origin, None)) is not None:
+            self._size -= self._cost(found[1])
+
+    @staticmethod
+    def _cost(rules: robots.Rules | Failed) -> int:
+        """Bytes, about: those of the objects around the text, too."""
+        return 700 + (len(rules.detail) if isinstance(rules, Failed) else rules.size)
 
 
 class _Deadline:
@@ -175,8 +212,8 @@ class Exchange:
     async def _obey_robots_txt(self, url: URL) -> None:
         """Raise Failed unless the robots.txt of the address's origin allows it, or while it cannot be known."""
         origin = str(url.origin())
-        until, rules = self._rules.get(origin, (0.0, None))
-        if rules is None or until < time.monotonic():
+        rules = self._rules.get(origin)
+        if rules is None:
             if origin not in self._asking:  # rows of one origin ask once, together
                 self._asking[origin] = asyncio.create_task(self._ask(origin))
                 self._asking[origin].add_done_callback(lambda _: self._asking.pop(origin))
@@ -197,9 +234,9 @@ class Exchange:
             elif why.reason == "http_429" or why.reason.startswith("http_5"):
                 rules = Failed("robots", f"robots.txt answered {why.reason}")
             else:  # there is none that can be read: http_404, empty, endless redirects
-                rules = robots.Rules()
+                rules = robots.ALL_ALLOWED
         last = _FAILURES_LAST_S if isinstance(rules, Failed) else _RULES_LAST_S
-        self._rules[origin] = (time.monotonic() + last, rules)
+        self._rules.put(origin, rules, last)
         return rules
 
 

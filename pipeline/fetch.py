@@ -13,7 +13,8 @@ For each row: robots.txt → request → redirects → capped body, tried again 
 - at most `concurrency` rows are in flight or waiting to be taken, so memory stays bounded.
 
 robots.txt: 4xx means that all is allowed; 429 and 5xx forbid (RFC 9309, 2.3.1); a host that cannot be reached fails
-its rows with that reason. X-Robots-Tag is obeyed too. `robots: false` turns both off.
+its rows with that reason. What it said holds for a day, and is remembered in at most 64 MiB a worker. X-Robots-Tag is
+obeyed too. `robots: false` turns both off.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches many addresses. Keep one a worker: it remembers every host's robots.txt between calls.
+    """Fetches many addresses. Keep one a worker: it remembers hosts' robots.txt between calls, in bounded memory.
 
     `resolve` maps host → "ip:port" on this machine, like curl --resolve; such hosts are exempt from the rule against
     private addresses. `backoff_s` is the first pause before another attempt; it doubles.
@@ -54,7 +55,7 @@ class Fetcher:
     ) -> None:
         self.fetch, self.backoff_s = fetch, backoff_s
         self.resolve = {host.lower(): address for host, address in (resolve or {}).items()}
-        self._rules: KnownRules = {}
+        self._rules = KnownRules()
 
     async def fetch_all(self, urls: Sequence[str]) -> AsyncIterator[tuple[int, Fetched]]:
         """(index into `urls`, what became of it) for every address, in the order in which they complete."""

@@ -124,6 +124,8 @@ def _promised(size: int, data: bytes) -> None:
 def _check_png(data: bytes) -> None:
     """Walk the chunks up to IEND; checksums of the critical ones must hold (PNG specification, 5.3)."""
     at = len(PNG_MAGIC)
+    if len(data) >= at + 8 and data[at + 4 : at + 8] != b"IHDR":
+        raise Unreadable("corrupt", f"the PNG begins with chunk {data[at + 4 : at + 8]!r}")
     while True:
         size = int.from_bytes(data[at : at + 4], "big")
         name, end = data[at + 4 : at + 8], at + 12 + size
@@ -134,19 +136,6 @@ def _check_png(data: bytes) -> None:
         if name == b"IEND":
             return
         at = end
-
-
-def without_png_text(data: bytes) -> bytes:
-    """A whole PNG without its text chunks: no pixel needs them, and compressed ones can be bombs."""
-    kept, at, dropped = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC), False
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in (b"tEXt", b"zTXt", b"iTXt"):
-            dropped = True
-        else:
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept) if dropped else data
 
 
 def _check_gif(data: bytes) -> None:

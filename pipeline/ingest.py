@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -32,7 +32,7 @@ from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
 from pipeline.local import scratch
 from pipeline.plan import PlannedUnit
-from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED
+from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
 from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
 from pipeline.sources.pictures import Span, read_pictures
@@ -58,6 +58,7 @@ STAGED_SCHEMA = pa.schema(
     ]
 )
 
+_LONGEST_DETAIL: Final = 1_000  # characters
 Outcome = dict[str, Any]  # `reason`, `detail` and MEASURED of one row
 _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "offset", "size"]
 
@@ -254,7 +255,8 @@ def _measured(picture: Picture, source_bytes: int) -> Outcome:
 
 def _failed(reason: str, detail: str) -> Outcome:
     nothing = {field.name: "" if field.type == pa.string() else 0 for field in MEASURED}
-    return {"reason": reason, "detail": detail, **nothing}
+    cut = detail if len(detail) <= _LONGEST_DETAIL else f"{detail[: _LONGEST_DETAIL - 1]}…"
+    return {"reason": reason, "detail": storable(cut), **nothing}
 
 
 def _table(

@@ -39,6 +39,16 @@ def is_reason(reason: str) -> bool:
     return reason in REASONS or (reason.startswith("http_") and reason[5:].isdigit())
 
 
+def storable(text: str) -> str:
+    """What a server, a codec or the system said, as text that Arrow can hold. Bytes that are not UTF-8, of headers or
+    names of files, come as lone surrogates; they become question marks.
+
+    >>> storable("404 Non trouv\\udce9")
+    '404 Non trouv?'
+    """
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def make_key(*parts: str | bytes) -> str:
     """The 128-bit BLAKE2b of where a sample comes from, as 32 hexadecimal digits.
 

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import CapstanError
+from pipeline.records import storable
 from pipeline.storage import Storage
 
 Piece = dict[str, Any]
@@ -227,6 +228,6 @@ def _failure(unit: str, error: Exception) -> pa.Table:
 
 
 def reason_of(error: Exception) -> str:
-    """Type and message on the first line, the traceback below."""
+    """Type and message on the first line, the traceback below: text that Arrow can carry to the driver."""
     first = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{first}\n{''.join(traceback.format_exception(error))}"
+    return storable(f"{first}\n{''.join(traceback.format_exception(error))}")

@@ -25,6 +25,7 @@ import simplejpeg
 from pipeline.config import Recipe, Resources
 from pipeline.errors import RecipeError
 from pipeline.ingest import Staged
+from pipeline.records import storable
 from pipeline.score import store
 from pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
 from pipeline.score.tower import Loaded, Tower
@@ -198,7 +199,7 @@ def _decoded(jpeg: bytes | None) -> np.ndarray:
 
 def _said(error: Exception) -> str:
     """Why a sample has no score, for people."""
-    said = " ".join(str(error).split())
+    said = storable(" ".join(str(error).split()))
     return said if isinstance(error, LookupError) else f"{type(error).__name__}: {said}"
 
 

@@ -101,3 +101,16 @@ def with_chunk(png: bytes, name: bytes, body: bytes) -> bytes:
     at = png.index(b"IDAT") - 4
     chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     return png[:at] + chunk + png[at:]
+
+
+def png_of(
+    size: tuple[int, int], depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes], interlaced: bool = False
+) -> bytes:
+    """A PNG by hand: IHDR, `chunks`, `rows` (each after its filter byte) in three IDATs, IEND."""
+    packed = zlib.compress(rows)
+    parts = [packed[: len(packed) // 3], packed[len(packed) // 3 :], b""]
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in [(b"IHDR", header), *chunks, *((b"IDAT", part) for part in parts), (b"IEND", b"")]:
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return data

@@ -10,6 +10,9 @@ import pytest
 from aiohttp import web
 from web_site import BODY, Site, fetch, fetcher, reason
 
+from pipeline.exchange import KnownRules
+from pipeline.robots import ALL_ALLOWED, parse
+
 
 @pytest.fixture
 def site() -> Iterator[Site]:
@@ -32,6 +35,41 @@ def test_robots_txt_is_obeyed_and_asked_for_once(site: Site) -> None:
     assert site.asked("/private/a.jpg") == 0
     list(one.fetch_many([site.url("/a.jpg")]))  # the same Fetcher remembers
     assert site.asked("/robots.txt") == 1
+
+
+def test_rules_of_many_hosts_take_bounded_memory_and_those_in_use_stay() -> None:
+    text = "User-agent: *\n" + "".join(f"Disallow: /private/{number}\n" for number in range(60))
+    known, rules = KnownRules(most_bytes=200_000), parse(text, "capstan")
+    for number in range(1000):
+        known.put(f"http://{number}.test", rules, 3600)
+        assert known.get("http://0.test") is rules
+    held = len(known)
+    assert 100 < held < 200
+    assert known.get("http://1.test") is None
+    assert known.get("http://999.test") is rules
+    large = parse("User-agent: *\n" + "".join(f"Disallow: /{number}\n" for number in range(9_000)), "capstan")
+    known.put("http://large.test", large, 3600)
+    assert known.get("http://large.test") is large
+    assert len(known) < held - 30  # it takes the room of many others
+
+
+def test_rules_are_forgotten_when_their_time_is_over() -> None:
+    known = KnownRules()
+    known.put("http://old.test", ALL_ALLOWED, -1)
+    assert known.get("http://old.test") is None
+    for number in range(100):
+        known.put(f"http://{number}.test", ALL_ALLOWED, -1)
+    assert len(known) <= 1
+
+
+def test_a_forgotten_robots_txt_is_asked_for_again(site: Site) -> None:
+    site.page("/robots.txt", b"User-agent: *\nDisallow: /private/\n")
+    one = fetcher(site)
+    one._rules = KnownRules(most_bytes=0)
+    for times in (1, 2):
+        found = dict(one.fetch_many([site.url("/private/a.jpg")]))
+        assert found[0].reason == "robots"
+        assert site.asked("/robots.txt") == times
 
 
 def test_robots_txt_holds_for_redirects_too(site: Site) -> None:

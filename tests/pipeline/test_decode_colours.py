@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from drawn import assert_shows, file_of, pixels_of, ramp, stored, swapped_profile, with_chunk
+from drawn import assert_shows, file_of, pixels_of, png_of, ramp, sample, stored, swapped_profile, with_chunk
 from PIL import Image, ImageCms
 
 from pipeline import config
@@ -64,6 +65,22 @@ def test_grey_and_cmyk_profiles() -> None:
 def test_a_profile_that_cannot_be_used_is_ignored() -> None:
     for profile in (b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()):
         assert_shows(stored(file_of(ramp(), "jpeg", quality=95, icc_profile=profile)), ramp())
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_large_profile_is_used(kind: str) -> None:
+    large = swapped_profile() + np.random.default_rng(0).bytes(1_500_000)
+    red, green, blue = ramp().split()
+    quality = {"quality": 95} if kind == "jpeg" else {}
+    assert_shows(
+        stored(file_of(ramp(), kind, icc_profile=large, **quality)), Image.merge("RGB", (blue, green, red)), 8.0
+    )
+
+
+def test_a_profile_of_a_png_that_is_a_bomb_or_damaged_is_ignored() -> None:
+    bomb = zlib.compress(swapped_profile() + bytes(50_000_000), 9)
+    for body in (b"name\0\0" + bomb, b"name\0\0no zlib", b"name\0\1" + zlib.compress(swapped_profile()), b"name", b""):
+        assert_shows(stored(with_chunk(sample("png"), b"iCCP", body)), ramp())
 
 
 def test_cmyk() -> None:
@@ -153,3 +170,14 @@ def test_other_kinds_of_transparency_lie_on_white() -> None:
     shown = pixels_of(stored(data))
     assert shown[30, 5].min() > 240
     assert abs(shown[30, 60] - 117).max() < 10
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_level_of_few_bits_lies_on_white(bits: int) -> None:
+    top = (1 << bits) - 1
+    for level in (0, 1):
+        every = level * (255 // top)  # the level in each pixel of a byte
+        rows = (b"\0" + bytes([every] * (4 * bits) + [255 - every] * (4 * bits))) * 64
+        shown = pixels_of(stored(png_of((64, 64), bits, 0, rows, (b"tRNS", struct.pack(">H", level)))))
+        assert shown[30, 5].min() > 250
+        assert abs(shown[30, 60] - (255 - every)).max() <= 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import FILES, KINDS, PLAIN, SEVERAL, assert_shows, file_of, ramp, reason, sample, stored, with_chunk
+from drawn import FILES, KINDS, PLAIN, SEVERAL, assert_shows, file_of, png_of, ramp, reason, sample, stored, with_chunk
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +37,39 @@ def test_a_cut_rare_jpeg_is_refused(path: Path) -> None:
 def test_a_cut_jpeg_with_an_end_marker_is_truncated() -> None:
     data = sample("jpeg", ramp(200, 150))
     assert reason(data[: len(data) * 2 // 3] + b"\xff\xd9") == "truncated"
+
+
+# Rows of 43 × 21 pixels, and of Adam7: 3, 3, 3, 6, 5, 11, 10 rows of 6, 5, 11, 11, 22, 21, 43; bytes of each.
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows"),
+    [
+        (8, 2, [1 + 129] * 21),
+        (1, 0, [1 + 6] * 21),
+        (4, 3, [1 + 22] * 21),
+        (16, 0, [1 + 86] * 21),
+        (16, 6, [1 + 344] * 21),
+        (8, 4, [1 + 86] * 21),
+        (8, 6, [25] * 3 + [21] * 3 + [45] * 3 + [45] * 6 + [89] * 5 + [85] * 11 + [173] * 10),
+        (1, 0, [2] * 3 + [2] * 3 + [3] * 3 + [3] * 6 + [4] * 5 + [4] * 11 + [7] * 10),
+    ],
+)
+def test_a_png_with_fewer_pixels_than_it_states_is_truncated(depth: int, colour: int, rows: list[int]) -> None:
+    """Its checksums hold and its stream ends well, between two rows: Pillow leaves the rest black, and says nothing."""
+    palette = [(b"PLTE", bytes(3) + bytes(range(90, 135)))] if colour == 3 else []
+
+    def made(length: int, value: int = 0) -> bytes:
+        pixels = b"".join(b"\0" + bytes([value]) * (row - 1) for row in rows)[:length]
+        return png_of((43, 21), depth, colour, pixels, *palette, interlaced=len(rows) > 21)
+
+    stored(made(sum(rows)))  # all black, or clear: as it is where rows are missing
+    for count in (len(rows) - 1, len(rows) // 2, 1, 0):
+        assert reason(made(sum(rows[:count]))) == "truncated"
+        assert reason(made(sum(rows[:count]), 0x11)) == "truncated"
+    assert reason(made(sum(rows) - 1)) == "truncated"
+
+
+def test_a_png_may_hold_more_than_its_pixels() -> None:
+    assert_shows(stored(png_of((16, 16), 8, 0, bytes(1000))), Image.new("L", (16, 16)))
 
 
 @given(name=st.sampled_from(sorted(KINDS)), share=st.floats(0, 1))
@@ -153,6 +186,15 @@ def test_limits_are_read_from_the_header_alone(name: str, monkeypatch: pytest.Mo
 def test_a_compressed_text_chunk_cannot_bomb() -> None:
     bomb = b"note\0\0" + zlib.compress(bytes(50_000_000), 9)
     assert_shows(stored(with_chunk(sample("png"), b"zTXt", bomb)), ramp())
+
+
+@pytest.mark.parametrize("name", [b"gAMA", b"pHYs", b"tEXt", b"cHRM", b"acTL", b"fcTL", b"prVt"])
+def test_what_is_wrong_with_a_chunk_that_no_pixel_needs_spoils_no_png(name: bytes) -> None:
+    for body in (b"", b"\0\0\0\1", bytes(26)):
+        assert_shows(stored(with_chunk(sample("png"), name, body)), ramp())
+        damaged = bytearray(with_chunk(sample("png"), name, body))
+        damaged[damaged.index(name) + 4 + len(body)] ^= 1  # its checksum
+        assert_shows(stored(bytes(damaged)), ramp())
 
 
 def test_a_side_that_no_jpeg_can_hold_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -52,7 +53,40 @@ def test_patterns_match_as_the_standard_says(pattern: str, path: str) -> None:
     assert robots._matches(pattern, path) == bool(re.match(form, path))
 
 
+@given(
+    rules=st.lists(st.tuples(st.booleans(), st.text("ab*$", min_size=1, max_size=5)), max_size=6),
+    path=st.text("ab", max_size=8),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_longest_match_decides_and_allow_at_a_tie(rules: list[tuple[bool, str]], path: str) -> None:
+    matches = [(len(pattern), allow) for allow, pattern in rules if robots._matches(pattern, path)]
+    assert robots.Rules.of(rules).allows(path) == max(matches, default=(0, True))[1]
+
+
+def peak_bytes(text: str) -> tuple[int, int]:
+    """What the rules of a robots.txt hold, and what parsing it takes, in bytes."""
+    tracemalloc.start()
+    try:
+        rules = robots.parse(text, "capstan")
+        assert not rules.allows("/1")
+        return tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+
+def test_rules_are_held_in_about_the_bytes_of_their_text() -> None:
+    for form in ("Disallow: /{:x}\n", "Disallow: /*{:x}\n"):
+        text = "User-agent: *\n" + "".join(form.format(number) for number in range(10_000))
+        assert peak_bytes(text)[0] < 1.5 * len(text)
+
+
+def test_groups_for_thousands_of_robots_take_no_memory() -> None:
+    agents = "".join(f"User-agent: bot{chr(97 + number % 26)}{number}\n" for number in range(2_000))
+    rules = "".join(f"Disallow: /{number}\n" for number in range(1_000))
+    assert peak_bytes(f"{agents}User-agent: *\n{rules}")[1] < 2_000_000  # of two million pairs
+
+
 def test_a_pattern_of_many_stars_takes_no_time() -> None:
     started = time.monotonic()
-    robots.Rules(((False, "*a" * 2000 + "b"),)).allows("/" + "a" * 8000)
+    robots.Rules.of([(False, "*a" * 2000 + "b")]).allows("/" + "a" * 8000)
     assert time.monotonic() - started < 5

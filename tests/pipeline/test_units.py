@@ -41,7 +41,7 @@ class Squares(Job):
                 case "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "raise":
-                    raise ValueError(f"{unit.id} is bad")
+                    raise ValueError(f"{unit.id} is bad: caf\udce9")  # as in a name of a file that is not UTF-8
                 case "recipe":
                     raise RecipeError("image.size", "is wrong", "correct it")
 
@@ -117,7 +117,7 @@ def test_what_keeps_failing_is_quarantined_and_the_others_finish(ray_session: Re
     units = [unit("good"), unit("bad", at_end=["raise", 3]), unit("also-good")]
     summary = run(job, units, ray_session, progress=False)
     assert summary.done == 2
-    assert summary.quarantined == {"bad": "ValueError: bad is bad"}
+    assert summary.quarantined == {"bad": "ValueError: bad is bad: caf?"}
     record = json.loads(job.storage.read("state/squares/quarantine/bad.json"))
     assert "Traceback" in record["reason"]
     assert not job.storage.exists("out/bad.json")

@@ -211,7 +211,7 @@ class Moody(SampleScorer):
     def score(self, samples: Any) -> dict[str, Values]:
         (sample,) = samples
         if sample.caption == "fail":
-            raise KeyError("no word")
+            raise LookupError("no word: caf\udce9")
         return {"moody_score": [{"nan": float("nan"), "none": None}.get(sample.caption, 1.0)]}
 
 
@@ -225,7 +225,7 @@ def test_what_a_scorer_cannot_take_is_a_null_with_a_reason(storage: Storage) -> 
     facts = work.commit(unit, list(work.prepare(unit)))
     found = storage.read_table(facts["files"][Moody().id]).to_pydict()
     assert found["moody_score"] == [1.0, None, None, None]
-    assert found["error"] == ["", "'no word'", "not_finite: the model gave no number", ""]
+    assert found["error"] == ["", "no word: caf?", "not_finite: the model gave no number", ""]
 
 
 @pytest.mark.parametrize(
