@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from PIL import Image
 
 from pipeline.errors import RecipeError
+from pipeline.records import storable
 from recaption import pixels, prompts
 from recaption.config import Decoding, RecaptionConfig
 from recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
@@ -251,9 +252,11 @@ def _read(answer: Any, seed: int) -> tuple[Caption, int]:
         text = "".join(part.get("text", "") for part in text)
     ends = {"stop": "end", "length": "length", None: "end"}
     if finish not in ends or text is None:
-        return Caption(text or "", tokens, "none", seed, finish if finish not in ends else "empty"), total
+        why = storable(str(finish)) if finish not in ends else "empty"
+        return Caption(storable(str(text or "")), tokens, "none", seed, why), total
     finished: Any = ends[finish]
-    return Caption(str(text).strip(), tokens, finished, seed), total
+    # JSON may spell half a character (\ud83d), which no table can hold.
+    return Caption(storable(str(text)).strip(), tokens, finished, seed), total
 
 
 def _expected_tokens(body: Body) -> int:

@@ -200,6 +200,13 @@ def test_finish_reasons_and_token_counts_are_the_servers(server: ChatServer) -> 
     assert (caption.raw, caption.tokens, caption.finish) == ("cut off", 9, "length")
 
 
+def test_half_a_character_does_not_reach_the_tables(server: ChatServer) -> None:
+    """JSON may spell one of a pair of surrogates, which no UTF-8 and so no Parquet can hold."""
+    server.misbehave = lambda body, tries: (200, {}, completion("a cat \ud83d", "stop", 9))
+    caption = engine(server).caption(PICTURES[:1], REQUESTS[:1])[0]["short"]
+    assert (caption.raw, caption.finish) == ("a cat ?", "end")
+
+
 @pytest.mark.parametrize("header", ["seconds", "milliseconds", "date"])
 def test_waits_as_long_as_the_server_says(server: ChatServer, header: str) -> None:
     """All requests wait, not only the one that was told to."""
