@@ -6,6 +6,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from pipeline.sources.tar import Member, members
 from pipeline.storage import SourceFile
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
+_BESIDE = frozenset([".txt", ".json"])  # what says something of the picture of the same name
 
 Open = Callable[[str], Any]
 ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
@@ -46,10 +48,11 @@ def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
     """The samples of a tar: KEY.jpg (or another picture) with KEY.txt and KEY.json beside it."""
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
+        apart = _Apart(file.path)
         try:
             for _, group in itertools.groupby(members(stream), key=lambda member: _first_split(member.name)[0]):
                 for sample in _samples(list(group)):
-                    yield from _sample(sample, stream, file, source)
+                    yield from _sample(sample, stream, file, source, apart)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
@@ -76,20 +79,48 @@ def _samples(group: list[Member]) -> list[list[Member]]:
     return [list(sample) for _, sample in itertools.groupby(group, key=lambda member: _split(member.name)[0])]
 
 
-def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source) -> Iterator[Row]:
-    picture, caption, record = None, "", dict[str, Any]()
-    plain = any(_first_split(member.name)[1].lower() in IMAGES for member in sample)
+class _Apart:
+    """Looks for captions that do not lie beside their picture, as in a tar of a.jpg, b.jpg, a.txt, b.txt: read sample
+    by sample, all would be lost. Holds a hash of each name that lacks .txt or .json, and of each of these alone."""
+
+    def __init__(self, tar: str) -> None:
+        self._tar = tar
+        self._lacking, self._alone = ({suffix: set[bytes]() for suffix in _BESIDE} for _ in range(2))
+
+    def check(self, stem: str, suffixes: set[str], *, picture: bool) -> None:
+        """Note a sample and which of _BESIDE it has. Raises RecipeError where what it lacks lies elsewhere."""
+        noted = _BESIDE - suffixes if picture else suffixes
+        here, there = (self._lacking, self._alone) if picture else (self._alone, self._lacking)
+        name = _hash(stem) if noted else b""
+        for suffix in noted:
+            here[suffix].add(name)
+            if name in there[suffix]:
+                problem = (
+                    f"{stem}{suffix} stands apart from its picture in {self._tar}, so that its caption would be lost"
+                )
+                raise RecipeError("source.path", problem, "unpack the tar, and pack it by name: tar --sort=name -cf …")
+
+
+def _hash(name: str) -> bytes:
+    return blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, apart: _Apart) -> Iterator[Row]:
+    picture, caption, record, beside = None, "", dict[str, Any](), set[str]()
+    split = _first_split if any(_first_split(member.name)[1].lower() in IMAGES for member in sample) else _split
     for member in sample:
-        suffix = (_first_split if plain else _split)(member.name)[1].lower()
+        suffix = split(member.name)[1].lower()
         if suffix in IMAGES and picture is None:
             picture = member
-        elif suffix in (".txt", ".json"):
+        elif suffix in _BESIDE:
+            beside.add(suffix)
             stream.seek(member.offset)
             data = stream.read(member.size)
             if suffix == ".json":
                 record = _json_object(data)
             else:
                 caption = data.decode("utf-8", "replace").strip()
+    apart.check(split(sample[0].name)[0], beside, picture=picture is not None)
     if picture is None:
         return
     caption = caption or text_of(record.get(source.caption))

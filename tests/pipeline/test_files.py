@@ -64,6 +64,21 @@ def test_keys_with_dots_are_taken_for_what_they_are(tmp_path: Path) -> None:
     assert [row["caption"] for row in rows(tmp_path / "t.tar")] == ["txt 0", "txt 1", "txt 2"]
 
 
+@pytest.mark.parametrize(
+    "order", ["a.jpg b.jpg a.txt b.txt", "a.json b.json b.jpg a.jpg", "x.v1.jpg x.v2.jpg x.v1.txt"]
+)
+def test_a_tar_in_which_captions_lie_apart_from_their_pictures_is_refused(tmp_path: Path, order: str) -> None:
+    write_tar(tmp_path / "t.tar", [(name, b"{}") for name in order.split()])
+    with pytest.raises(RecipeError, match=r"source\.path: \S+ stands apart from its picture in .*t\.tar.*--sort=name"):
+        rows(tmp_path / "t.tar")
+
+
+def test_texts_without_a_picture_and_pictures_without_texts_are_in_order(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.txt", "c.jpg", "c.txt", "d.json", "e.jpg", "e.json", "e.json", "c/a.txt"]
+    write_tar(tmp_path / "t.tar", [(name, b"{}") for name in names])
+    assert [row["url"].rpartition("#")[2] for row in rows(tmp_path / "t.tar")] == ["a.jpg", "c.jpg", "e.jpg"]
+
+
 def test_tables_beside_pictures_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet")
     (tmp_path / "preview.png").write_bytes(b"PNG")
