@@ -9,13 +9,13 @@ from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
 from pipeline.sources import Rows, read_pictures
-from pipeline.sources.pictures import Span
+from pipeline.sources.pictures import TooLarge, span_of
 from pipeline.storage import Storage
 
 
 def pictures(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
     """What lies where the rows say, in their order."""
-    spans = [Span(row["file"], row["offset"], row["length"], number) for number, row in enumerate(found)]
+    spans = [span_of(row, number) for number, row in enumerate(found)]
     return [data for _, data in sorted(read_pictures(spans, where), key=lambda answer: answer[0])]
 
 
@@ -117,7 +117,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path:
         (tmp_path / f"{n:03}.jpg").write_bytes(bytes([n]) * 10)
     found = rows(tmp_path)
     (tmp_path / "003.jpg").unlink()
-    (tmp_path / "005.jpg").write_bytes(b"short")
+    found[5]["offset"] = 4
     before = len(list(Path("/proc/self/fd").iterdir()))
     answers = pictures(found, recipe(tmp_path))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
@@ -125,5 +125,29 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path:
         3: FileNotFoundError,
         5: OSError,
     }
-    assert "005.jpg has changed" in str(answers[5])
+    assert "005.jpg has changed since it was planned: 6 of 10 bytes" in str(answers[5])
     assert answers[99] == b"c" * 10
+
+
+def test_a_picture_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
+    for name in ("cut.jpg", "grown.jpg"):
+        (tmp_path / name).write_bytes(b"cut")
+    found = rows(tmp_path)
+    (tmp_path / "cut.jpg").write_bytes(b"the whole picture")
+    (tmp_path / "grown.jpg").write_bytes(bytes(100))
+    where = recipe(tmp_path)
+    cut, grown = read_pictures([span_of(row, number) for number, row in enumerate(found)], where, most=50)
+    assert cut == (0, b"the whole picture")
+    assert isinstance(grown[1], TooLarge)
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["ä.jpg", "b.jpg"], ["a" * 150 + ".jpg", "b" * 150 + ".jpg"]])
+def test_a_tar_that_was_written_anew_gives_no_picture_of_another(tmp_path: Path, names: list[str]) -> None:
+    members = [(name, name.encode()[:5]) for name in names]
+    write_tar(tmp_path / "t.tar", members)
+    found = rows(tmp_path / "t.tar")
+    assert pictures(found, recipe(tmp_path)) == [data for _, data in members]
+    write_tar(tmp_path / "t.tar", members[::-1])
+    for answer in pictures(found, recipe(tmp_path)):
+        assert isinstance(answer, OSError)
+        assert "t.tar has changed since it was planned" in str(answer)

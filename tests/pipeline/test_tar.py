@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from pipeline.sources.tar import members
+from pipeline.sources.tar import BLOCK, fits, is_of, members
 
 FILES = [(f"{n:03}.jpg", bytes([n]) * (n * 97)) for n in range(40)]
 
@@ -45,6 +45,24 @@ def test_every_format(form: int, fields: dict[str, Any]) -> None:
         ("z.jpg", b"z"),
     ]
     assert read(tar_of(form, files, **fields)) == files
+
+
+LONG = ["x" * 100 + ".jpg", "ü" * 70 + ".jpg", "folder/" * 90 + "deep.jpg"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fields", [{}, {"pax_headers": {"SCHILY.xattr.user.note": "n" * 600}}])
+def test_what_lies_before_a_file_tells_whose_bytes_they_are(form: int, fields: dict[str, Any]) -> None:
+    names = ["a.jpg", "é.jpg", "folder/b.jpg", *(LONG if form != tarfile.USTAR_FORMAT else [])]
+    raw = tar_of(form, [(name, b"12345") for name in names], **fields)
+    for member in members(io.BytesIO(raw)):
+        before = raw[max(0, member.offset - (1 if fits(member.name) else 2) * BLOCK) : member.offset]
+        assert is_of(before, member.name, 5)
+        assert not is_of(before, member.name, 4)
+        assert not is_of(before, "b.jpg", 5)
+        if not fields:
+            assert not any(is_of(before, name, 5) for name in names if name != member.name)
+    assert not is_of(raw[member.offset : member.offset + BLOCK], member.name, 5)
 
 
 def test_what_webdataset_writes(tmp_path: Path) -> None:
