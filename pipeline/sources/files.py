@@ -48,11 +48,11 @@ def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
     """The samples of a tar: KEY.jpg (or another picture) with KEY.txt and KEY.json beside it."""
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
-        apart = _Apart(file.path)
+        apart, seen = _Apart(file.path), set[bytes]()
         try:
             for _, group in itertools.groupby(members(stream), key=lambda member: _first_split(member.name)[0]):
                 for sample in _samples(list(group)):
-                    yield from _sample(sample, stream, file, source, apart)
+                    yield from _sample(sample, stream, file, source, apart, seen)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
@@ -73,10 +73,24 @@ def _samples(group: list[Member]) -> list[list[Member]]:
     """Members that share their name up to its first dot → samples: one, as in KEY.jpg, KEY.seg.png, KEY.txt.
 
     Where no member is named just KEY and a picture's suffix, the keys hold dots themselves, and end at the last one.
+    Where a picture's name comes again, so does its sample.
     """
-    if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
+    pictures = [member.name for member in group if _first_split(member.name)[1].lower() in IMAGES]
+    if len(pictures) > 1 and len(set(pictures)) < len(pictures):
+        return _parted(group)
+    if pictures:
         return [group]
     return [list(sample) for _, sample in itertools.groupby(group, key=lambda member: _split(member.name)[0])]
+
+
+def _parted(group: list[Member]) -> list[list[Member]]:
+    """A new sample begins with each name that the one before has."""
+    samples: list[list[Member]] = [[]]
+    for member in group:
+        if any(member.name == other.name for other in samples[-1]):
+            samples.append([])
+        samples[-1].append(member)
+    return samples
 
 
 class _Apart:
@@ -105,7 +119,9 @@ def _hash(name: str) -> bytes:
     return blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, apart: _Apart) -> Iterator[Row]:
+def _sample(
+    sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, apart: _Apart, seen: set[bytes]
+) -> Iterator[Row]:
     picture, caption, record, beside = None, "", dict[str, Any](), set[str]()
     split = _first_split if any(_first_split(member.name)[1].lower() in IMAGES for member in sample) else _split
     for member in sample:
@@ -125,7 +141,12 @@ def _sample(sample: list[Member], stream: BinaryIO, file: SourceFile, source: So
         return
     caption = caption or text_of(record.get(source.caption))
     record.pop(source.caption, None)
-    yield _row(f"{file.path}#{picture.name}", caption, file.path, picture.offset, picture.size, record, source)
+    url = text_of(f"{file.path}#{picture.name}")
+    name = _hash(url)
+    if name in seen:  # another picture of this name: the first has the key that it would have alone
+        url += f"@{picture.offset}"
+    seen.add(name)
+    yield _row(url, caption, file.path, picture.offset, picture.size, record, source)
 
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:

@@ -73,6 +73,29 @@ def test_a_tar_in_which_captions_lie_apart_from_their_pictures_is_refused(tmp_pa
         rows(tmp_path / "t.tar")
 
 
+@pytest.mark.parametrize("between", [[], [("b.jpg", b"JPEG b"), ("b.txt", b"b")]])
+@pytest.mark.parametrize("caption_first", [False, True])
+def test_pictures_of_one_name_in_a_tar_are_all_rows(
+    tmp_path: Path, between: list[tuple[str, bytes]], caption_first: bool
+) -> None:
+    samples = [[("a.jpg", b"JPEG 1"), ("a.txt", b"one")], between, [("a.jpg", b"JPEG 2"), ("a.txt", b"two")]]
+    members = [member for sample in samples for member in (sample[::-1] if caption_first else sample)]
+    write_tar(tmp_path / "t.tar", members)
+    found = [row for row in rows(tmp_path / "t.tar") if row["caption"] != "b"]
+    assert [row["caption"] for row in found] == ["one", "two"]
+    assert pictures(found, recipe(tmp_path)) == [b"JPEG 1", b"JPEG 2"]
+    write_tar(tmp_path / "t.tar", members[:2])
+    assert found[0]["key"] == rows(tmp_path / "t.tar")[0]["key"] != found[1]["key"]
+    assert isinstance(pictures(found, recipe(tmp_path))[1], OSError)
+
+
+def test_names_in_a_tar_that_differ_in_what_is_no_text_are_told_apart(tmp_path: Path) -> None:
+    write_tar(tmp_path / "t.tar", [("caf\udce9.jpg", b"e"), ("caf\udce8.jpg", b"f")])
+    found = rows(tmp_path / "t.tar")
+    assert len({row["key"] for row in found}) == 2
+    assert pictures(found, recipe(tmp_path)) == [b"e", b"f"]
+
+
 def test_texts_without_a_picture_and_pictures_without_texts_are_in_order(tmp_path: Path) -> None:
     names = ["a.jpg", "b.txt", "c.jpg", "c.txt", "d.json", "e.jpg", "e.json", "e.json", "c/a.txt"]
     write_tar(tmp_path / "t.tar", [(name, b"{}") for name in names])
