@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeline.config import Source
 from pipeline.errors import RecipeError
+from pipeline.listing import SourceFile
 from pipeline.sources.columns import Row, text_of, to_json
 from pipeline.sources.tar import Member, members
-from pipeline.storage import SourceFile
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
 _BESIDE = frozenset([".txt", ".json"])  # what says something of the picture of the same name
@@ -24,24 +24,33 @@ ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their cont
 _AT_ONCE = 256  # pictures whose neighbours are read together
 
 
-def folder(files: list[SourceFile], source: Source, read: ReadAll) -> Iterator[Row]:
-    """Pictures with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields."""
-    pictures = [file for file in files if PurePosixPath(file.path).suffix.lower() in IMAGES]
-    if not pictures:
+def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> Iterator[Row]:
+    """Pictures with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields. What
+    shares a name is in one of the lists."""
+    anything = False
+    for some in files:
+        pictures = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
+        anything = anything or bool(pictures)
+        named = {file.path: file for file in some}
+        for start in range(0, len(pictures), _AT_ONCE):
+            yield from _pictures(pictures[start : start + _AT_ONCE], named, source, read)
+    if not anything:
         kinds = ", ".join(sorted(IMAGES))
         raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
-    named = {file.path: file for file in files}
-    for start in range(0, len(pictures), _AT_ONCE):
-        some = pictures[start : start + _AT_ONCE]
-        beside = [f"{_split(file.path)[0]}{suffix}" for file in some for suffix in (".txt", ".json")]
-        content = read([named[path] for path in beside if path in named])
-        for file in some:
-            stem = _split(file.path)[0]
-            record = _json_object(content.get(f"{stem}.json", b"{}"))
-            caption = text_of(record.pop(source.caption, None))
-            if f"{stem}.txt" in content:
-                caption = content[f"{stem}.txt"].decode("utf-8", "replace").strip()
-            yield _row(file.path, caption, file.path, 0, file.size, record, source)
+
+
+def _pictures(
+    pictures: list[SourceFile], named: Mapping[str, SourceFile], source: Source, read: ReadAll
+) -> Iterator[Row]:
+    beside = [f"{_split(file.path)[0]}{suffix}" for file in pictures for suffix in (".txt", ".json")]
+    content = read([named[path] for path in beside if path in named])
+    for file in pictures:
+        stem = _split(file.path)[0]
+        record = _json_object(content.get(f"{stem}.json", b"{}"))
+        caption = text_of(record.pop(source.caption, None))
+        if f"{stem}.txt" in content:
+            caption = content[f"{stem}.txt"].decode("utf-8", "replace").strip()
+        yield _row(file.path, caption, file.path, 0, file.size, record, source)
 
 
 def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:

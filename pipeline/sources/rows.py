@@ -11,6 +11,8 @@ Nothing here looks at pixels, and memory does not grow with the source.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import logging
 import lzma
 from collections.abc import Iterable, Iterator
@@ -19,14 +21,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Recipe, Source, WorldSource, fingerprint
+from pipeline.config import Recipe, Source, WorldSource
 from pipeline.errors import CapstanError, RecipeError
+from pipeline.listing import Batches, SourceFile, in_batches
 from pipeline.sources import tables
 from pipeline.sources.columns import Row, of_rows, to_json
 from pipeline.sources.files import IMAGES, folder, webdataset
 from pipeline.sources.pictures import Span, options_of, read_pictures
 from pipeline.sources.tables import Reader
-from pipeline.storage import SourceFile, find_files, open_file
+from pipeline.storage import list_files, open_file
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +54,17 @@ _SUFFIXES = {
 class Rows:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
 
-    Raises RecipeError for a source that is not there.
+    The files of one folder or glob on a disk are listed anew when they are needed, and not held. Raises RecipeError for
+    a source that is not there.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.source is None:
             raise RecipeError("source", "is missing", "say where the rows come from")
         self.source, self._recipe = recipe.source, recipe
-        self.files = [] if self.source.format == "world" else self._find()
-        stamps = [(file.path, file.size, file.stamp) for file in self.files]
-        self.signature = fingerprint([self.source.model_dump(mode="json", exclude={"storage"}), stamps])
+        self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
+        self._gathered: list[SourceFile] | None = None
+        self.signature = self._signature()
 
     def tables(self) -> Iterator[pa.Table]:
         """All rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
@@ -70,25 +74,43 @@ class Rows:
         if self.source.format == "world":
             yield from _in_tables(_world(self.source))
             return
-        kinds = [(self._kind(file), file) for file in self.files]
+        kinds = [(self._kind(file), file) for some in self._files() for file in some]
         if self.source.format == "auto":
             _refuse_mixed(kinds)
         if self.source.format == "folder" or (self.source.format == "auto" and any(k == "image" for k, _ in kinds)):
-            yield from _guarded(_in_tables(folder(self.files, self.source, self._read_all)), str(self.source.path))
+            yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
             return
         known = [(kind, file) for kind, file in kinds if kind]
         if not known:
             mend = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
-            raise RecipeError("source.format", f"cannot tell the format of {self.files[0].path}", mend)
+            raise RecipeError("source.format", f"cannot tell the format of {kinds[0][1].path}", mend)
         if skipped := [file.path for kind, file in kinds if not kind]:
             log.warning("source: %d files of no known format are left out: %s …", len(skipped), skipped[0])
         for kind, file in known:
             yield from _guarded(self._read(kind, file), file.path)
 
-    def _find(self) -> list[SourceFile]:
-        paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
-        found = [file for path in paths for file in find_files(path, options_of(path, self._recipe))]
-        return list({file.path: file for file in found}.values())
+    def _files(self) -> Batches:
+        """All files, in batches. What lies in a bucket, or under several paths, is listed once and held."""
+        if self.source.format == "world":
+            return iter(())
+        if len(self._paths) == 1 and "://" not in self._paths[0]:
+            return self._listed(self._paths[0])
+        if self._gathered is None:
+            found = {file.path: file for path in self._paths for some in self._listed(path) for file in some}
+            self._gathered = list(found.values())
+        return in_batches(self._gathered)
+
+    def _listed(self, path: str) -> Batches:
+        return list_files(path, options_of(path, self._recipe))
+
+    def _signature(self) -> str:
+        """16 hexadecimal digits of the recipe's source and its files' paths, sizes and stamps."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = json.dumps(self.source.model_dump(mode="json", exclude={"storage"}), sort_keys=True)
+        digest.update(settings.encode())
+        for some in self._files():
+            digest.update(json.dumps([(file.path, file.size, file.stamp) for file in some]).encode())
+        return digest.hexdigest()
 
     def _kind(self, file: SourceFile) -> str:
         """One of the formats, "image", or "" where the name does not tell."""

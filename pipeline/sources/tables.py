@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Source
 from pipeline.errors import RecipeError
+from pipeline.listing import SourceFile
 from pipeline.sources.columns import Row, as_hash, as_objects, as_text, of_addresses, of_rows, text_of, to_json
-from pipeline.storage import SourceFile
 
 BATCH_ROWS = 1 << 15
 IMAGE_ROWS = 1 << 8
