@@ -60,13 +60,15 @@ def test_text_lines_are_addresses(tmp_path: Path) -> None:
 
 
 def test_several_files_a_glob_and_a_folder_of_tables(tmp_path: Path) -> None:
-    for name in ("a.parquet", "b.jsonl"):
+    for name in ("a.jsonl", "sub/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write_table(tmp_path / name)
-    assert len(rows(tmp_path)) == len(rows(tmp_path / "*")) == 6
-    assert len(rows(tmp_path / "*.parquet")) == 3
-    twice = [str(tmp_path / "a.parquet"), str(tmp_path / "*")]
+    assert len(rows(tmp_path)) == len(rows(tmp_path / "**")) == 6
+    assert len(rows(tmp_path / "*.jsonl")) == 3
+    write_table(tmp_path / "c.parquet")
+    twice = [str(tmp_path / name) for name in ("a.jsonl", "**/*.jsonl", "c.parquet")]
     where = Recipe.model_validate({"dataset": "unused", "source": {"path": twice}})
-    assert sum(len(table) for table in Rows(where).tables()) == 6  # a file that is named twice is read once
+    assert sum(len(table) for table in Rows(where).tables()) == 9  # a file that is named twice is read once
 
 
 ODD = 'quote " backslash \\ newline \n tab \t nul \x00 é 🎨'
