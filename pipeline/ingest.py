@@ -35,6 +35,7 @@ from pipeline.plan import PlannedUnit
 from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
 from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
+from pipeline.sources.columns import has_no_text
 from pipeline.sources.pictures import Span, TooLarge, read_pictures, span_of
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import Job, Piece, Unit, report
@@ -172,6 +173,8 @@ class Ingest(Job):
         for index, row in enumerate(rows):
             if is_removed(row):
                 yield index, Failure(REMOVED)
+            elif has_no_text(row["extra"]):
+                yield index, Failure("bad_caption", f"{row['caption'][:200]} is no text")
             elif row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from pipeline.config import Source
 from pipeline.errors import RecipeError
 from pipeline.listing import SourceFile
-from pipeline.sources.columns import Row, text_of, to_json
+from pipeline.sources.columns import Row, caption_of, text_of, to_json
 from pipeline.sources.tar import Member, members
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
@@ -47,9 +47,8 @@ def _pictures(
     for file in pictures:
         stem = _split(file.path)[0]
         record = _json_object(content.get(f"{stem}.json", b"{}"))
-        caption = text_of(record.pop(source.caption, None))
-        if f"{stem}.txt" in content:
-            caption = content[f"{stem}.txt"].decode("utf-8", "replace").strip()
+        text = content.get(f"{stem}.txt")
+        caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
         yield _row(file.path, caption, file.path, 0, file.size, record, source)
 
 
@@ -148,8 +147,7 @@ def _sample(
     apart.check(split(sample[0].name)[0], beside, picture=picture is not None)
     if picture is None:
         return
-    caption = caption or text_of(record.get(source.caption))
-    record.pop(source.caption, None)
+    caption = _caption(caption or None, record, source)
     url = text_of(f"{file.path}#{picture.name}")
     name = _hash(url)
     if name in seen:  # another picture of this name: the first has the key that it would have alone
@@ -161,6 +159,14 @@ def _sample(
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
     hash_ = text_of(record.get(source.hash)).strip() if source.hash else ""
     return Row(text_of(url), caption, None, text_of(file), offset, length, to_json(record), hash_)
+
+
+def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:
+    """What NAME.txt says, or without one (None) NAME.json, from which it is taken out."""
+    if text is None:
+        return caption_of(record, source.caption)
+    record.pop(source.caption, None)
+    return text
 
 
 def _split(name: str) -> tuple[str, str]:

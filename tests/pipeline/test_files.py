@@ -102,6 +102,19 @@ def test_texts_without_a_picture_and_pictures_without_texts_are_in_order(tmp_pat
     assert [row["url"].rpartition("#")[2] for row in rows(tmp_path / "t.tar")] == ["a.jpg", "c.jpg", "e.jpg"]
 
 
+@pytest.mark.parametrize("text", [None, b"one"])
+def test_captions_in_json_beside_a_picture_that_are_no_text(tmp_path: Path, text: bytes | None) -> None:
+    members = [("a.jpg", b"JPEG"), ("a.json", b'{"caption": ["one", "two"]}'), *([("a.txt", text)] if text else [])]
+    (tmp_path / "folder").mkdir()
+    for name, data in members:
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "t.tar", members)
+    for place in ("folder", "t.tar"):
+        (row,) = rows(tmp_path / place)
+        assert row["extra"] == ("{}" if text else '{"unreadable_caption":["one","two"]}')
+        assert row["caption"] == ("one" if text else '["one","two"]')
+
+
 def test_tables_beside_pictures_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet")
     (tmp_path / "preview.png").write_bytes(b"PNG")

@@ -252,6 +252,8 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
     }
     for name, data in planned.items():
         (pictures / f"{name}.jpg").write_bytes(data)
+    (pictures / "listed.jpg").write_bytes(draw(3))
+    (pictures / "listed.json").write_text('{"caption": ["one", "two"]}')
     settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
     ingest = Ingest(Recipe.model_validate(settings), storage)
     (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
@@ -267,7 +269,9 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
         "good": "",
         "mended": "",
         "grown": "too_large_bytes",
+        "listed": "bad_caption",
     }
+    assert rows["listed"]["detail"] == '["one","two"] is no text'
     assert "50000 bytes" in rows["large"]["detail"]
 
 

@@ -166,6 +166,38 @@ def test_columns_that_are_not_text_are_written_as_text(tmp_path: Path) -> None:
     assert urls_and_captions(rows(tmp_path / "t.parquet")) == [("1", "0.5"), ("2", ""), ("", "1.0")]
 
 
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (pa.list_(pa.string()), ["one", "two"]),
+        (pa.list_(pa.string(), 2), ["one", "two"]),
+        (pa.struct([("en", pa.string())]), {"en": "one"}),
+        (pa.map_(pa.string(), pa.string()), [("en", "one")]),
+    ],
+)
+@pytest.mark.parametrize("image", [None, "image"])
+def test_a_caption_column_that_is_no_text_is_refused(
+    tmp_path: Path, kind: pa.DataType, cell: Any, image: str | None
+) -> None:
+    columns = {"url": URLS[:1], "image": [b"x"], "caption": pa.array([cell], kind)}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(
+        RecipeError, match=r"source\.caption: 'caption' in .*t\.parquet holds .*, not text.*name a column"
+    ):
+        rows(tmp_path / "t.parquet", image=image)
+
+
+def test_captions_in_json_that_are_no_text_are_rows_that_will_fail(tmp_path: Path) -> None:
+    captions = ["text", 1.5, None, ["one", "two"], {"en": "one"}, ["three"], True]
+    lines = [json.dumps({"url": "http://a/", "caption": caption, "n": 1}) for caption in captions]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    found = rows(tmp_path / "t.jsonl")
+    assert [row["caption"] for row in found[:3]] == ["text", "1.5", ""]
+    assert [row["extra"] for row in found[:3]] == ['{"n":1}'] * 3
+    assert [json.loads(row["extra"])["unreadable_caption"] for row in found[3:]] == captions[3:]
+    assert len({row["key"] for row in found}) == len(found)
+
+
 SHA1 = "2fd4e1c67a2d28fced849ee1bb76e7391b93eb12"
 
 
