@@ -30,6 +30,7 @@ from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, check_hash, decode
 from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
+from pipeline.listing import on_disk
 from pipeline.local import scratch
 from pipeline.plan import PlannedUnit
 from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
@@ -179,7 +180,9 @@ class Ingest(Job):
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:
                 remote.append(index)
-            elif row["length"] > most and (row["offset"] or "://" in row["file"]):  # files on a disk may have changed
+            elif row["length"] > most and (
+                row["offset"] or not on_disk(row["file"])
+            ):  # files on a disk may have changed
                 yield index, _readable(TooLarge(f"{row['length']} bytes"))
             else:
                 spans.append(span_of(row, index))

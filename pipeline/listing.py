@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A user's file: its path or URL, size in bytes, and a stamp that changes when its content does. `named` by the
-    user itself, not found in a folder or by a glob."""
+    """A user's file: its path (see `as_text`) or URL, size in bytes, and a stamp that changes when its content does.
+    `named` by the user itself, not found in a folder or by a glob."""
 
     path: str
     size: int
@@ -63,7 +64,7 @@ def walk(folder: str, depth: int | None = None, _above: frozenset[tuple[int, int
 def matching(pattern: re.Pattern[str], folder: str, depth: int | None) -> Batches:
     """The files in `folder`, down to `depth`, whose whole path `pattern` matches."""
     for some in walk(folder, depth) if Path(folder).is_dir() else ():
-        if found := [file for file in some if pattern.match(file.path)]:
+        if found := [file for file in some if pattern.match(on_disk(file.path) or "")]:
             yield found
 
 
@@ -72,8 +73,29 @@ def file_at(path: str, *, named: bool = False) -> SourceFile | None:
     try:
         info = os.stat(path)  # noqa: PTH116 - asked for every file: a Path takes longer than the disk
     except OSError:
-        return SourceFile(path, 0, "", named) if Path(path).is_symlink() else None
-    return SourceFile(path, info.st_size, str(info.st_mtime), named) if stat.S_ISREG(info.st_mode) else None
+        return SourceFile(as_text(path), 0, "", named) if Path(path).is_symlink() else None
+    return SourceFile(as_text(path), info.st_size, str(info.st_mtime), named) if stat.S_ISREG(info.st_mode) else None
+
+
+def as_text(path: str) -> str:
+    """`path`; or, where its bytes are not UTF-8, a URL in which they are percent-encoded (RFC 8089), so that tables and
+    JSON can hold it.
+
+    >>> as_text("/caf\\udce9 1.jpg"), as_text("/café 1.jpg")
+    ('file:///caf%E9%201.jpg', '/café 1.jpg')
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"file://{quote_from_bytes(os.fsencode(path))}"
+    return path
+
+
+def on_disk(path: str) -> str | None:
+    """The inverse of `as_text`; None where a SourceFile is not on this machine."""
+    if path.startswith("file://"):
+        return os.fsdecode(unquote_to_bytes(path.removeprefix("file://")))
+    return None if "://" in path else path
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.errors import DiskFull, RecipeError, StorageError
-from pipeline.listing import Batches, SourceFile, file_at, in_batches, matching, walk
+from pipeline.listing import Batches, SourceFile, file_at, in_batches, matching, on_disk, walk
 from pipeline.local import PARTIAL, Local
 from pipeline.remote import Remote, stamp
 
@@ -226,6 +226,8 @@ def _in_bucket(remote: Remote, root: str) -> Batches:
 
 def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> BinaryIO:
     """A reader over a user's file; `ahead` makes it fetch more than is asked for, for reading from front to back."""
+    if here := on_disk(path):
+        return Local().open(here)
     files, root = _connect(path, options)
     return files.open(root, ahead=ahead)
 

@@ -31,25 +31,43 @@ def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> 
     for some in files:
         pictures = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
         anything = anything or bool(pictures)
-        named = {file.path: file for file in some}
+        beside = _named(some)
         for start in range(0, len(pictures), _AT_ONCE):
-            yield from _pictures(pictures[start : start + _AT_ONCE], named, source, read)
+            yield from _pictures(pictures[start : start + _AT_ONCE], beside, source, read)
     if not anything:
         kinds = ", ".join(sorted(IMAGES))
         raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
 
 
+def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
+    """What may lie beside a picture, by its name with a suffix in small letters; it itself may be in any."""
+    found: dict[str, SourceFile] = {}
+    for file in files:
+        stem, suffix = _split(file.path)
+        small = suffix.lower()
+        if small in _BESIDE and (small == suffix or stem + small not in found):
+            found[stem + small] = file
+    return found
+
+
 def _pictures(
-    pictures: list[SourceFile], named: Mapping[str, SourceFile], source: Source, read: ReadAll
+    pictures: list[SourceFile], beside: Mapping[str, SourceFile], source: Source, read: ReadAll
 ) -> Iterator[Row]:
-    beside = [f"{_split(file.path)[0]}{suffix}" for file in pictures for suffix in (".txt", ".json")]
-    content = read([named[path] for path in beside if path in named])
+    named = {
+        file.path: [beside.get(_split(file.path)[0] + suffix) for suffix in (".txt", ".json")] for file in pictures
+    }
+    content = read([file for pair in named.values() for file in pair if file])
     for file in pictures:
-        stem = _split(file.path)[0]
-        record = _json_object(content.get(f"{stem}.json", b"{}"))
-        text = content.get(f"{stem}.txt")
+        text, said = (content[other.path] if other else None for other in named[file.path])
+        record = _json_object(said or b"{}")
         caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
         yield _row(file.path, caption, file.path, 0, file.size, record, source)
+
+
+def _beside(picture: SourceFile, named: Mapping[str, SourceFile]) -> tuple[SourceFile | None, SourceFile | None]:
+    """NAME.txt and NAME.json of a picture, where they are."""
+    stem = _split(picture.path)[0]
+    return named.get(f"{stem}.txt"), named.get(f"{stem}.json")
 
 
 def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
@@ -158,7 +176,7 @@ def _sample(
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
     hash_ = text_of(record.get(source.hash)).strip() if source.hash else ""
-    return Row(text_of(url), caption, None, text_of(file), offset, length, to_json(record), hash_)
+    return Row(text_of(url), caption, None, file, offset, length, to_json(record), hash_)
 
 
 def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:

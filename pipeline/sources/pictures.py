@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pipeline.config import Recipe
+from pipeline.listing import on_disk
 from pipeline.sources.tar import BLOCK, fits, is_of
 from pipeline.storage import read_ranges
 
@@ -66,8 +67,8 @@ def read_pictures(spans: Iterable[Span], recipe: Recipe, *, most: int | None = N
     """(index, bytes or what went wrong) for every span; TooLarge for a whole file that now has more than `most` bytes
     (None: any number)."""
     in_order = sorted(spans)
-    yield from _local([span for span in in_order if "://" not in span.file], most)
-    remote = [span for span in in_order if "://" in span.file]
+    yield from _local([span for span in in_order if on_disk(span.file)], most)
+    remote = [span for span in in_order if not on_disk(span.file)]
     yield from ((span.index, b"") for span in remote if not span.length)  # no range of a file is empty in HTTP
     yield from _remote([span for span in remote if span.length], recipe)
 
@@ -95,7 +96,7 @@ def _local(spans: Iterable[Span], most: int | None) -> Iterator[Found]:
 
 def _open(file: str) -> int | OSError:
     try:
-        return os.open(file, os.O_RDONLY)
+        return os.open(on_disk(file) or file, os.O_RDONLY)
     except OSError as error:
         return error
 

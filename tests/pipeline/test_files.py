@@ -1,5 +1,6 @@
 """Pictures in folders and tars, here and in a bucket: where they lie, and reading them there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,34 @@ def test_a_folder_of_images_with_captions_beside_them(tmp_path: Path) -> None:
     assert [row["caption"] for row in found] == ["a cat", "a dog"]
     assert found[1]["extra"] == '{"licence":"cc0"}'
     assert pictures(found, recipe(tmp_path)) == [b"JPEG a", b"PNG"]
+
+
+def test_names_that_are_not_utf8_are_read_and_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udcff"
+    folder.mkdir()
+    for name in ("caf\udce9", "caf\udce8", "café"):
+        (folder / f"{name}.jpg").write_bytes(os.fsencode(name))
+        (folder / f"{name}.txt").write_bytes(ascii(name).encode())
+    for place in (folder, folder / "c*.???", folder.parent / "*" / "**"):
+        found = rows(place)
+        assert len({row["key"] for row in found}) == 3
+        assert sorted(pictures(found, recipe(tmp_path)), key=repr) == [b"caf\xc3\xa9", b"caf\xe8", b"caf\xe9"]
+        assert {row["caption"] for row in found} == {"'caf\\udce9'", "'caf\\udce8'", "'caf\\xe9'"}
+        assert all(row["url"] == row["file"] and row["file"].startswith("file:///") for row in found)
+    write_tar(folder / "t.tar", MEMBERS)
+    write_table(folder / "t.csv")
+    found = rows(folder / "t.tar")
+    assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
+    assert len(rows(folder / "t.csv")) == 3
+
+
+def test_captions_may_have_suffixes_in_capitals(tmp_path: Path) -> None:
+    for name, text in {"a.JPG": "", "a.TXT": "a cat", "b.jpg": "", "b.Json": '{"caption": "a dog"}'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "c.jpg").touch()
+    (tmp_path / "c.TXT").write_text("not this one")
+    (tmp_path / "c.txt").write_text("a bird")
+    assert [row["caption"] for row in rows(tmp_path)] == ["a cat", "a dog", "a bird"]
 
 
 def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
