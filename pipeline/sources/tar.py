@@ -82,14 +82,14 @@ def fits(name: str) -> bool:
 
 def _plain(header: bytes) -> tuple[bytes, str, int]:
     """Type, name and size of a file or an extended header (POSIX.1-2001, ustar); the type is b"" for anything else."""
-    kind, size = header[156:157], header[124:136].rstrip(b" \0")
-    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE) and size.isdigit()
+    kind, size = header[156:157], _octal(header[124:136].rstrip(b" \0"))
+    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE)
     name, prefix = header[:_NAME_BYTES].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    if not known or name.endswith(b"/") or not _checksum_holds(header):
+    if size is None or not known or name.endswith(b"/") or not _checksum_holds(header):
         return b"", "", 0
     if prefix and header[257:263] == tarfile.POSIX_MAGIC[:6]:  # GNU has other fields there
         name = prefix + b"/" + name
-    return kind, name.decode("utf-8", "surrogateescape"), int(size, 8)
+    return kind, name.decode("utf-8", "surrogateescape"), size
 
 
 def _tells(extended: bytes) -> bool:
@@ -98,8 +98,15 @@ def _tells(extended: bytes) -> bool:
 
 def _checksum_holds(header: bytes) -> bool:
     """The sum of all bytes of the header, its own field taken as spaces."""
-    stated = header[148:156].strip(b" \0")
-    return stated.isdigit() and sum(header) - sum(header[148:156]) + 8 * ord(" ") == int(stated, 8)
+    stated = _octal(header[148:156].strip(b" \0"))
+    return stated is not None and sum(header) - sum(header[148:156]) + 8 * ord(" ") == stated
+
+
+def _octal(digits: bytes) -> int | None:
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:  # an 8 or a 9: damage
+        return None
 
 
 def _by_tarfile(stream: Any, start: int) -> tuple[Member | None, int]:

@@ -101,3 +101,17 @@ def test_a_damaged_header_is_refused(where: int) -> None:
     raw[offset - 512 + 130] ^= 1  # in the size
     with pytest.raises(tarfile.ReadError):
         read(bytes(raw))
+
+
+@pytest.mark.parametrize("where", [0, 10])
+@pytest.mark.parametrize("at", [131, 150])  # in the size, in the checksum
+def test_a_number_with_a_9_is_damage(where: int, at: int) -> None:
+    raw = bytearray(tar_of(tarfile.USTAR_FORMAT, FILES))
+    header = [member.offset for member in members(io.BytesIO(bytes(raw)))][where] - BLOCK
+    added = ord("9") - raw[header + at]
+    raw[header + at] = ord("9")
+    if at == 131:
+        raw[header + 148 : header + 155] = b"%06o\0" % (int(raw[header + 148 : header + 154], 8) + added)
+    with pytest.raises(tarfile.ReadError):
+        read(bytes(raw))
+    assert not is_of(bytes(raw[header : header + BLOCK]), FILES[where][0], len(FILES[where][1]))
