@@ -21,7 +21,8 @@ _BESIDE = frozenset([".txt", ".json"])  # what says something of the picture of 
 
 Open = Callable[[str], Any]
 ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
-_AT_ONCE = 256  # pictures whose neighbours are read together
+_AT_ONCE = 256  # pictures whose neighbours are read together,
+_AT_ONCE_BYTES = 8 << 20  # and bytes of these
 
 
 def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> Iterator[Row]:
@@ -31,9 +32,8 @@ def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> 
     for some in files:
         pictures = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
         anything = anything or bool(pictures)
-        beside = _named(some)
-        for start in range(0, len(pictures), _AT_ONCE):
-            yield from _pictures(pictures[start : start + _AT_ONCE], beside, source, read)
+        for part in _parts(pictures, _named(some)):
+            yield from _pictures(part, source, read)
     if not anything:
         kinds = ", ".join(sorted(IMAGES))
         raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
@@ -50,22 +50,35 @@ def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
     return found
 
 
-def _pictures(
-    pictures: list[SourceFile], beside: Mapping[str, SourceFile], source: Source, read: ReadAll
-) -> Iterator[Row]:
-    named = {
-        file.path: [beside.get(_split(file.path)[0] + suffix) for suffix in (".txt", ".json")] for file in pictures
-    }
-    content = read([file for pair in named.values() for file in pair if file])
-    for file in pictures:
-        text, said = (content[other.path] if other else None for other in named[file.path])
+_Beside = tuple[SourceFile | None, SourceFile | None]  # a picture's NAME.txt and NAME.json, where they are
+
+
+def _parts(pictures: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterator[list[tuple[SourceFile, _Beside]]]:
+    """Pictures with what lies beside them, some at a time, bounded in number and bytes."""
+    part: list[tuple[SourceFile, _Beside]] = []
+    size = 0
+    for picture in pictures:
+        beside = _beside(picture, named)
+        more = sum(file.size for file in beside if file)
+        if part and (len(part) == _AT_ONCE or size + more > _AT_ONCE_BYTES):
+            yield part
+            part, size = [], 0
+        part.append((picture, beside))
+        size += more
+    if part:
+        yield part
+
+
+def _pictures(part: list[tuple[SourceFile, _Beside]], source: Source, read: ReadAll) -> Iterator[Row]:
+    content = read([file for _, beside in part for file in beside if file])
+    for picture, beside in part:
+        text, said = (content[file.path] if file else None for file in beside)
         record = _json_object(said or b"{}")
         caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
-        yield _row(file.path, caption, file.path, 0, file.size, record, source)
+        yield _row(picture.path, caption, picture.path, 0, picture.size, record, source)
 
 
-def _beside(picture: SourceFile, named: Mapping[str, SourceFile]) -> tuple[SourceFile | None, SourceFile | None]:
-    """NAME.txt and NAME.json of a picture, where they are."""
+def _beside(picture: SourceFile, named: Mapping[str, SourceFile]) -> _Beside:
     stem = _split(picture.path)[0]
     return named.get(f"{stem}.txt"), named.get(f"{stem}.json")
 

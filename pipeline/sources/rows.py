@@ -33,7 +33,8 @@ from pipeline.storage import list_files, open_file
 
 log = logging.getLogger(__name__)
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 4096  # of a folder or a tar in a table,
+_BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
     "parquet": tables.parquet,
     "csv": tables.separated(","),
@@ -141,11 +142,13 @@ def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
 
 def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
     held: list[Row] = []
+    size = 0
     for row in rows:
         held.append(row)
-        if len(held) == _BATCH_ROWS:
+        size += len(row.caption) + len(row.extra)
+        if len(held) == _BATCH_ROWS or size >= _BATCH_BYTES:
             yield of_rows(held)
-            held = []
+            held, size = [], 0
     if held:
         yield of_rows(held)
 

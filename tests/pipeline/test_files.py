@@ -1,6 +1,7 @@
 """Pictures in folders and tars, here and in a bucket: where they lie, and reading them there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write
 
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError
-from pipeline.sources import Rows, read_pictures
-from pipeline.sources.pictures import TooLarge, span_of
+from pipeline.sources import Rows, files, read_pictures
+from pipeline.sources import rows as reader
+from pipeline.sources.pictures import Span, TooLarge, span_of
 from pipeline.storage import Storage
 
 
@@ -62,6 +64,30 @@ def test_captions_may_have_suffixes_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "c.TXT").write_text("not this one")
     (tmp_path / "c.txt").write_text("a bird")
     assert [row["caption"] for row in rows(tmp_path)] == ["a cat", "a dog", "a bird"]
+
+
+@pytest.mark.parametrize("place", ["folder", "t.tar"])
+def test_large_texts_beside_pictures_are_held_a_few_at_a_time(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_AT_ONCE_BYTES", 10_000)
+    monkeypatch.setattr(reader, "_BATCH_BYTES", 10_000)
+    (tmp_path / "folder").mkdir()
+    members = [(f"{n}.{suffix}", b"x" * 4000) for n in range(10) for suffix in ("jpg", "txt")]
+    for name, data in members:
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "t.tar", members)
+    asked: list[int] = []
+
+    def counted(spans: list[Span], *rest: Any) -> Iterator[tuple[int, bytes | Exception]]:
+        asked.append(sum(span.length for span in spans))
+        return read_pictures(spans, *rest)
+
+    monkeypatch.setattr(reader, "read_pictures", counted)
+    found = list(Rows(recipe(tmp_path / place)).tables())
+    assert sum(asked) == (40_000 if place == "folder" else 0)
+    assert max([0, *asked]) <= 10_000
+    assert [len(table) for table in found] == [3, 3, 3, 1]
 
 
 def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
