@@ -114,16 +114,17 @@ def _samples(group: list[Member]) -> list[list[Member]]:
     Where no member is named just KEY and a picture's suffix, the keys hold dots themselves, and end at the last one.
     Where a picture's name comes again, so does its sample.
     """
-    pictures = [member.name for member in group if _first_split(member.name)[1].lower() in IMAGES]
-    if len(pictures) > 1 and len(set(pictures)) < len(pictures):
-        return _parted(group)
-    if pictures:
-        return [group]
+    if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
+        return [group] if len({member.name for member in group}) == len(group) else _parted(group)
     return [list(sample) for _, sample in itertools.groupby(group, key=lambda member: _split(member.name)[0])]
 
 
 def _parted(group: list[Member]) -> list[list[Member]]:
-    """A new sample begins with each name that the one before has."""
+    """A group in which names are there twice → a new sample begins with each name that the one before has, if a
+    picture's are among them."""
+    pictures = [member.name for member in group if _split(member.name)[1].lower() in IMAGES]
+    if len(set(pictures)) == len(pictures):
+        return [group]
     samples: list[list[Member]] = [[]]
     for member in group:
         if any(member.name == other.name for other in samples[-1]):
@@ -144,7 +145,7 @@ class _Apart:
         """Note a sample and which of _BESIDE it has. Raises RecipeError where what it lacks lies elsewhere."""
         noted = _BESIDE - suffixes if picture else suffixes
         here, there = (self._lacking, self._alone) if picture else (self._alone, self._lacking)
-        name = _hash(stem) if noted else b""
+        name = _hash(stem)
         for suffix in noted:
             here[suffix].add(name)
             if name in there[suffix]:
@@ -175,7 +176,8 @@ def _sample(
                 record = _json_object(data)
             else:
                 caption = data.decode("utf-8", "replace").strip()
-    apart.check(split(sample[0].name)[0], beside, picture=picture is not None)
+    if picture is None or beside != _BESIDE:
+        apart.check(split(sample[0].name)[0], beside, picture=picture is not None)
     if picture is None:
         return
     caption = _caption(caption or None, record, source)
@@ -189,7 +191,7 @@ def _sample(
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
     hash_ = text_of(record.get(source.hash)).strip() if source.hash else ""
-    return Row(text_of(url), caption, None, file, offset, length, to_json(record), hash_)
+    return Row(url, caption, None, file, offset, length, to_json(record), hash_)
 
 
 def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -82,10 +83,14 @@ def fits(name: str) -> bool:
 
 def _plain(header: bytes) -> tuple[bytes, str, int]:
     """Type, name and size of a file or an extended header (POSIX.1-2001, ustar); the type is b"" for anything else."""
-    kind, size = header[156:157], _octal(header[124:136].rstrip(b" \0"))
-    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE)
+    kind, digits = header[156:157], header[124:136].rstrip(b" \0")
+    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE) and digits.isdigit()
     name, prefix = header[:_NAME_BYTES].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    if size is None or not known or name.endswith(b"/") or not _checksum_holds(header):
+    try:
+        size = int(digits, 8) if known and not name.endswith(b"/") and _checksum_holds(header) else -1
+    except ValueError:  # an 8 or a 9 is damage
+        size = -1
+    if size < 0:
         return b"", "", 0
     if prefix and header[257:263] == tarfile.POSIX_MAGIC[:6]:  # GNU has other fields there
         name = prefix + b"/" + name
@@ -97,16 +102,15 @@ def _tells(extended: bytes) -> bool:
 
 
 def _checksum_holds(header: bytes) -> bool:
-    """The sum of all bytes of the header, its own field taken as spaces."""
-    stated = _octal(header[148:156].strip(b" \0"))
-    return stated is not None and sum(header) - sum(header[148:156]) + 8 * ord(" ") == stated
+    """Whether it is the sum of all bytes of the header, its own field taken as spaces. Compared modulo 65521, since the
+    lower half of Adler-32 is such a sum plus 1 (RFC 1950), and had much sooner than by `sum`.
 
-
-def _octal(digits: bytes) -> int | None:
-    try:
-        return int(digits, 8) if digits.isdigit() else None
-    except ValueError:  # an 8 or a 9: damage
-        return None
+    Raises ValueError where it is no octal number.
+    """
+    field = header[148:156]
+    stated = field.strip(b" \0")
+    total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(field) & 0xFFFF) + len(field) * ord(" ")
+    return stated.isdigit() and (total - int(stated, 8)) % 65521 == 0
 
 
 def _by_tarfile(stream: Any, start: int) -> tuple[Member | None, int]:
