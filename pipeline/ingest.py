@@ -30,12 +30,14 @@ from pipeline.config import Fetch, Recipe, fingerprint
 from pipeline.decode import Failure, Picture, check_hash, decode
 from pipeline.errors import StorageError
 from pipeline.fetch import Fetcher
+from pipeline.listing import on_disk
 from pipeline.local import scratch
 from pipeline.plan import PlannedUnit
 from pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
 from pipeline.retry import is_out
 from pipeline.shards import Sample, sha256_of, write_tar
-from pipeline.sources.pictures import Span, read_pictures
+from pipeline.sources.columns import has_no_text
+from pipeline.sources.pictures import Span, TooLarge, read_pictures, span_of
 from pipeline.storage import Storage, parquet_bytes
 from pipeline.units import Job, Piece, Unit, report
 
@@ -168,19 +170,23 @@ class Ingest(Job):
             yield index, wrong or found
 
     def _found(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
-        spans, remote = [], []
+        spans, remote, most = list[Span](), list[int](), self.recipe.fetch.max_bytes
         for index, row in enumerate(rows):
             if is_removed(row):
                 yield index, Failure(REMOVED)
+            elif has_no_text(row["extra"]):
+                yield index, Failure("bad_caption", f"{row['caption'][:200]} is no text")
             elif row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:
                 remote.append(index)
-            elif row["length"] > self.recipe.fetch.max_bytes:
-                yield index, Failure("too_large_bytes", f"{row['length']} bytes, fetch.max_bytes allows fewer")
+            elif row["length"] > most and (
+                row["offset"] or not on_disk(row["file"])
+            ):  # files on a disk may have changed
+                yield index, _readable(TooLarge(f"{row['length']} bytes"))
             else:
-                spans.append(Span(row["file"], row["offset"], row["length"], index))
-        for index, data in read_pictures(spans, self.recipe):
+                spans.append(span_of(row, index))
+        for index, data in read_pictures(spans, self.recipe, most=most):
             yield index, _readable(data)
         if remote:
             fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
@@ -193,6 +199,8 @@ def _readable(data: bytes | Exception) -> bytes | Failure:
     """Raises StorageError where a later build may read it: a storage that is out is not the row's failure."""
     if isinstance(data, StorageError) and is_out(data):
         raise data
+    if isinstance(data, TooLarge):
+        return Failure("too_large_bytes", f"{data}, fetch.max_bytes allows fewer")
     if isinstance(data, Exception):
         return Failure("read_error", f"{type(data).__name__}: {data}")
     return data or Failure("empty", "the file holds nothing")

@@ -33,7 +33,7 @@ from pipeline.phash import read_colours
 from pipeline.progress import Progress
 from pipeline.records import FORMAT_VERSION
 from pipeline.semantic import find_semantic
-from pipeline.sources.pictures import Span, read_pictures
+from pipeline.sources.pictures import read_pictures, span_of
 from pipeline.sources.rows import Rows
 from pipeline.storage import Storage
 
@@ -147,7 +147,7 @@ def evaluation_pictures(recipe: Recipe, storage: Storage) -> pa.Table:
             listed = table.to_pylist()
             if any(row["image"] is None and not row["file"] for row in listed):
                 raise RecipeError(_FIELD, "holds addresses, not pictures", "name a folder, tars, or a table with bytes")
-            spans = [Span(row["file"], row["offset"], row["length"], i) for i, row in enumerate(listed) if row["file"]]
+            spans = [span_of(row, i) for i, row in enumerate(listed) if row["file"]]
             given = ((i, row["image"]) for i, row in enumerate(listed) if row["image"] is not None)
             for index, data in [*given, *read_pictures(spans, reader)]:
                 url = listed[index]["url"] or listed[index]["key"]

@@ -8,10 +8,10 @@ listing being more than eventually right about *other* writers.
 from __future__ import annotations
 
 import io
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from pipeline.errors import DiskFull, RecipeError, StorageError
+from pipeline.listing import Batches, SourceFile, file_at, in_batches, matching, on_disk, walk
 from pipeline.local import PARTIAL, Local
 from pipeline.remote import Remote, stamp
 
@@ -167,51 +169,65 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A user's file: its path or URL, size in bytes, and a stamp that changes when its content does."""
-
-    path: str
-    size: int
-    stamp: str
-
-
 def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.path") -> list[SourceFile]:
     """The files that `path` names: a file, a glob, or all files in a folder at any depth; sorted by path.
 
     Raises RecipeError naming `field` where there is nothing, or where it cannot be read.
     """
+    found = (file for some in list_files(path, options, field=field) for file in some)
+    return sorted(found, key=lambda file: file.path)
+
+
+def list_files(path: str, options: Mapping[str, Any], *, field: str = "source.path") -> Batches:
+    """The same in batches; on a disk memory does not grow with the folder's size, but for one folder's names."""
     mend = "check the path, the bucket and its permissions"
     try:
         fs, root = _file_system(path, options)
     except Exception as error:  # noqa: BLE001 - some file systems connect at once, with errors of their clients' own
         raise RecipeError(field, f"cannot read {path} ({error})", mend) from None
+    anything = False
     try:
-        found = _matches(Remote(fs, mend), root)
+        for some in _on_disk(root) if isinstance(fs, LocalFileSystem) else _in_bucket(Remote(fs, mend), root):
+            anything = anything or bool(some)
+            yield some
     except StorageError as error:
         raise RecipeError(field, f"cannot {error.action} ({error.problem})", mend) from None
-    except FileNotFoundError as error:  # the bucket, say
+    except (OSError, ValueError) as error:  # no such bucket, say, or a glob like a**b
         raise RecipeError(field, f"cannot read {path} ({error})", mend) from None
-    if not found:
+    if not anything:
         raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
-    local = isinstance(fs, LocalFileSystem)
-    files = [
-        SourceFile(name if local else fs.unstrip_protocol(name), int(info["size"] or 0), stamp(info))
-        for name, info in found.items()
-    ]
-    return sorted(files, key=lambda file: file.path)
 
 
-def _matches(remote: Remote, root: str) -> dict[str, Mapping[str, Any]]:
+def _on_disk(root: str) -> Batches:
+    """fsspec itself calls a link neither a file nor a folder."""
+    if Path(root).is_dir():
+        yield from walk(root)
+    elif Path(root).exists():
+        yield [file for file in [file_at(root, named=True)] if file]
+    elif magic := re.search(r"[*?[]", root):
+        folder = root[: magic.start()].rpartition("/")[0] or "/"
+        depth = None if "**" in root else root.count("/") - folder.rstrip("/").count("/")
+        yield from matching(re.compile(glob_translate(root)), folder, depth)
+
+
+def _in_bucket(remote: Remote, root: str) -> Batches:
     try:
         info = remote.info(root)
     except FileNotFoundError:
-        return {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
-    return {root: info} if info["type"] == "file" else remote.details(root)
+        found = {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
+    else:
+        found = {root: info} if info["type"] == "file" else remote.details(root)
+    files = [
+        SourceFile(remote.fs.unstrip_protocol(name), int(info["size"] or 0), stamp(info), name == root)
+        for name, info in found.items()
+    ]
+    return in_batches(files)
 
 
 def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> BinaryIO:
     """A reader over a user's file; `ahead` makes it fetch more than is asked for, for reading from front to back."""
+    if here := on_disk(path):
+        return Local().open(here)
     files, root = _connect(path, options)
     return files.open(root, ahead=ahead)
 

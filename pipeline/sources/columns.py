@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -90,6 +90,28 @@ def text_of(value: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # lone surrogates do not pass through Arrow
 
 
+NO_TEXT: Final = "unreadable_caption"
+
+
+def caption_of(record: dict[str, Any], name: str) -> str:
+    """Takes the caption out of a record of JSON. A list, an object or a truth value is none: it stands in the record as
+    NO_TEXT, by which its row will fail, and is given as JSON, so that it has a key of its own."""
+    value = record.pop(name, None)
+    if isinstance(value, list | dict | bool):
+        record[NO_TEXT] = value
+        return to_json(value)
+    return text_of(value)
+
+
+def has_no_text(extra: str) -> bool:
+    """Whether the caption of a row with this `extra` was none.
+
+    >>> has_no_text('{"unreadable_caption":["a","b"]}'), has_no_text('{"n":1}')
+    (True, False)
+    """
+    return f'"{NO_TEXT}":' in extra and NO_TEXT in json.loads(extra)
+
+
 def as_text(column: pa.Array) -> pa.StringArray:
     """`text_of` each cell."""
     kind = column.type
@@ -110,6 +132,11 @@ def as_hash(column: pa.Array) -> pa.StringArray:
     if _is_bytes(column.type):
         return pa.array([value.hex() if value else "" for value in column.to_pylist()], pa.string())
     return pc.utf8_trim_whitespace(as_text(column))
+
+
+def is_nested(kind: pa.DataType) -> bool:
+    """Whether cells are lists, structs, maps or the like: there is no one way to write them as text."""
+    return bool(pa.types.is_nested(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

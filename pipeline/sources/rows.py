@@ -11,26 +11,30 @@ Nothing here looks at pixels, and memory does not grow with the source.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import logging
 import lzma
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Recipe, Source, WorldSource, fingerprint
+from pipeline.config import Recipe, Source, WorldSource
 from pipeline.errors import CapstanError, RecipeError
+from pipeline.listing import Batches, SourceFile, in_batches
 from pipeline.sources import tables
 from pipeline.sources.columns import Row, of_rows, to_json
-from pipeline.sources.files import IMAGES, folder, webdataset
+from pipeline.sources.files import folder, webdataset
+from pipeline.sources.kinds import Choice, Kinds
 from pipeline.sources.pictures import Span, options_of, read_pictures
 from pipeline.sources.tables import Reader
-from pipeline.storage import SourceFile, find_files, open_file
+from pipeline.storage import list_files, open_file
 
 log = logging.getLogger(__name__)
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 4096  # of a folder or a tar in a table,
+_BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
     "parquet": tables.parquet,
     "csv": tables.separated(","),
@@ -38,29 +42,22 @@ _TABLES: dict[str, Reader] = {
     "jsonl": tables.jsonl,
     "txt": tables.txt,
 }
-_SUFFIXES = {
-    **{f".{kind}": kind for kind in _TABLES},
-    ".pq": "parquet",
-    ".ndjson": "jsonl",
-    ".tar": "webdataset",
-    ".tgz": "webdataset",  # which is refused, with its reason
-    **dict.fromkeys(IMAGES, "image"),
-}
 
 
 class Rows:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
 
-    Raises RecipeError for a source that is not there.
+    The files of one folder or glob on a disk are listed anew when they are needed, and not held. Raises RecipeError for
+    a source that is not there.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.source is None:
             raise RecipeError("source", "is missing", "say where the rows come from")
         self.source, self._recipe = recipe.source, recipe
-        self.files = [] if self.source.format == "world" else self._find()
-        stamps = [(file.path, file.size, file.stamp) for file in self.files]
-        self.signature = fingerprint([self.source.model_dump(mode="json", exclude={"storage"}), stamps])
+        self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
+        self._kinds, self._gathered = dict[str, Kinds](), list[SourceFile]()
+        self.signature = self._signature()
 
     def tables(self) -> Iterator[pa.Table]:
         """All rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
@@ -70,32 +67,49 @@ class Rows:
         if self.source.format == "world":
             yield from _in_tables(_world(self.source))
             return
-        kinds = [(self._kind(file), file) for file in self.files]
-        if self.source.format == "auto":
-            _refuse_mixed(kinds)
-        if self.source.format == "folder" or (self.source.format == "auto" and any(k == "image" for k, _ in kinds)):
-            yield from _guarded(_in_tables(folder(self.files, self.source, self._read_all)), str(self.source.path))
+        choice = Choice(self.source, self._kinds.values())
+        if choice.pictures:
+            yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
             return
-        known = [(kind, file) for kind, file in kinds if kind]
-        if not known:
+        read, left, first = 0, 0, ""
+        for kind, file in (pair for some in self._files() for pair in choice.of(some)):
+            if kind:
+                read += 1
+                yield from _guarded(self._read(kind, file), file.path)
+            else:
+                left, first = left + 1, first or file.path
+        if not read:
             mend = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
-            raise RecipeError("source.format", f"cannot tell the format of {self.files[0].path}", mend)
-        if skipped := [file.path for kind, file in kinds if not kind]:
-            log.warning("source: %d files of no known format are left out: %s …", len(skipped), skipped[0])
-        for kind, file in known:
-            yield from _guarded(self._read(kind, file), file.path)
+            raise RecipeError("source.format", f"cannot tell the format of {first}", mend)
+        if left:
+            log.warning("source: %d files that hold no rows by their names are left out: %s …", left, first)
 
-    def _find(self) -> list[SourceFile]:
-        paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
-        found = [file for path in paths for file in find_files(path, options_of(path, self._recipe))]
-        return list({file.path: file for file in found}.values())
+    def _files(self) -> Batches:
+        """All files, in batches. What lies in a bucket, or under several paths, is listed once and held."""
+        if self.source.format == "world":
+            return iter(())
+        if len(self._paths) == 1 and "://" not in self._paths[0]:
+            return self._listed(self._paths[0])
+        if not self._gathered:
+            found = {file.path: file for path in self._paths for some in self._listed(path) for file in some}
+            self._gathered = list(found.values())
+        return in_batches(self._gathered)
 
-    def _kind(self, file: SourceFile) -> str:
-        """One of the formats, "image", or "" where the name does not tell."""
-        if self.source.format not in ("auto", "folder"):
-            return self.source.format
-        path = PurePosixPath(file.path.lower())
-        return _SUFFIXES.get(PurePosixPath(path.stem).suffix if path.suffix in tables.UNPACKED else path.suffix, "")
+    def _listed(self, path: str) -> Batches:
+        kinds = Kinds(path)
+        for some in list_files(path, options_of(path, self._recipe)):
+            kinds.note(some)
+            yield some
+        self._kinds[path] = kinds
+
+    def _signature(self) -> str:
+        """16 hexadecimal digits of the recipe's source and its files' paths, sizes and stamps."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = json.dumps(self.source.model_dump(mode="json", exclude={"storage"}), sort_keys=True)
+        digest.update(settings.encode())
+        for some in self._files():
+            digest.update(json.dumps([(file.path, file.size, file.stamp) for file in some]).encode())
+        return digest.hexdigest()
 
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
         if kind == "webdataset":
@@ -117,15 +131,6 @@ class Rows:
         return open_file(path, options_of(path, self._recipe), ahead=ahead)
 
 
-def _refuse_mixed(kinds: list[tuple[str, SourceFile]]) -> None:
-    """Pictures beside tables: whichever is read, the other would be left out without a word."""
-    pictures = [file.path for kind, file in kinds if kind == "image"]
-    tables_ = [file.path for kind, file in kinds if kind in ("parquet", "csv", "tsv", "jsonl", "webdataset")]
-    if pictures and tables_:
-        problem = f"holds tables ({tables_[0]}) and pictures ({pictures[0]})"
-        raise RecipeError("source.path", problem, "name the tables with a glob, or say format: folder for the pictures")
-
-
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
     """What a reader gives; what it stumbles over is told as the user's to mend."""
     try:
@@ -137,11 +142,13 @@ def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
 
 def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
     held: list[Row] = []
+    size = 0
     for row in rows:
         held.append(row)
-        if len(held) == _BATCH_ROWS:
+        size += len(row.caption) + len(row.extra)
+        if len(held) == _BATCH_ROWS or size >= _BATCH_BYTES:
             yield of_rows(held)
-            held = []
+            held, size = [], 0
     if held:
         yield of_rows(held)
 

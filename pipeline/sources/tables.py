@@ -25,8 +25,19 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Source
 from pipeline.errors import RecipeError
-from pipeline.sources.columns import Row, as_hash, as_objects, as_text, of_addresses, of_rows, text_of, to_json
-from pipeline.storage import SourceFile
+from pipeline.listing import SourceFile
+from pipeline.sources.columns import (
+    Row,
+    as_hash,
+    as_objects,
+    as_text,
+    caption_of,
+    is_nested,
+    of_addresses,
+    of_rows,
+    text_of,
+    to_json,
+)
 
 BATCH_ROWS = 1 << 15
 IMAGE_ROWS = 1 << 8
@@ -58,6 +69,7 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
             mend = "name a Parquet file, or say what it is in source.format"
             raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", mend) from None
         _check_columns(source, table.schema_arrow.names, file)
+        _check_caption(source, table.schema_arrow, file)
         for batch in table.iter_batches(
             batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS)
         ):
@@ -200,10 +212,9 @@ def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
     nothing = itertools.repeat("", len(records))
     hashes = [text_of(record.get(source.hash)).strip() for record in records] if source.hash else nothing
     url = [text_of(record.get(source.url)) for record in records]
-    caption = [text_of(record.get(source.caption)) for record in records]
+    caption = [caption_of(record, source.caption) for record in records]
     for record in records:
         record.pop(source.url, None)
-        record.pop(source.caption, None)
     columns = [url, caption, [to_json(record) for record in records], hashes]
     return of_addresses(*(pa.array(column, pa.string()) for column in columns))
 
@@ -238,6 +249,14 @@ def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:
             mend = f"did you mean {near}?" if near else "name one of its columns"
             columns = ", ".join(names[:20])
             raise RecipeError(f"source.{key}", f"no column {column!r} in {file.path} (it has: {columns})", mend)
+
+
+def _check_caption(source: Source, schema: pa.Schema, file: SourceFile) -> None:
+    """Raise RecipeError where the captions are no texts."""
+    kind = schema.field(source.caption).type
+    if is_nested(kind):
+        mend = "name a column of text, or write one with the caption that is meant"
+        raise RecipeError("source.caption", f"{source.caption!r} in {file.path} holds {kind}, not text", mend)
 
 
 def _nearest(column: str, names: list[str]) -> str:

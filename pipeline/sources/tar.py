@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
-_BLOCK: Final = tarfile.BLOCKSIZE
-_ZEROS: Final = bytes(_BLOCK)
+from pipeline.sources.columns import text_of
+
+BLOCK: Final = tarfile.BLOCKSIZE
+_ZEROS: Final = bytes(BLOCK)
+_NAME_BYTES: Final = 100
+_RECORD: Final = re.compile(r"\d+ [\w.]+=[^\n]*\n\Z")  # of an extended header
 _FILE: Final = (tarfile.REGTYPE, tarfile.AREGTYPE)
 # What extended headers may say of a file instead of its own header. They also tell times and owners, which nobody asks.
 _TELLING: Final = (b"path=", b"size=", b"linkpath=", b"GNU.", b"hdrcharset=")
@@ -29,33 +35,66 @@ def members(stream: BinaryIO) -> Iterator[Member]:
     Raises tarfile.ReadError where it is no tar, is damaged or is cut.
     """
     at, end = 0, stream.seek(0, 2)
-    while at + _BLOCK <= end:
+    while at + BLOCK <= end:
         stream.seek(at)
-        header = stream.read(_BLOCK)
+        header = stream.read(BLOCK)
         if header == _ZEROS:
             return
         kind, name, size = _plain(header)
         if not kind or (kind == tarfile.XHDTYPE and _tells(stream.read(size))):
             member, at = _by_tarfile(stream, at)
         else:
-            member = Member(name, at + _BLOCK, size) if kind in _FILE else None
-            at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+            member = Member(name, at + BLOCK, size) if kind in _FILE else None
+            at += BLOCK + -(-size // BLOCK) * BLOCK
         if member is not None:
             yield member
     if at != end or not end:
         raise tarfile.ReadError("it ends early")
 
 
+def is_of(before: bytes, name: str, size: int) -> bool:
+    """Whether `before`, the one or two blocks that lie before a file's bytes, say that it is called `name` (as text_of
+    gives it) and has `size` bytes. Names that the header cannot hold stand in the block before it."""
+    header, longer = before[-BLOCK:], before[:-BLOCK].rstrip(b"\0")
+    kind, found, length = _plain(header)
+    if not kind:
+        try:
+            other = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return False
+        found, length = other.name, other.size if other.isfile() else -1
+    if length != size:
+        return False
+    if text_of(found) == name:
+        return True
+    said = text_of(longer.decode("utf-8", "surrogateescape"))
+    if " path=" in said:  # POSIX's extended header
+        return f" path={name}\n" in said
+    if fits(name) or not said:
+        return False
+    # GNU's long name, or its end; or an extended header of several blocks, of which only the last was read
+    return name.endswith(said.removesuffix("\n")) or _RECORD.search(said) is not None
+
+
+def fits(name: str) -> bool:
+    """Whether every writer puts this name into a file's own header."""
+    return name.isascii() and len(name) <= _NAME_BYTES
+
+
 def _plain(header: bytes) -> tuple[bytes, str, int]:
     """Type, name and size of a file or an extended header (POSIX.1-2001, ustar); the type is b"" for anything else."""
-    kind, size = header[156:157], header[124:136].rstrip(b" \0")
-    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE) and size.isdigit()
-    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    if not known or name.endswith(b"/") or not _checksum_holds(header):
+    kind, digits = header[156:157], header[124:136].rstrip(b" \0")
+    known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE) and digits.isdigit()
+    name, prefix = header[:_NAME_BYTES].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    try:
+        size = int(digits, 8) if known and not name.endswith(b"/") and _checksum_holds(header) else -1
+    except ValueError:  # an 8 or a 9 is damage
+        size = -1
+    if size < 0:
         return b"", "", 0
     if prefix and header[257:263] == tarfile.POSIX_MAGIC[:6]:  # GNU has other fields there
         name = prefix + b"/" + name
-    return kind, name.decode("utf-8", "surrogateescape"), int(size, 8)
+    return kind, name.decode("utf-8", "surrogateescape"), size
 
 
 def _tells(extended: bytes) -> bool:
@@ -63,9 +102,15 @@ def _tells(extended: bytes) -> bool:
 
 
 def _checksum_holds(header: bytes) -> bool:
-    """The sum of all bytes of the header, its own field taken as spaces."""
-    stated = header[148:156].strip(b" \0")
-    return stated.isdigit() and sum(header) - sum(header[148:156]) + 8 * ord(" ") == int(stated, 8)
+    """Whether it is the sum of all bytes of the header, its own field taken as spaces. Compared modulo 65521, since the
+    lower half of Adler-32 is such a sum plus 1 (RFC 1950), and had much sooner than by `sum`.
+
+    Raises ValueError where it is no octal number.
+    """
+    field = header[148:156]
+    stated = field.strip(b" \0")
+    total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(field) & 0xFFFF) + len(field) * ord(" ")
+    return stated.isdigit() and (total - int(stated, 8)) % 65521 == 0
 
 
 def _by_tarfile(stream: Any, start: int) -> tuple[Member | None, int]:

@@ -242,12 +242,24 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
 ) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for name, data in {"large": bytes(50_000), "empty": b"", "gone": b"x", "good": draw(1)}.items():
+    planned = {
+        "large": bytes(50_000),
+        "empty": b"",
+        "gone": b"x",
+        "good": draw(1),
+        "mended": bytes(60_000),
+        "grown": b"x",
+    }
+    for name, data in planned.items():
         (pictures / f"{name}.jpg").write_bytes(data)
+    (pictures / "listed.jpg").write_bytes(draw(3))
+    (pictures / "listed.json").write_text('{"caption": ["one", "two"]}')
     settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
     ingest = Ingest(Recipe.model_validate(settings), storage)
     (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
     (pictures / "gone.jpg").unlink()
+    (pictures / "mended.jpg").write_bytes(draw(2))
+    (pictures / "grown.jpg").write_bytes(bytes(50_000))
     (mark,) = ingest.prepare(unit)
     rows = {Path(row["url"]).stem: row for row in storage.read_table(mark["table"]).to_pylist()}
     assert {name: row["reason"] for name, row in rows.items()} == {
@@ -255,7 +267,11 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
         "empty": "empty",
         "gone": "read_error",
         "good": "",
+        "mended": "",
+        "grown": "too_large_bytes",
+        "listed": "bad_caption",
     }
+    assert rows["listed"]["detail"] == '["one","two"] is no text'
     assert "50000 bytes" in rows["large"]["detail"]
 
 

@@ -60,13 +60,15 @@ def test_text_lines_are_addresses(tmp_path: Path) -> None:
 
 
 def test_several_files_a_glob_and_a_folder_of_tables(tmp_path: Path) -> None:
-    for name in ("a.parquet", "b.jsonl"):
+    for name in ("a.jsonl", "sub/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write_table(tmp_path / name)
-    assert len(rows(tmp_path)) == len(rows(tmp_path / "*")) == 6
-    assert len(rows(tmp_path / "*.parquet")) == 3
-    twice = [str(tmp_path / "a.parquet"), str(tmp_path / "*")]
+    assert len(rows(tmp_path)) == len(rows(tmp_path / "**")) == 6
+    assert len(rows(tmp_path / "*.jsonl")) == 3
+    write_table(tmp_path / "c.parquet")
+    twice = [str(tmp_path / name) for name in ("a.jsonl", "**/*.jsonl", "c.parquet")]
     where = Recipe.model_validate({"dataset": "unused", "source": {"path": twice}})
-    assert sum(len(table) for table in Rows(where).tables()) == 6  # a file that is named twice is read once
+    assert sum(len(table) for table in Rows(where).tables()) == 9  # a file that is named twice is read once
 
 
 ODD = 'quote " backslash \\ newline \n tab \t nul \x00 é 🎨'
@@ -162,6 +164,38 @@ def test_text_of_any_arrow_type(tmp_path: Path, kind: pa.DataType) -> None:
 def test_columns_that_are_not_text_are_written_as_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": [1, 2, None], "caption": [0.5, None, 1.0]}), tmp_path / "t.parquet")
     assert urls_and_captions(rows(tmp_path / "t.parquet")) == [("1", "0.5"), ("2", ""), ("", "1.0")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (pa.list_(pa.string()), ["one", "two"]),
+        (pa.list_(pa.string(), 2), ["one", "two"]),
+        (pa.struct([("en", pa.string())]), {"en": "one"}),
+        (pa.map_(pa.string(), pa.string()), [("en", "one")]),
+    ],
+)
+@pytest.mark.parametrize("image", [None, "image"])
+def test_a_caption_column_that_is_no_text_is_refused(
+    tmp_path: Path, kind: pa.DataType, cell: Any, image: str | None
+) -> None:
+    columns = {"url": URLS[:1], "image": [b"x"], "caption": pa.array([cell], kind)}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(
+        RecipeError, match=r"source\.caption: 'caption' in .*t\.parquet holds .*, not text.*name a column"
+    ):
+        rows(tmp_path / "t.parquet", image=image)
+
+
+def test_captions_in_json_that_are_no_text_are_rows_that_will_fail(tmp_path: Path) -> None:
+    captions = ["text", 1.5, None, ["one", "two"], {"en": "one"}, ["three"], True]
+    lines = [json.dumps({"url": "http://a/", "caption": caption, "n": 1}) for caption in captions]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    found = rows(tmp_path / "t.jsonl")
+    assert [row["caption"] for row in found[:3]] == ["text", "1.5", ""]
+    assert [row["extra"] for row in found[:3]] == ['{"n":1}'] * 3
+    assert [json.loads(row["extra"])["unreadable_caption"] for row in found[3:]] == captions[3:]
+    assert len({row["key"] for row in found}) == len(found)
 
 
 SHA1 = "2fd4e1c67a2d28fced849ee1bb76e7391b93eb12"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from pipeline.sources.tar import members
+from pipeline.sources.tar import BLOCK, fits, is_of, members
 
 FILES = [(f"{n:03}.jpg", bytes([n]) * (n * 97)) for n in range(40)]
 
@@ -47,6 +47,24 @@ def test_every_format(form: int, fields: dict[str, Any]) -> None:
     assert read(tar_of(form, files, **fields)) == files
 
 
+LONG = ["x" * 100 + ".jpg", "ü" * 70 + ".jpg", "folder/" * 90 + "deep.jpg"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fields", [{}, {"pax_headers": {"SCHILY.xattr.user.note": "n" * 600}}])
+def test_what_lies_before_a_file_tells_whose_bytes_they_are(form: int, fields: dict[str, Any]) -> None:
+    names = ["a.jpg", "é.jpg", "folder/b.jpg", *(LONG if form != tarfile.USTAR_FORMAT else [])]
+    raw = tar_of(form, [(name, b"12345") for name in names], **fields)
+    for member in members(io.BytesIO(raw)):
+        before = raw[max(0, member.offset - (1 if fits(member.name) else 2) * BLOCK) : member.offset]
+        assert is_of(before, member.name, 5)
+        assert not is_of(before, member.name, 4)
+        assert not is_of(before, "b.jpg", 5)
+        if not fields:
+            assert not any(is_of(before, name, 5) for name in names if name != member.name)
+    assert not is_of(raw[member.offset : member.offset + BLOCK], member.name, 5)
+
+
 def test_what_webdataset_writes(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
         for name, data in FILES:
@@ -83,3 +101,17 @@ def test_a_damaged_header_is_refused(where: int) -> None:
     raw[offset - 512 + 130] ^= 1  # in the size
     with pytest.raises(tarfile.ReadError):
         read(bytes(raw))
+
+
+@pytest.mark.parametrize("where", [0, 10])
+@pytest.mark.parametrize("at", [131, 150])  # in the size, in the checksum
+def test_a_number_with_a_9_is_damage(where: int, at: int) -> None:
+    raw = bytearray(tar_of(tarfile.USTAR_FORMAT, FILES))
+    header = [member.offset for member in members(io.BytesIO(bytes(raw)))][where] - BLOCK
+    added = ord("9") - raw[header + at]
+    raw[header + at] = ord("9")
+    if at == 131:
+        raw[header + 148 : header + 155] = b"%06o\0" % (int(raw[header + 148 : header + 154], 8) + added)
+    with pytest.raises(tarfile.ReadError):
+        read(bytes(raw))
+    assert not is_of(bytes(raw[header : header + BLOCK]), FILES[where][0], len(FILES[where][1]))
