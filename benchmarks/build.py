@@ -33,7 +33,7 @@ import yaml
 from measure import Run, measure
 from photos import make_photos, served
 
-from pipeline.decode import shrink
+from pipeline.shrink import shrink
 
 FEW = 1000  # photos of the run that measures start-up: enough that no worker is done before the other has started
 CAPSTAN = [sys.executable, "-m", "cluster.cli"]

@@ -38,6 +38,7 @@ from pipeline import config, formats, jpeg, png
 from pipeline.colour import is_srgb, to_srgb
 from pipeline.formats import Unreadable
 from pipeline.phash import colours, phash
+from pipeline.shrink import shrink
 
 _LARGEST_SIDE: Final = 65_500  # pixels; what JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
 _HASHED_SIDE: Final = 64  # a picture stored as it is need not be decoded larger than this for its phash
@@ -161,30 +162,6 @@ def _plan(width: int, height: int, image: config.Image) -> _Layout:
 def _times(length: int, numerator: int, denominator: int) -> int:
     """length × numerator / denominator, rounded to whole pixels, at least one."""
     return max(1, (2 * length * numerator + denominator) // (2 * denominator))
-
-
-def shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Shrink uint8 [H, W, C] to `size` (w, h) by a tent as wide as two new pixels, in two steps of vector instructions.
-
-    Interpolating linearly is a tent as wide as two old pixels, of variance 1/6; [a, 1 − 2a, a] before it adds 2a, and
-    a = (s² − 1)/12 makes s²/6 of it, the tent's of the new pixels that are s old ones wide. Up to s = 2, where this is
-    exact. Beyond, the area is averaged, as OpenCV's INTER_AREA would do in general, at three times the cost.
-    """
-    height, width = pixels.shape[:2]
-    if (width, height) == size:
-        return pixels
-    if width > 2 * size[0] or height > 2 * size[1]:
-        shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    else:
-        smooth = cv2.sepFilter2D(pixels, -1, _taps(width / size[0]), _taps(height / size[1]))
-        shrunk = cv2.resize(smooth, size, interpolation=cv2.INTER_LINEAR)
-    return shrunk.reshape(size[1], size[0], -1)  # OpenCV drops a single channel
-
-
-def _taps(scale: float) -> np.ndarray:
-    """[a, 1 − 2a, a] in 256ths, as OpenCV computes with them, so that their sum is exactly 1."""
-    side = round((scale * scale - 1) / 12 * 256) / 256
-    return np.array([side, 1 - 2 * side, side], np.float32)
 
 
 def _fit(pixels: np.ndarray, layout: _Layout, orientation: int) -> np.ndarray:
