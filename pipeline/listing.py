@@ -34,16 +34,23 @@ class SourceFile:
 Batches = Iterator[list[SourceFile]]  # files of one folder that share their name up to its last dot are in one batch
 
 
-def walk(folder: str, depth: int | None = None, _above: frozenset[tuple[int, int]] = frozenset()) -> Batches:
+def walk(
+    folder: str, depth: int | None = None, _above: frozenset[tuple[int, int]] = frozenset(), _root: str = ""
+) -> Batches:
     """The files in `folder`, and in folders down to `depth` (1: in this one alone; None: at any).
 
-    A link to a folder above it is not entered, nor a folder that must not be read; both are logged.
+    A link to a folder above it is not entered, nor, where all depths are read, to one that is read anyway, nor a folder
+    that must not be read; all are logged.
     """
+    _root = _root or os.path.realpath(folder)
     names, folders = list[str](), list[str]()
     try:
         info = Path(folder).stat()
         if (info.st_dev, info.st_ino) in _above:
             log.warning("source: %s leads back to a folder above it, and is not entered", folder)
+            return
+        if depth is None and _above and Path(folder).is_symlink() and _lies_in(os.path.realpath(folder), _root):
+            log.warning("source: %s leads to a folder that is read anyway, and is not entered", folder)
             return
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -58,7 +65,7 @@ def walk(folder: str, depth: int | None = None, _above: frozenset[tuple[int, int
         yield [file for name in some if (file := file_at(f"{base}/{name}"))]
     if depth != 1:
         for name in sorted(folders):
-            yield from walk(f"{base}/{name}", depth and depth - 1, _above | {(info.st_dev, info.st_ino)})
+            yield from walk(f"{base}/{name}", depth and depth - 1, _above | {(info.st_dev, info.st_ino)}, _root)
 
 
 def matching(pattern: re.Pattern[str], folder: str, depth: int | None) -> Batches:
@@ -96,6 +103,10 @@ def on_disk(path: str) -> str | None:
     if path.startswith("file://"):
         return os.fsdecode(unquote_to_bytes(path.removeprefix("file://")))
     return None if "://" in path else path
+
+
+def _lies_in(path: str, root: str) -> bool:
+    return path.startswith(f"{root.rstrip('/')}/")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -23,11 +23,14 @@ _AT_ONCE: Final = 16_384  # bytes that are unpacked together: at most a thousand
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of each chunk, its length and checksum included."""
+    """Name, start and end of each chunk, its length and checksum included, up to the last; what follows is ignored."""
     at = len(PNG_MAGIC)
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        yield data[at + 4 : at + 8], at, end
+        name = data[at + 4 : at + 8]
+        yield name, at, end
+        if name == b"IEND":
+            return
         at = end
 
 

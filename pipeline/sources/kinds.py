@@ -28,7 +28,11 @@ _SUFFIXES: Final = {
     ".tgz": _TAR,  # which is refused, with its reason
     **dict.fromkeys(IMAGES, _IMAGE),
 }
-_INDEX: Final = re.compile(r".*\.(json|idx|md|html|ya?ml)", re.IGNORECASE)  # never a tar or a Parquet file
+# Beside tables of any format: what is no table, as its name says. In no text that is read by lines, but perhaps in JSON
+# Lines, is there a .json; and tars and Parquet files have their suffix wherever others beside them have.
+_NO_TABLE: Final = re.compile(
+    r"[._].*|.*\.(idx|index|md|rst|html|ya?ml|crc|sqlite|uuid|bin|lock|py|ipynb|pdf)", re.IGNORECASE
+)
 # Texts for people, not of addresses. They stand in many folders of tables.
 _ABOUT: Final = re.compile(
     r"(read.?me|licen[cs]e|notice|copying|authors|citation|credits|changelog|changes|contributing)\b.*\.txt",
@@ -107,8 +111,9 @@ class Choice:
     def _asked(self, file: SourceFile) -> str:
         """The format that the recipe asks for, unless the file was not named itself, and others fit it better."""
         others = not file.named and self._format in self._formats
-        kind = kind_of(file.path)
-        no_table = self._format in ("parquet", _TAR) and _INDEX.fullmatch(file.path)
+        kind, name = kind_of(file.path), file.path.rpartition("/")[2].lower()
+        no_table = _NO_TABLE.fullmatch(name) or (self._format != "jsonl" and name.endswith(".json"))
+        no_table = no_table or (self._format in ("parquet", _TAR) and "." in name)
         return "" if others and kind != self._format and (kind or no_table) else self._format
 
 

@@ -1,6 +1,6 @@
 """`source` of the recipe → tables of rows: url, caption, where the picture lies, and the other columns as JSON.
 
-Nothing here looks at pixels, and memory does not grow with the source.
+Nothing here looks at pixels, and memory does not grow with the source, but with one tar's samples.
 
     parquet csv tsv jsonl txt     rows with an address, or (parquet) with embedded bytes; text also as .gz .zst .bz2 .xz
     folder                        images with NAME.txt or NAME.json beside them
@@ -16,6 +16,7 @@ import json
 import logging
 import lzma
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from pipeline.listing import Batches, SourceFile, in_batches
 from pipeline.sources import tables
 from pipeline.sources.columns import Row, of_rows, to_json
 from pipeline.sources.files import folder, webdataset
-from pipeline.sources.kinds import Choice, Kinds
+from pipeline.sources.kinds import Choice, Kinds, kind_of
 from pipeline.sources.pictures import Span, options_of, read_pictures
 from pipeline.sources.tables import Reader
 from pipeline.storage import list_files, open_file
@@ -91,9 +92,16 @@ class Rows:
         if len(self._paths) == 1 and "://" not in self._paths[0]:
             return self._listed(self._paths[0])
         if not self._gathered:
-            found = {file.path: file for path in self._paths for some in self._listed(path) for file in some}
+            found = {file.path: file for path in self._paths for file in self._asked_for(path)}
             self._gathered = list(found.values())
         return in_batches(self._gathered)
+
+    def _asked_for(self, path: str) -> list[SourceFile]:
+        """The files of one of several paths. Parquet files that it names without the tars beside them are meant."""
+        files = [file for some in self._listed(path) for file in some]
+        if "webdataset" in self._kinds[path].formats:
+            return files
+        return [replace(file, named=True) if kind_of(file.path) == "parquet" else file for file in files]
 
     def _listed(self, path: str) -> Batches:
         kinds = Kinds(path)

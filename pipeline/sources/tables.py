@@ -253,7 +253,7 @@ def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:
 
 def _check_caption(source: Source, schema: pa.Schema, file: SourceFile) -> None:
     """Raise RecipeError where the captions are no texts."""
-    kind = schema.field(source.caption).type
+    kind = schema.field(schema.get_all_field_indices(source.caption)[-1]).type  # of two of a name the last is read
     if is_nested(kind):
         mend = "name a column of text, or write one with the caption that is meant"
         raise RecipeError("source.caption", f"{source.caption!r} in {file.path} holds {kind}, not text", mend)

@@ -67,6 +67,7 @@ def is_of(before: bytes, name: str, size: int) -> bool:
         return False
     if text_of(found) == name:
         return True
+    longer = longer.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a letter that began in the block before
     said = text_of(longer.decode("utf-8", "surrogateescape"))
     if " path=" in said:  # POSIX's extended header
         return f" path={name}\n" in said

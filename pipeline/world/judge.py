@@ -104,7 +104,7 @@ def compare(wanted: Wanted, seen: Parsed) -> dict[str, float]:
     bare = min(all_shapes - min(all_shapes, pairs), len(wanted.bare))
     holds = pairs + bare + sum(sizes) + sum(textures) + sum(places) + sum(v for v in once.values() if v == 1)
     stated = len(asked) + len(size) + len(texture) + len(places) + sum(not math.isnan(v) for v in once.values())
-    more = max(0, len(seen.things) - len(asked)) if stated else 0
+    more = max(0, len(seen.things) - max(len(asked), wanted.count or 0)) if stated else 0
     return {
         "followed": _share(holds, stated),
         "followed_strict": _share(holds, stated + more),

@@ -200,3 +200,8 @@ def test_what_is_wrong_with_a_chunk_that_no_pixel_needs_spoils_no_png(name: byte
 def test_a_side_that_no_jpeg_can_hold_is_refused() -> None:
     data = file_of(Image.new("1", (70_000, 8)), "png")
     assert reason(data, config.Image(resize="none", min_size=8)) == "unsupported"
+
+
+@pytest.mark.parametrize("tail", [b"\n", b"\r\n", bytes(3), bytes(100), b"\0\0\0\1IDAT"])
+def test_what_follows_the_end_of_a_png_is_ignored(tail: bytes) -> None:
+    assert_shows(stored(file_of(ramp(), "png") + tail), ramp())

@@ -61,3 +61,26 @@ def test_a_folder_of_pictures_may_hold_texts_about_them(tmp_path: Path) -> None:
         (tmp_path / name).write_text("a caption")
     assert urls_and_captions(rows(tmp_path)) == [(str(tmp_path / "README.jpg"), "a caption")]
     assert Rows(recipe(tmp_path)).signature == Rows(recipe(tmp_path)).signature
+
+
+def test_globs_that_name_both_read_both(tars: Path) -> None:
+    both = {"path": [str(tars / "*.tar"), str(tars / "*.parquet")]}
+    where = Recipe.model_validate({"dataset": "unused", "source": both})
+    assert sum(len(table) for table in Rows(where).tables()) == 5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_with_a_format_named_what_is_no_table_by_its_name_is_left_out(tmp_path: Path, kind: str) -> None:
+    """Folders as a hub, Spark and Energon leave them."""
+    write_table(tmp_path / f"t.{kind}")
+    for name in (
+        ".gitattributes",
+        "README.md",
+        ".nv-meta/index.sqlite",
+        ".nv-meta/index.uuid",
+        f".t.{kind}.crc",
+        "_SUCCESS",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no table")
+    assert len(rows(tmp_path, format=kind)) == 3

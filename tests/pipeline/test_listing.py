@@ -87,3 +87,15 @@ def test_a_source_of_many_folders_is_not_held(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert taken == 1000
     assert held < 1000 * 100  # bytes a picture: its path alone has as many
+
+
+def test_a_link_to_a_folder_that_is_read_anyway_is_not_entered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`latest`, as many tools make it: each picture would come twice, with two keys."""
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "a.jpg").write_bytes(b"a")
+    (tmp_path / "latest").symlink_to("v1")
+    assert names(tmp_path) == ["v1/a.jpg"]
+    assert "latest leads to a folder that is read anyway" in caplog.text
+    assert names(tmp_path / "latest") == ["a.jpg"]

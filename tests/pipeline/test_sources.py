@@ -328,3 +328,9 @@ def test_the_captioned_world() -> None:
     (table,) = Rows(world).tables()
     assert len(table) == 5
     assert json.loads(table["extra"][3].as_py()) == {"world_index": 3}
+
+
+def test_of_two_columns_of_one_name_the_last_is_read(tmp_path: Path) -> None:
+    columns = [pa.array(["https://x.org/a.jpg"]), pa.array([["a list"]]), pa.array(["the caption"])]
+    pq.write_table(pa.table(columns, names=["url", "caption", "caption"]), tmp_path / "t.parquet")
+    assert urls_and_captions(rows(tmp_path / "t.parquet")) == [("https://x.org/a.jpg", "the caption")]

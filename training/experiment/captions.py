@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from pipeline.config import Recipe
@@ -43,27 +43,25 @@ def truth_of_captions(recipe: Recipe, layer: str | None) -> dict[str, dict[str, 
     }
 
 
-def shown_captions(recipe: Recipe, layer: str | None, holdout: int = 0) -> dict[str, list[str]]:
-    """Slot → the captions that arms can be shown, in the order of the samples, without those of samples held out."""
-    dataset, rows = Dataset(Storage(recipe.dataset, recipe.storage)), list[dict[str, str]]()
+def shown_captions(recipe: Recipe, layer: str | None, holdout: int = 0) -> Iterator[dict[str, str]]:
+    """Slot → caption of each sample that arms are trained on, in the samples' order; those held out come last."""
+    dataset = Dataset(Storage(recipe.dataset, recipe.storage))
+    left = sum(shard.samples for shard in dataset.manifest.shards) - holdout
     for shard in dataset.shard_names:
         captions = {} if layer is None else read_layer(dataset.storage, layer, shard)
-        for row in dataset.table(shard, ["key", "caption"]).to_pylist():
-            rows.append({ORIGINAL: row["caption"]} | captions.get(row["key"], {}))
-    found = dict[str, list[str]]()
-    for row in rows[: len(rows) - holdout]:
-        for slot, text in row.items():
-            found.setdefault(slot, []).append(text)
-    return found
+        for row in dataset.table(shard, ["key", "caption"]).to_pylist()[: max(0, left)]:
+            yield {ORIGINAL: row["caption"]} | captions.get(row["key"], {})
+            left -= 1
 
 
-def about_prompts(sets: Prompts, captions: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
+def about_prompts(sets: Prompts, captions: Iterable[Mapping[str, str]]) -> dict[str, dict[str, float]]:
     """Set → `distinct`: how many texts it has; `trained_on`: the share of its prompts that are captions word for word;
     `kept`: of the things that prompts ask for, the share that expanded prompts still name.
 
     `captions` are those of `shown_captions`.
     """
-    known = {text for texts in captions.values() for text in texts}
+    asked_for = {prompt.drawn or prompt.text for prompts in sets.values() for prompt in prompts}
+    known = {text for row in captions for text in row.values() if text in asked_for}
     found = dict[str, dict[str, float]]()
     for name, prompts in sets.items():
         texts = [prompt.drawn or prompt.text for prompt in prompts]

@@ -68,7 +68,8 @@ def expanded(
 
 def _captions(recipe: Recipe, layer: str | None, holdout: int) -> list[str]:
     """The layer's descriptive captions, without those of samples held out."""
-    found = [] if layer is None else shown_captions(recipe, layer, holdout).get(_SLOT, [])
+    shown = () if layer is None else shown_captions(recipe, layer, holdout)
+    found = [row[_SLOT] for row in shown if _SLOT in row]
     if not found:
         mend = "name a layer with descriptive captions, or write upsampler: null"
         raise RecipeError("experiment.upsampler", "finds no descriptive captions in train.data.layer", mend)

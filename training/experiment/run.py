@@ -15,6 +15,7 @@ A run is trained to its first point, measured with the averaged weights that it 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -130,7 +131,9 @@ class Experiment:
                 true = truth_of_captions(self.recipe, self.layer)
                 self.storage.write("captions.json", json.dumps(true, indent=1).encode())
             if not self.storage.exists("prompts.json"):
-                told = about_prompts(sets, shown_captions(self.recipe, self.layer, self.train.data.holdout))
+                held = self.train.data.holdout
+                shown = (shown_captions(self.recipe, layer, held) for layer in set(self.layers.values()))
+                told = about_prompts(sets, itertools.chain.from_iterable(shown))
                 self.storage.write("prompts.json", json.dumps(told, indent=1).encode())
             self._judges = sets, clip
         return self._judges

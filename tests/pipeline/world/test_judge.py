@@ -83,6 +83,7 @@ def test_things_that_nobody_asked_for_cost_only_the_strict_measure() -> None:
     alone, crowd = (judge(wanted, render(replace(SCENE, things=things), 128)) for things in ((RED,), (RED, BLUE)))
     assert alone["followed"] == crowd["followed"] == alone["followed_strict"] == 1
     assert crowd["followed_strict"] == 0.5
+    assert judge(read("there are two things: a red circle"), render(SCENE, 128))["followed_strict"] == 1
 
 
 def test_bindings_are_of_what_is_there() -> None:
