@@ -50,7 +50,8 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_every_arm_has_been_trained_and_measured_on_every_set(summary: tuple[Path, dict]) -> None:
     folder, told = summary
-    assert told["runs"] == {"original": 2, "short95": 2, "descriptive95": 2}
+    assert told["runs"] == {"original": 2, "short95": 2, "descriptive95": 2, "truth95": 2}
+    assert not any("truth95," in text for text in told["found"] if text.startswith("Not run here"))
     assert any("paper's order" in text for text in told["found"])
     results = json.loads((folder / "experiment" / "results.json").read_text())
     assert set(results["table"]) == {"original", "descriptive", "upsampled"}
