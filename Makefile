@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: demo docs experiment test test-cluster test-slow check format clean
+.PHONY: architecture demo docs experiment test test-cluster test-slow check format clean
 .PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-recaption
 .PHONY: bench-score bench-select bench-submit bench-train
 
@@ -70,6 +70,10 @@ bench-submit: $(STAMP)
 
 bench-train: $(STAMP)
 	$(BIN)/python benchmarks/train.py
+
+# The tree of docs/architecture.md, from the first line of every docstring.
+architecture: $(STAMP)
+	$(BIN)/python tests/helpers/source_tree.py
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

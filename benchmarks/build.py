@@ -33,10 +33,10 @@ import yaml
 from measure import Run, measure
 from photos import make_photos, served
 
-from pipeline.shrink import shrink
+from capstan.pipeline.image.resize import shrink
 
 FEW = 1000  # photos of the run that measures start-up: enough that no worker is done before the other has started
-CAPSTAN = [sys.executable, "-m", "cluster.cli"]
+CAPSTAN = [sys.executable, "-m", "capstan"]
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"256 center_crop": (256, "center_crop"), "512 keep_ratio": (512, "keep_ratio")}
 

@@ -28,11 +28,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline import config, dedup  # noqa: E402
-from pipeline.config import WorldSource  # noqa: E402
-from pipeline.decode import Picture, decode  # noqa: E402
-from pipeline.phash import COLOUR_BYTES, read_colours  # noqa: E402
-from pipeline.semantic import find_semantic, unit  # noqa: E402
+from capstan.pipeline import config  # noqa: E402
+from capstan.pipeline.config import WorldSource  # noqa: E402
+from capstan.pipeline.image.decode import Picture, decode  # noqa: E402
+from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours  # noqa: E402
+from capstan.pipeline.select import near_duplicates  # noqa: E402
+from capstan.pipeline.select.semantic import find_semantic, unit  # noqa: E402
 
 DISTANCE = 4
 SETTINGS = config.Dedup()
@@ -105,7 +106,7 @@ def some_colours(hashes: np.ndarray, seed: int = 0) -> np.ndarray:
 def timed(hashes: np.ndarray, colours: np.ndarray | None, distance: int = DISTANCE) -> None:
     order, sums = np.arange(len(hashes)), np.arange(len(hashes), dtype=np.uint64).reshape(-1, 1)
     start = time.perf_counter()
-    found = dedup.find_duplicates(
+    found = near_duplicates.find_duplicates(
         order, sums, hashes, exact=True, distance=distance, colours=colours, tolerance=TOLERANCE
     )
     seconds, kept = time.perf_counter() - start, int((found.kept < 0).sum())
@@ -129,7 +130,7 @@ def exact_part(arguments: argparse.Namespace) -> None:
     for name, hashes in {"random": random_hashes(n), "crowded": crowded_hashes(n)}.items():
         for colours in (None, some_colours(hashes)):
             order, sums = np.arange(n), np.arange(n, dtype=np.uint64).reshape(-1, 1)
-            found = dedup.find_duplicates(
+            found = near_duplicates.find_duplicates(
                 order, sums, hashes, exact=False, distance=DISTANCE, colours=colours, tolerance=TOLERANCE
             )
             same = np.array_equal(found.kept, brute_force(hashes, colours))
@@ -145,7 +146,7 @@ def brute_force(hashes: np.ndarray, colours: np.ndarray | None) -> np.ndarray:
         (close,) = np.nonzero(np.bitwise_count(held[:count] ^ own) <= DISTANCE)
         if colours is not None and len(close):
             other = np.broadcast_to(colours[row], (len(close), COLOUR_BYTES))
-            close = close[dedup.colours_agree(colours[kept[close]], other, TOLERANCE)]
+            close = close[near_duplicates.colours_agree(colours[kept[close]], other, TOLERANCE)]
         if len(close):
             near[row] = kept[close[0]]
         else:
@@ -204,9 +205,9 @@ def world_part(arguments: argparse.Namespace) -> None:
         starts = range(0, world.scenes, 500)
         measured = [row for part in pool.map(_measure, [world] * len(starts), starts) for row in part]
     shown, sums, hashes, colours, area = zip(*measured, strict=True)
-    order = dedup.precedence(np.zeros(len(shown), np.int64), np.array(area))
+    order = near_duplicates.precedence(np.zeros(len(shown), np.int64), np.array(area))
     for tolerance in (None, TOLERANCE):
-        found = dedup.find_duplicates(
+        found = near_duplicates.find_duplicates(
             order,
             np.array(sums, "S64"),
             np.array(hashes, np.uint64),
@@ -224,9 +225,9 @@ def world_part(arguments: argparse.Namespace) -> None:
 
 
 def _measure(world: WorldSource, start: int) -> list[tuple[int, str, int, str, int]]:
-    from pipeline.world.defects import defect, shown_index
-    from pipeline.world.scene import vocabulary
-    from pipeline.world.site import file_bytes
+    from capstan.pipeline.world.defects import defect, shown_index
+    from capstan.pipeline.world.scene import vocabulary
+    from capstan.pipeline.world.server import file_bytes
 
     found, vocab = [], vocabulary(world)
     for index in range(start, min(start + 500, world.scenes)):
@@ -264,7 +265,7 @@ def photos_part(arguments: argparse.Namespace) -> None:
         for change, data in changes(photo).items():
             other = _decoded(data)
             by_hash = (first.phash ^ other.phash).bit_count() <= (SETTINGS.perceptual or 0)
-            agree = dedup.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
+            agree = near_duplicates.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
             near.setdefault(change, []).append((by_hash, by_hash and bool(agree)))
     print(f"  {len(photos)} photographs, distance {SETTINGS.perceptual}; recall by the hash, and by hash and colours")
     for change, hits in near.items():

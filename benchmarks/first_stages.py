@@ -27,9 +27,9 @@ import yaml
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # where recaption.py is no floor, but another benchmark
 
-from pipeline.config import Recipe
-from training.evaluate import evaluate
-from training.trainer import fit
+from capstan.pipeline.config import Recipe
+from capstan.training.evaluate import evaluate
+from capstan.training.trainer import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPSTAN = Path(sys.executable).with_name("capstan")

@@ -36,14 +36,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.records import SHARD_SCHEMA, make_key  # noqa: E402
-from pipeline.shards import Dataset, Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_samples  # noqa: E402
-from pipeline.storage import Storage  # noqa: E402
-from training.config import Data  # noqa: E402
-from training.data import TrainingData  # noqa: E402
-from training.loader import Loader  # noqa: E402
-from training.mixture import MixedData  # noqa: E402
-from training.pixels import batch_of, square  # noqa: E402
+from capstan.pipeline.dataset.shards import (  # noqa: E402
+    Dataset,
+    Manifest,
+    Sample,
+    ShardEntry,
+    sha256_of,
+    write_manifest,
+    write_samples,
+)
+from capstan.pipeline.records import SHARD_SCHEMA, make_key  # noqa: E402
+from capstan.pipeline.storage import Storage  # noqa: E402
+from capstan.training.config import Data  # noqa: E402
+from capstan.training.data.dataset import TrainingData  # noqa: E402
+from capstan.training.data.loader import Loader  # noqa: E402
+from capstan.training.data.mixture import MixedData  # noqa: E402
+from capstan.training.data.transforms import batch_of, square  # noqa: E402
 
 BATCH = 64
 PER_SHARD = 500

@@ -27,9 +27,9 @@ CHUNK = 250_000
 MIB = 1 << 20
 PLAN = """
 import json, sys, time
-from pipeline.config import Recipe
-from pipeline.plan import plan
-from pipeline.storage import Storage
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.source.plan import plan
+from capstan.pipeline.storage import Storage
 recipe = Recipe.model_validate({"dataset": sys.argv[2], "source": {"path": sys.argv[1]}})
 start = time.monotonic()
 made = plan(recipe, Storage(recipe.dataset), progress=False)
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="capstan-bench-plan-") as folder:
         table, dataset = Path(folder) / "rows.parquet", Path(folder) / "dataset"
         write_table(table, rows)
-        idle = peak_of(["-c", "import pipeline.plan"])[1]
+        idle = peak_of(["-c", "import capstan.pipeline.source.plan"])[1]
         print(
             f"table: {rows:,} rows, {table.stat().st_size / MIB:,.0f} MiB; a process that does nothing: {idle:,.0f} MiB"
         )

@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.commits import mark
-from pipeline.config import Recipe
-from pipeline.ingest import Ingest
-from pipeline.plan import plan
-from pipeline.storage import Storage
-from pipeline.units import Unit
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.ingest.job import Ingest
+from capstan.pipeline.source.plan import plan
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import Unit
+from capstan.pipeline.units.markers import mark
 
 KEYS = {"key": "capstan-key", "secret": "capstan-secret"}
 
@@ -109,7 +109,7 @@ def rebuild(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     file.write_text(json.dumps(recipe))
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "build", str(file), "--json"], stdout=subprocess.PIPE, check=True
+        [sys.executable, "-m", "capstan", "build", str(file), "--json"], stdout=subprocess.PIPE, check=True
     )
     return {"process": time.monotonic() - start, **json.loads(done.stdout.splitlines()[-1])}
 

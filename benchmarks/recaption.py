@@ -76,16 +76,16 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
 
 def accuracy(folder: Path) -> dict[str, Any]:
     """Train, caption unseen pictures, and hold what the captions state against the scenes."""
-    from pipeline.config import Recipe
-    from pipeline.job import build
-    from pipeline.shards import Dataset
-    from pipeline.storage import Storage
-    from pipeline.world.rows import scene_of_url
-    from pipeline.world.text import descriptive, short
-    from recaption.prompts import PREFIXES
-    from recaption.store import write_given_layer
-    from training.launch import train
-    from training.tokenizer import Tokenizer
+    from capstan.pipeline.build import build
+    from capstan.pipeline.config import Recipe
+    from capstan.pipeline.dataset.shards import Dataset
+    from capstan.pipeline.storage import Storage
+    from capstan.pipeline.world.captions import descriptive, short
+    from capstan.pipeline.world.table import scene_of_url
+    from capstan.recaption.prompts import PREFIXES
+    from capstan.recaption.store import write_given_layer
+    from capstan.training.data.tokenizer import Tokenizer
+    from capstan.training.launch import train
 
     recipe = Recipe.model_validate(
         {
@@ -145,8 +145,8 @@ def _cpu_s_added(file: Path, name: str) -> Iterator[None]:
 
 def _captions(model: Path, slot: str, keys: Sequence[str], jpegs: Sequence[bytes]) -> list[str]:
     """What the engine writes, as a recaptioning job would be given it."""
-    from recaption.config import RecaptionConfig
-    from recaption.engines import Request, make
+    from capstan.recaption.config import RecaptionConfig
+    from capstan.recaption.engines import Request, make
 
     engine = make(RecaptionConfig.model_validate({"model": str(model), "slots": [slot], "batch": 64}))
     found = engine.caption([engine.prepare(jpeg) for jpeg in jpegs], [Request(key, (slot,)) for key in keys])
@@ -160,8 +160,8 @@ def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict
     Chance is then the best that one word for all pictures gets; and, knowing which of the two is listed first (things
     are listed from left to right), the best that one word for each order gets.
     """
-    from pipeline.world import oracle
-    from pipeline.world.text import compare, facts
+    from capstan.pipeline.world import oracle
+    from capstan.pipeline.world.captions import compare, facts
 
     read = [facts(caption) for caption in captions]
     right = oracle.aggregate([compare(*pair) for pair in zip(read, scenes, strict=True)])
@@ -181,7 +181,7 @@ def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict
 
 def _relation(read: Any, scene: Any) -> tuple[str, str, bool] | None:
     """(relation as stated, as it is, whether the first named is listed first) if it is stated of two things there."""
-    from pipeline.world.scene import relation
+    from capstan.pipeline.world.scene import relation
 
     things = {(thing.colour, thing.shape): thing for thing in scene.things}
     if read.relation is None:
@@ -220,9 +220,9 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
     """Images/s of both loops at each batch size, encoding of the images included."""
     import torch
 
-    from recaption.config import RecaptionConfig
-    from recaption.engines.coca import CocaEngine
-    from recaption.engines.decode import decode as cached
+    from capstan.recaption.config import RecaptionConfig
+    from capstan.recaption.engines.coca import CocaEngine
+    from capstan.recaption.engines.coca_decoding import decode as cached
 
     results: dict[str, Any] = {"threads": torch.get_num_threads(), "tokens": TOKENS, "batches": {}}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -262,7 +262,7 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
 
 def _load(engine: Any) -> Any:
     """The engine's model, loaded without captioning anything."""
-    from recaption.engines.coca import _Loaded
+    from capstan.recaption.engines.coca import _Loaded
 
     return _Loaded(engine)
 
@@ -327,10 +327,10 @@ class TimedEngine:
 
 def busy(images: int, max_tokens: int, side: int) -> dict[str, Any]:
     """The model worker's share of computing, while one CPU worker reads and decodes; loading is not counted."""
-    from pipeline.config import Recipe
-    from pipeline.job import build
-    from recaption import job
-    from recaption.engines import make
+    from capstan.pipeline.build import build
+    from capstan.pipeline.config import Recipe
+    from capstan.recaption import job
+    from capstan.recaption.engines import make
 
     with tempfile.TemporaryDirectory() as place:
         folder, times = Path(place), Path(place) / "times"
@@ -363,8 +363,8 @@ def busy(images: int, max_tokens: int, side: int) -> dict[str, Any]:
 
 def _decoding_rate(recipe: Any, engine: Any) -> float:
     """Images a second that one core reads and decodes."""
-    from pipeline.shards import Dataset
-    from pipeline.storage import Storage
+    from capstan.pipeline.dataset.shards import Dataset
+    from capstan.pipeline.storage import Storage
 
     dataset = Dataset(Storage(recipe.dataset))
     entry = dataset.manifest.shards[0]

@@ -27,14 +27,14 @@ import pyarrow as pa
 import simplejpeg
 from measure import measure
 
-from pipeline.config import Recipe
-from pipeline.ingest import STAGED_SCHEMA, Staged
-from pipeline.score import job as scoring
-from pipeline.score import registry
-from pipeline.score.job import ModelScoreJob, score
-from pipeline.shards import Sample, write_tar
-from pipeline.storage import Storage
-from pipeline.units import Piece, Unit
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Sample, write_tar
+from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged
+from capstan.pipeline.score import job as scoring
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.job import ModelScoreJob, score
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import Piece, Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT_ROWS = 500

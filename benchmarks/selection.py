@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import yaml
 from measure import measure
 
-from pipeline.config import Recipe
-from pipeline.ingest import STAGED_SCHEMA, Ingest
-from pipeline.score import registry
-from pipeline.score.store import file_name, schema
-from pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.ingest.job import STAGED_SCHEMA, Ingest
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.store import file_name, schema
+from capstan.pipeline.storage import Storage, parquet_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT_ROWS = 10_000
@@ -65,7 +65,7 @@ def main() -> None:
     for name, question in QUESTIONS.items():
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(settings(folder / "dataset") | question))
-        command = [sys.executable, "-m", "cluster.cli", "select", str(recipe), "--dry-run", "--json"]
+        command = [sys.executable, "-m", "capstan", "select", str(recipe), "--dry-run", "--json"]
         run = measure(command, {"PYTHONPATH": str(ROOT)})
         summary = json.loads(run.output.splitlines()[-1])
         figures = f"{run.wall_s:>9.1f}{run.cpu_s:>8.1f}{run.memory / 2**30:>10.2f}{summary['counts']['kept']:>12,}"

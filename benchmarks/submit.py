@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cluster")]
 
 from small_captioner import write_captioner  # noqa: E402
 
-from cluster.nodes import Nodes  # noqa: E402
+from capstan.cluster.local_cluster import Nodes  # noqa: E402
 
 STAGES = ["build", "recaption", "train"]
 LAYERS = {
@@ -62,7 +62,7 @@ def recipe(folder: Path, name: str, captioner: Path, scenes: int) -> Path:
 
 def seconds(command: list[str], env: dict[str, str]) -> float:
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "cluster.cli", *command], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "capstan", *command], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} ended with {done.returncode}: {done.stderr[-3000:]}")
     return time.monotonic() - started
@@ -81,7 +81,7 @@ def main() -> None:
         nodes.start_head(env=env)
         nodes.start_worker(cpus=2, env=env)
         target = {"kind": "ray", "address": nodes.address, "token_file": str(nodes.token_file)}
-        target |= {"program": f"{sys.executable} -m cluster.cli", "env": {"PYTHONPATH": paths}}
+        target |= {"program": f"{sys.executable} -m capstan.cluster.cli", "env": {"PYTHONPATH": paths}}
         (folder / "clusters.yaml").write_text(yaml.safe_dump({"local-cluster": target}))
         env["CAPSTAN_CLUSTERS"] = str(folder / "clusters.yaml")
         taken: dict[tuple[str, str], list[float]] = {}

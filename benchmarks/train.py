@@ -32,13 +32,13 @@ import yaml
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # where recaption.py is no floor, but another benchmark
 
-from pipeline.config import Recipe
-from pipeline.records import SHARD_SCHEMA, make_key
-from pipeline.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
-from pipeline.storage import Storage
-from pipeline.world.draw import render
-from pipeline.world.scene import Vocabulary, draw_scene
-from pipeline.world.text import descriptive
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
+from capstan.pipeline.records import SHARD_SCHEMA, make_key
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world.captions import descriptive
+from capstan.pipeline.world.render import render
+from capstan.pipeline.world.scene import Vocabulary, draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, PICTURES, WARM = 256, 256, 3  # pixels a side, samples, steps that are not measured
@@ -172,16 +172,16 @@ def work(folder: Path, kind: str, steps: int, batch: int, section: dict[str, Any
 
 def capstan(folder: Path, clock: Clock, batch: int, section: dict[str, Any]) -> dict[str, Any]:
     """A run by its recipe; gives the last record of its log."""
-    from training.meter import Meter
-    from training.trainer import fit
+    from capstan.training.monitoring.metrics_logger import MetricsLogger
+    from capstan.training.trainer import fit
 
-    step = Meter.step
+    step = MetricsLogger.step
 
-    def timed(self: Meter, slots: Any) -> None:
+    def timed(self: MetricsLogger, slots: Any) -> None:
         step(self, slots)
         clock.tick()
 
-    Meter.step = timed  # type: ignore[method-assign]
+    MetricsLogger.step = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(dir=folder, prefix="run-") as name:
         recipe = recipe_of(folder, Path(name) / "run", clock.last + 1, batch, section)
         fit(recipe)
@@ -279,7 +279,7 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        from training.pixels import square
+        from capstan.training.data.transforms import square
 
         pixels = torch.from_numpy(square(self.files[index].read_bytes(), SIZE)).permute(2, 0, 1)
         return pixels.float() / 127.5 - 1, self.ids[index]
@@ -303,7 +303,7 @@ def make(folder: Path) -> None:
     make_models(folder, [sample.caption for sample in samples])
     recipe = folder / "encode.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(folder, folder / "unused", 1, 4, {}).model_dump(mode="json")))
-    command = [sys.executable, "-m", "cluster.cli", "encode", str(recipe), "--json"]
+    command = [sys.executable, "-m", "capstan", "encode", str(recipe), "--json"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"encode failed:\n{done.stderr[-4000:]}")
@@ -333,7 +333,7 @@ def make_models(folder: Path, captions: list[str]) -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from training.tokenizer import Tokenizer
+    from capstan.training.data.tokenizer import Tokenizer
 
     torch.manual_seed(0)
     channels = [128 // SHARE, 256 // SHARE, 512 // SHARE, 512 // SHARE]

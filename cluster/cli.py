@@ -16,15 +16,15 @@ from typing import Annotated, Final, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-import cluster.jobs_cli
-import pipeline.cli
-import recaption.cli
-import training.cli
-import training.experiment.cli
-from cluster.config import load, schema
-from cluster.jobs_cli import ClustersOption
-from pipeline.cli import JsonOption, SetOption, finish
-from pipeline.errors import CapstanError
+import capstan.cluster.jobs.cli
+import capstan.pipeline.cli
+import capstan.recaption.cli
+import capstan.training.cli
+import capstan.training.experiment.cli
+from capstan.cluster.jobs.cli import ClustersOption
+from capstan.cluster.recipe import load, schema
+from capstan.pipeline.cli import JsonOption, SetOption, finish
+from capstan.pipeline.errors import CapstanError
 
 INTERRUPTED: Final = 130
 
@@ -36,10 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for floor in (pipeline.cli, recaption.cli, training.cli):
+for floor in (capstan.pipeline.cli, capstan.recaption.cli, capstan.training.cli):
     floor.add_commands(app, load)
-cluster.jobs_cli.add_commands(app)
-experiments = training.experiment.cli.experiments(load)
+capstan.cluster.jobs.cli.add_commands(app)
+experiments = capstan.training.experiment.cli.experiments(load)
 app.add_typer(experiments, name="experiment")
 
 
@@ -48,7 +48,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write recipe.yaml.")] = Path(), as_json: JsonOption = False
 ) -> None:
     """Write a commented starter recipe."""
-    from cluster.starter import write_starter
+    from capstan.cluster.init import write_starter
 
     finish({"recipe": str(write_starter(folder))}, as_json)
 
@@ -68,8 +68,8 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check the machine, the versions, the storage, a recipe and a target; say what to fix."""
-    from cluster.clusters import find_target
-    from cluster.doctor import examine, show
+    from capstan.cluster.doctor import examine, show
+    from capstan.cluster.jobs.clusters_file import find_target
 
     findings = examine(recipe, find_target(to, clusters) if to is not None else None, overrides)
     show(findings)
@@ -87,7 +87,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Take the whole chain on a small captioned world that Capstan draws itself; goes on where it stopped."""
-    from cluster.demo import run_demo
+    from capstan.cluster.demo.demo import run_demo
 
     finish(run_demo(folder, quick=quick), as_json)
 
@@ -101,7 +101,7 @@ def world(
     as_json: JsonOption = False,
 ) -> None:
     """Run the experiment on blends from nothing, on a captioned world; goes on where it stopped."""
-    from cluster.experiment import run_experiment
+    from capstan.cluster.demo.experiment import run_experiment
 
     finish(run_experiment(folder, quick=quick), as_json)
 
@@ -125,7 +125,7 @@ def _run(arguments: list[str] | None) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except TyperException as error:
-        print(f"error: {error.format_message()}. Mend: see `capstan --help`", file=sys.stderr)
+        print(f"error: {error.format_message()}. Fix: see `capstan --help`", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

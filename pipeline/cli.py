@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.config import Recipe, apply_overrides, validate
-from pipeline.errors import CapstanError, Quarantined, RecipeError
-from pipeline.secrets import refuse_secrets
-from pipeline.storage import Storage
+from capstan.pipeline.config import Recipe, apply_overrides, validate
+from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
+from capstan.pipeline.secrets import refuse_secrets
+from capstan.pipeline.storage import Storage
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable.")]
@@ -52,14 +52,14 @@ def _add_making(app: typer.Typer, load: Load) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Rows → fetched → decoded → scored → selected → packed shards. Goes on where it stopped."""
-        from pipeline.job import build as run
+        from capstan.pipeline.build import build as run
 
         finish(run(load(recipe, overrides), retry=retry), as_json)
 
     @app.command()
     def score(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Add the columns of the recipe's scorers to a dataset that was built; nothing is fetched."""
-        from pipeline.job import score as run
+        from capstan.pipeline.build import score as run
 
         finish(run(load(recipe, overrides)), as_json)
 
@@ -71,7 +71,7 @@ def _add_making(app: typer.Typer, load: Load) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Ask the ledger again with the recipe's conditions and repack the shards that change."""
-        from pipeline.job import select as run
+        from capstan.pipeline.build import select as run
 
         finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
 
@@ -92,8 +92,8 @@ def _add_takedown(app: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Takedown: remove rows and all that was made of them, for good; only what holds them is rewritten."""
-        from pipeline.config import Blocklist
-        from pipeline.job import remove as run
+        from capstan.pipeline.build import remove as run
+        from capstan.pipeline.config import Blocklist
 
         lists = Blocklist(keys=keys, urls=urls, domains=domains, sha256=sha256)
         finish(run(dataset, lists, open_dataset(dataset, overrides).options), as_json)
@@ -105,7 +105,7 @@ def _add_looking(app: typer.Typer) -> None:
     @app.command()
     def verify(dataset: DatasetArgument, overrides: StorageOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Reopen every tar, check every sum and index."""
-        from pipeline.verify import verify as run
+        from capstan.pipeline.pack.verify import verify as run
 
         problems = run(open_dataset(dataset, overrides), progress=True)
         finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
@@ -132,11 +132,11 @@ def _add_looking(app: typer.Typer) -> None:
         """Write report.html into the dataset's folder: the funnel, what each step dropped; or a contact sheet."""
         storage = open_dataset(dataset, overrides)
         if samples:
-            from pipeline.report.contact import write_sheet
+            from capstan.pipeline.report.contact_sheet import write_sheet
 
             finish(write_sheet(storage, samples, out, count), as_json)
         else:
-            from pipeline.report.write import write_report
+            from capstan.pipeline.report.report import write_report
 
             finish({"report": write_report(storage)}, as_json)
 

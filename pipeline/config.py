@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError
 
 
 class Section(BaseModel):
@@ -258,8 +258,8 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
     if kind == "extra_forbidden":
         known = _keys_beside(model, error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"remove it; known keys: {', '.join(known)}"
-        return "unknown key", mend
+        hint = f"did you mean {near[0]}?" if near else f"remove it; known keys: {', '.join(known)}"
+        return "unknown key", hint
     if kind == "missing":
         return "is missing", "add it to the recipe"
     message = error["msg"].removeprefix("Value error, ")

@@ -25,17 +25,17 @@ class RecipeError(CapstanError):
     """The user can mend this: which field is wrong, what is wrong with it, and what to do.
 
     >>> str(RecipeError("fetch.retries", "must be a whole number", "write e.g. retries: 2"))
-    'fetch.retries: must be a whole number. Mend: write e.g. retries: 2'
+    'fetch.retries: must be a whole number. Fix: write e.g. retries: 2'
     """
 
     exit_code = 2
 
-    def __init__(self, field: str, problem: str, mend: str) -> None:
-        super().__init__(field, problem, mend)
-        self.field, self.problem, self.mend = field, problem, mend
+    def __init__(self, field: str, problem: str, hint: str) -> None:
+        super().__init__(field, problem, hint)
+        self.field, self.problem, self.hint = field, problem, hint
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.problem}. Mend: {self.mend}"
+        return f"{self.field}: {self.problem}. Fix: {self.hint}"
 
 
 class MissingExtra(RecipeError):
@@ -45,22 +45,22 @@ class MissingExtra(RecipeError):
         super().__init__(field, f"needs the package {package}", f"pip install 'capstan[{extra}]'")
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str, str]]:
-        return RecipeError, (self.field, self.problem, self.mend)
+        return RecipeError, (self.field, self.problem, self.hint)
 
 
 class StorageError(CapstanError):
     """A storage did not do what was asked, after all tries: what was asked, what went wrong, and what to do.
 
     >>> str(StorageError("read s3://bucket/a", "503 Slow Down, 5 tries", "try later"))
-    'cannot read s3://bucket/a (503 Slow Down, 5 tries). Mend: try later'
+    'cannot read s3://bucket/a (503 Slow Down, 5 tries). Fix: try later'
     """
 
-    def __init__(self, action: str, problem: str, mend: str) -> None:
-        super().__init__(action, problem, mend)
-        self.action, self.problem, self.mend = action, problem, mend
+    def __init__(self, action: str, problem: str, hint: str) -> None:
+        super().__init__(action, problem, hint)
+        self.action, self.problem, self.hint = action, problem, hint
 
     def __str__(self) -> str:
-        return f"cannot {self.action} ({self.problem}). Mend: {self.mend}"
+        return f"cannot {self.action} ({self.problem}). Fix: {self.hint}"
 
 
 class DiskFull(StorageError):

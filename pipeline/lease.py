@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-from pipeline.errors import CapstanError, StorageError
-from pipeline.local import is_alive, owner
-from pipeline.storage import Storage
+from capstan.pipeline.errors import CapstanError, StorageError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import is_alive, owner
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Lease:
         return f"capstan {self.command}, process {self.pid} on {self.host}, last seen {ago:.0f} s ago"
 
 
-class Held:
+class HeldLease:
     """The lease of this process. `check` it before anything is removed that another writer might need."""
 
     def __init__(self, storage: Storage, command: str) -> None:
@@ -112,12 +112,12 @@ class Held:
 
 
 @contextlib.contextmanager
-def lease(storage: Storage, command: str) -> Iterator[Held]:
+def lease(storage: Storage, command: str) -> Iterator[HeldLease]:
     """Be the only writer of the dataset at `storage` while the block runs; `command` is told to others.
 
     Raises CapstanError, naming the process, its machine and when it was last seen, if there is another.
     """
-    held = Held(storage, command)
+    held = HeldLease(storage, command)
     held.take()
     try:
         yield held
@@ -145,6 +145,6 @@ def _is_stale(storage: Storage, other: Lease) -> bool:
 
 def _in_use(storage: Storage, other: Lease) -> CapstanError:
     return CapstanError(
-        f"{storage.url} is being written by another process ({other}). Mend: wait for its end; if it is dead already, "
+        f"{storage.url} is being written by another process ({other}). Fix: wait for its end; if it is dead already, "
         f"wait {STALE_S:.0f} s from when it was last seen. Two at once would remove each other's files"
     )

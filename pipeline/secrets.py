@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError
 
 # fsspec's and the clouds' names for credentials. A path to a key file is none.
 _SECRET: Final = re.compile(

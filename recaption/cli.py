@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import (
+from capstan.pipeline.cli import (
     DatasetArgument,
     JsonOption,
     Load,
@@ -18,7 +18,7 @@ from pipeline.cli import (
     finish,
     open_dataset,
 )
-from pipeline.config import Recipe
+from capstan.pipeline.config import Recipe
 
 LayerHelp = "A layer's id, or `latest`."
 
@@ -36,7 +36,7 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Add a layer of captions beside the shards, or complete it for new data. Goes on where it stopped."""
-        from recaption import job
+        from capstan.recaption import job
 
         run, ready = (job.plan if plan else job.recaption), load(recipe, overrides)
         finish(concluded(lambda: run(ready)), as_json)
@@ -71,10 +71,10 @@ def _add_import_and_export(captions: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Make a layer of captions that people wrote."""
-        from recaption import given
+        from capstan.recaption import import_captions
 
-        slots = given.fields(slot)
-        finish(given.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
+        slots = import_captions.fields(slot)
+        finish(import_captions.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
 
     @captions.command()
     def export(
@@ -86,8 +86,8 @@ def _add_import_and_export(captions: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Copy a dataset with a layer's text in the tars. Goes on where it stopped."""
-        from recaption.export import export as run
-        from recaption.store import find_layer
+        from capstan.recaption.export import export as run
+        from capstan.recaption.store import find_layer
 
         source, target = open_dataset(dataset, overrides), open_dataset(dest, overrides, field="DEST")
         layer, resources = find_layer(source, layer), Recipe(dataset=dest).resources
@@ -112,8 +112,8 @@ def _add_diff(captions: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Compare two caption layers: CLIP score, self-retrieval, length, openers, flags; where they disagree most."""
-        from recaption.clip import Clip
-        from recaption.compare import compare
+        from capstan.recaption.compare.clip import Clip
+        from capstan.recaption.compare.compare import compare
 
         place = open_dataset(dataset, overrides)
         finish(compare(place, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)

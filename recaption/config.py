@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Recipe, Section, validate
-from pipeline.errors import RecipeError
-from recaption.lint import Settings as LintSettings
+from capstan.pipeline.config import Recipe, Section, validate
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.lint.linter import Settings as LintSettings
 
 SlotName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 
@@ -97,6 +97,6 @@ class RecaptionConfig(Section):
     def from_recipe(cls, recipe: Recipe) -> RecaptionConfig:
         """The validated section `recaption`. Raises RecipeError."""
         if recipe.recaption is None:
-            mend = "add the section, e.g. recaption: {engine: coca, model: ./captioner}"
-            raise RecipeError("recaption", "is missing", mend)
+            hint = "add the section, e.g. recaption: {engine: coca, model: ./captioner}"
+            raise RecipeError("recaption", "is missing", hint)
         return validate(cls, recipe.recaption, "recaption")

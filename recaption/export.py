@@ -16,15 +16,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipeline.ahead import ahead
-from pipeline.config import Resources, fingerprint
-from pipeline.energon import tar_index
-from pipeline.errors import Quarantined, RecipeError
-from pipeline.indexes import hide_indexes, write_indexes
-from pipeline.local import scratch
-from pipeline.pack import sample_fields, unlisted
-from pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
-from pipeline.shards import (
+from capstan.pipeline.config import Resources, fingerprint
+from capstan.pipeline.dataset.energon import tar_index
+from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
+from capstan.pipeline.dataset.shards import (
     Dataset,
     Manifest,
     Sample,
@@ -34,9 +29,14 @@ from pipeline.shards import (
     write_manifest,
     write_samples,
 )
-from pipeline.storage import Storage, parquet_bytes
-from pipeline.units import Job, Piece, Unit, forget, markers, report, run
-from recaption import store
+from capstan.pipeline.errors import Quarantined, RecipeError
+from capstan.pipeline.pack.job import sample_fields, unlisted
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.storage.local import scratch
+from capstan.pipeline.units import Job, Piece, Unit, forget, markers, report, run
+from capstan.recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
 ORIGINAL: Final = "original"

@@ -17,16 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from pipeline import units
-from pipeline.config import Recipe, Resources
-from pipeline.errors import Quarantined
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from recaption import attempts, lint, store
-from recaption.config import RecaptionConfig
-from recaption.engines import CaptionEngine, Picture, Request, make, size_of
-from recaption.plan import Content, Image, Todo, count_stale, images, lacking, outline, take_sample
-from recaption.store import Place, Row
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import Quarantined
+from capstan.pipeline.storage import Storage
+from capstan.recaption import generate, store
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import CaptionEngine, Picture, Request, make, size_of
+from capstan.recaption.lint import linter
+from capstan.recaption.plan import Content, Image, Todo, count_stale, images, lacking, outline, take_sample
+from capstan.recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +88,13 @@ class RecaptionJob(units.Job):
 
     def write(self, pictures: Sequence[Picture], requests: Sequence[Request]) -> list[dict[str, Row]]:
         """Slot → row of each picture."""
-        return attempts.write(self.engine, pictures, requests, self.config.lint, self.description.get("prompts", {}))
+        return generate.write(self.engine, pictures, requests, self.config.lint, self.description.get("prompts", {}))
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         table, reused = self._images(unit), self._reused(unit)
         made = {content: rows for piece in pieces for content, rows in piece["rows"].items()}
         broken = {content for piece in pieces for content in piece["broken"]}
-        unread = {content: dict.fromkeys(self.slots, Row.missing(lint.UNREADABLE)) for content in broken}
+        unread = {content: dict.fromkeys(self.slots, Row.missing(linter.UNREADABLE)) for content in broken}
         captions = {
             content: unread.get(content, {}) | made.get(content, {}) | reused.get(content, {})
             for content in unread.keys() | made.keys() | reused.keys()
@@ -115,7 +116,7 @@ class RecaptionJob(units.Job):
             "reused": sum(not lacking(self.slots, reused.get(image.content, {})) for image in table),
             "retried": _retried(made.values()),
             "unreadable": len(broken),
-            "failed": flags[lint.FAILED],
+            "failed": flags[linter.FAILED],
             **{f"flag_{flag}": count for flag, count in sorted(flags.items())},
         }
 

@@ -15,12 +15,12 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Resources
-from pipeline.shards import Dataset, ShardEntry
-from pipeline.storage import Storage
-from recaption import store
-from recaption.engines import CaptionEngine, Picture, Request
-from recaption.store import Row
+from capstan.pipeline.config import Resources
+from capstan.pipeline.dataset.shards import Dataset, ShardEntry
+from capstan.pipeline.storage import Storage
+from capstan.recaption import store
+from capstan.recaption.engines import CaptionEngine, Picture, Request
+from capstan.recaption.store import Row
 
 log = logging.getLogger(__name__)
 

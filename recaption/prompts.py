@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError
 
 ORIGINAL: Final = "{original}"  # in a prompt: the caption that came with the picture
 
@@ -64,8 +64,8 @@ def choose(slots: Sequence[str], recipe: Mapping[str, str], own: Mapping[str, st
         found = recipe.get(slot, own.get(slot))
         if found is None:
             known = ", ".join(sorted(own))
-            mend = f"use slots of {known}, or write recaption.prompts.{slot}"
-            raise RecipeError("recaption.slots", f"the model has no prompt for {slot!r}", mend)
+            hint = f"use slots of {known}, or write recaption.prompts.{slot}"
+            raise RecipeError("recaption.slots", f"the model has no prompt for {slot!r}", hint)
         twin = next((other for other, text in prompts.items() if text == found), None)
         if twin is not None:
             problem = f"{twin} and {slot} have the same prompt, {found!r}, and would get the same captions"
@@ -94,5 +94,5 @@ def refuse_original(prompts: Mapping[str, str], why: str) -> None:
     """Raises RecipeError where a prompt wants the original caption of an engine that cannot take it."""
     for slot, text in prompts.items():
         if ORIGINAL in text:
-            mend = f"remove {ORIGINAL}, or use engine transformers or openai"
-            raise RecipeError(f"recaption.prompts.{slot}", f"quotes the original caption, but {why}", mend)
+            hint = f"remove {ORIGINAL}, or use engine transformers or openai"
+            raise RecipeError(f"recaption.prompts.{slot}", f"quotes the original caption, but {why}", hint)

@@ -22,12 +22,12 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import fingerprint
-from pipeline.errors import RecipeError
-from pipeline.records import make_key
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from recaption import lint
+from capstan.pipeline.config import fingerprint
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.records import make_key
+from capstan.pipeline.storage import Storage
+from capstan.recaption.lint import linter
 
 ROOT: Final = "captions"
 GIVEN: Final = "given"  # the engine of layers that no model wrote
@@ -59,13 +59,13 @@ class Row:
     raw: str
     text: str
     tokens: int
-    finish: lint.Finish
+    finish: linter.Finish
     seed: int
     flags: tuple[str, ...]
     discarded: tuple[str, ...] = ()
 
     @classmethod
-    def written(cls, raw: str, tokens: int, finish: lint.Finish, seed: int, linted: lint.Linted) -> Row:
+    def written(cls, raw: str, tokens: int, finish: linter.Finish, seed: int, linted: linter.Linted) -> Row:
         """A caption that is kept, whatever its flags."""
         return cls(raw, linted.text, tokens, finish, seed, linted.flags)
 
@@ -76,20 +76,20 @@ class Row:
 
     def replaced(self) -> Row:
         """The row of a caption that is not good enough: the original is to stand in."""
-        return replace(self, flags=tuple(sorted({*self.flags, lint.ORIGINAL})))
+        return replace(self, flags=tuple(sorted({*self.flags, linter.ORIGINAL})))
 
     def beside(self, original: str) -> Row:
         """The row as it stands for an image that came with the caption `original`."""
-        return replace(self, text=original) if lint.ORIGINAL in self.flags else self
+        return replace(self, text=original) if linter.ORIGINAL in self.flags else self
 
 
-def layer_id(engine: Mapping[str, Any], settings: lint.Settings) -> str:
+def layer_id(engine: Mapping[str, Any], settings: linter.Settings) -> str:
     """The layer of an engine that describes itself so, under these settings: 16 hexadecimal digits."""
     return fingerprint({"engine": dict(engine), "lint": _lint(settings)})
 
 
-def _lint(settings: lint.Settings) -> dict[str, Any]:
-    return {**lint.identity(), "settings": settings.model_dump(mode="json")}
+def _lint(settings: linter.Settings) -> dict[str, Any]:
+    return {**linter.identity(), "settings": settings.model_dump(mode="json")}
 
 
 def quote(original: str) -> str:
@@ -137,8 +137,8 @@ def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
     name = f"{ROOT}/{layer}/recipe.json"
     if not storage.exists(name):
         known = ", ".join(list_layers(storage)) or "none"
-        mend = f"run `capstan recaption`, or name one of its layers: {known}"
-        raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", mend)
+        hint = f"run `capstan recaption`, or name one of its layers: {known}"
+        raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", hint)
     return dict(json.loads(storage.read(name)))
 
 
@@ -186,7 +186,7 @@ def texts_of(rows: pa.Table) -> dict[str, dict[str, str]]:
     captions: dict[str, dict[str, str]] = {}
     columns = (rows[name].to_pylist() for name in ("key", "slot", "text", "flags"))
     for key, slot, text, flags in zip(*columns, strict=True):
-        if text and lint.ORIGINAL not in flags:
+        if text and linter.ORIGINAL not in flags:
             captions.setdefault(key, {}).setdefault(slot, text)
     return captions
 
@@ -209,8 +209,8 @@ def check_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table) ->
         return
     else:
         problem = f"the captions of {shard} in layer {layer} are of an earlier version of that shard"
-    mend = "run `capstan recaption` again: only images without captions cost anything"
-    raise RecipeError("train.data.layer", problem, mend)
+    hint = "run `capstan recaption` again: only images without captions cost anything"
+    raise RecipeError("train.data.layer", problem, hint)
 
 
 def pairs(table: pa.Table) -> set[tuple[str, str]]:
@@ -251,7 +251,7 @@ def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -
 
 
 def publish(
-    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: lint.Settings
+    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: linter.Settings
 ) -> None:
     """List the layer from now on. Does nothing for one that is listed."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):
@@ -275,7 +275,7 @@ def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mappi
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", layer):
         raise RecipeError("layer", f"{layer!r} is no name for a layer", "use lower-case letters, digits, - and _")
-    dataset, settings = Dataset(storage), lint.Settings(retries=0, language=None)
+    dataset, settings = Dataset(storage), linter.Settings(retries=0, language=None)
     slots = sorted({slot for texts in captions.values() for slot in texts})
     found = 0
     for shard in dataset.shard_names:
@@ -285,7 +285,7 @@ def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mappi
             texts = captions.get(key, {})
             found += bool(texts)
             for slot in (slot for slot in slots if slot in texts):
-                linted = lint.lint(texts[slot], "given", settings, slot=slot)
+                linted = linter.lint(texts[slot], "given", settings, slot=slot)
                 rows.append((Place(key, sha256, "", slot), Row.written(texts[slot], 0, "given", 0, linted)))
         write_rows(storage, file_name(layer, shard), rows)
     publish(storage, layer, slots, {"engine": GIVEN}, settings)

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.errors import CapstanError, RecipeError
-from recaption.config import RecaptionConfig
-from recaption.engines import TextEngine, make, seed_of
-from recaption.lint import clean
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import TextEngine, make, seed_of
+from capstan.recaption.lint.linter import clean
 
 log = logging.getLogger(__name__)
 

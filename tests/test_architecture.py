@@ -1,87 +1,72 @@
-"""The house stays as designed: floors import only downward, files are acyclic, heavy libraries have one door each."""
+"""The layout stays as designed: floors import only downward, files and folders are acyclic, heavy libraries have one
+door each, and docs/architecture.md shows the tree as it is."""
 
 from __future__ import annotations
 
-import ast
-import re
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-FLOORS = ["pipeline", "recaption", "training", "cluster"]  # lowest first
-FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+from source_tree import FILES, FLOORS, MODULES, PAGE, ROOT, folder_of, imports, module_of, page_with_tree
 
 # Library → the only files that may import it.
 DOORS = {
-    "fsspec": {"pipeline/storage.py"},
-    "s3fs": {"pipeline/storage.py"},
-    "ray.data": {"pipeline/units.py"},
+    "fsspec": {"pipeline/storage/__init__.py"},
+    "s3fs": {"pipeline/storage/__init__.py"},
+    "ray.data": {"pipeline/units/__init__.py"},
     "ray.train": {"training/launch.py"},
-    "accelerate": {"training/engine.py"},
-    "deepspeed": {"training/engine.py"},
+    "accelerate": {"training/distributed/engine.py"},
+    "deepspeed": {"training/distributed/engine.py"},
 }
+MOST_FILES = 16  # per folder
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def assert_acyclic(graph: dict[str, set[str]], what: str) -> None:
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"import cycle of {what}: {' → '.join(error.args[1])}")
 
 
-MODULES = {module_name(path): path for path in FILES}
-
-
-def imports(path: Path, *, at_import_time_only: bool = False) -> set[str]:
-    """Full names that `path` imports, at any depth; names under `if TYPE_CHECKING` do not count."""
-    found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if at_import_time_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module is not None
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
-
-
-def ours(name: str) -> str | None:
-    """The module of ours that `name` (a module, or something in one) belongs to."""
-    while name:
-        if name in MODULES:
-            return name
-        name = name.rpartition(".")[0]
-    return None
-
-
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name.count(".") and name.split(".")[1] in FLOORS])
 def test_floors_import_only_downward(name: str) -> None:
-    floor = FLOORS.index(name.split(".")[0])
-    above = {i for i in imports(MODULES[name]) if i.split(".")[0] in FLOORS[floor + 1 :]}
-    assert not above, f"{name} imports from a floor above: {above}"
+    above = FLOORS[FLOORS.index(name.split(".")[1]) + 1 :]
+    found = {i for i in imports(MODULES[name]) if i.startswith("capstan") and [*i.split("."), ""][1] in above}
+    assert not found, f"{name} imports from a floor above: {found}"
+
+
+def test_files_import_each_other_by_their_installed_name() -> None:
+    bare = {(path.name, i) for path in FILES for i in imports(path) if i.split(".")[0] in FLOORS}
+    assert not bare, "these are found only where the working directory is the repository"
 
 
 def test_files_are_acyclic() -> None:
     graph = {}
     for name, path in MODULES.items():
-        used = {ours(i) for i in imports(path, at_import_time_only=True)} - {None, name}
+        used = {module_of(i) for i in imports(path, at_import_time_only=True)} - {None, name}
         # A package's own __init__ may gather what lies inside it.
         graph[name] = {u for u in used if u and not name.startswith(u + ".")}
-    try:
-        list(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        pytest.fail(f"import cycle: {' → '.join(error.args[1])}")
+    assert_acyclic(graph, "files")
+
+
+def test_folders_are_acyclic() -> None:
+    """Imports inside functions count here: a folder is a step, and its data come from the steps before it."""
+    graph: dict[str, set[str]] = {}
+    for path in MODULES.values():
+        used = {module_of(i) for i in imports(path)} - {None}
+        folders = {folder_of(MODULES[name]) for name in used if name}
+        graph.setdefault(folder_of(path), set()).update(folders - {folder_of(path)})
+    for nodes in graph.values():
+        nodes -= {"capstan/__init__.py"}  # every import passes through it; it imports nothing itself before it is asked
+    assert_acyclic(graph, "folders")
+
+
+def test_no_folder_is_too_full() -> None:
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in FILES)
+    full = {folder: count for folder, count in counts.items() if count > MOST_FILES}
+    assert not full
 
 
 @pytest.mark.parametrize("library", DOORS)
@@ -94,27 +79,13 @@ def test_each_heavy_library_has_one_door(library: str) -> None:
     assert users <= DOORS[library], f"{library} is imported past its door: {users - DOORS[library]}"
 
 
-def test_records_load_neither_torch_nor_ray() -> None:
-    code = "import sys, pipeline.records; print(sorted({'torch', 'ray'} & sys.modules.keys()))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+@pytest.mark.parametrize("module", ["capstan", "capstan.pipeline.records"])
+def test_loads_neither_torch_nor_ray(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & sys.modules.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
 
 
-def readme_tree() -> set[str]:
-    """The paths in the README's tree: a line a file or folder, or a folder's files on its own line."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2].splitlines()
-    paths, folders = set[str](), list[str]()
-    for line in lines:
-        if found := re.match(r"    ( *)([\w.]+)(/?)\s+(.*)", line):
-            depth, name, folder, text = len(found[1]) // 2, found[2], found[3], found[4]
-            folders[depth:] = [name]
-            paths.add("/".join(folders))
-            if folder:
-                paths |= {"/".join([*folders, file]) for file in re.findall(r"\w+\.py", text)}
-    return paths
-
-
-def test_readme_tree_names_every_source_file() -> None:
-    sources = {path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py"}
-    named = {path for path in readme_tree() if path.endswith(".py") and not path.endswith("__init__.py")}
-    assert named == sources, "the README's tree differs from the files that there are"
+def test_every_file_says_what_it_is_for() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page_with_tree(page) == page, "the tree of docs/architecture.md is out of date; run `make architecture`"

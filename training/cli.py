@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
-from pipeline.errors import RecipeError
+from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
+from capstan.pipeline.errors import RecipeError
 
 
 def _on_this_machine(run: str) -> Path:
-    from training.product import fetched
+    from capstan.training.product import fetched
 
     return fetched(run) if "://" in run else Path(run)
 
@@ -38,14 +38,14 @@ def _add_fitting(app: typer.Typer, load: Load) -> None:
     @app.command()
     def train(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Fit what the recipe's train.model names. Goes on from its last checkpoint; a finished run is left alone."""
-        from training.launch import train as run
+        from capstan.training.launch import train as run
 
         finish(run(load(recipe, overrides)), as_json)
 
     @app.command()
     def encode(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Run the frozen models of train.diffusion over all pictures, and captions, once, ahead of training."""
-        from training.encoding import encode as run
+        from capstan.training.encode import encode as run
 
         ready = load(recipe, overrides)
         finish(concluded(lambda: run(ready)), as_json)
@@ -75,9 +75,9 @@ def _add_drawing(app: typer.Typer, load: Load) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Draw a labelled grid of pictures from prompts."""
-        from recaption.config import RecaptionConfig
-        from training.sample import sample as draw
-        from training.sample import upsampler_of
+        from capstan.recaption.config import RecaptionConfig
+        from capstan.training.sample import sample as draw
+        from capstan.training.sample import upsampler_of
 
         seeds, writer = seed or None, None
         if upsampler is not None:
@@ -129,10 +129,10 @@ def _add_leaving(app: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Measure a run on scenes or samples that it has not seen, each measure beside its chance level."""
-        from training.evaluate import evaluate as measure
-        from training.watch.settings import ClipModel, Fid, measures_in
+        from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
+        from capstan.training.evaluate import evaluate as measure
 
-        judge = None if clip is None else ClipModel(model=clip, pretrained=pretrained)
+        judge = None if clip is None else ClipSettings(model=clip, pretrained=pretrained)
         network = None if features is None else Fid(features=str(features))
         finish(measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network), as_json)
 
@@ -145,6 +145,6 @@ def _add_leaving(app: typer.Typer) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Write a folder that diffusers.DiffusionPipeline.from_pretrained opens."""
-        from training.export import export as write
+        from capstan.training.export import export as write
 
         finish(write(run, folder, precision=precision, sampler=sampler), as_json)

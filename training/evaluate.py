@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.config import Recipe, WorldSource, validate
-from pipeline.errors import RecipeError
-from pipeline.storage import Storage
-from pipeline.world import oracle
-from pipeline.world.draw import render
-from pipeline.world.scene import Scene, vocabulary
-from training.config import TrainConfig
-from training.measures.follows import Follows
-from training.measures.judge import Judge, alone, judges_of, undisturbed
-from training.measures.subjects import Scenes, Subjects, subjects_of, world_of
-from training.product import find_product, kind_of, read_facts
-from training.sample import grid, open_sampler
-from training.watch.settings import ClipModel, Evaluate, Fid, Measure
+from capstan.pipeline.config import Recipe, WorldSource, validate
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world import oracle
+from capstan.pipeline.world.render import render
+from capstan.pipeline.world.scene import Scene, vocabulary
+from capstan.training.config import TrainConfig
+from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
+from capstan.training.metrics.metric import Metric, alone, judges_of, undisturbed
+from capstan.training.metrics.oracle import Follows
+from capstan.training.metrics.samples import EvalSet, Scenes, subjects_of, world_of
+from capstan.training.product import find_product, kind_of, read_facts
+from capstan.training.sample import grid, open_sampler
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def evaluate(
     *,
     count: int = 128,
     measures: Sequence[Measure] = ("oracle",),
-    clip: ClipModel | None = None,
+    clip: ClipSettings | None = None,
     fid: Fid | None = None,
     world: WorldSource | None = None,
     steps: int | None = None,
@@ -94,19 +94,19 @@ def _recipe_of(product: Path) -> Recipe:
     for folder in (product, *product.parents[:3]):
         if (folder / "recipe.json").is_file():
             return Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
-    mend = "name a run folder that was trained on `format: world`"
-    raise RecipeError("RUN", f"{product} has no recipe.json beside it to tell which world it has seen", mend)
+    hint = "name a run folder that was trained on `format: world`"
+    raise RecipeError("RUN", f"{product} has no recipe.json beside it to tell which world it has seen", hint)
 
 
 def _world_of(product: Path) -> WorldSource:
     """The captioned world that the run's dataset was built from."""
     if (world := world_of(_recipe_of(product))) is None:
-        mend = "name a run folder that was trained on `format: world`"
-        raise RecipeError("RUN", f"{product} was not trained on the captioned world: there is no truth", mend)
+        hint = "name a run folder that was trained on `format: world`"
+        raise RecipeError("RUN", f"{product} was not trained on the captioned world: there is no truth", hint)
     return world
 
 
-def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, count: int) -> Subjects:
+def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, count: int) -> EvalSet:
     if recipe is None or world is not None or (world := world_of(recipe)) is not None:
         assert world is not None
         return Scenes(world, count)
@@ -118,8 +118,8 @@ def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, c
 
 
 def _judges(
-    recipe: Recipe | None, measures: Sequence[Measure], clip: ClipModel | None, fid: Fid | None, count: int
-) -> list[Judge]:
+    recipe: Recipe | None, measures: Sequence[Measure], clip: ClipSettings | None, fid: Fid | None, count: int
+) -> list[Metric]:
     """What judges, by the options given or else by the run's recipe."""
     asked: dict[str, Any] = {"measures": list(measures), "count": count}
     section = (recipe.train if recipe is not None else None) or {}
@@ -127,8 +127,8 @@ def _judges(
     for name, given in (("clip", clip), ("fid", fid)):
         asked[name] = said.get(name) if given is None else given.model_dump()
         if name in measures and asked[name] is None:
-            mend = "add --clip MODEL" if name == "clip" else "add --features FILE"
-            raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", mend)
+            hint = "add --clip MODEL" if name == "clip" else "add --features FILE"
+            raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", hint)
     return judges_of(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
 
 
@@ -137,8 +137,8 @@ def _judges(
 
 def _diffusion(
     product: Path,
-    subjects: Subjects,
-    judges: Sequence[Judge],
+    subjects: EvalSet,
+    judges: Sequence[Metric],
     *,
     steps: int | None,
     guidance: float | None,
@@ -171,7 +171,7 @@ def _diffusion(
 
 
 def _judged(
-    judge: Judge, subjects: Subjects, numbers: Sequence[int], pictures: np.ndarray, *, batch: int, device: torch.device
+    judge: Metric, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray, *, batch: int, device: torch.device
 ) -> dict[str, float]:
     """What a judge says of pictures for the prompts of these numbers."""
     with undisturbed(device), judge.ready(device):
@@ -195,8 +195,8 @@ def _or_none(value: float) -> float | None:
 
 def _first_stage(product: Path, scenes: Sequence[Scene], *, kind: str, batch: int) -> tuple[Evaluation, Any]:
     """PSNR of drawings that go through the autoencoder, the oracle's measures of them, and a grid of pairs."""
-    from training.autoencoder.family import load_autoencoder
-    from training.vqgan.family import load_vq
+    from capstan.training.models.autoencoder.family import load_autoencoder
+    from capstan.training.models.vqgan.family import load_vq
 
     vae = load_vq(str(product), "RUN") if kind == "vqgan" else load_autoencoder(str(product), "RUN")
     side = int(read_facts(product).get("size", vae.config.sample_size))
@@ -217,7 +217,7 @@ def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
     """Over all latents of the images: perplexity of the codes, and the share of the codebook that occurs."""
     import torch
 
-    from training.vqgan.model import nearest, usage
+    from capstan.training.models.vqgan.model import nearest, usage
 
     codebook = vq.quantize.embedding.weight
     indices = torch.cat([nearest(latents, codebook).cpu() for latents in _latents(vq, images, batch)])

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pipeline.errors import RecipeError
-from training.diffusion.samplers import SamplerName
-from training.product import FACTS, find_product
-from training.sample import open_sampler
+from capstan.pipeline.errors import RecipeError
+from capstan.training.models.diffusion.schedulers import SamplerName
+from capstan.training.product import FACTS, find_product
+from capstan.training.sample import open_sampler
 
 logger = logging.getLogger(__name__)
 

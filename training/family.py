@@ -3,7 +3,7 @@
     Sample (bytes, caption) ──prepare──▶ batch of tensors ──loss──▶ scalar          and at the end   save ──▶ product/
 
 A family is a folder: a class derived from `Family`, its settings (a pydantic `Section`) and its model, named in
-`training.config.FAMILIES` or in a recipe as `package.module:Class`.
+`capstan.training.config.FAMILIES` or in a recipe as `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from pipeline.config import Section
-from training.config import TrainConfig
-from training.rival import Rival
+from capstan.pipeline.config import Section
+from capstan.training.config import TrainConfig
+from capstan.training.distributed.adversary import Adversary
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Sample:
 
 
 class Samples(Protocol):
-    """The dataset as a family sees it while its assets are made (`training.data.TrainingData`)."""
+    """The dataset as a family sees it while its assets are made (`capstan.training.data.dataset.TrainingData`)."""
 
     def __len__(self) -> int: ...
 
@@ -72,7 +72,7 @@ class TextEncoder(Protocol):
         """Texts → states by name, the first axis being the texts; of one shape whatever the texts."""
 
 
-class Spread(NamedTuple):
+class PerSampleLoss(NamedTuple):
     """A value for each sample of a batch, to be logged by where in [0, 1] the sample lies (its time, say)."""
 
     values: torch.Tensor  # [B]
@@ -80,7 +80,7 @@ class Spread(NamedTuple):
 
 
 Batch = dict[str, torch.Tensor]  # every tensor's first dimension is the batch
-Metrics = Mapping[str, float | torch.Tensor | Spread]  # scalars, or one a sample; a tensor need not leave its device
+Metrics = Mapping[str, float | torch.Tensor | PerSampleLoss]  # scalars or per-sample; tensors may stay on their device
 
 
 class Family(ABC):
@@ -97,7 +97,7 @@ class Family(ABC):
 
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # what only computes: never optimised, never sharded, moved to the device
-    rival: Rival | None = None  # a second model that the first is trained against; built by __init__ after `model`
+    rival: Adversary | None = None  # a second model that the first is trained against; built by __init__ after `model`
 
     @classmethod  # noqa: B027 - few families need it
     def check(cls, train: TrainConfig) -> None:
@@ -141,7 +141,7 @@ class Family(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        """The mean loss over the batch (scalar, with gradient) and scalars (or a `Spread`) to log.
+        """The mean loss over the batch (scalar, with gradient) and scalars (or a `PerSampleLoss`) to log.
 
         `model` is `self.model` as the engine wraps it: call it, don't reach into it (weights may be sharded).
         `batch` is this worker's share of the step's batch (or of one part of it, with `accumulate`), on the device.

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe, Resources
-from pipeline.errors import CapstanError, RecipeError
-from training.config import AUTO, TrainConfig
-from training.interrupts import Interrupts
-from training.run import Run
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.training.config import AUTO, TrainConfig
+from capstan.training.run import Run
+from capstan.training.signals import Interrupts
 
-logger = logging.getLogger("training.launch")  # by name: a local worker runs this module as __main__
+logger = logging.getLogger("capstan.training.launch")  # by name: a local worker runs this module as __main__
 
 _STOPPING = "stopping: the workers save a checkpoint (once more to stop at once)"
 _LOOK_EVERY_S = 0.2
@@ -53,7 +53,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         logger.info("train %s: already finished: %s", finished["model"], finished["product"])
         return finished
     if AUTO in (config.data.latents, config.data.text_states):
-        from training.encoding import encode_missing
+        from capstan.training.encode import encode_missing
 
         encode_missing(recipe)
     launch = _on_ray if config.engine.launcher == "ray" else _on_this_machine
@@ -75,7 +75,7 @@ def _already_finished(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str
     """The summary of a run that is done, here or in its bucket, which then has all of it; else None."""
     if config.bucket is None:
         return run.finished()
-    from training.upload import Upload
+    from capstan.training.upload import Upload
 
     upload = Upload(run, config.bucket, recipe.storage)
     with run.locked():
@@ -89,7 +89,7 @@ def _already_finished(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str
 
 
 def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
-    from pipeline.units import start_ray
+    from capstan.pipeline.units import start_ray
 
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -124,7 +124,7 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
 
 def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each worker of Ray Train."""
-    from training.trainer import fit
+    from capstan.training.trainer import fit
 
     if Path(config["folder"]).is_dir():  # paths in the recipe are relative to where the command was given
         os.chdir(config["folder"])
@@ -152,14 +152,14 @@ def _workers(config: TrainConfig, allowed: Resources) -> tuple[int, dict[str, fl
         gpus = 0 if allowed.gpus == 0 else sum(int(node.get("GPU", 0)) for node in nodes)
         cpus = [int(node.get("CPU", 0)) for node in nodes]
         if config.bucket == config.run and len(cpus) > 1:
-            mend = "name a folder that all nodes share, and the bucket as train.checkpoint.upload"
-            raise RecipeError("train.run", f"a bucket, and workers on {len(cpus)} nodes have no folder in common", mend)
+            hint = "name a folder that all nodes share, and the bucket as train.checkpoint.upload"
+            raise RecipeError("train.run", f"a bucket, and workers on {len(cpus)} nodes have no folder in common", hint)
         if found := _largest(sizes, gpus, cpus, config.engine.threads):
             return found
         if not os.environ.get("RAY_ADDRESS") or time.monotonic() - started > _JOIN_S:
             have = f"{gpus} GPUs" if gpus else f"{sum(cpus)} CPUs"
-            mend = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {sizes[-1]}"
-            raise RecipeError("train.engine.workers", f"{sizes[-1]} workers, but Ray has {have}", mend)
+            hint = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {sizes[-1]}"
+            raise RecipeError("train.engine.workers", f"{sizes[-1]} workers, but Ray has {have}", hint)
         if time.monotonic() - started < _LOOK_EVERY_S:
             have = f"{sum(cpus)} CPUs, {gpus} GPUs"
             logger.info("waiting for nodes: %d workers, and the cluster has %s", sizes[-1], have)
@@ -220,7 +220,7 @@ def _kill_ray() -> None:
 
 
 def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
-    from training.engine import free_port
+    from capstan.training.distributed.engine import free_port
 
     world = config.world_sizes()[0]
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -230,7 +230,7 @@ def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str,
         (folder / "recipe.pickle").write_bytes(pickle.dumps((recipe, sys.path)))
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "training.launch", str(folder), str(rank)],
+                [sys.executable, "-m", "capstan.training.launch", str(folder), str(rank)],
                 env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,  # when this process ends, however it does, the workers read the end of it
                 start_new_session=True,  # Ctrl-C is for this process, which asks the workers to save
@@ -277,7 +277,7 @@ def _local_worker(folder: Path, rank: int) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe, path = pickle.loads((folder / "recipe.pickle").read_bytes())
     sys.path[:] = path
-    from training.trainer import fit
+    from capstan.training.trainer import fit
 
     result: Any
     try:

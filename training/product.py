@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.errors import RecipeError
-from pipeline.storage import Storage
-from training.config import scratch_folder
-from training.run import download
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.config import scratch_folder
+from capstan.training.run import download
 
 FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
 _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # one of them is in every product

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.storage import Storage
-from training.config import TrainConfig
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.config import TrainConfig
 
 _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
 

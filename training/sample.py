@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.config import validate
-from pipeline.errors import RecipeError
-from recaption.config import RecaptionConfig
-from recaption.upsample import PAPER, Style, expand, text_engine
-from training.diffusion.samplers import SamplerName, switch
-from training.product import find_product, kind_of, quieten, read_facts
+from capstan.pipeline.config import validate
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.upsample import PAPER, Style, expand, text_engine
+from capstan.training.models.diffusion.schedulers import SamplerName, switch
+from capstan.training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ def upsampler_of(run: str | Path) -> RecaptionConfig:
     section = json.loads(file.read_text(encoding="utf-8"))["recipe"].get("recaption") if file.is_file() else None
     if section is None or section.get("engine", "coca") == "coca":
         problem = f"{run} knows no engine that writes text"
-        mend = "add --upsampler RECIPE, whose recaption section names engine transformers or openai"
-        raise RecipeError("--upsample", problem, mend)
+        hint = "add --upsampler RECIPE, whose recaption section names engine transformers or openai"
+        raise RecipeError("--upsample", problem, hint)
     return validate(RecaptionConfig, section, "recaption")
 
 

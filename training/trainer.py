@@ -2,8 +2,9 @@
 
     fit(recipe), in every worker:   data → family → engine → (load) → step, step, … → (save) → product
 
-Runs under any launcher that sets torch's environment: `capstan train`, `accelerate launch -m training.trainer RECIPE`,
-`torchrun -m training.trainer RECIPE`, or alone as `python -m training.trainer RECIPE`.
+Runs under any launcher that sets torch's environment: `capstan train`,
+`accelerate launch -m capstan.training.trainer RECIPE`, `torchrun -m capstan.training.trainer RECIPE`, or alone as
+`python -m capstan.training.trainer RECIPE`.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Recipe, read_recipe, validate
-from pipeline.errors import CapstanError
-from training.checkpoint import Checkpoints
-from training.config import TrainConfig, family_class
-from training.data import TrainingData
-from training.datasets import open_data, pin
-from training.ema import Ema
-from training.engine import Engine
-from training.family import Batch, Family
-from training.health import Health
-from training.interrupts import Interrupts
-from training.loader import Loader, Prepared
-from training.meter import Meter
-from training.mixture import MixedData
-from training.order import hash64
-from training.product import find_product
-from training.run import Run, last_record, writing_words
-from training.switches import place
-from training.upload import Upload
-from training.watch.inloop import InLoop
+from capstan.pipeline.config import Recipe, read_recipe, validate
+from capstan.pipeline.errors import CapstanError
+from capstan.training.config import TrainConfig, family_class
+from capstan.training.data.dataset import TrainingData
+from capstan.training.data.loader import LoadedBatch, Loader
+from capstan.training.data.mixture import MixedData
+from capstan.training.data.order import hash64
+from capstan.training.distributed.checkpoint import Checkpoints
+from capstan.training.distributed.ema import Ema
+from capstan.training.distributed.engine import Engine
+from capstan.training.distributed.model_options import place
+from capstan.training.family import Batch, Family
+from capstan.training.monitoring.divergence import DivergenceMonitor
+from capstan.training.monitoring.metrics_logger import MetricsLogger
+from capstan.training.monitoring.validation import Validation
+from capstan.training.product import find_product
+from capstan.training.run import Run, last_record, writing_words
+from capstan.training.run_data import open_data, pin
+from capstan.training.signals import Interrupts
+from capstan.training.upload import Upload
 
-logger = logging.getLogger("training.trainer")  # by name: under `python -m` this module is __main__
+logger = logging.getLogger("capstan.training.trainer")  # by name: under `python -m` this module is __main__
 
 _STOPPING = "stopping after this step; run the same command again to go on"
 
@@ -99,9 +100,9 @@ class _Fit:
             self.rival.enter(engine)
         wanted = (lambda path: False) if upload is None else upload.is_sending
         self.checkpoints = Checkpoints(train, engine, self.ema, self.rival, wanted)
-        self.meter = Meter(engine, self.disk, self.family.name)
-        self.health = Health(engine, self.disk)
-        self.watching = InLoop(recipe, train, engine, self.meter, self.data.layer, self._write_average)
+        self.meter = MetricsLogger(engine, self.disk, self.family.name)
+        self.health = DivergenceMonitor(engine, self.disk)
+        self.watching = Validation(recipe, train, engine, self.meter, self.data.layer, self._write_average)
 
     def _open_data(self) -> TrainingData | MixedData:
         if self.engine.is_main:
@@ -161,7 +162,7 @@ class _Fit:
             threads=train.data.threads,
         )
 
-    def _step(self, prepared: Prepared) -> None:
+    def _step(self, prepared: LoadedBatch) -> None:
         """One optimizer step on this worker's share of the batch; its randomness is seeded by (seed, step, rank)."""
         train, engine, step = self.train, self.engine, prepared.step
         engine.set_lr(learning_rate(train, step))
@@ -277,7 +278,7 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m training.trainer RECIPE [a.b=value ...]`: one worker of a run, under any launcher."""
+    """`python -m capstan.training.trainer RECIPE [a.b=value ...]`: one worker of a run, under any launcher."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe = validate(Recipe, read_recipe(arguments[0], arguments[1:]))

@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.local import scratch
-from pipeline.storage import Storage
-from training.checkpoint import MARK, complete, step_of
-from training.run import Run, differences, download
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+from capstan.training.distributed.checkpoint import MARK, complete, step_of
+from capstan.training.run import Run, differences, download
 
 logger = logging.getLogger(__name__)
 

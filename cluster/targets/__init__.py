@@ -2,12 +2,12 @@
 
 from typing import Final
 
-from cluster.targets.aws import Aws
-from cluster.targets.base import Target
-from cluster.targets.kuberay import KubeRay
-from cluster.targets.local import Local
-from cluster.targets.ray_jobs import RayJobs
-from cluster.targets.slurm import Slurm
+from capstan.cluster.targets.aws import Aws
+from capstan.cluster.targets.base import Target
+from capstan.cluster.targets.kuberay import KubeRay
+from capstan.cluster.targets.local import Local
+from capstan.cluster.targets.ray_jobs import RayJobs
+from capstan.cluster.targets.slurm import Slurm
 
 KINDS: Final[dict[str, type[Target]]] = {
     "local": Local,

@@ -21,12 +21,12 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import Field
 
-from cluster.nodes import free_port
-from cluster.places import state_folder
-from cluster.targets.base import Handle, Machine, Order, State, Target, run_tool
-from cluster.targets.ray_jobs import RayJobs
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.storage import Storage
+from capstan.cluster.local_cluster import free_port
+from capstan.cluster.targets.base import Handle, Machine, Order, State, Target, run_tool
+from capstan.cluster.targets.ray_jobs import RayJobs
+from capstan.cluster.user_dirs import state_folder
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
 
 _TUNNEL_S: Final = 60.0
 _TOKEN: Final = "~/.ray/auth_token"
@@ -119,8 +119,8 @@ class Aws(Target):
 
     def send(self, order: Order) -> Handle:
         if not Path(self.token_file).expanduser().exists():
-            mend = "make one with `ray get-auth-token --generate`"
-            raise RecipeError(f"{self.name}.token_file", f"there is no {self.token_file}", mend)
+            hint = "make one with `ray get-auth-token --generate`"
+            raise RecipeError(f"{self.name}.token_file", f"there is no {self.token_file}", hint)
         folder = state_folder() / "aws"
         Storage(str(folder)).write(f"{self._cluster}.yaml", self._launcher().encode())
         file = str(folder / f"{self._cluster}.yaml")
@@ -150,10 +150,8 @@ class Aws(Target):
                 started = time.monotonic()
                 while not _answers(port):
                     if tunnel.poll() is not None or time.monotonic() - started > _TUNNEL_S:
-                        mend = f"see `ray dashboard {file}`"
-                        raise CapstanError(
-                            f"target {self.name}: no tunnel to the head of {self._cluster}. Mend: {mend}"
-                        )
+                        hint = f"see `ray dashboard {file}`"
+                        raise CapstanError(f"target {self.name}: no tunnel to the head of {self._cluster}. Fix: {hint}")
                     time.sleep(0.2)
                 yield self._jobs(f"http://127.0.0.1:{port}")
             finally:

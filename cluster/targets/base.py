@@ -19,9 +19,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.config import Section
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.secrets import refuse_secret_names
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.secrets import refuse_secret_names
 
 Handle = dict[str, Any]
 Status = Literal["pending", "running", "succeeded", "failed", "stopped", "lost"]

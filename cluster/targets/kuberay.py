@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from cluster.targets.base import (
+from capstan.cluster.targets.base import (
     STOPPED,
     Handle,
     Machine,
@@ -32,7 +32,7 @@ from cluster.targets.base import (
     follow_tool,
     run_tool,
 )
-from pipeline.config import Section
+from capstan.pipeline.config import Section
 
 _FOLDER: Final = "/capstan"  # where the recipe lies in the head's pod
 _SHM: Final = "dshm"

@@ -22,10 +22,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cluster.nodes import Nodes
-from cluster.places import state_folder
-from cluster.targets.base import Handle, Order, State, Target, capstan_line, ended
-from pipeline.storage import Storage
+from capstan.cluster.local_cluster import Nodes
+from capstan.cluster.targets.base import Handle, Order, State, Target, capstan_line, ended
+from capstan.cluster.user_dirs import state_folder
+from capstan.pipeline.storage import Storage
 
 _LOOK_EVERY_S = 0.2
 
@@ -48,7 +48,7 @@ class Local(Target):
         (folder / "work.json").write_text(json.dumps(work))
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.targets.local", str(folder)],
+                [sys.executable, "-m", "capstan.cluster.targets.local", str(folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -122,7 +122,7 @@ def supervise(folder: Path) -> int:
                 nodes.start_worker(cpus=work["cpus"])
             env |= nodes.driver_env()
         if not stopped:
-            process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *work["arguments"]], env=env)
+            process = subprocess.Popen([sys.executable, "-m", "capstan", *work["arguments"]], env=env)
             if stopped:
                 process.send_signal(signal.SIGTERM)
         code = process.wait() if process is not None else 130

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator
 
-from cluster.targets.base import STOPPED, Handle, Order, State, Target, capstan_line
-from pipeline.errors import CapstanError, RecipeError
+from capstan.cluster.targets.base import STOPPED, Handle, Order, State, Target, capstan_line
+from capstan.pipeline.errors import CapstanError, RecipeError
 
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray would take these in place of the address it is given
 _STATUS: dict[str, Any] = {
@@ -35,7 +35,7 @@ class RayJobs(Target):
     kind: Literal["ray"] = "ray"
     address: str  # of the dashboard: http://HOST:8265
     token_file: str | None = None
-    program: str = "capstan"  # the command as it is called there; or e.g. python -m cluster.cli
+    program: str = "capstan"  # the command as it is called there; or e.g. python -m capstan
     working_dir: str | None = None  # a folder that is sent along, which holds the recipe; null: the recipe alone
     requirements: str | None = None  # a file of pinned packages that Ray installs for the job
     image: str | None = None  # a container image that the job runs in
@@ -132,9 +132,9 @@ class RayJobs(Target):
             except AuthenticationError as error:
                 raise _refused(self, error) from None
             except ConnectionError as error:
-                mend = f"see that the cluster runs and {self.address} leads to its dashboard (a tunnel, perhaps)"
+                hint = f"see that the cluster runs and {self.address} leads to its dashboard (a tunnel, perhaps)"
                 said = " ".join(str(error).split())[:200]
-                raise CapstanError(f"target {self.name}: cannot reach {self.address} ({said}). Mend: {mend}") from None
+                raise CapstanError(f"target {self.name}: cannot reach {self.address} ({said}). Fix: {hint}") from None
             except RuntimeError as error:
                 if "401" in str(error) or "403" in str(error) or "nauthorized" in str(error):
                     raise _refused(self, error) from None

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
-from cluster.targets.base import STOPPED, Handle, Order, State, Target, capstan_line, ended, run_tool
+from capstan.cluster.targets.base import STOPPED, Handle, Order, State, Target, capstan_line, ended, run_tool
 
 _LOOK_EVERY_S = 1.0
 
@@ -63,7 +63,7 @@ if (( ${{#nodes[@]}} > 1 )); then
   srun --overlap --nodes=$((${{#nodes[@]}} - 1)) --ntasks=$((${{#nodes[@]}} - 1)) --exclude="$head" \
     ray start --block --address="$RAY_ADDRESS" --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats &
 fi
-{python} -m cluster.nodes "${{#nodes[@]}}"
+{python} -m capstan.cluster.local_cluster "${{#nodes[@]}}"
 
 {command} &
 command_pid=$!
@@ -135,7 +135,7 @@ class Slurm(Target):
             cpus=self.cpus,
             gpus=self.gpus,
             python=self.python,
-            command=capstan_line(order, f"{self.python} -m cluster.cli"),
+            command=capstan_line(order, f"{self.python} -m capstan"),
         )
         return "\n".join(["#!/usr/bin/env bash", *options, body])
 

@@ -9,12 +9,12 @@ from typing import Final
 
 import duckdb
 
-from pipeline.dedup import CONTAMINATED as _CONTAMINATED
-from pipeline.dedup import REASONS
-from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
-from pipeline.report.histograms import value
-from pipeline.report.rows import STAGED, Row, Rows, literal
-from pipeline.report.thresholds import Threshold, thresholds
+from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from capstan.pipeline.report.histograms import value
+from capstan.pipeline.report.query import STAGED, Row, Rows, literal
+from capstan.pipeline.report.thresholds import Threshold, thresholds
+from capstan.pipeline.select.near_duplicates import CONTAMINATED as _CONTAMINATED
+from capstan.pipeline.select.near_duplicates import REASONS
 
 _KEPT: Final = 24  # pictures of what is kept
 _BY_STEP: Final = 8  # pictures a condition dropped, and as many that it let pass

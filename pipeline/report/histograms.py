@@ -14,10 +14,10 @@ from typing import Final
 
 import duckdb
 
-from pipeline import plots
-from pipeline.records import KEPT, LEDGER_SCHEMA
-from pipeline.report.rows import SHOWN, Rows, quoted
-from pipeline.report.thresholds import Threshold, canonical, thresholds
+from capstan.pipeline.html import plots
+from capstan.pipeline.records import KEPT, LEDGER_SCHEMA
+from capstan.pipeline.report.query import SHOWN, Rows, quoted
+from capstan.pipeline.report.thresholds import Threshold, canonical, thresholds
 
 # What is always shown: title, SQL, whether proportions matter more than differences.
 _ALWAYS: Final = (

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipeline import page, plots
-from pipeline.page import Cell, Html, percent
-from pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
-from pipeline.report.examples import CONTAMINATED, Examples, Step
-from pipeline.report.histograms import histograms, subjects
-from pipeline.report.pictures import why_missing
-from pipeline.report.rows import SAMPLE, STAGED, Row, Rows, recipe_text
-from pipeline.runs import Run
+from capstan.pipeline.html import page, plots
+from capstan.pipeline.html.page import Cell, Html, percent
+from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
+from capstan.pipeline.report.examples import CONTAMINATED, Examples, Step
+from capstan.pipeline.report.histograms import histograms, subjects
+from capstan.pipeline.report.query import SAMPLE, STAGED, Row, Rows, recipe_text
+from capstan.pipeline.report.thumbnails import why_missing
+from capstan.pipeline.run_history import Run
 
 _CAPTION: Final = 140  # characters shown of a caption
 _DETAIL: Final = 110  # of an address, and of what a fetch said

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Final
 
 import pyarrow as pa
 
-from pipeline.config import CaptionScore
-from pipeline.score.scorer import Sample, SampleScorer, Values
+from capstan.pipeline.config import CaptionScore
+from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
 # A word is a run of letters and digits; of scripts that write no spaces every character is one.
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]|[^\W_]+(?:['’-][^\W_]+)*")

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipeline.config import HeadScore
-from pipeline.errors import RecipeError
-from pipeline.score.scorer import Embedded, EmbeddingScorer, Values
-from pipeline.score.tower import Tower
+from capstan.pipeline.config import HeadScore
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.clip_model import ClipModel
+from capstan.pipeline.score.scorer import Embedded, EmbeddingScorer, Values
 
 
 class Head(EmbeddingScorer):
@@ -26,7 +26,7 @@ class Head(EmbeddingScorer):
     activation: ClassVar[str]
     output: ClassVar[str]
 
-    def __init__(self, config: HeadScore, tower: Tower) -> None:
+    def __init__(self, config: HeadScore, tower: ClipModel) -> None:
         self.tower, self._file, self._normalize = tower, Path(config.weights).absolute(), config.normalize
         self._activation, self._output = config.activation or self.activation, config.output or self.output
 
@@ -61,8 +61,8 @@ class Head(EmbeddingScorer):
         if not layers or not fits or sizes[-1] not in (1, 2):
             shapes = " → ".join("×".join(map(str, weight.shape)) for weight, _ in layers) or "no weights"
             problem = f"{self._file.name} holds {shapes}, not linear layers from {self.tower.dim} to 1 or 2"
-            mend = "name a head that was trained on this CLIP, or its CLIP in `model` and `pretrained`"
-            raise RecipeError(f"score.{self.name}.weights", problem, mend)
+            hint = "name a head that was trained on this CLIP, or its CLIP in `model` and `pretrained`"
+            raise RecipeError(f"score.{self.name}.weights", problem, hint)
 
     def score(self, batch: Embedded) -> dict[str, Values]:
         import torch
@@ -113,8 +113,8 @@ def _read(file: Path, field: str) -> dict[str, Any]:
         raise RecipeError(field, f"{file} is not on this machine", "put it where all machines see it") from None
     except Exception as error:  # noqa: BLE001 - torch and safetensors have an error each for a wrong file
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        mend = "name a file of tensors: .safetensors, or what torch.save wrote of a state dict"
-        raise RecipeError(field, f"cannot load {file} ({first})", mend) from None
+        hint = "name a file of tensors: .safetensors, or what torch.save wrote of a state dict"
+        raise RecipeError(field, f"cannot load {file} ({first})", hint) from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise RecipeError(field, f"{file} is no state dict", "save model.state_dict(), not the model")

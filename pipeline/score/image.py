@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.config import ImageScore
-from pipeline.score.scorer import Sample, SampleScorer, Values
+from capstan.pipeline.config import ImageScore
+from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
 _FLAT: Final = 2.0  # levels: a block of 8 × 8 or a line at the edge that varies less is flat
 _BLOCK: Final = 8

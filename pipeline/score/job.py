@@ -22,16 +22,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
 
-from pipeline.config import Recipe, Resources
-from pipeline.errors import RecipeError
-from pipeline.ingest import Staged
-from pipeline.records import storable
-from pipeline.score import store
-from pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
-from pipeline.score.tower import Loaded, Tower
-from pipeline.staged import Packed, pictures
-from pipeline.storage import Storage
-from pipeline.units import Job, Piece, Summary, Unit, markers, model_threads, quarantined, report, run
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.ingest.staging import Packed, pictures
+from capstan.pipeline.records import storable
+from capstan.pipeline.score import store
+from capstan.pipeline.score.clip_model import ClipModel, Loaded
+from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import Job, Piece, Summary, Unit, markers, model_threads, quarantined, report, run
 
 _BATCH: Final = 256  # rows that travel together where no model is waiting for them
 _NOT_FINITE: Final = "not_finite: the model gave no number"
@@ -137,7 +137,7 @@ class _Piece:
         self.rows = 0
         self.needs_pictures = bool(readers) or any(scorer.sees_pictures for scorer in scorers)
         self._scorers, self._readers = scorers, [reader.id for reader in readers]
-        self._towers: dict[str, Tower] = {reader.tower.id: reader.tower for reader in readers}
+        self._towers: dict[str, ClipModel] = {reader.tower.id: reader.tower for reader in readers}
         self._found: dict[str, tuple[list[int], dict[str, list[Any]]]] = {
             s.id: ([], {field.name: [] for field in s.columns}) for s in scorers
         }

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Final
 
 import pyarrow as pa
 
-from pipeline.config import LanguageScore
-from pipeline.errors import MissingExtra, RecipeError
-from pipeline.score.scorer import Sample, SampleScorer, Values
+from capstan.pipeline.config import LanguageScore
+from capstan.pipeline.errors import MissingExtra, RecipeError
+from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
 _FIELD: Final = "score.language"
 _PREFIX: Final = "__label__"
@@ -60,5 +60,5 @@ def _load(file: Path) -> Any:
     try:
         return fasttext.load_model(str(file))
     except ValueError as error:
-        mend = "name a .bin or .ftz file that fastText wrote"
-        raise RecipeError(f"{_FIELD}.weights", f"cannot load {file} ({error})", mend) from None
+        hint = "name a .bin or .ftz file that fastText wrote"
+        raise RecipeError(f"{_FIELD}.weights", f"cannot load {file} ({error})", hint) from None

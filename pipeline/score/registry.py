@@ -6,15 +6,15 @@ from typing import Final
 
 import pyarrow as pa
 
-from pipeline.config import ClipScore, HeadScore, Recipe
-from pipeline.errors import RecipeError
-from pipeline.score.caption import CaptionMeasures
-from pipeline.score.clip import ClipSimilarity, Embeddings
-from pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
-from pipeline.score.image import ImageMeasures
-from pipeline.score.language import Language
-from pipeline.score.scorer import Scorer
-from pipeline.score.tower import Tower
+from capstan.pipeline.config import ClipScore, HeadScore, Recipe
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.caption import CaptionMeasures
+from capstan.pipeline.score.clip_model import ClipModel
+from capstan.pipeline.score.clip_score import ClipSimilarity, Embeddings
+from capstan.pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
+from capstan.pipeline.score.image import ImageMeasures
+from capstan.pipeline.score.language import Language
+from capstan.pipeline.score.scorer import Scorer
 
 HEADS: Final[dict[str, type[Head]]] = {"aesthetic": Aesthetic, "nsfw": Nsfw, "watermark": Watermark}
 _COLUMNS: Final[dict[str, type[Scorer]]] = {
@@ -54,17 +54,17 @@ def scorers(recipe: Recipe) -> list[Scorer]:
     return made
 
 
-def _tower(clip: ClipScore) -> Tower:
-    return Tower(clip.model, clip.pretrained, clip.precision, "score.clip")
+def _tower(clip: ClipScore) -> ClipModel:
+    return ClipModel(clip.model, clip.pretrained, clip.precision, "score.clip")
 
 
-def _tower_of_head(name: str, head: HeadScore, clip: ClipScore | None) -> Tower:
+def _tower_of_head(name: str, head: HeadScore, clip: ClipScore | None) -> ClipModel:
     if head.model is not None:
-        return Tower(head.model, head.pretrained, clip.precision if clip else "fp32", f"score.{name}")
+        return ClipModel(head.model, head.pretrained, clip.precision if clip else "fp32", f"score.{name}")
     if clip is None:
-        problem, mend = (
+        problem, hint = (
             "no CLIP gives it embeddings",
             "add score.clip, or name the head's own in `model` and `pretrained`",
         )
-        raise RecipeError(f"score.{name}.model", problem, mend)
+        raise RecipeError(f"score.{name}.model", problem, hint)
     return _tower(clip)

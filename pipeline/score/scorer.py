@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config import fingerprint
-from pipeline.errors import RecipeError
+from capstan.pipeline.config import fingerprint
+from capstan.pipeline.errors import RecipeError
 
 Values = Sequence[Any] | npt.NDArray[Any]  # of one column, one for each sample; None or NaN where there is none
 

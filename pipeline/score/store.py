@@ -19,11 +19,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.ahead import ahead
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.ingest import Staged
-from pipeline.score.scorer import Scorer
-from pipeline.storage import Storage
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.score.scorer import Scorer
+from capstan.pipeline.storage import Storage
 
 ROOT: Final = "scores"
 EMBEDDINGS: Final = "embeddings"  # the name of the scorer that keeps them

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pipeline.config import WorldSource
-from pipeline.world.scene import dice, pick_share
+from capstan.pipeline.config import WorldSource
+from capstan.pipeline.world.scene import dice, pick_share
 
 DEFECTS: Final[Mapping[str, float]] = {
     "missing": 0.04,  # status 404

@@ -18,9 +18,9 @@ from typing import Final
 import cv2
 import numpy as np
 
-from pipeline.world.draw import INK, outline, render
-from pipeline.world.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, Vocabulary, draw_scene, relation
-from pipeline.world.text import overlap
+from capstan.pipeline.world.captions import overlap
+from capstan.pipeline.world.render import INK, outline, render
+from capstan.pipeline.world.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, Vocabulary, draw_scene, relation
 
 MEASURES: Final = ("background", "colours", "count", "colour_shape", "relation")
 

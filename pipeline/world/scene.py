@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from pipeline.config import WorldSource
-from pipeline.errors import RecipeError
+from capstan.pipeline.config import WorldSource
+from capstan.pipeline.errors import RecipeError
 
 Colour = tuple[int, int, int]
 

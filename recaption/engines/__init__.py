@@ -13,9 +13,9 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from pipeline.errors import MissingExtra
-from recaption.config import RecaptionConfig
-from recaption.lint import Finish
+from capstan.pipeline.errors import MissingExtra
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.lint.linter import Finish
 
 MAX_TOKENS: Final = 256  # new tokens a caption of an engine that is asked in words, where the recipe names no number
 
@@ -87,9 +87,9 @@ class TextEngine(Protocol):
 
 # Engine → module and class. Modules are imported when they are asked for: one engine's packages are no other's.
 ENGINES: Final[Mapping[str, tuple[str, str]]] = {
-    "coca": ("recaption.engines.coca", "CocaEngine"),
-    "transformers": ("recaption.engines.transformers", "TransformersEngine"),
-    "openai": ("recaption.engines.openai", "OpenAIEngine"),
+    "coca": ("capstan.recaption.engines.coca", "CocaEngine"),
+    "transformers": ("capstan.recaption.engines.transformers", "TransformersEngine"),
+    "openai": ("capstan.recaption.engines.openai", "OpenAIEngine"),
 }
 
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.errors import RecipeError
-from recaption import pixels, prompts
-from recaption.config import RecaptionConfig
-from recaption.engines import Caption, Picture, Request, seed_of
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption import preprocess, prompts
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import Caption, Picture, Request, seed_of
 
 if TYPE_CHECKING:
     import torch
 
-    from recaption.engines.decode import CachedCoca
+    from capstan.recaption.engines.coca_decoding import CachedCoca
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class CocaEngine:
             problem = f"{config.pretrained!r} is no file, and {self.folder} has weights of its own"
             raise RecipeError("recaption.pretrained", problem, "name a checkpoint file, or leave it out")
         if self.folder is None:
-            self.architecture, preprocess = _by_name(config.model, config.pretrained)
+            self.architecture, config_of = _by_name(config.model, config.pretrained)
             own: Mapping[str, str] = {}
         else:
-            self.architecture, preprocess, own = _by_folder(self.folder)
+            self.architecture, config_of, own = _by_folder(self.folder)
         _check(self.architecture, config)
         try:
-            self.preprocessing = pixels.Preprocessing.of(self.architecture["vision_cfg"]["image_size"], preprocess)
+            self.preprocessing = preprocess.Preprocessing.of(self.architecture["vision_cfg"]["image_size"], config_of)
         except ValueError as error:
             raise RecipeError("recaption.model", str(error), "use another model") from None
         self.prompts = prompts.choose(config.slots, config.prompts, own or prompts.OPENINGS)
@@ -90,7 +90,7 @@ class CocaEngine:
         return self._description
 
     def prepare(self, jpeg: bytes) -> np.ndarray:
-        return pixels.read(jpeg, self.preprocessing)
+        return preprocess.read(jpeg, self.preprocessing)
 
     def caption(
         self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
@@ -111,8 +111,8 @@ class CocaEngine:
     def _batch(
         self, loaded: _Loaded, pictures: Sequence[Picture], requests: Sequence[Request], attempt: int
     ) -> list[dict[str, Caption]]:
-        from recaption.engines.beam import search
-        from recaption.engines.decode import decode
+        from capstan.recaption.engines.beam_search import search
+        from capstan.recaption.engines.coca_decoding import decode
 
         how, found = self.config.decoding, [dict[str, Caption]() for _ in requests]
         if attempt:
@@ -152,7 +152,7 @@ class _Loaded:
         import torch
         from open_clip.tokenizer import SimpleTokenizer
 
-        from recaption.engines.decode import Tokens
+        from capstan.recaption.engines.coca_decoding import Tokens
 
         config = engine.config
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -168,11 +168,11 @@ class _Loaded:
         self.slots = {slot: self._prompt(engine, slot) for slot in config.slots}
         log.info("%s loaded on %s, %s", config.model, self.device, config.precision or "fp32")
 
-    def look(self, pictures: Sequence[Picture], how: pixels.Preprocessing, batch: int) -> CachedCoca:
+    def look(self, pictures: Sequence[Picture], how: preprocess.Preprocessing, batch: int) -> CachedCoca:
         """Encode uint8 pictures [height, width, 3]; where shapes must stay, `batch` of them, the last one repeated."""
         import torch
 
-        from recaption.engines.decode import CachedCoca, padded
+        from capstan.recaption.engines.coca_decoding import CachedCoca, padded
 
         total = padded(len(pictures)) if self.device.type == "cpu" else batch
         stacked = np.stack([*pictures, *[pictures[-1]] * (total - len(pictures))])
@@ -239,8 +239,8 @@ def _by_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
         own = json.loads(slots.read_text(encoding="utf-8"))["slots"] if slots.is_file() else {}
         return config["model_cfg"], config.get("preprocess_cfg", {}), own
     except (KeyError, ValueError) as error:
-        mend = "name a folder that open_clip or `capstan train` wrote"
-        raise RecipeError("recaption.model", f"cannot read the model in {folder} ({error!r})", mend) from None
+        hint = "name a folder that open_clip or `capstan train` wrote"
+        raise RecipeError("recaption.model", f"cannot read the model in {folder} ({error!r})", hint) from None
 
 
 def _by_name(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,8 +249,8 @@ def _by_name(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[st
 
     known = [model for model in open_clip.list_models() if model.startswith("coca_")]
     if name not in known:
-        mend = f"name a folder with {CONFIG_FILE}, or one of {', '.join(known)}"
-        raise RecipeError("recaption.model", f"no folder and no CoCa of open_clip is named {name!r}", mend)
+        hint = f"name a folder with {CONFIG_FILE}, or one of {', '.join(known)}"
+        raise RecipeError("recaption.model", f"no folder and no CoCa of open_clip is named {name!r}", hint)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
         problem = "is missing" if pretrained is None else f"{pretrained!r} is neither a file nor a tag of {name}"
@@ -292,8 +292,8 @@ def _load(engine: CocaEngine) -> Any:
             return open_clip.create_model(name, pretrained=tag)
         except (RuntimeError, OSError) as error:
             problem = f"cannot load the weights {tag} of {name} ({_first_line(error)})"
-            mend = "fetch the weights where the hub can be reached, or name a checkpoint file"
-            raise RecipeError("recaption.pretrained", problem, mend) from None
+            hint = "fetch the weights where the hub can be reached, or name a checkpoint file"
+            raise RecipeError("recaption.pretrained", problem, hint) from None
     architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
     model = CoCa(**architecture)
     try:

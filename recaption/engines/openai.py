@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
-from pipeline.errors import RecipeError
-from pipeline.records import storable
-from recaption import pixels, prompts
-from recaption.config import Decoding, RecaptionConfig
-from recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
-from recaption.engines.pace import Pace, Retries, retry_after
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.records import storable
+from capstan.recaption import preprocess, prompts
+from capstan.recaption.config import Decoding, RecaptionConfig
+from capstan.recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
+from capstan.recaption.engines.rate_limit import RateLimiter, Retries, retry_after
 
 if TYPE_CHECKING:
     import aiohttp
@@ -57,8 +57,8 @@ class OpenAIEngine:
         self.address = config.server.url.rstrip("/") + "/chat/completions"
         self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
         # Each worker keeps to its share of the limits.
-        self.requests = Pace(None if (limit := self.server.requests_per_minute) is None else limit / workers)
-        self.tokens = Pace(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
+        self.requests = RateLimiter(None if (limit := self.server.requests_per_minute) is None else limit / workers)
+        self.tokens = RateLimiter(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
         self._answers = False  # whether the server has answered yet as it should
         self._said: dict[str, str] = {}  # reason of a failure → what was said at the first one
 
@@ -76,7 +76,7 @@ class OpenAIEngine:
         }
 
     def prepare(self, jpeg: bytes) -> bytes:
-        return pixels.encoded_within(jpeg, self.config.max_side)
+        return preprocess.encoded_within(jpeg, self.config.max_side)
 
     def caption(
         self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
@@ -166,8 +166,8 @@ class OpenAIEngine:
             raise RecipeError("recaption.server.url", problem, "start the server, or correct the address")
         if lasts:
             problem = f"the server refuses whatever it is asked (HTTP {status}: {self._said[reason]})"
-            mend = "correct the recipe; server.extra adds fields and, with null, takes them away: {max_tokens: null}"
-            raise RecipeError("recaption.server", problem, mend)
+            hint = "correct the recipe; server.extra adds fields and, with null, takes them away: {max_tokens: null}"
+            raise RecipeError("recaption.server", problem, hint)
 
     def _note(self, reason: str, text: str) -> None:
         """Log what was said at the first failure of a kind."""
@@ -224,10 +224,10 @@ class OpenAIEngine:
             return "malformed", None, 0.0
 
     def _mistake(self, status: int, text: str) -> RecipeError:
-        field, problem, mend = _MISTAKES[status]
+        field, problem, hint = _MISTAKES[status]
         if field == "server.key_env":
-            mend = f"{mend} ({self.server.key_env})"
-        return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {self._quotable(text)})", mend)
+            hint = f"{hint} ({self.server.key_env})"
+        return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {self._quotable(text)})", hint)
 
 
 def _heals(status: int) -> bool:

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.errors import MissingExtra, RecipeError
-from recaption import pixels, prompts
-from recaption.config import Decoding, RecaptionConfig
-from recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
+from capstan.pipeline.errors import MissingExtra, RecipeError
+from capstan.recaption import preprocess, prompts
+from capstan.recaption.config import Decoding, RecaptionConfig
+from capstan.recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class TransformersEngine:
         self.config = config
         self.folder = Path(config.model).absolute() if Path(config.model).is_dir() else None
         if self.folder is None and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
-            mend = "name a folder that save_pretrained wrote, or a model on the hub, e.g. org/name"
-            raise RecipeError("recaption.model", f"no folder {config.model}", mend)
+            hint = "name a folder that save_pretrained wrote, or a model on the hub, e.g. org/name"
+            raise RecipeError("recaption.model", f"no folder {config.model}", hint)
         if self.folder is not None and not (self.folder / "config.json").is_file():
-            mend = "name a folder that save_pretrained wrote"
-            raise RecipeError("recaption.model", f"{self.folder} holds no config.json", mend)
+            hint = "name a folder that save_pretrained wrote"
+            raise RecipeError("recaption.model", f"{self.folder} holds no config.json", hint)
         self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
         self._description: dict[str, Any] | None = None
         self._loaded: _Loaded | None = None
@@ -67,7 +67,7 @@ class TransformersEngine:
         return self._description
 
     def prepare(self, jpeg: bytes) -> np.ndarray:
-        return pixels.within(jpeg, self.config.max_side)
+        return preprocess.within(jpeg, self.config.max_side)
 
     def caption(
         self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
@@ -137,13 +137,13 @@ class _Loaded:
         except ImportError as error:
             raise MissingExtra("recaption.model", _first_line(error), "transformers") from None
         except (OSError, ValueError) as error:
-            mend = "name a folder that save_pretrained wrote, or an image-text-to-text model on the hub"
-            raise RecipeError("recaption.model", f"cannot load {config.model} ({_first_line(error)})", mend) from None
+            hint = "name a folder that save_pretrained wrote, or an image-text-to-text model on the hub"
+            raise RecipeError("recaption.model", f"cannot load {config.model} ({_first_line(error)})", hint) from None
         self.model.to(self.device).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if getattr(self.processor, "chat_template", None) is None:
-            mend = "name an instruction-tuned model"
-            raise RecipeError("recaption.model", f"{config.model} has no chat template", mend)
+            hint = "name an instruction-tuned model"
+            raise RecipeError("recaption.model", f"{config.model} has no chat template", hint)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -172,7 +172,7 @@ class _Loaded:
 
     def _filled(self, conversations: Sequence[list[Message]]) -> list[list[Message]]:
         """As many conversations as a batch has rows: the last is repeated."""
-        from recaption.engines.decode import padded
+        from capstan.recaption.engines.coca_decoding import padded
 
         count = len(conversations)
         total = padded(count) if self.device.type == "cpu" else max(count, self.batch)
@@ -182,8 +182,8 @@ class _Loaded:
         """What the model takes, on its device; padded on the left, to whole multiples of BUCKET."""
         pictures = [_picture(messages) for messages in conversations]
         if any(picture is not None for picture in pictures) and not self.sees:
-            problem, mend = "the model takes no pictures", "name an image-text-to-text model"
-            raise RecipeError("recaption.model", problem, mend)
+            problem, hint = "the model takes no pictures", "name an image-text-to-text model"
+            raise RecipeError("recaption.model", problem, hint)
         texts = [
             self.processor.apply_chat_template(
                 messages if self.sees else _flat(messages), tokenize=False, add_generation_prompt=True
@@ -234,14 +234,14 @@ class _Drawing:
     """
 
     def __init__(self, seeds: Sequence[int], how: Decoding, start: int, limit: int) -> None:
-        from recaption.engines.decode import chances_of
+        from capstan.recaption.engines.coca_decoding import chances_of
 
         self.chances, self.how, self.start = chances_of(seeds, limit), how, start
 
     def __call__(self, ids: Any, scores: Any) -> Any:
         import torch
 
-        from recaption.engines.decode import draw
+        from capstan.recaption.engines.coca_decoding import draw
 
         chance = self.chances[:, ids.shape[1] - self.start].to(scores.device)
         chosen = draw(scores.float(), chance, self.how)[:, None]

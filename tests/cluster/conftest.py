@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.config import Resources
+from capstan.pipeline.config import Resources
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def ray_session() -> Iterator[Resources]:
     """Ray on two logical CPUs; gives the resources to run with."""
     import ray
 
-    from pipeline.units import start_ray
+    from capstan.pipeline.units import start_ray
 
     resources = Resources(cpus=2)
     start_ray(resources)

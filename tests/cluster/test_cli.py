@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.cli import run
+from capstan.cluster.cli import run
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ WRONG = [
     ({"image": {"resize": "stretch"}}, "image.resize: ", "center_crop"),
     ({"select": [{"name": "size", "where": "widht >= 200"}]}, "select", "width"),
     ({"source": {"path": "no/such.parquet"}}, "source.path", "no/such.parquet"),
-    ({"source": None}, "source", "Mend"),
+    ({"source": None}, "source", "Fix"),
     ({"recaption": {"engine": "coca", "slot": ["short"]}}, "recaption.slot: unknown key", "did you mean slots?"),
     ({"train": {"model": "difusion", "run": "r", "steps": 1}}, "train.model", "diffusion"),
     (
@@ -40,19 +40,19 @@ WRONG = [
         "train.autoencoder.kI",
         "kl",
     ),
-    ({"dataset": "/proc/capstan/ds"}, "dataset", "Mend"),
+    ({"dataset": "/proc/capstan/ds"}, "dataset", "Fix"),
 ]
 
 
 @pytest.mark.parametrize(("change", "field", "mend"), WRONG, ids=[field for _, field, _ in WRONG])
 def test_a_wrong_recipe_names_field_and_mend(
-    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, field: str, mend: str
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, field: str, hint: str
 ) -> None:
     code = run(["build", written(tmp_path, recipe | change)])
     err = capsys.readouterr().err
     assert code == 2
     assert field in err
-    assert mend in err
+    assert hint in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2
 
@@ -84,7 +84,7 @@ def test_every_command_says_that_its_bucket_cannot_be_reached(
     monkeypatch: pytest.MonkeyPatch,
     command: list[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.retry.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("capstan.pipeline.storage.retry.FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -92,7 +92,7 @@ def test_every_command_says_that_its_bucket_cannot_be_reached(
     path = written(tmp_path, recipe | bucket)
     assert run([path if part == "RECIPE" else part for part in command]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"error: (dataset|DATASET): cannot (reach|write to) s3://bucket/ds \(.*Mend: .*endpoint_url", line)
+    assert re.match(r"error: (dataset|DATASET): cannot (reach|write to) s3://bucket/ds \(.*Fix: .*endpoint_url", line)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_of_a_dataset_that_is_named_only_the_storage_can_be_set(
 )
 def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
-    assert "Mend: " in capsys.readouterr().err
+    assert "Fix: " in capsys.readouterr().err
 
 
 def test_an_override_is_applied_and_checked(

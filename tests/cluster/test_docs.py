@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from repo import ROOT
 
-from cluster.cli import app, run
+from capstan.cluster.cli import app, run
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = [
     (page.name, line)

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from s3 import S3
 
-from cluster.config import load
-from pipeline.errors import RecipeError
-from pipeline.secrets import is_secret_name
+from capstan.cluster.recipe import load
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.secrets import is_secret_name
 
 CANARY = "canary-9vJq2LxT7w"
 
@@ -50,7 +50,7 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, conten
         load(write(tmp_path, content))
     assert raised.value.field == field
     assert CANARY not in str(raised.value)
-    assert "environment" in raised.value.mend
+    assert "environment" in raised.value.hint
 
 
 def test_what_is_no_secret_is_taken(tmp_path: Path) -> None:

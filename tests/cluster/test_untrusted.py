@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from repo import ROOT
 from source_files import rows, write_tar
 
-ROOT = Path(__file__).parents[2]
 FLOORS = ("pipeline", "recaption", "training", "cluster")
 # Pickles that Capstan itself wrote a moment ago, for another process of the same run.
-OWN_PICKLES = {"pipeline/units.py", "pipeline/workers.py", "training/launch.py"}
+OWN_PICKLES = {"pipeline/units/__init__.py", "pipeline/units/workers.py", "training/launch.py"}
 
 
 class Bomb:
@@ -57,8 +57,8 @@ def test_pickles_in_a_tar_are_left_alone(tmp_path: Path) -> None:
 def test_weights_that_are_a_program_are_refused(tmp_path: Path) -> None:
     from small_captioner import write_captioner
 
-    from recaption.config import RecaptionConfig
-    from recaption.engines import make
+    from capstan.recaption.config import RecaptionConfig
+    from capstan.recaption.engines import make
 
     folder, armed = write_captioner(tmp_path / "captioner"), tmp_path / "exploded"
     (folder / "open_clip_model.safetensors").unlink()

@@ -14,9 +14,9 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageCms
 
-from pipeline import config
-from pipeline.decode import Failure, Picture, decode
-from pipeline.records import is_reason
+from capstan.pipeline import config
+from capstan.pipeline.image.decode import Failure, Picture, decode
+from capstan.pipeline.records import is_reason
 
 FILES = Path(__file__).parents[1] / "pipeline" / "files"
 PLAIN = config.Image(size=4096, min_size=8, resize="keep_ratio")  # stores every test picture at its own size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline import units
-from pipeline.commits import mark
+from capstan.pipeline import units
+from capstan.pipeline.units.markers import mark
 
 
 def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> units.Summary:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROXY = Path(__file__).parents[1] / "pipeline" / "fault_proxy.py"
+PROXY = Path(__file__).with_name("fault_proxy.py")
 FAULTS = ["500", "503", "refused", "reset", "stall", "stalled_body", "truncated", "short"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recaption.engines import Caption, Picture, Request
+from capstan.recaption.engines import Caption, Picture, Request
 
 Say = Callable[[Request, str, int], Caption]  # request, slot, attempt
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.local import scratch
-from pipeline.records import SHARD_SCHEMA, make_key
-from pipeline.shards import Manifest, Sample, ShardEntry, read_manifest, write_manifest, write_tar
-from pipeline.storage import Storage
+from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, read_manifest, write_manifest, write_tar
+from capstan.pipeline.records import SHARD_SCHEMA, make_key
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
 
 Shards = list[list[int]]
 

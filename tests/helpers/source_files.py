@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Recipe
-from pipeline.sources import Rows
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.source import SourceReader
 
 URLS = [f"http://example.org/{n}.jpg" for n in range(3)]
 CAPTIONS = ["a cat", "zwei Hunde, „groß“", ""]
@@ -26,7 +26,7 @@ def recipe(path: Path | str, **source: Any) -> Recipe:
 
 
 def rows(path: Path | str, **source: Any) -> list[dict[str, Any]]:
-    return [row for table in Rows(recipe(path, **source)).tables() for row in table.to_pylist()]
+    return [row for table in SourceReader(recipe(path, **source)).tables() for row in table.to_pylist()]
 
 
 def urls_and_captions(found: list[dict[str, Any]]) -> list[tuple[str, str]]:

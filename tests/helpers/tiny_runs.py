@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Recipe
+from capstan.pipeline.config import Recipe
 
 
 def make_recipe(dataset: Path, run: Path, **section: Any) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.tokenizer import Tokenizer
+from capstan.training.data.tokenizer import Tokenizer
 
 LENGTH = 16  # tokens of the CLIPs
 _CAPTIONS = [f"a {colour} square, number {n}" for n in range(9) for colour in ("red", "green", "blue", "yellow")]

@@ -10,9 +10,9 @@ from typing import Any
 
 from aiohttp import web
 
-from pipeline import config
-from pipeline.fetch import Fetched, Fetcher
-from pipeline.records import is_reason
+from capstan.pipeline import config
+from capstan.pipeline.fetch.fetcher import Fetched, Fetcher
+from capstan.pipeline.records import is_reason
 
 HOST = "pictures.test"
 BODY = b"\xff\xd8\xff picture " * 500

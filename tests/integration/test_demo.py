@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cluster.cli", "demo", str(folder), "--quick", "--json"]
+    command = [sys.executable, "-m", "capstan", "demo", str(folder), "--quick", "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -84,10 +84,10 @@ def test_a_killed_run_went_on_without_losing_or_repeating_a_step(demo: tuple[Pat
 
 
 def test_every_picture_has_its_captions(demo: tuple[Path, dict[str, Any]]) -> None:
-    from pipeline.shards import Dataset
-    from pipeline.storage import Storage
-    from pipeline.verify import verify
-    from recaption.store import read_rows
+    from capstan.pipeline.dataset.shards import Dataset
+    from capstan.pipeline.pack.verify import verify
+    from capstan.pipeline.storage import Storage
+    from capstan.recaption.store import read_rows
 
     folder, summary = demo
     dataset = Dataset(Storage(str(folder / "web")))
@@ -105,7 +105,7 @@ def test_the_exported_folder_draws_the_same_picture_without_capstan(
 ) -> None:
     folder, _ = demo
     exported, grid = tmp_path / "pipeline", tmp_path / "ours.npy"
-    command = [sys.executable, "-m", "cluster.cli", "export", str(folder / "diffusion"), str(exported)]
+    command = [sys.executable, "-m", "capstan", "export", str(folder / "diffusion"), str(exported)]
     subprocess.run(command, check=True, capture_output=True)
     theirs = (
         "import sys, numpy, torch; from diffusers import DiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]); "
@@ -113,7 +113,7 @@ def test_the_exported_folder_draws_the_same_picture_without_capstan(
         "generator=[torch.Generator().manual_seed(7)]); numpy.save(sys.argv[2], r.images)"
     )
     subprocess.run([sys.executable, "-c", theirs, str(exported), str(grid)], check=True, capture_output=True, cwd="/")
-    from training.sample import open_sampler
+    from capstan.training.sample import open_sampler
 
     ours = open_sampler(folder / "diffusion").draw(["a red circle"], [7], steps=15, guidance=3.0)
     assert np.abs(np.load(grid)[0] - ours[0] / 255).max() <= 1e-3 + 0.5 / 255  # ours is rounded to 8 bits

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import Recipe, Resources
-from pipeline.job import build
-from pipeline.storage import Storage
+from capstan.pipeline.build import build
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.storage import Storage
 
 TWO_CPUS = Resources(cpus=2)
 
@@ -33,7 +33,7 @@ def ray_session() -> Iterator[Resources]:
     """Ray on two logical CPUs; gives the resources to run with."""
     import ray
 
-    from pipeline.units import start_ray
+    from capstan.pipeline.units import start_ray
 
     start_ray(TWO_CPUS)
     yield TWO_CPUS

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.cli import finish
-from pipeline.errors import Quarantined
+from capstan.pipeline.cli import finish
+from capstan.pipeline.errors import Quarantined
 
 SUMMARY = {
     "dataset": "ds",

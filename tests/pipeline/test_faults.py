@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repo import HELPERS
 
-from pipeline import job
-from pipeline.config import Recipe, Resources
-from pipeline.errors import StorageError
-from pipeline.storage import Storage
-from pipeline.verify import verify
+from capstan.pipeline import build
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.errors import StorageError
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.storage import Storage
 
 pytestmark = pytest.mark.integration
 
-PROXY = Path(__file__).with_name("fault_proxy.py")
+PROXY = HELPERS / "fault_proxy.py"
 KEYS = {"key": "capstan-key", "secret": "capstan-secret"}
 
 
@@ -93,10 +94,10 @@ def published(storage: Storage) -> dict[str, bytes]:
 def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
     server: int, ray_session: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.commits._WORTH_GATHERING", 5)
-    sound = job.build(recipe(server, "sound"), progress=False)
+    monkeypatch.setattr("capstan.pipeline.units.markers._WORTH_GATHERING", 5)
+    sound = build.build(recipe(server, "sound"), progress=False)
     with Faulty(server, "--rate", "0.05") as bucket:
-        faulty = job.build(recipe(bucket.port, "faulty"), progress=False)
+        faulty = build.build(recipe(bucket.port, "faulty"), progress=False)
     assert faulty["quarantined"] == {}
     assert faulty["counts"] == sound["counts"]
     assert sum(bucket.counts.values()) - bucket.counts["requests"] >= 8, "no kind of fault was left out"
@@ -106,7 +107,7 @@ def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
     assert verify(there) == []
 
     with Faulty(server, "--rate", "0") as bucket:
-        job.build(recipe(bucket.port, "sound"), progress=False)
+        build.build(recipe(bucket.port, "sound"), progress=False)
     # About 50 for the dataset as a whole; one more for each of its 30 units would make 80.
     assert bucket.counts["requests"] < 70, "a finished dataset is not looked at unit by unit"
 
@@ -145,12 +146,12 @@ def test_a_bucket_that_has_gone_ends_the_build(server: int, ray_session: Resourc
     with Faulty(server, "--rate", "1", "--kinds", "503", "--from-request", "60") as bucket:
         start = time.monotonic()
         with pytest.raises(
-            StorageError, match=r"s3://bucket/gone/\S+ \(.*503.*\)\. Mend: .* run the same command again"
+            StorageError, match=r"s3://bucket/gone/\S+ \(.*503.*\)\. Fix: .* run the same command again"
         ):
-            job.build(recipe(bucket.port, "gone"), progress=False)
+            build.build(recipe(bucket.port, "gone"), progress=False)
         assert time.monotonic() - start < 120
     assert bucket.counts["requests"] > 60
-    job.build(recipe(server, "gone"), progress=False)  # the same command, once it is back
+    build.build(recipe(server, "gone"), progress=False)  # the same command, once it is back
     assert verify(Storage("s3://bucket/gone", options(server))) == []
 
 
@@ -160,7 +161,7 @@ def test_a_bucket_that_never_answers_is_a_mistake_in_the_recipe(server: int, tmp
         storage = {name: value for name, value in options(bucket.port).items() if name not in KEYS}
         file.write_text(recipe(bucket.port, "never", storage=storage).model_dump_json(exclude_none=True))
         keys = {"AWS_ACCESS_KEY_ID": KEYS["key"], "AWS_SECRET_ACCESS_KEY": KEYS["secret"]}
-        command = [sys.executable, "-m", "cluster.cli", "build", str(file)]
+        command = [sys.executable, "-m", "capstan", "build", str(file)]
         start = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | keys)
         assert time.monotonic() - start < 120
@@ -169,7 +170,7 @@ def test_a_bucket_that_never_answers_is_a_mistake_in_the_recipe(server: int, tmp
     assert all("; trying again in " in attempt for attempt in tries)
     assert line.startswith("error: dataset: cannot write to s3://bucket/never (")
     assert "503" in line
-    assert "Mend: " in line
+    assert "Fix: " in line
 
 
 @pytest.mark.parametrize("missing", [{"dataset": "s3://no-such-bucket/x"}, {"key": "wrong-key"}])

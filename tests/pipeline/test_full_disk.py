@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import job
-from pipeline.config import Recipe, Resources
-from pipeline.local import PARTIAL
-from pipeline.storage import Storage
-from pipeline.verify import verify
+from capstan.pipeline import build as stages
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import PARTIAL
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -65,11 +65,11 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     tmp_path: Path, disk: Callable[[int], Path], ray_session: Resources
 ) -> None:
     whole = tmp_path / "whole"
-    job.build(recipe(whole), progress=False)
+    stages.build(recipe(whole), progress=False)
     file = tmp_path / "recipe.yaml"
 
     def build() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cluster.cli", "build", str(file)]
+        command = [sys.executable, "-m", "capstan", "build", str(file)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     ingested = size_of(whole, "state", "staged")

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from pipeline import job
-from pipeline.config import Recipe, Resources
-from pipeline.storage import Storage
-from pipeline.verify import verify
+from capstan.pipeline import build
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.storage import Storage
 
 pytestmark = pytest.mark.integration
 
 SCRIPT = """
 import json, sys
-from pipeline.config import Recipe
-from pipeline.job import build
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.build import build
 print(json.dumps(build(Recipe.model_validate_json(sys.argv[1]))))
 """
 
@@ -98,7 +98,7 @@ def test_killed_builds_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path, 
     assert not (torn / "dataset.json").exists()
     when(start(torn), some(torn, "shards/*.tar", 2), signal.SIGKILL)
     assert not (torn / "dataset.json").exists()
-    job.build(Recipe.model_validate(recipe(torn, cpus=2)), progress=False)
+    build.build(Recipe.model_validate(recipe(torn, cpus=2)), progress=False)
 
     assert content(torn) == content(whole)
     assert manifest(torn) == manifest(whole)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import job, lease
-from pipeline.config import Blocklist, Recipe, validate
-from pipeline.errors import CapstanError
-from pipeline.local import owner
-from pipeline.storage import Storage
+from capstan.pipeline import build, lease
+from capstan.pipeline.config import Blocklist, Recipe, validate
+from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import owner
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def test_who_lost_the_lease_ends_and_leaves_the_others_alone(storage: Storage) -
 def test_commands_that_write_are_refused_while_another_does(storage: Storage, command: str) -> None:
     recipe = validate(Recipe, {"dataset": storage.url})
     commands: dict[str, Callable[[], object]] = {
-        "build": lambda: job.build(recipe),
-        "select": lambda: job.select(recipe),
-        "remove": lambda: job.remove(storage.url, Blocklist()),
+        "build": lambda: build.build(recipe),
+        "select": lambda: build.select(recipe),
+        "remove": lambda: build.remove(storage.url, Blocklist()),
     }
     write(storage)
     before = storage.names()

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from pipeline import progress
-from pipeline.progress import Progress
+from capstan.pipeline import progress
+from capstan.pipeline.progress import Progress
 
 REPORTED = {"samples": 300, "bytes": 3e6, "failed.timeout": 2, "failed.http_404": 5, "failed.dns": 1, "failed.tls": 1}
 
@@ -85,7 +85,7 @@ def test_it_can_be_silent() -> None:
 
 SCRIPT = """
 import logging, sys, time
-from pipeline.progress import Progress
+from capstan.pipeline.progress import Progress
 logging.basicConfig(stream=sys.stderr, format="%(message)s")
 with Progress("ingest", 4, samples=400, poll=lambda: {"samples": 100, "failed.dns": 7}) as bar:
     time.sleep(0.8)

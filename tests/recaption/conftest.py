@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_dataset import Shards, write_dataset
 
-from pipeline.storage import Storage
+from capstan.pipeline.storage import Storage
 
 ARCHITECTURE = {
     "embed_dim": 16,

@@ -11,14 +11,14 @@ from in_process import run_here
 from scripted_engine import ScriptedEngine, said
 from small_dataset import picture
 
-from pipeline import units
-from pipeline.config import Recipe
-from pipeline.records import make_key
-from pipeline.shards import read_manifest, sha256_of, write_manifest
-from pipeline.storage import Storage
-from recaption import job, store
-from recaption.engines import Caption
-from recaption.job import plan, recaption
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import read_manifest, sha256_of, write_manifest
+from capstan.pipeline.records import make_key
+from capstan.pipeline.storage import Storage
+from capstan.recaption import job, store
+from capstan.recaption.engines import Caption
+from capstan.recaption.job import plan, recaption
 
 Build = Callable[..., Storage]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from in_process import run_here
 
-from cluster.cli import run
-from pipeline.records import make_key
-from pipeline.storage import Storage
-from recaption import export, store
+from capstan.cluster.cli import run
+from capstan.pipeline.records import make_key
+from capstan.pipeline.storage import Storage
+from capstan.recaption import export, store
 
 
 @pytest.fixture

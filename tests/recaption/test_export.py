@@ -13,15 +13,15 @@ import pytest
 from in_process import run_here
 from small_dataset import as_if_a_model_wrote_it, replace_picture
 
-from pipeline.config import Resources
-from pipeline.errors import RecipeError
-from pipeline.records import LEDGER_SCHEMA, make_key
-from pipeline.shards import Dataset, LedgerEntry, read_manifest, sha256_of, write_manifest
-from pipeline.storage import Storage, parquet_bytes
-from pipeline.verify import verify
-from recaption import export as export_module
-from recaption import store
-from recaption.export import export
+from capstan.pipeline.config import Resources
+from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, read_manifest, sha256_of, write_manifest
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.records import LEDGER_SCHEMA, make_key
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.recaption import export as export_module
+from capstan.recaption import store
+from capstan.recaption.export import export
 
 KEY = [make_key(str(number)) for number in range(8)]
 STEPS = [[0, 1, 2], [3, 4], [5]]

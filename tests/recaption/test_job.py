@@ -17,15 +17,15 @@ import pytest
 from in_process import run_here
 from small_dataset import picture
 
-from pipeline import units
-from pipeline.config import Recipe
-from pipeline.errors import Quarantined, RecipeError
-from pipeline.records import make_key
-from pipeline.shards import sha256_of
-from pipeline.storage import Storage
-from recaption import store
-from recaption.engines.coca import CocaEngine
-from recaption.job import plan, recaption
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import sha256_of
+from capstan.pipeline.errors import Quarantined, RecipeError
+from capstan.pipeline.records import make_key
+from capstan.pipeline.storage import Storage
+from capstan.recaption import store
+from capstan.recaption.engines.coca import CocaEngine
+from capstan.recaption.job import plan, recaption
 
 Build = Callable[..., Storage]
 STEPS = [[0, 1, 2, 3], [4, 5, 6], [7]]
@@ -77,7 +77,8 @@ def test_killed_or_failed_runs_go_on_and_end_with_the_same_bytes(
     file = tmp_path / "recipe.json"
     file.write_text(recipe(captioner, storage).model_dump_json())
     code = (
-        "import sys; from pathlib import Path; from pipeline.config import Recipe; from recaption.job import recaption;"
+        "import sys; from pathlib import Path; from capstan.pipeline.config import Recipe;"
+        "from capstan.recaption.job import recaption;"
         "recaption(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), progress=False)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(file)], start_new_session=True) as process:

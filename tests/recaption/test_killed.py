@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 from in_process import run_here
+from repo import ROOT
 from small_dataset import write_dataset
 
-from pipeline import units
-from pipeline.config import Recipe
-from pipeline.storage import Storage
-from recaption.job import recaption
-
-ROOT = Path(__file__).parents[2]
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.storage import Storage
+from capstan.recaption.job import recaption
 
 # Arguments: captioner, dataset, seed. Each layout of the dataset is captioned by lives that are
 # killed at random, until one comes to its end; then the next, whose images are partly others and lie elsewhere.
@@ -39,11 +38,11 @@ import torch
 from in_process import run_here
 from small_dataset import write_dataset
 
-from pipeline import units
-from pipeline.config import Recipe
-from pipeline.storage import Storage
-from recaption import job
-from recaption.engines import coca, decode  # loaded before any fork
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.storage import Storage
+from capstan.recaption import job
+from capstan.recaption.engines import coca, coca_decoding  # loaded before any fork
 
 torch.set_num_threads(1)
 units.run = run_here
@@ -124,8 +123,8 @@ def recipe_of(captioner: Path, storage: Storage, **section: Any) -> Recipe:
 LIFE = """
 import sys
 from pathlib import Path
-from pipeline.config import Recipe
-from recaption.job import recaption
+from capstan.pipeline.config import Recipe
+from capstan.recaption.job import recaption
 recaption(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), progress=False)
 """
 

@@ -8,20 +8,21 @@ import pyarrow.compute as pc
 import pytest
 from small_dataset import as_if_a_model_wrote_it, picture, replace_picture
 
-from pipeline.errors import RecipeError
-from pipeline.records import make_key
-from pipeline.shards import sha256_of
-from pipeline.storage import Storage
-from recaption import lint, store
-from recaption.lint import Settings
-from recaption.store import Place, Row
+from capstan.pipeline.dataset.shards import sha256_of
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.records import make_key
+from capstan.pipeline.storage import Storage
+from capstan.recaption import store
+from capstan.recaption.lint import linter
+from capstan.recaption.lint.linter import Settings
+from capstan.recaption.store import Place, Row
 
 KEY = [make_key(str(number)) for number in range(5)]
 SHA256 = [sha256_of(picture(number)) for number in range(5)]
 
 
-def row(raw: str, tokens: int, finish: lint.Finish, seed: int) -> Row:
-    return Row.written(raw, tokens, finish, seed, lint.lint(raw, finish, parted=True))
+def row(raw: str, tokens: int, finish: linter.Finish, seed: int) -> Row:
+    return Row.written(raw, tokens, finish, seed, linter.lint(raw, finish, parted=True))
 
 
 def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> None:
@@ -29,7 +30,7 @@ def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> N
     rows = [
         (Place(KEY[0], SHA256[0], "", "short"), row("a dog .", 3, "end", 17)),
         (Place(KEY[0], SHA256[0], "", "descriptive"), row("a brown dog . on", 5, "length", 18)),
-        (Place(KEY[1], SHA256[1], "", "short"), Row.missing(lint.UNREADABLE)),
+        (Place(KEY[1], SHA256[1], "", "short"), Row.missing(linter.UNREADABLE)),
         (Place(KEY[1], SHA256[1], "", "descriptive"), row("b b b b", 4, "end", 19).replaced().beside("alt 1")),
     ]
     store.write_rows(storage, name, rows)

@@ -11,9 +11,9 @@ import chat_server
 import pytest
 from chat_server import ChatServer, completion
 
-from pipeline.errors import CapstanError, RecipeError
-from recaption.config import RecaptionConfig
-from recaption.upsample import PAPER, Style, expand, instruct, text_engine
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.upsample import PAPER, Style, expand, instruct, text_engine
 
 CAPTIONS = [f"a {'very ' * n}red circle on grey." for n in range(11)]  # 5 to 15 words and so on
 STYLE = Style(words=(4, 6, 10), examples=("a red circle on grey.",))

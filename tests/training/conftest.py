@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.records import SHARD_SCHEMA, make_key
-from pipeline.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
-from pipeline.storage import Storage
+from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
+from capstan.pipeline.records import SHARD_SCHEMA, make_key
+from capstan.pipeline.storage import Storage
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 

@@ -19,22 +19,21 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from repo import HELPERS, ROOT
 from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 
-from pipeline.config import Recipe
-from pipeline.errors import CapstanError
-from training.engine import free_port
-from training.launch import _largest, train
-from training.trainer import fit
-
-HERE = Path(__file__).parent
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import CapstanError
+from capstan.training.distributed.engine import free_port
+from capstan.training.launch import _largest, train
+from capstan.training.trainer import fit
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _importable() -> Iterator[None]:
     """Workers find the tiny family as this process does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
+        patch.syspath_prepend(str(HELPERS))
         yield
 
 
@@ -57,7 +56,7 @@ def launch(launcher: list[str], recipe: Recipe, tmp_path: Path) -> subprocess.Po
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "-m", "training.trainer", str(path)]
+    command = [sys.executable, "-m", *launcher, "-m", "capstan.training.trainer", str(path)]
     return subprocess.Popen(command, env=environment)
 
 
@@ -182,7 +181,8 @@ def test_an_interrupt_saves_ends_soon_and_leaves_no_worker(recipe, tmp_path: Pat
     run, slow = tmp_path / "run", recipe(engine={"launcher": "local"}, steps=10_000, tiny={"sleep_s": 0.05})
     (tmp_path / "recipe.json").write_text(slow.model_dump_json())
     code = (
-        "import sys; from pathlib import Path; from pipeline.config import Recipe; from training.launch import train\n"
+        "import sys; from pathlib import Path; from capstan.pipeline.config import Recipe\n"
+        "from capstan.training.launch import train\n"
         "try: train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()))\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )
@@ -257,10 +257,16 @@ def test_a_scheduler_takes_the_machine_back(recipe, tmp_path: Path, launcher: st
     run = tmp_path / "run"
     slow = recipe(engine={**DEEPSPEED, "launcher": launcher}, steps=10_000, tiny={"sleep_s": 0.05})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slow.model_dump(mode="json")))
-    command = [sys.executable, "-m", "cluster.cli", "train", str(tmp_path / "recipe.yaml"), "--set", "resources.cpus=2"]
-    process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "capstan",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "--set",
+        "resources.cpus=2",
+    ]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
     wait_for_step(run, 5)
     process.terminate()
     assert process.wait(60) == 130
@@ -271,16 +277,24 @@ def test_a_scheduler_takes_the_machine_back(recipe, tmp_path: Path, launcher: st
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_ray_goes_on_with_the_workers_that_there_are(recipe, tmp_path: Path) -> None:
-    from cluster.nodes import Nodes
+    from capstan.cluster.local_cluster import Nodes
 
     section = {"schedule": "constant", "steps": 30, "data": {"layer": None, "threads": 1}}
     fit(recipe("whole", **section))
     elastic = {**DEEPSPEED, "zero": 1, "workers": [1, 2], "launcher": "ray", "retries": 4}
     slow = recipe(engine=elastic, tiny={"sleep_s": 0.3}, **section)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slow.model_dump(mode="json")))
-    command = [sys.executable, "-m", "cluster.cli", "train", str(tmp_path / "recipe.yaml"), "--set", "resources.gpus=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "capstan",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "--set",
+        "resources.gpus=0",
+    ]
     soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-    env = os.environ | soon | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
+    env = os.environ | soon | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     run = tmp_path / "run"
     with Nodes(tmp_path / "ray") as nodes:
         nodes.start_head(env=env)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import RecipeError
-from training.evaluate import evaluate
-from training.export import export
-from training.sample import grid, open_sampler, sample, style_of
+from capstan.pipeline.errors import RecipeError
+from capstan.training.evaluate import evaluate
+from capstan.training.export import export
+from capstan.training.sample import grid, open_sampler, sample, style_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
@@ -28,12 +28,12 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def runs(squares, tmp_path_factory):
     """Folders `ae` and `run` of an untrained autoencoder and diffusion model, as the trainer leaves them."""
-    from pipeline.shards import Dataset
-    from pipeline.storage import Storage
-    from training.autoencoder import AutoencoderFamily
-    from training.config import TrainConfig
-    from training.data import TrainingData
-    from training.diffusion import DiffusionFamily
+    from capstan.pipeline.dataset.shards import Dataset
+    from capstan.pipeline.storage import Storage
+    from capstan.training.config import TrainConfig
+    from capstan.training.data.dataset import TrainingData
+    from capstan.training.models.autoencoder import AutoencoderFamily
+    from capstan.training.models.diffusion import DiffusionFamily
 
     root = tmp_path_factory.mktemp("runs")
     small = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -92,7 +92,7 @@ def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
 
 def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path, capsys):
     """By a real engine, over HTTP: the run's product knows how its captions were written."""
-    from cluster.cli import run as capstan
+    from capstan.cluster.cli import run as capstan
 
     style = style_of(runs / "run")
     assert style_of(runs / "run" / "product") == style
@@ -100,7 +100,7 @@ def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, t
     assert all("square" in example for example in style.examples)
     command = ["sample", str(runs / "run"), "-p", "a red square", "-o", str(tmp_path / "grid.png"), "--json"]
     assert capstan([*command, "--upsample"]) == 2
-    assert "knows no engine that writes text. Mend: add --upsampler RECIPE" in capsys.readouterr().err
+    assert "knows no engine that writes text. Fix: add --upsampler RECIPE" in capsys.readouterr().err
     with chat_server.serving() as server:
         server.misbehave = lambda body, tries: (200, {}, chat_server.completion("a red square on grey"))
         section = {"engine": "openai", "model": "m", "server": {"url": server.url}}
@@ -189,13 +189,13 @@ def test_a_diffusion_run_is_measured_beside_chance_and_ceiling(runs, tmp_path):
 def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
     from small_clip import write_clip
 
-    from cluster.cli import run as capstan
+    from capstan.cluster.cli import run as capstan
 
     run = tmp_path / "run"
     shutil.copytree(runs / "run", run)
     command = ["evaluate", str(run), "--count", "4", "--json", "--measures"]
     assert capstan([*command, "clip"]) == 2
-    assert "clip has no model: the run's recipe names none. Mend: add --clip MODEL" in capsys.readouterr().err
+    assert "clip has no model: the run's recipe names none. Fix: add --clip MODEL" in capsys.readouterr().err
     assert capstan([*command, "fid", "--features", "/no/inception.pth"]) == 2
     assert "/no/inception.pth is not on this machine" in capsys.readouterr().err
     assert capstan([*command, "clip", "--clip", str(write_clip(tmp_path / "clip", 0))]) == 0

@@ -11,21 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from repo import HELPERS
 from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 
-from pipeline.config import Recipe
-from pipeline.errors import CapstanError, RecipeError
-from training.config import TrainConfig
-from training.trainer import fit, learning_rate, main
-
-HERE = Path(__file__).parent
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.trainer import fit, learning_rate, main
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _importable() -> Iterator[None]:
     """Workers find the tiny family as this process does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
+        patch.syspath_prepend(str(HELPERS))
         yield
 
 

@@ -10,19 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from repo import HELPERS
 from s3 import S3
 
-from pipeline.config import Recipe
-from pipeline.errors import CapstanError, RecipeError, StorageError
-from pipeline.storage import Storage
-from training.product import find_product
-from training.trainer import fit
-from training.upload import Upload
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import CapstanError, RecipeError, StorageError
+from capstan.pipeline.storage import Storage
+from capstan.training.product import find_product
+from capstan.training.trainer import fit
+from capstan.training.upload import Upload
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(HELPERS))
     monkeypatch.setenv("CAPSTAN_RUNS", str(tmp_path / "runs"))
 
 
@@ -199,8 +200,8 @@ def test_another_recipes_bucket_is_refused(recipe, tmp_path: Path) -> None:
 
 
 def test_what_is_being_sent_is_not_removed(tmp_path: Path, recipe) -> None:
-    from training.config import TrainConfig
-    from training.run import Run
+    from capstan.training.config import TrainConfig
+    from capstan.training.run import Run
 
     upload = Upload(Run(TrainConfig.from_recipe(recipe("run"))), str(tmp_path / "copy"), {})
     upload.send(tmp_path / "step-000004")

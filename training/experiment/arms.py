@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config import Recipe
-from pipeline.errors import RecipeError
-from pipeline.storage import Storage
-from training.config import ORIGINAL, Data, TrainConfig
-from training.data import find_layer
-from training.experiment.config import Arm, ExperimentConfig
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.config import ORIGINAL, Data, TrainConfig
+from capstan.training.data.dataset import find_layer
+from capstan.training.experiment.config import Arm, ExperimentConfig
 
 _NO_RATE: Final = 1e-12  # AdamW's first step moves a weight by about the rate
 
@@ -52,13 +52,13 @@ def layers(recipe: Recipe, config: ExperimentConfig, train: TrainConfig, pinned:
     for name, arm in config.arms.items():
         layer = arm.layer or pinned or train.data.layer
         if layer is None and set(arm.shares) != {ORIGINAL}:
-            mend = f"name the arm's own (experiment.arms.{name}.layer)"
-            raise RecipeError("train.data.layer", f"is null, and the arm {name} shows its captions", mend)
+            hint = f"name the arm's own (experiment.arms.{name}.layer)"
+            raise RecipeError("train.data.layer", f"is null, and the arm {name} shows its captions", hint)
         try:
             found[name] = None if layer is None else find_layer(storage, Data(layer=layer, blend=arm.shares))
         except RecipeError as error:
             where = "blend" if error.field.endswith("blend") else "layer"
-            raise RecipeError(f"experiment.arms.{name}.{where}", error.problem, error.mend) from None
+            raise RecipeError(f"experiment.arms.{name}.{where}", error.problem, error.hint) from None
     return found
 
 

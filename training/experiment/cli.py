@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
+from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 
 
 def experiments(load: Load) -> typer.Typer:
@@ -19,7 +19,7 @@ def experiments(load: Load) -> typer.Typer:
     def blend(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Train one model for each caption blend of the recipe's section experiment, measure how they follow prompts,
         and write a report. Goes on where it stopped."""
-        from training.experiment.run import run_blend
+        from capstan.training.experiment.run import run_blend
 
         ready = load(recipe, overrides)
         finish(concluded(lambda: run_blend(ready)), as_json)

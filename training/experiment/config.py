@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Recipe, Section, validate
-from pipeline.errors import RecipeError
-from recaption.config import RecaptionConfig
-from training.config import ORIGINAL, TrainConfig
+from capstan.pipeline.config import Recipe, Section, validate
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.training.config import ORIGINAL, TrainConfig
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -125,30 +125,30 @@ class ExperimentConfig(Section):
             return None
         writer = validate(RecaptionConfig, self.upsampler, "experiment.upsampler")
         if writer.engine == "coca":
-            mend = "use transformers or openai, or write upsampler: captions"
-            raise RecipeError("experiment.upsampler.engine", "coca writes no text", mend)
+            hint = "use transformers or openai, or write upsampler: captions"
+            raise RecipeError("experiment.upsampler.engine", "coca writes no text", hint)
         return writer
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ExperimentConfig:
         """The validated section `experiment`, held against `train`. Raises RecipeError."""
         if recipe.experiment is None:
-            mend = "add the section, e.g. experiment: {arms: [original, short95, descriptive95], seeds: [0, 1, 2]}"
-            raise RecipeError("experiment", "is missing", mend)
+            hint = "add the section, e.g. experiment: {arms: [original, short95, descriptive95], seeds: [0, 1, 2]}"
+            raise RecipeError("experiment", "is missing", hint)
         config, train = validate(cls, recipe.experiment, "experiment"), TrainConfig.from_recipe(recipe)
         _ = config.writer
         if train.model != "diffusion":
             raise RecipeError("train.model", f"{train.model} draws no pictures from prompts", "name diffusion")
         if "://" in train.run:
-            mend = "name a folder that every worker sees; each run's own copy goes to train.checkpoint.upload"
-            raise RecipeError("train.run", "is a bucket, and an experiment keeps its measurements in a folder", mend)
+            hint = "name a folder that every worker sees; each run's own copy goes to train.checkpoint.upload"
+            raise RecipeError("train.run", "is a bucket, and an experiment keeps its measurements in a folder", hint)
         if config.steps is not None and config.steps[-1] != train.steps:
             problem = f"ends at {config.steps[-1]}, and train.steps is {train.steps}"
             raise RecipeError("experiment.steps", problem, "let the last of them be train.steps")
         if config.steps is not None and len(config.steps) > 1 and train.schedule != "constant":
             problem = f"{train.schedule} leads to another rate at every step where a run may end"
-            mend = "write schedule: constant, or measure at the end only (experiment.steps: null)"
-            raise RecipeError("train.schedule", problem, mend)
+            hint = "write schedule: constant, or measure at the end only (experiment.steps: null)"
+            raise RecipeError("train.schedule", problem, hint)
         return config
 
     def points(self, train: TrainConfig) -> list[int]:

@@ -19,14 +19,14 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import RecipeError
-from pipeline.storage import Storage
-from pipeline.world import judge
-from recaption.clip import Clip
-from recaption.measures import chunks, scores
-from training.experiment.config import Scorer
-from training.experiment.prompts import Prompt, Prompts
-from training.sample import Sampler
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world import prompt_score
+from capstan.recaption.compare.clip import Clip
+from capstan.recaption.compare.metrics import chunks, scores
+from capstan.training.experiment.config import Scorer
+from capstan.training.experiment.prompts import Prompt, Prompts
+from capstan.training.sample import Sampler
 
 CLIP_MEASURES: Final = ("clip_mean", "clip_min")
 SHOWN: Final = 8  # pictures a set that are kept
@@ -43,7 +43,7 @@ def open_scorer(scorer: Scorer | None) -> Clip | None:
         return Clip(scorer.model, scorer.pretrained)
     except RecipeError as error:  # it names an option of `captions diff`
         name = "pretrained" if error.field == "--pretrained" else "model"
-        raise RecipeError(f"experiment.scorer.{name}", error.problem, error.mend) from None
+        raise RecipeError(f"experiment.scorer.{name}", error.problem, error.hint) from None
 
 
 def measure(sampler: Sampler, prompts: Prompts, clip: Clip | None, batch: int = 64) -> tuple[Values, dict[str, Any]]:
@@ -61,8 +61,8 @@ def judged(prompts: Sequence[Prompt], pictures: np.ndarray, clip: Clip | None) -
     columns: dict[str, list[float | None]] = {}
     wanted = [prompt.wanted for prompt in prompts if prompt.wanted is not None]
     if len(wanted) == len(prompts):
-        rows = [judge.judge(asked, image) for asked, image in zip(wanted, pictures, strict=True)]
-        columns = {name: [_plain(row[name]) for row in rows] for name in judge.MEASURES}
+        rows = [prompt_score.judge(asked, image) for asked, image in zip(wanted, pictures, strict=True)]
+        columns = {name: [_plain(row[name]) for row in rows] for name in prompt_score.MEASURES}
     if clip is not None:
         mean, least = clip_scores(clip, pictures, [prompt.text for prompt in prompts])
         columns |= {"clip_mean": [_plain(v) for v in mean], "clip_min": [_plain(v) for v in least]}

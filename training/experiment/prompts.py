@@ -17,17 +17,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.config import Recipe, WorldSource
-from pipeline.errors import RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from pipeline.world.draw import render
-from pipeline.world.judge import Wanted, read
-from pipeline.world.scene import draw_scene, vocabulary
-from pipeline.world.text import alt, alt_kind, descriptive
-from recaption.store import read_layer
-from training.config import TrainConfig
-from training.experiment.config import ExperimentConfig
+from capstan.pipeline.config import Recipe, WorldSource
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world.captions import alt, alt_kind, descriptive
+from capstan.pipeline.world.prompt_score import Wanted, read
+from capstan.pipeline.world.render import render
+from capstan.pipeline.world.scene import draw_scene, vocabulary
+from capstan.recaption.store import read_layer
+from capstan.training.config import TrainConfig
+from capstan.training.experiment.config import ExperimentConfig
 
 SETS: Final = ("original", "descriptive")
 UPSAMPLED: Final = "upsampled"  # the first set, drawn from prompts that were expanded, and held to what was asked for

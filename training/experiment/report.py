@@ -14,16 +14,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline import charts, page
-from pipeline.page import Html
-from pipeline.storage import Storage
-from training.experiment.arms import Trial
-from training.experiment.config import MAIN
-from training.experiment.intervals import Interval
-from training.experiment.measure import Kept
-from training.experiment.prompts import SETS, UPSAMPLED, Prompts
-from training.experiment.results import Difference, Results
-from training.experiment.sheet import side_by_side
+from capstan.pipeline.html import interval_plots, page
+from capstan.pipeline.html.page import Html
+from capstan.pipeline.storage import Storage
+from capstan.training.experiment.arms import Trial
+from capstan.training.experiment.config import MAIN
+from capstan.training.experiment.contact_sheet import side_by_side
+from capstan.training.experiment.intervals import Interval
+from capstan.training.experiment.measure import Kept
+from capstan.training.experiment.prompts import SETS, UPSAMPLED, Prompts
+from capstan.training.experiment.results import Difference, Results
 
 REPORT: Final = "report.html"
 _ASKED: Final = ("distinct", "trained_on", "kept")
@@ -104,7 +104,8 @@ def _differences(results: Results) -> Iterable[Html]:
         "interval is for itself: of twenty differences that are none, one is expected to exclude 0."
     )
     yield page.grid(
-        charts.forest(f"{part} prompts", _rows(results.differences[part][results.primary])) for part in results.table
+        interval_plots.forest(f"{part} prompts", _rows(results.differences[part][results.primary]))
+        for part in results.table
     )
     yield page.heading("Every measure, the main arms")
     rows_of_all = [
@@ -128,14 +129,16 @@ def _rows(found: Sequence[Difference]) -> list[tuple[str, float, float, float]]:
 
 
 def _curves(results: Results) -> Iterable[Html]:
-    yield charts.key(results.arms)
+    yield interval_plots.key(results.arms)
     yield page.note("Bands are 95% intervals over prompts and seeds.")
     for part, measures in results.curves.items():
         yield page.heading(f"{part} prompts")
-        yield page.grid(charts.bands(m.replace("_", " "), _lines(results, part, m)) for m in measures)
+        yield page.grid(interval_plots.bands(m.replace("_", " "), _lines(results, part, m)) for m in measures)
 
 
-def _lines(results: Results, part: str, measure: str, arms: Sequence[str] = ()) -> dict[str, list[charts.Point]]:
+def _lines(
+    results: Results, part: str, measure: str, arms: Sequence[str] = ()
+) -> dict[str, list[interval_plots.Point]]:
     curves = results.curves[part][measure]
     return {
         arm: [(step, value.mean, value.low, value.high) for step, value in curves[arm]] for arm in arms or results.arms
@@ -237,20 +240,23 @@ def _figures(results: Results, pictures: bytes | None) -> dict[str, bytes]:
     if len(results.arms) < 2:
         return {}
     arms = [arm for arm in results.arms if arm in MAIN or arm.startswith("truth")] or results.arms
-    places = {arm: charts.COLOURS[number % len(charts.COLOURS)] for number, arm in enumerate(arms)}
+    places = {arm: interval_plots.COLOURS[number % len(interval_plots.COLOURS)] for number, arm in enumerate(arms)}
     name = results.primary.replace("_", " ")
     curves = [
         (
             f"{name}, {part} prompts",
-            charts.bands(name, _lines(results, part, results.primary, arms), colours=list(places.values())),
+            interval_plots.bands(name, _lines(results, part, results.primary, arms), colours=list(places.values())),
         )
         for part in results.curves
     ]
     differences = []
     for part in SETS:
         rows = _rows(_main(results, part, results.primary))
-        differences.append((f"{name}, {part} prompts", charts.forest(name, rows, width=420)))
-    made = {"curves.svg": charts.standalone(curves, arms), "differences.svg": charts.standalone(differences)}
+        differences.append((f"{name}, {part} prompts", interval_plots.forest(name, rows, width=420)))
+    made = {
+        "curves.svg": interval_plots.standalone(curves, arms),
+        "differences.svg": interval_plots.standalone(differences),
+    }
     return made | ({"pictures.png": pictures} if pictures is not None else {})
 
 

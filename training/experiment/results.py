@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.storage import Storage
-from pipeline.world import judge
-from training.config import TrainConfig
-from training.experiment.arms import Trial, trial_folder
-from training.experiment.config import MAIN, STANDARD, ExperimentConfig
-from training.experiment.intervals import Floats, Interval, difference, interval
-from training.experiment.measure import CLIP_MEASURES, Kept
-from training.experiment.prompts import SETS, UPSAMPLED
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world import prompt_score
+from capstan.training.config import TrainConfig
+from capstan.training.experiment.arms import Trial, trial_folder
+from capstan.training.experiment.config import MAIN, STANDARD, ExperimentConfig
+from capstan.training.experiment.intervals import Floats, Interval, difference, interval
+from capstan.training.experiment.measure import CLIP_MEASURES, Kept
+from capstan.training.experiment.prompts import SETS, UPSAMPLED
 
 # What the order of arms is told by; chosen before anything was measured. The rest is shown beside it.
 PRIMARY: Final = ("followed", "clip_mean")  # the first that there is: on the captioned world, elsewhere
@@ -118,7 +118,9 @@ class _Values:
         for arm, seeds in self._seeds.items():
             for part, columns in self._entry(arm, seeds[0], point).items():
                 defined = [name for name, column in columns.items() if any(v is not None for v in column)]
-                found[part] = [n for n in (*judge.MEASURES, *CLIP_MEASURES) if n in {*found.get(part, []), *defined}]
+                found[part] = [
+                    n for n in (*prompt_score.MEASURES, *CLIP_MEASURES) if n in {*found.get(part, []), *defined}
+                ]
         return found
 
     def of(self, part: str, measure: str, arm: str, point: int, seeds: Sequence[int] | None = None) -> Floats:

@@ -28,20 +28,20 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Recipe, fingerprint
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from recaption.store import layer_recipe
-from training.config import ORIGINAL, TrainConfig
-from training.data import find_layer
-from training.experiment import arms, expand, prompts
-from training.experiment.arms import Trial
-from training.experiment.captions import about_prompts, shown_captions, truth_of_captions
-from training.experiment.config import ExperimentConfig
-from training.experiment.measure import Clock, Kept, measure, open_scorer, references, with_upsampled
-from training.launch import train
-from training.run import Run
+from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import layer_recipe
+from capstan.training.config import ORIGINAL, TrainConfig
+from capstan.training.data.dataset import find_layer
+from capstan.training.experiment import arms, prompts, upsample
+from capstan.training.experiment.arms import Trial
+from capstan.training.experiment.caption_accuracy import about_prompts, shown_captions, truth_of_captions
+from capstan.training.experiment.config import ExperimentConfig
+from capstan.training.experiment.measure import Clock, Kept, measure, open_scorer, references, with_upsampled
+from capstan.training.launch import train
+from capstan.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def run_blend(recipe: Recipe) -> dict[str, Any]:
         for seed in experiment.config.seeds:
             experiment.start(seed)
         if experiment.train.engine.launcher == "ray":
-            from pipeline.units import start_ray
+            from capstan.pipeline.units import start_ray
 
             start_ray(recipe.resources)  # here, in the main thread, and once for all
         todo = [trial for trial in arms.trials(experiment.config) if not experiment.finished(trial)]
@@ -72,7 +72,7 @@ def run_blend(recipe: Recipe) -> dict[str, Any]:
 @contextlib.contextmanager
 def _in_few_words() -> Iterator[None]:
     """Each run tells of its steps in its own train.log; here several would talk at once."""
-    talk = logging.getLogger("training.launch")
+    talk = logging.getLogger("capstan.training.launch")
     before = talk.level
     talk.setLevel(logging.WARNING)
     try:
@@ -144,7 +144,7 @@ class Experiment:
             return sets
         name, asked = "upsampled.json", [prompt.text for prompt in sets[prompts.SETS[0]]]
         if not self.storage.exists(name):
-            texts = expand.expanded(self.recipe, self.config, self.layer, asked, self.train.data.holdout)
+            texts = upsample.expanded(self.recipe, self.config, self.layer, asked, self.train.data.holdout)
             self.storage.write(name, json.dumps(texts, indent=1).encode())
         return with_upsampled(sets, prompts.UPSAMPLED, prompts.SETS[0], json.loads(self.storage.read(name)))
 
@@ -194,7 +194,7 @@ class Experiment:
     def _measure(self, trial: Trial, point: int) -> None:
         import torch
 
-        from training.sample import open_sampler
+        from capstan.training.sample import open_sampler
 
         sets, clip = self.judges()
         last = point == self.points[-1]
@@ -226,8 +226,8 @@ class Experiment:
 
     def report(self) -> dict[str, Any]:
         """Write results.json, the figures and report.html of what has been measured so far; gives the summary."""
-        from training.experiment.report import write_report
-        from training.experiment.results import gather
+        from capstan.training.experiment.report import write_report
+        from capstan.training.experiment.results import gather
 
         results = gather(self.storage, self.config, self.train, self.layers)
         path = write_report(self.storage, results, self.kept, self.judges()[0])
@@ -283,7 +283,7 @@ def _machine(recipe: Recipe, train: TrainConfig) -> tuple[int, int]:
     if train.engine.launcher == "ray" and os.environ.get("RAY_ADDRESS"):
         import ray
 
-        from pipeline.units import start_ray
+        from capstan.pipeline.units import start_ray
 
         start_ray(allowed)
         there = ray.cluster_resources()

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CaptionScore
-from pipeline.score.caption import CaptionMeasures
-from pipeline.score.scorer import Sample
+from capstan.pipeline.config import CaptionScore
+from capstan.pipeline.score.caption import CaptionMeasures
+from capstan.pipeline.score.scorer import Sample
 
 
 def measured(text: str, **settings: Any) -> dict[str, Any]:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import HeadScore, Recipe
-from pipeline.errors import RecipeError
-from pipeline.score import registry
-from pipeline.score.heads import Aesthetic, Nsfw, Watermark
-from pipeline.score.tower import Tower
+from capstan.pipeline.config import HeadScore, Recipe
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.clip_model import ClipModel
+from capstan.pipeline.score.heads import Aesthetic, Nsfw, Watermark
 
 
 @pytest.fixture(scope="module")
-def tower(clip: Path) -> Tower:
-    return Tower(str(clip), None, "fp32", "score.clip")
+def tower(clip: Path) -> ClipModel:
+    return ClipModel(str(clip), None, "fp32", "score.clip")
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def scored(head: Any, batch: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def test_laions_linear_aesthetic_head(tower: Tower, batch: Any, linear_head: Path) -> None:
+def test_laions_linear_aesthetic_head(tower: ClipModel, batch: Any, linear_head: Path) -> None:
     layer = nn.Linear(16, 1)
     layer.load_state_dict(torch.load(linear_head, weights_only=True))
     found = scored(Aesthetic(HeadScore(weights=str(linear_head)), tower), batch)
     np.testing.assert_allclose(found, layer(batch.images).detach()[:, 0], rtol=1e-5)
 
 
-def test_laions_mlp_aesthetic_head(tower: Tower, batch: Any, tmp_path: Path) -> None:
+def test_laions_mlp_aesthetic_head(tower: ClipModel, batch: Any, tmp_path: Path) -> None:
     """sac+logos+ava1-l14-linearMSE.pth: `layers` is a Sequential of linear layers with dropout between."""
     sizes = [16, 32, 12, 8, 4, 1]
     layers: list[nn.Module] = []
@@ -54,7 +54,7 @@ def test_laions_mlp_aesthetic_head(tower: Tower, batch: Any, tmp_path: Path) -> 
     np.testing.assert_allclose(found, mlp["layers"](batch.images).detach()[:, 0], rtol=1e-4)
 
 
-def test_nsfw_has_relu_between_its_layers(tower: Tower, batch: Any, tmp_path: Path) -> None:
+def test_nsfw_has_relu_between_its_layers(tower: ClipModel, batch: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -67,7 +67,7 @@ def test_nsfw_has_relu_between_its_layers(tower: Tower, batch: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_watermark_is_a_probability(tower: Tower, batch: Any, tmp_path: Path, outputs: int) -> None:
+def test_watermark_is_a_probability(tower: ClipModel, batch: Any, tmp_path: Path, outputs: int) -> None:
     layer = nn.Linear(16, outputs)
     torch.save({"state_dict": layer.state_dict()}, tmp_path / "head.pth")
     logits = layer(batch.images).detach()
@@ -83,13 +83,13 @@ def test_a_head_of_another_clip_is_refused_before_anything_is_fetched(clip: Path
         registry.scorers(Recipe.model_validate({"dataset": str(tmp_path), "score": score}))
 
 
-def test_nothing_in_a_file_of_weights_is_run(tower: Tower, tmp_path: Path) -> None:
+def test_nothing_in_a_file_of_weights_is_run(tower: ClipModel, tmp_path: Path) -> None:
     torch.save(nn.Linear(16, 1), tmp_path / "model.pth")  # the module: a pickle of code
     with pytest.raises(RecipeError, match=r"score.nsfw.weights: cannot load .*model.pth"):
         Nsfw(HeadScore(weights=str(tmp_path / "model.pth")), tower).setup("cpu")
 
 
-def test_settings_and_weights_pin_a_head(tower: Tower, linear_head: Path, tmp_path: Path) -> None:
+def test_settings_and_weights_pin_a_head(tower: ClipModel, linear_head: Path, tmp_path: Path) -> None:
     torch.save(nn.Linear(16, 1).state_dict(), tmp_path / "other.pth")
     (tmp_path / "copy.pth").write_bytes(linear_head.read_bytes())
     same = {Aesthetic(HeadScore(weights=str(file)), tower).id for file in (linear_head, tmp_path / "copy.pth")}

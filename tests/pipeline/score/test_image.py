@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.config import ImageScore
-from pipeline.score.image import ImageMeasures, border, entropy, flatness, quality, sharpness
-from pipeline.score.scorer import Sample
+from capstan.pipeline.config import ImageScore
+from capstan.pipeline.score.image import ImageMeasures, border, entropy, flatness, quality, sharpness
+from capstan.pipeline.score.scorer import Sample
 
 
 def grey(rgb: np.ndarray) -> np.ndarray:

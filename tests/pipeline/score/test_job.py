@@ -12,18 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
 
-from pipeline import job
-from pipeline.config import Recipe, Resources
-from pipeline.errors import RecipeError
-from pipeline.ingest import Ingest, staged
-from pipeline.score import registry
-from pipeline.score.job import ScoreJob, scored
-from pipeline.score.scorer import Sample, SampleScorer, Values
-from pipeline.score.store import embeddings
-from pipeline.shards import Dataset, sha256_of
-from pipeline.storage import Storage
-from pipeline.units import Unit, markers
-from pipeline.verify import verify
+from capstan.pipeline import build
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.dataset.shards import Dataset, sha256_of
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import Ingest, staged
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.job import ScoreJob, scored
+from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
+from capstan.pipeline.score.store import embeddings
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import Unit, markers
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -74,7 +74,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     }
     where = [{"name": "match", "where": "clip_score IS NOT NULL AND caption_words = 2 AND image_entropy > 1"}]
     recipe = make(30, score, select=where)
-    summary = job.build(recipe, progress=False)
+    summary = build.build(recipe, progress=False)
     assert summary["counts"] == {"rows": 30, "kept": 27, "rejected": 0, "duplicate": 0, "failed": 3, "shards": 3}
     assert verify(Storage(recipe.dataset)) == []
 
@@ -104,7 +104,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     before = tables(tmp_path / "dataset")
     files = {name: storage.read(name) for name in storage.names("scores")}
     storage.delete(*storage.names("scores"), *storage.names("state/score"))
-    job.score(make(30, score, select=where, resources={"cpus": 1}), progress=False)
+    build.score(make(30, score, select=where, resources={"cpus": 1}), progress=False)
     assert {name: storage.read(name) for name in storage.names("scores")} == files
     assert tables(tmp_path / "dataset") == before
 
@@ -114,14 +114,14 @@ def test_scorers_are_added_later_without_building_anew(
     make: Make, tmp_path: Path, clip: Path, other_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = make(30, {})
-    job.build(plain, progress=False)
+    build.build(plain, progress=False)
     folder = tmp_path / "dataset"
     first, old = tars(folder), tables(folder)
     ingested = Path(folder / "staged").stat().st_mtime_ns
     measured = make(30, {"caption": {}})
     with pytest.raises(RecipeError, match=r"score.caption: 30 rows have not been scored.*capstan score"):
-        job.select(measured, dry_run=True, progress=False)
-    job.score(measured, progress=False)
+        build.select(measured, dry_run=True, progress=False)
+    build.score(measured, progress=False)
     assert tars(folder) == first  # not even written again
     assert (folder / "staged").stat().st_mtime_ns == ingested
     assert verify(Storage(str(folder))) == []
@@ -129,15 +129,15 @@ def test_scorers_are_added_later_without_building_anew(
 
     # Another model makes other files; going back finds the former ones.
     score = {"caption": {}, "clip": {"model": str(clip)}}
-    job.score(make(30, score), progress=False)
+    build.score(make(30, score), progress=False)
     with_clip = tables(folder)
-    job.score(make(30, score | {"clip": {"model": str(other_clip)}}), progress=False)
+    build.score(make(30, score | {"clip": {"model": str(other_clip)}}), progress=False)
     assert tables(folder) != with_clip
     assert len(list((folder / "scores").iterdir())) == 3
     monkeypatch.setattr(ScoreJob, "commit", lambda *_: pytest.fail("scored again"))
-    job.score(make(30, score), progress=False)
+    build.score(make(30, score), progress=False)
     assert tables(folder) == with_clip
-    job.build(plain, progress=False)
+    build.build(plain, progress=False)
     assert tables(folder) == old
     assert tars(folder) == first
     assert verify(Storage(str(folder))) == []
@@ -145,10 +145,10 @@ def test_scorers_are_added_later_without_building_anew(
 
 @pytest.mark.integration
 def test_new_rows_are_scored_and_no_others(make: Make, tmp_path: Path, draw: Callable[[int], bytes]) -> None:
-    job.build(make(16, {"image": {}}), progress=False)
+    build.build(make(16, {"image": {}}), progress=False)
     storage = Storage(str(tmp_path / "dataset"))
     before = {name: storage.read(name) for name in storage.names("scores")}
-    summary = job.build(make(24, {"image": {}}), progress=False)
+    summary = build.build(make(24, {"image": {}}), progress=False)
     assert summary["counts"]["kept"] == 22
     after = {name: storage.read(name) for name in storage.names("scores")}
     assert before.items() <= after.items()
@@ -160,9 +160,9 @@ def test_a_bad_picture_is_a_null_with_a_reason(
     storage: Storage, draw: Callable[[int], bytes], clip: Path, tmp_path: Path
 ) -> None:
     """In process: a staged JPEG that cannot be decoded, and one that was freed."""
-    from pipeline.ingest import STAGED_SCHEMA
-    from pipeline.shards import Sample as Packed
-    from pipeline.shards import write_tar
+    from capstan.pipeline.dataset.shards import Sample as Packed
+    from capstan.pipeline.dataset.shards import write_tar
+    from capstan.pipeline.ingest.job import STAGED_SCHEMA
 
     rows = [dict.fromkeys(STAGED_SCHEMA.names, "") for _ in range(4)]
     spans = write_tar(tmp_path / "x.tar", [Packed(f"k{n}", data) for n, data in enumerate([draw(1), b"\xff\xd8 cut"])])
@@ -177,7 +177,7 @@ def test_a_bad_picture_is_a_null_with_a_reason(
         {"dataset": storage.url, "score": {"clip": {"model": str(clip)}, "caption": {}, "image": {}}}
     )
     scorers = registry.scorers(recipe)
-    from pipeline.score.job import ModelScoreJob
+    from capstan.pipeline.score.job import ModelScoreJob
 
     work = ModelScoreJob(storage, scorers, 2, recipe.resources)
     spec = {
@@ -244,5 +244,5 @@ def test_missing_weights_are_said_before_anything_is_fetched(
     source = {"path": str(tmp_path / "no such table.parquet")}
     recipe = Recipe.model_validate({"dataset": str(tmp_path / "ds"), "source": source, "score": score})
     with pytest.raises(RecipeError, match=message):
-        job.build(recipe, progress=False)
+        build.build(recipe, progress=False)
     assert not list((tmp_path / "ds").rglob("*.parquet"))

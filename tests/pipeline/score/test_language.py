@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import LanguageScore
-from pipeline.errors import RecipeError
-from pipeline.score.language import Language
-from pipeline.score.scorer import Sample
+from capstan.pipeline.config import LanguageScore
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.language import Language
+from capstan.pipeline.score.scorer import Sample
 
 SENTENCES = {
     "en": ["the cat sits on the chair", "a red car in the street", "two dogs and a ball", "the house by the sea"],
@@ -49,7 +49,7 @@ def test_captions_get_a_language_and_its_probability(model: Path) -> None:
 
 def test_a_missing_or_broken_model_is_named(tmp_path: Path) -> None:
     scorer = Language(LanguageScore(weights=str(tmp_path / "lid.176.bin")))
-    with pytest.raises(RecipeError, match=r"score.language.weights: no file .*Mend: bring lid.176.bin"):
+    with pytest.raises(RecipeError, match=r"score.language.weights: no file .*Fix: bring lid.176.bin"):
         _ = scorer.id
     (tmp_path / "lid.176.bin").write_bytes(b"no model")
     with pytest.raises(RecipeError, match=r"score.language.weights: cannot load"):

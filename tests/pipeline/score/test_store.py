@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.ingest import Staged
-from pipeline.score.store import added, embeddings, joined, pinned_columns
-from pipeline.storage import Storage
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.score.store import added, embeddings, joined, pinned_columns
+from capstan.pipeline.storage import Storage
 
 COLUMNS = {"a": [pa.field("a_score", pa.float32())], "b": [pa.field("b_flag", pa.bool_())]}
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from pipeline.world.draw import encode_jpeg, render
-from pipeline.world.oracle import MEASURES, accuracy_on_clean, aggregate, chance, parse, score
-from pipeline.world.scene import Scene, Thing, Vocabulary, draw_scene
+from capstan.pipeline.world.oracle import MEASURES, accuracy_on_clean, aggregate, chance, parse, score
+from capstan.pipeline.world.render import encode_jpeg, render
+from capstan.pipeline.world.scene import Scene, Thing, Vocabulary, draw_scene
 
 SCENES = [draw_scene(11, index, Vocabulary()) for index in range(80)]
 

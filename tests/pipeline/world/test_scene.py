@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import WorldSource
-from pipeline.errors import RecipeError
-from pipeline.world.scene import (
+from capstan.pipeline.config import WorldSource
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.world.scene import (
     CLEAR,
     EDGE,
     GAP,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import RecipeError
-from recaption.config import Decoding, RecaptionConfig
-from recaption.engines import CaptionEngine, Request, TextEngine, make
-from recaption.engines.beam import search
-from recaption.engines.coca import CocaEngine
-from recaption.engines.decode import GROUP, CachedCoca, Tokens, decode, draw
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.config import Decoding, RecaptionConfig
+from capstan.recaption.engines import CaptionEngine, Request, TextEngine, make
+from capstan.recaption.engines.beam_search import search
+from capstan.recaption.engines.coca import CocaEngine
+from capstan.recaption.engines.coca_decoding import GROUP, CachedCoca, Tokens, decode, draw
 
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8))
 SLOTS = ("short", "descriptive")

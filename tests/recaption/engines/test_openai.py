@@ -24,10 +24,10 @@ import vision_models
 from chat_server import ChatServer, completion
 from PIL import Image
 
-from pipeline.errors import RecipeError
-from recaption.config import RecaptionConfig
-from recaption.engines import CaptionEngine, Request, TextEngine, make, pace
-from recaption.engines.openai import OpenAIEngine
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import CaptionEngine, Request, TextEngine, make, rate_limit
+from capstan.recaption.engines.openai import OpenAIEngine
 
 SLOTS = ("short", "descriptive")
 REQUESTS = [Request(f"image {n}", SLOTS, f"text {n}") for n in range(6)]
@@ -45,7 +45,7 @@ PICTURES = [jpeg(n) for n in range(6)]
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    monkeypatch.setattr(pace, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(rate_limit, "FIRST_WAIT_S", 0.01)
     with chat_server.serving() as running:
         yield running
 

@@ -14,10 +14,10 @@ import pytest
 import vision_models
 from PIL import Image
 
-from pipeline.errors import MissingExtra, RecipeError
-from recaption.config import RecaptionConfig
-from recaption.engines import Caption, CaptionEngine, Request, TextEngine, make
-from recaption.engines.transformers import TransformersEngine
+from capstan.pipeline.errors import MissingExtra, RecipeError
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import Caption, CaptionEngine, Request, TextEngine, make
+from capstan.recaption.engines.transformers import TransformersEngine
 
 SLOTS = ("short", "descriptive")
 PROMPTS = {"short": "write one short caption", "descriptive": "describe the picture: {original}"}
@@ -124,7 +124,7 @@ def test_padding_beside_longer_prompts_changes_no_caption(
     The engine puts prompts of like length together; here also all of them into one batch, so that the shortest is
     mostly padding.
     """
-    from recaption.engines import transformers
+    from capstan.recaption.engines import transformers
 
     folder: Path = request.getfixturevalue(model)
     asked = [

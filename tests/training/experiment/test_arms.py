@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Recipe
-from pipeline.errors import RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from recaption.store import write_given_layer
-from training.config import TrainConfig
-from training.data import TrainingData
-from training.experiment.arms import Trial, arm_recipe, layers, start_recipe, trials
-from training.experiment.config import STANDARD, ExperimentConfig
-from training.run import differences
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import write_given_layer
+from capstan.training.config import TrainConfig
+from capstan.training.data.dataset import TrainingData
+from capstan.training.experiment.arms import Trial, arm_recipe, layers, start_recipe, trials
+from capstan.training.experiment.config import STANDARD, ExperimentConfig
+from capstan.training.run import differences
 
 ARMS = list(STANDARD)
 

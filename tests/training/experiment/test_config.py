@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.cli import run as capstan
-from cluster.config import load, schema
-from training.config import TrainConfig
-from training.experiment.config import STANDARD, ExperimentConfig
-from training.experiment.run import how_many
+from capstan.cluster.cli import run as capstan
+from capstan.cluster.recipe import load, schema
+from capstan.training.config import TrainConfig
+from capstan.training.experiment.config import STANDARD, ExperimentConfig
+from capstan.training.experiment.run import how_many
 
 TRAIN = {"model": "diffusion", "run": "./x", "steps": 400, "diffusion": {"autoencoder": "./ae"}}
 
@@ -43,7 +43,7 @@ def test_arms_by_name_and_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "train", "said"),
     [
-        ({"arm": []}, {}, "experiment.arm: unknown key. Mend: did you mean arms?"),
+        ({"arm": []}, {}, "experiment.arm: unknown key. Fix: did you mean arms?"),
         ({"arms": ["original"]}, {}, "experiment.arms: "),
         ({"arms": ["original", "orignal"]}, {}, "knows no arm 'orignal'; name one of original, short95"),
         ({"arms": ["original", "original"]}, {}, "names original twice"),
@@ -71,7 +71,7 @@ def test_mistakes_are_named(
     assert capstan(["experiment", "blend", str(write(tmp_path, experiment, **train))]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert "Mend: " in error
+    assert "Fix: " in error
 
 
 def test_a_recipe_without_the_section_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

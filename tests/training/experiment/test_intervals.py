@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.experiment.intervals import Interval, difference, interval, student
+from capstan.training.experiment.intervals import Interval, difference, interval, student
 
 NAN = math.nan
 

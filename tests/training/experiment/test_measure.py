@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import RecipeError
-from pipeline.storage import Storage
-from pipeline.world.judge import read
-from training.experiment.config import Scorer
-from training.experiment.measure import SHOWN, Kept, clip_scores, judged, open_scorer
-from training.experiment.prompts import Prompt
-from training.experiment.sheet import side_by_side
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world.prompt_score import read
+from capstan.training.experiment.config import Scorer
+from capstan.training.experiment.contact_sheet import side_by_side
+from capstan.training.experiment.measure import SHOWN, Kept, clip_scores, judged, open_scorer
+from capstan.training.experiment.prompts import Prompt
 
 
 class Clip:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Recipe
-from pipeline.errors import RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from pipeline.world.scene import draw_scene, vocabulary
-from pipeline.world.text import alt_kind, descriptive
-from recaption.store import write_given_layer
-from training.config import TrainConfig
-from training.experiment.config import ExperimentConfig
-from training.experiment.expand import Nearest, expanded
-from training.experiment.measure import references
-from training.experiment.prompts import prompt_sets, world_of
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world.captions import alt_kind, descriptive
+from capstan.pipeline.world.scene import draw_scene, vocabulary
+from capstan.recaption.store import write_given_layer
+from capstan.training.config import TrainConfig
+from capstan.training.experiment.config import ExperimentConfig
+from capstan.training.experiment.measure import references
+from capstan.training.experiment.prompts import prompt_sets, world_of
+from capstan.training.experiment.upsample import Nearest, expanded
 
 TRAIN = {"model": "diffusion", "run": "./x", "steps": 4, "diffusion": {"autoencoder": "./ae"}}
 

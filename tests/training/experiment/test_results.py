@@ -1,7 +1,7 @@
 """What is said of the arms."""
 
-from training.experiment.intervals import Interval
-from training.experiment.results import ranking
+from capstan.training.experiment.intervals import Interval
+from capstan.training.experiment.results import ranking
 
 
 def test_arms_of_equal_means_are_not_ranked() -> None:

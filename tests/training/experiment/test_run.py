@@ -18,19 +18,19 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.config import Recipe
-from pipeline.errors import CapstanError, RecipeError
-from pipeline.shards import Dataset
-from pipeline.storage import Storage
-from pipeline.world.draw import render
-from pipeline.world.rows import url_of
-from pipeline.world.scene import draw_scene, vocabulary
-from recaption.store import write_given_layer
-from training.config import TrainConfig
-from training.experiment import run as experiment
-from training.experiment.measure import Values, measure, references
-from training.experiment.prompts import Prompts, world_of
-from training.run import Run
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.world.render import render
+from capstan.pipeline.world.scene import draw_scene, vocabulary
+from capstan.pipeline.world.table import url_of
+from capstan.recaption.store import write_given_layer
+from capstan.training.config import TrainConfig
+from capstan.training.experiment import run as experiment
+from capstan.training.experiment.measure import Values, measure, references
+from capstan.training.experiment.prompts import Prompts, world_of
+from capstan.training.run import Run
 
 SOURCE = {"format": "world", "world": {"size": 32, "textures": ["plain"]}}
 RIGHT = {"original": 0.1, "short95": 0.4, "descriptive95": 0.8}  # how often each arm draws what is asked
@@ -95,13 +95,13 @@ def _move(storage: Storage, name: str, first: int) -> None:
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    import training.sample
+    import capstan.training.sample
 
     there = Stage()
     monkeypatch.setattr(experiment, "train", there.train)
     monkeypatch.setattr(experiment, "measure", there.measure)
     monkeypatch.setattr(experiment, "references", lambda sets, clip: {"truth": {}, "chance": {}})
-    monkeypatch.setattr(training.sample, "open_sampler", there.open_sampler)
+    monkeypatch.setattr(capstan.training.sample, "open_sampler", there.open_sampler)
     return there
 
 

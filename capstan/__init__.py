@@ -1,0 +1,1 @@
+"""Captioned web images in, a trained text-to-image model out."""

@@ -1,0 +1,5 @@
+"""`capstan demo` and `capstan experiment world`: the whole chain on drawn images.
+
+recipes, demo, report: the demo
+experiment: the caption experiment on the demo's dataset
+"""

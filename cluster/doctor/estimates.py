@@ -1,0 +1,87 @@
+"""How large what a recipe makes will be: bytes on disk, bytes of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from capstan.pipeline.config import Recipe
+from capstan.training.config import TrainConfig, family_class
+
+# Bytes of a JPEG per pixel at a quality, from photographs; between them it is interpolated.
+_JPEG: Final = ((75, 0.16), (85, 0.24), (90, 0.31), (95, 0.46), (100, 1.1))
+_ASPECT: Final = 1.35  # longer side to shorter side, typically
+_COPIES: Final = 2.1  # staged pictures and shards, and their tables
+_KEPT_ROWS: Final = 0.6  # of the web's rows; addresses die
+
+
+def disk_bytes(recipe: Recipe, rows: int) -> int:
+    """What building a dataset of so many rows takes, at its largest."""
+    side, image = recipe.image.size, recipe.image
+    pixels = side * side * (_ASPECT if image.resize == "keep_ratio" else 1.0)
+    if image.resize == "none":
+        pixels = 1024 * 768
+    share = _KEPT_ROWS if recipe.source is not None and recipe.source.image is None else 1.0
+    return int(rows * share * (pixels * _jpeg_bytes(image.quality) + 2048) * _COPIES)
+
+
+def _jpeg_bytes(quality: int) -> float:
+    before = _JPEG[0]
+    for after in _JPEG:
+        if quality <= after[0]:
+            span = max(after[0] - before[0], 1)
+            return before[1] + (after[1] - before[1]) * max(0, quality - before[0]) / span
+        before = after
+    return _JPEG[-1][1]
+
+
+def parameters(train: TrainConfig) -> int | None:
+    """Trainable parameters of the recipe's model, without making it; None where only its weights' files tell."""
+    import torch
+
+    with torch.device("meta"):
+        model = _model(train)
+    return None if model is None else sum(parameter.numel() for parameter in model)
+
+
+def _model(train: TrainConfig) -> list[Any] | None:
+    """The parameters, without memory behind them."""
+    settings = train.settings
+    if train.model == "diffusion":
+        return _denoiser(settings)
+    if train.model in ("autoencoder", "vqgan") and settings.pretrained is None:
+        return list(family_class(train.model).build(settings).parameters())
+    if train.model == "captioner" and train.init is None:
+        from open_clip.coca_model import CoCa
+
+        shape = settings.architecture(settings.text.vocab_size or 49408)
+        shape.pop("custom_text")
+        return list(CoCa(**shape).parameters())
+    return None
+
+
+def _denoiser(settings: Any) -> list[Any] | None:
+    from capstan.training.models.diffusion.backbone import LatentSpec
+    from capstan.training.models.diffusion.registry import backbone_of
+    from capstan.training.models.diffusion.text_encoders import TextEncoder, new_encoder
+
+    if settings.text.pretrained is not None:
+        return None
+    backbone, size = backbone_of(settings), settings.text.vocab_size
+    slots = [slot for slot in backbone.slots if slot.required]
+    towers = [TextEncoder(slot, new_encoder(slot, settings.text, size), None) for slot in slots]
+    net = backbone.build(LatentSpec.of(4, 128, towers))
+    return [parameter for module in (net, *(tower.encoder for tower in towers)) for parameter in module.parameters()]
+
+
+def state_bytes(train: TrainConfig, count: int) -> int:
+    """Bytes of a worker's weights, gradients, optimizer and average for so many parameters; activations come on top.
+
+    ZeRO 1 shares the optimizer's part (and the average) between workers, 2 the gradients too, 3 the weights too
+    (Rajbhandari et al. 2020, figure 1). All are kept in fp32.
+    """
+    zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
+    workers = train.engine.least
+    weights = 4 * count / (workers if zero >= 3 else 1)
+    gradients = 4 * count / (workers if zero >= 2 else 1)
+    optimizer = (8 + (4 if train.ema is not None else 0)) * count / (workers if zero >= 1 else 1)
+    return int(weights + gradients + optimizer)

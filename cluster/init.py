@@ -1,0 +1,62 @@
+"""`capstan init`: a commented recipe to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capstan.pipeline.errors import RecipeError
+
+STARTER = """\
+# A Capstan recipe. `capstan schema` prints every key; `capstan doctor recipe.yaml` checks it against this machine.
+
+dataset: ./out/ds                # a folder or any fsspec URL (s3://bucket/ds)
+storage: {}                      # fsspec options, e.g. {endpoint_url: "http://127.0.0.1:9000"}; no secrets here
+
+# 1. capstan build recipe.yaml -------------------------------------------------------------------------------------
+source:
+  path: urls.parquet             # a file, glob, folder or URL; or a list of them
+  url: url                       # column with the address
+  caption: caption               # column with the caption
+fetch: {concurrency: 64, per_host: 8, timeout_s: 20, retries: 2}
+image: {size: 512, resize: keep_ratio, quality: 95, min_size: 64}
+# score: {caption: {}, image: {}}  # columns to select by; docs/scoring.md: clip, aesthetic, nsfw, watermark, language
+select:                          # named SQL conditions over the ledger; each is one step of the funnel
+  - {name: size, where: "least(original_width, original_height) >= 200"}
+  - {name: caption, where: "length(caption) >= 5"}
+dedup: {exact: true, perceptual: 6}
+shards: {samples: 10000}
+
+# 2. capstan recaption recipe.yaml ---------------------------------------------------------------------------------
+recaption:
+  engine: coca
+  model: coca_ViT-L-14           # an open_clip name, or the folder that `capstan train` wrote for a captioner
+  pretrained: mscoco_finetuned_laion2b_s13b_b90k
+  slots: [short, descriptive]
+
+# 3. capstan train recipe.yaml, then: capstan sample ./out/run -p "a red circle" ------------------------------------
+# (docs/training.md shows the recipes of the autoencoder and of the captioner)
+train:
+  model: diffusion
+  run: ./out/run
+  steps: 100000
+  batch: 256
+  precision: bf16
+  data: {blend: {descriptive: 0.95, original: 0.05}}   # what a step sees of each picture
+  engine: {zero: 2, workers: 1}  # workers: one a GPU
+  diffusion:
+    autoencoder: ./out/autoencoder     # a run of `model: autoencoder`, or any diffusers AutoencoderKL
+"""
+
+
+def write_starter(folder: Path) -> Path:
+    """Write recipe.yaml into `folder`; never over an existing one."""
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise RecipeError("DIR", f"{path} exists already", "name another folder, or move the file away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(STARTER, encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot write {path} ({error.strerror})"
+        raise RecipeError("DIR", problem, "name a folder that you may write") from None
+    return path

@@ -1,0 +1,81 @@
+"""clusters.yaml → named targets.
+
+    lab:   {kind: ray, address: "http://127.0.0.1:8265", token_file: ~/.ray/auth_token}
+    night: {kind: slurm, folder: /shared/jobs, nodes: 4, gpus: 8}
+
+It is read from --clusters, $CAPSTAN_CLUSTERS, ./clusters.yaml, or the user's config folder: the first that is there.
+A target `local`, this machine, is always there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capstan.cluster.targets import KINDS
+from capstan.cluster.targets.base import Target
+from capstan.cluster.user_dirs import config_folder
+from capstan.pipeline.config import validate
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.secrets import refuse_secrets
+
+LOCAL = "local"
+
+
+def read_targets(file: Path | None = None) -> dict[str, Target]:
+    """All targets by name. Raises RecipeError for a file that is wrong anywhere."""
+    path = find_file(file)
+    raw = _read(path) if path is not None else {}
+    targets = {name: make_target(name, settings) for name, settings in raw.items()}
+    return {LOCAL: make_target(LOCAL, {"kind": "local"})} | targets
+
+
+def find_target(name: str, file: Path | None = None) -> Target:
+    """The target `name`. Raises RecipeError where there is none."""
+    targets = read_targets(file)
+    if name not in targets:
+        near = difflib.get_close_matches(name, targets, n=1)
+        where = find_file(file) or "no clusters.yaml"
+        hint = f"did you mean {near[0]}?" if near else f"{where} has: {', '.join(targets)}"
+        raise RecipeError("--to", f"no target {name!r}", hint)
+    return targets[name]
+
+
+def find_file(file: Path | None = None) -> Path | None:
+    """The clusters.yaml that is in force, or None."""
+    named = file or (Path(os.environ["CAPSTAN_CLUSTERS"]) if os.environ.get("CAPSTAN_CLUSTERS") else None)
+    if named is not None:
+        return named
+    candidates = (Path("clusters.yaml"), config_folder() / "clusters.yaml")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def make_target(name: str, settings: Any) -> Target:
+    """Validated settings → a target."""
+    if not isinstance(settings, Mapping):
+        raise RecipeError(name, "must be a mapping of keys to values", "write e.g. {kind: ray, address: ...}")
+    kind = settings.get("kind")
+    if kind not in KINDS:
+        hint = f"use one of {', '.join(KINDS)}"
+        raise RecipeError(f"{name}.kind", "is missing" if kind is None else f"no kind {kind!r}", hint)
+    refuse_secrets({key: value for key, value in settings.items() if key != "secrets"}, name)
+    target = validate(KINDS[kind], settings, name)
+    return target.model_copy(update={"name": name})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError("clusters", f"cannot read {path} ({error.strerror})", "name a readable file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError("clusters", f"{path} is not valid YAML: {problem}", "correct the line it names") from None
+    if not isinstance(raw, dict):
+        raise RecipeError("clusters", f"{path} is not a mapping", "write `name: {kind: ..., ...}` lines")
+    return raw

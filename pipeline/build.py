@@ -1,0 +1,269 @@
+"""The recipe → a finished dataset: plan → ingest → score → select → pack, each stage going on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from capstan.pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
+from capstan.pipeline.dataset.shards import Manifest, read_manifest, sha256_of
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import Ingest, Staged, clean, failed_table, staged
+from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
+from capstan.pipeline.ingest.staging import free, with_freed
+from capstan.pipeline.lease import HeldLease, lease
+from capstan.pipeline.pack.carryover import lost_rows, packed_shards
+from capstan.pipeline.pack.job import content_recipe, pack, selection_of
+from capstan.pipeline.pack.takedown import finish, recipe_of, resume, take_down
+from capstan.pipeline.run_history import note_run
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.job import as_scored
+from capstan.pipeline.score.job import score as run_scorers
+from capstan.pipeline.score.scorer import Scorer
+from capstan.pipeline.select.conditions import check_conditions
+from capstan.pipeline.select.decide import decide
+from capstan.pipeline.source.plan import Plan, plan, read_plan
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.units import forget, markers, pending, quarantined, run
+
+log = logging.getLogger(__name__)
+
+
+def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
+
+    `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again; "freed"
+    are those whose pictures `keep_staged: false` removed and that the recipe keeps now.
+
+    Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
+    `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend, and
+    CapstanError where another process writes this dataset.
+    """
+    reasons = [] if retry is None else parse_reasons(retry)
+    storage = Storage(recipe.dataset, recipe.storage)
+    storage.check_writable()
+    with lease(storage, "build") as held:
+        return _build(recipe, storage, held, reasons, progress)
+
+
+def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str], progress: bool) -> dict[str, Any]:
+    clock = _Clock()
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
+    resume(storage)
+    planned = plan(recipe, storage, progress=progress)
+    clock.lap("plan")
+    job = Ingest(recipe, storage)
+    units = job.units(planned.units)
+    forget(job, _lost(job))
+    freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
+    again = begin_retry(job, units, markers(job), reasons, freed) if reasons else RetryRound({}, 0)
+    fresh = pending(job, units)
+    with _site(job, needed=bool(again.units or fresh)) as resolve:
+        job = Ingest(recipe, storage, resolve)
+        summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
+    retried = end_retry(job)
+    ready = _staged(job, planned, summary.quarantined)
+    held.check()
+    if retried or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
+        clean(job, ready)
+    clock.lap("ingest")
+    failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
+    published = _publish(recipe, storage, held, ready, scorers, clock, progress)
+    if summary.done or "pack" in clock.laps:
+        ingested = again.rows + sum(unit.spec["rows"] for unit in fresh if unit.id not in summary.quarantined)
+        note_run(storage, "build", ingested, clock.laps)
+    return {
+        **published,
+        **({"retried": again.rows} if reasons else {}),
+        "failed": dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
+        "source": {"rows": planned.read, "repeats": planned.repeats},
+        "seconds": clock.laps,
+        "quarantined": {**summary.quarantined, **published["quarantined"]},
+    }
+
+
+def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Score what is staged by the recipe's scorers, as far as it is not, and publish their columns. Nothing is fetched;
+    no tar is written unless other rows are kept now."""
+    clock = _Clock()
+    storage = Storage(recipe.dataset, recipe.storage)
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
+    storage.check_writable()
+    if not scorers:
+        raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
+    with lease(storage, "score") as held:
+        resume(storage)
+        units = _found(recipe, storage)
+        return {**_publish(recipe, storage, held, units, scorers, clock, progress), "seconds": clock.laps}
+
+
+def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Decide again about what is staged already, by the recipe's conditions as they are now. `dry_run` only counts.
+
+    Raises RecipeError where nothing is staged or scored, or for a condition that DuckDB does not take.
+    """
+    storage = Storage(recipe.dataset, recipe.storage)
+    check_conditions(recipe)
+    storage.check_reachable()
+    if not dry_run:
+        storage.check_writable()
+        with lease(storage, "select") as held:
+            return _select(recipe, storage, held, progress)
+    clock = _Clock()
+    units = as_scored(recipe, storage, registry.scorers(recipe), _found(recipe, storage))
+    decisions = decide(recipe, storage, units)
+    clock.lap("select")
+    seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
+    return {**seen, "seconds": clock.laps}
+
+
+def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -> dict[str, Any]:
+    clock = _Clock()
+    check_conditions(recipe)
+    scorers = registry.scorers(recipe)
+    resume(storage)
+    units = as_scored(recipe, storage, scorers, _found(recipe, storage))
+    published = _publish(recipe, storage, held, units, scorers, clock, progress)
+    if "pack" in clock.laps:
+        note_run(storage, "select", 0, clock.laps)
+    return {**published, "seconds": clock.laps}
+
+
+def remove(
+    dataset: str, lists: Blocklist, options: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
+    killed is completed by any later `remove`, `select`, `score` or `build`."""
+    storage = Storage(dataset, options, field="DATASET")
+    storage.check_writable()
+    with lease(storage, "remove") as held:
+        takedown = take_down(storage, lists)
+        recipe = recipe_of(storage)
+        counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
+        summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
+        if recipe is None:
+            finish(storage)
+            return summary
+        published = _select(recipe, Storage(recipe.dataset, recipe.storage), held, progress)
+    return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
+
+
+def _publish(
+    recipe: Recipe,
+    storage: Storage,
+    held: HeldLease,
+    units: list[Staged],
+    scorers: list[Scorer],
+    clock: _Clock,
+    progress: bool,
+) -> dict[str, Any]:
+    """Score, select and pack, unless the dataset is just that already."""
+    manifest, bad = read_manifest(storage), dict[str, str]()
+    if scorers:
+        packed = functools.cache(lambda unit: packed_shards(storage, manifest, unit))
+        units, scored = run_scorers(recipe, storage, scorers, units, packed=packed, progress=progress)
+        bad |= scored.quarantined
+        clock.lap("score")
+    if manifest is None or not _is_current(manifest, recipe, storage, units):
+        decisions = decide(recipe, storage, units)
+        clock.lap("select")
+        held.check()
+        manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
+        bad |= summary.quarantined
+        clock.lap("pack")
+    elif not recipe.keep_staged:
+        free(storage, units)
+    if manifest.complete:
+        finish(storage)
+    return {
+        "dataset": recipe.dataset,
+        "counts": manifest.counts,
+        "funnel": manifest.funnel,
+        "quarantined": bad,
+    }
+
+
+def _lost(job: Ingest) -> list[str]:
+    """Units that are committed, and whose table is gone: another build of the same dataset, at the same time, took it
+    for a file that nothing names."""
+    there = set(job.storage.names("staged"))
+    return [unit for unit, found in staged(markers(job)).items() if found.table not in there]
+
+
+def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
+    """What is staged, without looking at the source."""
+    job = Ingest(recipe, storage)
+    if units := _staged(job, read_plan(storage), quarantined(job)):
+        return units
+    raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
+
+
+def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
+    """Unit → keys of the rows that the recipe keeps now, whose pictures are neither staged nor packed."""
+    units = as_scored(recipe, job.storage, scorers, _staged(job, planned, quarantined(job)))
+    decisions = decide(recipe, job.storage, units)
+    rows = lost_rows(job.storage, read_manifest(job.storage), decisions)
+    found: dict[str, list[str]] = {}
+    for unit, start, stop in zip(units, decisions.starts, decisions.starts[1:], strict=False):
+        if len(own := rows[(rows >= start) & (rows < stop)]):
+            found[unit.unit] = decisions.keys(own)
+    return found
+
+
+def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: list[Staged]) -> bool:
+    if manifest is None:
+        return False
+    same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
+    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, storage, units)
+
+
+def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
+    """What is staged of the planned units, in order. A quarantined unit (`bad`: with its reason) gets a table in which
+    every row failed."""
+    done = staged(markers(job))
+    units = []
+    for unit in planned.units:
+        if unit.id in done:
+            units.append(done[unit.id])
+        elif unit.id in bad:
+            rows = job.storage.read_table(unit.table, ["key", "url", "caption", "extra"])
+            detail = f"its unit was quarantined: {bad[unit.id]}"
+            data = parquet_bytes(failed_table(rows, unit.id, "read_error", detail))
+            name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+            if not job.storage.exists(name):
+                job.storage.write(name, data)
+            units.append(Staged(unit.id, name, "", len(rows)))
+    return with_freed(job.storage, units)
+
+
+@contextlib.contextmanager
+def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
+    """The captioned world's web site, if the source is one and some of it is still to fetch: host → address."""
+    source = job.recipe.source
+    if source is None or source.format != "world" or not needed:
+        yield {}
+        return
+    from capstan.pipeline.world.server import Site
+    from capstan.pipeline.world.table import HOST
+
+    with Site(source.world or WorldSource()) as site:
+        yield {HOST: site.address}
+
+
+class _Clock:
+    """Seconds by stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.laps[stage] = round(now - self._last, 3)
+        self._last = now

@@ -1,0 +1,176 @@
+"""Shards' tables → the index that Megatron-Energon reads: the offsets are known, so no tar is opened again.
+
+    shards/NAME.tar.idx       where each sample begins and the last one ends: 64-bit little-endian byte offsets
+    .nv-meta/index.sqlite     samples and their parts by key: what Energon needs for random access and for joins
+    .nv-meta/index.uuid       which content this is
+    .nv-meta/dataset.yaml     how a sample becomes a CaptioningSample
+    .nv-meta/split.yaml       all shards are for training
+    .nv-meta/.info.json       samples a shard; without it Energon sees no dataset
+
+Names and layout are those of Energon 7.4; a test opens a dataset with its reader and compares with its own indexer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from capstan.pipeline.dataset.shards import BLOCK, Manifest, ShardEntry
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.storage import Storage
+
+FOLDER = ".nv-meta"
+INDEX = f"{FOLDER}/index.sqlite"
+INFO = f"{FOLDER}/.info.json"
+NAMES = (INFO, INDEX, *(f"{FOLDER}/{name}" for name in ("index.uuid", "split.yaml", "dataset.yaml")))
+_COLUMNS = ["key", "caption", "offset", "size", "json_size"]
+_PAGE_BYTES = 4096
+_CACHE_KIB = 16_384
+_SQLITE_VERSION = 3_040_001  # written into every index, so that its bytes do not tell which library made it
+
+_TABLES = (
+    "CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE,"
+    " sample_index INTEGER NOT NULL, byte_offset INTEGER, byte_size INTEGER)",
+    "CREATE TABLE sample_parts (tar_file_id INTEGER, sample_index INTEGER, part_name TEXT,"
+    " content_byte_offset INTEGER, content_byte_size INTEGER)",
+)
+_INDEXES = (
+    "CREATE INDEX idx_samples_by_tar_and_idx ON samples (tar_file_id, sample_index)",
+    "CREATE INDEX idx_sample_parts_seq ON sample_parts (tar_file_id, sample_index, content_byte_offset)",
+    "CREATE INDEX idx_sample_parts_full ON sample_parts"
+    " (tar_file_id, sample_index, part_name, content_byte_offset, content_byte_size)",
+)
+
+Numbers = npt.NDArray[np.int64]
+Row = tuple[Any, ...]
+
+
+class Layout(NamedTuple):
+    """Where samples lie in their tar, in bytes: first header, the three parts' data and sizes, and the end."""
+
+    start: Numbers
+    jpg: tuple[Numbers, Numbers]
+    json: tuple[Numbers, Numbers]
+    txt: tuple[Numbers, Numbers]
+    end: Numbers
+
+
+def layout(table: pa.Table) -> Layout:
+    """Where the samples of a shard's table lie."""
+    columns = (table["offset"], table["size"], table["json_size"], pc.binary_length(table["caption"]))
+    offset, size, json_size, txt_size = (np.asarray(column, dtype=np.int64) for column in columns)
+    json_offset = offset + _padded(size) + BLOCK
+    txt_offset = json_offset + _padded(json_size) + BLOCK
+    end = txt_offset + _padded(txt_size)
+    return Layout(offset - BLOCK, (offset, size), (json_offset, json_size), (txt_offset, txt_size), end)
+
+
+def _padded(size: Numbers) -> Numbers:
+    return -(-size // BLOCK) * BLOCK
+
+
+def tar_index(table: pa.Table) -> bytes:
+    """shards/NAME.tar.idx of a shard's table."""
+    places = layout(table)
+    return np.concatenate([places.start, places.end[-1:]]).astype("<u8").tobytes()
+
+
+def metadata(manifest: Manifest) -> dict[str, bytes]:
+    """All of .nv-meta/ but the SQLite index, `.info.json` last. Nothing if there is no shard: Energon refuses that."""
+    if not manifest.shards:
+        return {}
+    names = [entry.tar for entry in manifest.shards]
+    caption = {
+        "sample_type": {"__module__": "megatron.energon", "__class__": "CaptioningSample"},
+        "field_map": {"image": "jpg", "caption": "txt"},
+    }
+    split = {"split_parts": {"train": names, "val": [], "test": []}}
+    info = {"shard_counts": {entry.tar: entry.samples for entry in manifest.shards}}
+    return {
+        f"{FOLDER}/dataset.yaml": yaml.safe_dump(caption, sort_keys=False).encode(),
+        f"{FOLDER}/split.yaml": yaml.safe_dump(split, sort_keys=False).encode(),
+        f"{FOLDER}/index.uuid": str(_identity(manifest)).encode(),
+        INFO: json.dumps(info, indent=1).encode(),
+    }
+
+
+def _identity(manifest: Manifest) -> uuid.UUID:
+    """Changes with the content of any shard, and only then."""
+    shards = json.dumps([[entry.name, entry.sha256] for entry in manifest.shards])
+    return uuid.uuid5(uuid.NAMESPACE_OID, shards)
+
+
+def write_sqlite(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> None:
+    """Write index.sqlite to the local file `path`; the same shards give the same bytes.
+
+    Rows pass through shard by shard: memory does not grow with the dataset. SQLite sorts its indexes on disk.
+    Raises OSError where the disk is full.
+    """
+    try:
+        _fill(path, storage, shards)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    with path.open("r+b") as file:
+        file.seek(96)  # where the header names the library's version
+        file.write(_SQLITE_VERSION.to_bytes(4, "big"))
+
+
+def _fill(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"page_size={_PAGE_BYTES}"):
+            db.execute(f"PRAGMA {pragma}")
+        db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+        db.execute("BEGIN")
+        for statement in _TABLES:
+            db.execute(statement)
+        for samples, parts in _rows(storage, shards):
+            db.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", samples)
+            db.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", parts)
+        for statement in _INDEXES:
+            db.execute(statement)
+        db.execute("COMMIT")
+
+
+def sqlite_agrees(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> bool:
+    """Whether index.sqlite at the local file `path` says what the shards' tables say."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as db:
+        try:
+            samples, parts = (
+                db.execute(f"SELECT * FROM {name} ORDER BY rowid") for name in ("samples", "sample_parts")
+            )
+            for some_samples, some_parts in _rows(storage, shards):
+                for cursor, rows in ((samples, some_samples), (parts, some_parts)):
+                    expected = list(rows)
+                    if cursor.fetchmany(len(expected)) != expected:
+                        return False
+            return samples.fetchone() is None and parts.fetchone() is None
+        except sqlite3.Error:
+            return False
+
+
+def _rows(storage: Storage, shards: Sequence[ShardEntry]) -> Iterator[tuple[Iterable[Row], Iterable[Row]]]:
+    """The rows of `samples` and of `sample_parts`, a shard at a time."""
+    tables = ahead(lambda entry: storage.read_table(entry.table, _COLUMNS), shards)
+    for shard, table in enumerate(tables):
+        places, rows = layout(table), range(len(table))
+        start, length = places.start.tolist(), (places.end - places.start).tolist()
+        parts = [(name, *(column.tolist() for column in getattr(places, name))) for name in ("jpg", "json", "txt")]
+        yield (
+            zip(itertools.repeat(shard), table["key"].to_pylist(), rows, start, length, strict=False),
+            ((shard, row, name, offsets[row], sizes[row]) for row in rows for name, offsets, sizes in parts),
+        )

@@ -1,0 +1,51 @@
+"""Finished shards → the files by which other tools find them, each the same for the same shards.
+
+sizes.json, shards/sizes.json     samples a tar: open_clip looks beside the tars, datacomp's tools too
+wids.json                         webdataset's index of shards for random access
+.nv-meta/                         Megatron-Energon's (pipeline.energon)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from capstan.pipeline.dataset import energon
+from capstan.pipeline.dataset.shards import Manifest, sha256_of
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+
+
+def indexes(manifest: Manifest) -> dict[str, bytes]:
+    """Name → content of every index that follows from the manifest alone."""
+    sizes = json.dumps({f"{entry.name}.tar": entry.samples for entry in manifest.shards}, indent=1).encode()
+    shards = [{"url": entry.tar, "nsamples": entry.samples, "filesize": entry.bytes} for entry in manifest.shards]
+    wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "capstan", "shardlist": shards}
+    return {
+        "sizes.json": sizes,
+        "shards/sizes.json": sizes,
+        "wids.json": json.dumps(wids, indent=1).encode(),
+        **energon.metadata(manifest),
+    }
+
+
+def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
+    """Publish all indexes of `manifest`'s shards; gives name → SHA-256."""
+    sums: dict[str, str] = {}
+    if manifest.shards:
+        with scratch() as folder:
+            path = folder / "index.sqlite"  # SQLite needs a disk; a bucket gets the finished file
+            energon.write_sqlite(path, storage, manifest.shards)
+            with path.open("rb") as file:
+                sums[energon.INDEX] = hashlib.file_digest(file, "sha256").hexdigest()
+            storage.put(path, energon.INDEX)
+    for name, data in indexes(manifest).items():
+        storage.write(name, data)
+        sums[name] = sha256_of(data)
+    return sums
+
+
+def hide_indexes(storage: Storage) -> None:
+    """Remove all indexes, Energon's first: who reads by them must not see shards that are being replaced."""
+    for name in (*energon.NAMES, "shards/sizes.json", "sizes.json", "wids.json"):
+        storage.delete(name)

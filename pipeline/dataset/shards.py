@@ -1,0 +1,260 @@
+"""Samples → tar shards, and finished shards → samples: the dataset folder as docs/formats.md describes it.
+
+write_samples           samples → one WebDataset tar, always the same bytes for the same samples
+Manifest                dataset.json: what a dataset holds; what it does not list does not exist for readers
+Dataset                 a finished dataset: its tables, and its pictures by byte range, without scanning a tar
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.records import FORMAT_VERSION
+from capstan.pipeline.storage import Storage
+
+MANIFEST = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json, `caption` KEY.txt.
+
+    All samples of a dataset have the same `fields` keys and no nulls, since readers take the schema from the first few.
+    Staged samples are pictures only: no `fields`, no `caption`.
+    """
+
+    key: str
+    jpg: bytes
+    fields: Mapping[str, str | int | float] | None = None
+    caption: str | None = None
+
+
+class Place(NamedTuple):
+    """Where a sample lies in its tar, in bytes: its JPEG's data, and the size of its JSON, which follows at once."""
+
+    offset: int
+    size: int
+    json_size: int
+
+
+class Digest(Protocol):
+    """What `hashlib` gives: grows with `update`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+BLOCK = 512  # bytes: a member is a header of one block, and its data in whole blocks
+_RECORD = 10_240  # bytes: a tar ends with two empty blocks and is filled up to a multiple of this
+
+# A regular file's header with mode 0644 and owner 0, without name (100 bytes), size and checksum.
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"00000000000\0"
+_KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(BLOCK - 265)
+_FIXED_SUM = sum(_OWNER + _TIME + _KIND) + 8 * ord(" ")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member: every field but name and size is fixed, whatever the version of Python."""
+    raw, octal = name.encode("ascii"), b"%011o\0" % size
+    assert len(raw) <= 100, name
+    assert size < 8**11, name
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(raw) + sum(octal))
+    return b"".join((raw.ljust(100, b"\0"), _OWNER, octal, _TIME, checksum, _KIND))
+
+
+def tar_end(position: int) -> bytes:
+    """What follows the last member, which ends at `position`."""
+    return bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
+
+
+def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[Place]:
+    """Write `samples` to the local file `path`: KEY.jpg, KEY.json, KEY.txt, adjacent and in this order.
+
+    The bytes depend on the samples alone. `digest`, if given, takes in the tar's bytes as they are written.
+    """
+    places: list[Place] = []
+    position = 0
+    with path.open("wb", buffering=1 << 20) as file:
+
+        def write(data: bytes) -> None:
+            nonlocal position
+            file.write(data)
+            if digest is not None:
+                digest.update(data)
+            position += len(data)
+
+        for sample in samples:
+            fields = None if sample.fields is None else to_json(sample.fields)
+            places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b"")))
+            write(_member(f"{sample.key}.jpg", sample.jpg))
+            if fields is not None:
+                write(_member(f"{sample.key}.json", fields))
+            if sample.caption is not None:
+                write(_member(f"{sample.key}.txt", sample.caption.encode("utf-8", "replace")))
+        write(tar_end(position))
+    return places
+
+
+def write_tar(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[tuple[int, int]]:
+    """`write_samples` that gives (offset, size) of each JPEG in the tar, in bytes."""
+    return [(place.offset, place.size) for place in write_samples(path, samples, digest)]
+
+
+def _member(name: str, data: bytes) -> bytes:
+    return b"".join((tar_header(name, len(data)), data, bytes(-len(data) % BLOCK)))
+
+
+def to_json(fields: Mapping[str, Any]) -> bytes:
+    """`fields` as JSON that is the same for the same fields: keys as they stand, compact, UTF-8."""
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "replace")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ShardEntry(_Entry):
+    """A shard: shards/NAME.tar (its `bytes` and `sha256`), NAME.parquet (`table_sha256`) and NAME.tar.idx, whose
+    content follows from the table."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    table_sha256: str
+
+    @property
+    def tar(self) -> str:
+        return f"shards/{self.name}.tar"
+
+    @property
+    def table(self) -> str:
+        return f"shards/{self.name}.parquet"
+
+    @property
+    def index(self) -> str:
+        return f"{self.tar}.idx"
+
+
+class LedgerEntry(_Entry):
+    """A ledger table: ledger/NAME.parquet."""
+
+    name: str
+    rows: int
+    sha256: str
+
+    @property
+    def table(self) -> str:
+        return f"ledger/{self.name}.parquet"
+
+
+class Manifest(_Entry):
+    """dataset.json. `recipe` holds the sections that decide what is in the dataset, `recipe_hash` is their hash.
+
+    `selection` changes with anything that decides which rows are kept and what is staged of them; `complete` is False
+    while shards are being rewritten. `indexes` are the other readers' files with their SHA-256. In the file all this is
+    followed by `seal`, the SHA-256 of what stands before it.
+    """
+
+    format_version: int = FORMAT_VERSION
+    recipe: dict[str, Any] = {}
+    recipe_hash: str = ""
+    selection: str = ""
+    complete: bool = True
+    counts: dict[str, int] = {}
+    funnel: list[dict[str, Any]] = []  # {step, rows}: rows left after each step of the selection
+    shards: list[ShardEntry] = []
+    ledger: list[LedgerEntry] = []
+    indexes: dict[str, str] = {}
+    scores: list[dict[str, Any]] = []  # what pins the scorers whose columns the tables have (pipeline.score.store.pins)
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """The manifest of the dataset at `storage`, or None where there is none.
+
+    Raises CapstanError for a manifest that this version cannot read.
+    """
+    if not storage.exists(MANIFEST):
+        return None
+    try:
+        manifest = Manifest.model_validate_json(storage.read(MANIFEST))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise CapstanError(f"{storage.url}/{MANIFEST} is not a manifest: {where}: {problem['msg']}") from None
+    if manifest.format_version > FORMAT_VERSION:
+        raise CapstanError(f"{storage.url} was written by a newer Capstan (format {manifest.format_version})")
+    return manifest
+
+
+def write_manifest(storage: Storage, manifest: Manifest) -> None:
+    """Publish `manifest` atomically."""
+    storage.write(MANIFEST, _sealed(manifest.model_dump()))
+
+
+def seal_holds(data: bytes) -> bool:
+    """Whether dataset.json is, to the byte, what was written."""
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and fields.pop("seal", None) is not None and _sealed(fields) == data
+
+
+def _sealed(fields: dict[str, Any]) -> bytes:
+    def text(value: dict[str, Any]) -> bytes:
+        return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+    return text(fields | {"seal": sha256_of(text(fields))})
+
+
+class Dataset:
+    """A finished dataset for readers. Raises RecipeError where there is none. Can be pickled to workers."""
+
+    def __init__(self, storage: Storage) -> None:
+        storage.check_reachable()
+        manifest = read_manifest(storage)
+        if manifest is None:
+            raise RecipeError(storage.field, f"no dataset at {storage.url}", "run `capstan build` first")
+        self.storage, self.manifest = storage, manifest
+
+    @property
+    def shard_names(self) -> list[str]:
+        return [entry.name for entry in self.manifest.shards]
+
+    def table(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        """The shard's samples in tar order (records.SHARD_SCHEMA)."""
+        return self.storage.read_table(f"shards/{shard}.parquet", columns)
+
+    def ledger(self, columns: list[str] | None = None) -> pa.Table:
+        """One row for every input row (records.LEDGER_SCHEMA)."""
+        tables = [self.storage.read_table(entry.table, columns) for entry in self.manifest.ledger]
+        return pa.concat_tables(tables)
+
+    def read_images(self, shard: str, rows: Sequence[int] | None = None) -> Iterator[tuple[str, bytes]]:
+        """(key, JPEG bytes) of the shard's samples, or of the given rows of its table, in the order given."""
+        table = self.table(shard, ["key", "offset", "size"])
+        if rows is not None:
+            table = table.take(pa.array(rows, pa.int64()))
+        with self.storage.open(f"shards/{shard}.tar") as tar:
+            for key, offset, size in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+                tar.seek(offset)
+                jpeg = tar.read(size)
+                if len(jpeg) != size:
+                    raise CapstanError(f"{self.storage.url}/shards/{shard}.tar is cut: run `capstan verify`")
+                yield key, jpeg
+
+
+def sha256_of(data: bytes) -> str:
+    """SHA-256 as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()

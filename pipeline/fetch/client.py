@@ -1,0 +1,355 @@
+"""One address → the bytes behind it, or one reason why not: robots.txt, request, redirects, body, further attempts.
+
+The bounds that hold are described in `capstan.pipeline.fetch.fetcher`, which drives many of these at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import random
+import re
+import socket
+import ssl
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Final
+
+import aiohttp
+from yarl import URL
+
+from capstan.pipeline import config
+from capstan.pipeline.fetch import robots
+from capstan.pipeline.fetch.resolver import PrivateAddress, check_literal
+
+_MAX_REDIRECTS: Final = 8
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_HEALING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# A query of legal characters only (RFC 3986, 3.4); any other must be escaped before it is sent.
+_AS_IT_IS: Final = re.compile(r"^[^?#]*\?((?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+)(?:#|\Z)")
+_LONGEST_PAUSE_S: Final = 60.0
+_MOST_MEMBERS: Final = 64  # of a gzip body; each costs a copy of what follows it
+_ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
+_RULES_LAST_S: Final = 24 * 3600.0  # RFC 9309, 2.4
+_FAILURES_LAST_S: Final = 60.0
+_RULES_BYTES: Final = 64 * 1024**2  # a worker's; of some 30,000 sites with 60 rules each, or 90,000 without any
+_LOST_BEFORE_RULES: Final = frozenset({"dns", "connect", "tls", "timeout", "private_address", "truncated"})
+
+
+class FetchError(Exception):
+    """Why an attempt gave nothing; whether another may; and how long the host asked us to wait first."""
+
+    def __init__(
+        self, reason: str, detail: str = "", *, is_retryable: bool = False, pause_s: float | None = None
+    ) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail, self.is_retryable, self.pause_s = reason, detail, is_retryable, pause_s
+
+
+class RobotsCache:
+    """What the robots.txt of many origins said, each for a time. Those not asked for longest are forgotten first."""
+
+    def __init__(self, most_bytes: int = _RULES_BYTES) -> None:
+        self._most, self._size = most_bytes, 0
+        self._known: OrderedDict[str, tuple[float, robots.Rules | FetchError]] = (
+            OrderedDict()
+        )  # until, monotonic seconds
+
+    def get(self, origin: str) -> robots.Rules | FetchError | None:
+        """None: nothing, or nothing any more."""
+        if (found := self._known.get(origin)) is None:
+            return None
+        if found[0] < time.monotonic():
+            self._forget(origin)
+            return None
+        self._known.move_to_end(origin)
+        return found[1]
+
+    def put(self, origin: str, rules: robots.Rules | FetchError, last_s: float) -> None:
+        self._forget(origin)
+        now = time.monotonic()
+        self._known[origin] = (now + last_s, rules)
+        self._size += self._cost(rules)
+        while self._size > self._most or (self._known and self._known[next(iter(self._known))][0] < now):
+            self._forget(next(iter(self._known)))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _forget(self, origin: str) -> None:
+        if (found := self._known.pop(origin, None)) is not None:
+            self._size -= self._cost(found[1])
+
+    @staticmethod
+    def _cost(rules: robots.Rules | FetchError) -> int:
+        """Bytes, about: those of the objects around the text, too."""
+        return 700 + (len(rules.detail) if isinstance(rules, FetchError) else rules.size)
+
+
+class _Deadline:
+    """Seconds that are left of an exchange; they run only inside `async with`, which may be entered again."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    async def __aenter__(self) -> None:
+        self._started = time.monotonic()
+        self._timeout = asyncio.timeout(self._left)
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left -= time.monotonic() - self._started
+        await self._timeout.__aexit__(kind, error, trace)
+
+
+class _Host:
+    """How one host wants to be treated: so many requests at once, and none before a moment that it named."""
+
+    def __init__(self, at_once: int) -> None:
+        self.slots = asyncio.Semaphore(at_once)
+        self._resume_at = 0.0  # monotonic seconds
+        self._reason = ""
+
+    def pause(self, seconds: float, reason: str) -> None:
+        self._resume_at, self._reason = max(self._resume_at, time.monotonic() + seconds), reason
+
+    async def ready(self) -> None:
+        """Wait for the end of the pause. Raises Failed where that is too long to wait for."""
+        while (left := self._resume_at - time.monotonic()) > 0:
+            if left > _LONGEST_PAUSE_S:
+                raise FetchError(self._reason, f"the host asked to be left alone for another {left:.0f} s")
+            await asyncio.sleep(left)
+
+
+class HttpClient:
+    """What rows that are fetched together share: the session, how hosts want to be treated, what robots.txt said.
+
+    `rules` outlives the exchange; `fixed` hosts are exempt from the rule against private addresses.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        fetch: config.Fetch,
+        rules: RobotsCache,
+        *,
+        backoff_s: float,
+        fixed: Mapping[str, str],
+    ) -> None:
+        self._session, self._fetch, self._rules = session, fetch, rules
+        self._backoff_s, self._fixed = backoff_s, fixed
+        self._token = robots.product_token(fetch.user_agent)
+        self._hosts: dict[str, _Host] = {}
+        self._asking: dict[str, asyncio.Task[robots.Rules | FetchError]] = {}
+
+    async def body_of(self, url: str) -> bytes:
+        """The unpacked body, never empty. Raises Failed with the reason."""
+        return await self._persist(_parse(url))
+
+    def close(self) -> None:
+        """No row is in flight any more: stop asking for their robots.txt."""
+        for asking in list(self._asking.values()):
+            asking.cancel()
+
+    async def _persist(self, url: URL, *, for_robots: bool = False) -> bytes:
+        """The body, after as many attempts as are worth it. Raises Failed with the last one's reason."""
+        attempt = 0
+        while True:
+            try:
+                return await self._attempt(url, for_robots)
+            except FetchError as why:
+                asked = why.pause_s or 0.0
+                if not why.is_retryable or attempt == self._fetch.retries or asked > _LONGEST_PAUSE_S:
+                    raise
+                await asyncio.sleep(max(asked, self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)))
+            attempt += 1
+
+    async def _attempt(self, url: URL, for_robots: bool) -> bytes:
+        """One exchange: follow redirects up to a body."""
+        deadline = _Deadline(self._fetch.timeout_s)
+        for _ in range(_MAX_REDIRECTS + 1):
+            if self._fetch.robots and not for_robots:
+                await self._obey_robots_txt(url)
+            try:
+                found = await self._request(url, deadline, for_robots)
+            except (aiohttp.ClientError, OSError, PrivateAddress, ValueError) as error:
+                raise _explain(error, self._fetch.timeout_s) from None
+            if isinstance(found, bytes):
+                return found
+            url = found
+        raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
+
+    async def _request(self, url: URL, deadline: _Deadline, for_robots: bool) -> bytes | URL:
+        """One request: the body, or the address that it redirects to."""
+        name = url.host or ""
+        if name not in self._fixed and not self._fetch.allow_private:
+            check_literal(name)
+        host = self._hosts.setdefault(name, _Host(self._fetch.per_host))
+        async with host.slots:
+            await host.ready()
+            async with deadline, self._session.get(url, allow_redirects=False) as response:
+                target = response.headers.get("Location")
+                if response.status in _REDIRECTS and target:
+                    return _parse(target, base=url)
+                if response.status not in (200, 203):
+                    raise self._refused(response, host)
+                tags = response.headers.getall("X-Robots-Tag", ()) if self._fetch.robots and not for_robots else ()
+                if tag := robots.forbidden_by(tags, self._token):
+                    raise FetchError("noai", f"X-Robots-Tag: {tag}")
+                limit = _ROBOTS_BYTES if for_robots else self._fetch.max_bytes
+                return await _body(response, limit, cut=for_robots)
+
+    def _refused(self, response: aiohttp.ClientResponse, host: _Host) -> FetchError:
+        """A status that is not 200. A Retry-After holds for all requests to the host."""
+        pause = _retry_after(response.headers.get("Retry-After", ""))
+        reason, is_retryable = f"http_{response.status}", response.status in _HEALING
+        if is_retryable and pause is not None:
+            host.pause(pause, reason)
+        return FetchError(reason, response.reason or "", is_retryable=is_retryable, pause_s=pause)
+
+    # robots.txt --------------------------------------------------------------------------------------------------
+
+    async def _obey_robots_txt(self, url: URL) -> None:
+        """Raise Failed unless the robots.txt of the address's origin allows it, or while it cannot be known."""
+        origin = str(url.origin())
+        rules = self._rules.get(origin)
+        if rules is None:
+            if origin not in self._asking:  # rows of one origin ask once, together
+                self._asking[origin] = asyncio.create_task(self._ask(origin))
+                self._asking[origin].add_done_callback(lambda _: self._asking.pop(origin))
+            rules = await asyncio.shield(self._asking[origin])
+        if isinstance(rules, FetchError):
+            raise FetchError(rules.reason, rules.detail)
+        if not rules.allows(url.raw_path_qs):
+            raise FetchError("robots", f"robots.txt of {origin}")
+
+    async def _ask(self, origin: str) -> robots.Rules | FetchError:
+        rules: robots.Rules | FetchError
+        try:
+            body = await self._persist(URL(origin) / "robots.txt", for_robots=True)
+            rules = robots.parse(body.decode("utf-8", "replace"), self._token)
+        except FetchError as why:
+            if why.reason in _LOST_BEFORE_RULES:
+                rules = FetchError(why.reason, f"robots.txt: {why.detail}")
+            elif why.reason == "http_429" or why.reason.startswith("http_5"):
+                rules = FetchError("robots", f"robots.txt answered {why.reason}")
+            else:  # there is none that can be read: http_404, empty, endless redirects
+                rules = robots.ALL_ALLOWED
+        last = _FAILURES_LAST_S if isinstance(rules, FetchError) else _RULES_LAST_S
+        self._rules.put(origin, rules, last)
+        return rules
+
+
+# Addresses, headers, bodies, errors ----------------------------------------------------------------------------------
+
+
+def _parse(text: str, base: URL | None = None) -> URL:
+    """An http or https address with a host; its query stays as it is spelled, for signatures hang on that.
+
+    Raises Failed(`bad_url`).
+    """
+    try:
+        url = URL(text.strip())
+        spelled = _AS_IT_IS.search(text.strip())
+        query = spelled.group(1) if spelled else url.raw_query_string
+        url = url if base is None else base.join(url)
+        if query and query != url.raw_query_string:
+            url = URL.build(
+                scheme=url.scheme, authority=url.raw_authority, path=url.raw_path, query_string=query, encoded=True
+            )
+        if url.scheme not in ("http", "https") or not url.host or url.port == 0:
+            raise ValueError("not an http or https address")
+    except (ValueError, TypeError) as error:  # UnicodeError is a ValueError
+        origin = "" if base is None else f"redirected from {base} to "
+        raise FetchError("bad_url", f"{origin}{text[:200]!r}: {error}") from None
+    return url
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds that a Retry-After header asks for (a number or a date; RFC 9110, 10.2.3), or None."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
+    """The unpacked body. Over `limit` bytes it fails, or is `cut` there."""
+    stated = response.content_length
+    if stated is not None and stated > limit and not cut:
+        raise FetchError("too_large_bytes", f"{stated} bytes stated")
+    chunks, size = [], 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            if not cut:
+                raise FetchError("too_large_bytes", f"more than {limit} bytes")
+            break
+    data = b"".join(chunks)
+    packings = response.headers.get("Content-Encoding", "").lower().replace(",", " ").split()
+    for packing in reversed(packings):
+        data = _unpack(data, packing, limit, cut=cut)
+    if not data:
+        raise FetchError("empty", "no body")
+    return data[:limit] if cut else data
+
+
+def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:
+    """Undo one Content-Encoding (RFC 9110, 8.4.1), never making more than `limit` bytes."""
+    if packing == "identity" or not data:
+        return data
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        raise FetchError("unsupported", f"Content-Encoding: {packing}")  # was not offered
+    bare = packing == "deflate" and (data[0] & 0x0F != 8 or int.from_bytes(data[:2], "big") % 31 != 0)
+    out = b""
+    for _ in range(_MOST_MEMBERS):  # of which gzip may have several, one after another
+        member = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+        try:
+            out += member.decompress(data, limit + 1 - len(out))
+        except zlib.error as error:
+            if out:  # after whole members: padding
+                break
+            raise FetchError("corrupt", f"Content-Encoding: {packing}: {error}") from None
+        if len(out) > limit:
+            if cut:
+                break
+            raise FetchError("too_large_bytes", f"more than {limit} bytes unpacked")
+        if not member.eof:
+            if cut:
+                break
+            raise FetchError("truncated", f"Content-Encoding: {packing} ends early", is_retryable=True)
+        data = member.unused_data
+        if not data:
+            break
+    else:
+        raise FetchError("corrupt", f"Content-Encoding: {packing}: more than {_MOST_MEMBERS} members")
+    return out
+
+
+def _explain(error: Exception, timeout_s: float) -> FetchError:
+    """What aiohttp, the system or the resolver raised, as a reason."""
+    detail = f"{type(error).__name__}: {error}"
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(error, PrivateAddress):
+        return FetchError("private_address", str(error))
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return FetchError("dns", detail, is_retryable=error.os_error.errno == socket.EAI_AGAIN)
+    if isinstance(cause, TimeoutError):
+        return FetchError("timeout", f"over {timeout_s:g} s", is_retryable=True)
+    if isinstance(error, aiohttp.ClientSSLError) or isinstance(cause, ssl.SSLError):
+        return FetchError("tls", detail)
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return FetchError("truncated", detail, is_retryable=True)
+    if isinstance(error, ValueError):  # also aiohttp.InvalidURL
+        return FetchError("bad_url", detail)
+    if isinstance(error, aiohttp.ClientResponseError):
+        return FetchError("connect", f"no HTTP: {detail}")
+    return FetchError("connect", detail, is_retryable=True)

@@ -1,0 +1,244 @@
+"""Building blocks of a self-contained HTML page. Every text that goes in is escaped: captions are untrusted.
+
+Blocks are `Html`, which only the functions of this file and of plots.py make; plain text cannot be taken for
+it. The page has no script and loads nothing: its content security policy forbids both, so that even a mistake in
+escaping could not run anything. Light and dark by what the reader's system says; narrow and wide.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NewType
+from urllib.parse import quote
+
+from PIL import Image
+
+from capstan.pipeline.html.css import STYLE
+
+Html = NewType("Html", str)  # safe to stand in the page
+
+# What no text needs and some browser may take amiss: control characters, halves of surrogates, non-characters, and the
+# marks that reverse the direction of everything after them.
+_UNFIT: Final = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+_SMALL_SIDE: Final = 64  # pixels: pictures up to this size are shown enlarged, pixel by pixel
+
+
+class Page:
+    """A page that grows section by section; `html()` is the whole file."""
+
+    def __init__(self, title: str, *lead: Html) -> None:
+        self._title, self._lead = title, lead
+        self._sections: list[tuple[str, tuple[Html, ...]]] = []
+
+    def section(self, title: str, *blocks: Html) -> None:
+        """A heading and what stands beneath it."""
+        self._sections.append((title, blocks))
+
+    def html(self) -> str:
+        """The page as one file."""
+        # The style is named by its hash, so that no other style, inline ones included, is taken.
+        style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+        policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+        head = [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">',
+            f"<title>{escape(self._title)}</title><style>{STYLE}</style></head><body>",
+            f"<header><h1>{said(self._title)}</h1>",
+            *self._lead,
+            f"{self._contents()}</header><main>",
+        ]
+        body = [
+            f'<section id="s{number}"><h2>{escape(title)}</h2>{"".join(blocks)}</section>'
+            for number, (title, blocks) in enumerate(self._sections, 1)
+        ]
+        return "\n".join([*head, *body, "</main></body></html>\n"])
+
+    def _contents(self) -> Html:
+        links = (f'<a href="#s{number}">{escape(title)}</a>' for number, (title, _) in enumerate(self._sections, 1))
+        return Html(f'<nav aria-label="Sections">{" ".join(links)}</nav>')
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def clean(text: object) -> str:
+    """`text` with � for every character that is unfit to be shown."""
+    return _UNFIT.sub("\ufffd", str(text))
+
+
+def clip(text: str, most: int) -> str:
+    """`text` on one line, of `most` characters at most.
+
+    >>> clip("a picture  of a cat", 12)
+    'a picture o…'
+    """
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def escape(text: object) -> Html:
+    """Text that can stand anywhere in the page, in a quoted attribute too."""
+    return Html(html.escape(clean(text), quote=True))
+
+
+def said(text: object) -> Html:
+    """Somebody else's text: its direction of writing does not reach beyond it."""
+    return Html(f"<bdi>{escape(text)}</bdi>")
+
+
+def link(text: str, file: str) -> Html:
+    """A link to a file that lies beside the page, or in a folder there: by its name, so never to an address."""
+    return Html(f'<a href="./{escape(quote(file))}">{said(text)}</a>')
+
+
+def paragraph(text: str) -> Html:
+    return Html(f"<p>{escape(text)}</p>")
+
+
+def note(text: str) -> Html:
+    """A paragraph of less weight."""
+    return Html(f'<p class="soft">{escape(text)}</p>')
+
+
+def heading(text: str, code: str = "") -> Html:
+    """A heading inside a section; `code` follows it as code."""
+    return Html(f"<h3>{said(text)}{_code(code)}</h3>")
+
+
+def _code(text: str) -> str:
+    return f" <code>{said(text)}</code>" if text else ""
+
+
+def number(value: Any) -> str:
+    """A number for people: 12,345 or 0.873; a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def percent(part: float, whole: float) -> str:
+    """
+    >>> percent(1, 3), percent(1, 100_000), percent(0, 0)
+    ('33.3%', '<0.1%', '–')
+    """
+    if not whole:
+        return "–"
+    share = 100 * part / whole
+    return "<0.1%" if 0 < share < 0.1 else f"{share:.1f}%"
+
+
+def plain(value: Any) -> str:
+    """Plain data as text, for facts of any shape."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """A table that scrolls in its own box; numbers and percentages stand to the right. Cells that are `Html` by way of
+    `cell` stand as they are."""
+    rows = list(rows)
+    right = [bool(rows) and all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    top = "".join(f'<th scope="col"{_side(r)}>{escape(name)}</th>' for name, r in zip(header, right, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{_side(r)}>{_cell(value)}</td>" for value, r in zip(row, right, strict=True)) + "</tr>"
+        for row in rows
+    )
+    box = f'<div class="wide" tabindex="0" role="region" aria-label="{escape("Table: " + ", ".join(header))}">'
+    return Html(f"{box}<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+class Cell:
+    """A table's cell that holds a block."""
+
+    def __init__(self, block: Html) -> None:
+        self.block = block
+
+
+def _cell(value: Any) -> Html:
+    return value.block if isinstance(value, Cell) else said(number(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value is None or (isinstance(value, str) and value.endswith("%"))
+
+
+def _side(right: bool) -> str:
+    return " class=number" if right else ""
+
+
+def figures(values: Mapping[str, str]) -> Html:
+    """A few numbers that matter most, large."""
+    parts = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
+    return Html(f'<dl class="figures">{"".join(parts)}</dl>')
+
+
+def details(title: str, text: str) -> Html:
+    """Text that is shown on demand."""
+    return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+
+
+def grid(blocks: Iterable[Html]) -> Html:
+    """Blocks side by side, as many as there is room for."""
+    return Html(f'<div class="grid">{"".join(blocks)}</div>')
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def image(data: bytes, alt: str) -> Html:
+    """A JPEG or PNG inside the page."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+    pixels = ' class="pixels"' if max(width, height) <= _SMALL_SIDE else ""
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Html(f'<img{pixels} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">')
+
+
+def frame(data: bytes | None, alt: str, missing: str = "no picture") -> Html:
+    """A picture in a square, or the reason why there is none."""
+    inner = image(data, alt or "a picture without a caption") if data else Html(f"<span>{said(missing)}</span>")
+    return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
+
+
+def card(picture: Html, text: str, *facts: str) -> Html:
+    """A framed picture, what is said of it, and small facts beneath."""
+    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
+    shown = said(text) if text.strip() else Html("<i>no caption</i>")
+    return Html(f"<figure>{picture}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
+
+
+def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str) -> Html:
+    """Two framed pictures beside each other, each with a word above it, and facts beneath."""
+    sides = "".join(f"<div><b>{escape(word)}</b>{picture}</div>" for picture, word in (left, right))
+    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
+    return Html(f'<figure class="pair"><div class="sides">{sides}</div><figcaption>{lines}</figcaption></figure>')
+
+
+def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
+    """Cards, or with `wide` pairs, in even columns."""
+    return Html(f'<div class="gallery{" pairs" if wide else ""}">{"".join(blocks)}</div>')
+
+
+def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> Html:
+    """Pictures, each with named texts beside it."""
+    made = []
+    for data, texts in items:
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{said(text)}</dd>" for name, text in texts.items())
+        picture = frame(data, next(iter(texts.values()), ""))
+        made.append(f"<figure>{picture}<figcaption><dl>{lines}</dl></figcaption></figure>")
+    return Html(f'<div class="cards">{"".join(made)}</div>')

@@ -1,0 +1,310 @@
+"""Planned units → staged pictures and measurements: fetch, decode, measure; every row with an outcome.
+
+    staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row a planned row, in its order
+    staged/<unit>-<hash>.tar       the pictures, KEY.jpg, in the same order
+
+A unit may be done again for the rows that failed (pipeline.again); the others are carried over from its files.
+
+Both are named by their content and published by the worker; they count only once the unit's marker names them. So a
+unit that is cut off, or done by a forgotten worker, leaves files that nobody reads; `clean` removes those.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from capstan.pipeline.config import Fetch, Recipe, fingerprint
+from capstan.pipeline.dataset.shards import Sample, sha256_of, write_tar
+from capstan.pipeline.errors import StorageError
+from capstan.pipeline.fetch.fetcher import Fetcher
+from capstan.pipeline.image.decode import Failure, Picture, check_hash, decode
+from capstan.pipeline.ingest.retry_rows import matches
+from capstan.pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
+from capstan.pipeline.source.blocklist import blocked, is_removed
+from capstan.pipeline.source.columns import has_no_text
+from capstan.pipeline.source.image_reader import Span, TooLarge, read_pictures, span_of
+from capstan.pipeline.source.plan import PlannedUnit
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.storage.listing import on_disk
+from capstan.pipeline.storage.local import scratch
+from capstan.pipeline.storage.retry import is_unavailable
+from capstan.pipeline.units import Job, Piece, Unit, report
+
+log = logging.getLogger(__name__)
+
+# `reason` is "" for a row whose picture is staged, REMOVED for one that is blocked or was taken down, else why it
+# failed. `offset` and `size` locate its JPEG in the staged tar (0 where it was freed since).
+STAGED_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        *MEASURED,
+        pa.field("extra", pa.string(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+
+_LONGEST_DETAIL: Final = 1_000  # characters
+Outcome = dict[str, Any]  # `reason`, `detail` and MEASURED of one row
+_STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "offset", "size"]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows.
+
+    `scores` are the files of what it was scored by: (scorer's name, file). `freed`: the tar, or some of the rows'
+    pictures, are no longer there (pipeline.staged).
+    """
+
+    unit: str
+    table: str
+    tar: str
+    rows: int
+    scores: tuple[tuple[str, str], ...] = ()
+    freed: bool = False
+
+
+class Ingest(Job):
+    """Fetches, decodes and stages units. Staged pictures depend on `image`, so its hash is in the job's name."""
+
+    title = "ingest"
+
+    def __init__(self, recipe: Recipe, storage: Storage, resolve: Mapping[str, str] | None = None) -> None:
+        self.recipe, self.storage, self.resolve = recipe, storage, dict(resolve or {})
+        self.name = f"ingest-{fingerprint([FORMAT_VERSION, recipe.image.model_dump(mode='json')])}"
+
+    @staticmethod
+    def units(planned: Iterable[PlannedUnit]) -> list[Unit]:
+        return [Unit(unit.id, {"table": unit.table, "rows": unit.rows}) for unit in planned]
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """One piece: the unit's marker."""
+        rows = self.storage.read_table(unit.spec["table"]).to_pylist()
+        with scratch() as folder, _Spool(folder) as spool:
+            kept = self._kept(unit, rows, spool)
+            left = [index for index in range(len(rows)) if index not in kept]
+            fresh = self._outcomes([rows[index] for index in left], spool.only(left))
+            found = kept | dict(zip(left, fresh, strict=True))
+            outcomes = [found[index] for index in range(len(rows))]
+            digest = hashlib.sha256()
+            tar = folder / "staged.tar"
+            spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
+            tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if spans else ""
+            if spans:
+                self.storage.put(tar, tar_name)
+            places = dict(zip(spool.indices, spans, strict=True))
+        data = parquet_bytes(_table(rows, outcomes, places, unit.id))
+        table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+        self.storage.write(table_name, data)
+        counts = _counts(outcomes)
+        mark: Piece = {"table": table_name, "tar": tar_name, "rows": len(rows), **counts}
+        mark |= {"freed": True} if len(places) + sum(bool(found["reason"]) for found in outcomes) < len(rows) else {}
+        yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (marker,) = pieces
+        return marker
+
+    def _kept(self, unit: Unit, rows: list[dict[str, Any]], spool: _Spool) -> dict[int, Outcome]:
+        """Of a unit that is done again, by index: what stays as it was; its pictures, those that were not freed, go to
+        the spool as they are."""
+        if "again" not in unit.spec:
+            return {}
+        again = unit.spec["again"]
+        table = self.storage.read_table(again["table"])
+        assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} is of another plan"
+        before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
+        wanted = set(again.get("keys", ()))  # whose pictures were freed
+        kept = {
+            index: row
+            for index, row in before.items()
+            if not matches(row["reason"], again["reasons"]) and rows[index]["key"] not in wanted
+        }
+        with self.storage.open(again["tar"]) if again["tar"] else io.BytesIO() as tar:
+            for index, row in kept.items():
+                offset, size = row.pop("offset"), row.pop("size")
+                if not row["reason"] and size and again["tar"]:
+                    tar.seek(offset)
+                    spool.add(index, tar.read(size))
+        return kept
+
+    def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
+        """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
+        outcomes: list[Outcome] = [{}] * len(rows)
+        unwanted = blocked(self.recipe, self.storage)
+        for index, data in self._bytes(rows):
+            result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
+            if isinstance(result, Picture) and result.sha256 not in unwanted.sha256:
+                spool.add(index, result.jpeg)
+                outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)
+            elif isinstance(result, Picture):
+                outcomes[index] = _failed(REMOVED, "")
+            else:
+                outcomes[index] = _failed(result.reason, result.detail)
+            _report(outcomes[index])
+        assert all(outcomes), "a row was never answered"
+        return outcomes
+
+    def _bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
+        """(index, the source file's bytes or why there are none) for each row, as they come."""
+        for index, found in self._found(rows):
+            expected = rows[index]["hash"]
+            wrong = check_hash(found, expected) if expected and isinstance(found, bytes) else None
+            yield index, wrong or found
+
+    def _found(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
+        spans, remote, most = list[Span](), list[int](), self.recipe.fetch.max_bytes
+        for index, row in enumerate(rows):
+            if is_removed(row):
+                yield index, Failure(REMOVED)
+            elif has_no_text(row["extra"]):
+                yield index, Failure("bad_caption", f"{row['caption'][:200]} is no text")
+            elif row["image"] is not None:
+                yield index, row["image"] or Failure("empty", "no bytes in the source's column")
+            elif not row["file"]:
+                remote.append(index)
+            elif row["length"] > most and (
+                row["offset"] or not on_disk(row["file"])
+            ):  # files on a disk may have changed
+                yield index, _readable(TooLarge(f"{row['length']} bytes"))
+            else:
+                spans.append(span_of(row, index))
+        for index, data in read_pictures(spans, self.recipe, most=most):
+            yield index, _readable(data)
+        if remote:
+            fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
+            for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
+                found = fetched.data if fetched.data is not None else Failure(fetched.reason, fetched.detail)
+                yield remote[position], found
+
+
+def _readable(data: bytes | Exception) -> bytes | Failure:
+    """Raises StorageError where a later build may read it: a storage that is out is not the row's failure."""
+    if isinstance(data, StorageError) and is_unavailable(data):
+        raise data
+    if isinstance(data, TooLarge):
+        return Failure("too_large_bytes", f"{data}, fetch.max_bytes allows fewer")
+    if isinstance(data, Exception):
+        return Failure("read_error", f"{type(data).__name__}: {data}")
+    return data or Failure("empty", "the file holds nothing")
+
+
+@functools.lru_cache(maxsize=1)
+def _fetcher(fetch: Fetch, resolve: tuple[tuple[str, str], ...]) -> Fetcher:
+    """One a worker process, since it remembers every host's robots.txt."""
+    return Fetcher(fetch, dict(resolve))
+
+
+class _Spool:
+    """JPEGs in the order in which they come → on the local disk, readable in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._spans = folder / "pictures", dict[int, tuple[int, int]]()
+        self._numbers: list[int] | None = None
+
+    def __enter__(self) -> _Spool:
+        self._file = self._path.open("w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, index: int, jpeg: bytes) -> None:
+        number = index if self._numbers is None else self._numbers[index]
+        self._spans[number] = (self._file.tell(), len(jpeg))
+        self._file.write(jpeg)
+
+    def only(self, numbers: list[int]) -> _Spool:
+        """The same spool for some of the rows, which are counted from 0."""
+        part = copy.copy(self)
+        part._numbers = numbers
+        return part
+
+    @property
+    def indices(self) -> list[int]:
+        """The rows that have a picture, in order."""
+        return sorted(self._spans)
+
+    def samples(self, keys: list[str]) -> Iterator[Sample]:
+        """The pictures in the order of their rows; `keys` are all rows' keys."""
+        for index in self.indices:
+            start, size = self._spans[index]
+            self._file.seek(start)
+            yield Sample(keys[index], self._file.read(size))
+
+
+def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Table:
+    """STAGED_SCHEMA for planned rows that all failed for one reason."""
+    listed = rows.select(["key", "url", "caption", "extra"]).to_pylist()
+    return _table(listed, [_failed(reason, detail)] * len(listed), {}, unit)
+
+
+def _measured(picture: Picture, source_bytes: int) -> Outcome:
+    measures = {field.name: getattr(picture, field.name) for field in MEASURED if field.name != "bytes"}
+    return {"reason": "", "detail": "", "bytes": source_bytes, **measures}
+
+
+def _failed(reason: str, detail: str) -> Outcome:
+    nothing = {field.name: "" if field.type == pa.string() else 0 for field in MEASURED}
+    cut = detail if len(detail) <= _LONGEST_DETAIL else f"{detail[: _LONGEST_DETAIL - 1]}…"
+    return {"reason": reason, "detail": storable(cut), **nothing}
+
+
+def _table(
+    rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, tuple[int, int]], unit: str
+) -> pa.Table:
+    """STAGED_SCHEMA; `places` are offset and size of the rows that have a picture."""
+    records = []
+    for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
+        offset, size = places.get(index, (0, 0))
+        source = {name: row[name] for name in ("key", "url", "caption", "extra")}
+        records.append({**source, **outcome, "unit": unit, "offset": offset, "size": size})
+    return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
+
+
+def _counts(outcomes: list[Outcome]) -> dict[str, int]:
+    reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["reason"] not in ("", REMOVED))
+    return {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
+
+
+def _report(outcome: Outcome) -> None:
+    counts = {"samples": 1, "bytes": outcome["bytes"]}
+    if outcome["reason"] not in ("", REMOVED):
+        counts[f"failed.{outcome['reason']}"] = 1
+    report(counts)
+
+
+def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
+    """The markers of an ingest job as what they say, by unit."""
+    return {
+        unit: Staged(unit, mark["table"], mark["tar"], mark["rows"], freed=mark.get("freed", False))
+        for unit, mark in marks.items()
+    }
+
+
+def clean(job: Ingest, kept: Iterable[Staged]) -> None:
+    """Remove staged files that no marker of `job` names, and the markers of ingest jobs with other image settings."""
+    wanted = {name for unit in kept for name in (unit.table, unit.tar)}
+    others = [name for name in job.storage.names("state") if name.startswith("state/ingest-")]
+    others = [name for name in others if not name.startswith(f"state/{job.name}/")]
+    # Logs first: without its newer markers, one may name files that are gone.
+    job.storage.delete(*(name for name in others if name.endswith("/log.json")))
+    job.storage.delete(*(name for name in others if not name.endswith("/log.json")))
+    job.storage.delete(*(name for name in job.storage.names("staged") if name not in wanted))

@@ -1,0 +1,136 @@
+"""Pictures that only packed shards hold, where shards are to be packed anew: put aside first, as new shards take the
+names of old ones.
+
+    shelf/<hash>.tar, .parquet    copies of a shard and of its table, until all is packed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capstan.pipeline.dataset.shards import Manifest, ShardEntry
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.ingest.staging import Packed
+from capstan.pipeline.select.conditions import raw_digits
+from capstan.pipeline.select.decide import Decisions, shard_name
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+
+_COPY_BYTES = 16 << 20
+Names = npt.NDArray[np.bytes_]  # key and SHA-256 of samples, 48 raw bytes each
+
+
+def carry_over(
+    storage: Storage, manifest: Manifest | None, decisions: Decisions, shards: Iterable[str]
+) -> list[Packed]:
+    """Copies of the packed shards that hold what these new `shards` need and what is not staged.
+
+    Raises RecipeError where some of it is nowhere; then nothing was done.
+    """
+    rows = _unstaged(storage, decisions, shards)
+    if not len(rows):
+        return []
+    wanted = np.sort(_names(decisions.key[rows], decisions.sha256[rows]))
+    found, packed = np.zeros(len(wanted), bool), list[Packed]()
+    on_shelf = _carried_over(storage)
+    for tar in on_shelf:
+        if _find(storage, _table(tar), wanted, found):
+            packed.append((tar, _table(tar)))
+    entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in on_shelf]
+    needed = [entry for entry in entries if not found.all() and _find(storage, entry.table, wanted, found)]
+    if missing := int((~found).sum()):
+        problem = f"{missing:,} of the rows that are kept now have no picture any more: keep_staged: false freed them"
+        raise RecipeError(
+            "select", problem, "fetch them again with `capstan build RECIPE --retry freed`, or keep fewer"
+        )
+    return packed + [_copy(storage, entry) for entry in needed]
+
+
+def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions) -> npt.NDArray[np.int64]:
+    """The kept rows whose pictures are neither staged nor packed."""
+    rows = _unstaged(storage, decisions)
+    names = _names(decisions.key[rows], decisions.sha256[rows])
+    order = np.argsort(names)
+    found = np.zeros(len(rows), bool)
+    tables = [*map(_table, _carried_over(storage)), *(entry.table for entry in (manifest.shards if manifest else []))]
+    for table in tables if len(rows) else ():
+        _find(storage, table, names[order], found)
+    return np.sort(rows[order[~found]])
+
+
+def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> list[Packed]:
+    """Tar and table of the shards that hold pictures of a unit, by its ledger."""
+    name = f"unit-{unit.unit}"
+    if manifest is None or name not in {entry.name for entry in manifest.ledger}:
+        return []
+    shards = set(storage.read_table(f"ledger/{name}.parquet", ["shard"])["shard"].unique().to_pylist())
+    return [(entry.tar, entry.table) for entry in manifest.shards if entry.name in shards]
+
+
+def _unstaged(storage: Storage, decisions: Decisions, shards: Iterable[str] | None = None) -> npt.NDArray[np.int64]:
+    """The kept rows (of these shards) whose pictures are not staged."""
+    found = [np.zeros(0, np.int64)]
+    if any(unit.freed for unit in decisions.units):
+        count = int(decisions.shard.max(initial=-1)) + 1  # numbers: some shards may be empty
+        numbers = {shard_name(number): number for number in range(count)}
+        asked = np.zeros(count + 1, bool)  # the last one is for rows of no shard
+        asked[[numbers[shard] for shard in (numbers if shards is None else shards)]] = True
+        for unit, start in zip(decisions.units, decisions.starts, strict=False):
+            if unit.freed:
+                gone = np.ones(unit.rows, bool)
+                if unit.tar:
+                    gone = storage.read_table(unit.table, ["size"])["size"].to_numpy() == 0
+                found.append(start + np.nonzero(gone & asked[decisions.shard[start : start + unit.rows]])[0])
+    return np.concatenate(found)
+
+
+def clear(storage: Storage) -> None:
+    """All is packed: nothing needs to lie on the shelf."""
+    storage.delete(*storage.names("shelf"))
+
+
+def _find(storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_]) -> bool:
+    """Note in `found` which of the (sorted) `wanted` a shard has; gives whether it has one that no other had."""
+    rows = storage.read_table(table, ["key", "sha256"])
+    names = _names(raw_digits(rows["key"], 16), raw_digits(rows["sha256"], 32))
+    place = np.minimum(np.searchsorted(wanted, names), len(wanted) - 1)
+    new = place[(wanted[place] == names) & ~found[place]]
+    found[new] = True
+    return bool(len(new))
+
+
+def _names(key: Names, sha256: Names) -> Names:
+    both = np.concatenate([key.view(np.uint8).reshape(-1, 16), sha256.view(np.uint8).reshape(-1, 32)], axis=1)
+    return np.ascontiguousarray(both).view("S48").reshape(-1)
+
+
+def _carried_over(storage: Storage) -> set[str]:
+    """Tars of which the table is there too: it is written last."""
+    names = set(storage.names("shelf"))
+    return {name for name in names if name.endswith(".tar") and _table(name) in names}
+
+
+def _shelved(entry: ShardEntry) -> str:
+    return f"shelf/{entry.sha256[:16]}.tar"
+
+
+def _table(tar: str) -> str:
+    return f"{tar.removesuffix('.tar')}.parquet"
+
+
+def _copy(storage: Storage, entry: ShardEntry) -> Packed:
+    tar = _shelved(entry)
+    with scratch() as folder:
+        copy = folder / "shard.tar"
+        with storage.open(entry.tar) as source, copy.open("wb") as target:
+            while data := source.read(_COPY_BYTES):
+                target.write(data)
+        storage.put(copy, tar)
+    table: pa.Table = storage.read_table(entry.table, ["key", "sha256", "offset", "size"])
+    storage.write_table(_table(tar), table)
+    return tar, _table(tar)

@@ -1,0 +1,295 @@
+"""Decisions and staged pictures → the dataset: ledger, shards, indexes, and the manifest last.
+
+A shard is named by its place, its marker by its place and content: a shard whose content stays is never packed again.
+Where shards change, a manifest without them is published first, so that at no moment a reader is shown a shard that is
+being replaced:
+
+    manifest without what changes → indexes and old markers gone → ledger → shards → indexes → stale files gone →
+    manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.dataset.energon import tar_index
+from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
+from capstan.pipeline.dataset.shards import (
+    LedgerEntry,
+    Manifest,
+    Place,
+    Sample,
+    ShardEntry,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+    write_samples,
+)
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.ingest.staging import Packed, free, pictures
+from capstan.pipeline.pack.carryover import carry_over, clear
+from capstan.pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.scorer import Scorer
+from capstan.pipeline.score.store import added, joined, pins
+from capstan.pipeline.select.decide import Decisions, shard_name
+from capstan.pipeline.select.dedup import evaluation_signature
+from capstan.pipeline.source.blocklist import blocked
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.storage.local import scratch
+from capstan.pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
+from capstan.pipeline.units.markers import mark
+
+log = logging.getLogger(__name__)
+
+_ROW = "row"  # a row's place in its unit
+
+# The recipe's sections that decide what is in a dataset.
+_SECTIONS = {"source", "fetch", "image", "score", "select", "dedup", "blocklist", "shards", "unit"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a unit; the shard's samples are those of them that the ledger puts in it."""
+
+    unit: str
+    table: str
+    tar: str
+    start: int
+    stop: int
+
+
+class Pack(Job):
+    """Writes shards/<name>.tar, .parquet and .tar.idx from staged pictures. A unit is a shard."""
+
+    name = title = "pack"
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """One piece: the shard's entry in the manifest."""
+        name = unit.spec["shard"]
+        segments = [Segment(**segment) for segment in unit.spec["segments"]]
+        parts = [self._rows(segment, name) for segment in segments]
+        if "packed" in unit.spec:
+            yield self._described_anew(ShardEntry(**unit.spec["packed"]), parts).model_dump()
+            return
+        digest = hashlib.sha256()
+        with scratch() as folder:
+            tar = folder / "shard.tar"
+            shelf = [(tar_name, table_name) for tar_name, table_name in unit.spec["shelf"]]
+            places = write_samples(tar, self._samples(segments, parts, shelf), digest)
+            size = tar.stat().st_size
+            rows = _table(parts, places)
+            table = parquet_bytes(rows)
+            entry = ShardEntry(
+                name=name,
+                samples=len(places),
+                bytes=size,
+                sha256=digest.hexdigest(),
+                table_sha256=sha256_of(table),
+            )
+            self.storage.put(tar, entry.tar)
+            self.storage.write(entry.table, table)
+            self.storage.write(entry.index, tar_index(rows))
+        yield entry.model_dump()
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (entry,) = pieces
+        return {**entry, "scores": unit.spec["scores"]}
+
+    def _rows(self, segment: Segment, shard: str) -> pa.Table:
+        """The segment's samples: the ledger's columns, and their place in the unit."""
+        ledger = self.storage.read_table(ledger_entry_name(segment.unit))
+        rows = ledger.append_column(_ROW, pa.array(np.arange(len(ledger))))
+        rows = rows.slice(segment.start, segment.stop - segment.start)
+        return rows.filter(pc.equal(rows["shard"], shard))
+
+    def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
+        for segment, rows in zip(segments, parts, strict=True):
+            found = pictures(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            for row, (_, jpeg) in zip(rows.to_pylist(), found, strict=True):
+                assert jpeg is not None, f"{row['key']} is neither staged nor packed"
+                report({"samples": 1, "bytes": len(jpeg)})
+                yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
+
+    def _described_anew(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
+        """The shard's table with other scores; the tar stays as it is."""
+        before = self.storage.read_table(packed.table, ["key", *Place._fields])
+        places = [Place(*values) for values in zip(*(before[name].to_pylist() for name in Place._fields), strict=True)]
+        rows = _table(parts, places)
+        assert rows["key"].equals(before["key"]), f"{packed.table} is of another shard"
+        table = parquet_bytes(rows)
+        self.storage.write(packed.table, table)
+        return packed.model_copy(update={"table_sha256": sha256_of(table)})
+
+
+def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
+    """KEY.json: the same keys for every sample, no nulls. `phash` is hexadecimal, as it exceeds signed 64 bits;
+    `extra` is JSON text, as the source's columns may be null or change their type from row to row."""
+    names = ["key", "url", "caption", "width", "height", "original_width", "original_height", "sha256"]
+    return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"]}
+
+
+def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
+    """The shard's table: the samples' rows with where they lie in the shard."""
+    rows = pa.concat_tables(parts)
+    scores = [field for field in rows.schema if field.name not in (*LEDGER_SCHEMA.names, _ROW)]
+    for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
+        rows = rows.append_column(name, pa.array(values, pa.int64()))
+    schema = with_scores(SHARD_SCHEMA, scores, rows.schema.metadata)
+    return rows.select(schema.names).cast(schema)
+
+
+def ledger_entry_name(unit: str) -> str:
+    return f"ledger/unit-{unit}.parquet"
+
+
+def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
+    """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
+    settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
+    outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
+    return fingerprint(
+        [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
+    )
+
+
+def content_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as the manifest tells it: without how the source is reached, which may hold secrets."""
+    content = recipe.model_dump(mode="json", include=_SECTIONS)
+    (content["source"] or {}).pop("storage", None)
+    return content
+
+
+def pack(
+    recipe: Recipe,
+    storage: Storage,
+    decisions: Decisions,
+    scorers: Sequence[Scorer] = (),
+    *,
+    progress: bool = True,
+) -> tuple[Manifest, Summary]:
+    """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete.
+
+    Raises RecipeError where pictures are to be packed that are no longer there.
+    """
+    job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
+    units, done = _shard_units(recipe, decisions, pinned), markers(job)
+    wanted = {unit.id for unit in units}
+    shelf = carry_over(storage, before, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
+    content = content_recipe(recipe)
+    manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False, scores=pinned)
+    if not units:
+        log.warning("pack: no row is kept, so there is no shard (%s)", _where_they_went(decisions))
+    changed = {
+        unit.id for unit in units if done.get(unit.id, {}).get("scores", "") != unit.spec["scores"]
+    } & done.keys()
+    if before is not None:
+        unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done and unit.id not in changed]
+        write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
+    hide_indexes(storage)
+    forget(job, done.keys() - wanted)
+    for unit in changed:  # from now on its table may be the old one or the new one
+        mark(job, unit, {**done[unit], "scores": "?"})
+    ledger = _write_ledger(recipe, storage, decisions, pinned)
+    work = [
+        Unit(unit.id, {**unit.spec, "shelf": shelf, **({"packed": done[unit.id]} if unit.id in changed else {})})
+        for unit in units
+    ]
+    summary = run(job, work, recipe.resources, redo=changed, progress=progress)
+    done = markers(job)
+    listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
+    manifest = manifest.model_copy(
+        update={
+            "selection": selection_of(recipe, storage, decisions.units),
+            "complete": not summary.quarantined,
+            "counts": decisions.counts,
+            "funnel": decisions.funnel,
+            "shards": [ShardEntry(**entry) for entry in listed],
+            "ledger": ledger,
+        }
+    )
+    manifest = manifest.model_copy(update={"indexes": write_indexes(storage, manifest)})
+    for name in unlisted(storage, manifest):
+        storage.delete(name)
+    write_manifest(storage, manifest)
+    if manifest.complete:
+        clear(storage)
+        if not recipe.keep_staged:
+            free(storage, decisions.units)
+    return manifest, summary
+
+
+def unlisted(storage: Storage, manifest: Manifest) -> list[str]:
+    """Files in shards/ and ledger/ that `manifest` does not list."""
+    listed = {name for entry in manifest.shards for name in (entry.tar, entry.table, entry.index)}
+    listed |= {entry.table for entry in manifest.ledger} | set(manifest.indexes)
+    return [name for folder in ("shards", "ledger") for name in storage.names(folder) if name not in listed]
+
+
+def _where_they_went(decisions: Decisions) -> str:
+    """The selection's steps that took rows, in order."""
+    lost = [f"{step['step']} took {step['lost']:,}" for step in decisions.funnel if step["lost"]]
+    return f"of {len(decisions.step):,} rows " + ", ".join(lost) if lost else "the source has no rows"
+
+
+def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, Any]]) -> list[Unit]:
+    """One unit a shard; its id has the hash of all that decides its tar's bytes. `scores` changes with anything else
+    that its table says."""
+    order = np.argsort(decisions.shard, kind="stable")
+    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
+    units = []
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        rows = order[first:last]
+        if not len(rows):  # all that it held was taken down
+            continue
+        image = recipe.image.model_dump(mode="json")
+        content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
+        segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)
+        files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
+        scores = fingerprint([pinned, files]) if pinned else ""
+        name = shard_name(number)
+        spec = {"shard": name, "segments": segments, "rows": len(rows), "scores": scores}
+        units.append(Unit(f"{name}-{content}", spec))
+    return units
+
+
+def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any]]:
+    """Rows [first, last) of all rows, as row ranges of units."""
+    starts = decisions.starts
+    segments = []
+    for number, (unit, a, b) in enumerate(zip(decisions.units, starts, starts[1:], strict=False)):
+        if a < last and b > first and (unit.tar or unit.freed):
+            place = {"start": max(first - a, 0), "stop": min(last, b) - a, "number": number}
+            segments.append({"unit": unit.unit, "table": unit.table, "tar": unit.tar, **place})
+    return segments
+
+
+def _write_ledger(
+    recipe: Recipe, storage: Storage, decisions: Decisions, pinned: list[dict[str, Any]]
+) -> list[LedgerEntry]:
+    """ledger/unit-*.parquet: one row for every input row, its outcome final."""
+    scores, entries = registry.columns(recipe), []
+    said = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
+    schema, starts = with_scores(LEDGER_SCHEMA, added(scores), said), decisions.starts
+    for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
+        rows, scored = storage.read_table(unit.table), joined(storage, unit, scores)
+        columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
+        columns |= decisions.columns(start, stop, rows["reason"], rows["detail"])
+        columns |= {name: scored[name] for name in scored.column_names}
+        data = parquet_bytes(pa.table([columns[name] for name in schema.names], schema=schema))
+        storage.write(ledger_entry_name(unit.unit), data)
+        entries.append(LedgerEntry(name=f"unit-{unit.unit}", rows=len(rows), sha256=sha256_of(data)))
+    return entries

@@ -1,0 +1,127 @@
+"""What was made of a dataset's pictures, without the rows that were removed: caption layers and latents.
+
+    captions/**.parquet                              tables with a column `key`, those of layers that are moving, too
+    latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples
+
+Latents go by the place of a sample in its shard and by the shard's sum, which is known only once the shard is packed
+anew: until then they say which keys they are for (`keys`), and are of no shard (readers refuse them).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.dataset.shards import Manifest
+from capstan.pipeline.ingest.job import Ingest
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units.markers import forget, mark, markers
+
+log = logging.getLogger(__name__)
+
+_SUM, _KEYS = "shard_sha256", "keys"
+_LATENTS: Final = "latents"
+
+
+def scrub_derived(
+    storage: Storage, keys: pa.Array, shards: Collection[str], packed: Collection[tuple[str, str]]
+) -> None:
+    """Drop the rows of `keys`, of which these `shards` (as they are packed now) hold some. May be repeated.
+
+    `packed` are the shards (name, sum) as they are now: latents of others may be anybody's, and go.
+    """
+    for name in storage.names("captions"):
+        if name.endswith(".parquet"):
+            _scrub_table(storage, name, keys)
+    for name in storage.names(_LATENTS):
+        path = PurePosixPath(name)
+        if path.suffix != ".safetensors" or _KEYS in (said := _said(storage, name)):
+            continue
+        if (path.stem, said.get(_SUM, "")) not in packed:
+            log.warning("%s is not of the shard as it is: removed, to be encoded again", name)
+            _drop_latents(storage, path)
+        elif path.stem in shards:
+            _scrub_latents(storage, name, path.stem, keys)
+
+
+def _scrub_table(storage: Storage, name: str, keys: pa.Array) -> None:
+    here = pc.is_in(storage.read_table(name, ["key"])["key"], keys)
+    if pc.any(here).as_py():
+        storage.write_table(name, storage.read_table(name).filter(pc.invert(here)))
+
+
+def _scrub_latents(storage: Storage, name: str, shard: str, keys: pa.Array) -> None:
+    tensors, said = _read(storage.read(name))
+    held = storage.read_table(f"shards/{shard}.parquet", ["key"])["key"].combine_chunks()
+    assert {len(tensor) for tensor in tensors.values()} == {len(held)}, f"{name} is of other samples than its sum says"
+    left = np.asarray(pc.invert(pc.is_in(held, keys)))
+    if left.all():
+        return
+    expected = fingerprint(held.filter(pa.array(left)).to_pylist())
+    metadata = {**said, _SUM: "", _KEYS: expected}
+    storage.write(name, _write({tensor: value[left] for tensor, value in tensors.items()}, metadata))
+
+
+def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
+    """Name scrubbed latents after the shards as they are now; those of a shard that holds other samples are removed."""
+    shards = {entry.name: entry for entry in (manifest.shards if manifest else [])}
+    for name in storage.names(_LATENTS):
+        _, encoder, file = name.split("/")
+        if not file.endswith(".safetensors"):
+            continue
+        if _KEYS not in _said(storage, name):
+            continue
+        tensors, said = _read(storage.read(name))
+        entry = shards.get(file.removesuffix(".safetensors"))
+        keys = storage.read_table(entry.table, ["key"])["key"].to_pylist() if entry else []
+        if entry is None or fingerprint(keys) != said.pop(_KEYS):
+            _drop_latents(storage, PurePosixPath(name))
+            continue
+        data = _write(tensors, {**said, _SUM: entry.sha256})
+        storage.write(name, data)
+        mark(
+            _encoding(storage, encoder), f"{entry.name}-{entry.sha256[:12]}", {"samples": len(keys), "bytes": len(data)}
+        )
+
+
+def _drop_latents(storage: Storage, path: PurePosixPath) -> None:
+    """Remove a shard's latents, and what says that they are there: they are encoded again."""
+    job = _encoding(storage, path.parent.name)
+    storage.delete(str(path))
+    forget(job, [unit for unit in markers(job) if unit.startswith(f"{path.stem}-")])
+
+
+def _encoding(storage: Storage, encoder: str) -> Ingest:
+    """The job of the floor above by its name: its markers are written, and nothing is done."""
+    job = Ingest(Recipe(dataset=storage.url), storage)
+    job.name = f"latents-{encoder}"
+    return job
+
+
+def _said(storage: Storage, name: str) -> dict[str, str]:
+    """What a safetensors file says of itself, without reading its tensors."""
+    with storage.open(name) as file:
+        size = int.from_bytes(file.read(8), "little")
+        return dict(json.loads(file.read(size)).get("__metadata__", {}))
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """A safetensors file → its tensors, and what it says of itself."""
+    from safetensors.numpy import load
+
+    size = int.from_bytes(data[:8], "little")
+    return load(data), dict(json.loads(data[8 : 8 + size]).get("__metadata__", {}))
+
+
+def _write(tensors: Mapping[str, Any], metadata: dict[str, str]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata=metadata)

@@ -1,0 +1,343 @@
+"""A dataset → what is wrong with it: every file hashed, every tar walked in one pass, and all that they say compared.
+
+A tar's bytes follow from its table, save for the pictures: so each header, caption, JSON and gap is compared, and what
+differs is named. Shards are read ahead of each other; memory grows by 8 bytes a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capstan.pipeline.dataset import energon
+from capstan.pipeline.dataset.indexes import indexes
+from capstan.pipeline.dataset.shards import (
+    BLOCK,
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    seal_holds,
+    sha256_of,
+    tar_end,
+    tar_header,
+    to_json,
+)
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.pack.job import sample_fields, unlisted
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.progress import Progress
+from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
+from capstan.pipeline.score.store import pinned_columns
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 4 << 20
+
+_JPEG = b"\xff\xd8"  # how every JPEG begins
+
+Words = npt.NDArray[np.uint32]  # keys as (samples, 4)
+Sums = Counter[str]  # shard → sum of its keys: the same for the same keys in any order
+
+
+def verify(storage: Storage, *, progress: bool = False) -> list[str]:
+    """Every problem of the dataset at `storage`, each in a line that names the file; none if all is well.
+
+    Raises RecipeError where there is no dataset.
+    """
+    try:
+        manifest = read_manifest(storage)
+    except CapstanError as error:
+        return [f"{MANIFEST}: {error}"]
+    if manifest is None:
+        raise RecipeError(storage.field, f"no dataset at {storage.url}", "name a folder that holds a dataset.json")
+    if manifest.format_version < FORMAT_VERSION:
+        return [f"{MANIFEST}: format {manifest.format_version}, older than this Capstan's: run `capstan build` again"]
+    problems = [] if manifest.complete else [f"{MANIFEST}: incomplete: run `capstan build` again"]
+    if not seal_holds(storage.read(MANIFEST)):
+        problems.append(f"{MANIFEST}: does not agree with its own seal: damaged, or changed by hand")
+    found, keys, sums = _shards(storage, manifest, progress)
+    problems += found
+    if manifest.complete:
+        problems += _twice(storage, manifest, keys)
+        problems += _ledger(storage, manifest, sums)
+        problems += _indexes(storage, manifest, tables_are_whole=sums is not None)
+        problems += [f"{name}: not listed in {MANIFEST}" for name in unlisted(storage, manifest)]
+    return problems
+
+
+# Shards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shard:
+    """What was seen of a shard: its keys, and its problems."""
+
+    keys: Words
+    problems: list[str] = field(default_factory=list)
+
+
+def _shards(
+    storage: Storage, manifest: Manifest, progress: bool
+) -> tuple[list[str], list[npt.NDArray[np.uint64]], Sums | None]:
+    """All shards' problems; the first 8 bytes of each one's keys; and their sums, unless a table could not be read."""
+    problems: list[str] = []
+    firsts: list[npt.NDArray[np.uint64]] = []
+    sums: Sums | None = Sums()
+    with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
+        schema = with_scores(SHARD_SCHEMA, pinned_columns(manifest.scores))
+        seen = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
+        for entry, shard in zip(manifest.shards, seen, strict=True):
+            problems += shard.problems
+            firsts.append(_first(shard.keys))
+            if len(shard.keys) != entry.samples:
+                sums = None
+            elif sums is not None:
+                sums[entry.name] = _sum(shard.keys)
+            bar.advance(counts={"samples": entry.samples, "bytes": entry.bytes, "problems": len(shard.problems)})
+    return problems, firsts, sums
+
+
+def _shard(storage: Storage, entry: ShardEntry, schema: pa.Schema) -> _Shard:
+    table, problems = _table(storage, entry.table, entry.table_sha256, schema)
+    shard = _Shard(_words(table["key"] if table else pa.chunked_array([], pa.string())), problems)
+    if table is not None:
+        if len(table) != entry.samples:
+            problems.append(f"{entry.table}: {len(table)} rows, {MANIFEST} says {entry.samples}")
+        if not storage.exists(entry.index):
+            problems.append(f"{entry.index}: missing")
+        elif storage.read(entry.index) != energon.tar_index(table):
+            problems.append(f"{entry.index}: does not agree with {entry.table}")
+    if not storage.exists(entry.tar):
+        problems.append(f"{entry.tar}: missing")
+        return shard
+    with contextlib.closing(storage.open(entry.tar)) as file:
+        stream = _Hashed(file)
+        if table is not None:
+            problems += [f"{entry.tar}: {problem}" for problem in _differences(stream, table)]
+        stream.finish()
+    if stream.size != entry.bytes:
+        problems.append(f"{entry.tar}: {stream.size} bytes, {MANIFEST} says {entry.bytes}")
+    elif stream.sha256 != entry.sha256:
+        problems.append(f"{entry.tar}: its SHA-256 is not the one in {MANIFEST}")
+    return shard
+
+
+class _Hashed:
+    """A file read once from its start, hashed and measured as it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
+        self._block, self._at = b"", 0
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the end of the file."""
+        while len(self._block) - self._at < size and self._fill():
+            pass
+        start, self._at = self._at, min(self._at + size, len(self._block))
+        return self._block[start : self._at]
+
+    def drop(self, size: int) -> int:
+        """Pass over the next `size` bytes; gives how many there were."""
+        left = size
+        while left:
+            step = min(left, len(self._block) - self._at)
+            self._at, left = self._at + step, left - step
+            if left and not self._fill():
+                break
+        return size - left
+
+    def finish(self) -> None:
+        """Read on to the end of the file."""
+        self._at = len(self._block)
+        while self._fill():
+            self._at = len(self._block)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def _fill(self) -> bool:
+        data = self._file.read(_READ_BYTES)
+        self._digest.update(data)
+        self.size += len(data)
+        self._block, self._at = self._block[self._at :] + data, 0
+        return bool(data)
+
+
+def _differences(tar: _Hashed, table: pa.Table) -> Iterator[str]:
+    """Compares a tar with the shard's table. Ends with the first thing that stands elsewhere than the table says."""
+    position = 0
+    for row in table.to_pylist():
+        if row["offset"] != position + BLOCK:
+            yield f"{row['key']}.jpg lies at {position + BLOCK}, the table says {row['offset']}"
+            return
+        fields, caption = to_json(sample_fields(row)), row["caption"].encode()
+        if len(fields) != row["json_size"]:
+            yield f"{row['key']}.json has {len(fields)} bytes, the table says {row['json_size']}"
+            return
+        for suffix, size, said in (
+            ("jpg", row["size"], None),
+            ("json", len(fields), fields),
+            ("txt", len(caption), caption),
+        ):
+            name, gap = f"{row['key']}.{suffix}", -size % BLOCK
+            header = tar.take(BLOCK)
+            if header != tar_header(name, size):
+                yield _strange(header, name)
+                if header[:100].rstrip(b"\0") != name.encode():
+                    return
+            data = tar.take(size if said is not None else min(size, len(_JPEG)))
+            there = len(data) + tar.drop(size - len(data))
+            padding = tar.take(gap)
+            if there + len(padding) < size + gap:
+                yield f"ends within {name}"
+                return
+            if data != (_JPEG if said is None else said):
+                yield f"{name} is not {'a JPEG' if said is None else 'what the table says'}"
+            if padding.strip(b"\0"):
+                yield f"{name} is not followed by zeros"
+            position += BLOCK + size + gap
+    if tar.take(len(tar_end(position)) + 1) != tar_end(position):
+        yield "does not end after the table's last sample, or not as a tar does"
+
+
+def _strange(header: bytes, name: str) -> str:
+    """What is wrong with the header of the member that should be `name`."""
+    if len(header) < BLOCK:
+        return f"{name} is missing (found the end of the file)"
+    found = header[:100].rstrip(b"\0").decode("ascii", "replace")
+    if found == name:
+        return f"{name} has a damaged header, or another size than the table says"
+    return f"{name} is missing (found {found or 'the end of the tar'})"
+
+
+# Keys ------------------------------------------------------------------------------------------------------------
+
+
+def _words(keys: pa.ChunkedArray) -> Words:
+    """Keys of 32 hexadecimal digits as four numbers each."""
+    return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), ">u4").reshape(-1, 4).astype(np.uint32)
+
+
+def _first(keys: Words) -> npt.NDArray[np.uint64]:
+    """The first 8 bytes of each key."""
+    return (keys[:, 0].astype(np.uint64) << np.uint64(32)) | keys[:, 1]
+
+
+def _sum(keys: Words) -> int:
+    """The keys' sum, with their number above it."""
+    total = 0
+    for part in [len(keys), *keys.sum(axis=0, dtype=np.uint64).tolist()]:
+        total = (total << 32) + part
+    return total
+
+
+def _twice(storage: Storage, manifest: Manifest, firsts: list[npt.NDArray[np.uint64]]) -> Iterator[str]:
+    """Keys that are in two places. Few share their first 8 bytes by chance, so only those are looked up."""
+    if not firsts:
+        return
+    values, counts = np.unique(np.concatenate(firsts), return_counts=True)
+    again = values[counts > 1]
+    where: dict[str, str] = {}
+    for entry, first in zip(manifest.shards, firsts, strict=True):
+        if len(again) and np.isin(first, again).any():
+            keys = storage.read_table(entry.table, ["key"])["key"].to_pylist()
+            for row in np.nonzero(np.isin(first, again))[0]:
+                if (key := keys[row]) in where:
+                    yield f"{entry.table}: key {key} is in {where[key]} too"
+                where[key] = entry.table
+
+
+def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[str]:
+    """The ledger's tables, its counts, and that it and the shards tell the same."""
+    problems: list[str] = []
+    outcomes, sums = Counter[str](), Sums()
+    schema = with_scores(LEDGER_SCHEMA, pinned_columns(manifest.scores))
+    for entry, (table, found) in zip(
+        manifest.ledger,
+        ahead(lambda entry: _table(storage, entry.table, entry.sha256, schema), manifest.ledger),
+        strict=True,
+    ):
+        problems += found
+        if table is None:
+            continue
+        if len(table) != entry.rows:
+            problems.append(f"{entry.table}: {len(table)} rows, {MANIFEST} says {entry.rows}")
+        outcomes.update({item["values"]: item["counts"] for item in pc.value_counts(table["outcome"]).to_pylist()})
+        kept = table.filter(pc.equal(table["outcome"], KEPT))
+        for name in pc.unique(kept["shard"]).to_pylist():
+            sums[name] += _sum(_words(kept.filter(pc.equal(kept["shard"], name))["key"]))
+    if problems:
+        return problems
+    for outcome in OUTCOMES:
+        if outcomes[outcome] != manifest.counts.get(outcome, 0):
+            said = manifest.counts.get(outcome, 0)
+            problems.append(f"ledger: {outcomes[outcome]} rows {outcome}, {MANIFEST} says {said}")
+    if shards is not None:
+        wrong = sorted(name for name in sums.keys() | shards.keys() if sums[name] != shards[name])
+        problems += [f"ledger: the rows kept in {name or 'no shard'} are not those of its table" for name in wrong]
+    return problems
+
+
+# Indexes and tables ----------------------------------------------------------------------------------------------
+
+
+def _indexes(storage: Storage, manifest: Manifest, *, tables_are_whole: bool) -> Iterator[str]:
+    """Every index against its sum, and against what the shards say."""
+    expected = indexes(manifest)
+    for name in sorted(expected.keys() | manifest.indexes.keys()):
+        if not storage.exists(name):
+            yield f"{name}: missing"
+        elif name == energon.INDEX:
+            yield from _sqlite(storage, manifest, compare=tables_are_whole)
+        elif storage.read(name) != expected.get(name):
+            yield f"{name}: does not agree with {MANIFEST}"
+
+
+def _sqlite(storage: Storage, manifest: Manifest, *, compare: bool) -> Iterator[str]:
+    name = energon.INDEX
+    with scratch() as folder:
+        path = storage.local_path(name)
+        copy = None if path else folder / "index.sqlite"
+        with contextlib.closing(storage.open(name)) as file, contextlib.ExitStack() as stack:
+            target = stack.enter_context(copy.open("wb")) if copy else None
+            digest = hashlib.sha256()
+            while data := file.read(_READ_BYTES):
+                digest.update(data)
+                if target:
+                    target.write(data)
+        if digest.hexdigest() != manifest.indexes.get(name):
+            yield f"{name}: its SHA-256 is not the one in {MANIFEST}"
+        elif compare and (at := path or copy) and not energon.sqlite_agrees(at, storage, manifest.shards):
+            yield f"{name}: does not agree with the shards' tables"
+
+
+def _table(storage: Storage, name: str, sha256: str, schema: pa.Schema) -> tuple[pa.Table | None, list[str]]:
+    """A Parquet file if it is there, whole, and has the schema; and what is wrong with it."""
+    if not storage.exists(name):
+        return None, [f"{name}: missing"]
+    data = storage.read(name)
+    if sha256_of(data) != sha256:
+        return None, [f"{name}: its SHA-256 is not the one in {MANIFEST}"]
+    try:
+        table = pq.ParquetFile(io.BytesIO(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        return None, [f"{name}: cannot be read as Parquet: {error}"]
+    if table.schema != schema:
+        return None, [f"{name}: has other columns than this version writes"]
+    return table, []

@@ -1,0 +1,264 @@
+"""Some rows of a dataset → a contact sheet: one PNG of their pictures, each with its key and the start of its caption.
+
+Rows are named by what the ledger says of them (reason=match, outcome=rejected, or a condition's name; all must hold),
+or by a file with one key a line. Those without a picture are a frame with the reason in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image, ImageDraw, ImageFont
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.html.page import clean, clip
+from capstan.pipeline.records import OUTCOMES
+from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
+from capstan.pipeline.report.thumbnails import find_pictures, shrink, why_missing
+from capstan.pipeline.storage import Storage
+
+SHOWN: Final = 64  # rows on a sheet, unless asked otherwise
+MOST: Final = 1000
+_COLUMNS: Final = 8
+_SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of a picture, between cells, around the sheet
+_KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: sizes of letters
+_LINES: Final = 2  # of a caption
+_INK, _SOFT, _LINE, _PAPER, _PANEL = "#1b1f24", "#59626e", "#aeb5bf", "#ffffff", "#f4f5f7"
+_LISTED: Final = 12  # values named where nothing was found
+_FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Arial Unicode.ttf")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to show in their order, of `found` that there are; `title` says which they are."""
+
+    keys: list[str]
+    found: int
+    title: str
+
+
+def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int = SHOWN) -> dict[str, Any]:
+    """Publish the contact sheet `out` (PNG) of the first `count` rows that all of `samples` name. Gives a summary.
+
+    Raises RecipeError for names that the ledger does not know, and where no row is found.
+    """
+    if out.suffix.lower() != ".png":
+        raise RecipeError("-o", f"{out} is not a PNG file", "name one that ends in .png")
+    with Rows(storage) as rows:
+        chosen = _choose(rows, samples, count)
+        shown = rows.rows(chosen.keys)
+        pictures = find_pictures(rows, shown.values())
+        cells = [_cell(shown[key], pictures.get(key)) for key in chosen.keys]
+    title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".partial-{out.name}")
+        _sheet(cells, title).save(partial, "PNG", optimize=True)
+        partial.replace(out)
+    except OSError as error:
+        raise RecipeError("-o", f"cannot write {out} ({error})", "name a PNG file that can be written") from None
+    return {
+        "sheet": str(out),
+        "shown": len(cells),
+        "found": chosen.found,
+        "without_picture": len(cells) - len(pictures),
+    }
+
+
+# Which rows -----------------------------------------------------------------------------------------------------------
+
+
+def _choose(rows: Rows, samples: Sequence[str], count: int) -> Chosen:
+    conditions: list[str] = []
+    parameters: list[Any] = []
+    listed: list[str] = []
+    for sample in samples:
+        column, equals, wanted = sample.partition("=")
+        if not equals and Path(sample).is_file():
+            listed += _key_list(Path(sample))
+            continue
+        if not equals:
+            column, wanted = _named(rows, sample), sample
+        sql, parameter = _equal(rows, column, wanted)
+        conditions.append(sql)
+        parameters.append(parameter)
+    where = " AND ".join(conditions) or "true"
+    if listed:
+        where += f" AND key IN ({', '.join(map(literal, listed))})"
+    ((found,),) = rows.ask(f"SELECT count(*) FROM rows WHERE {where}", parameters)
+    if not found:
+        raise RecipeError("--samples", f"no row is {' and '.join(samples)}", _what_there_is(rows, samples, listed))
+    keys = rows.keys(where, found if listed else count, parameters)
+    if listed:
+        place = {key: number for number, key in reversed(list(enumerate(listed)))}
+        keys = sorted(keys, key=place.__getitem__)[:count]
+    return Chosen(keys, found, " and ".join(samples))
+
+
+def _key_list(path: Path) -> list[str]:
+    """The keys in a file, one a line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            "--samples", f"cannot read {path} ({error})", "name a text file with one key a line"
+        ) from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise RecipeError("--samples", f"{path} names no key", "write one key a line")
+    return keys
+
+
+def _named(rows: Rows, word: str) -> str:
+    """The column in which a bare word stands: an outcome, or a reason, of which a condition's name is one."""
+    if word in (*OUTCOMES, STAGED):
+        return "outcome"
+    reasons = {reason for _, reason in rows.outcomes if reason} | rows.conditions.keys()
+    if word in reasons:
+        return "reason"
+    near = difflib.get_close_matches(word, [*OUTCOMES, *reasons], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else _what_there_is(rows, [], [])
+    raise RecipeError("--samples", f"{word!r} is neither a file nor an outcome, reason or condition", hint)
+
+
+def _equal(rows: Rows, column: str, wanted: str) -> tuple[str, Any]:
+    """SQL that holds where `column` is `wanted`, and its parameter."""
+    if column not in rows.columns:
+        near = difflib.get_close_matches(column, list(rows.columns), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(rows.columns)}"
+        raise RecipeError("--samples", f"no column {column!r}", hint)
+    if rows.columns[column] == "VARCHAR":
+        return f"{quoted(column)} = ?", wanted
+    try:
+        return f"{quoted(column)}::DOUBLE = ?", float(wanted)
+    except ValueError:
+        raise RecipeError("--samples", f"{column} holds numbers, {wanted!r} is none", "write a number") from None
+
+
+def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) -> str:
+    """The mend where nothing was found: the values that the named columns have, the most frequent first."""
+    if listed:
+        example = rows.keys("true", 1)
+        return f"keys look like {example[0]}" if example else "the dataset has no rows"
+    columns = [sample.partition("=")[0] for sample in samples if "=" in sample] or ["outcome", "reason"]
+    parts = []
+    for column in dict.fromkeys(columns):
+        text = f"left({quoted(column)}::VARCHAR, 60)"
+        query = f"SELECT {text}, count(*) FROM rows GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_LISTED + 1}"
+        values = [f"{value} ({count:,})" for value, count in rows.ask(query) if value]
+        more = ", …" if len(values) > _LISTED else ""
+        parts.append(
+            f"{column} is one of {', '.join(values[:_LISTED])}{more}" if values else f"{column} is always empty"
+        )
+    return "; ".join(parts)
+
+
+# The sheet ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A picture or why there is none, and the texts beneath."""
+
+    picture: Image.Image | None
+    missing: str
+    key: str
+    caption: str
+
+
+def _cell(row: Row, jpeg: bytes | None) -> _Cell:
+    picture = shrink(jpeg, _SIDE) if jpeg else None
+    missing = "cannot be decoded" if jpeg and picture is None else why_missing(row)
+    return _Cell(picture, missing, clean(row.key), clean(clip(row.caption, 200)))
+
+
+def _sheet(cells: Sequence[_Cell], title: str) -> Image.Image:
+    """Cells in rows, each picture in a square with its texts beneath."""
+    columns = min(_COLUMNS, max(len(cells), 3))  # room for the title, also above a single picture
+    height = _SIDE + 6 + _KEY + 6 + _LINES * (_TEXT + 4)
+    lines = -(-len(cells) // columns)
+    head = _TITLE + 20
+    size = (
+        2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP,
+        2 * _MARGIN + head + lines * (height + _GAP) - _GAP,
+    )
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = _font(_TITLE)
+    pen.text((_MARGIN, _MARGIN), _fitting(clean(title), font, size[0] - 2 * _MARGIN), fill=_INK, font=font)
+    for number, cell in enumerate(cells):
+        x = _MARGIN + number % columns * (_SIDE + _GAP)
+        y = _MARGIN + head + number // columns * (height + _GAP)
+        _draw(sheet, pen, cell, x, y)
+    return sheet
+
+
+def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: int) -> None:
+    box = (x, y, x + _SIDE - 1, y + _SIDE - 1)
+    if cell.picture is None:
+        pen.rectangle(box, outline=_LINE)
+        said = "\n".join(textwrap.wrap(cell.missing, 22)[:4])
+        pen.text((x + _SIDE / 2, y + _SIDE / 2), said, fill=_SOFT, font=_font(_TEXT), anchor="mm", align="center")
+    else:
+        pen.rectangle(box, fill=_PANEL)
+        picture = _enlarged(cell.picture)
+        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+    font = _font(_KEY)
+    pen.text((x, y + _SIDE + 5), _fitting(cell.key, font, _SIDE), fill=_SOFT, font=font)
+    top = y + _SIDE + 5 + _KEY + 5
+    for line in _wrapped(cell.caption or "no caption", _font(_TEXT), _SIDE):
+        pen.text((x, top), line, fill=_INK if cell.caption else _SOFT, font=_font(_TEXT))
+        top += _TEXT + 4
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """A tiny picture, each pixel a square of whole size; others as they are."""
+    times = _SIDE // max(picture.size)
+    return (
+        picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+        if times > 1
+        else picture
+    )
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """The first lines of a text, cut anywhere if a word does not fit."""
+    lines: list[str] = []
+    while text and len(lines) < _LINES:
+        end = len(_fitting(text, font, width, mark=""))
+        if end < len(text) and len(lines) == _LINES - 1:
+            return [*lines, _fitting(text, font, width)]
+        if end < len(text) and " " in text[1 : end + 1]:
+            end = text.rindex(" ", 1, end + 1)
+        end = max(end, 1)
+        lines.append(text[:end])
+        text = text[end:].lstrip()
+    return lines
+
+
+def _fitting(text: str, font: Any, width: int, mark: str = "…") -> str:
+    """As much of a text as fits in `width` pixels; `mark` shows that it was cut."""
+    if font.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle] + mark) <= width else (low, middle - 1)
+    return text[:low] + mark
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    """A font that knows many scripts, where the machine has one; else the one that comes with Pillow."""
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)

@@ -1,0 +1,86 @@
+"""captions/diff-*.json, which `capstan captions diff` publishes → which caption layer fits the pictures better."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from capstan.pipeline.html import page
+from capstan.pipeline.html.page import Cell, Html
+from capstan.pipeline.storage import Storage
+
+_MOST: Final = 40  # comparisons shown
+_NAME: Final = 60  # characters of a layer's name, and of the judge's
+_BYTES: Final = 1_000_000  # of a file that may be a comparison
+
+
+class _Rate(BaseModel):
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+class _Words(BaseModel):
+    mean: float
+
+
+class _Side(BaseModel):
+    name: str
+    clip_mean: float
+    clip_min: float
+    recall: float
+    words: _Words
+
+
+class _Comparison(BaseModel):
+    """What is shown of one; the files hold more, and their own page shows all of it."""
+
+    pictures: int
+    clip: str
+    a: _Side
+    b: _Side
+    a_wins_by_mean: _Rate
+    a_wins_by_min: _Rate
+
+
+def comparisons(storage: Storage) -> list[Html]:
+    """The main numbers of every comparison, with a link to its page; nothing where there is none."""
+    files = {name for name in storage.names("captions") if PurePosixPath(name).match("captions/diff-*")}
+    found = sorted(name for name in files if name.endswith(".json"))
+    if not found:
+        return []
+    rows = [row for name in found[:_MOST] for row in _rows(storage, name, files)]
+    header = ["", "captions", "CLIP score", "worst sentence", "own picture found", "words", "wins", "by worst sentence"]
+    blocks = [
+        page.note(
+            "Score: 100 × the cosine of picture and sentence, by the CLIP that is named. Own picture found: the share "
+            "of captions closer to their picture than to its nearest neighbours. Wins of the first, with 95% intervals."
+        ),
+        page.table(header, rows),
+    ]
+    return [*blocks, page.note(f"And {len(found) - _MOST:,} more.")] if len(found) > _MOST else blocks
+
+
+def _rows(storage: Storage, name: str, files: set[str]) -> list[list[Any]]:
+    """A line a side; of a file that is no comparison one that says so."""
+    stem = PurePosixPath(name).stem
+    try:
+        said = _Comparison.model_validate_json(storage.read(name) if storage.size(name) <= _BYTES else b"")
+    except ValidationError:
+        return [[page.clip(stem, 2 * _NAME), "cannot be read: make it anew", *[""] * 6]]
+    about = f"{said.pictures:,} pictures, {page.clip(said.clip, _NAME)}"
+    whole = name.removesuffix(".json") + ".html"
+    first = Cell(page.link(about, whole)) if whole in files else about
+    return [
+        [first, *_numbers(said.a), str(said.a_wins_by_mean), str(said.a_wins_by_min)],
+        ["", *_numbers(said.b), "", ""],
+    ]
+
+
+def _numbers(side: _Side) -> list[Any]:
+    return [page.clip(side.name, _NAME), side.clip_mean, side.clip_min, side.recall, side.words.mean]

@@ -1,0 +1,76 @@
+"""A dataset, finished or not → report.html in its folder: one file, under 5 MB, that opens anywhere.
+
+It shows pictures that were left out, too, where these are still staged: who publishes a dataset may want to look at
+the report before publishing it along.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.html import page
+from capstan.pipeline.report import sections
+from capstan.pipeline.report.examples import choose
+from capstan.pipeline.report.layer_diffs import comparisons
+from capstan.pipeline.report.query import Rows
+from capstan.pipeline.report.thumbnails import find_pictures, thumbnails
+from capstan.pipeline.run_history import read_runs
+from capstan.pipeline.storage import Storage
+
+REPORT: Final = "report.html"
+LIMIT: Final = 5_000_000  # bytes of the whole file
+_PICTURES: Final = 3_100_000  # bytes of all pictures; base64 makes 4/3 of them, and texts and plots need the rest
+
+
+def write_report(storage: Storage) -> str:
+    """Publish report.html in the dataset's folder; gives its address.
+
+    Raises RecipeError where there is neither a dataset nor the beginning of one.
+    """
+    with Rows(storage) as rows:
+        data = report(rows).encode()
+    if len(data) > LIMIT:
+        raise CapstanError(
+            f"the report would have {len(data):,} bytes: that is a mistake of Capstan's, please report it"
+        )
+    storage.write(REPORT, data)
+    return f"{storage.url}/{REPORT}"
+
+
+def report(rows: Rows) -> str:
+    """The whole page."""
+    examples = choose(rows)
+    thumbs = thumbnails(find_pictures(rows, examples.pictured()), _PICTURES)
+    size = sum(entry.bytes for entry in rows.manifest.shards) if rows.manifest else 0
+    name = rows.storage.url.rstrip("/").rpartition("/")[2] or rows.storage.url
+    made = page.Page(name, page.note(_state(rows)), sections.key_figures(rows, size))
+    if rows.manifest and rows.finished:
+        made.section("Funnel", sections.funnel(rows.manifest.funnel, rows.conditions))
+    made.section("What is kept" if rows.finished else "What is staged", sections.kept(examples, thumbs))
+    if examples.steps:
+        made.section("What the conditions dropped", *sections.by_step(examples, thumbs, rows))
+    made.section("Sizes, captions and scores", *sections.distributions(rows))
+    if compared := comparisons(rows.storage):
+        made.section("Captions compared", *compared)
+    if examples.pairs:
+        made.section("Duplicates", *sections.duplicates(examples, thumbs, rows))
+    if hosts := sections.domains(rows):
+        made.section("Hosts", *hosts)
+    made.section("Failures", *sections.failures(rows, examples))
+    made.section("Throughput", *sections.throughput(read_runs(rows.storage)))
+    if rows.manifest:
+        made.section("Recipe", sections.recipe(rows))
+    return made.html()
+
+
+def _state(rows: Rows) -> str:
+    """Where the dataset lies, and whether it is finished."""
+    if rows.manifest is None:
+        done = f"{rows.count:,} of {rows.planned:,} planned rows have been looked at so far"
+        return f"{rows.storage.url} is not finished: {done}."
+    if not rows.finished:
+        return f"{rows.storage.url} is being packed again: nothing is decided until `capstan build` has ended."
+    if not rows.manifest.complete:
+        return f"{rows.storage.url} is incomplete: some shards could not be packed. Run `capstan build` again."
+    return rows.storage.url

@@ -1,0 +1,108 @@
+"""Rows → their pictures: in the shards for those that are kept, staged for the others; and thumbnails within a budget.
+
+Of a row whose picture has been freed, or lies in a file that cannot be read, there is none; the reader is told so.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from capstan.pipeline.errors import StorageError
+from capstan.pipeline.records import KEPT
+from capstan.pipeline.report.query import Row, Rows
+from capstan.pipeline.storage import Storage
+
+# Longest side in pixels, and quality: the first of these with which all thumbnails fit is taken. Shown at about half
+# their size, the large ones are sharp on fine screens.
+_LADDER: Final = ((256, 84), (208, 80), (160, 78), (128, 74), (96, 70), (64, 60))
+
+
+def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
+    """Key → JPEG, of the rows whose picture is there."""
+    places: dict[tuple[str, str], list[str]] = {}
+    listed = {entry.name: entry for entry in rows.manifest.shards} if rows.manifest else {}
+    for row in wanted:
+        if not row.is_shown:
+            files = []
+        elif row.outcome == KEPT:
+            files = [(listed[row.shard].table, listed[row.shard].tar)] if row.shard in listed else []
+        else:
+            files = [(unit.table, unit.tar) for unit in rows.staged_units(row.unit) if unit.tar]
+        for place in files:
+            places.setdefault(place, []).append(row.key)
+    found: dict[str, bytes] = {}
+    for (table, tar), keys in sorted(places.items()):
+        found |= _read(rows.storage, table, tar, sorted(set(keys)))
+    return found
+
+
+def why_missing(row: Row) -> str:
+    """In a few words, why there is no picture of a row."""
+    if not row.is_shown:
+        return row.reason or row.outcome
+    return "cannot be read" if row.outcome == KEPT else "no longer staged"
+
+
+def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, bytes]:
+    """The JPEGs of `keys` from one tar, by the offsets in its table."""
+    try:
+        with storage.open(table) as file:
+            spans = pq.read_table(file, columns=["key", "offset", "size"])
+        spans = spans.filter(pc.is_in(spans["key"], pa.array(keys, pa.string()))).sort_by("offset")
+        with storage.open(tar) as file:
+            return {row["key"]: _span(file, row["offset"], row["size"]) for row in spans.to_pylist() if row["size"]}
+    except (FileNotFoundError, StorageError, pa.ArrowInvalid):
+        return {}  # freed, or damaged: `capstan verify` says which
+
+
+def _span(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return bytes(file.read(size))
+
+
+def shrink(jpeg: bytes, side: int) -> Image.Image | None:
+    """A picture whose longest side is at most `side` pixels; None if it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            image.draft("RGB", (2 * side, 2 * side))
+            small = image.convert("RGB")
+    except (OSError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+    return small
+
+
+def thumbnails(jpegs: Mapping[str, bytes], budget: int) -> dict[str, bytes]:
+    """Key → a small JPEG; together at most `budget` bytes. Those that do not fit at the smallest size are left out."""
+    largest = {key: shrink(jpeg, _LADDER[0][0]) for key, jpeg in jpegs.items()}
+    whole = {key: image for key, image in largest.items() if image is not None}
+    made: dict[str, bytes] = {}
+    for side, quality in _LADDER:
+        made = {key: _encode(image, side, quality) for key, image in whole.items()}
+        if sum(map(len, made.values())) <= budget:
+            return made
+    return _first(made, list(jpegs), budget)
+
+
+def _encode(image: Image.Image, side: int, quality: int) -> bytes:
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return file.getvalue()
+
+
+def _first(made: Mapping[str, bytes], order: Sequence[str], budget: int) -> dict[str, bytes]:
+    chosen: dict[str, bytes] = {}
+    for key in order:
+        if key in made and budget >= len(made[key]):
+            chosen[key] = made[key]
+            budget -= len(made[key])
+    return chosen

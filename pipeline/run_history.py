@@ -1,0 +1,50 @@
+"""What runs took: state/runs.jsonl, one JSON object for each run that did something, the latest last.
+
+It is beside what a dataset promises: nothing else is made from it, and no byte of shards or ledger depends on it. Runs
+that were cut off are not in it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.storage import Storage
+
+RUNS: Final = "state/runs.jsonl"
+_KEPT: Final = 200  # runs
+
+
+class Run(BaseModel):
+    """A run: when it ended, the rows that it ingested (fetched, decoded, measured), and seconds by stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    command: str
+    ended: datetime
+    rows: int
+    seconds: dict[str, float]
+
+
+def note_run(storage: Storage, command: str, rows: int, seconds: dict[str, float]) -> None:
+    """Add a run that ends now."""
+    run = Run(command=command, ended=datetime.now(UTC).replace(microsecond=0), rows=rows, seconds=seconds)
+    lines = [run.model_dump_json() for run in [*read_runs(storage), run][-_KEPT:]]
+    storage.write(RUNS, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_runs(storage: Storage) -> list[Run]:
+    """The runs so far, the latest last."""
+    try:
+        lines = storage.read(RUNS).splitlines()
+    except FileNotFoundError:
+        return []
+    try:
+        return [Run.model_validate_json(line) for line in lines]
+    except ValidationError as error:
+        raise CapstanError(
+            f"{storage.url}/{RUNS} has a line that is no run; remove it ({error.errors()[0]['msg']})"
+        ) from None

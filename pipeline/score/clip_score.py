@@ -1,0 +1,39 @@
+"""CLIP: how near a caption lies to its picture; and the picture's embedding, where it is kept."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from capstan.pipeline.score.clip_model import ClipModel
+from capstan.pipeline.score.scorer import Embedded, EmbeddingScorer, Values
+
+
+class ClipSimilarity(EmbeddingScorer):
+    """The cosine of picture and caption (Hessel et al. 2021, "CLIPScore", without its factor 2.5)."""
+
+    name: ClassVar[str] = "clip"
+    columns: ClassVar[list[pa.Field]] = [pa.field("clip_score", pa.float32())]
+
+    def __init__(self, tower: ClipModel) -> None:
+        self.tower = tower
+
+    def score(self, batch: Embedded) -> dict[str, Values]:
+        return {"clip_score": (batch.images * batch.texts).sum(-1).cpu().numpy()}
+
+
+class Embeddings(EmbeddingScorer):
+    """The pictures' embeddings, of length 1. They stay in files of their own: no condition asks about them."""
+
+    name: ClassVar[str] = "embeddings"
+    in_ledger: ClassVar[bool] = False
+
+    def __init__(self, tower: ClipModel) -> None:
+        self.tower = tower
+        self.columns: list[pa.Field] = [pa.field("embedding", pa.list_(pa.float16(), tower.dim))]  # type: ignore[misc]
+
+    def score(self, batch: Embedded) -> dict[str, Values]:
+        found: Any = batch.images.cpu().numpy()
+        return {"embedding": found.astype(np.float16)}

@@ -1,0 +1,266 @@
+"""The recipe's SQL, asked of measured rows: which condition a row does not meet, and what sampling steps go by.
+
+Conditions see one row at a time: the columns of `ingest.STAGED_SCHEMA` (without offset and size), those of the
+recipe's scorers, and `domain`, the host of the address. `extra` is JSON, so that extra->>'$.license' = 'cc0' asks for a
+column of the source. So rows can be asked in blocks, in their order and in little memory, and only the columns that
+are named are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capstan.pipeline.config import Condition, Recipe
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.image.phash import read_colours
+from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.records import REMOVED
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.store import Columns, added, joined
+from capstan.pipeline.source.blocklist import Blocklist, blocked
+from capstan.pipeline.storage import Storage
+
+# A row's step; n > 0: it does not meet the n-th condition. A row that was kept when it was taken down still holds its
+# place: so its neighbours stay in their shards, and what repeats it stays out.
+TOMBSTONE, BLOCKED, FAILED, PASSED = -3, -2, -1, 0
+HELD_PLACE: Final = "kept"  # `detail` of such a row in its staged table
+
+_BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
+_DOMAIN: Final = "domain"
+# The host in lower case, without user and port: https://user@WWW.Example.org:443/a → www.example.org
+_DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1))"
+_BLOCK_ROWS: Final = 100_000
+_MEMORY_LIMIT: Final = "1GB"
+_ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
+_ALWAYS: Final = ["key", "reason", "detail", "original_width", "original_height", "sha256", "phash"]
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """Of n rows, in order: `step`; `key` and `sha256` as 16 and 32 raw bytes; `area` of the source in pixels; and by a
+    condition's number what its `per` or `balance` (hashed) and its `by` (NaN for null) gave."""
+
+    step: npt.NDArray[np.int16]
+    key: npt.NDArray[np.bytes_]
+    sha256: npt.NDArray[np.bytes_]
+    area: npt.NDArray[np.int64]
+    phash: npt.NDArray[np.uint64]
+    colours: npt.NDArray[np.uint8] | None  # [n, phash.COLOUR_BYTES]; None: not asked for
+    groups: dict[int, npt.NDArray[np.uint64]]
+    ranks: dict[int, npt.NDArray[np.float64]]
+
+
+def check_conditions(recipe: Recipe) -> None:
+    """Raise RecipeError for a condition that names an unknown column, is not SQL, or asks for what it cannot have."""
+    columns = registry.columns(recipe)
+    schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *added(columns)])
+    with _connect() as db:
+        db.register("block", schema.empty_table())
+        for condition in recipe.select:
+            for key, sql in condition.expressions.items():
+                try:
+                    if any(node.get("class") in ("SUBQUERY", "WINDOW") for node in _nodes(db, sql)):
+                        hint = "ask about the row itself; at_most, balance and top compare rows"
+                        raise RecipeError(_field(condition, key), "asks about other rows", hint)
+                    kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows(schema.names)}").types[1])  # no aggregates
+                    if key == "by":
+                        db.sql(f"SELECT ({sql}\n)::DOUBLE FROM {_rows(schema.names)}").fetchall()
+                except duckdb.Error as error:
+                    raise _explain(condition, key, error, schema.names) from None
+                if key == "where" and kind != "BOOLEAN":
+                    hint = "write a comparison, e.g. least(width, height) >= 200"
+                    raise RecipeError(_field(condition, key), f"gives {kind.lower()}, not yes or no", hint)
+
+
+def ask(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> QueryResult:
+    """Answers about all rows of the units. Raises RecipeError for a condition that fails on one."""
+    columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
+    coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
+    with _connect() as db:
+        question = _Question(db, recipe.select, columns, unwanted, coloured=coloured)
+        blocks = list(ahead(lambda part: question.ask(storage, part), _blocks(units)))
+    if not blocks:
+        blocks = [question.nothing()]
+    first = blocks[0]
+    whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
+    return QueryResult(
+        **whole,
+        colours=np.concatenate([block.colours for block in blocks if block.colours is not None]) if coloured else None,
+        groups={number: np.concatenate([block.groups[number] for block in blocks]) for number in first.groups},
+        ranks={number: np.concatenate([block.ranks[number] for block in blocks]) for number in first.ranks},
+    )
+
+
+def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:
+    """Neighbouring units of about _BLOCK_ROWS rows together: a question of few rows costs milliseconds, too."""
+    held: list[Staged] = []
+    for unit in units:
+        held.append(unit)
+        if sum(u.rows for u in held) >= _BLOCK_ROWS:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+class _Question:
+    """All that the recipe's conditions ask of a row, as one query."""
+
+    def __init__(
+        self,
+        db: duckdb.DuckDBPyConnection,
+        conditions: Sequence[Condition],
+        columns: Columns,
+        unwanted: Blocklist,
+        *,
+        coloured: bool,
+    ) -> None:
+        self._db, self._conditions, self._columns = db, conditions, columns
+        self._unwanted, self._coloured = unwanted, coloured
+        cases, self._groups, self._ranks = "", list[int](), list[int]()
+        taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
+        asked = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
+        for number, condition in enumerate(conditions, 1):
+            if condition.where is not None:
+                cases += f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
+        asked[0] += f"{cases} ELSE {PASSED} END::SMALLINT AS step"
+        for number, condition in enumerate(conditions, 1):
+            if group := condition.per or condition.balance:
+                asked.append(f"CASE WHEN reason = '' THEN hash(({group}\n)) ELSE 0 END AS group_{number}")
+                self._groups.append(number)
+            if condition.by:
+                asked.append(f"CASE WHEN reason = '' THEN ({condition.by}\n)::DOUBLE END AS rank_{number}")
+                self._ranks.append(number)
+        self._select = "SELECT " + ", ".join(asked)
+        self._named = self._columns_named()
+
+    def _columns_named(self) -> set[str]:
+        """The columns that the conditions name, and that are therefore read."""
+        named = {
+            name.casefold()
+            for condition in self._conditions
+            for sql in condition.expressions.values()
+            for node in _nodes(self._db, sql)
+            for name in node.get("column_names", ())
+        }
+        known = [*_BASE, *(field.name for field in added(self._columns))]
+        needed = {"url"} if _DOMAIN in named or self._unwanted else set()
+        return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
+
+    def ask(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
+        return self._answers(pa.concat_tables([self._read(storage, unit) for unit in units]))
+
+    def nothing(self) -> QueryResult:
+        return self._answers(STAGED_SCHEMA.empty_table())
+
+    def _read(self, storage: Storage, unit: Staged) -> pa.Table:
+        rows = storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])
+        scores = joined(storage, unit, self._columns, self._named)
+        for field in scores.schema:
+            rows = rows.append_column(field, scores[field.name])
+        return rows
+
+    def _answers(self, rows: pa.Table) -> QueryResult:
+        found = self._found(rows)
+        size = rows["original_width"].to_numpy().astype(np.int64)
+        step = found["step"].to_numpy()
+        if self._unwanted:
+            hits = self._unwanted.hits(*(rows[name].to_pylist() for name in ("key", "url", "sha256")))
+            step = np.where(np.array(hits, bool) & (step >= FAILED), np.int16(BLOCKED), step)
+        return QueryResult(
+            step,
+            raw_digits(rows["key"], 16),
+            raw_digits(rows["sha256"], 32),
+            size * rows["original_height"].to_numpy(),
+            rows["phash"].to_numpy(),
+            read_colours(rows["colours"]) if self._coloured else None,
+            {number: found[f"group_{number}"].to_numpy() for number in self._groups},
+            {number: found[f"rank_{number}"].to_numpy() for number in self._ranks},
+        )
+
+    def _found(self, rows: pa.Table) -> pa.Table:
+        """What the query gives for these rows, in their order. A connection of its own: blocks are asked at once."""
+        with self._db.cursor() as cursor:
+            cursor.register("block", rows)
+            try:
+                return cursor.sql(f"{self._select} FROM {_rows(rows.column_names)}").to_arrow_table()
+            except duckdb.Error as error:
+                raise _explain(*self._culprit(cursor, rows), error, rows.column_names) from None
+
+    def _culprit(self, db: duckdb.DuckDBPyConnection, rows: pa.Table) -> tuple[Condition, str]:
+        """The first condition that fails on the rows by itself."""
+        asked = [(condition, key, sql) for condition in self._conditions for key, sql in condition.expressions.items()]
+        for condition, key, sql in asked:
+            value = f"({sql}\n)::DOUBLE" if key == "by" else f"({sql}\n)"
+            try:
+                db.sql(f"SELECT count({value}) FROM {_rows(rows.column_names)} WHERE reason = ''").fetchall()
+            except duckdb.Error:
+                return condition, key
+        return asked[-1][:2]
+
+
+def _rows(columns: Sequence[str]) -> str:
+    """The rows with what can be computed of their columns; DuckDB computes only what is asked for."""
+    return f"(SELECT *, {_DOMAIN_SQL} AS {_DOMAIN} FROM block)" if "url" in columns else "block"
+
+
+def _nodes(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[Mapping[str, Any]]:
+    """Every node of an expression, as DuckDB parses it."""
+    ((text,),) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchall()
+
+    def walk(value: Any) -> Iterator[Mapping[str, Any]]:
+        if isinstance(value, dict):
+            yield value
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from walk(inner)
+
+    return walk(json.loads(text))  # what is not SQL has no nodes: asking for it tells what is wrong
+
+
+def raw_digits(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
+    """Hexadecimal digits as `width` raw bytes; zeros where there are none, as failed rows have no hash."""
+    text = column.combine_chunks()
+    if isinstance(text, pa.ChunkedArray):
+        text = pa.concat_arrays(text.chunks) if text.num_chunks else pa.array([], pa.string())
+    _, offsets, data = text.buffers()
+    ends = (
+        np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1] if len(text) else np.zeros(1, int)
+    )
+    there = np.diff(ends) > 0
+    raw = np.zeros(len(text), f"S{width}")
+    digits = data[int(ends[0]) : int(ends[-1])].to_pybytes().decode() if data is not None else ""
+    raw[there] = np.frombuffer(bytes.fromhex(digits), f"S{width}")
+    return raw
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    """A database that can see the registered rows and nothing else."""
+    db = duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "enable_external_access": False})
+    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which carries the summary only
+    return db
+
+
+def _field(condition: Condition, key: str) -> str:
+    return f"select.{condition.name}.{key}"
+
+
+def _explain(condition: Condition, key: str, error: duckdb.Error, columns: Sequence[str]) -> RecipeError:
+    message = str(error).splitlines()[0]
+    hint = "correct the SQL"
+    if unknown := re.search(r'column "([^"]+)" not found', message):
+        known = [*columns, _DOMAIN]
+        near = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(known)}"
+        message = f"no column {unknown[1]!r}"
+    return RecipeError(_field(condition, key), message, hint)

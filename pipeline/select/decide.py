@@ -1,0 +1,185 @@
+"""Measured rows → decisions: the recipe's steps in order, then duplicates, then which shard a kept row is in.
+
+Nothing here touches a picture: thresholds are questions to tables (pipeline.conditions, pipeline.sampling).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
+from capstan.pipeline.score.store import embeddings
+from capstan.pipeline.select.conditions import BLOCKED, PASSED, TOMBSTONE, QueryResult, ask, check_conditions
+from capstan.pipeline.select.conditions import FAILED as _FAILED
+from capstan.pipeline.select.dedup import Repeats, find_repeats
+from capstan.pipeline.select.near_duplicates import CONTAMINATED, EXACT, PERCEPTUAL, REASONS, SEMANTIC
+from capstan.pipeline.select.sampling import sample
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of each row, in the order of units and, in a unit, of its table.
+
+    `step` [n] is -1 for a failed row, -2 for one that is blocked or was taken down, 0 for one that meets all
+    conditions, or the number of the first it does not meet; `repeats` says of all rows which ones repeat another;
+    `shard` [n] is the shard's number, -1 for rows not kept.
+    """
+
+    units: list[Staged]
+    key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes
+    sha256: npt.NDArray[np.bytes_]  # [n], 32 raw bytes
+    step: npt.NDArray[np.int16]
+    repeats: Repeats
+    shard: npt.NDArray[np.int64]
+    conditions: list[str]
+    funnel: list[dict[str, Any]]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each unit's rows begin; one more at the end."""
+        return np.concatenate([[0], np.cumsum([unit.rows for unit in self.units])]).astype(int).tolist()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by outcome."""
+        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
+        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
+        rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
+        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
+
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Keys of these rows, hexadecimal."""
+        return _hex(self.key[rows])
+
+    def hashes(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """SHA-256 of these rows' source files, hexadecimal."""
+        return _hex(self.sha256[rows])
+
+    def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, pa.Array]:
+        """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
+        step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
+        kind = self.repeats.kind[start:stop]
+        failed, repeats, gone = step == _FAILED, kept >= 0, step == BLOCKED
+        reasons = ["", *self.conditions, REMOVED, *REASONS]
+        outcome = np.select([failed, (step > 0) | gone, repeats], [0, 1, 2], 3)
+        first_kind = len(self.conditions) + 2
+        why = np.select([step > 0, gone, repeats], [step, first_kind - 1, first_kind + kind], 0)
+        of_whom = np.full(len(step), "", object)
+        contaminated = kind == CONTAMINATED
+        of_whom[repeats & ~contaminated] = self.keys(kept[repeats & ~contaminated])
+        of_whom[contaminated] = [self.repeats.evaluation[number] for number in kept[contaminated]]
+        first = max(int(shard.min(where=shard >= 0, initial=np.iinfo(np.int64).max)), 0) if (shard >= 0).any() else 0
+        names = ["", *(shard_name(number) for number in range(first, int(shard.max(initial=-1)) + 1))]
+        return {
+            "outcome": _texts([FAILED, REJECTED, DUPLICATE, KEPT], outcome),
+            "reason": pc.if_else(pa.array(failed), reason, _texts(reasons, why)),
+            "detail": pc.if_else(pa.array(failed), detail, pa.array(of_whom, pa.string())),
+            "shard": _texts(names, np.where(shard >= 0, shard - first + 1, 0)),
+        }
+
+
+def _texts(names: list[str], index: npt.NDArray[Any]) -> pa.Array:
+    return pa.array(names, pa.string()).take(pa.array(index, pa.int64()))
+
+
+def _hex(raw: npt.NDArray[np.bytes_]) -> list[str]:
+    width = 2 * raw.dtype.itemsize
+    text = np.ascontiguousarray(raw).tobytes().hex()
+    return [text[start : start + width] for start in range(0, len(text), width)]
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
+    """Apply `recipe.select` and `recipe.dedup` to the rows of `units` (in order).
+
+    Raises RecipeError (select.<name>.where) for a condition that DuckDB does not take.
+    """
+    check_conditions(recipe)
+    rows = ask(recipe, storage, units)
+    batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
+    step = sample(recipe.select, rows, batch)
+    placed = step == TOMBSTONE
+    repeats = _repeats(recipe, storage, units, rows, batch, np.flatnonzero((step == PASSED) | placed), placed)
+    shard = _allot(batch, ((step == PASSED) | placed) & (repeats.kept < 0), recipe.shards.samples)
+    shard[placed], step[placed] = -1, BLOCKED
+    names = [condition.name for condition in recipe.select]
+    funnel = _funnel(recipe, step, names, repeats)
+    return Decisions(units, rows.key, rows.sha256, step, repeats, shard, names, funnel)
+
+
+def _repeats(
+    recipe: Recipe,
+    storage: Storage,
+    units: list[Staged],
+    rows: QueryResult,
+    batch: npt.NDArray[np.int64],
+    passed: npt.NDArray[np.int64],
+    placed: npt.NDArray[np.bool_],
+) -> Repeats:
+    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its place (`placed`)
+    repeats none."""
+    with scratch() as folder:
+        seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
+        colours = None if rows.colours is None else rows.colours[passed]
+        measures = (rows.sha256[passed], rows.phash[passed], colours, rows.area[passed])
+        found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed)
+    kept, kind = np.full(len(batch), -1, np.int64), np.zeros(len(batch), np.int8)
+    own = (found.kept >= 0) & (found.kind != CONTAMINATED)
+    kept[passed] = found.kept
+    kept[passed[own]] = passed[found.kept[own]]
+    kind[passed] = found.kind
+    kept[placed], kind[placed] = -1, 0
+    return Repeats(kept, kind, found.evaluation)
+
+
+def _batch(unit: str) -> int:
+    return int(unit.partition("-")[0])
+
+
+def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: int) -> npt.NDArray[np.int64]:
+    """The shard of each kept row, -1 elsewhere: batch by batch, as few shards as hold them, sizes that differ by one
+    at most. A batch's shards hold its rows only, so that a new batch moves none."""
+    shard = np.full(len(batch), -1, np.int64)
+    first = 0
+    for number in np.unique(batch):
+        (rows,) = np.nonzero(kept & (batch == number))
+        count = -(-len(rows) // samples)
+        for part in np.array_split(rows, count) if count else []:
+            shard[part] = first
+            first += 1
+    return shard
+
+
+def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
+    """Rows left after each step, and rows that the step took."""
+
+    def repeating(kind: int) -> int:
+        return int((repeats.kind == kind).sum())
+
+    losses = [("fetched and decoded", int((step == _FAILED).sum()))]
+    if removed := int((step == BLOCKED).sum()):
+        losses.append((REMOVED, removed))
+    losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
+    if recipe.dedup.decontaminate is not None:
+        losses.append(("in the evaluation set", repeating(CONTAMINATED)))
+    losses += [("exact duplicates", repeating(EXACT)), ("near duplicates", repeating(PERCEPTUAL))]
+    if recipe.dedup.semantic is not None:
+        losses.append(("semantic duplicates", repeating(SEMANTIC)))
+    funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)
+    for name, lost in losses:
+        left -= lost
+        funnel.append({"step": name, "left": left, "lost": lost})
+    return funnel

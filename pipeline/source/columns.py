@@ -1,0 +1,209 @@
+"""Columns of a source's tables → the columns of a plan: text, JSON and keys, a whole column at a time.
+
+What `records.make_key` gives for one row, `make_keys` gives for all rows of a table at once; the two agree.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.records import PLAN_SCHEMA, make_key
+
+_ESCAPED = r'["\\\x00-\x1f]'  # what JSON does not take as it is (RFC 8259, section 7)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input row, before it has a key. As PLAN_SCHEMA; `url` is also what a row of a folder or a tar is known by."""
+
+    url: str = ""
+    caption: str = ""
+    image: bytes | None = None
+    file: str = ""
+    offset: int = 0
+    length: int = 0
+    extra: str = "{}"
+    hash: str = ""
+
+    @property
+    def key(self) -> str:
+        """By the file it lies in; or by its bytes and caption; or by its address and caption. A row that has none of
+        these (it will fail with a reason) is known by all that it has."""
+        if self.file:
+            return make_key("file", self.url)
+        if self.image:
+            return make_key("image", self.image, self.caption)
+        if self.url:
+            return make_key(self.url, self.caption)
+        return make_key("row", self.caption, self.extra)
+
+
+def of_rows(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table of PLAN_SCHEMA."""
+    return pa.table({name: [getattr(row, name) for row in rows] for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
+
+
+def of_addresses(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) -> pa.Table:
+    """Rows with an address, given as text columns without nulls, as a table of PLAN_SCHEMA."""
+    keys = make_keys(url, caption)
+    for index in pc.indices_nonzero(pc.equal(url, "")).to_pylist():
+        keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
+    nothing = {"image": pa.nulls(len(url), pa.binary()), "file": pa.repeat("", len(url))}
+    zeros = pa.repeat(0, len(url)).cast(pa.int64())
+    columns = {"key": keys, "url": url, "caption": caption, "extra": extra, "hash": hash_, **nothing}
+    return pa.table({name: columns.get(name, zeros) for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
+
+
+def make_keys(*parts: pa.Array) -> list[str]:
+    """`records.make_key` of each row of these text columns."""
+    pieces = [piece for part in parts for piece in (_lengths(part), part.cast(pa.binary()))]
+    messages = pc.binary_join_element_wise(*pieces, pa.scalar(b"", pa.binary()))
+    return [blake2b(message, digest_size=16).hexdigest() for message in messages.to_pylist()]
+
+
+def _lengths(text: pa.Array) -> pa.Array:
+    """The bytes in each cell as 8-byte big-endian numbers."""
+    numbers = pc.binary_length(text).to_numpy(zero_copy_only=False).astype(">u8")
+    fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(text), [None, pa.py_buffer(numbers.tobytes())])
+    return fixed.cast(pa.binary())
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def text_of(value: Any) -> str:
+    """A cell as text: nothing is "", bytes are UTF-8. What cannot be UTF-8 becomes question marks."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    text = value if isinstance(value, str) else str(value)
+    return text.encode("utf-8", "replace").decode()  # lone surrogates do not pass through Arrow
+
+
+NO_TEXT: Final = "unreadable_caption"
+
+
+def caption_of(record: dict[str, Any], name: str) -> str:
+    """Takes the caption out of a record of JSON. A list, an object or a truth value is none: it stands in the record as
+    NO_TEXT, by which its row will fail, and is given as JSON, so that it has a key of its own."""
+    value = record.pop(name, None)
+    if isinstance(value, list | dict | bool):
+        record[NO_TEXT] = value
+        return to_json(value)
+    return text_of(value)
+
+
+def has_no_text(extra: str) -> bool:
+    """Whether the caption of a row with this `extra` was none.
+
+    >>> has_no_text('{"unreadable_caption":["a","b"]}'), has_no_text('{"n":1}')
+    (True, False)
+    """
+    return f'"{NO_TEXT}":' in extra and NO_TEXT in json.loads(extra)
+
+
+def as_text(column: pa.Array) -> pa.StringArray:
+    """`text_of` each cell."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return as_text(column.dictionary_decode())
+    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+        return pc.fill_null(column.cast(pa.string()), "")
+    if not _is_text(kind) and not _is_bytes(kind):
+        return pa.array([text_of(value) for value in column.to_pylist()], pa.string())
+    try:  # Parquet's strings are taken as they are by Arrow's reader, also where they are not UTF-8
+        return pc.fill_null(column.cast(pa.binary()).cast(pa.string()), "")
+    except pa.ArrowInvalid:
+        return pa.array([text_of(value) for value in column.cast(pa.binary()).to_pylist()], pa.string())
+
+
+def as_hash(column: pa.Array) -> pa.StringArray:
+    """Checksums as hexadecimal text, also where the cells hold their raw bytes."""
+    if _is_bytes(column.type):
+        return pa.array([value.hex() if value else "" for value in column.to_pylist()], pa.string())
+    return pc.utf8_trim_whitespace(as_text(column))
+
+
+def is_nested(kind: pa.DataType) -> bool:
+    """Whether cells are lists, structs, maps or the like: there is no one way to write them as text."""
+    return bool(pa.types.is_nested(kind.value_type if pa.types.is_dictionary(kind) else kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    fixed = pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or fixed)
+
+
+# JSON ----------------------------------------------------------------------------------------------------------------
+
+
+def as_objects(columns: Mapping[str, pa.Array], count: int) -> pa.StringArray:
+    """A JSON object for each of `count` rows, with the columns' names as its keys, sorted."""
+    if not columns:
+        return pa.repeat("{}", count)
+    pieces: list[Any] = []
+    for number, name in enumerate(sorted(columns)):
+        pieces += [f"{',' if number else '{'}{to_json(name)}:", _as_json(columns[name])]
+    return pc.binary_join_element_wise(*pieces, "}", "")
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON with sorted keys. What JSON does not know is written as text, bytes in base64, NaN as null."""
+    try:
+        text = _ENCODER.encode(value)
+    except ValueError:
+        text = _ENCODER.encode(_finite(value))
+    return text.encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    return str(value)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null in place of NaN and the infinities, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _as_json(column: pa.Array) -> pa.StringArray:
+    """Each cell as JSON text; the same as `to_json`, by columns where that is faster."""
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+        return pc.fill_null(column.cast(pa.string()), "null")
+    if pa.types.is_floating(kind):
+        finite = pc.if_else(pc.is_finite(column), column, None)
+        text = json.dumps(finite.to_pylist(), separators=(",", ":"))[1:-1]
+        return pa.array(text.split(",") if text else [], pa.string())
+    if _is_text(kind):
+        text = as_text(column)
+        quoted = pc.binary_join_element_wise('"', text, '"', "")
+        odd = pc.indices_nonzero(pc.match_substring_regex(text, _ESCAPED))
+        if len(odd):
+            escaped = pa.array([to_json(value) for value in text.take(odd).to_pylist()], pa.string())
+            mask = pc.is_in(pa.array(range(len(text)), pa.uint64()), value_set=odd)
+            quoted = pc.replace_with_mask(quoted, mask, escaped)
+        return pc.if_else(column.is_valid(), quoted, "null")
+    return pa.array([to_json(value) for value in column.to_pylist()], pa.string())

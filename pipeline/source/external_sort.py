@@ -1,0 +1,135 @@
+"""Rows in any order → rows by key, each key once: a bucket sort on the local disk, in bounded memory.
+
+Keys are hashes, so they fill their range evenly: rows are cut into slices by the first bits of their key, and a few
+neighbouring slices at a time are sorted in memory. Each run of rows that filled the memory is one file, in which a
+slice is a record batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.records import PLAN_SCHEMA
+
+KEY_BYTES: Final = 16
+RUN_BYTES = 96 << 20  # rows held in memory before they become a run
+GROUP_BYTES = 48 << 20  # slices sorted at once, unless one alone is larger
+_SLICE_BITS: Final = 10
+_SLICES: Final = 1 << _SLICE_BITS
+_RAW_KEY: Final = pa.binary(KEY_BYTES)
+_RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
+_ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # which of the rows with one key stays, whatever came first
+
+Known = Callable[[bytes], Iterable[pa.Array]]  # bound → the raw keys below it that were not given yet, in blocks
+
+
+class ExternalKeySort:
+    """Sorts rows of PLAN_SCHEMA through files in the folder `scratch`. `rows` were added; `repeats` (once all are
+    sorted) of them have the key of another."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.rows = self.repeats = 0
+        self._scratch = scratch
+        self._held: list[pa.Table] = []
+        self._held_bytes = 0
+        self._runs: list[Path] = []
+        self._slice_bytes = np.zeros(_SLICES, np.int64)
+
+    def add(self, table: pa.Table) -> None:
+        self.rows += len(table)
+        self._held.append(table.set_column(0, _RUN_SCHEMA.field("key"), raw_keys(table["key"])))
+        self._held_bytes += table.nbytes
+        if self._held_bytes >= RUN_BYTES:
+            self._spill()
+
+    def sorted(self, known: Known) -> Iterator[pa.Table]:
+        """Tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
+        for group, bound in self._groups():
+            rows = group.combine_chunks()
+            rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
+            keys = _bytes(rows["key"].combine_chunks())
+            repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
+            self.repeats += int(repeated.sum())
+            fresh = pc.invert(pa.array(repeated))
+            for block in known(bound):
+                fresh = pc.and_not(fresh, pc.is_in(rows["key"], value_set=block))
+            rows = rows.filter(fresh)
+            if len(rows):
+                yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
+
+    def _spill(self) -> None:
+        """What is held becomes a run."""
+        rows = pa.concat_tables(self._held).combine_chunks()
+        self._held, self._held_bytes = [], 0
+        first_bits = _bytes(rows["key"].combine_chunks()).view(">u2")[:: KEY_BYTES // 2] >> (16 - _SLICE_BITS)
+        order = np.argsort(first_bits, kind="stable")
+        rows = rows.take(pa.array(order)).combine_chunks()
+        bounds = np.searchsorted(first_bits[order], np.arange(_SLICES + 1)).tolist()
+        run = self._scratch / f"run-{len(self._runs):06d}.arrow"
+        with pa.OSFile(str(run), "wb") as file, pa.ipc.new_file(file, _RUN_SCHEMA) as writer:
+            for number in range(_SLICES):
+                part = rows.slice(bounds[number], bounds[number + 1] - bounds[number])
+                self._slice_bytes[number] += part.nbytes
+                (batch,) = part.to_batches() or [pa.RecordBatch.from_pylist([], _RUN_SCHEMA)]
+                writer.write_batch(batch)
+        self._runs.append(run)
+
+    def _groups(self) -> Iterator[tuple[pa.Table, bytes]]:
+        """Rows that are sorted together, group by group, each with the bound that its keys lie below."""
+        if not self._runs:
+            if self._held:
+                yield pa.concat_tables(self._held), _bound(_SLICES)
+            return
+        if self._held:
+            self._spill()
+        first = size = 0
+        for number, more in enumerate([*self._slice_bytes.tolist(), GROUP_BYTES]):
+            if number > first and size + more > GROUP_BYTES:
+                yield pa.concat_tables([self._slices(run, first, number) for run in self._runs]), _bound(number)
+                first, size = number, 0
+            size += more
+
+    @staticmethod
+    def _slices(run: Path, first: int, stop: int) -> pa.Table:
+        with pa.OSFile(str(run)) as file:
+            reader = pa.ipc.open_file(file)
+            return pa.Table.from_batches([reader.get_batch(number) for number in range(first, stop)], _RUN_SCHEMA)
+
+
+def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
+    """Hexadecimal keys as 16 bytes each."""
+    text = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    raw = b""
+    if len(text):
+        _, offsets, data = text.buffers()
+        start, stop = np.frombuffer(offsets, np.int32)[[text.offset, text.offset + len(text)]].tolist()
+        raw = bytes.fromhex(data[start:stop].to_pybytes().decode())
+    assert len(raw) == len(text) * KEY_BYTES
+    return pa.FixedSizeBinaryArray.from_buffers(_RAW_KEY, len(text), [None, pa.py_buffer(raw)])
+
+
+def hex_keys(keys: pa.ChunkedArray) -> pa.Array:
+    """The inverse of `raw_keys`."""
+    text = _bytes(keys.combine_chunks()).tobytes().hex().encode()
+    offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def _bytes(keys: Any) -> npt.NDArray[np.bytes_]:
+    """Raw keys as numpy's S16, without a copy."""
+    start = keys.offset * KEY_BYTES
+    return np.frombuffer(keys.buffers()[1], f"S{KEY_BYTES}", len(keys), start) if len(keys) else np.zeros(0, "S16")
+
+
+def _bound(slice_: int) -> bytes:
+    """The least key of the slice, or for the one after the last a value above all keys."""
+    if slice_ == _SLICES:
+        return b"\xff" * (KEY_BYTES + 1)
+    return (slice_ << (16 - _SLICE_BITS)).to_bytes(2, "big") + bytes(KEY_BYTES - 2)

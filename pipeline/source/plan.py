@@ -1,0 +1,215 @@
+"""Rows of the source → units of work: without repeats, sorted by key, cut into units. The order is made once, here.
+
+    state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
+    state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
+    state/plan/batch-0000/batch.json                  the batch: its units; written last
+    state/plan/source.json                            the source as it was planned last, so that planning can be skipped
+
+Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves. Of rows that
+are blocked (pipeline.blocklist) only the key is planned.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
+import json
+import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.progress import Progress
+from capstan.pipeline.source import SourceReader
+from capstan.pipeline.source.blocklist import blocked
+from capstan.pipeline.source.external_sort import KEY_BYTES, ExternalKeySort, raw_keys
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
+
+log = logging.getLogger(__name__)
+
+UNIT_BYTES = 256 << 20  # of embedded pictures in a unit
+_KEYS_BYTES = 1 << 20  # of an earlier batch's keys read at once
+_WRITERS = 2
+_SMALL_BYTES = 16 << 20
+_SOURCE = "state/plan/source.json"
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit of a batch: `id` is "0000-000000" (batch, number), its table is `table`."""
+
+    batch: int
+    number: int
+    rows: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.batch:04d}-{self.number:06d}"
+
+    @property
+    def table(self) -> str:
+        return f"state/plan/batch-{self.batch:04d}/unit-{self.id}.parquet"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of all batches in order; `read` rows of the source as it is now, `repeats` of them with a key twice."""
+
+    units: list[PlannedUnit]
+    read: int
+    repeats: int
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.rows for unit in self.units)
+
+
+def _keys_of(batch: int) -> str:
+    return f"state/plan/batch-{batch:04d}/keys.bin"
+
+
+def read_plan(storage: Storage) -> Plan:
+    """The plan as it stands in `storage`, without looking at the source."""
+    units: list[PlannedUnit] = []
+    for batch in itertools.count():  # by name: a listing would show every unit's table, too
+        try:
+            written = json.loads(storage.read(_batch_name(batch)))
+        except FileNotFoundError:
+            break
+        units += [PlannedUnit(batch, number, rows) for number, rows in enumerate(written["units"])]
+    seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {"read": 0, "repeats": 0}
+    return Plan(units, seen["read"], seen["repeats"])
+
+
+def _batch_name(batch: int) -> str:
+    return f"state/plan/batch-{batch:04d}/batch.json"
+
+
+def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
+    """Add a batch for the rows of the source that no batch holds yet, and give the whole plan.
+
+    Raises RecipeError for a source that cannot be read.
+    """
+    rows = SourceReader(recipe)
+    seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {}
+    if seen.get("signature") == rows.signature:
+        return read_plan(storage)
+    before = read_plan(storage)
+    unwanted = blocked(recipe, storage)
+    earlier = sorted({unit.batch for unit in before.units})
+    batch = earlier[-1] + 1 if earlier else 0
+    with (
+        scratch() as folder,
+        Progress("plan", None, unit="rows", enabled=progress) as bar,
+    ):
+        sort = ExternalKeySort(folder)
+        for table in rows.tables():
+            sort.add(unwanted.without(table))
+            bar.advance(len(table))
+        units = _write_batch(sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder)
+    read, repeats = sort.rows, sort.repeats
+    if units:
+        written = json.dumps({"batch": batch, "units": [unit.rows for unit in units]})
+        storage.write(_batch_name(batch), written.encode())
+    record = {"signature": rows.signature, "read": read, "repeats": repeats}
+    storage.write(_SOURCE, json.dumps(record).encode())
+    return Plan(before.units + units, read, repeats)
+
+
+class _Known:
+    """The keys of earlier batches, read in order and in blocks: they are asked for up to ever higher bounds."""
+
+    def __init__(self, storage: Storage, batches: list[int]) -> None:
+        self._batches = [_Keys(storage, batch) for batch in batches]
+
+    def __call__(self, bound: bytes) -> Iterator[pa.Array]:
+        """Raw keys below `bound` that were not given yet, block by block."""
+        for batch in self._batches:
+            for block in batch.below(bound):
+                size = len(block) // KEY_BYTES
+                yield pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), size, [None, pa.py_buffer(block)])
+
+
+class _Keys:
+    """The sorted keys of one batch."""
+
+    def __init__(self, storage: Storage, batch: int) -> None:
+        self._storage, self._name, self._block, self._at = storage, _keys_of(batch), b"", 0
+        try:
+            self._size = storage.size(self._name)
+        except FileNotFoundError:
+            problem = f"{storage.url} was planned by an older Capstan"
+            raise RecipeError("dataset", problem, "name a new folder, or remove this one") from None
+
+    def below(self, bound: bytes) -> Iterator[bytes]:
+        while True:
+            count = bisect.bisect_left(range(len(self._block) // KEY_BYTES), bound, key=self._key) * KEY_BYTES
+            found, self._block = self._block[:count], self._block[count:]
+            if found:
+                yield found
+            if self._block or self._at == self._size:
+                return
+            stop = min(self._size, self._at + _KEYS_BYTES)
+            self._block, self._at = self._storage.read_range(self._name, self._at, stop), stop
+
+    def _key(self, number: int) -> bytes:
+        return self._block[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+
+
+def _write_batch(
+    tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
+) -> list[PlannedUnit]:
+    """Write the units, several small ones at a time, and then their keys."""
+    units: list[PlannedUnit] = []
+    keys = scratch / "keys.bin"
+    with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
+        writing: deque[Future[None]] = deque()
+        for table in _cut(tables, unit_rows):
+            unit = PlannedUnit(batch, len(units), len(table))
+            units.append(unit)
+            file.write(memoryview(raw_keys(table["key"]).buffers()[1]))
+            writing.append(writers.submit(_write_unit, storage, unit, table))
+            while len(writing) > (_WRITERS if table.nbytes < _SMALL_BYTES else 0):
+                writing.popleft().result()
+        for left in writing:
+            left.result()
+    if units:
+        storage.put(keys, _keys_of(batch))
+    return units
+
+
+def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:
+    """No column but `file` says the same twice, so that dictionaries would only cost time."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", compression_level=1, use_dictionary=["file"])
+    storage.write(unit.table, buffer.getvalue())
+
+
+def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Tables of `rows` rows (the last may have fewer), or fewer where embedded pictures fill UNIT_BYTES before."""
+    held: list[pa.Table] = []
+    count = size = 0
+    for table in tables:
+        while len(table):
+            sizes = size + np.cumsum(pc.fill_null(pc.binary_length(table["image"]), 0).to_numpy(), dtype=np.int64)
+            fits = int(np.searchsorted(sizes, UNIT_BYTES)) + 1
+            take = table.slice(0, min(rows - count, fits))
+            table = table.slice(len(take))
+            held.append(take)
+            count, size = count + len(take), int(sizes[len(take) - 1])
+            if count == rows or size >= UNIT_BYTES:
+                yield pa.concat_tables(held)
+                held, count, size = [], 0, 0
+    if count:
+        yield pa.concat_tables(held)

@@ -1,0 +1,168 @@
+"""`source` of the recipe → tables of rows: url, caption, where the picture lies, and the other columns as JSON.
+
+Nothing here looks at pixels, and memory does not grow with the source, but with one tar's samples.
+
+    parquet csv tsv jsonl txt     rows with an address, or (parquet) with embedded bytes; text also as .gz .zst .bz2 .xz
+    folder                        images with NAME.txt or NAME.json beside them
+    webdataset                    tars of KEY.jpg, KEY.txt, KEY.json
+    world                         the captioned world that Capstan draws itself
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import lzma
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from capstan.pipeline.config import Recipe, Source, WorldSource
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.source import tables
+from capstan.pipeline.source.columns import Row, of_rows, to_json
+from capstan.pipeline.source.folders import folder, webdataset
+from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
+from capstan.pipeline.source.image_reader import Span, options_of, read_pictures
+from capstan.pipeline.source.tables import Reader
+from capstan.pipeline.storage import list_files, open_file
+from capstan.pipeline.storage.listing import Batches, SourceFile, in_batches
+
+log = logging.getLogger(__name__)
+
+_BATCH_ROWS = 4096  # of a folder or a tar in a table,
+_BATCH_BYTES = 16 << 20  # and characters of their text
+_TABLES: dict[str, Reader] = {
+    "parquet": tables.parquet,
+    "csv": tables.separated(","),
+    "tsv": tables.separated("\t"),
+    "jsonl": tables.jsonl,
+    "txt": tables.txt,
+}
+
+
+class SourceReader:
+    """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
+
+    The files of one folder or glob on a disk are listed anew when they are needed, and not held. Raises RecipeError for
+    a source that is not there.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.source is None:
+            raise RecipeError("source", "is missing", "say where the rows come from")
+        self.source, self._recipe = recipe.source, recipe
+        self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
+        self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
+        self.signature = self._signature()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
+
+        Raises RecipeError for a file that cannot be read.
+        """
+        if self.source.format == "world":
+            yield from _in_tables(_world(self.source))
+            return
+        choice = FormatPolicy(self.source, self._kinds.values())
+        if choice.pictures:
+            yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
+            return
+        read, left, first = 0, 0, ""
+        for kind, file in (pair for some in self._files() for pair in choice.of(some)):
+            if kind:
+                read += 1
+                yield from _guarded(self._read(kind, file), file.path)
+            else:
+                left, first = left + 1, first or file.path
+        if not read:
+            hint = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
+            raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
+        if left:
+            log.warning("source: %d files that hold no rows by their names are left out: %s …", left, first)
+
+    def _files(self) -> Batches:
+        """All files, in batches. What lies in a bucket, or under several paths, is listed once and held."""
+        if self.source.format == "world":
+            return iter(())
+        if len(self._paths) == 1 and "://" not in self._paths[0]:
+            return self._listed(self._paths[0])
+        if not self._gathered:
+            found = {file.path: file for path in self._paths for file in self._asked_for(path)}
+            self._gathered = list(found.values())
+        return in_batches(self._gathered)
+
+    def _asked_for(self, path: str) -> list[SourceFile]:
+        """The files of one of several paths. Parquet files that it names without the tars beside them are meant."""
+        files = [file for some in self._listed(path) for file in some]
+        if "webdataset" in self._kinds[path].formats:
+            return files
+        return [replace(file, named=True) if kind_of(file.path) == "parquet" else file for file in files]
+
+    def _listed(self, path: str) -> Batches:
+        kinds = FormatGuess(path)
+        for some in list_files(path, options_of(path, self._recipe)):
+            kinds.note(some)
+            yield some
+        self._kinds[path] = kinds
+
+    def _signature(self) -> str:
+        """16 hexadecimal digits of the recipe's source and its files' paths, sizes and stamps."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = json.dumps(self.source.model_dump(mode="json", exclude={"storage"}), sort_keys=True)
+        digest.update(settings.encode())
+        for some in self._files():
+            digest.update(json.dumps([(file.path, file.size, file.stamp) for file in some]).encode())
+        return digest.hexdigest()
+
+    def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
+        if kind == "webdataset":
+            return _in_tables(webdataset(file, self.source, self._open))
+        return _TABLES[kind](file, self.source, self._open)
+
+    def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
+        spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
+        found = {}
+        for number, data in read_pictures(spans, self._recipe):
+            if isinstance(data, CapstanError):
+                raise data
+            if isinstance(data, Exception):
+                raise OSError(f"{files[number].path}: {data}")
+            found[files[number].path] = data
+        return found
+
+    def _open(self, path: str, *, ahead: bool = True) -> Any:
+        return open_file(path, options_of(path, self._recipe), ahead=ahead)
+
+
+def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
+    """What a reader gives; what it stumbles over is told as the user's to mend."""
+    try:
+        yield from tables_
+    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, csv.Error) as error:
+        hint = "check that it is whole, or leave it out of the source"
+        raise RecipeError("source.path", f"{path} cannot be read ({error})", hint) from None
+
+
+def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    held: list[Row] = []
+    size = 0
+    for row in rows:
+        held.append(row)
+        size += len(row.caption) + len(row.extra)
+        if len(held) == _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield of_rows(held)
+            held, size = [], 0
+    if held:
+        yield of_rows(held)
+
+
+def _world(source: Source) -> Iterator[Row]:
+    from capstan.pipeline.world.table import rows
+
+    for record in rows(source.world or WorldSource()):
+        yield Row(url=record.pop("url"), caption=record.pop("caption"), extra=to_json(record))

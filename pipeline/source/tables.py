@@ -1,0 +1,265 @@
+"""Files of rows → tables of PLAN_SCHEMA: Parquet, CSV, TSV, JSON Lines, text files of addresses. Streamed, in bounded
+memory; text also as .gz, .zst, .bz2 and .xz.
+
+Work is done by columns wherever it can be; what does not fit (ragged lines, lines that are not JSON, text that is not
+UTF-8) is done one by one, and becomes a row all the same.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import itertools
+import json
+import lzma
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from capstan.pipeline.config import Source
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.source.columns import (
+    Row,
+    as_hash,
+    as_objects,
+    as_text,
+    caption_of,
+    is_nested,
+    of_addresses,
+    of_rows,
+    text_of,
+    to_json,
+)
+from capstan.pipeline.storage.listing import SourceFile
+
+BATCH_ROWS = 1 << 15
+IMAGE_ROWS = 1 << 8
+BATCH_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20  # of text read at once
+CELL_BYTES = 128 << 10  # a longer cell of CSV is taken for a quote that was never closed
+UNPACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+
+Open = Callable[..., Any]
+Reader = Callable[[SourceFile, Source, Open], Iterator[pa.Table]]
+
+
+def unpacked(stream: Any, path: str) -> Any:
+    """`stream`, decompressed as the name says. What is cut or damaged raises OSError, EOFError or LZMAError."""
+    codec = UNPACKED.get(PurePosixPath(path.lower()).suffix)
+    if codec is None:
+        return stream
+    if codec == "xz":
+        return lzma.open(stream)
+    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
+
+
+def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
+    with open_(file.path, ahead=False) as stream:  # columns lie far from each other
+        try:
+            buffer = 8 << 20 if "://" in file.path else 1 << 20  # a column; without one, whole row groups are held
+            table = pq.ParquetFile(stream, buffer_size=buffer, pre_buffer=False)
+        except pa.ArrowInvalid as error:
+            hint = "name a Parquet file, or say what it is in source.format"
+            raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", hint) from None
+        _check_columns(source, table.schema_arrow.names, file)
+        _check_caption(source, table.schema_arrow, file)
+        for batch in table.iter_batches(
+            batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS)
+        ):
+            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+            yield _with_images(columns, source) if source.image else _with_addresses(columns, len(batch), source)
+
+
+def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
+    """As many rows as BATCH_BYTES hold, by the largest rows that the file says it has; `most` at most, since what is
+    repeated in a column counts once there."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(most, int(BATCH_BYTES / max(1, row_bytes))))
+
+
+def _with_addresses(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
+    hash_ = as_hash(columns[source.hash]) if source.hash else pa.repeat("", count)
+    rest = {name: column for name, column in columns.items() if name not in (source.url, source.caption)}
+    url, caption = as_text(columns[source.url]), as_text(columns[source.caption])
+    return of_addresses(url, caption, as_objects(rest, count), hash_)
+
+
+def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
+    """Rows with embedded pictures: cells of bytes, or Hugging Face's {bytes, path}, whose path goes to `extra`."""
+    assert source.image is not None
+    cells = columns.pop(source.image).to_pylist()
+    count = len(cells)
+    names = [cell["path"] if isinstance(cell, Mapping) and cell.get("path") else None for cell in cells]
+    hashes = (as_hash(columns[source.hash]) if source.hash else pa.repeat("", count)).to_pylist()
+    nothing = pa.repeat("", count)
+    url = as_text(columns.pop(source.url, nothing)).to_pylist()
+    caption = as_text(columns.pop(source.caption)).to_pylist()
+    if any(names):
+        columns[source.image] = pa.array([{"path": name} for name in names])
+    extra = as_objects(columns, count).to_pylist()
+    return of_rows([Row(url[n], caption[n], _embedded(cells[n]), extra=extra[n], hash=hashes[n]) for n in range(count)])
+
+
+def _embedded(cell: Any) -> bytes:
+    """The bytes in a cell; b"" where there are none: it fails as `empty`."""
+    value = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
+
+
+def separated(delimiter: str) -> Reader:
+    """A reader of CSV with this delimiter: quoted as in RFC 4180, the first line names the columns."""
+
+    def read(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
+        _refuse_images(source, file)
+        with _lines(unpacked(open_(file.path), file.path), newline="") as lines:
+            names = next(csv.reader(lines, delimiter=delimiter), [])
+        _check_columns(source, names, file)
+        ragged: list[str] = []
+        with unpacked(open_(file.path), file.path) as stream:
+            first = True
+            for batch in _batches(stream, delimiter, len(names), ragged, file):
+                rows = batch.slice(1) if first else batch  # without the names
+                first = False
+                columns = dict(zip(names, map(as_text, rows.columns), strict=True))
+                yield _with_addresses(columns, len(rows), source)
+                yield from _ragged(ragged, names, delimiter, source)
+            yield from _ragged(ragged, names, delimiter, source)
+
+    return read
+
+
+def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: SourceFile) -> Iterator[pa.RecordBatch]:
+    """All lines as columns of text; those without `count` cells go to `ragged` as they are."""
+
+    def set_aside(row: Any) -> str:
+        ragged.append(row.text)
+        return "skip"
+
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    raw = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
+    valid = pa.TransformInputStream(raw, lambda data: utf8.decode(data, final=not data).encode())
+    unclosed = "look for a quote that is not closed"
+    try:
+        for batch in pyarrow.csv.open_csv(
+            valid,
+            pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES, autogenerate_column_names=True),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=set_aside),
+            pyarrow.csv.ConvertOptions(column_types={f"f{number}": pa.string() for number in range(count)}),
+        ):
+            if any((pc.max(pc.binary_length(column)).as_py() or 0) > CELL_BYTES for column in batch.columns):
+                raise RecipeError("source.path", f"{file.path} has a cell of over {CELL_BYTES} bytes", unclosed)
+            yield batch
+    except pa.ArrowInvalid as error:
+        raise RecipeError("source.path", f"{file.path} cannot be read ({error})", unclosed) from None
+
+
+def _ragged(waiting: list[str], names: list[str], delimiter: str, source: Source) -> Iterator[pa.Table]:
+    """Lines with too few cells (the others are empty) or too many (they are left out). Arrow's threads may be adding to
+    those that are `waiting`."""
+    lines = waiting[:]
+    del waiting[: len(lines)]
+    if not lines:
+        return
+    cells = [row + [""] * len(names) for row in csv.reader(lines, delimiter=delimiter)]
+    columns = {name: pa.array([row[place] for row in cells], pa.string()) for place, name in enumerate(names)}
+    yield _with_addresses(columns, len(cells), source)
+
+
+def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
+    """Lines that are no JSON objects become rows that fail as bad_url, in plain sight."""
+    _refuse_images(source, file)
+    with _lines(unpacked(open_(file.path), file.path)) as lines:
+        checked = False
+        while block := lines.readlines(BLOCK_BYTES):
+            records = _records([line for line in block if not line.isspace()])
+            if not checked and (named := {name for record in records for name in record} - {_UNREADABLE}):
+                _check_columns(source, sorted(named), file)
+                checked = True
+            if records:
+                yield _of_records(records, source)
+
+
+_UNREADABLE = "unreadable_line"
+
+
+def _records(lines: list[str]) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(f"[{','.join(lines)}]")  # one call is much faster than one a line
+        if len(records) == len(lines) and all(isinstance(record, dict) for record in records):
+            return list(records)
+    except (ValueError, RecursionError):
+        pass
+    return [_record(line) for line in lines]
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {_UNREADABLE: line.strip()}
+
+
+def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
+    nothing = itertools.repeat("", len(records))
+    hashes = [text_of(record.get(source.hash)).strip() for record in records] if source.hash else nothing
+    url = [text_of(record.get(source.url)) for record in records]
+    caption = [caption_of(record, source.caption) for record in records]
+    for record in records:
+        record.pop(source.url, None)
+    columns = [url, caption, [to_json(record) for record in records], hashes]
+    return of_addresses(*(pa.array(column, pa.string()) for column in columns))
+
+
+def txt(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
+    _refuse_images(source, file)
+    with _lines(unpacked(open_(file.path), file.path)) as lines:
+        while block := lines.readlines(BLOCK_BYTES):
+            url = pc.utf8_trim_whitespace(pa.array(block, pa.string()))
+            url = url.filter(pc.not_equal(url, ""))
+            nothing = pa.repeat("", len(url))
+            yield of_addresses(url, nothing, pa.repeat("{}", len(url)), nothing)
+
+
+def _lines(stream: Any, newline: str | None = None) -> io.TextIOWrapper:
+    """UTF-8, with or without a byte order mark; closes `stream` when closed."""
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=newline)
+
+
+def _refuse_images(source: Source, file: SourceFile) -> None:
+    if source.image:
+        raise RecipeError("source.image", f"{file.path} cannot hold embedded pictures", "only Parquet can; remove it")
+
+
+def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:
+    """Raise RecipeError for a column that the recipe names and the table has not."""
+    wanted: list[tuple[str, str | None]] = [("image", source.image) if source.image else ("url", source.url)]
+    wanted += [("caption", source.caption), ("hash", source.hash)]
+    for key, column in wanted:
+        if column is not None and column not in names:
+            near = _nearest(column, names)
+            hint = f"did you mean {near}?" if near else "name one of its columns"
+            columns = ", ".join(names[:20])
+            raise RecipeError(f"source.{key}", f"no column {column!r} in {file.path} (it has: {columns})", hint)
+
+
+def _check_caption(source: Source, schema: pa.Schema, file: SourceFile) -> None:
+    """Raise RecipeError where the captions are no texts."""
+    kind = schema.field(schema.get_all_field_indices(source.caption)[-1]).type  # of two of a name the last is read
+    if is_nested(kind):
+        hint = "name a column of text, or write one with the caption that is meant"
+        raise RecipeError("source.caption", f"{source.caption!r} in {file.path} holds {kind}, not text", hint)
+
+
+def _nearest(column: str, names: list[str]) -> str:
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(column.lower(), list(lower), n=1, cutoff=0.5)
+    return lower[near[0]] if near else ""

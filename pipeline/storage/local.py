@@ -1,0 +1,186 @@
+"""Finished files on a disk of this machine: published by a temporary name, fsync and rename.
+
+A writer that is killed leaves its temporary file, `.partial-OWNER-PID-ID-NAME`; `sweep` removes those whose writer is
+gone. OWNER tells machines (and containers) that share a disk apart. Scratch folders are named and removed likewise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from capstan.pipeline.errors import DiskFull
+
+PARTIAL = ".partial-"  # begins every temporary name; never listed
+_SCRATCH = "capstan-scratch-"
+_OLD_S = 24 * 3600.0  # a temporary file of another machine is abandoned after this time
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Local:
+    """The operations of a `Storage` on full paths of a local disk."""
+
+    def exists(self, path: str) -> bool:
+        return Path(path).exists()
+
+    def size(self, path: str) -> int:
+        return Path(path).stat().st_size
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        with Path(path).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
+        return Path(path).open("rb")
+
+    def find(self, folder: str) -> list[str]:
+        """All finished files at any depth."""
+        return [f"{root}/{name}" for root, names in _walk(folder) for name in names if not name.startswith(PARTIAL)]
+
+    def write(self, path: str, data: bytes) -> None:
+        with _publish(Path(path), len(data)) as partial, partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def put(self, source: Path, path: str) -> None:
+        with _publish(Path(path), source.stat().st_size) as partial:
+            shutil.move(source, partial)  # a rename where both lie on one disk
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def delete(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def sweep(self, folder: str) -> int:
+        """Remove the temporary files of writers that are gone; gives how many."""
+        left = [Path(root, name) for root, names in _walk(folder) for name in names if name.startswith(PARTIAL)]
+        abandoned = [path for path in left if _is_abandoned(path)]
+        for path in abandoned:
+            path.unlink(missing_ok=True)
+        return len(abandoned)
+
+
+def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> DiskFull | None:
+    """The error to show if `error` says that the disk of `folder` is full; `needed` is in bytes, if it is known."""
+    if error.errno not in _FULL:
+        return None
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    at_least = f"at least {_megabytes(max(needed - free, 1))} more" if needed else "room"
+    return DiskFull(
+        f"write to {folder}",
+        f"{os.strerror(error.errno or errno.ENOSPC)}: {_megabytes(free)} free"
+        + (f", the next file has {_megabytes(needed)}" if needed else ""),
+        f"make {at_least} on the disk at {_mount(folder)} and run the same command again: it goes on",
+    )
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files that is removed at the end, or after a kill by the next process that asks for one.
+
+    Raises DiskFull where its disk is.
+    """
+    _sweep_scratch()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{owner()}-{os.getpid()}-") as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if full := as_disk_full(error, Path(name)):
+                raise full from error
+            raise
+
+
+@functools.cache
+def _sweep_scratch() -> None:
+    """Once a process: remove what killed ones left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        if _has_ended(path.name.removeprefix(_SCRATCH)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def partial_of(target: Path) -> Path:
+    """A temporary name beside `target`, by which `sweep` knows whether its writer, this process, still runs."""
+    return target.with_name(f"{PARTIAL}{owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
+
+
+@contextlib.contextmanager
+def _publish(target: Path, size: int) -> Iterator[Path]:
+    """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
+    partial = partial_of(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and (full := as_disk_full(error, target.parent, size)):
+            raise full from error
+        raise
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Its process on this machine has ended; or it is so old that no process can be at it."""
+    if _has_ended(path.name.removeprefix(PARTIAL)):
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > _OLD_S
+    except FileNotFoundError:
+        return False
+
+
+def _has_ended(name: str) -> bool:
+    """Whether OWNER-PID-… names a process of this machine that is no more."""
+    where, pid, *_ = [*name.split("-"), ""]
+    return where == owner() and pid.isdigit() and not is_alive(int(pid))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+@functools.cache
+def owner() -> str:
+    """Eight digits for where a process number means the same process: this machine, since it started, or container."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux only
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.blake2b("\0".join(facts).encode(), digest_size=4).hexdigest()
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    for root, _, names in os.walk(folder, followlinks=True):
+        yield root, names
+
+
+def _mount(folder: Path) -> Path:
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.is_mount())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

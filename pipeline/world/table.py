@@ -1,0 +1,60 @@
+"""`source.world` → the rows of the captioned world, (url, caption) for each scene; and back from a url to its truth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+from capstan.pipeline.config import WorldSource, fingerprint
+from capstan.pipeline.world.captions import alt, descriptive, short
+from capstan.pipeline.world.defects import shown_index
+from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
+
+HOST: Final = "world.capstan.test"  # .test is reserved (RFC 6761): no such host exists outside this machine
+_URL: Final = re.compile(rf"^http://{re.escape(HOST)}/(?P<world>[^/]+)/(?P<index>[0-9]{{8,}})\.jpg$")
+
+
+def world_name(world: WorldSource) -> str:
+    """The folder of a world's addresses: all that changes its pictures is in it, or in the hash at its end."""
+    pictures = world.model_dump(mode="json", exclude={"scenes", "captions"})
+    return f"seed{world.seed}-{world.size}px-{fingerprint(pictures)[:8]}"
+
+
+def url_of(world: WorldSource, index: int) -> str:
+    return f"http://{HOST}/{world_name(world)}/{index:08d}.jpg"
+
+
+def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
+    """One row a scene: `url`, `caption` (as `world.captions` asks), and `world_index` as a further column.
+
+    Raises: RecipeError for a vocabulary that cannot be drawn, before the first row.
+    """
+    vocab = vocabulary(world)
+    folder = url_of(world, 0).rpartition("/")[0]
+    for index in range(world.scenes):
+        scene = draw_scene(world.seed, shown_index(world, index), vocab)
+        if world.captions == "alt":
+            caption = alt(scene, vocab, row=index)
+        else:
+            caption = short(scene) if world.captions == "short" else descriptive(scene)
+        yield {"url": f"{folder}/{index:08d}.jpg", "caption": caption, "world_index": index}
+
+
+def index_of_url(world: WorldSource, url: str) -> int:
+    """The index of one of this world's addresses.
+
+    Raises: ValueError for any other address.
+    """
+    match = _URL.match(url)
+    if match is None or match["world"] != world_name(world):
+        raise ValueError(f"{url} is no address of the world {world_name(world)}")
+    return int(match["index"])
+
+
+def scene_of_url(world: WorldSource, url: str) -> Scene:
+    """The truth about the picture at an address (for a duplicate: the scene of its original).
+
+    Raises: ValueError for an address that is not this world's.
+    """
+    return draw_scene(world.seed, shown_index(world, index_of_url(world, url)), vocabulary(world))

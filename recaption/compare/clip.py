@@ -1,0 +1,62 @@
+"""Pictures and texts → embeddings by an open_clip CLIP: the judge of captions, which should not be their author.
+
+The model is what scoring uses too (pipeline.score.tower); here it is named on the command line.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.clip_model import CONFIG_FILE, ClipModel
+
+BATCH: Final = 64
+
+Embeddings = npt.NDArray[np.float32]  # [pictures or texts, width], each of length 1
+
+
+class Clip:
+    """A model by open_clip's name, with a tag or a checkpoint file, or a folder that holds one. Loads it at once."""
+
+    def __init__(self, model: str, pretrained: str | None = None) -> None:
+        import torch
+
+        folder = Path(model)
+        if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
+            raise RecipeError("--model", f"{folder} has no {CONFIG_FILE}", "name a folder that open_clip wrote")
+        self.name = model if folder.is_dir() else f"{model}/{pretrained}"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tower = ClipModel(model, None if folder.is_dir() else pretrained, "fp32", "-")
+            self._loaded = self._tower.load(device, threads=torch.get_num_threads())
+        except RecipeError as error:  # it names a recipe's key: model or pretrained
+            raise RecipeError(f"--{error.field.rpartition('.')[2]}", error.problem, error.hint) from None
+        self._pad = self._loaded.tokens([""])[0][-1]
+
+    def fits(self, text: str) -> bool:
+        """Whether the model sees all of `text`."""
+        return bool(self._loaded.tokens([text])[0][-1] == self._pad)
+
+    def pictures(self, files: Sequence[bytes]) -> Embeddings:
+        """Of encoded pictures."""
+
+        def read(data: bytes) -> npt.NDArray[np.uint8]:
+            with Image.open(io.BytesIO(data)) as picture:
+                return self._tower.prepare(np.asarray(picture.convert("RGB")))
+
+        return self._each(files, lambda some: self._loaded.images(np.stack([read(data) for data in some])))
+
+    def texts(self, texts: Sequence[str]) -> Embeddings:
+        """Of texts that fit."""
+        return self._each(texts, self._loaded.texts)
+
+    def _each(self, items: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Embeddings:
+        parts = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+        return np.concatenate([self._loaded.normalize(encode(part)).cpu().numpy() for part in parts])

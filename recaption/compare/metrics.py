@@ -1,0 +1,121 @@
+"""Captions, and embeddings of them and of their pictures → numbers that compare captions. Pure functions.
+
+Standard CLIPs see 77 tokens and judge only the first of a long caption, so captions are scored sentence by sentence:
+the mean tells how well a caption fits, the minimum whether it says something that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from capstan.recaption.lint.linter import sentences
+from capstan.recaption.lint.rules import words
+
+Floats = npt.NDArray[np.float32]
+
+_ROWS: Final = 1024  # of a matrix of similarities at a time
+OPENER_WORDS: Final = 3
+_OPENERS_SHOWN: Final = 5
+
+
+def chunks(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """The text's sentences; those that do not fit in as few parts as do.
+
+    >>> chunks("a cat. a dog and a bird sit there", lambda text: len(text.split()) <= 4)
+    ['a cat.', 'a dog and a', 'bird sit there']
+    """
+    parts: list[str] = []
+    for sentence in sentences(text):
+        rest = [] if fits(sentence) else sentence.split()
+        if not rest:
+            parts.append(sentence)
+        while rest:
+            stop = len(rest)
+            while stop > 1 and not fits(" ".join(rest[:stop])):
+                stop -= max(1, stop // 8)
+            parts.append(" ".join(rest[:stop]))
+            rest = rest[stop:]
+    return parts
+
+
+def scores(pictures: Floats, texts: Floats, owner: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Mean and minimum, over each picture's chunks, of 100 × the cosine of picture and chunk.
+
+    `pictures` [N, D]; `texts` [M, D]; `owner` [M] is the picture that each chunk is of, and each has one at least.
+    """
+    cosine = 100 * (pictures[owner] * texts).sum(-1)
+    count = np.bincount(owner, minlength=len(pictures))
+    mean = np.bincount(owner, weights=cosine, minlength=len(pictures)) / count
+    least = np.full(len(pictures), np.inf)
+    np.minimum.at(least, owner, cosine)
+    return mean.astype(np.float32), least.astype(np.float32)
+
+
+def whole(texts: Floats, owner: npt.NDArray[np.int64], count: int) -> Floats:
+    """One embedding [count, D] a caption: the mean of its chunks', of length 1."""
+    total = np.zeros((count, texts.shape[1]), np.float32)
+    np.add.at(total, owner, texts)
+    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+
+
+def wins(a: Floats, b: Floats) -> dict[str, Any]:
+    """How often a is above b, a tie counting half, with Wilson's 95% interval."""
+    n, won = len(a), float((a > b).sum() + (a == b).sum() / 2)
+    rate, z = won / n, 1.96
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return {"rate": round(rate, 4), "low": round(middle - half, 4), "high": round(middle + half, 4)}
+
+
+def neighbours(pictures: Floats, count: int) -> npt.NDArray[np.int64]:
+    """Each picture's `count` nearest others [N, count], by cosine: those that are hardest to tell from it."""
+    near = np.empty((len(pictures), count), np.int64)
+    for start in range(0, len(pictures), _ROWS):
+        similar = pictures[start : start + _ROWS] @ pictures.T
+        rows = np.arange(len(similar))
+        similar[rows, start + rows] = -np.inf
+        near[start : start + _ROWS] = np.argsort(-similar, axis=1, kind="stable")[:, :count]
+    return near
+
+
+def recall(pictures: Floats, captions: Floats, near: npt.NDArray[np.int64]) -> float:
+    """The share of captions that are closer to their own picture than to each of its neighbours; ties are shared out.
+
+    Chance is 1 / (1 + neighbours).
+    """
+    own = (captions * pictures).sum(-1, keepdims=True)
+    others = np.einsum("nd,nkd->nk", captions, pictures[near])
+    ties = np.isclose(others, own, rtol=0, atol=1e-6)
+    beaten = ((others > own) & ~ties).any(axis=1)
+    return float(np.where(beaten, 0.0, 1 / (1 + ties.sum(axis=1))).mean())
+
+
+def lengths(texts: Sequence[str]) -> dict[str, float]:
+    """Words a caption."""
+    counts = np.array([len(text.split()) for text in texts])
+    p10, p50, p90 = np.percentile(counts, [10, 50, 90]).tolist()
+    return {"mean": round(float(counts.mean()), 2), "p10": p10, "p50": p50, "p90": p90}
+
+
+def openers(texts: Sequence[str]) -> dict[str, Any]:
+    """How various the first three words are: entropy in bits, what it could be at most, and the commonest."""
+    counted = Counter(" ".join(words(text)[:OPENER_WORDS]) for text in texts)
+    shares = np.array(list(counted.values())) / len(texts)
+    return {
+        "entropy_bits": round(float(-(shares * np.log2(shares)).sum()) + 0.0, 3),
+        "most_bits": round(math.log2(len(texts)), 3),
+        "commonest": {text: round(n / len(texts), 4) for text, n in counted.most_common(_OPENERS_SHOWN)},
+    }
+
+
+def style(texts: Sequence[str]) -> dict[str, float]:
+    """Shares of what text-to-image models are known to overfit: case, and the full stop at the end."""
+    lower = sum(text == text.lower() for text in texts)
+    stops = sum(text.rstrip().endswith(".") for text in texts)
+    return {"lower_case": round(lower / len(texts), 4), "full_stop": round(stops / len(texts), 4)}

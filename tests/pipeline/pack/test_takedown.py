@@ -1,0 +1,306 @@
+"""Takedown: what is removed is nowhere in the dataset, never comes back, and leaves everything else as it was."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load, save
+
+from capstan.pipeline import build
+from capstan.pipeline.config import Blocklist, Recipe
+from capstan.pipeline.dataset.shards import Dataset, sha256_of
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.pack import takedown
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.storage import Storage
+
+ROWS = 24
+Draw = Callable[[int], bytes]
+
+
+def row(draw: Draw, number: int) -> dict[str, Any]:
+    """Row 20 holds the same file as row 3; hosts differ by the row's number."""
+    picture = draw(3 if number == 20 else number)
+    url = f"https://host{number % 4}.example{number % 2}.org/secret-{number:02}.jpg"
+    caption = f"words-{number:02} of a person"
+    return {"image": picture, "url": url, "caption": caption, "photographer": f"name-{number:02}"}
+
+
+def recipe_for(folder: Path, **sections: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "dataset": str(folder / "dataset"),
+            "source": {"path": str(folder / "rows.parquet"), "image": "image"},
+            "image": {"size": 64, "min_size": 8},
+            "dedup": {"perceptual": None},
+            "shards": {"samples": 4},
+            "unit": {"rows": 7},
+            **sections,
+        }
+    )
+
+
+def layers(storage: Storage) -> None:
+    """A caption layer and latents of every shard, as the floors above write them."""
+    dataset = Dataset(storage)
+    for entry in dataset.manifest.shards:
+        table = dataset.table(entry.name, ["key", "caption"])
+        captions = pa.table({"key": table["key"], "text": table["caption"]})
+        storage.write_table(f"captions/mine/{entry.name}.parquet", captions)
+        numbers = np.array([int(key[:4], 16) for key in table["key"].to_pylist()], np.float16).reshape(-1, 1, 1, 1)
+        data = save({"latents": numbers}, metadata={"shard_sha256": entry.sha256})
+        storage.write(f"latents/enc/{entry.name}.safetensors", data)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, ray_session: object, draw: Draw) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(ROWS)]), folder / "rows.parquet")
+    recipe = recipe_for(folder)
+    assert build.build(recipe, progress=False)["counts"]["kept"] == ROWS - 1
+    layers(Storage(recipe.dataset))
+    storage = Storage(recipe.dataset)
+    # What else is made of a dataset: a report, a comparison of layers, a layer that is moving, latents of a shard as it
+    # was once, and what is left on the shelf by packing that was killed at its very end.
+    for name in ("report.html", "samples.png", "captions/diff-a-b.html", "captions/diff-a-b.png", "shelf/0.tar"):
+        storage.write(name, b"<p>words-05 of a person")
+    moving = pa.table({"key": [key_of(storage, 5), key_of(storage, 6)], "raw": ["words-05", "words-06"]})
+    storage.write_table("captions/mine/aside/part.parquet", moving)
+    old = save({"latents": np.zeros((3, 1, 1, 1), np.float16)}, metadata={"shard_sha256": "0" * 64})
+    for shard in ("shard-000000", "shard-000099"):
+        storage.write(f"latents/old/{shard}.safetensors", old)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def storage_of(folder: Path) -> Storage:
+    return Storage(str(folder / "dataset"))
+
+
+def listed(folder: Path, *entries: str) -> str:
+    path = folder / "list.txt"
+    path.write_text("# what is asked for\n\n" + "\n".join(entries) + "\n")
+    return str(path)
+
+
+def everything(storage: Storage) -> bytes:
+    """All bytes of all files, and every cell of every table as text."""
+    parts = []
+    for name in storage.names():
+        data = storage.read(name)
+        parts.append(data)
+        if name.endswith(".parquet"):
+            for column in pq.read_table(io.BytesIO(data)).columns:
+                parts += [v if isinstance(v, bytes) else str(v).encode() for v in column.to_pylist() if v is not None]
+    return b"\n".join(parts)
+
+
+def ledger(storage: Storage) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in Dataset(storage).ledger().to_pylist()}
+
+
+def key_of(storage: Storage, number: int) -> str:
+    (key,) = [key for key, row in ledger(storage).items() if row["url"].endswith(f"secret-{number:02}.jpg")]
+    return key
+
+
+def gone(storage: Storage, number: int, jpeg: bytes) -> bool:
+    held = everything(storage)
+    words = [f"{what}-{number:02}".encode() for what in ("secret", "words", "name")]
+    return not any(trace in held for trace in (*words, jpeg[200:-2]))
+
+
+def stored(storage: Storage, number: int) -> bytes:
+    """The picture as it lies in the shards."""
+    key, dataset = key_of(storage, number), Dataset(storage)
+    return dict(dataset.read_images(ledger(storage)[key]["shard"]))[key]
+
+
+def tars(storage: Storage) -> dict[str, str]:
+    return {name: sha256_of(storage.read(name)) for name in storage.names("shards") if name.endswith(".tar")}
+
+
+@pytest.mark.integration
+def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder: Path) -> None:
+    storage = storage_of(folder)
+    key, jpeg, before = key_of(storage, 5), stored(storage, 5), tars(storage)
+    shard = ledger(storage)[key]["shard"]
+    assert not gone(storage, 5, jpeg)
+    # In other letters, without TLS, and with a fragment: it is the same address.
+    asked = listed(folder, "http://HOST1.example1.org/secret-05.jpg#top")
+    summary = build.remove(storage.url, Blocklist(urls=asked), progress=False)
+    assert summary["removed"] == {"rows": 1, "kept": 1, "shards": 1}
+    assert gone(storage, 5, jpeg)
+    after = tars(storage)
+    assert {name for name in before if after.get(name) != before[name]} == {f"shards/{shard}.tar"}
+    assert verify(storage) == []
+    row = ledger(storage)[key]
+    assert (row["outcome"], row["reason"]) == ("rejected", "removed")
+    assert (row["url"], row["caption"], row["extra"]) == ("", "", "{}")
+    # What was made of the shard follows it: its captions, and its latents in its order, under its new sum.
+    dataset = Dataset(storage)
+    keys = dataset.table(shard, ["key"])["key"].to_pylist()
+    assert storage.read_table(f"captions/mine/{shard}.parquet")["key"].to_pylist() == keys
+    data = storage.read(f"latents/enc/{shard}.safetensors")
+    assert load(data)["latents"].ravel().tolist() == [np.float16(int(key[:4], 16)) for key in keys]
+    assert {entry.name: entry.sha256 for entry in dataset.manifest.shards}[shard].encode() in data[:400]
+    assert storage.read_table("captions/mine/aside/part.parquet")["raw"].to_pylist() == ["words-06"]
+    assert not [name for name in storage.names() if name.startswith(("latents/old/", "shelf/", "captions/diff-"))]
+    # The log tells how much was removed, not what.
+    (line,) = storage.read("removed/log.jsonl").splitlines()
+    said = {name: value for name, value in json.loads(line).items() if name != "date"}
+    assert said == {"asked": {"urls": 1}, "rows": 1, "kept": 1, "shards": [shard]}
+
+
+@pytest.mark.integration
+def test_nothing_that_was_removed_comes_back(folder: Path, draw: Draw) -> None:
+    storage = storage_of(folder)
+    jpeg, before = stored(storage, 5), key_of(storage, 5)
+    build.remove(storage.url, Blocklist(keys=listed(folder, before)), progress=False)
+    shards = tars(storage)
+    # The same source, and then one with the same file elsewhere, the address with other words, and a new row.
+    again = build.build(recipe_for(folder), progress=False)
+    assert (again["counts"]["kept"], tars(storage)) == (ROWS - 2, shards)
+    new = [
+        row(draw, 5) | {"url": "https://elsewhere.net/a.jpg", "caption": "the same file", "photographer": "?"},
+        row(draw, 50) | {"url": row(draw, 5)["url"], "caption": "other words"},
+        row(draw, 51),
+    ]
+    pq.write_table(pa.Table.from_pylist(new), folder / "rows.parquet")
+    later = build.build(recipe_for(folder), progress=False)
+    assert later["counts"]["kept"] == ROWS - 1
+    assert later["counts"]["rejected"] == 3
+    assert gone(storage, 5, jpeg)
+    assert b"other words" not in everything(storage)
+    assert verify(storage) == []
+    build.select(recipe_for(folder, dedup={"exact": False, "perceptual": None}), progress=False)
+    assert gone(storage, 5, jpeg)
+
+
+@pytest.mark.integration
+def test_a_domain_goes_with_its_subdomains_and_copies_of_its_files(folder: Path) -> None:
+    storage = storage_of(folder)
+    summary = build.remove(storage.url, Blocklist(domains=listed(folder, "example1.org")), progress=False)
+    # Half of the rows, and row 20, which is another host's copy of row 3.
+    assert summary["removed"]["rows"] == ROWS // 2 + 1
+    left = [row["url"] for row in ledger(storage).values() if row["url"]]
+    assert len(left) == ROWS // 2 - 1
+    assert not any("example1.org" in url for url in left)
+    assert verify(storage) == []
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", ["_scrub_staged", "scrub_derived", "finish"])
+def test_a_takedown_that_was_cut_off_is_completed_by_the_next_build(
+    folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_of(folder)
+    jpeg, key = stored(storage, 5), key_of(storage, 5)
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(build if stage == "finish" else takedown, stage, killed)
+        with pytest.raises(KilledError):
+            build.remove(storage.url, Blocklist(keys=listed(folder, key)), progress=False)
+    assert storage.exists("removed/pending.parquet")
+    built = build.build(recipe_for(folder), progress=False)
+    assert built["counts"]["kept"] == ROWS - 2
+    assert gone(storage, 5, jpeg)
+    assert verify(storage) == []
+    assert not storage.exists("removed/pending.parquet")
+
+
+@pytest.mark.integration
+def test_a_shard_of_which_all_is_removed_is_no_more(folder: Path) -> None:
+    storage = storage_of(folder)
+    shard = Dataset(storage).shard_names[1]
+    keys = Dataset(storage).table(shard, ["key"])["key"].to_pylist()
+    before = tars(storage)
+    build.remove(storage.url, Blocklist(keys=listed(folder, *keys)), progress=False)
+    assert tars(storage) == {name: sum_ for name, sum_ in before.items() if name != f"shards/{shard}.tar"}
+    assert not storage.exists(f"latents/enc/{shard}.safetensors")
+    assert verify(storage) == []
+    assert build.build(recipe_for(folder), progress=False)["counts"]["kept"] == ROWS - 1 - len(keys)
+
+
+@pytest.mark.integration
+def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, ray_session: object, draw: Draw) -> None:
+    pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(6)]), tmp_path / "rows.parquet")
+    (tmp_path / "domains.txt").write_text("example0.org\n")
+    (tmp_path / "sums.txt").write_text(sha256_of(draw(1)))
+    blocklist = {"domains": str(tmp_path / "domains.txt")}
+    counts = build.build(recipe_for(tmp_path, blocklist=blocklist), progress=False)["counts"]
+    assert (counts["kept"], counts["rejected"], counts["failed"]) == (3, 3, 0)
+    assert b"secret-02" not in everything(Storage(str(tmp_path / "dataset")))
+    # Another list, of what is packed: select honours it.
+    blocklist |= {"sha256": str(tmp_path / "sums.txt")}
+    counts = build.select(recipe_for(tmp_path, blocklist=blocklist), progress=False)["counts"]
+    assert (counts["kept"], counts["rejected"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("lists", "entry", "message"),
+    [
+        ("keys", "12", "--keys: .*line 3: '12' is no key"),
+        ("sha256", "zz", "--sha256: .*is no SHA-256"),
+        ("domains", "not a domain", "--domains: .*is no domain"),
+        ("urls", "", "remove: nothing is asked for"),
+    ],
+)
+def test_a_bad_list_changes_nothing(tmp_path: Path, lists: str, entry: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build.remove(str(tmp_path / "dataset"), Blocklist(**{lists: listed(tmp_path, entry)}), progress=False)
+    assert Storage(str(tmp_path / "dataset")).names() == []
+
+
+def test_a_list_that_is_not_there_names_its_option(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--urls: no file at"):
+        build.remove(str(tmp_path), Blocklist(urls=str(tmp_path / "none.txt")), progress=False)
+
+
+@pytest.mark.integration
+def test_scores_follow_and_freed_pictures_are_taken_from_the_shards(
+    tmp_path: Path, ray_session: object, draw: Draw
+) -> None:
+    """With staged pictures freed, the shard is packed anew from itself; scores are not computed again."""
+    pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(9)]), tmp_path / "rows.parquet")
+    recipe = recipe_for(tmp_path, keep_staged=False, score={"caption": {}, "image": {}})
+    assert build.build(recipe, progress=False)["counts"]["kept"] == 9
+    storage = Storage(recipe.dataset)
+    assert not [name for name in storage.names("staged") if name.endswith(".tar")]
+    jpeg, key, before = stored(storage, 5), key_of(storage, 5), tars(storage)
+    build.remove(storage.url, Blocklist(keys=listed(tmp_path, key)), progress=False)
+    assert gone(storage, 5, jpeg)
+    assert verify(storage) == []
+    assert sum(before[name] != sum_ for name, sum_ in tars(storage).items()) == 1
+    rows = ledger(storage)
+    assert rows[key]["caption_words"] is None
+    assert all(other["caption_words"] is not None for name, other in rows.items() if name != key)
+    shards = tars(storage)
+    assert build.build(recipe, progress=False)["counts"]["kept"] == 8
+    assert tars(storage) == shards
+    # A shard that is no more leaves a gap in the numbers: the one after it is still packed from itself.
+    dataset = Dataset(storage)
+    first, middle, last = (dataset.table(name, ["key"])["key"].to_pylist() for name in dataset.shard_names)
+    build.remove(storage.url, Blocklist(keys=listed(tmp_path, *middle)), progress=False)
+    build.remove(storage.url, Blocklist(keys=listed(tmp_path, last[0])), progress=False)
+    assert verify(storage) == []
+    assert [row["key"] for row in ledger(storage).values() if row["outcome"] == "kept"] == [*first, *last[1:]]
+    assert build.build(recipe, retry="freed", progress=False)["retried"] == 0

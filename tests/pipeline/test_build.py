@@ -1,0 +1,390 @@
+"""build and select end to end, on pictures embedded in a table; and what is left when things go wrong."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray import cloudpickle
+
+from capstan.pipeline import build as stages
+from capstan.pipeline.config import Recipe, Resources
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import Ingest
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.source.plan import plan
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import Piece, Unit
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+
+pytestmark = pytest.mark.integration
+
+
+Draw = Callable[[int], bytes]
+
+
+def row(number: int, draw: Draw) -> dict[str, Any]:
+    """Row 9, 19, ... is no picture; 7, 15, 23, ... repeat picture 0; `score` runs through 0 … 9."""
+    image = b"no picture" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
+    return {"image": image, "caption": f"picture {number}", "score": number % 10}
+
+
+@pytest.fixture
+def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
+    """A recipe over a table of `count` rows of `row`, with dataset folder `name`."""
+
+    def recipe(count: int = 60, name: str = "dataset", least: int = 0, **sections: Any) -> Recipe:
+        pq.write_table(pa.Table.from_pylist([row(n, draw) for n in range(count)]), tmp_path / "rows.parquet")
+        settings = {
+            "dataset": str(tmp_path / name),
+            "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"},
+            "image": {"size": 64},
+            "select": [{"name": "score", "where": f"(extra->>'$.score')::int >= {least}"}],
+            "unit": {"rows": 16},
+            "shards": {"samples": 15},
+        }
+        return Recipe.model_validate(settings | sections)
+
+    return recipe
+
+
+def build(recipe: Recipe) -> dict[str, Any]:
+    return stages.build(recipe, progress=False)
+
+
+def published(recipe: Recipe) -> dict[str, bytes]:
+    """What readers see: all but staged pictures and state."""
+    storage = Storage(recipe.dataset)
+    hidden = ("state/", "staged/")
+    return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
+
+
+def sound(recipe: Recipe) -> bool:
+    return verify(Storage(recipe.dataset)) == []
+
+
+def test_every_row_has_one_outcome_and_the_kept_are_packed(make: Callable[..., Recipe]) -> None:
+    recipe = make(60, least=2)
+    summary = build(recipe)
+    assert summary["counts"] == {"rows": 60, "kept": 38, "rejected": 12, "duplicate": 4, "failed": 6, "shards": 3}
+    assert summary["failed"] == {"not_an_image": 6}
+    assert sound(recipe)
+
+    dataset = Dataset(Storage(recipe.dataset))
+    ledger = dataset.ledger()
+    assert len(set(ledger["key"].to_pylist())) == 60
+    assert [entry.samples for entry in dataset.manifest.shards] == [13, 13, 12]
+    keys = [key for shard in dataset.shard_names for key, _ in dataset.read_images(shard)]
+    assert keys == sorted(keys)
+    kept = ledger.filter(pa.compute.equal(ledger["outcome"], "kept"))
+    assert set(kept["key"].to_pylist()) == set(keys)
+    for _, jpeg in dataset.read_images("shard-000001", [0, 5]):
+        with Image.open(io.BytesIO(jpeg)) as image:
+            assert image.size == (64, 64)
+
+    sizes = json.loads(Storage(recipe.dataset).read("sizes.json"))
+    assert sizes == {f"shard-{n:06}.tar": samples for n, samples in enumerate([13, 13, 12])}
+
+
+def test_where_nothing_is_kept_there_is_a_dataset_without_shards(
+    make: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make(20)
+    build(recipe)
+    none = make(20, least=10)
+    summary = build(none)
+    assert summary["counts"] == {"rows": 20, "kept": 0, "rejected": 18, "duplicate": 0, "failed": 2, "shards": 0}
+    assert "no row is kept" in caplog.text
+    assert "of 20 rows fetched and decoded took 2, score took 18" in caplog.text
+    assert sound(none)
+    names = published(none)
+    assert not [name for name in names if name.startswith((".nv-meta/", "shards/shard"))]
+    assert json.loads(names["sizes.json"]) == {}
+    build(recipe)
+    assert sound(recipe)
+    assert ".nv-meta/.info.json" in published(recipe)
+
+
+def test_shards_of_a_batch_differ_by_one_sample_at_most(make: Callable[..., Recipe]) -> None:
+    keep_all = {"select": [], "dedup": {"exact": False, "perceptual": None}, "shards": {"samples": 7}}
+    recipe = make(30, **keep_all)
+    build(recipe)
+    recipe = make(50, **keep_all)
+    build(recipe)
+    sizes = [entry.samples for entry in Dataset(Storage(recipe.dataset)).manifest.shards]
+    assert sizes == [7, 7, 7, 6, 6, 6, 6]  # 27 pictures, then 18 more
+
+
+def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(30)
+    first = build(recipe)
+    before = {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()}
+    monkeypatch.setattr("capstan.pipeline.units.start_ray", lambda _: pytest.fail("nothing is to be done"))
+    again = build(recipe)
+    assert {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()} == before
+    assert again["counts"] == first["counts"]
+    assert again["failed"] == first["failed"]
+
+
+def test_other_thresholds_repack_and_going_back_gives_the_same_bytes(make: Callable[..., Recipe]) -> None:
+    strict, loose = make(60, least=4), make(60, least=0)
+    build(loose)
+    first = published(loose)
+    seen = stages.select(strict, dry_run=True, progress=False)
+    assert published(loose) == first
+    changed = stages.select(strict, progress=False)
+    assert changed["counts"] == seen["counts"]
+    assert changed["counts"]["kept"] < 40
+    assert sound(strict)
+    build(loose)
+    assert published(loose) == first
+
+
+def test_new_rows_move_nothing_that_exists(make: Callable[..., Recipe]) -> None:
+    build(make(40))
+    before = published(make(40))
+    recipe = make(60)
+    build(recipe)
+    after = published(recipe)
+    assert sound(recipe)
+    old = {name: data for name, data in before.items() if name.startswith(("shards/shard", "ledger/"))}
+    assert old.items() <= after.items()
+    assert len(Dataset(Storage(recipe.dataset)).ledger()) == 60
+
+
+def test_a_grown_table_and_a_second_source_cost_only_their_new_rows(
+    tmp_path: Path, site: Any, ray_session: Resources
+) -> None:
+    def table(name: str, numbers: range) -> str:
+        lines = [f"{site.url(n)}\tpicture {n}" for n in numbers]
+        (tmp_path / name).write_text("\n".join(["url\tcaption", *lines]))
+        return str(tmp_path / name)
+
+    def recipe(*paths: str) -> Recipe:
+        settings = {"dataset": str(tmp_path / "dataset"), "source": {"path": list(paths)}}
+        return Recipe.model_validate(settings | {"fetch": {"allow_private": True}, "unit": {"rows": 10}})
+
+    def paths(numbers: range) -> list[str]:
+        return sorted(f"/{n}.jpg" for n in numbers)
+
+    first = recipe(table("a.tsv", range(12)))
+    assert build(first)["counts"]["kept"] == 12
+    assert site.new_asked() == paths(range(12))
+    before = published(first)
+
+    assert build(recipe(table("a.tsv", range(15))))["counts"]["kept"] == 15
+    assert site.new_asked() == paths(range(12, 15))
+
+    both = recipe(str(tmp_path / "a.tsv"), table("b.tsv", range(10, 20)))
+    assert build(both)["counts"]["kept"] == 20
+    assert site.new_asked() == paths(range(15, 20))
+    assert {name: data for name, data in before.items() if name.startswith("shards/shard")}.items() <= published(
+        both
+    ).items()
+    assert sound(both)
+
+
+def test_pictures_must_have_the_hash_that_their_source_says(
+    make: Callable[..., Recipe], tmp_path: Path, draw: Draw
+) -> None:
+    recipe = make(1)
+    good = [draw(n) for n in range(6)]
+    digests = [hashlib.new(name, data).hexdigest() for name, data in zip(KINDS, good, strict=False)]
+    hashes = [*digests[:3], digests[3].upper(), None, "no hash"]
+    write = {
+        "image": [*good[:2], good[0] + b"\0", *good[3:]],
+        "caption": [str(n) for n in range(6)],
+        "checksum": hashes,
+    }
+    pq.write_table(pa.table(write), tmp_path / "hashed.parquet")
+    source = {"path": str(tmp_path / "hashed.parquet"), "image": "image", "hash": "checksum"}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"source": source, "select": []})
+    assert build(recipe)["failed"] == {"corrupt": 2}
+    ledger = {row["caption"]: row for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist()}
+    assert {caption for caption, row in ledger.items() if row["outcome"] == "kept"} == {"0", "1", "3", "4"}
+    assert f"the source says {hashes[2]}" in ledger["2"]["detail"]
+    assert "'no hash' is no md5" in ledger["5"]["detail"]
+    assert json.loads(ledger["1"]["extra"]) == {"checksum": hashes[1]}
+
+
+KINDS = ["md5", "sha1", "sha256", "sha512"]
+
+
+def test_pictures_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: Path, draw: Draw) -> None:
+    """A unit's rows lie at random over the files; each gets its own picture and caption."""
+    for number in range(4):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for n in range(number * 10, number * 10 + 10):
+                for suffix, data in (("jpg", draw(n)), ("txt", f"picture {n}".encode())):
+                    info = tarfile.TarInfo(f"{n}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        recipe = make(1)
+    source = {"path": [str(tmp_path / "[0-9].tar")]}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"source": source, "select": []})
+    assert build(recipe)["counts"]["kept"] == 40
+    for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist():
+        assert row["sha256"] == hashlib.sha256(draw(int(row["caption"].split()[1]))).hexdigest()
+
+
+def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
+    storage: Storage, tmp_path: Path, draw: Draw
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    planned = {
+        "large": bytes(50_000),
+        "empty": b"",
+        "gone": b"x",
+        "good": draw(1),
+        "mended": bytes(60_000),
+        "grown": b"x",
+    }
+    for name, data in planned.items():
+        (pictures / f"{name}.jpg").write_bytes(data)
+    (pictures / "listed.jpg").write_bytes(draw(3))
+    (pictures / "listed.json").write_text('{"caption": ["one", "two"]}')
+    settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
+    ingest = Ingest(Recipe.model_validate(settings), storage)
+    (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
+    (pictures / "gone.jpg").unlink()
+    (pictures / "mended.jpg").write_bytes(draw(2))
+    (pictures / "grown.jpg").write_bytes(bytes(50_000))
+    (mark,) = ingest.prepare(unit)
+    rows = {Path(row["url"]).stem: row for row in storage.read_table(mark["table"]).to_pylist()}
+    assert {name: row["reason"] for name, row in rows.items()} == {
+        "large": "too_large_bytes",
+        "empty": "empty",
+        "gone": "read_error",
+        "good": "",
+        "mended": "",
+        "grown": "too_large_bytes",
+        "listed": "bad_caption",
+    }
+    assert rows["listed"]["detail"] == '["one","two"] is no text'
+    assert "50000 bytes" in rows["large"]["detail"]
+
+
+def test_unit_size_changes_nothing_in_the_shards(make: Callable[..., Recipe]) -> None:
+    one, other = make(40), make(40, name="other", unit={"rows": 7})
+    build(one)
+    build(other)
+    shards = [{n: d for n, d in published(r).items() if n.startswith("shards/")} for r in (one, other)]
+    assert shards[0] == shards[1]
+
+
+class Fails(Ingest):
+    """Cannot do the second unit."""
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        if unit.id.endswith("1"):
+            raise OSError("the disk is on fire")
+        yield from super().prepare(unit)
+
+
+def test_a_quarantined_unit_is_failed_rows_until_it_heals(make: Callable[..., Recipe]) -> None:
+    recipe, whole = make(40), make(40, name="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "Ingest", Fails)
+        summary = build(recipe)
+    assert summary["quarantined"] == {"0000-000001": "OSError: the disk is on fire"}
+    assert sound(recipe)
+    ledger = Dataset(Storage(recipe.dataset)).ledger()
+    assert ledger["reason"].to_pylist().count("read_error") == 16
+
+    again = stages.select(recipe, progress=False)
+    assert again["counts"] == summary["counts"]
+
+    healed = build(recipe)
+    build(whole)
+    assert healed["quarantined"] == {}
+    assert published(recipe) == published(whole)
+
+
+def test_other_image_settings_stage_anew(make: Callable[..., Recipe]) -> None:
+    build(make(30))
+    recipe, fresh = make(30, image={"size": 48}), make(30, name="fresh", image={"size": 48})
+    build(recipe)
+    build(fresh)
+    assert published(recipe) == published(fresh)
+    assert len(Storage(recipe.dataset).names("staged")) == 4  # the old pictures are gone
+
+
+def test_a_bucket_ends_with_the_bytes_of_a_folder(make: Callable[..., Recipe], bucket: dict[str, Any]) -> None:
+    local, remote = make(40), make(40, **bucket)
+    build(local)
+    build(remote)
+    there = Storage(remote.dataset, remote.storage)
+    assert verify(there) == []
+    assert {name: there.read(name) for name in published(local)} == published(local)
+    assert stages.select(make(40, least=4, **bucket), progress=False)["counts"]["kept"] < 30
+    assert verify(there) == []
+
+
+def test_select_needs_something_staged(make: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="dataset: nothing is staged"):
+        stages.select(make(5), progress=False)
+
+
+def test_no_index_is_there_while_shards_are_replaced(
+    make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(make(40))
+    dataset = Storage(make(40).dataset)
+    assert dataset.exists(".nv-meta/.info.json")
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capstan.pipeline.pack.job.run", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            stages.select(make(40, least=4), progress=False)
+    assert not dataset.names(".nv-meta")
+    assert not dataset.exists("sizes.json")
+    assert verify(dataset) == ["dataset.json: incomplete: run `capstan build` again"]
+    stages.select(make(40, least=4), progress=False)
+    assert verify(dataset) == []
+
+
+def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
+    recipe = make(40)
+    build(recipe)
+    storage = Storage(recipe.dataset)
+    good = published(recipe)
+
+    def problems(name: str, data: bytes | None) -> str:
+        if data is None:
+            storage.delete(name)
+        else:
+            storage.write(name, data)
+        found = "\n".join(verify(storage))
+        for original, content in good.items():
+            storage.write(original, content)
+        if name not in good:
+            storage.delete(name)
+        return found
+
+    tar, table = "shards/shard-000001.tar", "shards/shard-000001.parquet"
+    raw = good[tar]
+    flipped = raw[:700] + bytes([raw[700] ^ 1]) + raw[701:]
+    assert f"{tar}: its SHA-256" in problems(tar, flipped)
+    assert "missing (found x" in problems(tar, b"x" + raw[1:])
+    assert f"{tar}: 1000 bytes" in problems(tar, raw[:1000])
+    assert f"{tar}: missing" in problems(tar, None)
+    assert f"{table}: its SHA-256" in problems(table, good["shards/shard-000000.parquet"])
+    assert "shards/odd.tar: not listed" in problems("shards/odd.tar", raw)
+    assert "sizes.json: does not agree" in problems("sizes.json", b"{}")
+    ledger = next(name for name in good if name.startswith("ledger/"))
+    assert f"{ledger}: missing" in problems(ledger, None)
+    assert sound(recipe)

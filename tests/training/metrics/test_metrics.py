@@ -1,0 +1,142 @@
+"""Judges against closed forms; shares of several workers add up to one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_clip import write_clip
+
+from capstan.pipeline.config import WorldSource
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config.monitoring import ClipModel, Evaluate, Fid
+from capstan.training.metrics.clip_score import ClipScore
+from capstan.training.metrics.fid import FrechetDistance
+from capstan.training.metrics.metric import Metric, alone, judges_of, undisturbed
+from capstan.training.metrics.oracle import Follows
+from capstan.training.metrics.samples import EvalSet, Scenes
+
+CPU = torch.device("cpu")
+
+
+class Pictures(EvalSet):
+    """Noise, darker or lighter."""
+
+    def __init__(self, count: int, level: int) -> None:
+        self.made = np.random.default_rng(level).integers(level, level + 90, (count, 16, 16, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def prompts(self, numbers: Sequence[int]) -> list[str]:
+        return [f"picture {number}" for number in numbers]
+
+    def pictures(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        return self.made[list(numbers)]
+
+
+class Means(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().flatten(2).mean(2)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("fid") / "means.pt"
+    torch.jit.script(Means()).save(str(file))
+    return file
+
+
+def result(judge: Metric, subjects: EvalSet, pictures: np.ndarray, workers: int = 1) -> dict[str, float]:
+    """What `workers` judges say together, each of every so manieth picture."""
+    totals: dict[int, list[torch.Tensor]] = {}
+    judged = {}
+    for last in (False, True):  # first note what each would send, then answer with the sums
+        for worker in range(workers):
+            sent = 0
+
+            def total(tensor: torch.Tensor, worker: int = worker, last: bool = last) -> torch.Tensor:
+                nonlocal sent
+                sent += 1
+                if not last:
+                    totals.setdefault(sent, []).append(tensor.clone())
+                    return tensor
+                return torch.stack(totals[sent]).sum(0)
+
+            if isinstance(judge, FrechetDistance):
+                judge.true = {}
+            with judge.ready(CPU):
+                numbers = list(range(worker, len(subjects), workers))
+                judge.add(subjects, numbers, pictures[numbers])
+                judged = judge.result(total)
+    return judged
+
+
+def test_fid_is_the_distance_of_two_gaussians(features: Path) -> None:
+    truth, drawn = Pictures(40, 20), Pictures(40, 60).made
+    judge = FrechetDistance(Fid(features=str(features)), "x")
+    judge.check(truth)
+    a, b = (p.reshape(40, -1, 3).mean(1).astype(np.float64) for p in (truth.made, drawn))
+    product = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).astype(complex)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
+    expected -= 2 * np.sqrt(product).real.sum()
+    assert result(judge, truth, drawn)["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result(judge, truth, drawn, workers=3)["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result(judge, truth, truth.made)["fid"] == pytest.approx(0, abs=1e-3)
+
+
+def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "wrong.pth").write_bytes(b"nothing")
+    wrong = FrechetDistance(Fid(features=str(tmp_path / "wrong.pth")), "f")
+    with pytest.raises(RecipeError, match=r"f\.features: .*wrong\.pth holds no network"), wrong.ready(CPU):
+        pass
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(RecipeError, match=r"f\.features: needs the package torchmetrics.*capstan\[fid\]"):
+        FrechetDistance(Fid(features=str(features)), "f").check(Pictures(2, 0))
+
+
+def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
+    judge, subjects = ClipScore(ClipModel(model=str(write_clip(tmp_path / "clip", 0))), "x"), Pictures(7, 20)
+    loaded = judge.tower.load("cpu")
+    seen = loaded.normalize(loaded.images(np.stack([judge.tower.prepare(p) for p in subjects.made])))
+    said = loaded.normalize(loaded.texts(subjects.prompts(range(7))))
+    expected = float((seen * said).sum(1).mean())
+    assert result(judge, subjects, subjects.made)["clip"] == pytest.approx(expected, abs=1e-5)
+    assert result(judge, subjects, subjects.made, workers=2)["clip"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_drawings_follow_their_own_prompts_and_not_others() -> None:
+    subjects = Scenes(WorldSource(size=64), 12)
+    drawn = subjects.pictures(range(12), 64)
+    own, others = result(Follows("x"), subjects, drawn), result(Follows("x"), subjects, np.roll(drawn, 1, axis=0))
+    assert own["colour_shape"] > 0.9 > 0.5 > others["colour_shape"]
+    assert result(Follows("x"), subjects, drawn, workers=5) == pytest.approx(own)
+
+
+def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
+    """Loading a CLIP sets torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    state, numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    clip = ClipScore(ClipModel(model=str(write_clip(tmp_path / "clip", 0))), "x")
+    torch.set_rng_state(state)
+    torch.set_num_threads(2)
+    with undisturbed(CPU), clip.ready(CPU):
+        torch.rand(3)
+        np.random.rand(3)
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy).all()
+    torch.set_num_threads(before)
+
+
+def test_the_judges_are_those_asked_for(features: Path, tmp_path: Path) -> None:
+    clip = ClipModel(model=str(write_clip(tmp_path / "clip", 0)))
+    wanted = Evaluate(measures=["fid", "oracle", "clip", "fid"], clip=clip, fid=Fid(features=str(features)))
+    assert [type(judge) for judge in judges_of(wanted, "x")] == [FrechetDistance, Follows, ClipScore]
+    assert alone(torch.ones(2)).tolist() == [1, 1]

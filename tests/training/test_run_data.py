@@ -1,0 +1,111 @@
+"""From the recipe to the samples of a run: one dataset or several, with their layers, settled once a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repo import HELPERS
+
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import write_given_layer
+from capstan.training.config import TrainConfig
+from capstan.training.data.dataset import TrainingData
+from capstan.training.data.mixture import MixedData
+from capstan.training.run import Run
+from capstan.training.run_data import open_data, pin, shares
+from capstan.training.trainer import fit
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HELPERS))
+
+
+@pytest.fixture
+def drawings(make_dataset, tmp_path: Path) -> Path:
+    """A second dataset, with a caption layer of its own."""
+    folder = make_dataset(tmp_path / "drawings", [10, 6])
+    dataset = Dataset(Storage(str(folder)))
+    keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
+    write_given_layer(dataset.storage, "own", {key: {"descriptive": "a drawing"} for key in keys})
+    return folder
+
+
+def make_recipe(squares: Path, run: Path, **data: Any) -> Recipe:
+    train = {"model": "tiny_family:TinyFamily", "run": str(run), "steps": 10, "batch": 8, "log_every": 5}
+    train |= {"data": {"layer": None, **data}, "engine": {"strategy": "ddp"}, "checkpoint": {"every": 5}}
+    return Recipe(dataset=str(squares), train=train)
+
+
+def test_a_mixture_is_logged_and_kept_in_the_checkpoint(squares: Path, drawings: Path, tmp_path: Path) -> None:
+    two = [{"dataset": str(squares), "weight": 0.75}, {"dataset": str(drawings), "weight": 0.25, "layer": "own"}]
+    recipe = make_recipe(squares, tmp_path / "run", datasets=two)
+    fit(recipe)
+    record = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1]
+    assert {name: record[name] for name in ("mix/ds", "mix/drawings")} == {"mix/ds": 0.75, "mix/drawings": 0.25}
+    assert record["epoch/drawings"] == 20 / 16
+    assert record["blend"]["descriptive"] == pytest.approx(0.25, abs=0.06)  # 95% of a quarter
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-000010" / "checkpoint.json").read_text())
+    assert saved["progress"]["mix/ds"] == 0.75
+    assert saved["data"]["drawings"]["layer"] == "own"
+
+
+def test_what_is_meant_by_latest_does_not_move_under_a_run(squares: Path, drawings: Path, tmp_path: Path) -> None:
+    two = [{"dataset": str(squares)}, {"dataset": str(drawings), "layer": "latest"}]
+    recipe = make_recipe(squares, tmp_path / "run", datasets=two)
+    train = TrainConfig.from_recipe(recipe)
+    run = Run(train)
+    run.begin(recipe.model_dump(mode="json"))
+    pin(recipe, train, run)
+    write_given_layer(Storage(str(drawings)), "later", {})
+    pin(recipe, train, run)
+    data = open_data(recipe, train, run)
+    assert isinstance(data, MixedData)
+    assert [part.layer for part in data.parts] == [None, "own"]
+    counts = Counter(data.at(number).text == "a drawing" for number in range(64))
+    assert 25 <= counts[True] <= 32
+
+
+def test_one_dataset_is_the_recipes_own(squares: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(squares, tmp_path / "run")
+    train = TrainConfig.from_recipe(recipe)
+    run = Run(train)
+    run.begin(recipe.model_dump(mode="json"))
+    pin(recipe, train, run)
+    data = open_data(recipe, train, run)
+    assert isinstance(data, TrainingData)
+    assert data.progress(96) == {"epoch": 1.5}
+    assert [share.dataset for share in shares(recipe, train)] == [str(squares)]
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "words"),
+    [
+        ({"datasets": [{"dataset": "/nowhere"}]}, "train.data.datasets", "no dataset at /nowhere"),
+        ({"datasets": []}, "train.data.datasets", "at least 1 item"),
+        ({"datasets": [{"dataset": "x", "weight": 0}]}, "train.data.datasets.0.weight", "greater than 0"),
+        ({"buckets": {"size": 512}}, "train.data.buckets", "tiny takes squares alone"),
+        ({"buckets": {}}, "train.data.buckets", "give sizes, or size"),
+        ({"buckets": {"size": 500}}, "train.data.buckets", "does not divide by step 64"),
+        ({"buckets": {"sizes": [[1, 1], [2, 2]]}}, "train.data.buckets", "the same proportions"),
+        ({"cache": {"folder": "x"}}, "train.data.cache.gib", "is missing"),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(
+    squares: Path, tmp_path: Path, data: dict[str, Any], field: str, words: str
+) -> None:
+    def begin() -> None:
+        recipe = make_recipe(squares, tmp_path / "run", **data)
+        train = TrainConfig.from_recipe(recipe)
+        pin(recipe, train, Run(train))
+
+    with pytest.raises(RecipeError, match=words) as error:
+        begin()
+    assert error.value.field == field

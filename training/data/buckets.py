@@ -1,0 +1,83 @@
+"""Aspect-ratio buckets: sizes of about one area, so that a batch of one size cuts little off its pictures.
+
+    train.data.buckets ──sizes──▶ [(width, height), …] ──assign(widths, heights of a shard's table)──▶ a bucket each
+
+A picture goes into the bucket whose proportions are nearest to its own (NovelAI's aspect-ratio bucketing, 2022; SDXL,
+Podell et al. 2023, section 2.3). No picture is opened for it: the shards' tables hold the sizes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config import Buckets
+
+Size = tuple[int, int]  # width, height in pixels
+
+_AT_ONCE = 16  # tables read at once
+
+
+def sizes_of(buckets: Buckets) -> list[Size]:
+    """The buckets' sizes, from the tallest to the widest."""
+    found = set(buckets.sizes) if buckets.sizes is not None else _generated(buckets)
+    return sorted(found, key=lambda size: (size[0] / size[1], size))
+
+
+def nearest_square(sizes: list[Size], step: int) -> int:
+    """The side in pixels of the square with about the area of the largest of `sizes`, in steps of `step`.
+
+    >>> nearest_square([(512, 512), (640, 384)], 64), nearest_square([(64, 16)], 16)
+    (512, 32)
+    """
+    return round(max(width * height for width, height in sizes) ** 0.5 / step) * step
+
+
+def _generated(buckets: Buckets) -> set[Size]:
+    """Every width in steps with the tallest height in steps whose area is within that of the square; and turned."""
+    side, step, found = buckets.size or 0, buckets.step, set[Size]()
+    for short in range(step, side + 1, step):
+        long = side * side // short // step * step
+        if long <= buckets.ratio * short:
+            found |= {(short, long), (long, short)}
+    return found
+
+
+def assign(widths: np.ndarray, heights: np.ndarray, sizes: list[Size]) -> np.ndarray:
+    """The bucket of each picture: that with the nearest proportions on a logarithmic scale (int16 [pictures]).
+
+    The border between two buckets is the geometric mean of their proportions; compared in whole numbers, so that every
+    machine gives the same answer. Where a size is unknown (0) the picture counts as a square.
+    """
+    known = (widths > 0) & (heights > 0)
+    w2 = np.where(known, widths, 1).astype(np.int64) ** 2
+    h2 = np.where(known, heights, 1).astype(np.int64) ** 2
+    bucket = np.zeros(len(w2), np.int16)
+    for (w_a, h_a), (w_b, h_b) in pairwise(sizes):
+        bucket += w2 * (h_a * h_b) >= h2 * (w_a * w_b)
+    return bucket
+
+
+def shapes(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Widths and heights of the stored pictures (int64 [samples] each), shard by shard."""
+
+    def read(shard: str) -> tuple[np.ndarray, np.ndarray]:
+        with dataset.storage.open(f"shards/{shard}.parquet") as file:
+            table = pq.ParquetFile(file).read(columns=["width", "height"])
+        return table["width"].to_numpy().astype(np.int64), table["height"].to_numpy().astype(np.int64)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(read, dataset.shard_names))
+
+
+def check_sizes(buckets: Buckets | None, multiple: int) -> None:
+    """Raise RecipeError where a model cannot take a bucket's size, which has to be a multiple of `multiple` pixels."""
+    for width, height in sizes_of(buckets) if buckets is not None else []:
+        if width % multiple or height % multiple:
+            problem = f"a bucket of {width} × {height} pixels does not divide by {multiple}"
+            raise RecipeError("train.data.buckets", problem, f"use a step, or sizes, in multiples of {multiple}")

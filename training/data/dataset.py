@@ -1,0 +1,194 @@
+"""A dataset → samples, in an order that is a pure function of (seed, epoch, position).
+
+    number (0, 1, 2, …) ──Order──▶ (epoch, shard, row) ──TrainingData──▶ Sample ──Loader──▶ batch of tensors
+
+The state of a run is one integer: step s of a run with batches of B reads the samples s·B … s·B + B − 1 of one endless
+sequence, and each worker takes its slice. So a run can stop at any step and go on with any number of workers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import is_model, latest_layer, layer_recipe, list_layers
+from capstan.training.config import ORIGINAL, Data
+from capstan.training.data.buckets import Size, assign, shapes, sizes_of
+from capstan.training.data.order import BucketOrder, Order, Window, hash64, without_last
+from capstan.training.data.shard_cache import ShardCache
+from capstan.training.data.shard_reader import NUMBERS, TARS, OpenShard, OpenShards, ShardRows
+from capstan.training.family import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """Samples by number (in training order) or by index (in dataset order, held-out samples last).
+
+    `layer` is a caption layer's id, or None for the original captions; `latents` gives a shard's latents in tar order,
+    which then stand in for the pictures, and `states` what frozen text encoders made of its captions. `files` are those
+    that the `cache` copies ahead. `batch` is the size of a step's batch, which aspect-ratio buckets need. Safe to use
+    from several threads.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: Data,
+        seed: int,
+        *,
+        layer: str | None,
+        latents: Callable[[str], ShardRows] | None = None,
+        states: Callable[[str], Mapping[str, ShardRows]] | None = None,
+        cache: ShardCache | None = None,
+        files: Sequence[str] = (TARS,),
+        batch: int | None = None,
+        order_seed: int | None = None,
+    ) -> None:
+        self.dataset, self.seed, self.layer = dataset, seed, layer
+        self.weights = data.weights if layer is not None else {ORIGINAL: 1.0}
+        counts = [entry.samples for entry in dataset.manifest.shards]
+        self.total = sum(counts)
+        if self.total <= data.holdout:
+            where, hint = dataset.storage.url, "build a larger dataset, or hold out fewer samples"
+            raise RecipeError("train.data.holdout", f"leaves nothing of {where} ({self.total} samples)", hint)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        counts = without_last(counts, data.holdout)
+        order = Order(counts, data.block, seed if order_seed is None else order_seed)
+        self.order: Order | BucketOrder = order
+        self._sizes, self._buckets = list[Size](), list[np.ndarray]()
+        if data.buckets is not None:
+            assert batch is not None, "buckets need to know the batch"
+            self._sizes = sizes_of(data.buckets)
+            self._buckets = [assign(widths, heights, self._sizes) for widths, heights in shapes(dataset)]
+            trained = [buckets[:count] for buckets, count in zip(self._buckets, counts, strict=False)]
+            self.order = BucketOrder(order, trained, len(self._sizes), batch)
+            _warn_of_rare(self._sizes, np.bincount(np.concatenate(trained), minlength=len(self._sizes)), batch)
+        self._cache, self._seen = cache, set[Window]()
+        self._two_fit = cache is not None and (TARS not in files or cache.holds(dataset, 2 * data.block))
+        keep = 2 * data.block + 2
+        self._open = OpenShards(dataset, layer, keep, latents=latents, states=states, cache=cache, files=files)
+
+    def __len__(self) -> int:
+        """How many samples are trained on in an epoch."""
+        return self.order.total
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which samples come: in checkpoints, to notice that the dataset has changed."""
+        digest = hashlib.blake2b(digest_size=8)
+        for entry in self.dataset.manifest.shards:
+            digest.update(entry.sha256.encode())
+        return {"samples": len(self), "shards": digest.hexdigest(), "layer": self.layer}
+
+    def progress(self, number: int) -> dict[str, float]:
+        """Facts for the log after so many samples."""
+        return {"epoch": number / len(self)}
+
+    def at(self, number: int) -> Sample:
+        """The sample that comes as `number` in the endless training sequence."""
+        if self._cache is not None:
+            self._look_ahead(number)
+        epoch, shard, row = self.order(number)
+        return self._sample(shard, row, epoch)
+
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """Sample `index` in dataset order (held-out samples from `len(self)` on), with the caption of `epoch`."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sample(shard, index - int(self._starts[shard]), epoch)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that the blend may show, in dataset order."""
+        for number in range(len(self.dataset.manifest.shards)):
+            shard = self._open[number]
+            keys, originals = (shard.words[name].to_pylist() for name in ("key", "caption"))
+            for key, original in zip(keys, originals, strict=True):
+                texts = {**shard.captions.get(key, {}), ORIGINAL: original}
+                yield from (texts[slot] for slot in self.weights if slot in texts)
+
+    def _look_ahead(self, number: int) -> None:
+        """Have the shards of this window and of the next copied into the cache."""
+        window = self.order.window_of(number)
+        if window not in self._seen:
+            self._seen = {window} if len(self._seen) > 8 else self._seen | {window}
+            for near in (window, self.order.after(window)) if self._two_fit else (window,):
+                for shard in self.order.shards_of(near):
+                    self._open.ahead(int(shard))
+
+    def _sample(self, number: int, row: int, epoch: int) -> Sample:
+        shard = self._open[number]
+        key, extra = shard.words["key"][row].as_py(), shard.words["extra"][row].as_py()
+        slot, text = self._caption(shard, key, shard.words["caption"][row].as_py(), epoch)
+        latent = None if shard.latents is None else np.asarray(shard.latents[row])
+        states = None if shard.states is None else _states(shard.states, slot, row)
+        return Sample(
+            key=key,
+            jpeg=self._open.jpeg(number, shard, row) if latent is None else b"",
+            text=text,
+            slot=slot,
+            epoch=epoch,
+            seed=hash64(self.seed, "sample", key, epoch) >> 1,
+            extra=extra,
+            latent=latent,
+            states=states,
+            bucket=self._sizes[self._buckets[number][row]] if self._sizes else None,
+            **dict(zip(NUMBERS, shard.numbers[row].tolist(), strict=False)),
+        )
+
+    def _caption(self, shard: OpenShard, key: str, original: str, epoch: int) -> tuple[str, str]:
+        """(slot, text) drawn by (seed, key, epoch); a slot that the layer lacks for this key gives the original."""
+        texts = shard.captions.get(key, {})
+        draw, slot = hash64(self.seed, "caption", key, epoch) / 2**64, ORIGINAL
+        for slot, weight in self.weights.items():  # noqa: B007 - the last slot takes what rounding leaves
+            draw -= weight
+            if draw < 0:
+                break
+        return (slot, texts[slot]) if slot in texts and slot != ORIGINAL else (ORIGINAL, original)
+
+
+def _warn_of_rare(sizes: list[Size], samples: np.ndarray, batch: int) -> None:
+    rare = [(size, count) for size, count in zip(sizes, samples.tolist(), strict=True) if 0 < count < batch]
+    if rare:
+        told = ", ".join(f"{width} × {height}: {count}" for (width, height), count in rare)
+        logger.warning(
+            "buckets with fewer samples than a batch, which come together once in several epochs (%s). Fix: give "
+            "train.data.buckets fewer sizes, or a smaller ratio",
+            told,
+        )
+
+
+def _states(states: Mapping[str, ShardRows], slot: str, row: int) -> dict[str, np.ndarray]:
+    """What is stored as SLOT.NAME for one sample and the slot drawn for it: name → array."""
+    start = f"{slot}."
+    return {name.removeprefix(start): np.asarray(rows[row]) for name, rows in states.items() if name.startswith(start)}
+
+
+def find_layer(storage: Storage, data: Data) -> str | None:
+    """The id of the caption layer that `train.data.layer` asks for, or None for the original captions."""
+    if data.layer is None:
+        return None
+    layer = latest_layer(storage) if data.layer == "latest" else data.layer
+    if layer is None or layer not in list_layers(storage):
+        problem = f"{storage.url} has no caption layer" + ("" if layer is None else f" {layer}")
+        hint = "run `capstan recaption` first, or write layer: null to train on the original captions"
+        raise RecipeError("train.data.layer", problem, hint)
+    recipe = layer_recipe(storage, layer)
+    slots = [*recipe["slots"], ORIGINAL]
+    for slot in data.weights:
+        if slot not in slots:
+            near = difflib.get_close_matches(slot, slots, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its slots: {', '.join(slots)}"
+            raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", hint)
+    written = set(storage.names(f"captions/{layer}"))
+    for shard in Dataset(storage).shard_names if is_model(recipe) else []:  # people may leave samples out
+        if f"captions/{layer}/{shard}.parquet" not in written:
+            hint = "run `capstan recaption` to complete it"
+            raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", hint)
+    return layer

@@ -1,0 +1,129 @@
+"""The shards that are being read: their tables by columns, captions, latents, and the pictures' bytes.
+
+A local tar is read by mmap; of a bucket's, the bytes come from a copy in the cache (training.shard_cache), or where
+there is none (yet) by a request of their own.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import CapstanError
+from capstan.recaption.store import check_layer, read_layer
+from capstan.training.data.shard_cache import ShardCache
+
+_WORDS: Final = ["key", "caption", "extra"]
+NUMBERS: Final = ["width", "height", "original_width", "original_height", "crop_left", "crop_top"]
+TARS: Final = "shards/{}.tar"
+_PLACES: Final = ["offset", "size"]  # of the JPEG in the tar, bytes
+
+
+class ShardRows(Protocol):
+    """Something for each of a shard's samples, in tar order."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
+@dataclass
+class OpenShard:
+    """What is kept in memory of one shard."""
+
+    words: dict[str, pa.Array]
+    numbers: np.ndarray  # int64 [samples, NUMBERS and places]
+    captions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key → slot → text
+    latents: ShardRows | None = None
+    states: Mapping[str, ShardRows] | None = None  # slot and name → text encoders' output
+    tar: mmap.mmap | None = None  # a local tar; unmapped when the last thread has let go of it
+
+
+class OpenShards:
+    """A dataset's shards by number, of which the last `keep` that were asked for stay in memory.
+
+    `latents` and `states` read those of a shard, by its name; `files` are all files that are read of a shard ("{}"
+    stands for its name), as far as the cache may hold them. Safe to use from several threads: while one opens a shard,
+    the others go on with what is open.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        layer: str | None,
+        keep: int,
+        *,
+        latents: Callable[[str], ShardRows] | None = None,
+        states: Callable[[str], Mapping[str, ShardRows]] | None = None,
+        cache: ShardCache | None = None,
+        files: Sequence[str] = (TARS,),
+    ) -> None:
+        self.dataset, self.layer, self._keep = dataset, layer, keep
+        self._latents, self._states, self._cache, self._files = latents, states, cache, files
+        self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
+        self._lock = Lock()
+
+    def __getitem__(self, number: int) -> OpenShard:
+        with self._lock:
+            shard, mine = self._open.get(number), False
+            if shard is None:
+                shard, mine = self._open.setdefault(number, Future()), True
+                if len(self._open) > self._keep:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+        if mine:
+            try:
+                shard.set_result(self._load(number))
+            except BaseException as error:  # noqa: BLE001 - handed to all that wait for the shard
+                with self._lock:
+                    self._open.pop(number, None)  # whoever asks again tries again
+                shard.set_exception(error)
+        return shard.result()
+
+    def ahead(self, number: int) -> None:
+        """Have the shard's files copied into the cache."""
+        entry = self.dataset.manifest.shards[number]
+        for name in (pattern.format(entry.name) for pattern in self._files):
+            assert self._cache is not None
+            self._cache.ahead(name, entry.sha256, entry.sha256 if name == entry.tar else None)
+
+    def jpeg(self, number: int, shard: OpenShard, row: int) -> bytes:
+        """The encoded picture of one of the shard's samples."""
+        offset, size = (int(place) for place in shard.numbers[row, -2:])
+        entry = self.dataset.manifest.shards[number]
+        jpeg: bytes | None = None
+        if shard.tar is not None:
+            jpeg = shard.tar[offset : offset + size]
+        elif self._cache is not None:
+            jpeg = self._cache.read_range(entry.tar, entry.sha256, offset, offset + size)
+        if jpeg is None:
+            jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
+        if len(jpeg) != size:
+            raise CapstanError(f"{self.dataset.storage.url}/{entry.tar} is cut: run `capstan verify`")
+        return jpeg
+
+    def _load(self, number: int) -> OpenShard:
+        name = self.dataset.manifest.shards[number].name
+        table = self.dataset.table(name, [*_WORDS, *NUMBERS, *_PLACES, "sha256"])
+        words = {column: pa.concat_arrays(table[column].chunks) for column in _WORDS}
+        shard = OpenShard(words, np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1))
+        if self.layer is not None:
+            check_layer(self.dataset.storage, self.layer, name, table)
+            shard.captions = read_layer(self.dataset.storage, self.layer, name, table)
+        if self._states is not None:
+            shard.states = self._states(name)
+        if self._latents is not None:
+            shard.latents = self._latents(name)
+            return shard
+        path = self.dataset.storage.local_path(f"shards/{name}.tar")
+        if path is not None:
+            with path.open("rb") as file:
+                shard.tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return shard

@@ -1,0 +1,109 @@
+"""A second model that the first one is trained against, with an optimizer of its own: a discriminator.
+
+    family.loss(model, …)    asks the rival what it makes of the first model's work
+    engine.backward(loss)    the first model learns
+    Rival.turn()             then the rival, from the same work
+
+A DeepSpeed engine holds one model, so such a run is on DDP. Every worker holds the rival whole. Its gradients are
+averaged here and not by a second DDP wrapper: that one allows a single forward pass for each backward pass, and a rival
+is asked three times a step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from capstan.pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from capstan.training.config import TrainConfig
+    from capstan.training.distributed.engine import Engine
+    from capstan.training.family import Metrics
+
+
+class Adversary(ABC):
+    """A model with its optimizer, which takes part from step `start` on, once `enter` was called.
+
+    `lr` is its learning rate as a share of the first model's at the same step.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, start: int = 0, lr: float = 1.0, betas: tuple[float, float] = (0.5, 0.9)
+    ) -> None:
+        self.model, self.start, self.lr, self.betas = model, start, lr, betas
+        self.active = False
+        self.engine: Engine | None = None
+        self.optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def loss(self) -> tuple[torch.Tensor, Metrics]:
+        """Its own mean loss on the work that it was last asked about (scalar, with gradient), and scalars to log."""
+
+    def enter(self, engine: Engine) -> None:
+        """Take the engine's device, and make the optimizer. Every worker has built the same weights."""
+        self.engine = engine
+        self.model.to(engine.device).train()
+        fused = engine.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=self.betas, fused=fused)
+
+    def begin(self, step: int, lr: float) -> None:
+        """Before step `step`, in which the first model learns at rate `lr`."""
+        self.active = self.engine is not None and step >= self.start
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * self.lr
+
+    def turn(self, *, last: bool) -> Metrics:
+        """Add the gradient of a part of the step; with the `last` part average it over the workers, clip and step."""
+        if not self.active or self.engine is None:
+            return {}
+        train = self.engine.train
+        with self.engine.computing():
+            loss, metrics = self.loss()
+        (loss / train.accumulate).backward()
+        if not last:
+            return metrics
+        self._average_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {**metrics, "rival_grad_norm": norm}
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of `value` over the workers."""
+        if self.engine is None or self.engine.world == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.engine.world
+
+    def _average_gradients(self) -> None:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        averaged = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        pieces = averaged.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learnt: the same on every worker, but for running statistics, which no step reads."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, on any number of workers."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def refuse_without_ddp(train: TrainConfig, field: str) -> None:
+    """Raise RecipeError where the engine cannot hold the second model that `field` asks for."""
+    if train.engine.strategy != "ddp":
+        problem = f"{train.engine.strategy} trains one model, and {field} is a second one"
+        raise RecipeError("train.engine.strategy", problem, "write engine: {strategy: ddp}, without zero")
+    if train.precision not in ("fp32", "bf16"):
+        problem = f"{train.precision} needs its loss scaled, which is not done for {field}"
+        raise RecipeError("train.precision", problem, "use bf16 or fp32")

@@ -1,0 +1,384 @@
+"""The one door to accelerate and deepspeed: a model → a model that trains on many processes, and its state on disk.
+
+    prepare(model) → backward(loss) × accumulate, with the optimizer's step at the last → parts, which checkpoints keep
+
+ZeRO 0–3 (Rajbhandari et al. 2020) or plain DDP, on GPUs (nccl) or CPUs (gloo), one process or many. What was seen to
+break, and is kept from breaking here: `Accelerator(cpu=True)` silently drops DeepSpeed; without a named backend every
+rank thinks it is alone; at start-up DeepSpeed compiles an inference kernel, and a killed build leaves a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.distributed import model_options
+from capstan.training.distributed.loss_scale import LossScale
+from capstan.training.distributed.state import StateReader, StateSlice, adam_parts, adam_state, even_share
+from capstan.training.distributed.zero import parts_of_stage_1_or_2, parts_of_stage_3, take_forward_weights
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_BUCKET = 50_003_968  # elements that are reduced or gathered at once
+_PATIENCE = timedelta(minutes=60)  # for a worker that makes assets or writes a checkpoint while the others wait
+
+
+class Engine:
+    """The processes of one run, as one of them sees them: `rank` of `world`, on `device`."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.train = train
+        self.zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
+        self._deepspeed = train.engine.strategy == "deepspeed"
+        self._wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if self._wanted not in train.world_sizes():
+            problem = f"{train.engine.workers}, but the launcher started {self._wanted}"
+            raise RecipeError("train.engine.workers", problem, "let the two agree")
+        _set_environment(alone=self._wanted == 1 and not self._deepspeed)
+        self._accelerator = self._start()
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        device = self._accelerator.device
+        self.device: torch.device = device if device.type != "cpu" else torch.device("cpu")  # not cpu:0
+        self.is_main = self.rank == 0
+        self.loss_scale = LossScale() if train.precision == "fp16" else None
+        self.skipped = False  # whether the last step was left out, since its gradient overflowed in fp16
+        if self.loss_scale is not None and not _has_fp16(self.device):
+            raise RecipeError("train.precision", f"fp16 is for GPUs, not {self.device}", "write bf16 or fp32")
+        if self.device.type == "cpu":
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+            torch.set_num_threads(train.engine.threads or max(1, _cores() // local))
+        # Small facts travel by gloo, so that asking after them never waits for a GPU.
+        self._small = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
+        self.model: Any = None
+        self.optimizer: Any = None
+
+    def _start(self) -> Any:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        on_cpu = not torch.cuda.is_available()
+        kwargs = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=_PATIENCE)
+        if not self._deepspeed:
+            handlers = [kwargs] if self._wanted > 1 else []
+            accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        else:
+            _refuse_inference_kernel()
+            from accelerate import DeepSpeedPlugin
+
+            plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
+            accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[kwargs], deepspeed_plugin=plugin)
+            _keep_transformers_out()
+        if self._deepspeed and accelerator.distributed_type.value != "DEEPSPEED":
+            raise CapstanError(f"training: accelerate chose {accelerator.distributed_type} in place of DeepSpeed")
+        seen = dist.get_world_size() if dist.is_initialized() else 1
+        if not accelerator.num_processes == seen == self._wanted:
+            raise CapstanError(
+                f"training: {self._wanted} workers were started, torch.distributed sees {seen} and accelerate "
+                f"{accelerator.num_processes}: they would train apart"
+            )
+        return accelerator
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        train, world = self.train, self._wanted
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": max(1, train.batch // (world * train.accumulate)),
+            "gradient_accumulation_steps": train.accumulate,
+            "gradient_clipping": (train.clip or 0.0) if self.zero else 0.0,  # at stage 0 clipped here, for the norm
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": self.zero},
+        }
+        if train.engine.offload:  # stepped by torch's fused AdamW: DeepSpeed's own has to be compiled for minutes
+            pinned = torch.cuda.is_available()
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+            config["zero_force_ds_cpu_optimizer"] = False
+        if train.precision == "bf16":  # weights stay fp32, the forward pass computes in bf16
+            # Without the empty list the gradients of every Linear and Conv would be averaged over workers in bf16.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        return config
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Wrap the one trainable model and make its optimizer; gives the model to call in the loss."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model_options.apply(model, self.train, self.device)
+        if self._deepspeed and self.loss_scale is not None:  # DeepSpeed ends an autocast around the model
+            model.forward = torch.autocast(self.device.type, torch.float16)(model.forward)  # type: ignore[method-assign]
+        if self._deepspeed:
+            bucket = min(_LARGEST_BUCKET, -(-parameters // 1024) * 1024)  # DeepSpeed wants an even number
+            zero = {"stage": self.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+            zero |= {"overlap_comm": self.device.type == "cuda", "contiguous_gradients": True}
+            if self.zero == 3:
+                zero |= {
+                    "stage3_prefetch_bucket_size": bucket,
+                    "stage3_param_persistence_threshold": min(100_000, bucket),
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                }
+            self._accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"].update(zero)
+        optimizer = _adamw(model, self.train, fused=self.device.type in ("cpu", "cuda"))
+        self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
+        strategy = f"DeepSpeed, ZeRO stage {self.zero}" if self._deepspeed else "DDP"
+        if self._deepspeed and self.model.zero_optimization_stage() != self.zero:
+            raise CapstanError(f"training: asked for ZeRO {self.zero}, got {self.model.zero_optimization_stage()}")
+        log = logger.info if self.is_main else logger.debug
+        log(
+            "engine: %s, world size %d, %s, %s, %d threads, %s parameters",
+            strategy,
+            self.world,
+            self.device,
+            self.train.precision,
+            torch.get_num_threads(),
+            f"{parameters:,}",
+        )
+        return self.model
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around the loss: half precision where the recipe asks for it. Weights and their gradients stay fp32."""
+        dtype = torch.float16 if self.train.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.train.precision != "fp32"):
+            yield
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> torch.Tensor | float | None:
+        """Add the gradient of a part's mean loss; with the `last` part of a step, clip and step.
+
+        Gives the norm of the whole gradient before clipping at the last part, None otherwise. Where fp16 overflows the
+        norm is infinite, and the step is left out (`skipped`).
+        """
+        if self.loss_scale is not None and self.zero == 0:
+            loss = loss * self.loss_scale.scale
+        if self._deepspeed:
+            norm = self._backward_deepspeed(loss, last)
+        else:
+            unsynced = contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+            with unsynced:
+                self._accelerator.backward(loss / self.train.accumulate)
+            norm = self._clip(self.model) if last else None
+            if last and not self.skipped:
+                self.optimizer.step()
+            if last:
+                self.optimizer.zero_grad()
+        if last and self.loss_scale is not None:
+            self.loss_scale.update(self.skipped)
+        return norm
+
+    def _backward_deepspeed(self, loss: torch.Tensor, last: bool) -> torch.Tensor | float | None:
+        model = self.model
+        if self.loss_scale is not None and self.zero:
+            model.optimizer.override_loss_scale(self.loss_scale.scale)
+        model.set_gradient_accumulation_boundary(is_boundary=last)
+        model.backward(loss)  # divides by the number of parts
+        if not last:
+            return None
+        if not self.zero:
+            norm = self._clip(model.module)
+            if self.skipped:
+                model.zero_grad()
+            else:
+                model.step()
+            return norm
+        model.step()
+        self.skipped = self.loss_scale is not None and bool(model.optimizer.overflow)
+        return math.inf if self.skipped else model.get_global_grad_norm()
+
+    def _clip(self, model: torch.nn.Module) -> torch.Tensor:
+        """The norm of the whole gradient, which is then clipped; `skipped` where fp16 has overflowed."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.train.clip or math.inf)
+        self.skipped = self.loss_scale is not None and not math.isfinite(norm)
+        return torch.full_like(norm, math.inf) if self.skipped else norm
+
+    # What one worker holds of the weights ----------------------------------------------------------------------------
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The trainable weights under the names of the model that `prepare` was given."""
+        module = self._accelerator.unwrap_model(self.model)
+        return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The full shape of every trainable weight, also where only a part of it is here."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.named_parameters()}
+
+    def shards(self) -> list[torch.Tensor]:
+        """This worker's even share of every trainable weight: flat views, of length ceil(numel / world) or less."""
+        return [self._shard(parameter) for _, parameter in self.named_parameters()]
+
+    def _shard(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        sharded = getattr(parameter, "ds_tensor", None)
+        if sharded is not None:  # ZeRO 3 holds nothing else
+            return sharded.detach()
+        flat = parameter.detach().reshape(-1)  # a view, but for channels_last
+        return flat[even_share(flat.numel(), self.rank, self.world)]
+
+    def gather(self, shards: Iterable[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """Put shards (as from `shards`) of all workers together: name → full tensor on the CPU; None but on rank 0."""
+        full: dict[str, torch.Tensor] = {}
+        for (name, shape), shard in zip(self.shapes().items(), shards, strict=True):
+            size = -(-shape.numel() // self.world)
+            padded = torch.nn.functional.pad(shard[:size], (0, size - min(size, shard.numel())))
+            pieces = [torch.empty_like(padded) for _ in range(self.world)] if self.is_main else None
+            if self.world > 1:
+                dist.gather(padded.contiguous(), pieces, dst=0)
+            else:
+                pieces = [padded]
+            if pieces is not None:
+                full[name] = torch.cat(pieces)[: shape.numel()].view(shape).float().cpu()
+        return full if self.is_main else None
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's buffers on the CPU (running statistics and the like; never sharded)."""
+        module = self._accelerator.unwrap_model(self.model)
+        return {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
+
+    def take_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Take up what `buffers` gave."""
+        for name, buffer in self._accelerator.unwrap_model(self.model).named_buffers():
+            buffer.copy_(buffers[name])
+
+    # Together --------------------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Go on when all workers have come this far."""
+        if self._small is not None:
+            dist.barrier(group=self._small)
+
+    def raised(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any worker raised it; all get the same answer."""
+        return tuple(votes > 0 for votes in self.sums([float(flag) for flag in flags]))
+
+    def sums(self, values: list[float]) -> list[float]:
+        """For each number, its sum over all workers; all get the same answer."""
+        if self._small is None:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self._small)
+        return sums.tolist()
+
+    def collect(self, value: Any) -> list[Any]:
+        """The small value of every worker, by rank; all get the same list."""
+        if self._small is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._small)
+        return values
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every worker's tensor, which lies on the CPU; all get the same."""
+        if self._small is not None:
+            dist.all_reduce(tensor, group=self._small)
+        return tensor
+
+    # To be kept ------------------------------------------------------------------------------------------------------
+
+    def parts(self) -> Iterator[StateSlice]:
+        """This worker's weights and optimizer state in fp32, live, by name: what it writes and what it has to read."""
+        named = self.named_parameters()
+        if self.zero == 3:
+            return parts_of_stage_3(self.model.optimizer, named, self.rank)
+        if self.zero:
+            return parts_of_stage_1_or_2(self.model.optimizer, named)
+        return self._whole_parts(named)
+
+    def _whole_parts(self, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[StateSlice]:
+        optimizer = self.optimizer.optimizer  # torch's, out of accelerate's
+        for name, parameter in named:
+            mine = even_share(parameter.numel(), self.rank, self.world)
+            yield from adam_parts(name, 0, parameter, adam_state(optimizer, parameter), slice(None), mine)
+
+    def take(self, pieces: StateReader) -> None:
+        """Take up what the parts of any number of workers, of any strategy, were written as."""
+        for part in self.parts():
+            part.take(pieces)
+        if self.zero:
+            take_forward_weights(self.named_parameters(), pieces, self.rank)
+
+    def close(self) -> None:
+        """Leave the process group, and nothing behind that a next engine in this process would take for its own."""
+        from accelerate.state import AcceleratorState, GradientState
+
+        self._accelerator.free_memory()
+        if dist.is_initialized() and self._deepspeed:
+            from deepspeed import comm
+
+            comm.destroy_process_group()  # torch's, and DeepSpeed's own notes of its groups
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and kernels alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused)
+
+
+def _set_environment(*, alone: bool) -> None:
+    """What a launcher would set, for a process that was started by none (or nothing, if `alone`); quiet libraries."""
+    if alone:
+        os.environ.pop("LOCAL_RANK", None)  # by which accelerate would wrap the model for one process
+    elif "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one and warns otherwise
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would set torch's threads otherwise; Engine does
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # `accelerate launch --cpu` sets it, and DeepSpeed would be dropped
+    for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _refuse_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPUs.
+
+    Training never calls it (`inference_all_reduce` alone does). Building it needs g++ and tens of seconds, fails the
+    run where there is no compiler, and if killed leaves a lock on which every later run would wait.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__ = {}  # looked up before building; none is found to be compatible
+
+
+def _keep_transformers_out() -> None:
+    """Let transformers open models whole: told of ZeRO 3, it would shard frozen ones too, and in vain."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _has_fp16(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,86 @@
+"""A recipe → latents and text states of all its samples: `capstan encode`, and what `capstan train` does first.
+
+Where the recipe's text encoder is frozen (`train.diffusion.text.pretrained`) its states are encoded too; where it is
+trained there are none. Through the unit map: what is encoded already is not encoded again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from capstan.pipeline import units
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import Quarantined
+from capstan.training.config import AUTO, TrainConfig, WeightedDataset, family_class
+from capstan.training.data.dataset import find_layer
+from capstan.training.precomputed import latents, text_embeddings
+from capstan.training.run import Run
+from capstan.training.run_data import open_storage, pin, shares
+
+Job = latents.LatentsJob | text_embeddings.TextStatesJob
+
+
+def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Encode all that has no latents, or text states, yet. Gives a summary with the latents' id, `encoder`.
+
+    Write that id, or `auto`, under `train.data.latents` to train on them. Raises Quarantined if some shards could not
+    be encoded.
+    """
+    train = TrainConfig.from_recipe(recipe)
+    summaries = [_pictures(recipe, train, share, progress) for share in shares(recipe, train)]
+    if family_class(train.model).text_encoder(train) is not None:
+        for share in shares(recipe, train):
+            layer = find_layer(open_storage(recipe, share), train.data.model_copy(update={"layer": share.layer}))
+            summaries.append(_texts(recipe, train, share, layer, progress))
+    return _sum(summaries)
+
+
+def encode_missing(recipe: Recipe, *, progress: bool = True) -> None:
+    """What `train.data.latents: auto` and `text_states: auto` ask for, before the workers start.
+
+    Captions are those of the layer that the run is pinned to, whichever is the latest by now.
+    """
+    train = TrainConfig.from_recipe(recipe)
+    layers = pin(recipe, train, Run(train))
+    for share, layer in zip(shares(recipe, train), layers, strict=True):
+        if train.data.latents == AUTO:
+            _pictures(recipe, train, share, progress)
+        if train.data.text_states == AUTO:
+            _texts(recipe, train, share, layer, progress)
+
+
+def _pictures(recipe: Recipe, train: TrainConfig, share: WeightedDataset, progress: bool) -> dict[str, Any]:
+    dataset = Dataset(open_storage(recipe, share))
+    path, identity = latents.plan(train, Dataset(open_storage(recipe, shares(recipe, train)[0])))
+    job = latents.LatentsJob(dataset, path, identity, recipe.resources)
+    return {"encoder": job.encoder, **_run(job, recipe, progress)}
+
+
+def _texts(
+    recipe: Recipe, train: TrainConfig, share: WeightedDataset, layer: str | None, progress: bool
+) -> dict[str, Any]:
+    dataset = Dataset(open_storage(recipe, share))
+    job = text_embeddings.TextStatesJob(dataset, train, text_embeddings.plan(train, dataset, layer), recipe.resources)
+    counts = _run(job, recipe, progress)
+    return {"text_states": job.encoder, "captions": counts.pop("samples"), **counts}
+
+
+def _run(job: Job, recipe: Recipe, progress: bool) -> dict[str, Any]:
+    job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
+    work = [job.unit(entry) for entry in job.dataset.manifest.shards]
+    units.forget(job, job.stale(work))
+    summary = units.run(job, work, recipe.resources, progress=progress)
+    if summary.quarantined:
+        raise Quarantined(job.name, summary.quarantined)
+    counts = {name: int(count) for name, count in summary.counts.items()}
+    return {"shards_done": summary.done, "shards_skipped": summary.skipped, **counts}
+
+
+def _sum(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts added up; of names the first."""
+    total: dict[str, Any] = {}
+    for name, value in ((name, value) for summary in summaries for name, value in summary.items()):
+        total[name] = total[name] + value if name in total and isinstance(value, int) else total.get(name, value)
+    return total

@@ -1,0 +1,52 @@
+"""CLIP score: the cosine of a picture and its prompt (Hessel et al. 2021, CLIPScore, without its factor 2.5).
+
+The model is what scoring uses too (pipeline.score.tower): any of open_clip's, from a folder or a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.clip_model import ClipModel, Loaded
+from capstan.training.config.monitoring import ClipSettings
+from capstan.training.metrics.metric import Metric, Total
+from capstan.training.metrics.samples import EvalSet
+
+
+class ClipScore(Metric):
+    """The mean over all pictures."""
+
+    def __init__(self, model: ClipSettings, field: str) -> None:
+        self.tower, self.field = ClipModel(model.model, model.pretrained, "fp32", field), field
+        self.loaded: Loaded | None = None
+        self.sums = torch.zeros(2, dtype=torch.float64)  # of the cosines, and how many
+
+    def check(self, subjects: EvalSet) -> None:
+        if not self.tower.file.is_file():
+            problem = f"{self.tower.file} is not on this machine"
+            raise RecipeError(f"{self.field}.pretrained", problem, "put it where all machines see it")
+
+    @contextlib.contextmanager
+    def ready(self, device: torch.device) -> Iterator[None]:
+        self.sums.zero_()
+        self.loaded = self.tower.load(str(device), threads=torch.get_num_threads())
+        try:
+            yield
+        finally:
+            self.loaded = None
+
+    def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
+        assert self.loaded is not None
+        seen = self.loaded.images(np.stack([self.tower.prepare(picture) for picture in pictures]))
+        said = self.loaded.texts(subjects.prompts(numbers))
+        cosines = torch.nn.functional.cosine_similarity(seen, said).double().cpu()
+        self.sums += torch.stack([cosines.sum(), torch.tensor(float(len(cosines)), dtype=torch.float64)])
+
+    def result(self, total: Total) -> dict[str, float]:
+        value, count = total(self.sums.clone()).tolist()
+        return {"clip": value / count}

@@ -1,0 +1,1 @@
+"""Model families: one folder each, named in `FAMILIES` of training/config."""

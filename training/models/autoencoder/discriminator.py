@@ -1,0 +1,102 @@
+"""A discriminator of patches, against which a first stage is trained: sharp where a mean would be blurred.
+
+Isola et al. 2017 (pix2pix, §3.2.2: the discriminator of patches), Esser et al. 2021 (taming-transformers, eq. 6–7: the
+weight that balances its gradient with the reconstruction's), Lim & Ye 2017 (hinge loss).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from capstan.pipeline.config import Section
+from capstan.training.distributed.adversary import Adversary
+from capstan.training.family import Metrics
+
+_LARGEST: Final = 1e4  # of the adaptive weight
+
+
+class DiscriminatorSettings(Section):
+    """`discriminator`. The defaults are taming-transformers' for ImageNet."""
+
+    start: Annotated[int, Field(ge=0)] = 10_000  # the step from which on it takes part: first there must be pictures
+    weight: Annotated[float, Field(gt=0)] = 0.8  # its gradient at the last layer, as a share of the reconstruction's
+    adaptive: bool = True  # false: `weight` is that of its loss itself
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    channels: Annotated[int, Field(ge=1)] = 64  # of its first layer; each further one doubles them, up to 8 times
+    layers: Annotated[int, Field(ge=1)] = 3  # that halve the picture: 3 judges patches of 70 pixels, 2 of 34, 1 of 16
+    lr: Annotated[float, Field(gt=0)] = 1.0  # as a share of train.lr, step by step
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)  # of its Adam
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Pictures [B, 3, H, W] → logits [B, 1, h, w], one a patch, above 0 where it looks real."""
+
+    def __init__(self, channels: int, layers: int) -> None:
+        wide = [channels * min(2**level, 8) for level in range(layers + 1)]
+        parts: list[nn.Module] = [nn.Conv2d(3, wide[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for level in range(1, layers + 1):
+            stride = 2 if level < layers else 1
+            conv = nn.Conv2d(wide[level - 1], wide[level], 4, stride=stride, padding=1, bias=False)
+            parts += [conv, nn.BatchNorm2d(wide[level]), nn.LeakyReLU(0.2)]
+        super().__init__(*parts, nn.Conv2d(wide[-1], 1, 4, stride=1, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def discriminator_loss(of_real: torch.Tensor, of_made: torch.Tensor, kind: str) -> torch.Tensor:
+    """Half the sum of the mean losses on real and on made pictures, given their logits."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_made).mean())
+    return 0.5 * (F.softplus(-of_real).mean() + F.softplus(of_made).mean())
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """λ = ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 10⁻⁴) with respect to the decoder's `last` layer (taming, eq. 7)."""
+    (ours,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
+    (theirs,) = torch.autograd.grad(adversarial, last, retain_graph=True)
+    return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, _LARGEST).detach()
+
+
+class PatchAdversary(Adversary):
+    """The discriminator and its turns."""
+
+    def __init__(self, settings: DiscriminatorSettings) -> None:
+        model = PatchDiscriminator(settings.channels, settings.layers)
+        super().__init__(model, start=settings.start, lr=settings.lr, betas=settings.betas)
+        self.settings = settings
+        self.shown: tuple[torch.Tensor, torch.Tensor] | None = None  # made and real pictures, for its own turn
+
+    def oppose(
+        self, made: torch.Tensor, real: torch.Tensor, reconstruction: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """What the autoencoder's loss gains from `made` pictures being told from `real` ones [B, 3, H, W].
+
+        `reconstruction` is the rest of the loss that depends on them, `last` the weight of the decoder's last layer.
+        """
+        if not self.active:
+            return reconstruction.new_zeros(()), {}
+        made, real = made.float(), real.float()
+        self.model.requires_grad_(False)  # the gradient goes through it, not into it
+        adversarial = -self.model(made).mean()
+        self.model.requires_grad_(True)
+        weight = torch.full_like(reconstruction, self.settings.weight)
+        if self.settings.adaptive:
+            weight = weight * self.mean(adaptive_weight(reconstruction, adversarial, last))
+        self.shown = made.detach(), real
+        return weight * adversarial, {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+
+    def loss(self) -> tuple[torch.Tensor, Metrics]:
+        assert self.shown is not None, "a turn without work to judge"
+        (made, real), self.shown = self.shown, None
+        of_real, of_made = self.model(real), self.model(made)
+        loss = discriminator_loss(of_real, of_made, self.settings.loss)
+        told_apart = ((of_real > 0).float().mean() + (of_made < 0).float().mean()) / 2
+        return loss, {"discriminator": loss.detach(), "told_apart": told_apart}

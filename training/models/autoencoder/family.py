@@ -1,0 +1,111 @@
+"""The family `autoencoder`: pictures of a dataset → a trained AutoencoderKL in diffusers' format.
+
+Loss = picture loss (stage.py) + kl · KL per pixel value (Rombach et al. 2022, latent diffusion, app. G).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.data.transforms import to_signed
+from capstan.training.family import Batch, Metrics
+from capstan.training.models.autoencoder.first_stage import FirstStage, StageSettings, factor_of, load_weights
+from capstan.training.models.autoencoder.model import Autoencoder, kl_divergence, lower_log_variance, standardise
+from capstan.training.product import find_product, write_facts
+
+__all__ = ["AutoencoderFamily", "AutoencoderSettings", "build", "factor_of", "load_autoencoder"]
+
+
+class AutoencoderSettings(StageSettings):
+    """`train.autoencoder`. The defaults are the shape of Stable Diffusion's autoencoder: 8× smaller, 4 channels."""
+
+    kl: Annotated[float, Field(ge=0)] = 1e-6  # weight of the KL divergence per pixel value
+    log_variance: float = -6.0  # of the latents at the start; 0 is the prior's
+
+
+class AutoencoderFamily(FirstStage):
+    """Fits an AutoencoderKL to the dataset's pictures."""
+
+    name: ClassVar[str] = "autoencoder"
+    settings: ClassVar[type[Section]] = AutoencoderSettings
+
+    train: AutoencoderSettings
+
+    def __init__(self, train: TrainConfig, assets: Path) -> None:
+        self.train = train.settings
+        vae = build(self.train)
+        if self.train.pretrained is None:
+            lower_log_variance(vae, self.train.log_variance)
+        self.model = Autoencoder(vae)
+        self.open(assets, vae.config)
+
+    @staticmethod
+    def build(settings: Any) -> Any:
+        return build(settings)
+
+    def start_from(self, product: Path) -> None:
+        from diffusers import AutoencoderKL
+
+        load_weights(self.model.vae, AutoencoderKL.from_pretrained(product).state_dict(), product)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        pictures = to_signed(batch["pictures"])
+        side = self.size // self.factor
+        noise = torch.randn(len(pictures), self.channels, side, side, generator=draw, device=pictures.device)
+        made, mean, log_variance = model(pictures.to(next(model.parameters()).dtype), noise)
+        loss, metrics = self.picture_loss(made, pictures, self.model.vae.decoder.conv_out.weight)
+        kl = kl_divergence(mean, log_variance).mean()
+        loss = loss + self.train.kl * kl / pictures[0].numel()
+        return loss, {**metrics, "kl": kl.detach(), "latent_std": mean.detach().float().std()}
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """An AutoencoderKL folder whose latents have mean 0 and variance 1 on the dataset's pictures."""
+        vae, pictures = model.vae, self.measured()
+        mean, std = standardise(vae, pictures)
+        vae.save_pretrained(folder, safe_serialization=True)
+        scale = {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(pictures)}
+        write_facts(folder, family=self.name, size=self.size, factor=self.factor, latents_before=scale)
+
+
+def build(settings: AutoencoderSettings) -> Any:
+    """A new AutoencoderKL of the settings' shape, or the one that `pretrained` names."""
+    from diffusers import AutoencoderKL
+
+    if settings.pretrained is not None:
+        return load_autoencoder(settings.pretrained, "train.autoencoder.pretrained")
+    return AutoencoderKL(**settings.shape())
+
+
+def load_autoencoder(path: str, field: str) -> Any:
+    """The AutoencoderKL at `path`: a run, a product, or the vae/ of a pipeline. Raises RecipeError naming `field`.
+
+    A VQModel is refused: diffusers' StableDiffusionPipeline cannot decode with one.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = find_product(path, field)
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    if class_of(folder) == "VQModel":
+        problem = f"{folder} is a VQModel, which decodes in no pipeline of diffusers that takes any prompt and size"
+        raise RecipeError(field, problem, "name an AutoencoderKL, e.g. a run of model: autoencoder")
+    try:
+        return AutoencoderKL.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            field, f"{folder} is no AutoencoderKL ({error})", "name a folder that diffusers reads"
+        ) from None
+
+
+def class_of(folder: Path) -> str:
+    """Which of diffusers' classes the folder says that it holds, or ""."""
+    config = folder / "config.json"
+    return str(json.loads(config.read_text(encoding="utf-8")).get("_class_name", "")) if config.is_file() else ""

@@ -1,0 +1,186 @@
+"""What both first stages share: pictures in, pictures out, and what is asked of these.
+
+    picture loss   reconstruction + edges · gradient difference + perceptual · LPIPS
+    adversarial    λ · what a discriminator says of them (adversary.py), from its start on
+
+Esser et al. 2021 (VQGAN, §3.1–3.2) and Rombach et al. 2022 (latent diffusion, app. G) train with these terms.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.data.transforms import Crop, batch_of, picture_size, psnr, square, to_signed
+from capstan.training.distributed.adversary import refuse_without_ddp
+from capstan.training.family import Batch, Family, Metrics, Sample, Samples
+from capstan.training.models.autoencoder.discriminator import DiscriminatorSettings, PatchAdversary
+from capstan.training.models.autoencoder.lpips import Lpips, PerceptualSettings, load_lpips
+from capstan.training.models.autoencoder.model import edge_difference
+
+_PICTURES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: those that latents are measured on
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class StageSettings(Section):
+    """The settings that both families of first stages have."""
+
+    pretrained: str | None = None  # start from this model (a run, a product or a diffusers folder)
+    size: Positive | None = None  # pixels, both sides; null: the stored pictures' shorter side
+    crop: Crop = "center"  # how a picture becomes square
+    flip: bool = False  # mirror half of the pictures
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)  # one a level
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    norm_num_groups: Positive = 32
+    mid_attention: bool = True  # self-attention at the lowest level
+    down_block_types: list[str] | None = None  # diffusers' names; null: DownEncoderBlock2D everywhere
+    up_block_types: list[str] | None = None  # diffusers' names; null: UpDecoderBlock2D everywhere
+    reconstruction: Literal["l1", "l2"] = "l1"
+    edges: Annotated[float, Field(ge=0)] = 0.0  # weight of the difference of gradients
+    perceptual: PerceptualSettings | None = None  # null: none
+    discriminator: DiscriminatorSettings | None = None  # null: none
+    statistics: Positive = 128  # pictures from which the latents' scale is computed at the end
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels {channels} does not divide by norm_num_groups")
+        for name in ("down_block_types", "up_block_types"):
+            blocks = getattr(self, name)
+            if blocks is not None and len(blocks) != len(self.block_out_channels):
+                raise ValueError(f"{name} must name one block for each of block_out_channels")
+        return self
+
+    def shape(self) -> dict[str, Any]:
+        """The arguments that AutoencoderKL and VQModel have in common."""
+        levels = len(self.block_out_channels)
+        return {
+            "down_block_types": tuple(self.down_block_types or ["DownEncoderBlock2D"] * levels),
+            "up_block_types": tuple(self.up_block_types or ["UpDecoderBlock2D"] * levels),
+            "block_out_channels": self.block_out_channels,
+            "layers_per_block": self.layers_per_block,
+            "latent_channels": self.latent_channels,
+            "norm_num_groups": self.norm_num_groups,
+            "mid_block_add_attention": self.mid_attention,
+            "sample_size": self.size or 512,
+        }
+
+
+class FirstStage(Family):
+    """A family whose model goes from pictures to latents and back; needs no captions."""
+
+    captions: ClassVar[bool] = False
+
+    train: StageSettings
+    size: int  # of the pictures, both sides, pixels
+    factor: int  # pixels that a latent spans along one side
+    perceptual: Lpips | None = None
+    adversary: PatchAdversary | None = None
+
+    @staticmethod
+    @abstractmethod
+    def build(settings: Any) -> Any:
+        """A new diffusers model of the settings' shape, or the one that `pretrained` names."""
+
+    @classmethod
+    def check(cls, train: TrainConfig) -> None:
+        if train.settings.discriminator is not None:
+            refuse_without_ddp(train, f"train.{cls.name}.discriminator")
+            if train.engine.compile and train.settings.discriminator.adaptive:
+                problem = (
+                    f"a compiled model goes backward once a step, and the weight of train.{cls.name}.discriminator"
+                )
+                hint = "remove it, or write discriminator: {adaptive: false}"
+                raise RecipeError("train.engine.compile", f"{problem} asks for its gradients before that", hint)
+
+    @classmethod
+    def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
+        """Keep the pictures that latents are measured on; with them, the size is decided."""
+        settings: StageSettings = train.settings
+        if settings.perceptual is not None:
+            load_lpips(settings.perceptual, f"train.{cls.name}.perceptual")
+        factor = factor_of(settings if settings.pretrained is None else cls.build(settings).config)
+        size = picture_size(samples, settings.size, factor, f"train.{cls.name}.size")
+        if settings.discriminator is not None:
+            _refuse_small(size, settings.discriminator.layers, f"train.{cls.name}.discriminator.layers")
+        count = min(settings.statistics, len(samples))
+        indices = [number * len(samples) // count for number in range(count)]
+        np.save(folder / _PICTURES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
+
+    def open(self, assets: Path, config: Any) -> None:
+        """What __init__ does after `self.train` and `self.model` are set; `config` is the diffusers model's."""
+        self.pictures = np.load(assets / _PICTURES, mmap_mode="r")
+        self.size, self.factor = int(self.pictures.shape[1]), factor_of(config)
+        self.channels = int(config.latent_channels)
+        if self.train.perceptual is not None:
+            self.perceptual = load_lpips(self.train.perceptual, f"train.{self.name}.perceptual")
+            self.frozen = [self.perceptual]
+        if self.train.discriminator is not None:
+            self.adversary = self.rival = PatchAdversary(self.train.discriminator)
+
+    def measured(self) -> torch.Tensor:
+        """The pictures that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
+        return to_signed(torch.from_numpy(np.array(self.pictures)).permute(0, 3, 1, 2))
+
+    def prepare(self, samples: Sequence[Sample]) -> Batch:
+        return {"pictures": batch_of(samples, self.size, crop=self.train.crop, flip=self.train.flip)}
+
+    def picture_loss(
+        self, made: torch.Tensor, pictures: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """All that is asked of the `made` pictures [B, 3, H, W], given the decoder's `last` weight."""
+        difference = made.float() - pictures
+        reconstruction = difference.abs().mean() if self.train.reconstruction == "l1" else difference.square().mean()
+        metrics = {
+            "reconstruction": reconstruction.detach(),
+            "psnr": psnr(made.detach(), pictures).mean(),
+        }
+        loss = reconstruction
+        if self.train.edges:
+            loss = loss + self.train.edges * edge_difference(made, pictures)
+        if self.perceptual is not None and self.train.perceptual is not None:
+            perceptual = self.perceptual(made, pictures).mean()
+            loss = loss + self.train.perceptual.weight * perceptual
+            metrics["perceptual"] = perceptual.detach()
+        if self.adversary is None:
+            return loss, metrics
+        opposed, more = self.adversary.oppose(made, pictures, loss, last)
+        # Only its gradient: its value says who is ahead, and would make the loss look as if it diverged.
+        return loss + (opposed - opposed.detach()), {**metrics, **more}
+
+    def describe(self) -> dict[str, Any]:
+        facts = {**super().describe(), "size": self.size, "latents": [self.channels, *[self.size // self.factor] * 2]}
+        if self.adversary is not None:
+            facts["discriminator"] = sum(parameter.numel() for parameter in self.adversary.model.parameters())
+        return facts
+
+
+def load_weights(model: torch.nn.Module, weights: Any, product: Path) -> None:
+    """Put another run's weights into `model`. Raises RecipeError where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RecipeError("train.init", f"{product} has another shape ({error})", "use its settings") from None
+
+
+def factor_of(shape: Any) -> int:
+    """How many pixels a latent spans along one side; `shape` is a diffusers model's configuration, or the settings."""
+    return int(2 ** (len(shape.block_out_channels) - 1))
+
+
+def _refuse_small(size: int, layers: int, field: str) -> None:
+    """Each layer halves the picture, and two more convolutions take a pixel each."""
+    if size < 3 * 2**layers:
+        raise RecipeError(field, f"{layers} layers leave nothing of {size} pixels", "use fewer, e.g. layers: 1")

@@ -1,0 +1,98 @@
+"""LPIPS: how different two pictures look to VGG16, from weights that lie in a folder.
+
+Zhang et al. 2018, “The unreasonable effectiveness of deep features as a perceptual metric”, eq. 1: the features after
+each of VGG16's five blocks, of length 1 over the channels, their squared difference weighted channel by channel.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Annotated, Final
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
+
+VGG: Final = "vgg16-397923af.pth"  # torchvision's VGG16 (IMAGENET1K_V1), under the name that it is published by
+HEADS: Final = "vgg.pth"  # the linear heads, lpips/weights/v0.1/vgg.pth of the package lpips
+_ENDS: Final = (4, 9, 16, 23, 30)  # in VGG16's `features`, the place behind the last ReLU of each block
+_CHANNELS: Final = (64, 128, 256, 512, 512)  # there
+
+
+class PerceptualSettings(Section):
+    """`perceptual`: the weight of LPIPS beside the reconstruction's."""
+
+    network: str  # a folder with vgg16-397923af.pth (torchvision's VGG16) and vgg.pth (LPIPS' heads for it)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Lpips(nn.Module):
+    """LPIPS over VGG16; weights are those of torch's global generator until they are loaded."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, features: nn.Sequential, heads: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.features = features
+        self.heads = nn.ParameterList(heads)  # each [channels], ≥ 0 as published
+        # ImageNet's mean and deviation for pictures in −1 … 1, as the heads were trained with.
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The distance of each pair of pictures [B, 3, H, W] in −1 … 1: [B]."""
+        distance, begin = a.new_zeros(len(a)), 0
+        a, b = ((x - self.shift) / self.scale for x in (a, b))  # apart: the true picture needs no backward pass
+        for end, head in zip(_ENDS, self.heads, strict=True):
+            a, b = (self.features[begin:end](x) for x in (a, b))
+            difference = (_unit(a) - _unit(b)).square() * head.view(1, -1, 1, 1)
+            distance, begin = distance + difference.sum(1).mean((1, 2)), end
+        return distance
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Features [B, C, h, w] of length 1 over the channels; where all are 0 they stay so, with a finite gradient."""
+    features = features.float()
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)
+
+
+def load_lpips(settings: PerceptualSettings, field: str) -> Lpips:
+    """The network whose weights lie in `settings.network`. Raises RecipeError naming `field` and the file to bring."""
+    from torchvision.models import vgg16
+
+    folder, field = Path(settings.network), f"{field}.network"
+    with torch.device("meta"):  # its classifier, nine tenths of the weights, is never made
+        features = vgg16(weights=None).features[: _ENDS[-1]]
+    # ReLU in place would write over the features that are compared.
+    for layer in features.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    weights = _read(folder / VGG, "torchvision's VGG16", field)
+    heads = _read(folder / HEADS, "LPIPS' heads for VGG16, lpips/weights/v0.1/vgg.pth of the package lpips", field)
+    own = {name.removeprefix("features."): tensor for name, tensor in weights.items() if name.startswith("features.")}
+    try:
+        features.load_state_dict(own, assign=True)
+    except RuntimeError as error:
+        raise RecipeError(field, f"{folder / VGG} holds no VGG16 ({error})", "bring torchvision's file") from None
+    try:
+        lines = [
+            heads[f"lin{number}.model.1.weight"].float().view(width).clone() for number, width in enumerate(_CHANNELS)
+        ]
+    except (KeyError, RuntimeError) as error:
+        raise RecipeError(field, f"{folder / HEADS} holds no heads for VGG16 ({error})", "bring LPIPS' file") from None
+    return Lpips(features, lines)
+
+
+def _read(path: Path, what: str, field: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise RecipeError(field, f"no {path}", f"put {path.name} there ({what}), or write perceptual: null")
+    try:
+        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RecipeError(field, f"{path} cannot be read ({error})", f"bring {path.name} anew") from None
+    return weights

@@ -1,0 +1,215 @@
+"""The family `captioner`: a dataset's pictures and captions → a CoCa that writes captions.
+
+Loss = contrastive · CLIP's contrastive loss + caption · cross-entropy of the next token (CoCa, eq. 4). Pre-training
+uses both on web captions; fine-tuning on captions of a layer (`train.init`, `train.data.blend`) the second alone, as
+the DALL-E 3 paper does for its short and its descriptive captioner. Here one model learns both: each caption follows
+its slot's prompt, which is not itself learnt; the original captions (slot `original`) follow none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption import preprocess, prompts
+from capstan.recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from capstan.training.config import ORIGINAL, TrainConfig
+from capstan.training.data.tokenizer import Tokenizer
+from capstan.training.family import Batch, Family, Metrics, Sample, Samples
+from capstan.training.models.captioner import initialize
+from capstan.training.models.captioner.model import IGNORED, PAD, Captioner, caption_loss, contrastive_loss, initialise
+from capstan.training.product import find_product, read_facts, write_facts
+
+log = logging.getLogger(__name__)
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Vision(Section):
+    """The vision tower: a ViT over square pictures."""
+
+    image_size: Positive = 224  # pixels, both sides
+    patch_size: Positive = 32
+    width: Positive = 768
+    head_width: Positive = 64
+    layers: Positive = 12
+    queries: Annotated[int, Field(ge=0)] = 256  # of the attentional pooler, what the decoder sees; 0: all the patches
+
+
+class Text(Section):
+    """The text tower and, with the same width and heads, the decoder."""
+
+    context_length: Annotated[int, Field(ge=4)] = 128  # tokens, start, prompt and end included
+    vocab_size: Positive | None = None  # of a vocabulary trained on the captions; null: CLIP's own
+    tokenizer: str | None = None  # a folder with a vocabulary, as training.tokenizer writes it, in place of vocab_size
+    width: Positive = 512
+    heads: Positive = 8
+    layers: Positive = 12
+    decoder_layers: Positive = 12
+
+
+class CaptionerSettings(Section):
+    """`train.captioner`. The defaults are the shape of coca_ViT-B-32, with room for long captions."""
+
+    vision: Vision = Vision()
+    text: Text = Text()
+    contrastive: Annotated[float, Field(ge=0)] = 1.0  # weights of the losses: CoCa's
+    caption: Annotated[float, Field(ge=0)] = 2.0
+    prompts: dict[str, str] = Field(default=dict(prompts.PREFIXES))  # slot → what its captions continue
+
+    @model_validator(mode="after")
+    def _fits(self) -> CaptionerSettings:
+        vision, text = self.vision, self.text
+        if vision.image_size % vision.patch_size:
+            raise ValueError(f"vision.image_size {vision.image_size} does not divide by patch_size {vision.patch_size}")
+        if vision.width % vision.head_width or text.width % text.heads:
+            raise ValueError("width does not divide by head_width (vision) or by heads (text)")
+        if not vision.queries and (vision.width != text.width or vision.width % 4):
+            raise ValueError("without queries, vision.width must be text.width, a multiple of 4")
+        if self.text.vocab_size is not None and self.text.tokenizer is not None:
+            raise ValueError("text.vocab_size and text.tokenizer exclude each other; remove one")
+        if ORIGINAL in self.prompts or len(set(self.prompts.values())) < len(self.prompts):
+            raise ValueError(f"prompts must differ between slots; {ORIGINAL} has none")
+        if not self.contrastive and not self.caption:
+            raise ValueError("contrastive and caption are both 0: nothing is learnt")
+        return self
+
+    def architecture(self, vocab_size: int) -> dict[str, Any]:
+        """As open_clip writes it (`model_cfg`)."""
+        text = {key: getattr(self.text, key) for key in ("context_length", "width", "heads")}
+        text["vocab_size"] = vocab_size
+        pooler: dict[str, Any] = {"attentional_pool": False}
+        if self.vision.queries:
+            pooler = {"attentional_pool": True, "attn_pooler_queries": self.vision.queries + 1}  # the first is pooled
+            pooler["attn_pooler_heads"] = self.text.heads
+        return {
+            "embed_dim": self.text.width,
+            "vision_cfg": {**self.vision.model_dump(exclude={"queries"}), **pooler, "output_tokens": True},
+            "text_cfg": {**text, "layers": self.text.layers, "embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": {**text, "layers": self.text.decoder_layers},
+            "custom_text": True,
+        }
+
+
+class CaptionerFamily(Family):
+    """Fits a CoCa, from scratch or from another one (`train.init`: its shape, vocabulary and prompts stay)."""
+
+    name: ClassVar[str] = "captioner"
+    settings: ClassVar[type[Section]] = CaptionerSettings
+
+    @classmethod
+    def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
+        """Write the architecture and the vocabulary: those of `train.init`, or by the settings and the captions.
+
+        Raises RecipeError where the settings contradict `train.init`.
+        """
+        settings: CaptionerSettings = train.settings
+        if train.init is not None:
+            product = find_product(train.init, "train.init")
+            config = initialize.inherit(product, settings)
+            if (product / BPE_FILE).is_file():
+                shutil.copyfile(product / BPE_FILE, folder / BPE_FILE)
+            prompts_of = {**settings.prompts, **read_facts(product).get("slots", {})}
+        else:
+            prompts_of = dict(settings.prompts)
+            tokenizer = cls._tokenizer(settings, samples, list(prompts_of.values()))
+            tokenizer.save(folder)
+            config = {"model_cfg": settings.architecture(tokenizer.vocab_size), "preprocess_cfg": {}}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+        write_facts(folder, family=cls.name, slots=prompts_of)
+
+    @staticmethod
+    def _tokenizer(settings: CaptionerSettings, samples: Samples, prompts_: list[str]) -> Tokenizer:
+        """The given vocabulary, or one trained on the captions, or CLIP's."""
+        text = settings.text
+        if text.tokenizer is not None:
+            if not (Path(text.tokenizer) / BPE_FILE).is_file():
+                problem = f"{text.tokenizer} holds no {BPE_FILE}"
+                hint = "name a folder that training.tokenizer wrote"
+                raise RecipeError("train.captioner.text.tokenizer", problem, hint)
+            return Tokenizer.load(Path(text.tokenizer))
+        if text.vocab_size is None:
+            return Tokenizer.clip()
+        # Prompts count as captions, so that they become few tokens.
+        return Tokenizer.train([*samples.captions(), *(prompts_ * 100)], text.vocab_size)
+
+    def __init__(self, train: TrainConfig, assets: Path) -> None:
+        self.train: CaptionerSettings = train.settings
+        self.assets = assets
+        self.config = json.loads((assets / CONFIG_FILE).read_text())
+        self.tokenizer = Tokenizer.load(assets) if (assets / BPE_FILE).is_file() else Tokenizer.clip()
+        self.prompts = {slot: self.tokenizer.ids(text) for slot, text in read_facts(assets)["slots"].items()}
+        architecture = self.config["model_cfg"]
+        self.length = int(min(architecture[part]["context_length"] for part in ("text_cfg", "multimodal_cfg")))
+        self.preprocessing = preprocess.Preprocessing.of(
+            architecture["vision_cfg"]["image_size"], self.config.get("preprocess_cfg", {})
+        )
+        self.model = Captioner(architecture, self.preprocessing)
+        initialise(self.model.coca)
+
+    def start_from(self, product: Path) -> None:
+        initialize.load(self.model.coca, product)
+
+    def prepare(self, samples: Sequence[Sample]) -> Batch:
+        """Pictures uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
+        tokens = torch.full((len(samples), self.length), PAD)
+        labels = torch.full((len(samples), self.length - 1), IGNORED)
+        for row, sample in enumerate(samples):
+            prompt = self._prompt(sample.slot)
+            # A caption that is cut loses its end: the model is not to learn that captions end in mid-sentence.
+            line = [self.tokenizer.start, *prompt, *self.tokenizer.ids(sample.text), self.tokenizer.end][: self.length]
+            tokens[row, : len(line)] = torch.tensor(line)
+            labels[row, len(prompt) : len(line) - 1] = tokens[row, 1 + len(prompt) : len(line)]
+        images = np.stack([preprocess.read(sample.jpeg, self.preprocessing) for sample in samples])
+        return {"pictures": torch.from_numpy(images), "tokens": tokens, "labels": labels}
+
+    def _prompt(self, slot: str) -> list[int]:
+        if slot == ORIGINAL:
+            return []
+        if slot not in self.prompts:
+            hint = f"write train.captioner.prompts.{slot}, or leave the slot out of train.data.blend"
+            raise RecipeError("train.captioner.prompts", f"has none for the slot {slot!r}", hint)
+        return self.prompts[slot]
+
+    def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        """In a run of several workers each contrasts the pairs of its own share of the batch."""
+        length = int((batch["tokens"] != PAD).any(0).sum())
+        contrast = self.train.contrastive > 0
+        image, text, scale, logits = model(batch["pictures"], batch["tokens"], length, contrast)
+        labels = batch["labels"][:, : length - 1]
+        caption = caption_loss(logits, labels)
+        right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
+        metrics = {"caption": caption.detach(), "token_accuracy": right.detach()}
+        loss = self.train.caption * caption
+        if contrast:
+            contrastive = contrastive_loss(image, text, scale)
+            loss = loss + self.train.contrastive * contrastive
+            metrics["contrastive"] = contrastive.detach()
+        else:  # DDP waits for every weight's gradient. Decay of the idle projections is nothing: features are made unit
+            loss = loss + 0 * (image.sum() + text.sum() + scale.sum())
+        return loss, metrics
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """What `open_clip.create_model("local-dir:FOLDER")` and the recaption engine `coca` open."""
+        from safetensors.torch import save_file
+
+        weights = {name: tensor.contiguous() for name, tensor in model.coca.state_dict().items()}
+        weights["logit_scale"] = weights["logit_scale"].reshape(())  # as open_clip has it
+        save_file(weights, folder / WEIGHTS_FILE)
+        if (self.assets / BPE_FILE).is_file():
+            self.tokenizer.save(folder)
+        shutil.copyfile(self.assets / CONFIG_FILE, folder / CONFIG_FILE)
+        write_facts(folder, family=self.name, slots=read_facts(self.assets)["slots"])
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "vocabulary": self.tokenizer.vocab_size, "context": self.length}

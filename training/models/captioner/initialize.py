@@ -1,0 +1,105 @@
+"""`train.init` of a captioner: the base's shape, vocabulary and weights, and a longer context where it is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE, stretched
+from capstan.training.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from capstan.training.models.captioner.family import CaptionerSettings
+
+
+def inherit(product: Path, settings: CaptionerSettings) -> dict[str, Any]:
+    """The base's configuration, as open_clip writes it, with the recipe's context where that is longer.
+
+    Raises RecipeError where the recipe sets something that the base has otherwise: it would be passed over.
+    """
+    config = _config(product)
+    architecture = config["model_cfg"]
+    there = _shape(architecture)
+    for part in ("vision", "text"):
+        section = getattr(settings, part)
+        for key in sorted(section.model_fields_set & there[part].keys()):
+            asked, has = getattr(section, key), there[part][key]
+            if not (asked == has or (key == "context_length" and asked > has)):
+                hint = "leave it out" + (f", or give at least {has}" if key == "context_length" else "")
+                problem = f"is {asked}, and train.init, whose shape is kept, has {has}"
+                raise RecipeError(f"train.captioner.{part}.{key}", problem, hint)
+    _check_vocabulary(product, settings, architecture["text_cfg"]["vocab_size"])
+    if "context_length" in settings.text.model_fields_set:
+        for part in ("text_cfg", "multimodal_cfg"):
+            own = architecture[part]["context_length"]
+            architecture[part]["context_length"] = max(own, settings.text.context_length)
+    return config
+
+
+def load(coca: Any, product: Path) -> None:
+    """Give a CoCa the base's weights; positions are stretched where it has more of them than the base.
+
+    Raises RecipeError where they do not fit.
+    """
+    import open_clip
+    from safetensors import SafetensorError
+
+    table, own = coca.text.positional_embedding, _config(product)["model_cfg"]["text_cfg"]["context_length"]
+    context = len(table) - 1
+    if own < context:  # open_clip would stretch the class token's position along with the others
+        table.data = table.data[: own + 1]
+    try:
+        open_clip.load_checkpoint(coca, str(product / WEIGHTS_FILE))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise _refused(product, str(error).partition("\n")[0]) from None
+    if own < context:
+        table.data = stretched(table.data, context)
+
+
+def _config(product: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((product / CONFIG_FILE).read_text()))
+    except OSError as error:
+        raise _refused(product, str(error)) from None
+
+
+def _refused(product: Path, why: str) -> RecipeError:
+    return RecipeError(
+        "train.init", f"{product} holds no captioner that fits ({why})", "name a captioner's run or product"
+    )
+
+
+def _shape(architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the recipe's sections `vision` and `text` would say of a model."""
+    from open_clip.coca_model import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg
+
+    vision, text = CLIPVisionCfg(**architecture["vision_cfg"]), CLIPTextCfg(**architecture["text_cfg"])
+    decoder = MultimodalCfg(**architecture["multimodal_cfg"])
+    seen = {key: getattr(vision, key) for key in ("image_size", "patch_size", "width", "head_width", "layers")}
+    written = {key: getattr(text, key) for key in ("width", "heads", "layers")}
+    return {
+        "vision": {**seen, "queries": vision.attn_pooler_queries - 1 if vision.attentional_pool else 0},
+        "text": {
+            **written,
+            "decoder_layers": decoder.layers,
+            "context_length": min(text.context_length, decoder.context_length),
+        },
+    }
+
+
+def _check_vocabulary(product: Path, settings: CaptionerSettings, size: int) -> None:
+    """Raise RecipeError where the recipe asks for another vocabulary than the base's."""
+    text = settings.text
+    if text.vocab_size is not None and text.vocab_size < size:  # it says how many words there are at most
+        problem = f"is {text.vocab_size}, and the vocabulary of train.init, which is kept, has {size}"
+        raise RecipeError("train.captioner.text.vocab_size", problem, "leave it out")
+    if text.tokenizer is not None and _merges(Path(text.tokenizer)) != _merges(product):
+        problem = f"{text.tokenizer} holds another vocabulary than train.init, whose own is kept"
+        raise RecipeError("train.captioner.text.tokenizer", problem, "leave it out")
+
+
+def _merges(folder: Path) -> list[tuple[str, str]]:
+    """Those of the vocabulary in a folder; CLIP's where it has none."""
+    return (Tokenizer.load(folder) if (folder / BPE_FILE).is_file() else Tokenizer.clip()).merges

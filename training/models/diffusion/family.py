@@ -1,0 +1,236 @@
+"""The family `diffusion`: captioned pictures → a text-to-image pipeline in diffusers' format.
+
+picture ─frozen autoencoder─▶ latent ─process─▶ noisy latent, time ─┐
+caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ──────────┴▶ backbone ─▶ prediction; loss = squared error
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from capstan.pipeline.config import Section, fingerprint
+from capstan.pipeline.errors import RecipeError
+from capstan.recaption.upsample import Style
+from capstan.training.config import AUTO, TrainConfig
+from capstan.training.data.buckets import sizes_of
+from capstan.training.data.tokenizer import Tokenizer
+from capstan.training.data.transforms import batch_of, conditions_of, to_signed
+from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples
+from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
+from capstan.training.models.diffusion.backbone import LatentSpec
+from capstan.training.models.diffusion.config import DiffusionSettings
+from capstan.training.models.diffusion.denoiser import Denoiser
+from capstan.training.models.diffusion.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
+from capstan.training.models.diffusion.process import process_of
+from capstan.training.models.diffusion.registry import backbone_of
+from capstan.training.models.diffusion.schedulers import STEPS
+from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
+from capstan.training.precomputed.latents import measure
+from capstan.training.precomputed.text_embeddings import states_of
+from capstan.training.product import find_product, quieten, read_facts, write_facts
+
+_TOKENIZER = "tokenizer"
+_KEPT_WHOLE = 100_000  # elements of a weight that the engine's ZeRO 3 does not shard
+_STYLE_SAMPLES = 512  # captions that the style is measured on
+
+
+class DiffusionFamily(Family):
+    """Fits a backbone (and small text encoders, unless others are given) on the latents of a frozen autoencoder."""
+
+    name: ClassVar[str] = "diffusion"
+    settings: ClassVar[type[Section]] = DiffusionSettings
+    buckets: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, train: TrainConfig) -> None:
+        if train.data.latents is not None and train.settings.crop != "center":
+            problem = "latents made ahead are of the pictures' middle, whatever crop says"
+            raise RecipeError("train.diffusion.crop", problem, "use crop: center, or remove train.data.latents")
+
+    @classmethod
+    def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
+        """The tokenizer, learnt from the captions (or that of the model to start from), and the size of pictures."""
+        settings: DiffusionSettings = train.settings
+        if settings.text.pretrained is None and train.init is not None:
+            _take_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
+        elif settings.text.pretrained is None:
+            Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
+        vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
+        size, identity = measure(train, vae, samples)
+        encoder, asked = fingerprint(identity), train.data.latents
+        if asked not in (None, AUTO, encoder):
+            problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
+            raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
+        write_facts(folder, size=size, style=_style(samples).facts())
+
+    def __init__(self, train: TrainConfig, assets: Path) -> None:
+        quieten()
+        self.train: DiffusionSettings = train.settings
+        self.backbone = backbone_of(self.train)
+        self.vae = _load_vae(self.train, shifts=self.backbone.shifts)
+        self.assets = assets
+        self.size = int(read_facts(assets)["size"])
+        self.side = self.size // factor_of(self.vae.config)
+        encoders = self.text_encoder(train)
+        self.text = encoders or new_encoders(self.backbone.slots, self.train.text, assets / _TOKENIZER)
+        if self.text.own and train.engine.strategy == "deepspeed" and train.engine.zero == 3:
+            _check_positions(self.text)
+        sizes = sizes_of(train.data.buckets) if train.data.buckets is not None else []
+        longest = max((max(size) // factor_of(self.vae.config) for size in sizes), default=self.side)
+        net = self.backbone.build(
+            LatentSpec.of(int(self.vae.config.latent_channels), self.side, self.text.towers, longest)
+        )
+        self.model = Denoiser(self.backbone, net, self.text)
+        self.frozen = [self.vae]
+        if encoders is not None and train.data.text_states is None:
+            self.frozen += encoders.modules
+        elif encoders is not None:  # made ahead: the encoders, perhaps larger than the network, keep off the GPU
+            encoders.to(torch.device("cpu"))
+        self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
+        self.nothing = self.text.ids([""])  # each [1, L]
+        self._nothing_states: Texts | None = None
+
+    @classmethod
+    def multiples(cls, train: TrainConfig) -> tuple[int, int]:
+        backbone = backbone_of(train.settings)
+        return backbone.patch, backbone.divisor
+
+    @classmethod
+    def text_encoder(cls, train: TrainConfig) -> TextEncoders | None:
+        """The frozen encoders, whose states may be made ahead; None where they are trained."""
+        settings: DiffusionSettings = train.settings
+        if settings.text.pretrained is None:
+            return None
+        return open_encoders(backbone_of(settings).slots, settings.text)
+
+    def start_from(self, product: Path) -> None:
+        model = self.model
+        mine = {slot.name: getattr(model, slot.name) for slot in model.text_slots} | {self.backbone.part: model.net}
+        try:
+            for name, module in mine.items():
+                if module is not None:
+                    module.load_state_dict(type(module).from_pretrained(product / name).state_dict())
+        except (OSError, RuntimeError) as error:
+            raise RecipeError("train.init", f"{product} has another shape ({error})", "use its settings") from None
+
+    def prepare(self, samples: Sequence[Sample]) -> Batch:
+        batch: Batch = {**self.text.ids([sample.text for sample in samples]), **states_of(samples)}
+        if self.backbone.conditioned:
+            batch["conditions"] = conditions_of(samples, self.size, crop=self.train.crop)
+        latents = [sample.latent for sample in samples if sample.latent is not None]
+        if latents:
+            batch["latents"] = torch.from_numpy(np.stack(latents))
+        else:
+            batch["pictures"] = batch_of(samples, self.size, crop=self.train.crop)
+        return batch
+
+    def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        dtype = next(model.parameters()).dtype
+        task = self.process.draw(self._latents(batch, draw), draw)
+        count = len(task.noisy)
+        dropped = drop_rows(count, self.train.drop_text, draw)
+        text, metrics = self._text(batch, dropped), {"text_dropped": dropped.float().mean()}
+        kept = None
+        if self.train.drop_each is not None:
+            kept = ~drop_encoders(count, len(self.text.towers), self.train.drop_each, draw)
+            metrics["encoders_dropped"] = 1 - kept.float().mean()
+        prediction = model(task.noisy.to(dtype), task.timesteps, text, batch.get("conditions"), kept)
+        metrics["loss_by_time"] = PerSampleLoss(sample_mse(prediction.detach(), task.target), task.timesteps / STEPS)
+        return weighted_mse(prediction, task.target, task.weight), metrics
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """The folder of a diffusers pipeline with the EMA's weights."""
+        parts = {"vae": self.vae.to("cpu"), "scheduler": self.process.scheduler(), self.backbone.part: model.net}
+        for tower in self.text.towers:
+            trained = getattr(model, tower.slot.name)
+            parts[tower.slot.name] = tower.encoder.to("cpu") if trained is None else trained
+            parts[tower.slot.tokenizer] = tower.tokenizer
+        self.backbone.pipeline(parts).save_pretrained(folder, safe_serialization=True)
+        style = read_facts(self.assets).get("style")  # none in runs that were begun before it was measured
+        facts = {"size": self.size, "sampling": self.train.sampling.model_dump(exclude={"sampler"})}
+        write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
+
+    def describe(self) -> dict[str, Any]:
+        facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
+        facts[self.backbone.part] = sum(p.numel() for p in self.model.net.parameters())
+        words = {f"vocabulary{tower.slot.suffix}": len(tower.tokenizer) for tower in self.text.towers}
+        return facts | words | {"objective": self.train.objective}
+
+    def _text(self, batch: Batch, dropped: torch.Tensor) -> Texts:
+        """What the model is told of the captions, those of the `dropped` rows being empty: ids, or frozen states."""
+        if self.text.towers[0].slot.states in batch:  # made ahead
+            states = {name: value for name, value in batch.items() if name.startswith("text_")}
+            return _emptied(states, self._nothing(dropped.device), dropped)
+        nothing = {name: value.to(dropped.device) for name, value in self.nothing.items()}
+        ids = _emptied({name: batch[name] for name in self.nothing}, nothing, dropped)
+        return ids if self.text.own else self.text.states(ids)
+
+    def _nothing(self, device: torch.device) -> Texts:
+        """The states of an empty caption, each [1, ...]."""
+        if self._nothing_states is None:
+            self._nothing_states = {name: value.to(device) for name, value in self.text([""]).items()}
+        return self._nothing_states
+
+    def _latents(self, batch: Batch, draw: torch.Generator) -> torch.Tensor:
+        """Latents [B, C, h, w] as the network sees them: drawn from the posterior, shifted, scaled; float32."""
+        if "latents" in batch:  # stored: mean and standard deviation, one after the other
+            mean, std = batch["latents"].float().chunk(2, dim=1)
+        else:
+            with torch.no_grad():
+                posterior = self.vae.encode(to_signed(batch["pictures"]).to(self.vae.dtype)).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+        noise = torch.randn(mean.shape, generator=draw, device=mean.device)
+        return (mean + std * noise - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+
+def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
+    """The autoencoder. Raises RecipeError where the pipeline would not undo what it does to latents."""
+    vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
+    unknown = [name for name in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(name)]
+    if unknown and not (shifts and unknown == ["shift_factor"]):
+        problem = f"has a {unknown[0]}, which this network's diffusers pipeline does not apply"
+        raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
+    return vae
+
+
+def _check_positions(text: TextEncoders) -> None:
+    """Raises RecipeError where ZeRO 3 would shard a CLIP's table of positions, whose shape transformers reads."""
+    for tower in text.towers:
+        shape = tower.encoder.config
+        if shape.max_position_embeddings * shape.hidden_size > _KEPT_WHOLE:
+            problem = f"would shard the {shape.max_position_embeddings} positions of a text encoder this wide"
+            raise RecipeError("train.engine.zero", problem, "use zero: 2, or a smaller train.diffusion.text.width")
+
+
+def _take_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
+    """Copy the tokenizer of a product, whose text encoders are to be trained on. Raises RecipeError."""
+    name = next(slot.tokenizer for slot in backbone_of(settings).slots if slot.required)
+    config = product / name / "tokenizer_config.json"
+    if not config.is_file() or "CLIPTokenizer" not in config.read_text(encoding="utf-8"):
+        problem = f"{product} has no {name} of CLIP's kind"
+        raise RecipeError("train.init", problem, "name a run of the same network with text encoders of its own")
+    shutil.copytree(product / name, folder)
+
+
+def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
+    """`texts` [B, ...], with `nothing` [1, ...] in the rows that are `dropped`."""
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), nothing[name].to(value.dtype), value)
+        for name, value in texts.items()
+    }
+
+
+def _style(samples: Samples) -> Style:
+    """How the captions are written that the model will see most: those of one slot."""
+    texts: dict[str, list[str]] = {}
+    for index in range(0, len(samples), max(1, len(samples) // _STYLE_SAMPLES)):
+        sample = samples.sample(index)
+        texts.setdefault(sample.slot, []).append(sample.text)
+    slot = max(texts, key=lambda name: len(texts[name]), default="")
+    return Style.of(texts.get(slot, []))

@@ -1,0 +1,68 @@
+"""A folder or name → a text encoder of transformers' and its tokenizer: CLIP, T5, or an open_clip tower made into one.
+
+transformers    config.json, *.safetensors, and the tokenizer beside it, or in the pipeline folder around it
+open_clip       a folder with open_clip_config.json, or a name with a checkpoint; see training.diffusion.open_clip
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.clip_model import CONFIG_FILE
+from capstan.training.models.diffusion.config import EncoderSettings
+
+Kind = Literal["clip", "t5"]
+
+_KINDS: dict[str, Kind] = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}  # by transformers' `model_type`
+
+
+def load_text_encoder(chosen: EncoderSettings, slot: str, kind: Kind, projected: bool, field: str) -> tuple[Any, Any]:
+    """(encoder, tokenizer) for a pipeline's `slot`. Raises RecipeError naming `field`.
+
+    CLIP: CLIPTextModel, or CLIPTextModelWithProjection if `projected`. T5: T5EncoderModel.
+    """
+    root = Path(chosen.model)
+    if (root / "product").is_dir():
+        root = root / "product"
+    if (root / CONFIG_FILE).is_file() or chosen.pretrained is not None:
+        from capstan.training.models.diffusion.open_clip_text import convert
+
+        if kind != "clip":
+            raise RecipeError(field, f"{chosen.model} is an open_clip, and {slot} is a {kind.upper()}", _ANOTHER)
+        return convert(chosen, projected=projected, field=field)
+    own = root / slot
+    folder = own if own.is_dir() else root / "text_encoder" if (root / "text_encoder").is_dir() else root
+    if not (folder / "config.json").is_file():
+        hint = "name a folder that transformers or open_clip reads, or {model: a name of open_clip, pretrained: …}"
+        raise RecipeError(field, f"no text encoder at {root}", hint)
+    words = folder.with_name(folder.name.replace("text_encoder", "tokenizer")) if folder != root else root
+    try:
+        found = _KINDS.get(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
+        if found != kind:
+            raise RecipeError(field, f"{folder} holds no {kind.upper()}, which {slot} is", _ANOTHER)
+        return _t5(folder, words) if kind == "t5" else _clip(folder, words, projected, field)
+    except (OSError, ValueError) as error:
+        raise RecipeError(field, f"{folder} holds no {kind.upper()} text encoder ({error})", _ANOTHER) from None
+
+
+_ANOTHER = "name another folder"
+
+
+def _clip(folder: Path, words: Path, projected: bool, field: str) -> tuple[Any, Any]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    chosen = CLIPTextModelWithProjection if projected else CLIPTextModel
+    encoder, report = chosen.from_pretrained(folder, output_loading_info=True)
+    if report["missing_keys"]:  # transformers would draw them at random
+        problem = f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}"
+        raise RecipeError(field, problem, "name a CLIP with its text projection" if projected else _ANOTHER)
+    return encoder, CLIPTokenizer.from_pretrained(words, model_max_length=encoder.config.max_position_embeddings)
+
+
+def _t5(folder: Path, words: Path) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    return T5EncoderModel.from_pretrained(folder), AutoTokenizer.from_pretrained(words)

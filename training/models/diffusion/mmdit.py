@@ -1,0 +1,131 @@
+"""SD3Transformer2DModel, drawn by StableDiffusion3Pipeline: text and picture in one attention, each with its weights.
+
+MMDiT (Esser et al. 2024, SD3, fig. 2): two CLIPs' states side by side, padded with zeros to T5's width, then T5's
+states after them; the CLIPs' pooled states side by side beside the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from capstan.pipeline.errors import RecipeError
+from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
+from capstan.training.models.diffusion.dit import initialise_transformer, zero
+from capstan.training.models.diffusion.text_encoders import Slot
+
+_T5_TOKENS = 256  # the pipeline puts as many zeros in T5's place where there is none
+
+
+class MMDiT(Backbone):
+    """Two CLIPs with their projections, and a T5 or none; or two small CLIPs of one's own."""
+
+    part = "transformer"
+    slots = (
+        Slot("text_encoder", layer="penultimate", projected=True),
+        Slot("text_encoder_2", layer="penultimate", projected=True),
+        Slot("text_encoder_3", "t5", length=_T5_TOKENS, required=False),
+    )
+    shifts = True
+    exact_times = True
+
+    def network(self) -> Any:
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    @property
+    def patch(self) -> int:
+        return int(self.config.get("patch_size", 2))
+
+    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+        width = int(self.config.get("num_attention_heads", 18)) * int(self.config.get("attention_head_dim", 64))
+        made = {
+            "sample_size": ends.side,
+            "in_channels": ends.channels,
+            "out_channels": ends.channels,
+            "caption_projection_dim": width,
+            "pooled_projection_dim": sum(ends.pooled.values()),
+            "joint_attention_dim": ends.widths.get("text_encoder_3", _clips(ends)),
+        }
+        if self.config.get("pos_embed_max_size") is None:
+            # Room for other shapes, up to four to one, and for all buckets.
+            made["pos_embed_max_size"] = max(2 * ends.side, ends.longest) // self.patch
+        return made
+
+    def check(self, ends: LatentSpec) -> None:
+        most, needed = self.config.get("pos_embed_max_size"), max(ends.side, ends.longest) // self.patch
+        if most is not None and most < needed:
+            problem = f"is {most}, and the longest side of what is trained on has {needed} patches"
+            raise RecipeError("train.diffusion.config.pos_embed_max_size", problem, "leave it out, or raise it")
+        t5 = ends.widths.get("text_encoder_3")
+        if t5 is not None and _clips(ends) > t5:
+            problem = f"T5's width {t5} is less than both CLIPs' together ({_clips(ends)}), which are padded to it"
+            raise RecipeError("train.diffusion.text.pretrained", problem, "name a wider T5, or none")
+
+    def initialise(self, net: nn.Module) -> None:
+        """As DiT's: every block begins as the identity (adaLN-Zero), and the whole predicts 0."""
+        tower: Any = net
+        initialise_transformer(net, tower.pos_embed.proj)
+        time = tower.time_text_embed
+        for embedder in (time.timestep_embedder, time.text_embedder):
+            for linear in (embedder.linear_1, embedder.linear_2):
+                nn.init.normal_(linear.weight, std=0.02)
+        for block in tower.transformer_blocks:
+            zero(block.norm1.linear, block.norm1_context.linear)
+        zero(tower.norm_out.linear, tower.proj_out)
+
+    def predict(
+        self,
+        net: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        clip = torch.cat([text["text_states"], text["text_states_2"]], dim=-1).to(noisy.dtype)
+        t5 = text.get("text_states_3")
+        if t5 is None:
+            t5 = clip.new_zeros(len(clip), _T5_TOKENS, clip.shape[-1])
+        states = torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5.to(noisy.dtype)], dim=1)
+        prediction: torch.Tensor = net(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=states,
+            pooled_projections=torch.cat([text["text_pooled"], text["text_pooled_2"]], dim=-1).to(noisy.dtype),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
+        vae = parts["vae"]
+        if vae.config.shift_factor is None:  # the pipeline adds it, whatever it is
+            vae.register_to_config(shift_factor=0.0)
+        if "text_encoder_3" not in parts:
+            encoder, tokenizer = _silent_t5(int(parts[self.part].config.joint_attention_dim))
+            parts = {**parts, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
+        return fit_pipeline(StableDiffusion3Pipeline, self, parts)
+
+
+def _silent_t5(width: int) -> tuple[Any, Any]:
+    """A T5 without layers that gives zeros, as the pipeline does without one.
+
+    `DiffusionPipeline.from_pretrained` opens this pipeline without a T5 only if the caller says that there is none.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer(extra_ids=0)
+    shape = {"d_model": width, "d_kv": 1, "d_ff": 1, "num_layers": 0, "num_heads": 1}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape))
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
+
+
+def _clips(ends: LatentSpec) -> int:
+    return ends.widths["text_encoder"] + ends.widths["text_encoder_2"]

@@ -1,0 +1,119 @@
+"""UNet2DConditionModel, drawn by StableDiffusionPipeline; and in SDXL's shape by StableDiffusionXLPipeline.
+
+Rombach et al. 2022 (latent diffusion): a text encoder's states, by cross-attention. Podell et al. 2023 (SDXL): the
+states of two side by side, and beside the time the second's pooled state and the picture's original size and crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from capstan.pipeline.errors import RecipeError
+from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
+from capstan.training.models.diffusion.config import UNetSettings
+from capstan.training.models.diffusion.text_encoders import Slot
+
+
+def configuration(settings: UNetSettings) -> dict[str, Any]:
+    """The diffusers configuration that `train.diffusion.unet` describes."""
+    attends = settings.attends
+    return {
+        "down_block_types": tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+        "block_out_channels": settings.block_out_channels,
+        "layers_per_block": settings.layers_per_block,
+        "attention_head_dim": settings.heads,  # diffusers takes this for the number of heads (diffusers#2011)
+        "transformer_layers_per_block": settings.transformer_layers,
+        "norm_num_groups": settings.norm_num_groups,
+        "dropout": settings.dropout,
+    }
+
+
+class UNet(Backbone):
+    """Stable Diffusion's: one CLIP, whose last states are attended to."""
+
+    part = "unet"
+    slots: ClassVar[tuple[Slot, ...]] = (Slot("text_encoder"),)
+
+    def network(self) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+
+    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+        return {
+            "sample_size": ends.side,
+            "in_channels": ends.channels,
+            "out_channels": ends.channels,
+            "cross_attention_dim": sum(ends.widths.values()),
+        }
+
+    @property
+    def divisor(self) -> int:
+        return int(2 ** (len(self.config.get("block_out_channels", range(4))) - 1))
+
+    def check(self, ends: LatentSpec) -> None:
+        if ends.side % self.divisor:
+            problem = f"cannot halve latents of {ends.side} {self.divisor.bit_length() - 1}×"
+            hint = "use fewer levels, or another picture size"
+            raise RecipeError("train.diffusion.unet.block_out_channels", problem, hint)
+
+    def predict(
+        self,
+        net: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        states = text["text_states"].to(noisy.dtype)
+        prediction: torch.Tensor = net(noisy, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+        return prediction
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return fit_pipeline(StableDiffusionPipeline, self, parts, **none)
+
+
+class XlUNet(UNet):
+    """SDXL's: two CLIPs, or the second alone; their states before the last layer, and the second's projected one."""
+
+    slots = (
+        Slot("text_encoder", layer="penultimate", required=False),
+        Slot("text_encoder_2", layer="penultimate", projected=True),
+    )
+    conditioned = True
+
+    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+        sizes = 6 * int(self.config["addition_time_embed_dim"])
+        pooled = sum(ends.pooled.values())
+        return super().follows(ends) | {"projection_class_embeddings_input_dim": pooled + sizes}
+
+    def predict(
+        self,
+        net: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert conditions is not None, "SDXL is told the picture's original size and crop"
+        states = torch.cat([text[slot.states] for slot in self.slots if slot.states in text], dim=-1).to(noisy.dtype)
+        # text_embeds [B, P]; time_ids [B, 6]: original height and width, crop's top and left, height and width
+        added = {"text_embeds": text["text_pooled_2"].to(noisy.dtype), "time_ids": conditions.to(noisy.dtype)}
+        prediction: torch.Tensor = net(
+            noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        # An empty prompt is encoded like any other here, in training too.
+        return fit_pipeline(StableDiffusionXLPipeline, self, parts, force_zeros_for_empty_prompt=False)

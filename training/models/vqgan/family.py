@@ -1,0 +1,124 @@
+"""The family `vqgan`: pictures of a dataset → a trained VQModel in diffusers' format.
+
+Loss = picture loss (training.autoencoder.stage) + codebook · (‖sg[z] − e‖² + β ‖z − sg[e]‖²), z the latents and e their
+codes (Esser et al. 2021, eq. 4).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.data.transforms import to_signed
+from capstan.training.family import Batch, Metrics
+from capstan.training.models.autoencoder.first_stage import FirstStage, Positive, StageSettings, load_weights
+from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
+from capstan.training.product import find_product, write_facts
+
+_BATCH = 16  # pictures encoded at once where all that are measured are
+
+
+class VqganSettings(StageSettings):
+    """`train.vqgan`. The defaults are the shape of taming-transformers' VQGAN of ImageNet: 16× smaller, 1024 codes."""
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 128, 256, 256, 512)
+    latent_channels: Positive = 256
+    codes: Annotated[int, Field(ge=2)] = 1024  # in the codebook
+    code_channels: Positive | None = None  # numbers in a code; null: latent_channels
+    codebook: Annotated[float, Field(gt=0)] = 1.0  # weight of the codebook's loss
+    commitment: Annotated[float, Field(ge=0)] = 0.25  # β: of the latents' pull towards their codes, within it
+    revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the pull on codes that nothing chose; 0: none
+    start: Literal["latents", "uniform"] = "latents"  # the first codes: latents of pictures; or drawn around 0
+
+
+class VqganFamily(FirstStage):
+    """Fits a VQModel to the dataset's pictures."""
+
+    name: ClassVar[str] = "vqgan"
+    settings: ClassVar[type[Section]] = VqganSettings
+
+    train: VqganSettings
+
+    def __init__(self, train: TrainConfig, assets: Path) -> None:
+        self.train = train.settings
+        self.model = Vqgan(self.build(self.train))
+        self.codes = int(self.model.vq.config.num_vq_embeddings)
+        self.open(assets, self.model.vq.config)
+        if self.train.pretrained is None and self.train.start == "latents":
+            self._start_from_latents()
+
+    @classmethod
+    def check(cls, train: TrainConfig) -> None:
+        super().check(train)
+        if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
+            problem = "3 holds a part of the codebook on each worker, and every latent is compared with all of it"
+            raise RecipeError("train.engine.zero", problem, "write zero: 2, or strategy: ddp")
+
+    @staticmethod
+    def build(settings: Any) -> Any:
+        from diffusers import VQModel
+
+        if settings.pretrained is not None:
+            return load_vq(settings.pretrained, "train.vqgan.pretrained")
+        codebook = {"num_vq_embeddings": settings.codes, "vq_embed_dim": settings.code_channels}
+        return VQModel(**settings.shape(), **codebook)
+
+    def start_from(self, product: Path) -> None:
+        load_weights(self.model.vq, load_vq(str(product), "train.init").state_dict(), product)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        pictures = to_signed(batch["pictures"])
+        made, latents, codes, indices, abandoned = model(pictures.to(next(model.parameters()).dtype))
+        loss, metrics = self.picture_loss(made, pictures, self.model.vq.decoder.conv_out.weight)
+        codebook = codebook_loss(latents, codes, self.train.commitment)
+        # Of the pull on abandoned codes only the gradient: that they are far off is no fault of the pictures.
+        perplexity, used = usage(indices, self.codes)
+        more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
+        loss = loss + self.train.codebook * codebook + self.train.revival * (abandoned - abandoned.detach())
+        return loss, {**metrics, **more}
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """A VQModel folder; times its `scaling_factor`, the latents of the dataset's pictures have variance 1."""
+        latents = self._latents(model, len(self.pictures))
+        perplexity, used = usage(nearest(latents, model.codebook), self.codes)
+        model.vq.register_to_config(scaling_factor=float(1 / latents.std()))
+        model.vq.save_pretrained(folder, safe_serialization=True)
+        use = {"perplexity": float(perplexity), "used": float(used), "pictures": len(self.pictures)}
+        facts = {"codes": self.codes, "codebook_use": use}
+        write_facts(folder, family=self.name, size=self.size, factor=self.factor, **facts)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"codes": self.codes}
+
+    def _latents(self, model: torch.nn.Module, count: int) -> torch.Tensor:
+        """Latents [N, D, h, w] of the first `count` pictures of those that are measured."""
+        with torch.no_grad():
+            return torch.cat([model.vq.encode(part).latents for part in self.measured()[:count].split(_BATCH)])
+
+    def _start_from_latents(self) -> None:
+        """Let the codes be latents of the untrained encoder: codes far from all latents would never be chosen."""
+        enough = -(-4 * self.codes // (self.size // self.factor) ** 2)  # pictures: four latents a code to choose from
+        latents = self._latents(self.model, enough).movedim(1, -1).flatten(0, 2)
+        chosen = torch.randperm(len(latents))[: self.codes]
+        chosen = chosen.repeat(-(-self.codes // len(chosen)))[: self.codes]
+        with torch.no_grad():
+            self.model.codebook.copy_(latents[chosen])
+
+
+def load_vq(path: str, field: str) -> Any:
+    """The VQModel at `path`: a run, a product, or the vqvae/ of a pipeline. Raises RecipeError naming `field`."""
+    from diffusers import VQModel
+
+    folder = find_product(path, field)
+    for part in ("vqvae", "movq"):
+        folder = folder / part if (folder / part).is_dir() else folder
+    try:
+        return VQModel.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(field, f"{folder} is no VQModel ({error})", "name a folder that diffusers reads") from None

@@ -1,0 +1,208 @@
+"""What happens in the steps → log.jsonl, the trackers and a line every few seconds.
+
+A record says, of the steps since the last one and over all workers: the means of all scalars (loss, grad_norm, the
+family's own) and of single samples' losses by timestep, images and FLOPs per second, MFU, the share of time spent
+waiting for data, the memory of the largest worker, and the caption blend so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from capstan.training.config.monitoring import flat
+from capstan.training.distributed.engine import Engine
+from capstan.training.family import Batch, Metrics, PerSampleLoss
+from capstan.training.monitoring import loss_by_timestep
+from capstan.training.monitoring.flops import FlopCount, peak_flops
+from capstan.training.monitoring.trackers import Trackers, open_trackers
+from capstan.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_S = 5.0
+
+Item = TypeVar("Item")
+
+
+class MetricsLogger:
+    """Collects on every worker; writes on rank 0. `start` and `log` are called on every worker."""
+
+    def __init__(self, engine: Engine, run: Run, name: str) -> None:
+        self.engine, self.run, self.name = engine, run, name
+        self.values: defaultdict[str, list[float | torch.Tensor]] = defaultdict(list)
+        self.spreads: dict[str, torch.Tensor] = {}  # name → [2, bands], see training.watch.bands
+        self.slots, self.blend = Counter[str](), Counter[str]()  # captions since the last record, and in all
+        self.waited_s, self.steps, self.flops = 0.0, 0, 0.0
+        self.since = self.said = time.monotonic()
+        self.flop_count = FlopCount()
+        self.peak = _peak(engine, run)
+        self.trackers = Trackers()
+
+    def start(self, step: int, worker: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+        """Begin after `step` steps, with what `state` and `shared_state` gave then."""
+        for name, values in worker.get("values", {}).items():
+            self.values[name].extend(values)
+        for name, sums in worker.get("spreads", {}).items():
+            if sums.shape[-1] == self.run.train.watch.bands:  # else the recipe wants other bands now
+                self.spreads[name] = sums.to(self.engine.device)
+        self.slots.update(worker.get("slots", {}))
+        self.blend.update(shared.get("blend", {}))
+        self.flop_count.known.update(shared.get("flops", {}))
+        if self.engine.is_main:
+            self.run.forget_after(step)
+            self.trackers = open_trackers(self.run, step)
+        self.since = self.said = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What this worker has not logged yet. Waits for the GPU."""
+        values = {name: _numbers(values) for name, values in self.values.items()}
+        spreads = {name: sums.cpu() for name, sums in self.spreads.items()}
+        return {"values": values, "spreads": spreads, "slots": dict(self.slots)}
+
+    def shared_state(self) -> dict[str, Any]:
+        """The caption blend so far: slot → captions shown, as far as it was logged; FLOPs by shape."""
+        return {"blend": dict(self.blend), "flops": dict(self.flop_count.known)}
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Hand on `items`, taking the time that is spent waiting for them."""
+        iterator = iter(items)
+        while True:
+            asked = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited_s += time.monotonic() - asked
+            yield item
+
+    @contextlib.contextmanager
+    def counting(self, batch: Batch) -> Iterator[None]:
+        """Around the forward and backward pass of a part of a step: what it takes is counted when its shape is new."""
+        with self.flop_count.counting(batch):
+            yield
+        self.flops += self.flop_count.of(batch)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no step (drawing samples, measuring): its time is in no rate."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
+
+    def add(self, metrics: Metrics) -> None:
+        """What one part of a step gave; tensors stay on their device until they are logged."""
+        for name, value in metrics.items():
+            if isinstance(value, PerSampleLoss):
+                sums = loss_by_timestep.sums(value, self.run.train.watch.bands)
+                self.spreads[name] = self.spreads[name] + sums if name in self.spreads else sums
+            else:
+                self.values[name].append(value.detach() if isinstance(value, torch.Tensor) else value)
+
+    def step(self, slots: Mapping[str, int]) -> None:
+        """A step was made, with so many captions from each slot."""
+        self.steps += 1
+        self.slots.update(slots)
+
+    def log(self, step: int, facts: Mapping[str, float]) -> None:
+        """Write the record of the steps up to `step`; `facts` stand in it as they are."""
+        mine = {"waited_s": self.waited_s, "flops": self.flops, **_memory(self.engine.device)}
+        workers = self.engine.collect({**self.state(), **mine})
+        for worker in workers:
+            self.blend.update(worker["slots"])
+        if self.engine.is_main:
+            record = self._record(step, facts, workers)
+            with self.run.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self.trackers.scalars(step, flat(record))
+            self._say(step, record)
+        for collected in (self.values, self.spreads, self.slots):
+            collected.clear()
+        self.waited_s, self.steps, self.flops, self.since = 0.0, 0, 0.0, time.monotonic()
+
+    def _record(self, step: int, facts: Mapping[str, float], workers: list[dict[str, Any]]) -> dict[str, Any]:
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        names = sorted({name for worker in workers for name in worker["values"]})
+        means = {}
+        for name in names:
+            values = [value for worker in workers for value in worker["values"].get(name, [])]
+            means[name] = math.fsum(values) / len(values)
+        names = sorted({name for worker in workers for name in worker["spreads"]})
+        told_apart = {
+            name: loss_by_timestep.means([worker["spreads"][name] for worker in workers if name in worker["spreads"]])
+            for name in names
+        }
+        waited = sum(worker["waited_s"] for worker in workers) / len(workers)
+        rates = {"images_per_s": self.steps * self.run.train.batch / seconds, "data_wait": min(1.0, waited / seconds)}
+        rates["flops_per_s"] = sum(worker["flops"] for worker in workers) / seconds
+        if self.peak is not None:
+            rates["mfu"] = rates["flops_per_s"] / (len(workers) * self.peak)
+        for name in ("memory_gib", "host_memory_gib"):
+            if name in workers[0]:
+                rates[name] = max(worker[name] for worker in workers)
+        shown = sum(self.blend.values())
+        blend = {slot: count / shown for slot, count in sorted(self.blend.items())}
+        return {"step": step, **means, **facts, **rates, **told_apart, "blend": blend}
+
+    def _say(self, step: int, record: Mapping[str, Any]) -> None:
+        """One line, but not more often than every few seconds."""
+        steps, now = self.run.train.steps, time.monotonic()
+        if now - self.said >= _SAY_EVERY_S or step == steps:
+            self.said = now
+            logger.info("%s", progress_line(self.name, record, steps, self.run.train.batch))
+
+    def close(self) -> None:
+        self.trackers.close()
+
+
+def _numbers(values: list[float | torch.Tensor]) -> list[float]:
+    """Scalars as Python numbers: those of a device come over at once, not one by one."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) < len(values):
+        return [float(value) for value in values]
+    return [float(number) for number in torch.stack([tensor.float() for tensor in tensors]).tolist()]
+
+
+def _peak(engine: Engine, run: Run) -> float | None:
+    """Peak FLOP/s of one worker's device; None for a CPU or a GPU that is not known, unless the recipe says it."""
+    said, precision = run.train.watch.peak_tflops, run.train.precision
+    if said is not None or engine.device.type != "cuda":
+        return None if said is None else said * 1e12
+    return peak_flops(torch.cuda.get_device_name(engine.device), precision, torch.backends.cuda.matmul.allow_tf32)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The most that this worker had allocated on its GPU; and its share of the machine's memory just now (PSS)."""
+    memory: dict[str, float] = {}
+    if device.type == "cuda":
+        memory["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    rollup = Path("/proc/self/smaps_rollup")
+    if rollup.exists():
+        kib = next(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("Pss:"))
+        memory["host_memory_gib"] = kib / 2**20
+    return memory
+
+
+def progress_line(name: str, record: Mapping[str, Any], steps: int, batch: int) -> str:
+    """A record in words.
+
+    >>> record = {"step": 30, "loss": 0.25, "lr": 0.001, "images_per_s": 64.0, "data_wait": 0.015}
+    >>> progress_line("diffusion", record, 120, 16)
+    'train diffusion: step 30/120 · loss 0.2500 · lr 1.0e-03 · 64.0 images/s · data wait 2% · ETA 0:22'
+    """
+    rate = record["images_per_s"]
+    mfu = f" · MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    left_s = round((steps - record["step"]) * batch / rate) if rate else 0
+    return (
+        f"train {name}: step {record['step']}/{steps} · loss {record['loss']:.4f} · lr {record['lr']:.1e} · "
+        f"{rate:.1f} images/s{mfu} · data wait {record['data_wait']:.0%} · ETA {left_s // 60}:{left_s % 60:02}"
+    )

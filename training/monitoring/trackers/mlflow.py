@@ -1,0 +1,59 @@
+"""MLflow: the server of MLFLOW_TRACKING_URI, or where that is not set a database in the run's folder, RUN/mlflow.db.
+
+`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows the latter. The experiment is MLFLOW_EXPERIMENT_NAME, else
+`capstan`. RUN/mlflow.json remembers the run's id there, so that a run that goes on is the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capstan.pipeline.errors import MissingExtra
+from capstan.pipeline.storage import Storage
+from capstan.training.run import Run
+
+
+class Tracker:
+    def __init__(self, run: Run, step: int) -> None:
+        try:
+            import mlflow
+        except ModuleNotFoundError:
+            raise MissingExtra("train.watch.trackers", "mlflow", "mlflow") from None
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        local = f"sqlite:///{run.folder.absolute()}/mlflow.db"
+        uri = os.environ.get("MLFLOW_TRACKING_URI", local)
+        artifacts = f"file://{run.folder.absolute()}/mlflow" if uri == local else None
+        self.client = mlflow.MlflowClient(uri)
+        self.id = self._find(run, artifacts)
+
+    def _find(self, run: Run, artifacts: str | None) -> str:
+        """The run's id there; made at its first start."""
+        known = run.folder / "mlflow.json"
+        if known.exists():
+            return str(json.loads(known.read_text())["run_id"])
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "capstan")
+        found: Any = self.client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self.client.create_experiment(name, artifacts)
+        made: str = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
+        self.client.log_dict(made, run.train.identity(), "recipe.json")
+        Storage(str(run.folder)).write(known.name, json.dumps({"run_id": made}).encode())
+        return made
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        self.client.log_artifact(self.id, str(file), name)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)

@@ -1,0 +1,44 @@
+"""Weights & Biases: project and entity as its own environment says (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, ...).
+
+Its files lie in RUN/wandb. A run that goes on is the same run there, told apart by its folder's name and path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from capstan.pipeline.config import fingerprint
+from capstan.pipeline.errors import MissingExtra
+from capstan.training.run import Run
+
+
+class Tracker:
+    def __init__(self, run: Run, step: int) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise MissingExtra("train.watch.trackers", "wandb", "wandb") from None
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "capstan"),
+            name=run.folder.name,
+            id=fingerprint({"folder": str(run.folder.absolute())}),
+            resume="allow",
+            dir=str(run.folder),
+            config=run.train.identity(),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        # Its own counter never goes back, and a run that was killed does: so the step is a value like the others.
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({**values, "step": step})
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        self.run.log({name: self.wandb.Image(str(file)), "step": step})
+
+    def close(self) -> None:
+        self.run.finish()

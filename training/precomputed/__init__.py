@@ -1,0 +1,5 @@
+"""Images and captions → latents and text embeddings, computed once.
+
+files: how they are stored
+latents, text_embeddings: the unit map over shards
+"""

@@ -1,0 +1,79 @@
+"""Files of what models made of a dataset's samples ahead of training, read without a copy.
+
+    latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples, in tar order
+
+Each file says of which shard it is (`shard_sha256`); those of an earlier shard are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from capstan.pipeline.dataset.shards import read_manifest
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.data.shard_cache import ShardCache
+
+Raw = np.ndarray  # uint8 [bytes]: a whole safetensors file
+
+_TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
+
+
+def file_of(encoder: str) -> str:
+    """The name of the file of a shard, for which "{}" stands."""
+    return f"latents/{encoder}/{{}}.safetensors"
+
+
+def files_of(storage: Storage, encoder: str, field: str, cache: ShardCache | None = None) -> Callable[[str], Raw]:
+    """Gives what reads the file of a shard: mapped from a local folder or the cache, else into memory.
+
+    It raises RecipeError naming `field` where the file is missing or of an earlier shard.
+    """
+    manifest = read_manifest(storage)
+    sums = {entry.name: entry.sha256 for entry in manifest.shards} if manifest else {}
+
+    def read(shard: str) -> Raw:
+        name = file_of(encoder).format(shard)
+        if not storage.exists(name):
+            raise RecipeError(field, f"{encoder} lacks {shard}", "run `capstan encode` to complete it")
+        raw = _bytes_of(storage, name, sums.get(shard, ""), cache)
+        if said_by(raw)["shard_sha256"] != sums.get(shard):
+            problem = f"the latents of {shard} are of an earlier version of that shard"
+            raise RecipeError(field, problem, "run `capstan encode` to renew them")
+        return raw
+
+    return read
+
+
+def _bytes_of(storage: Storage, name: str, tag: str, cache: ShardCache | None) -> Raw:
+    path = storage.local_path(name)
+    if path is not None:
+        return np.memmap(path, np.uint8, mode="r")
+    copy = cache.fetch(name, tag) if cache is not None else None
+    # The array keeps the copy's map, and with it the copy's place in the cache.
+    return np.frombuffer(storage.read(name) if copy is None else copy.data, np.uint8)
+
+
+def parse(raw: Raw) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name, without a copy."""
+    length, header = _header(raw)
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = raw[start:stop].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def said_by(raw: Raw) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    return dict(_header(raw)[1]["__metadata__"])
+
+
+def _header(raw: Raw) -> tuple[int, dict[str, Any]]:
+    length = int.from_bytes(raw[:8].tobytes(), "little")
+    return length, json.loads(raw[8 : 8 + length].tobytes())

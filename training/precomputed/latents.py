@@ -1,0 +1,203 @@
+"""A dataset and an autoencoder → the latents of all its pictures, encoded once, shard by shard through the unit map.
+
+    latents/<encoder id>/recipe.json                    which autoencoder, and the pictures' size
+    latents/<encoder id>/shard-000000.safetensors       `latents` float16 [samples, 2 C, h, w], in tar order
+
+The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`: so that a
+step may still draw from it. With aspect-ratio buckets, whose latents differ in shape, they are [samples, 2 C, A]: a
+sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of all that can change a
+latent. Training reads the files by mmap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from capstan.pipeline import units
+from capstan.pipeline.config import Resources, fingerprint
+from capstan.pipeline.dataset.shards import Dataset, ShardEntry
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.config import Data, TrainConfig, family_class
+from capstan.training.data.buckets import Size, assign, check_sizes, nearest_square, sizes_of
+from capstan.training.data.dataset import TrainingData
+from capstan.training.data.shard_cache import ShardCache
+from capstan.training.data.shard_reader import ShardRows
+from capstan.training.data.transforms import cut, picture_size, to_signed
+from capstan.training.family import Samples
+from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
+from capstan.training.precomputed.files import files_of, parse
+
+logger = logging.getLogger(__name__)
+
+_BATCH: Final = 32  # pictures encoded at once; always the same, so that latents do not depend on the machine
+_FIELD: Final = "train.diffusion.autoencoder"
+
+
+def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
+    """The autoencoder's path and the identity of its latents. Raises RecipeError where a recipe cannot have any."""
+    path = getattr(train.settings, "autoencoder", None)
+    if not isinstance(path, str):
+        raise RecipeError("train.model", f"{train.model} is not trained on latents", "encode for model: diffusion")
+    if getattr(train.settings, "crop", "center") != "center":
+        raise RecipeError("train.diffusion.crop", "random cuts cannot be encoded ahead", "use crop: center")
+    samples = TrainingData(dataset, Data(layer=None), train.seed, layer=None)
+    return path, measure(train, load_autoencoder(path, _FIELD), samples)[1]
+
+
+def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[str, Any]]:
+    """The side in pixels of the squares that the network is built for and draws, and the identity of its latents.
+
+    What encodes and what trains both ask here, and so agree. Without `size` the side is the first picture's, or with
+    buckets that of a square as large as the largest. Raises RecipeError where network or autoencoder cannot take it.
+    """
+    factor, (patch, divisor) = factor_of(vae.config), family_class(train.model).multiples(train)
+    multiple, wanted = math.lcm(8, factor * patch), getattr(train.settings, "size", None)  # pipelines step by 8 pixels
+    buckets = None
+    if train.data.buckets is not None:
+        step = math.lcm(multiple, factor * divisor)
+        check_sizes(train.data.buckets, step)
+        buckets = sizes_of(train.data.buckets)
+        wanted = wanted or nearest_square(buckets, step)
+    size = picture_size(samples, wanted, multiple, "train.diffusion.size")
+    return size, encoder_identity(vae, size, buckets)
+
+
+def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
+    """Everything that can change a latent of a picture, as plain data."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(weight.cpu().float().numpy()).tobytes())
+    identity = {"weights": digest.hexdigest(), "crop": "center", "factor": factor_of(vae.config), "format": 1}
+    return identity | ({"size": size} if buckets is None else {"buckets": [list(bucket) for bucket in buckets]})
+
+
+class LatentsJob(units.Job):
+    """One encoder; a unit is a shard."""
+
+    def __init__(self, dataset: Dataset, autoencoder: str, identity: dict[str, Any], resources: Resources) -> None:
+        self.dataset, self.storage, self.autoencoder = dataset, dataset.storage, autoencoder
+        self.identity, self.resources = identity, resources
+        self.encoder = fingerprint(identity)
+        self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
+
+    def unit(self, entry: ShardEntry) -> units.Unit:
+        """A rewritten shard is another unit: it is encoded again."""
+        return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
+
+    def stale(self, work: Iterable[units.Unit]) -> set[str]:
+        """Committed units whose latents are there no longer: deleted, or written over with those of another shard."""
+        there, wanted = set(self.storage.names(self.folder)), {unit.id: unit for unit in work}
+        committed = units.markers(self).keys()
+        return {
+            unit
+            for unit in committed
+            if unit not in wanted or f"{self.folder}/{wanted[unit].spec['shard']}.safetensors" not in there
+        }
+
+    def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
+        """Pictures of one size, with their rows in the shard. The tar is read once, in order."""
+        shard = unit.spec["shard"]
+        sizes, buckets = _buckets(self.dataset, shard, self.identity)
+        waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
+
+        def piece(bucket: int) -> units.Piece:
+            rows, jpegs = zip(*waiting[bucket], strict=True)
+            waiting[bucket] = []
+            return {"jpegs": list(jpegs), "rows": list(rows), "size": sizes[bucket]}
+
+        for row, (_, jpeg) in enumerate(self.dataset.read_images(shard)):
+            waiting[buckets[row]].append((row, jpeg))
+            if len(waiting[buckets[row]]) == _BATCH:
+                yield piece(buckets[row])
+        yield from (piece(bucket) for bucket in range(len(sizes)) if waiting[bucket])
+
+    def model(self) -> Callable[[units.Piece], units.Piece]:
+        import torch
+
+        torch.set_num_threads(units.model_threads(self.resources))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        vae = load_autoencoder(self.autoencoder, _FIELD).to(device).eval()
+
+        def apply(piece: units.Piece) -> units.Piece:
+            pictures = np.stack([cut(jpeg, piece["size"]) for jpeg in piece["jpegs"]])
+            signed = to_signed(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device))
+            with torch.no_grad():
+                posterior = vae.encode(signed).latent_dist
+            both = torch.cat([posterior.mean, posterior.std], dim=1)
+            units.report({"samples": len(pictures)})
+            return {"latents": both.half().cpu().numpy(), "rows": piece["rows"]}
+
+        return apply
+
+    def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
+        from safetensors.numpy import save
+
+        # safetensors writes memory as it lies, whatever the strides.
+        latents = np.ascontiguousarray(self._in_order(pieces))
+        data = save({"latents": latents}, metadata={"shard_sha256": unit.spec["sha256"]})
+        self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
+        return {"samples": len(latents), "bytes": len(data)}
+
+    def _in_order(self, pieces: list[units.Piece]) -> np.ndarray:
+        if "buckets" not in self.identity:
+            return np.concatenate([piece["latents"] for piece in pieces])
+        area = max(width * height for width, height in self.identity["buckets"]) // self.identity["factor"] ** 2
+        samples, channels = sum(len(piece["rows"]) for piece in pieces), pieces[0]["latents"].shape[1]
+        latents = np.zeros((samples, channels, area), np.float16)
+        for piece in pieces:
+            flat = piece["latents"].reshape(len(piece["rows"]), channels, -1)
+            latents[piece["rows"], :, : flat.shape[2]] = flat
+        return latents
+
+
+def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[list[Size], np.ndarray]:
+    """The sizes that pictures are encoded at, and which of them each of the shard's is (int16 [samples])."""
+    sizes = [(width, height) for width, height in identity.get("buckets", [[identity.get("size")] * 2])]
+    table = dataset.table(shard, ["width", "height"])
+    return sizes, assign(table["width"].to_numpy(), table["height"].to_numpy(), sizes)
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """A shard's latents of several shapes: `flat` is [samples, 2 C, A], `shapes` (h, w) of each bucket."""
+
+    flat: np.ndarray
+    buckets: np.ndarray
+    shapes: list[tuple[int, int]]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        height, width = self.shapes[self.buckets[row]]
+        return self.flat[row, :, : height * width].reshape(-1, height, width)
+
+
+def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], ShardRows]:
+    """Gives what reads a shard's latents in tar order, each [2 C, h, w], by mmap from a local folder or the cache.
+
+    Raises RecipeError (here, or when a shard is read) where the latents are missing or of an earlier shard.
+    """
+    if not storage.exists(f"latents/{encoder}/recipe.json"):
+        problem = f"{storage.url} has no latents {encoder}"
+        raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
+    identity = json.loads(storage.read(f"latents/{encoder}/recipe.json"))
+    dataset, read = Dataset(storage), files_of(storage, encoder, "train.data.latents", cache)
+
+    def rows(shard: str) -> ShardRows:
+        latents = parse(read(shard))["latents"]
+        if "buckets" not in identity:
+            return latents
+        sizes, buckets = _buckets(dataset, shard, identity)
+        factor = identity["factor"]
+        return _Shaped(latents, buckets, [(height // factor, width // factor) for width, height in sizes])
+
+    return rows

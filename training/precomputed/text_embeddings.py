@@ -1,0 +1,153 @@
+"""A dataset, a caption layer and frozen text encoders → what they make of all captions, once, through the unit map.
+
+    latents/<id>/recipe.json                    which encoders, which layer, which slots
+    latents/<id>/shard-000000.safetensors       SLOT.NAME [samples, ...], in tar order, for each slot of the layer and
+                                                the original captions, and each state that the encoders give; float16,
+                                                or whole numbers as they are
+
+Where the layer has no caption in a slot for a sample there are zeros, which are never read: the original stands in.
+Each file says of which captions it is (`captions`, their hash); those of others are refused, and encoded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from capstan.pipeline import units
+from capstan.pipeline.config import Resources, fingerprint
+from capstan.pipeline.dataset.shards import Dataset, ShardEntry
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import layer_recipe, read_layer
+from capstan.training.config import ORIGINAL, TrainConfig, family_class
+from capstan.training.data.shard_cache import ShardCache
+from capstan.training.family import Batch, Sample
+from capstan.training.precomputed.files import files_of, parse, said_by
+
+_BATCH: Final = 32  # captions encoded at once; always the same, so that states do not depend on the machine
+_FIELD: Final = "train.data.text_states"
+
+Captions = Mapping[str, Sequence[str | None]]  # slot → text of each of a shard's samples, in tar order
+
+
+def plan(train: TrainConfig, dataset: Dataset, layer: str | None) -> dict[str, Any]:
+    """The identity of a dataset's text states. Raises RecipeError where the text encoder is not frozen."""
+    encoder = family_class(train.model).text_encoder(train)
+    if encoder is None:
+        problem = "the text encoder is trained, so that what it makes of a caption changes"
+        raise RecipeError(_FIELD, problem, "name a frozen one (train.diffusion.text.pretrained), or remove the setting")
+    slots = [] if layer is None else layer_recipe(dataset.storage, layer)["slots"]
+    return {"encoder": encoder.identity(), "layer": layer, "slots": sorted({*slots, ORIGINAL}), "text_format": 1}
+
+
+class TextStatesJob(units.Job):
+    """One set of encoders and one layer; a unit is a shard."""
+
+    def __init__(self, dataset: Dataset, train: TrainConfig, identity: dict[str, Any], resources: Resources) -> None:
+        self.dataset, self.storage, self.train = dataset, dataset.storage, train
+        self.identity, self.resources = identity, resources
+        self.encoder = fingerprint(identity)
+        self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
+
+    def unit(self, entry: ShardEntry) -> units.Unit:
+        return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
+
+    def stale(self, work: Sequence[units.Unit]) -> set[str]:
+        """Committed units whose states are there no longer, or are of other captions than the layer's now."""
+        wanted, there = {unit.id: unit.spec["shard"] for unit in work}, set(self.storage.names(self.folder))
+        return {
+            unit
+            for unit in units.markers(self)
+            if unit not in wanted
+            or f"{self.folder}/{wanted[unit]}.safetensors" not in there
+            or self._said(wanted[unit])["captions"]
+            != fingerprint(captions_of(self.dataset, wanted[unit], self.identity))
+        }
+
+    def _said(self, shard: str) -> dict[str, str]:
+        with self.storage.open(f"{self.folder}/{shard}.safetensors") as file:
+            start = file.read(8)
+            return said_by(np.frombuffer(start + file.read(int.from_bytes(start, "little")), np.uint8))
+
+    def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
+        """Captions of one slot, with their rows in the shard."""
+        captions = captions_of(self.dataset, unit.spec["shard"], self.identity)
+        facts = {"captions": fingerprint(captions), "samples": len(captions[ORIGINAL])}
+        for slot, texts in captions.items():
+            rows = [row for row, text in enumerate(texts) if text is not None]
+            for start in range(0, len(rows), _BATCH):
+                part = rows[start : start + _BATCH]
+                yield {"slot": slot, "rows": part, "texts": [texts[row] for row in part], **facts}
+
+    def model(self) -> Callable[[units.Piece], units.Piece]:
+        torch.set_num_threads(units.model_threads(self.resources))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = family_class(self.train.model).text_encoder(self.train)
+        encoder.to(device)
+
+        def apply(piece: units.Piece) -> units.Piece:
+            with torch.no_grad():
+                states = encoder(piece["texts"])
+            units.report({"samples": len(piece["texts"])})
+            stored = {name: state.half() if state.is_floating_point() else state for name, state in states.items()}
+            return {**piece, "texts": None, "states": {name: state.cpu().numpy() for name, state in stored.items()}}
+
+        return apply
+
+    def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
+        from safetensors.numpy import save
+
+        shard, tensors = unit.spec["shard"], dict[str, np.ndarray]()
+        for slot in self.identity["slots"]:
+            for piece in [piece for piece in pieces if piece["slot"] == slot] or pieces[:1]:
+                for name, state in piece["states"].items():
+                    empty = (piece["samples"], *state.shape[1:])
+                    tensor = tensors.setdefault(f"{slot}.{name}", np.zeros(empty, state.dtype))
+                    if piece["slot"] == slot:
+                        tensor[piece["rows"]] = state
+        metadata = {"shard_sha256": unit.spec["sha256"], "captions": pieces[0]["captions"]}
+        data = save(tensors, metadata=metadata)
+        self.storage.write(f"{self.folder}/{shard}.safetensors", data)
+        return {"samples": sum(len(piece["rows"]) for piece in pieces), "bytes": len(data)}
+
+
+def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """The texts of a shard's samples in tar order, slot by slot; None where the layer has none of its own."""
+    table = dataset.table(shard, ["key", "sha256", "caption"])
+    keys, layer = table["key"].to_pylist(), identity["layer"]
+    known = read_layer(dataset.storage, layer, shard, table) if layer is not None else {}
+    texts = {slot: [known.get(key, {}).get(slot) for key in keys] for slot in identity["slots"]}
+    return {**texts, ORIGINAL: table["caption"].to_pylist()}
+
+
+def states_of(samples: Sequence[Sample]) -> Batch:
+    """The states of the samples' captions that were made ahead, by name: [B, ...], floats in float32; {} without."""
+    first = samples[0].states or {}
+    found = [sample.states for sample in samples if sample.states is not None]
+    states = {name: torch.from_numpy(np.stack([one[name] for one in found])) for name in first}
+    return {name: state.float() if state.is_floating_point() else state for name, state in states.items()}
+
+
+def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], dict[str, np.ndarray]]:
+    """Gives what reads a shard's states: SLOT.NAME → [samples, ...] in tar order, by mmap.
+
+    Raises RecipeError (here, or when a shard is read) where they are missing, or of an earlier shard or other captions.
+    """
+    hint = "run `capstan encode`, or `capstan train`, which does it first"
+    if not storage.exists(f"latents/{encoder}/recipe.json"):
+        raise RecipeError(_FIELD, f"{storage.url} has no text states {encoder}", hint)
+    identity = json.loads(storage.read(f"latents/{encoder}/recipe.json"))
+    dataset, read = Dataset(storage), files_of(storage, encoder, _FIELD, cache)
+
+    def states(shard: str) -> dict[str, np.ndarray]:
+        raw = read(shard)
+        if said_by(raw)["captions"] != fingerprint(captions_of(dataset, shard, identity)):
+            raise RecipeError(_FIELD, f"the text states of {shard} are of other captions", hint)
+        return parse(raw)
+
+    return states
