@@ -185,7 +185,7 @@ class Rules(Section):
 @cache
 def load() -> Rules:
     """The rules that Capstan comes with."""
-    text = resources.files("recaption").joinpath(FILE).read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8")
     return validate(Rules, yaml.safe_load(text), FILE)
 
 

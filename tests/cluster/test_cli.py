@@ -44,7 +44,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("change", "field", "mend"), WRONG, ids=[field for _, field, _ in WRONG])
+@pytest.mark.parametrize(("change", "field", "hint"), WRONG, ids=[field for _, field, _ in WRONG])
 def test_a_wrong_recipe_names_field_and_mend(
     tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, field: str, hint: str
 ) -> None:

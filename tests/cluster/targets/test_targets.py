@@ -205,7 +205,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "field", "mend"), WRONG, ids=[str(field) for _, field, _ in WRONG])
+@pytest.mark.parametrize(("settings", "field", "hint"), WRONG, ids=[str(field) for _, field, _ in WRONG])
 def test_a_wrong_target_names_field_and_mend(settings: dict[str, Any], field: str, hint: str) -> None:
     with pytest.raises(RecipeError) as raised:
         make_target("mine", settings)

@@ -13,7 +13,7 @@ from small_clip import write_clip
 
 from capstan.pipeline.config import WorldSource
 from capstan.pipeline.errors import RecipeError
-from capstan.training.config.monitoring import ClipModel, Evaluate, Fid
+from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid
 from capstan.training.metrics.clip_score import ClipScore
 from capstan.training.metrics.fid import FrechetDistance
 from capstan.training.metrics.metric import Metric, alone, judges_of, undisturbed
@@ -100,7 +100,7 @@ def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, mon
 
 
 def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
-    judge, subjects = ClipScore(ClipModel(model=str(write_clip(tmp_path / "clip", 0))), "x"), Pictures(7, 20)
+    judge, subjects = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x"), Pictures(7, 20)
     loaded = judge.tower.load("cpu")
     seen = loaded.normalize(loaded.images(np.stack([judge.tower.prepare(p) for p in subjects.made])))
     said = loaded.normalize(loaded.texts(subjects.prompts(range(7))))
@@ -122,7 +122,7 @@ def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     state, numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
-    clip = ClipScore(ClipModel(model=str(write_clip(tmp_path / "clip", 0))), "x")
+    clip = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x")
     torch.set_rng_state(state)
     torch.set_num_threads(2)
     with undisturbed(CPU), clip.ready(CPU):
@@ -136,7 +136,7 @@ def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_judges_are_those_asked_for(features: Path, tmp_path: Path) -> None:
-    clip = ClipModel(model=str(write_clip(tmp_path / "clip", 0)))
+    clip = ClipSettings(model=str(write_clip(tmp_path / "clip", 0)))
     wanted = Evaluate(measures=["fid", "oracle", "clip", "fid"], clip=clip, fid=Fid(features=str(features)))
     assert [type(judge) for judge in judges_of(wanted, "x")] == [FrechetDistance, Follows, ClipScore]
     assert alone(torch.ones(2)).tolist() == [1, 1]

@@ -7,7 +7,7 @@ import tiny_towers
 import torch
 
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.score.clip_model import TextEncoder
+from capstan.pipeline.score.clip_model import ClipModel
 from capstan.training.models.diffusion.config import EncoderSettings, TextSettings
 from capstan.training.models.diffusion.dit import DiT
 from capstan.training.models.diffusion.mmdit import MMDiT
@@ -36,7 +36,7 @@ def opened(slots, *named):
 def test_an_open_clip_tower_becomes_a_clip_that_gives_the_same(tmp_path, text, more):
     folder = tiny_towers.save_open_clip(tmp_path / "tower", text, **more)
     states = opened([PROJECTED], folder)(TEXTS)
-    loaded = TextEncoder(folder, None, "fp32", "x").load("cpu")
+    loaded = ClipModel(folder, None, "fp32", "x").load("cpu")
     torch.testing.assert_close(states["text_pooled"], loaded.texts(TEXTS), atol=1e-5, rtol=1e-4)
     seen = []
     source = getattr(loaded._model, "text", loaded._model)
