@@ -186,7 +186,7 @@ def from_tars(work: Path, paths: list[Path], repeats: int) -> None:
 
 
 def as_they_are(work: Path, paths: list[Path], repeats: int) -> None:
-    """Tars whose pictures fit already, beside `cp` of the same bytes."""
+    """Tars whose images fit already, beside `cp` of the same bytes."""
     few, whole = (_tars(work / "tars" / str(number), paths[:number]) for number in (FEW, len(paths)))
     size = sum(path.stat().st_size for path in whole.iterdir())
     ours, copies = [], []

@@ -3,7 +3,7 @@
     python benchmarks/dedup.py [--rows 10000000] [--only random|crowded|exact|semantic|world|photos]
 
 Each part runs in a process of its own, so that its peak memory is its own. `random`: hashes at random with near ones
-among them. `crowded`: what the web holds, too: equal hashes, flat pictures, templates with other words in them.
+among them. `crowded`: what the web holds, too: equal hashes, flat images, templates with other words in them.
 `exact`: the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what
 clusters miss.
 `world`: the captioned world's planted duplicates. `photos`: photographs saved again, smaller, or of other brightness.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from capstan.pipeline import config  # noqa: E402
 from capstan.pipeline.config import WorldSource  # noqa: E402
-from capstan.pipeline.image.decode import Picture, decode  # noqa: E402
+from capstan.pipeline.image.decode import StoredImage, decode  # noqa: E402
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours  # noqa: E402
 from capstan.pipeline.select import near_duplicates  # noqa: E402
 from capstan.pipeline.select.semantic import find_semantic, unit  # noqa: E402
@@ -84,7 +84,7 @@ def flipped(hashes: np.ndarray, rng: np.random.Generator, bits: int, low: int = 
 
 
 def crowded_hashes(n: int, seed: int = 0) -> np.ndarray:
-    """A tenth of the rows are flat pictures with hash 0, a tenth repeat one of 1,000 hashes, a tenth are one template
+    """A tenth of the rows are flat images with hash 0, a tenth repeat one of 1,000 hashes, a tenth are one template
     with 20 bits that say what is written in it, and a tenth are 200 templates with some bits changed."""
     rng = np.random.default_rng(seed)
     hashes, tenth = random_hashes(n, seed), n // 10
@@ -196,7 +196,7 @@ def _fill(rows: np.ndarray, topics: int = 5000) -> np.ndarray:
     return copies
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Images ------------------------------------------------------------------------------------------------------------
 
 
 def world_part(arguments: argparse.Namespace) -> None:
@@ -221,7 +221,7 @@ def world_part(arguments: argparse.Namespace) -> None:
         planted = len(shown) - len(set(shown))
         said = "hashes alone" if tolerance is None else f"colours within {tolerance}"
         precision, recall = right / max(len(repeats), 1), right / planted
-        print(f"  {len(shown):,} pictures, {planted:,} planted, {said}: precision {precision:.4f}, recall {recall:.4f}")
+        print(f"  {len(shown):,} images, {planted:,} planted, {said}: precision {precision:.4f}, recall {recall:.4f}")
 
 
 def _measure(world: WorldSource, start: int) -> list[tuple[int, str, int, str, int]]:
@@ -233,7 +233,7 @@ def _measure(world: WorldSource, start: int) -> list[tuple[int, str, int, str, i
     for index in range(start, min(start + 500, world.scenes)):
         if defect(world, index) not in ("missing", "html"):
             picture = decode(file_bytes(world, vocab, index)[1], config.Image())
-            if isinstance(picture, Picture):
+            if isinstance(picture, StoredImage):
                 area = picture.original_width * picture.original_height
                 found.append((shown_index(world, index), picture.sha256, picture.phash, picture.colours, area))
     return found
@@ -294,9 +294,9 @@ def _saved(photo, kind: str, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _decoded(data: bytes) -> Picture:
+def _decoded(data: bytes) -> StoredImage:
     picture = decode(data, config.Image(min_size=16))
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, StoredImage)
     return picture
 
 

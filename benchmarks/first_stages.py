@@ -1,4 +1,4 @@
-"""First stages trained for ten minutes on the captioned world: PSNR on held-out pictures, and use of the codebook.
+"""First stages trained for ten minutes on the captioned world: PSNR on held-out images, and use of the codebook.
 
     python benchmarks/first_stages.py [--minutes 10] [--threads 1] [--model autoencoder vqgan] [--folder DIR]
 

@@ -7,7 +7,7 @@ speed     images/s from the first batch on, and CPU time, each run in a process 
           DataLoader, each making whole batches. Capstan: its exact order, on threads. Both give uint8 [B, 3, S, S] and
           captions.
 restart   seconds to the first batch at sample 1,000,000 of an epoch, and at sample 0, in a dataset of two million
-          samples (its rows share a thousand pictures); and whether a run that was cut and gone on with is the run
+          samples (its rows share a thousand images); and whether a run that was cut and gone on with is the run
 share     what of a sample's time is spent outside of decoding, where threads wait for each other
 """
 
@@ -55,8 +55,8 @@ from capstan.training.data.transforms import batch_of, square  # noqa: E402
 
 BATCH = 64
 PER_SHARD = 500
-STORED = 512  # pixels of a stored picture's shorter side
-SHARDS, ROWS, PICTURES = 200, 10_000, 1_000  # of the dataset for `restart`
+STORED = 512  # pixels of a stored image's shorter side
+SHARDS, ROWS, IMAGES = 200, 10_000, 1_000  # of the dataset for `restart`
 PLACE = 1_000_000
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def write_dataset(folder: Path, shards: list[list[bytes]], rows: int | None = None) -> None:
-    """A finished dataset of these pictures; with `rows` each shard's table repeats them up to so many rows."""
+    """A finished dataset of these images; with `rows` each shard's table repeats them up to so many rows."""
     storage, entries = Storage(str(folder)), []
     (folder / "shards").mkdir(parents=True)
     for number, jpegs in enumerate(shards):
@@ -153,7 +153,7 @@ def restart_dataset(arguments: argparse.Namespace) -> Path:
     """One real shard under many names: hard links."""
 
     def make(folder: Path) -> None:
-        write_dataset(folder, [list(photos(arguments, PICTURES))], ROWS)
+        write_dataset(folder, [list(photos(arguments, IMAGES))], ROWS)
         first = read_entry(folder)
         names = [f"shard-{number:06d}" for number in range(SHARDS)]
         for name in names[1:]:
@@ -195,8 +195,8 @@ def run_webdataset(arguments: argparse.Namespace, workers: int) -> tuple[float, 
         return square(sample["jpg"], arguments.size), sample["txt"].decode()
 
     def collate(samples: Sequence[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
-        pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
-        return pictures.permute(0, 3, 1, 2).contiguous(), [text for _, text in samples]
+        images = torch.from_numpy(np.stack([image for image, _ in samples]))
+        return images.permute(0, 3, 1, 2).contiguous(), [text for _, text in samples]
 
     cv2.setNumThreads(1)
     urls = [str(path) for path in sorted((speed_dataset(arguments) / "shards").glob("*.tar"))]
@@ -205,11 +205,11 @@ def run_webdataset(arguments: argparse.Namespace, workers: int) -> tuple[float, 
     return rate(wds.WebLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=2), lambda batch: batch[0])
 
 
-def rate(batches: Any, pictures: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
+def rate(batches: Any, images: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
     """Images/s from the first batch to the last, and CPU milliseconds an image of this process and its workers."""
     cpu, count, first, start = cpu_s(), 0, 0, 0.0
     for batch in batches:
-        count += len(pictures(batch))
+        count += len(images(batch))
         if not first:
             first, start = count, time.perf_counter()
     took = time.perf_counter() - start

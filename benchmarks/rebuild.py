@@ -74,7 +74,7 @@ def make(folder: Path, units: int) -> dict[str, Any]:
     if (dataset / "dataset.json").exists():
         return recipe
     dataset.mkdir(parents=True)
-    rows = [{"image": picture(number), "caption": f"picture {number}"} for number in range(units)]
+    rows = [{"image": image(number), "caption": f"image {number}"} for number in range(units)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     valid = Recipe.model_validate(recipe)
     job = Ingest(valid, Storage(valid.dataset))
@@ -86,7 +86,7 @@ def make(folder: Path, units: int) -> dict[str, Any]:
     return recipe
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     colours = np.random.default_rng(number).integers(0, 255, (2, 2, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(np.kron(colours, np.ones((8, 8, 1), np.uint8))).save(file, "JPEG")

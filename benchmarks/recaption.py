@@ -1,11 +1,11 @@
 """Captioning: how true captions become, decoding with a key-value cache, and how busy the model workers are.
 
     python benchmarks/recaption.py accuracy   captioners trained on the captioned world, two from one base; what they
-                                              say of unseen pictures against the truth, beside chance
+                                              say of unseen images against the truth, beside chance
     python benchmarks/recaption.py decode     coca_ViT-B-32's sizes with random weights, 76 tokens, greedy: images/s of
                                               both, and whether the tokens are the same
     python benchmarks/recaption.py busy       a whole `capstan recaption` over drawn JPEGs of 512 px: which share of
-                                              the time between its first and last picture the model worker computes
+                                              the time between its first and last image the model worker computes
 
 open_clip's loop is that of its `generate` (which does not start under transformers 5): text tower and decoder over the
 whole caption for every new token, the image's tokens kept.
@@ -75,7 +75,7 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def accuracy(folder: Path) -> dict[str, Any]:
-    """Train, caption unseen pictures, and hold what the captions state against the scenes."""
+    """Train, caption unseen images, and hold what the captions state against the scenes."""
     from capstan.pipeline.build import build
     from capstan.pipeline.config import Recipe
     from capstan.pipeline.dataset.shards import Dataset
@@ -154,10 +154,10 @@ def _captions(model: Path, slot: str, keys: Sequence[str], jpegs: Sequence[bytes
 
 
 def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict[str, Any]:
-    """Measure → (share of captions that state it rightly, what the captions of other pictures get).
+    """Measure → (share of captions that state it rightly, what the captions of other images get).
 
-    `relation` counts where both things that it names are there, `relation_of_all` over all pictures of several things.
-    Chance is then the best that one word for all pictures gets; and, knowing which of the two is listed first (things
+    `relation` counts where both things that it names are there, `relation_of_all` over all images of several things.
+    Chance is then the best that one word for all images gets; and, knowing which of the two is listed first (things
     are listed from left to right), the best that one word for each order gets.
     """
     from capstan.pipeline.world import oracle
@@ -235,10 +235,10 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
         loaded = _load(engine)
         prompt, limit = loaded.slots["short"]
         for batch in batches:
-            pictures = list(np.random.default_rng(batch).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8))
+            images = list(np.random.default_rng(batch).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8))
 
-            def ours(pictures: list[np.ndarray] = pictures, batch: int = batch) -> list[list[int]]:
-                cache = loaded.look(pictures, engine.preprocessing, batch)
+            def ours(images: list[np.ndarray] = images, batch: int = batch) -> list[list[int]]:
+                cache = loaded.look(images, engine.preprocessing, batch)
                 written = cached(cache, range(batch), prompt, limit, loaded.tokens, engine.config.decoding, [0] * batch)
                 return [tokens for tokens, _ in written]
 
@@ -246,7 +246,7 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
             cached_s, cached_cpu_s, found = _best(ours, repeats)
             print(f"batch {batch}: cached {cached_s:.1f} s; now open_clip's own loop", file=sys.stderr, flush=True)
             plain_s, plain_cpu_s, expected = _best(
-                lambda pictures=pictures: _plain(loaded, engine, pictures, prompt, limit), 1
+                lambda images=images: _plain(loaded, engine, images, prompt, limit), 1
             )
             results["batches"][batch] = {
                 "open_clip_images_per_s": round(batch / plain_s, 4),
@@ -317,9 +317,9 @@ class TimedEngine:
     def prepare(self, jpeg: bytes) -> Any:
         return self.engine.prepare(jpeg)
 
-    def caption(self, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+    def caption(self, images: Any, requests: Any, *, attempt: int = 0) -> Any:
         start = time.time()
-        found = self.engine.caption(pictures, requests, attempt=attempt)
+        found = self.engine.caption(images, requests, attempt=attempt)
         with self.times.open("a") as file:
             file.write(json.dumps([start, time.time()]) + "\n")
         return found

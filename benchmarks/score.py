@@ -1,11 +1,11 @@
-"""CLIP scoring: how long the model waits for pictures, and what decoding and the model cost together and apart.
+"""CLIP scoring: how long the model waits for images, and what decoding and the model cost together and apart.
 
     python benchmarks/score.py [--pictures 2000] [--model ViT-B-32] [--batch 64]
 
-A CLIP of this architecture with random weights scores drawn pictures of 512 × 384 pixels through the unit map, on all
+A CLIP of this architecture with random weights scores drawn images of 512 × 384 pixels through the unit map, on all
 cores and on a GPU if there is one. Waiting is the share of the time between the first batch and the last in which a
 model worker had none, the first batch (a warm-up) left out. CPU seconds are those of all processes; a run over few
-pictures is taken off, which leaves what each further one costs.
+images is taken off, which leaves what each further one costs.
 """
 
 from __future__ import annotations
@@ -73,21 +73,19 @@ def main() -> None:
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
     few = UNIT_ROWS
-    for size in (few, arguments.pictures):
+    for size in (few, arguments.images):
         make(folder / str(size), size, arguments.model, arguments.batch)
-    more = arguments.pictures - few
+    more = arguments.images - few
 
     def cpu_ms(what: str) -> float:
-        """CPU milliseconds of each further picture."""
-        taken = [run(folder / str(size), what).cpu_s for size in (few, arguments.pictures)]
+        """CPU milliseconds of each further image."""
+        taken = [run(folder / str(size), what).cpu_s for size in (few, arguments.images)]
         return (taken[1] - taken[0]) / more * 1e3
 
     decode, model, whole = cpu_ms("decode"), cpu_ms("model"), cpu_ms("job")
-    waited, rate = waiting(folder / str(arguments.pictures))
-    print(
-        f"{arguments.model}, batches of {arguments.batch}, {arguments.pictures:,} pictures, {CORES} cores, {device()}"
-    )
-    print(f"  decoding alone {decode:.1f} ms CPU a picture · the model alone {model:.1f} ms")
+    waited, rate = waiting(folder / str(arguments.images))
+    print(f"{arguments.model}, batches of {arguments.batch}, {arguments.images:,} images, {CORES} cores, {device()}")
+    print(f"  decoding alone {decode:.1f} ms CPU an image · the model alone {model:.1f} ms")
     print(f"  both as a job  {whole:.1f} ms, {whole / (decode + model):.2f} × their sum (asked: 1.15)")
     print(f"  the model waited {waited:.1%} of the time (asked: under 5%) · {rate:.1f} pictures/s")
 
@@ -126,25 +124,25 @@ def part(folder: Path, what: str) -> None:
             for start in range(0, unit.rows, job.batch):
                 seen = list(range(start, min(start + job.batch, unit.rows)))
                 reader = scorers[0]
-                piece = {"readers": [reader.id], "found": {}, "seen": seen, "captions": ["a picture"] * len(seen)}
+                piece = {"readers": [reader.id], "found": {}, "seen": seen, "captions": ["an image"] * len(seen)}
                 apply(piece | {"pixels": {reader.tower.id: pixels[: len(seen)]}})  # type: ignore[attr-defined]
 
 
 def waiting(folder: Path) -> tuple[float, float]:
-    """(share of the time in which model workers had no batch, pictures a second), once warm."""
-    idle = busy = pictures = 0.0
+    """(share of the time in which model workers had no batch, images a second), once warm."""
+    idle = busy = images = 0.0
     spans = []
     for log in (folder / "ds").glob("times-*.jsonl"):
         calls = [json.loads(line) for line in log.read_text().splitlines()][1:]
         busy += sum(end - start for start, end, _ in calls)
         idle += sum(b[0] - a[1] for a, b in itertools.pairwise(calls))
-        pictures += sum(count for *_, count in calls)
+        images += sum(count for *_, count in calls)
         spans.append((calls[0][0], calls[-1][1]))
     seconds = max(end for _, end in spans) - min(start for start, _ in spans)
-    return idle / (idle + busy), pictures / seconds
+    return idle / (idle + busy), images / seconds
 
 
-def make(folder: Path, pictures: int, model: str, batch: int) -> None:
+def make(folder: Path, images: int, model: str, batch: int) -> None:
     """Staged units, and a recipe with a CLIP of random weights."""
     import open_clip
     from safetensors.torch import save_file
@@ -158,14 +156,14 @@ def make(folder: Path, pictures: int, model: str, batch: int) -> None:
     (folder / "recipe.json").write_text(json.dumps(settings))
     storage, units = Storage(str(folder / "ds")), list[Staged]()
     jpegs = [draw(seed) for seed in range(100)]
-    for number, first in enumerate(range(0, pictures, UNIT_ROWS)):
-        keys = [f"{row:032x}" for row in range(first, min(first + UNIT_ROWS, pictures))]
+    for number, first in enumerate(range(0, images, UNIT_ROWS)):
+        keys = [f"{row:032x}" for row in range(first, min(first + UNIT_ROWS, images))]
         spans = write_tar(folder / "x.tar", [Sample(key, jpegs[n % 100]) for n, key in enumerate(keys)])
         units.append(Staged(f"0000-{number:06d}", f"staged/{number}.parquet", f"staged/{number}.tar", len(keys)))
         storage.put(folder / "x.tar", units[-1].tar)
         nothing = {f.name: "" if pa.types.is_string(f.type) else 0 for f in STAGED_SCHEMA}
         rows = [
-            nothing | {"key": key, "caption": f"picture {key}", "offset": offset, "size": size}
+            nothing | {"key": key, "caption": f"image {key}", "offset": offset, "size": size}
             for key, (offset, size) in zip(keys, spans, strict=True)
         ]
         storage.write_table(units[-1].table, pa.Table.from_pylist(rows, STAGED_SCHEMA))

@@ -3,7 +3,7 @@
     python benchmarks/selection.py [--rows 10000000] [--work FOLDER]
 
 Writes staged tables, scores and markers as a build leaves them (random keys, hashes and measures; one row in fifty
-repeats another's picture), once for each number of rows, then asks: conditions alone, sampling steps too, and both
+repeats another's image), once for each number of rows, then asks: conditions alone, sampling steps too, and both
 with duplicates.
 """
 
@@ -78,7 +78,7 @@ def settings(dataset: Path) -> dict[str, Any]:
 
 
 def write_ledger(dataset: Path, rows: int) -> None:
-    """What a build of `rows` rows leaves, pictures apart."""
+    """What a build of `rows` rows leaves, images apart."""
     recipe = Recipe.model_validate(settings(dataset))
     storage, scorers = Storage(str(dataset)), registry.scorers(recipe)
     job, random = Ingest(recipe, storage), np.random.default_rng(0)
@@ -106,8 +106,8 @@ def unit_table(random: np.random.Generator, unit: str, low: float, high: float, 
     """STAGED_SCHEMA: rows with keys in [low, high) of their range, sorted."""
     first = np.sort(random.integers(int(low * 2**63), int(high * 2**63), count)).astype(">u8")
     keys = [f"{a:016x}{b:016x}" for a, b in zip(first.tolist(), random.integers(0, 2**62, count).tolist(), strict=True)]
-    picture = random.integers(0, 2**63, count, dtype=np.uint64)
-    picture[random.random(count) < 0.02] = random.integers(0, 1000)  # seen elsewhere, too
+    image = random.integers(0, 2**63, count, dtype=np.uint64)
+    image[random.random(count) < 0.02] = random.integers(0, 1000)  # seen elsewhere, too
     side = random.integers(100, 2000, (2, count))
     failed = random.random(count) < 0.2
     number = pa.array(random.integers(0, 50_000, count)).cast(pa.string())
@@ -117,9 +117,9 @@ def unit_table(random: np.random.Generator, unit: str, low: float, high: float, 
         "caption": pc.binary_join_element_wise("A photograph of number", number, "on a wooden table", " "),
         "reason": np.where(failed, "timeout", ""),
         "detail": pa.repeat("", count),
-        "sha256": ["" if bad else f"{p:064x}" for p, bad in zip(picture.tolist(), failed.tolist(), strict=True)],
-        "phash": picture,
-        "colours": [base64.b64encode(p.to_bytes(8) * 6).decode() for p in picture.tolist()],  # alike where the hash is
+        "sha256": ["" if bad else f"{p:064x}" for p, bad in zip(image.tolist(), failed.tolist(), strict=True)],
+        "phash": image,
+        "colours": [base64.b64encode(p.to_bytes(8) * 6).decode() for p in image.tolist()],  # alike where the hash is
         "extra": pa.repeat('{"licence":"cc0"}', count),
         "unit": pa.repeat(unit, count),
         "width": side[0] // 2,

@@ -6,7 +6,7 @@
 
     python benchmarks/submit.py [--scenes 600] [--repeats 3]
 
-The pictures are drawn, so that nothing waits for a network; the cluster is started before the clock.
+The images are drawn, so that nothing waits for a network; the cluster is started before the clock.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/train.py [--rounds 3] [--steps 10] [--batch 4]
 
-Three runs of the same UNet on the same pictures take turns, each in a process of its own: the loop of diffusers'
-train_text_to_image with Accelerate (below: `plain`), Capstan encoding pictures on the fly, Capstan with latents ahead.
+Three runs of the same UNet on the same images take turns, each in a process of its own: the loop of diffusers'
+train_text_to_image with Accelerate (below: `plain`), Capstan encoding images on the fly, Capstan with latents ahead.
 The UNet and the autoencoder have Stable Diffusion's shapes: on a CPU an eighth of their width, on a GPU all of it
 (860 M parameters, 256 pixels, bf16). What counts are the ratios of images a second, and of CPU seconds an image.
 On a GPU the table of switches and the MFU come after.
@@ -41,7 +41,7 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Vocabulary, draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE, PICTURES, WARM = 256, 256, 3  # pixels a side, samples, steps that are not measured
+SIZE, IMAGES, WARM = 256, 256, 3  # pixels a side, samples, steps that are not measured
 KINDS = ("plain", "capstan", "latents ahead")
 ON_GPU = torch.cuda.is_available()
 SHARE = 1 if ON_GPU else 8  # the models' width is Stable Diffusion's divided by this
@@ -233,7 +233,7 @@ def plain(folder: Path, clock: Clock, batch: int, precision: str) -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=100)
     loader = torch.utils.data.DataLoader(
-        Pictures(folder, tokenizer), shuffle=True, batch_size=batch, num_workers=1, persistent_workers=True
+        Images(folder, tokenizer), shuffle=True, batch_size=batch, num_workers=1, persistent_workers=True
     )
     unet, optimizer, loader, rate = accelerator.prepare(unet, optimizer, loader, rate)
     vae.to(accelerator.device, dtype=half)
@@ -267,7 +267,7 @@ def repeated(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Files of a folder with their captions, decoded as Capstan does."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -289,10 +289,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def make(folder: Path) -> None:
-    """The same pictures as a dataset and as files, the models, and the latents."""
+    """The same images as a dataset and as files, the models, and the latents."""
     samples = []
     (folder / "files").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         scene = draw_scene(0, number, Vocabulary())
         jpeg, caption = simplejpeg.encode_jpeg(np.ascontiguousarray(render(scene, SIZE)), 95), descriptive(scene)
         key = make_key(str(number))

@@ -41,7 +41,7 @@ train:
   steps: 100000
   batch: 256
   precision: bf16
-  data: {blend: {descriptive: 0.95, original: 0.05}}   # what a step sees of each picture
+  data: {blend: {descriptive: 0.95, original: 0.05}}   # what a step sees of each image
   engine: {zero: 2, workers: 1}  # workers: one a GPU
   diffusion:
     autoencoder: ./out/autoencoder     # a run of `model: autoencoder`, or any diffusers AutoencoderKL

@@ -37,7 +37,7 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
 
     `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again; "freed"
-    are those whose pictures `keep_staged: false` removed and that the recipe keeps now.
+    are those whose images `keep_staged: false` removed and that the recipe keeps now.
 
     Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
     `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend, and
@@ -205,7 +205,7 @@ def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
 
 
 def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
-    """Unit → keys of the rows that the recipe keeps now, whose pictures are neither staged nor packed."""
+    """Unit → keys of the rows that the recipe keeps now, whose images are neither staged nor packed."""
     units = as_scored(recipe, job.storage, scorers, _staged(job, planned, quarantined(job)))
     decisions = decide(recipe, job.storage, units)
     rows = lost_rows(job.storage, read_manifest(job.storage), decisions)

@@ -47,7 +47,7 @@ class Source(Section):
     url: str = "url"  # column with the address
     image: str | None = None  # column with embedded bytes, instead of an address
     caption: str = "caption"
-    hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the picture's bytes must have
+    hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
     storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if it lies there too
     world: WorldSource | None = None
 
@@ -83,17 +83,17 @@ class Image(Section):
 
 
 class ClipScore(Section):
-    """`clip_score`: cosine of picture and caption in an open_clip model."""
+    """`clip_score`: cosine of image and caption in an open_clip model."""
 
     model: str = "ViT-B-32"  # an open_clip name, or a folder with open_clip_config.json and its weights
     pretrained: str | None = None  # a checkpoint file, or one of open_clip's tags; null: the folder's own weights
-    embeddings: bool = False  # keep the pictures' embeddings, float16
+    embeddings: bool = False  # keep the images' embeddings, float16
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch: Annotated[int, Field(ge=16, multiple_of=16)] = 64  # pictures that go through the model together
+    batch: Annotated[int, Field(ge=16, multiple_of=16)] = 64  # images that go through the model together
 
 
 class HeadScore(Section):
-    """A small head over CLIP's picture embeddings: linear layers from a file."""
+    """A small head over CLIP's image embeddings: linear layers from a file."""
 
     weights: str  # .pth or .safetensors
     activation: Literal["none", "relu", "gelu"] | None = None  # between layers; null: what such heads have
@@ -116,7 +116,7 @@ class LanguageScore(Section):
 
 
 class ImageScore(Section):
-    """Measures of the picture: sharpness, flatness, JPEG quality, entropy, border."""
+    """Measures of the image: sharpness, flatness, JPEG quality, entropy, border."""
 
 
 class Score(Section):
@@ -178,9 +178,9 @@ class Condition(Section):
 class Dedup(Section):
     exact: bool = True
     perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
-    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # how far those of near pictures may differ; null: any
+    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # how far those of near images may differ; null: any
     semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
-    decontaminate: str | list[str] | None = None  # evaluation pictures: a folder, tars or tables; what is near goes
+    decontaminate: str | list[str] | None = None  # evaluation images: a folder, tars or tables; what is near goes
 
 
 class Blocklist(Section):
@@ -219,7 +219,7 @@ class Recipe(Section):
     select: list[Condition] = []
     dedup: Dedup = Dedup()
     blocklist: Blocklist = Blocklist()
-    keep_staged: bool = True  # false: staged pictures are removed once they are packed
+    keep_staged: bool = True  # false: staged images are removed once they are packed
     shards: Shards = Shards()
     unit: Unit = Unit()
     resources: Resources = Resources()

@@ -1,4 +1,4 @@
-"""Decoded picture → the square of uint8 pixels that a vision tower sees.
+"""Decoded image → the square of uint8 pixels that a vision tower sees.
 
 Does on the CPU, without torch, what open_clip's evaluation transform does before its scaling to floats, so that the
 workers which decode stay light and what travels to the model is a quarter of the size.
@@ -21,7 +21,7 @@ CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a vision tower wants its pictures; the names and defaults are open_clip's (`PreprocessCfg`)."""
+    """How a vision tower wants its images; the names and defaults are open_clip's (`PreprocessCfg`)."""
 
     height: int
     width: int
@@ -51,37 +51,37 @@ class Preprocessing:
         )
 
 
-def fit(picture: Image.Image, how: Preprocessing) -> Image.Image:
-    """An RGB picture resized and cropped or padded to exactly `how.width` × `how.height`."""
+def fit(image: Image.Image, how: Preprocessing) -> Image.Image:
+    """An RGB image resized and cropped or padded to exactly `how.width` × `how.height`."""
     target = (how.width, how.height)
     resample = FILTERS[how.interpolation]
     if how.mode == "squash":
-        return picture.resize(target, resample)
-    ratios = target[0] / picture.width, target[1] / picture.height
+        return image.resize(target, resample)
+    ratios = target[0] / image.width, target[1] / image.height
     if how.mode == "longest":
         scale = min(ratios)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     elif target[0] == target[1]:  # torchvision's Resize(int), which truncates
-        side, shorter = target[0], min(picture.size)
-        size = (int(side * picture.width / shorter), int(side * picture.height / shorter))
+        side, shorter = target[0], min(image.size)
+        size = (int(side * image.width / shorter), int(side * image.height / shorter))
     else:
         scale = max(ratios)
-        size = (round(picture.width * scale), round(picture.height * scale))
-    if picture.size != size:
-        picture = picture.resize(size, resample)
-    return _centre(picture, target, how.fill)
+        size = (round(image.width * scale), round(image.height * scale))
+    if image.size != size:
+        image = image.resize(size, resample)
+    return _centre(image, target, how.fill)
 
 
-def _centre(picture: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
-    """The middle `size` of a picture, on a ground of `fill` where it is smaller; rounds as open_clip does."""
-    if picture.size == size:
-        return picture
+def _centre(image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
+    """The middle `size` of an image, on a ground of `fill` where it is smaller; rounds as open_clip does."""
+    if image.size == size:
+        return image
     left, top = (
         round((have - want) / 2) if have >= want else -((want - have) // 2)
-        for have, want in zip(picture.size, size, strict=True)
+        for have, want in zip(image.size, size, strict=True)
     )
     if left >= 0 and top >= 0:
-        return picture.crop((left, top, left + size[0], top + size[1]))
+        return image.crop((left, top, left + size[0], top + size[1]))
     ground = Image.new("RGB", size, (fill, fill, fill))
-    ground.paste(picture, (-left, -top))
+    ground.paste(image, (-left, -top))
     return ground

@@ -65,10 +65,10 @@ def make_key(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-# What planning hands to ingest: one row a key, sorted by key. The picture is embedded in `image`; or else it is the
+# What planning hands to ingest: one row a key, sorted by key. The image is embedded in `image`; or else it is the
 # `length` bytes at `offset` of `file`; or else, where `file` is "", it is fetched from `url`. So an address in a table
 # can never name a local file. `extra` is a JSON object of the source's other columns. `hash` is what the source says of
-# the picture's bytes (hexadecimal md5, sha1, sha256 or sha512), or "".
+# the image's bytes (hexadecimal md5, sha1, sha256 or sha512), or "".
 PLAN_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -83,8 +83,8 @@ PLAN_SCHEMA: Final = pa.schema(
     ]
 )
 
-# Sizes in pixels of the stored picture and of the source (as a viewer shows it), 0 where unknown; `crop_left` and
-# `crop_top` are the pixels of the scaled picture that were cut off there (negative: padded);
+# Sizes in pixels of the stored image and of the source (as a viewer shows it), 0 where unknown; `crop_left` and
+# `crop_top` are the pixels of the scaled image that were cut off there (negative: padded);
 # `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash, `colours` the mean RGB of
 # 4 × 4 cells in base64 ("" where unknown).
 MEASURED: Final = [

@@ -107,7 +107,7 @@ def _add_diff(captions: typer.Typer) -> None:
         pretrained: Annotated[
             str, typer.Option("--pretrained", help="open_clip's tag or a checkpoint file, for a --model by name.")
         ] = "laion2b_s34b_b79k",
-        sample: Annotated[int, typer.Option("--sample", min=2, help="Pictures to compare.")] = 1000,
+        sample: Annotated[int, typer.Option("--sample", min=2, help="Images to compare.")] = 1000,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:

@@ -88,7 +88,7 @@ class Export(Job):
         return row | {"caption": texts.get(self.slot, row["caption"]), "extra": text}
 
     def _check(self, shard: str, table: pa.Table) -> None:
-        """Raise RecipeError where the shard holds pictures that the layer has not seen."""
+        """Raise RecipeError where the shard holds images that the layer has not seen."""
         seen = store.pairs(store.read_rows(self.dataset.storage, self.layer, shard, ["key", "sha256"]))
         if unseen := store.pairs(table) - seen:
             problem = f"{len(unseen):,} sample(s) of {shard} are newer than layer {self.layer}"

@@ -1,7 +1,7 @@
-"""Pictures → rows of the store: captions, held against the lint rules, and drawn again where something is wrong.
+"""Images → rows of the store: captions, held against the lint rules, and drawn again where something is wrong.
 
 Of several attempts the least bad one is kept, the earlier of two that are equal; where even that is no caption, the
-original stands in. Which attempts a caption had depends on its picture alone, so rows do not depend on the batch.
+original stands in. Which attempts a caption had depends on its image alone, so rows do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from capstan.recaption.engines import Caption, CaptionEngine, Picture, Request
+from capstan.recaption.engines import Caption, CaptionEngine, EngineInput, Request
 from capstan.recaption.lint import linter
 from capstan.recaption.store import Row
 
@@ -38,19 +38,19 @@ class _Tries:
 
 def write(
     engine: CaptionEngine,
-    pictures: Sequence[Picture],
+    images: Sequence[EngineInput],
     requests: Sequence[Request],
     settings: linter.Settings,
     prompts: Mapping[str, str],
 ) -> list[dict[str, Row]]:
-    """Slot → row of each picture. `prompts` are what the slots' captions must not repeat."""
+    """Slot → row of each image. `prompts` are what the slots' captions must not repeat."""
     tries = [{slot: _Tries() for slot in request.slots} for request in requests]
     for attempt in range(1 + settings.retries):
         asked = list(_asked(requests, tries))
         if not asked:
             break
         places, again = zip(*asked, strict=True)
-        made = engine.caption([pictures[place] for place in places], again, attempt=attempt)
+        made = engine.caption([images[place] for place in places], again, attempt=attempt)
         for place, captions in zip(places, made, strict=True):
             for slot, caption in captions.items():
                 tries[place][slot].made.append((caption, _lint(caption, settings, slot, prompts.get(slot, ""))))

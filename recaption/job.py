@@ -24,7 +24,7 @@ from capstan.pipeline.errors import Quarantined
 from capstan.pipeline.storage import Storage
 from capstan.recaption import generate, store
 from capstan.recaption.config import RecaptionConfig
-from capstan.recaption.engines import CaptionEngine, Picture, Request, make, size_of
+from capstan.recaption.engines import CaptionEngine, EngineInput, Request, make, size_of
 from capstan.recaption.lint import linter
 from capstan.recaption.plan import Content, Image, Todo, count_stale, images, lacking, outline, take_sample
 from capstan.recaption.store import Place, Row
@@ -86,8 +86,8 @@ class RecaptionJob(units.Job):
 
         return apply
 
-    def write(self, pictures: Sequence[Picture], requests: Sequence[Request]) -> list[dict[str, Row]]:
-        """Slot → row of each picture."""
+    def write(self, pictures: Sequence[EngineInput], requests: Sequence[Request]) -> list[dict[str, Row]]:
+        """Slot → row of each image."""
         return generate.write(self.engine, pictures, requests, self.config.lint, self.description.get("prompts", {}))
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
@@ -153,11 +153,11 @@ class _Piece:
         self.contents: list[Content] = []
         self.slots: list[tuple[str, ...]] = []  # that are to be captioned
         self.originals: list[str] = []
-        self.pictures: list[Picture] = []
+        self.pictures: list[EngineInput] = []
         self.broken: list[Content] = []
         self.bytes = 0
 
-    def add(self, image: Image, slots: tuple[str, ...], picture: Picture) -> None:
+    def add(self, image: Image, slots: tuple[str, ...], picture: EngineInput) -> None:
         self.contents.append(image.content)
         self.slots.append(slots)
         self.originals.append(image.original)
@@ -209,7 +209,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     Counts images: `done` in finished shards; of the others `reused` have all captions of this recipe, `new` lack some
     (`captions` in all), and of these `stale` have captions of another model or recipe. `tokens` and `eta_s` come from
-    a timed sample: pictures that are captioned now, and thrown away.
+    a timed sample: images that are captioned now, and thrown away.
     """
     job = _job(recipe)
     todo = _outline(job)

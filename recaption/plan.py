@@ -19,12 +19,12 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
-from capstan.recaption.engines import CaptionEngine, Picture, Request
+from capstan.recaption.engines import CaptionEngine, EngineInput, Request
 from capstan.recaption.store import Row
 
 log = logging.getLogger(__name__)
 
-SAMPLE_SECONDS: Final = 20.0  # that a timed sample should take at most, if one picture shows how long that is
+SAMPLE_SECONDS: Final = 20.0  # that a timed sample should take at most, if one image shows how long that is
 
 
 class Content(NamedTuple):
@@ -107,7 +107,7 @@ def lacking(slots: Sequence[str], have: Collection[str]) -> tuple[str, ...]:
 def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names: list[str]) -> bool:
     """Whether the shard has its captions; those that an engine did not give are asked for again.
 
-    So are pictures that could not be read: why is not known, and a lack of memory or a package passes.
+    So are images that could not be read: why is not known, and a lack of memory or a package passes.
     """
     if facts is None or facts["source"] != entry.sha256 or facts["failed"] or facts["unreadable"]:
         return False
@@ -150,14 +150,14 @@ def count_stale(storage: Storage, layer: str, new: set[str]) -> int:
     return len({sha256 for table in found for sha256 in table["sha256"].to_pylist()})
 
 
-Write = Callable[[Sequence[Picture], Sequence[Request]], list[dict[str, Row]]]
+Write = Callable[[Sequence[EngineInput], Sequence[Request]], list[dict[str, Row]]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures that were captioned for an estimate, and thrown away."""
+    """Images that were captioned for an estimate, and thrown away."""
 
-    pictures: int = 0
+    images: int = 0
     captions: int = 0
     seconds: float = 0.0
     tokens: int = 0  # in the captions kept
@@ -170,33 +170,33 @@ class Sample:
         return {
             "tokens": round(self.tokens / self.captions * captions),
             "eta_s": round(self.seconds / self.captions * captions / workers, 3),
-            "sample": {"pictures": self.pictures, "seconds": round(self.seconds, 3), "tokens": self.tokens},
+            "sample": {"pictures": self.images, "seconds": round(self.seconds, 3), "tokens": self.tokens},
         }
 
 
 def take_sample(dataset: Dataset, engine: CaptionEngine, write: Write, todo: list[Todo], batch: int) -> Sample:
-    """Caption up to a batch of the pictures that are new. Loading the model is not counted."""
-    pictures, requests = list[Picture](), list[Request]()
-    for picture, request in _new_pictures(dataset, engine, todo):
-        pictures.append(picture)
+    """Caption up to a batch of the images that are new. Loading the model is not counted."""
+    images, requests = list[EngineInput](), list[Request]()
+    for image, request in _new_images(dataset, engine, todo):
+        images.append(image)
         requests.append(request)
-        if len(pictures) >= batch:
+        if len(images) >= batch:
             break
-    if not pictures:
+    if not images:
         return Sample()
-    write(pictures[:1], requests[:1])  # loads the model
+    write(images[:1], requests[:1])  # loads the model
     start = time.perf_counter()
-    write(pictures[:1], requests[:1])
+    write(images[:1], requests[:1])
     single = time.perf_counter() - start
-    count = max(1, min(len(pictures), int(SAMPLE_SECONDS / single)))
+    count = max(1, min(len(images), int(SAMPLE_SECONDS / single)))
     start = time.perf_counter()
-    rows = write(pictures[:count], requests[:count])
+    rows = write(images[:count], requests[:count])
     seconds = time.perf_counter() - start
     made = [row for slots in rows for row in slots.values()]
     return Sample(count, len(made), seconds, sum(row.tokens for row in made))
 
 
-def _new_pictures(dataset: Dataset, engine: CaptionEngine, todo: list[Todo]) -> Iterator[tuple[Picture, Request]]:
+def _new_images(dataset: Dataset, engine: CaptionEngine, todo: list[Todo]) -> Iterator[tuple[EngineInput, Request]]:
     for shard in todo:
         table, new = images(dataset, shard.entry.name, quoting=engine.uses_original), shard.new
         rows = sorted({image.content: row for row, image in enumerate(table) if image.content in new}.values())

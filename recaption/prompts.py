@@ -11,7 +11,7 @@ from typing import Final
 
 from capstan.pipeline.errors import RecipeError
 
-ORIGINAL: Final = "{original}"  # in a prompt: the caption that came with the picture
+ORIGINAL: Final = "{original}"  # in a prompt: the caption that came with the image
 
 # Engine coca -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@
 A layer's id is a hash of everything that can change a caption, so that a new prompt makes a new layer and the same
 recipe always adds to the same one. What a model wrote is never lost: `raw` and `discarded` hold all of it.
 
-Whoever takes pictures out of a dataset needs to know only this: every table below captions/ has a column `key`, and is
+Whoever takes images out of a dataset needs to know only this: every table below captions/ has a column `key`, and is
 still a layer's table without some of its rows.
 """
 
@@ -147,23 +147,23 @@ def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | Non
     return storage.read_table(file_name(layer, shard), columns)
 
 
-def rows_of_shard(storage: Storage, layer: str, shard: str, pictures: pa.Table | None = None) -> pa.Table:
+def rows_of_shard(storage: Storage, layer: str, shard: str, images: pa.Table | None = None) -> pa.Table:
     """The layer's rows (columns `SAID`) of what a shard holds now; `pictures`: its table, or `key` and `sha256` of it.
 
-    A caption is of one picture: where its key has another one now, it is left out. A model's captions are in the file
+    A caption is of one image: where its key has another one now, it is left out. A model's captions are in the file
     of the shard's name, which `capstan recaption` keeps true; those that people gave stay where they were written,
     whatever is packed anew, and are looked for in all of the layer's files.
 
     Raises FileNotFoundError where a model has not captioned the shard yet.
     """
-    if pictures is None:
-        pictures = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
+    if images is None:
+        images = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
     name = file_name(layer, shard)
     if not _is_given(storage, layer):
-        return _rows_of(pictures, storage.read_table(name, SAID))
+        return _rows_of(images, storage.read_table(name, SAID))
     names = storage.names(f"{ROOT}/{layer}")
-    own = [_rows_of(pictures, storage.read_table(name, SAID))] if name in names else []
-    left = pictures["key"]
+    own = [_rows_of(images, storage.read_table(name, SAID))] if name in names else []
+    left = images["key"]
     if own:
         left = left.filter(pc.invert(pc.is_in(left, own[0]["key"].combine_chunks())))
     others = [other for other in names if other.endswith(".parquet") and other != name]
@@ -171,13 +171,13 @@ def rows_of_shard(storage: Storage, layer: str, shard: str, pictures: pa.Table |
         # The bounds spare reading files of other keys: shards are sorted by key, and Parquet says where a column ends.
         bounds, key = pc.min_max(left), pc.field("key")
         wanted = (key >= bounds["min"]) & (key <= bounds["max"]) & key.isin(left.combine_chunks())
-        own.append(_rows_of(pictures, storage.dataset(others, SCHEMA).to_table(SAID, filter=wanted)))
+        own.append(_rows_of(images, storage.dataset(others, SCHEMA).to_table(SAID, filter=wanted)))
     return pa.concat_tables(own) if own else SCHEMA.empty_table().select(SAID)
 
 
-def _rows_of(pictures: pa.Table, rows: pa.Table) -> pa.Table:
-    """The rows that are of one of the pictures: by key and sha256."""
-    keys, sums = (pictures[name].combine_chunks() for name in ("key", "sha256"))
+def _rows_of(images: pa.Table, rows: pa.Table) -> pa.Table:
+    """The rows that are of one of the images: by key and sha256."""
+    keys, sums = (images[name].combine_chunks() for name in ("key", "sha256"))
     return rows.filter(pc.equal(rows["sha256"], sums.take(pc.index_in(rows["key"].combine_chunks(), keys))))
 
 
@@ -191,12 +191,12 @@ def texts_of(rows: pa.Table) -> dict[str, dict[str, str]]:
     return captions
 
 
-def read_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table | None = None) -> dict[str, dict[str, str]]:
+def read_layer(storage: Storage, layer: str, shard: str, images: pa.Table | None = None) -> dict[str, dict[str, str]]:
     """Key → slot → text of a shard's captions: `texts_of` its `rows_of_shard`."""
-    return texts_of(rows_of_shard(storage, layer, shard, pictures))
+    return texts_of(rows_of_shard(storage, layer, shard, images))
 
 
-def check_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table) -> None:
+def check_layer(storage: Storage, layer: str, shard: str, images: pa.Table) -> None:
     """Raise RecipeError unless a model's layer is of the shard as it is now, with these `pictures` (key, sha256).
 
     A layer that people gave may lack any.
@@ -205,7 +205,7 @@ def check_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table) ->
         return
     if not storage.exists(file_name(layer, shard)):
         problem = f"layer {layer} has no captions of {shard}"
-    elif pairs(read_rows(storage, layer, shard, ["key", "sha256"])) == pairs(pictures):
+    elif pairs(read_rows(storage, layer, shard, ["key", "sha256"])) == pairs(images):
         return
     else:
         problem = f"the captions of {shard} in layer {layer} are of an earlier version of that shard"
@@ -214,7 +214,7 @@ def check_layer(storage: Storage, layer: str, shard: str, pictures: pa.Table) ->
 
 
 def pairs(table: pa.Table) -> set[tuple[str, str]]:
-    """Key and sha256 of a table's rows: which pictures they are of."""
+    """Key and sha256 of a table's rows: which images they are of."""
     return set(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
 
 

@@ -44,7 +44,7 @@ def _add_fitting(app: typer.Typer, load: Load) -> None:
 
     @app.command()
     def encode(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Run the frozen models of train.diffusion over all pictures, and captions, once, ahead of training."""
+        """Run the frozen models of train.diffusion over all images, and captions, once, ahead of training."""
         from capstan.training.encode import encode as run
 
         ready = load(recipe, overrides)
@@ -74,7 +74,7 @@ def _add_drawing(app: typer.Typer, load: Load) -> None:
         ] = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Draw a labelled grid of pictures from prompts."""
+        """Draw a labelled grid of images from prompts."""
         from capstan.recaption.config import RecaptionConfig
         from capstan.training.sample import sample as draw
         from capstan.training.sample import upsampler_of
@@ -115,7 +115,7 @@ def _add_leaving(app: typer.Typer) -> None:
         run: RunArgument,
         count: Annotated[int, typer.Option("--count", min=2, help="How many unseen scenes or held-out samples.")] = 128,
         measures: Annotated[
-            str, typer.Option("--measures", help="Of pictures from prompts: oracle, clip, fid; by commas.")
+            str, typer.Option("--measures", help="Of images from prompts: oracle, clip, fid; by commas.")
         ] = "oracle",
         clip: Annotated[
             str | None, typer.Option("--clip", metavar="MODEL", help="A CLIP: a folder, or a name of open_clip.")

@@ -29,7 +29,7 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     be encoded.
     """
     train = TrainConfig.from_recipe(recipe)
-    summaries = [_pictures(recipe, train, share, progress) for share in shares(recipe, train)]
+    summaries = [_images(recipe, train, share, progress) for share in shares(recipe, train)]
     if family_class(train.model).text_encoder(train) is not None:
         for share in shares(recipe, train):
             layer = find_layer(open_storage(recipe, share), train.data.model_copy(update={"layer": share.layer}))
@@ -46,12 +46,12 @@ def encode_missing(recipe: Recipe, *, progress: bool = True) -> None:
     layers = pin(recipe, train, Run(train))
     for share, layer in zip(shares(recipe, train), layers, strict=True):
         if train.data.latents == AUTO:
-            _pictures(recipe, train, share, progress)
+            _images(recipe, train, share, progress)
         if train.data.text_states == AUTO:
             _texts(recipe, train, share, layer, progress)
 
 
-def _pictures(recipe: Recipe, train: TrainConfig, share: WeightedDataset, progress: bool) -> dict[str, Any]:
+def _images(recipe: Recipe, train: TrainConfig, share: WeightedDataset, progress: bool) -> dict[str, Any]:
     dataset = Dataset(open_storage(recipe, share))
     path, identity = latents.plan(train, Dataset(open_storage(recipe, shares(recipe, train)[0])))
     job = latents.LatentsJob(dataset, path, identity, recipe.resources)

@@ -1,10 +1,10 @@
-"""A finished run → evaluation.json: how well pictures follow prompts, or survive the autoencoder, each beside chance.
+"""A finished run → evaluation.json: how well images follow prompts, or survive the autoencoder, each beside chance.
 
 Measured on scenes of the captioned world that no run has seen, or on held-out samples (training.measures.subjects).
 
-    diffusion     prompts → pictures → oracle, CLIP score, FID; beside them the same measures for pictures of other
-                  prompts (chance) and for true pictures that went through the autoencoder and back (ceiling)
-    autoencoder   drawings → latents → drawings: PSNR; chance is a picture of the drawings' mean colour
+    diffusion     prompts → images → oracle, CLIP score, FID; beside them the same measures for images of other
+                  prompts (chance) and for true images that went through the autoencoder and back (ceiling)
+    autoencoder   drawings → latents → drawings: PSNR; chance is an image of the drawings' mean colour
     vqgan         the same, and how much of its codebook the drawings use; chance is a codebook with one code in use
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SHOWN: Final = 16  # pictures in the grid beside evaluation.json
+_SHOWN: Final = 16  # images in the grid beside evaluation.json
 
 Evaluation = dict[str, Any]
 
@@ -72,17 +72,17 @@ def evaluate(
         raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
     if kind != "diffusion":
         scenes = Scenes(world or _world_of(product), count).scenes
-        result, picture = _first_stage(product, scenes, kind=kind, batch=batch)
+        result, image = _first_stage(product, scenes, kind=kind, batch=batch)
     else:
         recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
         judges = _judges(recipe, measures, clip, fid, count)
         for judge in judges:
             judge.check(subjects)
-        result, picture = _diffusion(product, subjects, judges, steps=steps, guidance=guidance, batch=batch)
+        result, image = _diffusion(product, subjects, judges, steps=steps, guidance=guidance, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
-    picture.save(png, format="PNG")
+    image.save(png, format="PNG")
     storage.write("evaluation.png", png.getvalue())
     storage.write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")  # last: with it all is there
     logger.info("evaluate: %s", _in_words(result["measures"]))
@@ -144,13 +144,13 @@ def _diffusion(
     guidance: float | None,
     batch: int,
 ) -> tuple[Evaluation, Any]:
-    """The judges' measures of pictures drawn from prompts, and a grid of some."""
+    """The judges' measures of images drawn from prompts, and a grid of some."""
     sampler = open_sampler(product)
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
     images = sampler.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
     side = images.shape[1]
-    through = _through(sampler.pipeline.vae, subjects.pictures(numbers, side), batch)
+    through = _through(sampler.pipeline.vae, subjects.images(numbers, side), batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
     trust: Evaluation = {}
@@ -171,17 +171,17 @@ def _diffusion(
 
 
 def _judged(
-    judge: Metric, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray, *, batch: int, device: torch.device
+    judge: Metric, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray, *, batch: int, device: torch.device
 ) -> dict[str, float]:
-    """What a judge says of pictures for the prompts of these numbers."""
+    """What a judge says of images for the prompts of these numbers."""
     with undisturbed(device), judge.ready(device):
         for start in range(0, len(numbers), batch):
-            judge.add(subjects, numbers[start : start + batch], pictures[start : start + batch])
+            judge.add(subjects, numbers[start : start + batch], images[start : start + batch])
         return judge.result(alone)
 
 
 def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:
-    """Each measure's mean over the pictures for which it is defined; None where it is for none."""
+    """Each measure's mean over the images for which it is defined; None where it is for none."""
     means = oracle.aggregate([oracle.score(scene, image) for scene, image in zip(scenes, images, strict=True)])
     return {name: _or_none(mean) for name, mean in means.items()}
 
@@ -229,7 +229,7 @@ def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
 
 
 def _latents(vae: Any, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
-    """The latents of uint8 pictures [N, H, W, 3], batch by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
+    """The latents of uint8 images [N, H, W, 3], batch by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
     import torch
 
     for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
@@ -251,7 +251,7 @@ def _through(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over pictures of 10 log10(255² / MSE), in dB."""
+    """Mean over images of 10 log10(255² / MSE), in dB."""
     errors = ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3)).clip(min=1e-10)
     return round(float((10 * np.log10(255**2 / errors)).mean()), 3)
 

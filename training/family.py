@@ -27,20 +27,20 @@ class Sample:
     """One image and the caption that was drawn for it in this epoch."""
 
     key: str
-    jpeg: bytes  # encoded picture; empty where `latent` stands in for it
+    jpeg: bytes  # encoded image; empty where `latent` stands in for it
     text: str  # the caption drawn from the blend
     slot: str  # where it came from: "original" or a slot of the caption layer
     epoch: int
     seed: int  # of this sample in this epoch, non-negative, 63 bits: for crops, flips and other draws of `prepare`
-    width: int  # of the stored picture, pixels
+    width: int  # of the stored image, pixels
     height: int
     original_width: int  # of the source, pixels
     original_height: int
     extra: str = "{}"  # JSON object of the source's other columns
-    latent: np.ndarray | None = None  # what the encoder of `train.data.latents` made of the picture
-    crop_left: int = 0  # pixels of the scaled source that the stored picture lacks there (negative: padded)
+    latent: np.ndarray | None = None  # what the encoder of `train.data.latents` made of the image
+    crop_left: int = 0  # pixels of the scaled source that the stored image lacks there (negative: padded)
     crop_top: int = 0
-    bucket: tuple[int, int] | None = None  # width and height, pixels, that all pictures of the batch are cut to
+    bucket: tuple[int, int] | None = None  # width and height, pixels, that all images of the batch are cut to
     states: Mapping[str, np.ndarray] | None = None  # what `Family.text_encoder` made of the text, by name
 
     def rng(self) -> np.random.Generator:

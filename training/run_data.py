@@ -50,7 +50,7 @@ def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
     if train.data.latents == AUTO:
         now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, found[0])))[1])
         if (begun := run.pinned("latents", lambda: now)) != now:
-            problem = f"this run was begun on {begun}; of today's autoencoder and picture size they would be {now}"
+            problem = f"this run was begun on {begun}; of today's autoencoder and image size they would be {now}"
             raise RecipeError("train.data.latents", problem, "put back what they were, or name another train.run")
     return layers
 

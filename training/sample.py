@@ -1,4 +1,4 @@
-"""Prompts → pictures, drawn by the diffusers pipeline of a product; and a grid of them with their prompts beneath.
+"""Prompts → images, drawn by the diffusers pipeline of a product; and a grid of them with their prompts beneath.
 
 Nothing here draws in a way of its own: what `sample` shows is what `DiffusionPipeline.from_pretrained` gives elsewhere.
 """
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # width and height, pixels
 
-_CELL: Final = 224  # pixels of a picture in the grid, at least
+_CELL: Final = 224  # pixels of an image in the grid, at least
 _FONT: Final = 14  # pixels
 _MARGIN: Final = 12  # pixels
-# PixArt's pipelines would draw in another size and cut the picture to that asked for, and rewrite prompts by rules of
+# PixArt's pipelines would draw in another size and cut the image to that asked for, and rewrite prompts by rules of
 # their own where beautifulsoup4 is installed. Training does neither.
 _AS_TRAINED: Final = ("use_resolution_binning", "clean_caption")
 
@@ -51,11 +51,11 @@ def sample(
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
 ) -> dict[str, Any]:
-    """Draw one picture a prompt and publish the labelled grid `out` (PNG). Gives a summary.
+    """Draw one image a prompt and publish the labelled grid `out` (PNG). Gives a summary.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one a prompt, or as many as
     wanted for a single prompt. `steps`, `guidance` and `sampler` default to what the run's recipe says, `size` to that
-    of its pictures. With an `upsampler`, what is drawn are the prompts as it expands them; the summary has them, and
+    of its images. With an `upsampler`, what is drawn are the prompts as it expands them; the summary has them, and
     the grid is labelled with those given.
     """
     short = prompts
@@ -74,7 +74,7 @@ def sample(
         grid(images, labels, columns=columns).save(path, format="PNG")
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a PNG file that can be written") from None
-    logger.info("sample: %d pictures in %s", len(images), path)
+    logger.info("sample: %d images in %s", len(images), path)
     drawn = list(images.shape[1:3])
     return {"grid": str(path), "pictures": len(images), "size": drawn, "seeds": list(seeds), **expanded}
 
@@ -117,7 +117,7 @@ class Sampler:
         size: Size | None = None,
         batch: int = 16,
     ) -> np.ndarray:
-        """Pictures as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
+        """Images as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
         import torch
 
         given = inspect.signature(self.pipeline.__call__).parameters
@@ -171,7 +171,7 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerNam
 
 
 def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:
-    """A PIL picture: every image enlarged to `cell` pixels or more, with its label wrapped beneath it."""
+    """A PIL image: every image enlarged to `cell` pixels or more, with its label wrapped beneath it."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = images.shape[1:3]

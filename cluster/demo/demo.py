@@ -1,7 +1,7 @@
 """`capstan demo`: the whole chain in order on a captioned world that Capstan draws itself, one progress line a stage.
 
 Every stage is the same call as its own command would make, on a recipe that lies in the demo's folder; each goes on
-where it stopped, and so does the demo. It ends with the grid of pictures drawn from prompts, and report.html.
+where it stopped, and so does the demo. It ends with the grid of images drawn from prompts, and report.html.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Stage = tuple[str, Callable[[], dict[str, Any]]]  # what it does, in words, and 
 def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Run what is not yet done; gives the paths of the grid and of the report, and what was measured.
 
-    `quick`: a few pictures and steps, to see that everything runs on this machine.
+    `quick`: a few images and steps, to see that everything runs on this machine.
     """
     return run_stages(folder, Demo(folder, quick).stages, "demo.log", ("grid", "report"))
 
@@ -66,13 +66,13 @@ class Demo:
         self.folder, self.scenes = folder, 16 if quick else SCENES
         self.recipes = recipes.recipes(folder, quick=quick)
         self.stages: list[Stage] = [
-            ("build the web's pictures", lambda: self._build("web")),
-            ("build the labelled pictures", self._build_labelled),
+            ("build the web's images", lambda: self._build("web")),
+            ("build the labelled images", self._build_labelled),
             ("train the captioner on web captions", lambda: self.train("captioner-base")),
             ("fine-tune it on descriptions", lambda: self.train("captioner")),
-            ("recaption the web's pictures", self._recaption),
+            ("recaption the web's images", self._recaption),
             ("train the autoencoder", lambda: self.train("autoencoder")),
-            ("encode the pictures", self._encode),
+            ("encode the images", self._encode),
             ("train the diffusion model", lambda: self.train("diffusion")),
             ("draw the prompts and measure", self._evaluate),
             ("write the report", self._report),
@@ -92,10 +92,10 @@ class Demo:
         if built["quarantined"]:
             raise CapstanError(f"{name}: units were quarantined: {built['quarantined']}; run the demo again")
         counts = built["counts"]
-        return {"said": f"{counts['rows']:,} rows → {counts['kept']:,} pictures"}
+        return {"said": f"{counts['rows']:,} rows → {counts['kept']:,} images"}
 
     def _build_labelled(self) -> dict[str, Any]:
-        """The labelled pictures, and their captions as a layer."""
+        """The labelled images, and their captions as a layer."""
         result, recipe = self._build("labelled"), self.recipe("labelled")
         captions = true_captions(recipe)
         write_given_layer(Storage(recipe.dataset), recipes.LABELLED_LAYER, captions)
@@ -122,7 +122,7 @@ class Demo:
 
         written = recaption(self.recipe("recaption"), progress=False)
         self.recipes["diffusion"]["train"]["data"] = {"layer": written["layer"]}
-        return {"said": f"{written['images']:,} pictures captioned", "layer": written["layer"]}
+        return {"said": f"{written['images']:,} images captioned", "layer": written["layer"]}
 
     def _encode(self) -> dict[str, Any]:
         from capstan.training.encode import encode
@@ -151,7 +151,7 @@ class Demo:
 
 
 def true_captions(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Key → slot → what is true of the picture, for every picture of a captioned world."""
+    """Key → slot → what is true of the image, for every image of a captioned world."""
     assert recipe.source is not None
     assert recipe.source.world is not None
     dataset, captions = Dataset(Storage(recipe.dataset)), {}

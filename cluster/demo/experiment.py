@@ -1,6 +1,6 @@
 """`capstan experiment world`: the experiment on caption blends from nothing, on a captioned world that Capstan draws.
 
-The demo's own stages make pictures, captioner, captions, autoencoder and latents. Then a CLIP is trained that judges
+The demo's own stages make images, captioner, captions, autoencoder and latents. Then a CLIP is trained that judges
 and nothing else, and `capstan experiment blend` trains and measures the arms. Every stage goes on where it stopped.
 """
 
@@ -40,7 +40,7 @@ class _World:
         self.demo.recipes |= experiment_recipes(folder, self.demo.recipes, quick=quick)
         made = dict(self.demo.stages)
         before = list(made)[: list(made).index("train the diffusion model")]
-        at = before.index("recaption the web's pictures")
+        at = before.index("recaption the web's images")
         self.stages: list[Stage] = [
             *((title, made[title]) for title in before[:at]),
             ("write down what is true", self._truth),  # before the captioner's layer, which is then the latest
@@ -56,7 +56,7 @@ class _World:
     def _truth(self) -> dict[str, Any]:
         web = self.demo.recipe("web")
         written = write_given_layer(Storage(web.dataset), TRUTH, true_captions(web))
-        return {"said": f"{written['images']:,} pictures"}
+        return {"said": f"{written['images']:,} images"}
 
 
 def experiment_recipes(folder: Path, demo: dict[str, dict[str, Any]], *, quick: bool) -> dict[str, dict[str, Any]]:
@@ -78,7 +78,7 @@ def experiment_recipes(folder: Path, demo: dict[str, dict[str, Any]], *, quick: 
 
 
 def scorer(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
-    """A CLIP on labelled pictures and what is true of them, by the captioner family's contrastive loss alone.
+    """A CLIP on labelled images and what is true of them, by the captioner family's contrastive loss alone.
 
     It shares the captioner's shape, and neither its weights nor its loss.
     """

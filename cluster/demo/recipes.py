@@ -1,7 +1,7 @@
 """The demo's recipes: a small captioned world and models that two cores can fit in minutes.
 
 Two datasets are built. `web` is what a careless web would give: alt texts for captions, and everything wrong with
-pictures. `labelled` stands for the few thousand pictures for which somebody wrote good captions, short and descriptive;
+images. `labelled` stands for the few thousand images for which somebody wrote good captions, short and descriptive;
 the captioner is fine-tuned on them (Betker et al. 2023, "Improving Image Generation with Better Captions", section 2).
 """
 
@@ -38,7 +38,7 @@ _UNSHARDED: Final = {**_ENGINE, "zero": 0}  # a million parameters are not worth
 def recipes(folder: Path, *, quick: bool = False) -> dict[str, dict[str, Any]]:
     """Name → recipe, in the order in which they run; all paths lie below `folder`.
 
-    `quick` has few pictures and steps: it shows that everything runs, and learns next to nothing.
+    `quick` has few images and steps: it shows that everything runs, and learns next to nothing.
     """
     made = _recipes(folder)
     for recipe in made.values() if quick else ():
@@ -173,7 +173,7 @@ def diffusion(folder: Path) -> dict[str, Any]:
         "diffusion",
         folder / "diffusion",
         steps=1900,
-        batch=64,  # per picture a third cheaper than 32: at this size a step's cost is in its number of operations
+        batch=64,  # per image a third cheaper than 32: at this size a step's cost is in its number of operations
         lr=2.5e-3,
         warmup=100,
         ema=0.995,

@@ -20,7 +20,7 @@ from capstan.pipeline.world.captions import compare, facts
 from capstan.pipeline.world.table import scene_of_url
 from capstan.recaption.store import read_layer
 
-_SHOWN: Final = 12  # pictures with their captions
+_SHOWN: Final = 12  # images with their captions
 _COMPARED: Final = 1500  # captions held against the truth
 _RUNS: Final = ("captioner-base", "captioner", "autoencoder", "diffusion")
 
@@ -35,17 +35,17 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
     made = page.Page(
         "Capstan demo",
         page.paragraph(
-            "Captioned web pictures in, a text-to-image model out: every stage below really ran, on pictures that "
+            "Captioned web images in, a text-to-image model out: every stage below really ran, on images that "
             "Capstan draws itself, so that each can be held against the truth."
         ),
     )
     evaluation = json.loads((folder / "diffusion" / "evaluation.json").read_text())
     grid = (folder / "diffusion" / "evaluation.png").read_bytes()
     made.section(
-        "Pictures drawn from prompts", page.note("No prompt was seen in training."), page.image(grid, "the grid")
+        "Images drawn from prompts", page.note("No prompt was seen in training."), page.image(grid, "the grid")
     )
-    made.section("How well pictures follow prompts", _followed(evaluation))
-    made.section("From rows to pictures", *_funnel(dataset))
+    made.section("How well images follow prompts", _followed(evaluation))
+    made.section("From rows to images", *_funnel(dataset))
     made.section("Captions", *_captions(dataset, world, layer))
     made.section("Training", page.note("Loss by step."), page.grid(_curve(folder, run) for run in _RUNS))
     Storage(str(folder), field="DIR").write("report.html", made.html().encode())
@@ -68,8 +68,8 @@ def _followed(evaluation: dict[str, Any]) -> Html:
     ]
     header = ["measure", "pictures", "chance", "through the autoencoder", "oracle on clean drawings"]
     remark = (
-        f"{evaluation['scenes']} unseen descriptions, one picture each. The oracle is a parser of drawings. Chance is "
-        "what pictures of other scenes score; relation counts only if both things are found."
+        f"{evaluation['scenes']} unseen descriptions, one image each. The oracle is a parser of drawings. Chance is "
+        "what images of other scenes score; relation counts only if both things are found."
     )
     return Html(page.note(remark) + page.table(header, rows))
 
@@ -94,7 +94,7 @@ def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[Html]:
             shown.append((jpeg, {"original": row["caption"]} | slots))
     before, after = oracle.aggregate(originals), oracle.aggregate(written)
     table = page.table(["stated rightly", "original", "descriptive"], [[n, before[n], after[n]] for n in after])
-    remark = f"Held against the truth for {len(written):,} pictures; a caption that says nothing of it counts as wrong."
+    remark = f"Held against the truth for {len(written):,} images; a caption that says nothing of it counts as wrong."
     return [page.note(remark), table, page.cards(shown)]
 
 

@@ -10,7 +10,7 @@ from capstan.training.config import TrainConfig, family_class
 # Bytes of a JPEG per pixel at a quality, from photographs; between them it is interpolated.
 _JPEG: Final = ((75, 0.16), (85, 0.24), (90, 0.31), (95, 0.46), (100, 1.1))
 _ASPECT: Final = 1.35  # longer side to shorter side, typically
-_COPIES: Final = 2.1  # staged pictures and shards, and their tables
+_COPIES: Final = 2.1  # staged images and shards, and their tables
 _KEPT_ROWS: Final = 0.6  # of the web's rows; addresses die
 
 

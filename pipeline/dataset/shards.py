@@ -2,7 +2,7 @@
 
 write_samples           samples → one WebDataset tar, always the same bytes for the same samples
 Manifest                dataset.json: what a dataset holds; what it does not list does not exist for readers
-Dataset                 a finished dataset: its tables, and its pictures by byte range, without scanning a tar
+Dataset                 a finished dataset: its tables, and its images by byte range, without scanning a tar
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json, `caption` KEY.txt.
+    """One image and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json, `caption` KEY.txt.
 
     All samples of a dataset have the same `fields` keys and no nulls, since readers take the schema from the first few.
-    Staged samples are pictures only: no `fields`, no `caption`.
+    Staged samples are images only: no `fields`, no `caption`.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""What a site asks of robots: the text of robots.txt and X-Robots-Tag headers → may this picture be taken?"""
+"""What a site asks of robots: the text of robots.txt and X-Robots-Tag headers → may this image be taken?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-# What a site says to keep a picture out of training data (noai, noimageai) or out of any index of images.
+# What a site says to keep an image out of training data (noai, noimageai) or out of any index of images.
 _FORBIDDING: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _WITH_VALUE: Final = frozenset({"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"})
 _TOKEN: Final = re.compile(r"[A-Za-z_*][A-Za-z0-9_.-]*")
@@ -156,7 +156,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def forbidden_by(headers: Iterable[str], token: str) -> str:
-    """The first directive in X-Robots-Tag headers that keeps the robot `token` from taking the picture, or "".
+    """The first directive in X-Robots-Tag headers that keeps the robot `token` from taking the image, or "".
 
     A directive may be meant for one robot: `otherbot: noai, noindex` concerns only otherbot.
 

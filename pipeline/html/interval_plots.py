@@ -134,8 +134,8 @@ def standalone(plots: Sequence[tuple[str, Html]], names: Sequence[str] = (), *, 
 
 def _plot(title: str, height: int, drawing: str, gist: str, width: int = _WIDTH) -> Html:
     label = escape(f"{title}: {gist}")
-    picture = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{drawing}</svg>'
-    return Html(f'<div class="plot"><h3>{said(title)}</h3>{picture}</div>')
+    image = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{drawing}</svg>'
+    return Html(f'<div class="plot"><h3>{said(title)}</h3>{image}</div>')
 
 
 def _drawing(plot: Html) -> tuple[str, int, int]:

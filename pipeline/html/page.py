@@ -28,7 +28,7 @@ Html = NewType("Html", str)  # safe to stand in the page
 _UNFIT: Final = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
-_SMALL_SIDE: Final = 64  # pixels: pictures up to this size are shown enlarged, pixel by pixel
+_SMALL_SIDE: Final = 64  # pixels: images up to this size are shown enlarged, pixel by pixel
 
 
 class Page:
@@ -79,8 +79,8 @@ def clean(text: object) -> str:
 def clip(text: str, most: int) -> str:
     """`text` on one line, of `most` characters at most.
 
-    >>> clip("a picture  of a cat", 12)
-    'a picture o…'
+    >>> clip("an image  of a cat", 12)
+    'an image o…'
     """
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most else line[: most - 1] + "…"
@@ -196,7 +196,7 @@ def grid(blocks: Iterable[Html]) -> Html:
     return Html(f'<div class="grid">{"".join(blocks)}</div>')
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
 def image(data: bytes, alt: str) -> Html:
@@ -209,22 +209,22 @@ def image(data: bytes, alt: str) -> Html:
     return Html(f'<img{pixels} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">')
 
 
-def frame(data: bytes | None, alt: str, missing: str = "no picture") -> Html:
-    """A picture in a square, or the reason why there is none."""
-    inner = image(data, alt or "a picture without a caption") if data else Html(f"<span>{said(missing)}</span>")
+def frame(data: bytes | None, alt: str, missing: str = "no image") -> Html:
+    """An image in a square, or the reason why there is none."""
+    inner = image(data, alt or "an image without a caption") if data else Html(f"<span>{said(missing)}</span>")
     return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
 
 
-def card(picture: Html, text: str, *facts: str) -> Html:
-    """A framed picture, what is said of it, and small facts beneath."""
+def card(image: Html, text: str, *facts: str) -> Html:
+    """A framed image, what is said of it, and small facts beneath."""
     lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
     shown = said(text) if text.strip() else Html("<i>no caption</i>")
-    return Html(f"<figure>{picture}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
+    return Html(f"<figure>{image}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
 
 
 def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str) -> Html:
-    """Two framed pictures beside each other, each with a word above it, and facts beneath."""
-    sides = "".join(f"<div><b>{escape(word)}</b>{picture}</div>" for picture, word in (left, right))
+    """Two framed images beside each other, each with a word above it, and facts beneath."""
+    sides = "".join(f"<div><b>{escape(word)}</b>{image}</div>" for image, word in (left, right))
     lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
     return Html(f'<figure class="pair"><div class="sides">{sides}</div><figcaption>{lines}</figcaption></figure>')
 
@@ -235,10 +235,10 @@ def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
 
 
 def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> Html:
-    """Pictures, each with named texts beside it."""
+    """Images, each with named texts beside it."""
     made = []
     for data, texts in items:
         lines = "".join(f"<dt>{escape(name)}</dt><dd>{said(text)}</dd>" for name, text in texts.items())
-        picture = frame(data, next(iter(texts.values()), ""))
-        made.append(f"<figure>{picture}<figcaption><dl>{lines}</dl></figcaption></figure>")
+        image = frame(data, next(iter(texts.values()), ""))
+        made.append(f"<figure>{image}<figcaption><dl>{lines}</dl></figcaption></figure>")
     return Html(f'<div class="cards">{"".join(made)}</div>')

@@ -1,7 +1,7 @@
 """Numbers → plots, drawn as SVG inside the page.
 
 A plotting library would be the usual choice. The one that gives self-contained pages brings 4.7 MB of script into each,
-which leaves no room for pictures in a report of 5 MB, and needs a policy that lets scripts run beside untrusted
+which leaves no room for images in a report of 5 MB, and needs a policy that lets scripts run beside untrusted
 captions. Bars and lines need neither: exact values stand in tooltips (`<title>`), the gist in each plot's label.
 
 Plots are drawn at the width of a phone and put side by side where there is room, so that letters keep their size.
@@ -142,10 +142,10 @@ class _Axis:
 
 def _plot(title: str, drawing: str, gist: str, notes: Sequence[str]) -> Html:
     lines = "".join(f"<small>{said(text)}</small>" for text in notes)
-    picture = (
+    image = (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {gist}")}">{drawing}</svg>'
     )
-    return Html(f'<div class="plot"><h3>{said(title)}</h3>{picture}{lines}</div>')
+    return Html(f'<div class="plot"><h3>{said(title)}</h3>{image}{lines}</div>')
 
 
 def _gist(shown: Histogram) -> str:

@@ -1,8 +1,8 @@
-"""One source file's bytes → the picture to be stored, or the reason why there is none.
+"""One source file's bytes → the image to be stored, or the reason why there is none.
 
 The pixel contract: what is stored is what a viewer would show. Orientation is applied, colours become sRGB,
 transparency lies on white, of an animation the first frame is taken, nothing is ever enlarged, and a file that is cut
-or damaged gives a reason instead of half a picture. Limits are read from headers before anything is decoded.
+or damaged gives a reason instead of half an image. Limits are read from headers before anything is decoded.
 
 JPEGs take a fast path (libjpeg-turbo, scaled decoding); one that already fits is stored without re-encoding. All else,
 and odd JPEGs, go through Pillow.
@@ -42,7 +42,7 @@ from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
 
 _LARGEST_SIDE: Final = 65_500  # pixels; what JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
-_HASHED_SIDE: Final = 64  # a picture stored as it is need not be decoded larger than this for its phash
+_HASHED_SIDE: Final = 64  # an image stored as it is need not be decoded larger than this for its phash
 # libjpeg warnings about files that every viewer shows whole; Pillow reads them. Anything else means damage.
 _HARMLESS: Final = re.compile(
     r"subsampling level|Invalid SOS parameters|JFIF revision|Adobe color transform"
@@ -60,10 +60,10 @@ _PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class StoredImage:
     """What is stored. Sizes are in pixels; `original_*` is the source as a viewer shows it.
 
-    `crop_left` and `crop_top` say how many pixels of the scaled picture were cut off there (negative: padded).
+    `crop_left` and `crop_top` say how many pixels of the scaled image were cut off there (negative: padded).
     `sha256` is of the source bytes.
     """
 
@@ -81,7 +81,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no picture: `reason` is one of `records.REASONS`, `detail` is for people."""
+    """Why there is no image: `reason` is one of `records.REASONS`, `detail` is for people."""
 
     reason: str
     detail: str = ""
@@ -105,10 +105,10 @@ class _Layout:
         return self.source == self.scaled == self.out
 
 
-def decode(data: bytes, image: config.Image) -> Picture | Failure:
-    """The picture in `data` as `image` wants it stored: an 8-bit sRGB JPEG without metadata.
+def decode(data: bytes, image: config.Image) -> StoredImage | Failure:
+    """The image in `data` as `image` wants it stored: an 8-bit sRGB JPEG without metadata.
 
-    Bad bytes give a Failure, never an exception. The same bytes and settings give the same picture.
+    Bad bytes give a Failure, never an exception. The same bytes and settings give the same image.
     """
     _one_thread()
     try:
@@ -117,7 +117,7 @@ def decode(data: bytes, image: config.Image) -> Picture | Failure:
     except Unreadable as why:
         return Failure(why.reason, why.detail)
     except MemoryError:
-        raise  # the machine's trouble, not the picture's: its size was checked
+        raise  # the machine's trouble, not the image's: its size was checked
     except Exception as error:  # noqa: BLE001 - codecs raise anything; one bad file must not end the unit
         return Failure("corrupt", f"{type(error).__name__}: {error}")
 
@@ -198,7 +198,7 @@ def _swap(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 # JPEG ----------------------------------------------------------------------------------------------------------------
 
 
-def _decode_jpeg(data: bytes, image: config.Image) -> Picture:
+def _decode_jpeg(data: bytes, image: config.Image) -> StoredImage:
     header = jpeg.read_header(data)
     orientation = jpeg.orientation(header.exif)
     layout = _plan(*_swap((header.width, header.height), orientation), image)
@@ -224,7 +224,7 @@ def _decode_jpeg(data: bytes, image: config.Image) -> Picture:
         cut = "premature end" in str(error).lower() or not jpeg.has_end(data)
         raise Unreadable("truncated" if cut else "corrupt", str(error)) from None
     if as_it_is:
-        return _picture(jpeg.strip(data), pixels, data, layout)
+        return _image(jpeg.strip(data), pixels, data, layout)
     shown = _fit(pixels, layout, orientation)
     return _encode(_jpeg_rgb(shown, colours, header.icc), data, layout, image)
 
@@ -250,7 +250,7 @@ def _jpeg_rgb(pixels: np.ndarray, colours: str, icc: bytes) -> np.ndarray:
 # All other formats ---------------------------------------------------------------------------------------------------
 
 
-def _decode_other(kind: str, data: bytes, image: config.Image) -> Picture:
+def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
     """Decode with Pillow at full size, flatten to RGB, then scale."""
     sniff.check_whole(kind, data)
     if kind == "webp":
@@ -287,18 +287,18 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
 
 
 def _is_blank(picture: Image.Image, row: int) -> bool:
-    """Whether Pillow has only zeros there, as where no data came; then the picture may not be whole."""
+    """Whether Pillow has only zeros there, as where no data came; then the image may not be whole."""
     return not np.asarray(picture.crop((0, row, picture.width, row + 1))).any()
 
 
 def _exif(picture: Image.Image) -> bytes:
-    """The picture's EXIF as a TIFF structure, with or without its header in the file."""
+    """The image's EXIF as a TIFF structure, with or without its header in the file."""
     exif = picture.info.get("exif", b"")
     return bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
 
 
 def _check_tiff(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
-    """The strips or tiles must lie within the file, and the first page must be the picture."""
+    """The strips or tiles must lie within the file, and the first page must be the image."""
     tags: Any = picture.tag_v2
     if int(tags.get(254, 0)) & 1:
         raise Unreadable("unsupported", "the first page is a thumbnail, as in camera raw files")
@@ -378,7 +378,7 @@ def _colours_and_alpha(picture: Image.Image, *, bits: int) -> tuple[Image.Image,
 # Out -----------------------------------------------------------------------------------------------------------------
 
 
-def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Image) -> Picture:
+def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Image) -> StoredImage:
     """Crop or pad the scaled, upright pixels as laid out, unless that is done, and write them as JPEG."""
     (left, top), (width, height) = layout.offset, layout.out
     if (pixels.shape[1], pixels.shape[0]) != layout.out:
@@ -390,9 +390,9 @@ def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Imag
             pixels = pixels[top : top + height, left : left + width]
     pixels = np.ascontiguousarray(pixels)
     encoded = simplejpeg.encode_jpeg(pixels, image.quality, "RGB", "420")
-    return _picture(encoded, pixels, data, layout)
+    return _image(encoded, pixels, data, layout)
 
 
-def _picture(encoded: bytes, pixels: np.ndarray, data: bytes, layout: _Layout) -> Picture:
+def _image(encoded: bytes, pixels: np.ndarray, data: bytes, layout: _Layout) -> StoredImage:
     digest = hashlib.sha256(data).hexdigest()
-    return Picture(encoded, *layout.out, *layout.source, phash(pixels), digest, *layout.offset, colours(pixels))
+    return StoredImage(encoded, *layout.out, *layout.source, phash(pixels), digest, *layout.offset, colours(pixels))

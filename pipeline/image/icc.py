@@ -1,6 +1,6 @@
 """Pixels in an embedded ICC profile's colours → sRGB.
 
-A profile that cannot be used (damaged, or made for another kind of pixels) is ignored, as browsers do: the picture is
+A profile that cannot be used (damaged, or made for another kind of pixels) is ignored, as browsers do: the image is
 then shown as if it had none.
 """
 
@@ -16,12 +16,12 @@ from PIL import Image, ImageCms
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # Pillow's mode → ICC's data colour space
 
 
-def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """`picture` (mode L, RGB or CMYK) as sRGB, mode RGB; without a usable profile, by plain conversion."""
-    transform = _transform(profile, picture.mode)
+    transform = _transform(profile, image.mode)
     if transform is None:
-        return picture.convert("RGB")
-    return ImageCms.applyTransform(picture, transform) or picture
+        return image.convert("RGB")
+    return ImageCms.applyTransform(image, transform) or image
 
 
 def is_srgb(profile: bytes) -> bool:

@@ -51,7 +51,7 @@ def read_header(data: bytes) -> Header:
         elif marker == _SOS:
             break
         elif marker == _EOI:
-            raise Unreadable("corrupt", "no picture between the JPEG's markers")
+            raise Unreadable("corrupt", "no image between the JPEG's markers")
         at = end
     if frame is None or len(frame[1]) < 6:
         raise Unreadable("corrupt", "JPEG scan without a frame header")
@@ -84,7 +84,7 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def strip(data: bytes) -> bytes:
-    """The same picture with nothing beside it: no EXIF, GPS, XMP, ICC, comments, thumbnails or trailing data.
+    """The same image with nothing beside it: no EXIF, GPS, XMP, ICC, comments, thumbnails or trailing data.
 
     What decoding needs stays, byte for byte: tables, frame and scan headers, entropy-coded data, JFIF density (its
     thumbnail goes) and Adobe's colour transform flag. Raises Unreadable if the file ends before its EOI marker.

@@ -18,11 +18,11 @@ def phash(rgb: np.ndarray) -> int:
     """The DCT hash of Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010), 3.1.
 
     `rgb` is uint8 [H, W, 3]. Luma, shrunk to 32 × 32 by area; of its DCT the 8 × 8 lowest frequencies without the first
-    row and column; a bit says whether a coefficient exceeds their median. A flat picture hashes to 0.
+    row and column; a bit says whether a coefficient exceeds their median. A flat image hashes to 0.
     """
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     luma = cv2.resize(_smaller(grey), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
-    low = cv2.dct(luma - luma.mean())[1:9, 1:9]  # mean first: a flat picture then gives exact zeros, not rounding noise
+    low = cv2.dct(luma - luma.mean())[1:9, 1:9]  # mean first: a flat image then gives exact zeros, not rounding noise
     ordered = np.sort(low, axis=None)  # np.median would take longer than the transform
     return int.from_bytes(np.packbits(low > (ordered[31] + ordered[32]) / 2).tobytes(), "big")
 
@@ -34,7 +34,7 @@ def colours(rgb: np.ndarray) -> str:
 
 
 def read_colours(column: pa.ChunkedArray) -> np.ndarray:
-    """`colours` of many pictures as uint8 [n, COLOUR_BYTES]; zeros where they are unknown ("")."""
+    """`colours` of many images as uint8 [n, COLOUR_BYTES]; zeros where they are unknown ("")."""
     unknown = base64.b64encode(bytes(COLOUR_BYTES)).decode()
     parts = [np.zeros((0, COLOUR_BYTES), np.uint8)]
     for chunk in column.chunks:

@@ -37,7 +37,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 def bare(data: bytes) -> tuple[bytes, bytes]:
     """The file with nothing but the chunks that pixels need, and its ICC profile, b"" without a usable one.
 
-    For what is wrong with any other chunk Pillow refuses the picture, and compressed text can be a bomb. Viewers pass
+    For what is wrong with any other chunk Pillow refuses the image, and compressed text can be a bomb. Viewers pass
     over such chunks, and over ancillary ones with a wrong checksum.
     """
     kept, profile = [PNG_MAGIC], b""

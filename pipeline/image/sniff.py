@@ -1,4 +1,4 @@
-"""A file's bytes → which picture format it is, and whether it ends early; nothing is decoded here.
+"""A file's bytes → which image format it is, and whether it ends early; nothing is decoded here.
 
 Decoders differ in what they make of a file that was cut: some fill with grey, some stop, some say nothing. Where a
 format states its own length or checksums, they are read here first, so that a cut file is `truncated` and a damaged
@@ -12,7 +12,7 @@ from typing import Final
 
 
 class Unreadable(Exception):
-    """No picture can be made of the bytes: one of the failure reasons of `records`, and a detail for people."""
+    """No image can be made of the bytes: one of the failure reasons of `records`, and a detail for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -30,7 +30,7 @@ _READ: Final = {
     b"II+\0": "tiff",  # BigTIFF
     b"MM\0+": "tiff",
 }
-# Pictures, but of kinds that Capstan does not read.
+# Images, but of kinds that Capstan does not read.
 _NOT_READ: Final = {
     b"8BPS": "PSD",
     b"\xff\x0a": "JPEG XL",
@@ -139,7 +139,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
-    """Walk the blocks up to the end of the first picture (GIF89a, appendix B); the later frames are not wanted."""
+    """Walk the blocks up to the end of the first image (GIF89a, appendix B); the later frames are not wanted."""
     _promised(13, data)
     at = 13 + _colour_table(data[10])
     while True:
@@ -147,12 +147,12 @@ def _check_gif(data: bytes) -> None:
         block = data[at]
         if block == 0x21:  # an extension
             at = _past_sub_blocks(data, at + 2)
-        elif block == 0x2C:  # a picture
+        elif block == 0x2C:  # an image
             _promised(at + 10, data)
             _past_sub_blocks(data, at + 10 + _colour_table(data[at + 9]) + 1)
             return
         else:
-            raise Unreadable("corrupt", "no picture in the GIF" if block == 0x3B else f"GIF block 0x{block:02x}")
+            raise Unreadable("corrupt", "no image in the GIF" if block == 0x3B else f"GIF block 0x{block:02x}")
 
 
 def _colour_table(flags: int) -> int:

@@ -1,7 +1,7 @@
-"""Planned units → staged pictures and measurements: fetch, decode, measure; every row with an outcome.
+"""Planned units → staged images and measurements: fetch, decode, measure; every row with an outcome.
 
     staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row a planned row, in its order
-    staged/<unit>-<hash>.tar       the pictures, KEY.jpg, in the same order
+    staged/<unit>-<hash>.tar       the images, KEY.jpg, in the same order
 
 A unit may be done again for the rows that failed (pipeline.again); the others are carried over from its files.
 
@@ -28,12 +28,12 @@ from capstan.pipeline.config import Fetch, Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Sample, sha256_of, write_tar
 from capstan.pipeline.errors import StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
-from capstan.pipeline.image.decode import Failure, Picture, check_hash, decode
+from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
 from capstan.pipeline.ingest.retry_rows import matches
 from capstan.pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.source.blocklist import blocked, is_removed
 from capstan.pipeline.source.columns import has_no_text
-from capstan.pipeline.source.image_reader import Span, TooLarge, read_pictures, span_of
+from capstan.pipeline.source.image_reader import Span, TooLarge, read_images, span_of
 from capstan.pipeline.source.plan import PlannedUnit
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.listing import on_disk
@@ -43,7 +43,7 @@ from capstan.pipeline.units import Job, Piece, Unit, report
 
 log = logging.getLogger(__name__)
 
-# `reason` is "" for a row whose picture is staged, REMOVED for one that is blocked or was taken down, else why it
+# `reason` is "" for a row whose image is staged, REMOVED for one that is blocked or was taken down, else why it
 # failed. `offset` and `size` locate its JPEG in the staged tar (0 where it was freed since).
 STAGED_SCHEMA = pa.schema(
     [
@@ -67,10 +67,10 @@ _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "off
 
 @dataclass(frozen=True)
 class Staged:
-    """What a unit's marker says: the names of its table and its tar ("" if it has no picture), and its rows.
+    """What a unit's marker says: the names of its table and its tar ("" if it has no image), and its rows.
 
     `scores` are the files of what it was scored by: (scorer's name, file). `freed`: the tar, or some of the rows'
-    pictures, are no longer there (pipeline.staged).
+    images, are no longer there (pipeline.staged).
     """
 
     unit: str
@@ -82,7 +82,7 @@ class Staged:
 
 
 class Ingest(Job):
-    """Fetches, decodes and stages units. Staged pictures depend on `image`, so its hash is in the job's name."""
+    """Fetches, decodes and stages units. Staged images depend on `image`, so its hash is in the job's name."""
 
     title = "ingest"
 
@@ -123,7 +123,7 @@ class Ingest(Job):
         return marker
 
     def _kept(self, unit: Unit, rows: list[dict[str, Any]], spool: _Spool) -> dict[int, Outcome]:
-        """Of a unit that is done again, by index: what stays as it was; its pictures, those that were not freed, go to
+        """Of a unit that is done again, by index: what stays as it was; its images, those that were not freed, go to
         the spool as they are."""
         if "again" not in unit.spec:
             return {}
@@ -131,7 +131,7 @@ class Ingest(Job):
         table = self.storage.read_table(again["table"])
         assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} is of another plan"
         before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
-        wanted = set(again.get("keys", ()))  # whose pictures were freed
+        wanted = set(again.get("keys", ()))  # whose images were freed
         kept = {
             index: row
             for index, row in before.items()
@@ -151,10 +151,10 @@ class Ingest(Job):
         unwanted = blocked(self.recipe, self.storage)
         for index, data in self._bytes(rows):
             result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
-            if isinstance(result, Picture) and result.sha256 not in unwanted.sha256:
+            if isinstance(result, StoredImage) and result.sha256 not in unwanted.sha256:
                 spool.add(index, result.jpeg)
                 outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)
-            elif isinstance(result, Picture):
+            elif isinstance(result, StoredImage):
                 outcomes[index] = _failed(REMOVED, "")
             else:
                 outcomes[index] = _failed(result.reason, result.detail)
@@ -186,7 +186,7 @@ class Ingest(Job):
                 yield index, _readable(TooLarge(f"{row['length']} bytes"))
             else:
                 spans.append(span_of(row, index))
-        for index, data in read_pictures(spans, self.recipe, most=most):
+        for index, data in read_images(spans, self.recipe, most=most):
             yield index, _readable(data)
         if remote:
             fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
@@ -239,11 +239,11 @@ class _Spool:
 
     @property
     def indices(self) -> list[int]:
-        """The rows that have a picture, in order."""
+        """The rows that have an image, in order."""
         return sorted(self._spans)
 
     def samples(self, keys: list[str]) -> Iterator[Sample]:
-        """The pictures in the order of their rows; `keys` are all rows' keys."""
+        """The images in the order of their rows; `keys` are all rows' keys."""
         for index in self.indices:
             start, size = self._spans[index]
             self._file.seek(start)
@@ -256,7 +256,7 @@ def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Tabl
     return _table(listed, [_failed(reason, detail)] * len(listed), {}, unit)
 
 
-def _measured(picture: Picture, source_bytes: int) -> Outcome:
+def _measured(picture: StoredImage, source_bytes: int) -> Outcome:
     measures = {field.name: getattr(picture, field.name) for field in MEASURED if field.name != "bytes"}
     return {"reason": "", "detail": "", "bytes": source_bytes, **measures}
 
@@ -270,7 +270,7 @@ def _failed(reason: str, detail: str) -> Outcome:
 def _table(
     rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, tuple[int, int]], unit: str
 ) -> pa.Table:
-    """STAGED_SCHEMA; `places` are offset and size of the rows that have a picture."""
+    """STAGED_SCHEMA; `places` are offset and size of the rows that have an image."""
     records = []
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         offset, size = places.get(index, (0, 0))

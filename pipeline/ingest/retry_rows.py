@@ -21,7 +21,7 @@ from capstan.pipeline.records import REASONS, REMOVED, is_reason
 from capstan.pipeline.units.workers import Job, Unit
 
 ALL: Final = "failed"
-FREED: Final = "freed"  # not a failure: pictures that keep_staged: false removed, and that the recipe now keeps
+FREED: Final = "freed"  # not a failure: images that keep_staged: false removed, and that the recipe now keeps
 
 
 def parse_reasons(text: str) -> list[str]:
@@ -64,7 +64,7 @@ def begin_retry(
 ) -> RetryRound:
     """A new round for `reasons`, or the one for the same reasons that was cut off. `marks`: the markers of `job`.
 
-    `freed`: unit → keys of its rows whose pictures were freed and are wanted again.
+    `freed`: unit → keys of its rows whose images were freed and are wanted again.
     """
     name = _record(job)
     record = json.loads(job.storage.read(name)) if job.storage.exists(name) else {}

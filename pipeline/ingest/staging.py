@@ -1,4 +1,4 @@
-"""Staged units → their pictures: from the staged tar, or, where that was freed, from packed shards.
+"""Staged units → their images: from the staged tar, or, where that was freed, from packed shards.
 
 keep_staged: false    once all is packed, staged tars are removed; tables stay. What was kept is then in the shards
                       only, and what was not kept is nowhere: to keep it after all it must be fetched again.
@@ -36,7 +36,7 @@ def free(storage: Storage, units: Iterable[Staged]) -> int:
     return len(tars)
 
 
-def pictures(
+def images(
     storage: Storage, table: str, tar: str, rows: Sequence[int], packed: Sequence[Packed] = ()
 ) -> Iterator[tuple[int, bytes | None]]:
     """(row, its JPEG or None where it is nowhere) for these rows of a staged table, in order.

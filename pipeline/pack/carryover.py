@@ -1,4 +1,4 @@
-"""Pictures that only packed shards hold, where shards are to be packed anew: put aside first, as new shards take the
+"""Images that only packed shards hold, where shards are to be packed anew: put aside first, as new shards take the
 names of old ones.
 
     shelf/<hash>.tar, .parquet    copies of a shard and of its table, until all is packed
@@ -44,7 +44,7 @@ def carry_over(
     entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in on_shelf]
     needed = [entry for entry in entries if not found.all() and _find(storage, entry.table, wanted, found)]
     if missing := int((~found).sum()):
-        problem = f"{missing:,} of the rows that are kept now have no picture any more: keep_staged: false freed them"
+        problem = f"{missing:,} of the rows that are kept now have no image any more: keep_staged: false freed them"
         raise RecipeError(
             "select", problem, "fetch them again with `capstan build RECIPE --retry freed`, or keep fewer"
         )
@@ -52,7 +52,7 @@ def carry_over(
 
 
 def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions) -> npt.NDArray[np.int64]:
-    """The kept rows whose pictures are neither staged nor packed."""
+    """The kept rows whose images are neither staged nor packed."""
     rows = _unstaged(storage, decisions)
     names = _names(decisions.key[rows], decisions.sha256[rows])
     order = np.argsort(names)
@@ -64,7 +64,7 @@ def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions)
 
 
 def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> list[Packed]:
-    """Tar and table of the shards that hold pictures of a unit, by its ledger."""
+    """Tar and table of the shards that hold images of a unit, by its ledger."""
     name = f"unit-{unit.unit}"
     if manifest is None or name not in {entry.name for entry in manifest.ledger}:
         return []
@@ -73,7 +73,7 @@ def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> 
 
 
 def _unstaged(storage: Storage, decisions: Decisions, shards: Iterable[str] | None = None) -> npt.NDArray[np.int64]:
-    """The kept rows (of these shards) whose pictures are not staged."""
+    """The kept rows (of these shards) whose images are not staged."""
     found = [np.zeros(0, np.int64)]
     if any(unit.freed for unit in decisions.units):
         count = int(decisions.shard.max(initial=-1)) + 1  # numbers: some shards may be empty

@@ -1,4 +1,4 @@
-"""Decisions and staged pictures → the dataset: ledger, shards, indexes, and the manifest last.
+"""Decisions and staged images → the dataset: ledger, shards, indexes, and the manifest last.
 
 A shard is named by its place, its marker by its place and content: a shard whose content stays is never packed again.
 Where shards change, a manifest without them is published first, so that at no moment a reader is shown a shard that is
@@ -37,7 +37,7 @@ from capstan.pipeline.dataset.shards import (
     write_samples,
 )
 from capstan.pipeline.ingest.job import Staged
-from capstan.pipeline.ingest.staging import Packed, free, pictures
+from capstan.pipeline.ingest.staging import Packed, free, images
 from capstan.pipeline.pack.carryover import carry_over, clear
 from capstan.pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score import registry
@@ -71,7 +71,7 @@ class Segment:
 
 
 class Pack(Job):
-    """Writes shards/<name>.tar, .parquet and .tar.idx from staged pictures. A unit is a shard."""
+    """Writes shards/<name>.tar, .parquet and .tar.idx from staged images. A unit is a shard."""
 
     name = title = "pack"
 
@@ -119,7 +119,7 @@ class Pack(Job):
 
     def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
         for segment, rows in zip(segments, parts, strict=True):
-            found = pictures(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            found = images(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
             for row, (_, jpeg) in zip(rows.to_pylist(), found, strict=True):
                 assert jpeg is not None, f"{row['key']} is neither staged nor packed"
                 report({"samples": 1, "bytes": len(jpeg)})
@@ -183,7 +183,7 @@ def pack(
 ) -> tuple[Manifest, Summary]:
     """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete.
 
-    Raises RecipeError where pictures are to be packed that are no longer there.
+    Raises RecipeError where images are to be packed that are no longer there.
     """
     job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
     units, done = _shard_units(recipe, decisions, pinned), markers(job)

@@ -1,4 +1,4 @@
-"""What was made of a dataset's pictures, without the rows that were removed: caption layers and latents.
+"""What was made of a dataset's images, without the rows that were removed: caption layers and latents.
 
     captions/**.parquet                              tables with a column `key`, those of layers that are moving, too
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples

@@ -1,4 +1,4 @@
-"""Takedown: rows that must go → a dataset that holds neither their pictures nor their words, and never will again.
+"""Takedown: rows that must go → a dataset that holds neither their images nor their words, and never will again.
 
     find        which rows are asked for, and which others hold the very same file
     block       their keys, addresses and sums go on the dataset's blocklist (pipeline.blocklist)
@@ -261,7 +261,7 @@ def _scrub_staged(job: Job, unit: str, facts: Mapping[str, Any], takedown: Taked
         facts = {**facts, "tar": "", "freed": True}
     with scratch() as folder:
         tar, digest = folder / "staged.tar", hashlib.sha256()
-        places = write_tar(tar, _pictures(storage, facts, table, removed), digest)
+        places = write_tar(tar, _images(storage, facts, table, removed), digest)
         spans = dict(zip(_left(facts, table, removed), places, strict=True))
         tar_name = f"staged/{unit}-{digest.hexdigest()[:16]}.tar" if spans else ""
         if spans:
@@ -278,12 +278,12 @@ def _scrub_staged(job: Job, unit: str, facts: Mapping[str, Any], takedown: Taked
 
 
 def _left(facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> list[int]:
-    """The rows whose pictures stay, and are staged."""
+    """The rows whose images stay, and are staged."""
     sizes = table["size"].to_pylist() if facts["tar"] else []
     return [row for row, size in enumerate(sizes) if size and not removed[row]]
 
 
-def _pictures(storage: Storage, facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> Iterator[Sample]:
+def _images(storage: Storage, facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> Iterator[Sample]:
     keys, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "size"))
     rows = _left(facts, table, removed)
     if rows:
@@ -294,7 +294,7 @@ def _pictures(storage: Storage, facts: Mapping[str, Any], table: pa.Table, remov
 
 
 def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, spans: list[tuple[int, int]]) -> pa.Table:
-    """A staged table: of the rows that are hit only key and measures stay; pictures lie at `spans` (offset, size)."""
+    """A staged table: of the rows that are hit only key and measures stay; images lie at `spans` (offset, size)."""
     held = pc.and_(pc.equal(table["reason"], REMOVED), pc.equal(table["detail"], HELD_PLACE))
     placed = pc.or_(pc.is_in(table["key"], kept), held)
     said = {"url": "", "caption": "", "extra": "{}", "reason": REMOVED, "detail": pc.if_else(placed, HELD_PLACE, "")}

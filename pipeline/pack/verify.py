@@ -1,6 +1,6 @@
 """A dataset → what is wrong with it: every file hashed, every tar walked in one pass, and all that they say compared.
 
-A tar's bytes follow from its table, save for the pictures: so each header, caption, JSON and gap is compared, and what
+A tar's bytes follow from its table, save for the images: so each header, caption, JSON and gap is compared, and what
 differs is named. Shards are read ahead of each other; memory grows by 8 bytes a sample.
 """
 

@@ -1,7 +1,7 @@
-"""Some rows of a dataset → a contact sheet: one PNG of their pictures, each with its key and the start of its caption.
+"""Some rows of a dataset → a contact sheet: one PNG of their images, each with its key and the start of its caption.
 
 Rows are named by what the ledger says of them (reason=match, outcome=rejected, or a condition's name; all must hold),
-or by a file with one key a line. Those without a picture are a frame with the reason in it.
+or by a file with one key a line. Those without an image are a frame with the reason in it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.html.page import clean, clip
 from capstan.pipeline.records import OUTCOMES
 from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
-from capstan.pipeline.report.thumbnails import find_pictures, shrink, why_missing
+from capstan.pipeline.report.thumbnails import find_images, shrink, why_missing
 from capstan.pipeline.storage import Storage
 
 SHOWN: Final = 64  # rows on a sheet, unless asked otherwise
 MOST: Final = 1000
 _COLUMNS: Final = 8
-_SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of a picture, between cells, around the sheet
+_SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of an image, between cells, around the sheet
 _KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: sizes of letters
 _LINES: Final = 2  # of a caption
 _INK, _SOFT, _LINE, _PAPER, _PANEL = "#1b1f24", "#59626e", "#aeb5bf", "#ffffff", "#f4f5f7"
@@ -53,8 +53,8 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
     with Rows(storage) as rows:
         chosen = _choose(rows, samples, count)
         shown = rows.rows(chosen.keys)
-        pictures = find_pictures(rows, shown.values())
-        cells = [_cell(shown[key], pictures.get(key)) for key in chosen.keys]
+        images = find_images(rows, shown.values())
+        cells = [_cell(shown[key], images.get(key)) for key in chosen.keys]
     title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
         "sheet": str(out),
         "shown": len(cells),
         "found": chosen.found,
-        "without_picture": len(cells) - len(pictures),
+        "without_picture": len(cells) - len(images),
     }
 
 
@@ -164,23 +164,23 @@ def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class _Cell:
-    """A picture or why there is none, and the texts beneath."""
+    """An image or why there is none, and the texts beneath."""
 
-    picture: Image.Image | None
+    image: Image.Image | None
     missing: str
     key: str
     caption: str
 
 
 def _cell(row: Row, jpeg: bytes | None) -> _Cell:
-    picture = shrink(jpeg, _SIDE) if jpeg else None
-    missing = "cannot be decoded" if jpeg and picture is None else why_missing(row)
-    return _Cell(picture, missing, clean(row.key), clean(clip(row.caption, 200)))
+    image = shrink(jpeg, _SIDE) if jpeg else None
+    missing = "cannot be decoded" if jpeg and image is None else why_missing(row)
+    return _Cell(image, missing, clean(row.key), clean(clip(row.caption, 200)))
 
 
 def _sheet(cells: Sequence[_Cell], title: str) -> Image.Image:
-    """Cells in rows, each picture in a square with its texts beneath."""
-    columns = min(_COLUMNS, max(len(cells), 3))  # room for the title, also above a single picture
+    """Cells in rows, each image in a square with its texts beneath."""
+    columns = min(_COLUMNS, max(len(cells), 3))  # room for the title, also above a single image
     height = _SIDE + 6 + _KEY + 6 + _LINES * (_TEXT + 4)
     lines = -(-len(cells) // columns)
     head = _TITLE + 20
@@ -201,14 +201,14 @@ def _sheet(cells: Sequence[_Cell], title: str) -> Image.Image:
 
 def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: int) -> None:
     box = (x, y, x + _SIDE - 1, y + _SIDE - 1)
-    if cell.picture is None:
+    if cell.image is None:
         pen.rectangle(box, outline=_LINE)
         said = "\n".join(textwrap.wrap(cell.missing, 22)[:4])
         pen.text((x + _SIDE / 2, y + _SIDE / 2), said, fill=_SOFT, font=_font(_TEXT), anchor="mm", align="center")
     else:
         pen.rectangle(box, fill=_PANEL)
-        picture = _enlarged(cell.picture)
-        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+        image = _enlarged(cell.image)
+        sheet.paste(image, (x + (_SIDE - image.width) // 2, y + (_SIDE - image.height) // 2))
     font = _font(_KEY)
     pen.text((x, y + _SIDE + 5), _fitting(cell.key, font, _SIDE), fill=_SOFT, font=font)
     top = y + _SIDE + 5 + _KEY + 5
@@ -217,14 +217,10 @@ def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: 
         top += _TEXT + 4
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """A tiny picture, each pixel a square of whole size; others as they are."""
-    times = _SIDE // max(picture.size)
-    return (
-        picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-        if times > 1
-        else picture
-    )
+def _enlarged(image: Image.Image) -> Image.Image:
+    """A tiny image, each pixel a square of whole size; others as they are."""
+    times = _SIDE // max(image.size)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST) if times > 1 else image
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

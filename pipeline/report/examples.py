@@ -16,13 +16,13 @@ from capstan.pipeline.report.thresholds import Threshold, thresholds
 from capstan.pipeline.select.near_duplicates import CONTAMINATED as _CONTAMINATED
 from capstan.pipeline.select.near_duplicates import REASONS
 
-_KEPT: Final = 24  # pictures of what is kept
-_BY_STEP: Final = 8  # pictures a condition dropped, and as many that it let pass
-_ALL_STEPS: Final = 160  # pictures of all conditions
+_KEPT: Final = 24  # images of what is kept
+_BY_STEP: Final = 8  # images a condition dropped, and as many that it let pass
+_ALL_STEPS: Final = 160  # images of all conditions
 _PAIRS: Final = 9  # duplicates of a kind
 _FAILED: Final = 2  # failed rows of a reason
 _KINDS: Final = 40  # failure reasons and kinds of duplicates
-CONTAMINATED: Final = REASONS[_CONTAMINATED]  # repeats an evaluation picture, whose name is its `detail`
+CONTAMINATED: Final = REASONS[_CONTAMINATED]  # repeats an evaluation image, whose name is its `detail`
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Examples:
     rows: dict[str, Row] = field(default_factory=dict)
     values: dict[tuple[str, str], float] = field(default_factory=dict)  # (condition, key) → what its threshold looks at
 
-    def pictured(self) -> list[Row]:
-        """The rows of which a picture is wanted, the most wanted first."""
+    def shown(self) -> list[Row]:
+        """The rows of which an image is wanted, the most wanted first."""
         keys = [*self.kept]
         for pairs in self.pairs.values():
             keys += [key for dropped in pairs for key in (dropped, self.rows[dropped].detail)]

@@ -1,6 +1,6 @@
 """A dataset's rows → histograms of sizes, aspect, caption lengths and scores, with the recipe's thresholds drawn in.
 
-Rows that failed have no picture to measure, and are left out, as are those that were taken down. Where bins lie follows
+Rows that failed have no image to measure, and are left out, as are those that were taken down. Where bins lie follows
 from quantiles, so that a few odd values do not flatten all others. Counts are of all rows, or of a million where there
 are more.
 """
@@ -120,7 +120,7 @@ def _spread(rows: Rows, subject: Subject) -> _Spread | None:
 
 
 def _values(rows: Rows, subject: Subject) -> str:
-    """SQL for the subject's values `v` and whether the rows are `kept`, of those that have a picture."""
+    """SQL for the subject's values `v` and whether the rows are `kept`, of those that have an image."""
     columns = f"{value(subject.sql)} AS v, outcome = '{KEPT}' AS kept"
     return f"SELECT {columns} FROM rows WHERE {SHOWN} AND {rows.sample}"
 

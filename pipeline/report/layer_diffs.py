@@ -1,4 +1,4 @@
-"""captions/diff-*.json, which `capstan captions diff` publishes → which caption layer fits the pictures better."""
+"""captions/diff-*.json, which `capstan captions diff` publishes → which caption layer fits the images better."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Side(BaseModel):
 class _Comparison(BaseModel):
     """What is shown of one; the files hold more, and their own page shows all of it."""
 
-    pictures: int
+    images: int
     clip: str
     a: _Side
     b: _Side
@@ -55,11 +55,11 @@ def comparisons(storage: Storage) -> list[Html]:
     if not found:
         return []
     rows = [row for name in found[:_MOST] for row in _rows(storage, name, files)]
-    header = ["", "captions", "CLIP score", "worst sentence", "own picture found", "words", "wins", "by worst sentence"]
+    header = ["", "captions", "CLIP score", "worst sentence", "own image found", "words", "wins", "by worst sentence"]
     blocks = [
         page.note(
-            "Score: 100 × the cosine of picture and sentence, by the CLIP that is named. Own picture found: the share "
-            "of captions closer to their picture than to its nearest neighbours. Wins of the first, with 95% intervals."
+            "Score: 100 × the cosine of image and sentence, by the CLIP that is named. Own image found: the share "
+            "of captions closer to their image than to its nearest neighbours. Wins of the first, with 95% intervals."
         ),
         page.table(header, rows),
     ]
@@ -73,7 +73,7 @@ def _rows(storage: Storage, name: str, files: set[str]) -> list[list[Any]]:
         said = _Comparison.model_validate_json(storage.read(name) if storage.size(name) <= _BYTES else b"")
     except ValidationError:
         return [[page.clip(stem, 2 * _NAME), "cannot be read: make it anew", *[""] * 6]]
-    about = f"{said.pictures:,} pictures, {page.clip(said.clip, _NAME)}"
+    about = f"{said.images:,} images, {page.clip(said.clip, _NAME)}"
     whole = name.removesuffix(".json") + ".html"
     first = Cell(page.link(about, whole)) if whole in files else about
     return [

@@ -30,7 +30,7 @@ from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units.markers import markers
 
 STAGED: Final = "staged"
-MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have a picture,
+MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have an image,
 SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # and in SQL, those that may be looked at
 _MEMORY_LIMIT: Final = "1500MB"
 _TEXT: Final = 400  # characters of a text that are looked at
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def is_shown(self) -> bool:
-        """Whether it has a picture that may be looked at: what was taken down, or is blocked, may not."""
+        """Whether it has an image that may be looked at: what was taken down, or is blocked, may not."""
         return self.outcome in MEASURED and self.reason != REMOVED
 
 
@@ -119,7 +119,7 @@ class Rows:
         return {name: staged(markers(_ingest(name, self.storage))) for name in jobs}
 
     def staged_units(self, unit: str) -> list[Staged]:
-        """Where a unit's staged pictures may lie."""
+        """Where a unit's staged images may lie."""
         return [marks[unit] for marks in self._marks.values() if unit in marks]
 
     @cached_property

@@ -1,6 +1,6 @@
 """A dataset, finished or not → report.html in its folder: one file, under 5 MB, that opens anywhere.
 
-It shows pictures that were left out, too, where these are still staged: who publishes a dataset may want to look at
+It shows images that were left out, too, where these are still staged: who publishes a dataset may want to look at
 the report before publishing it along.
 """
 
@@ -14,13 +14,13 @@ from capstan.pipeline.report import sections
 from capstan.pipeline.report.examples import choose
 from capstan.pipeline.report.layer_diffs import comparisons
 from capstan.pipeline.report.query import Rows
-from capstan.pipeline.report.thumbnails import find_pictures, thumbnails
+from capstan.pipeline.report.thumbnails import find_images, thumbnails
 from capstan.pipeline.run_history import read_runs
 from capstan.pipeline.storage import Storage
 
 REPORT: Final = "report.html"
 LIMIT: Final = 5_000_000  # bytes of the whole file
-_PICTURES: Final = 3_100_000  # bytes of all pictures; base64 makes 4/3 of them, and texts and plots need the rest
+_IMAGES: Final = 3_100_000  # bytes of all images; base64 makes 4/3 of them, and texts and plots need the rest
 
 
 def write_report(storage: Storage) -> str:
@@ -41,7 +41,7 @@ def write_report(storage: Storage) -> str:
 def report(rows: Rows) -> str:
     """The whole page."""
     examples = choose(rows)
-    thumbs = thumbnails(find_pictures(rows, examples.pictured()), _PICTURES)
+    thumbs = thumbnails(find_images(rows, examples.shown()), _IMAGES)
     size = sum(entry.bytes for entry in rows.manifest.shards) if rows.manifest else 0
     name = rows.storage.url.rstrip("/").rpartition("/")[2] or rows.storage.url
     made = page.Page(name, page.note(_state(rows)), sections.key_figures(rows, size))

@@ -33,7 +33,7 @@ _MEANING: Final = {
     "noai": "the site asks not to use it for training",
     "too_large_bytes": "larger than fetch.max_bytes",
     "empty": "no bytes",
-    "not_an_image": "something else than a picture, often an HTML page",
+    "not_an_image": "something else than an image, often an HTML page",
     "unsupported": "a format that is not read",
     "truncated": "the file ends early",
     "corrupt": "damaged, or its checksum is another",
@@ -47,7 +47,7 @@ _MEANING: Final = {
 _KINDS: Final = {
     "perceptual": "They look the same (dedup.perceptual).",
     "semantic": "Their embeddings are near (dedup.semantic).",
-    CONTAMINATED: "They repeat pictures of the evaluation set (dedup.decontaminate), which are not shown.",
+    CONTAMINATED: "They repeat images of the evaluation set (dedup.decontaminate), which are not shown.",
 }
 
 Thumbs = Mapping[str, bytes]
@@ -100,9 +100,9 @@ def distributions(rows: Rows) -> list[Html]:
     """Histograms with the thresholds drawn in."""
     drawn, said = histograms(rows, subjects(rows))
     if not drawn:
-        return [page.paragraph("No row has a picture that could be measured.")]
+        return [page.paragraph("No row has an image that could be measured.")]
     words = ("kept", "left out, or a duplicate") if rows.finished else ("kept", "staged, not yet decided")
-    about = "Rows with a picture. Dashed lines are thresholds of the recipe's conditions, which reject what is shaded. "
+    about = "Rows with an image. Dashed lines are thresholds of the recipe's conditions, which reject what is shaded. "
     return [
         page.note(about + _of_what(rows)),
         plots.legend(*words),
@@ -112,7 +112,7 @@ def distributions(rows: Rows) -> list[Html]:
 
 
 def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
-    """Dropped pictures beside the ones that were kept instead."""
+    """Dropped images beside the ones that were kept instead."""
     blocks: list[Html] = []
     for kind, dropped in examples.pairs.items():
         count = rows.outcomes[DUPLICATE, kind]
@@ -147,7 +147,7 @@ def domains(rows: Rows) -> list[Html]:
 
 
 def failures(rows: Rows, examples: Examples) -> list[Html]:
-    """Why rows have no picture."""
+    """Why rows have no image."""
     reasons = {reason: count for (outcome, reason), count in rows.outcomes.items() if outcome == FAILED}
     if not reasons:
         return [page.paragraph("No row failed.")]
@@ -198,13 +198,13 @@ def _of_what(rows: Rows) -> str:
     return f"Counted over a random sample of about {SAMPLE:,} rows." if rows.sampled else ""
 
 
-def _picture(row: Row, thumbs: Thumbs) -> Html:
+def _image(row: Row, thumbs: Thumbs) -> Html:
     return page.frame(thumbs.get(row.key), page.clip(row.caption, _CAPTION), why_missing(row))
 
 
 def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
     shown = page.clip(row.caption, _CAPTION)
-    return page.card(_picture(row, thumbs), shown, *facts, _sizes(row))
+    return page.card(_image(row, thumbs), shown, *facts, _sizes(row))
 
 
 def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
@@ -214,9 +214,9 @@ def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
 
 def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
     kept_row = examples.rows.get(dropped.detail) if dropped.reason != CONTAMINATED else None
-    right = (_picture(dropped, thumbs), "dropped")
+    right = (_image(dropped, thumbs), "dropped")
     if kept_row is None:
-        word = "evaluation picture" if dropped.reason == CONTAMINATED else "kept"
+        word = "evaluation image" if dropped.reason == CONTAMINATED else "kept"
         left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), word)
         return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
     bits = (dropped.phash ^ kept_row.phash).bit_count()
@@ -225,7 +225,7 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
     word = "kept" if kept_row.is_shown else kept_row.reason  # one that was taken down holds its place
-    return page.pair((_picture(kept_row, thumbs), word), right, *said, sizes)
+    return page.pair((_image(kept_row, thumbs), word), right, *said, sizes)
 
 
 def _sizes(row: Row) -> str:

@@ -1,6 +1,6 @@
-"""Rows → their pictures: in the shards for those that are kept, staged for the others; and thumbnails within a budget.
+"""Rows → their images: in the shards for those that are kept, staged for the others; and thumbnails within a budget.
 
-Of a row whose picture has been freed, or lies in a file that cannot be read, there is none; the reader is told so.
+Of a row whose image has been freed, or lies in a file that cannot be read, there is none; the reader is told so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from capstan.pipeline.storage import Storage
 _LADDER: Final = ((256, 84), (208, 80), (160, 78), (128, 74), (96, 70), (64, 60))
 
 
-def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
-    """Key → JPEG, of the rows whose picture is there."""
+def find_images(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
+    """Key → JPEG, of the rows whose image is there."""
     places: dict[tuple[str, str], list[str]] = {}
     listed = {entry.name: entry for entry in rows.manifest.shards} if rows.manifest else {}
     for row in wanted:
@@ -44,7 +44,7 @@ def find_pictures(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
 
 
 def why_missing(row: Row) -> str:
-    """In a few words, why there is no picture of a row."""
+    """In a few words, why there is no image of a row."""
     if not row.is_shown:
         return row.reason or row.outcome
     return "cannot be read" if row.outcome == KEPT else "no longer staged"
@@ -68,7 +68,7 @@ def _span(file: Any, offset: int, size: int) -> bytes:
 
 
 def shrink(jpeg: bytes, side: int) -> Image.Image | None:
-    """A picture whose longest side is at most `side` pixels; None if it cannot be decoded."""
+    """An image whose longest side is at most `side` pixels; None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             image.draft("RGB", (2 * side, 2 * side))

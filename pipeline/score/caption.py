@@ -55,14 +55,14 @@ _BOILERPLATE: Final = (
 
 class CaptionMeasures(SampleScorer):
     name: ClassVar[str] = "caption"
-    sees_pictures: ClassVar[bool] = False
+    sees_images: ClassVar[bool] = False
     columns: ClassVar[list[pa.Field]] = [
         pa.field("caption_length", pa.int32()),  # characters
         pa.field("caption_words", pa.int32()),
         pa.field("caption_script", pa.string()),  # of most of its letters, as Unicode names it: latin, cyrillic, cjk…
         pa.field("caption_letters", pa.float32()),  # share of its characters, spaces left out, that are letters
         pa.field("caption_repetition", pa.float32()),  # share of its words that it has said before
-        pa.field("caption_boilerplate", pa.bool_()),  # says what pages say, not what pictures show
+        pa.field("caption_boilerplate", pa.bool_()),  # says what pages say, not what images show
         pa.field("caption_url", pa.bool_()),
         pa.field("caption_email", pa.bool_()),
         pa.field("caption_file", pa.bool_()),  # a file's name, or a camera's

@@ -1,4 +1,4 @@
-"""A CLIP by name or folder → pictures and captions as vectors; shared by all scorers that see the same one.
+"""A CLIP by name or folder → images and captions as vectors; shared by all scorers that see the same one.
 
 `model` is one of open_clip's names, or a folder with open_clip_config.json, as open_clip's `local-dir:` and `capstan
 train` write it. `pretrained` is a checkpoint file or one of open_clip's tags. Files are loaded as data only:
@@ -35,7 +35,7 @@ _WEIGHTS: Final = (  # in the order in which open_clip prefers them
 )
 _FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
 _VERSION: Final = 1  # of the arithmetic here
-PART: Final = 16  # pictures or captions that one thread encodes together
+PART: Final = 16  # images or captions that one thread encodes together
 
 
 class ClipModel:

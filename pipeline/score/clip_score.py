@@ -1,4 +1,4 @@
-"""CLIP: how near a caption lies to its picture; and the picture's embedding, where it is kept."""
+"""CLIP: how near a caption lies to its image; and the image's embedding, where it is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capstan.pipeline.score.scorer import Embedded, EmbeddingScorer, Values
 
 
 class ClipSimilarity(EmbeddingScorer):
-    """The cosine of picture and caption (Hessel et al. 2021, "CLIPScore", without its factor 2.5)."""
+    """The cosine of image and caption (Hessel et al. 2021, "CLIPScore", without its factor 2.5)."""
 
     name: ClassVar[str] = "clip"
     columns: ClassVar[list[pa.Field]] = [pa.field("clip_score", pa.float32())]
@@ -25,7 +25,7 @@ class ClipSimilarity(EmbeddingScorer):
 
 
 class Embeddings(EmbeddingScorer):
-    """The pictures' embeddings, of length 1. They stay in files of their own: no condition asks about them."""
+    """The images' embeddings, of length 1. They stay in files of their own: no condition asks about them."""
 
     name: ClassVar[str] = "embeddings"
     in_ledger: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Small heads over a CLIP's picture embeddings: aesthetic, nsfw, watermark.
+"""Small heads over a CLIP's image embeddings: aesthetic, nsfw, watermark.
 
 A file holds the state dict of linear layers, whatever the names before `.weight` and `.bias`, in the order of their
 numbers: LAION's aesthetic predictors are one layer ("weight", "bias") or five ("layers.0.weight", "layers.2.weight",

@@ -1,4 +1,4 @@
-"""Stored pictures → measures that need no model. Luma is 0 … 255."""
+"""Stored images → measures that need no model. Luma is 0 … 255."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _QUALITY_50: Final = np.fromstring(
 
 class ImageMeasures(SampleScorer):
     name: ClassVar[str] = "image"
-    sees_pictures: ClassVar[bool] = True
+    sees_images: ClassVar[bool] = True
     columns: ClassVar[list[pa.Field]] = [
         pa.field("image_sharpness", pa.float32()),  # variance of luma's Laplacian: below 100 is blurred to most eyes
         pa.field("image_flatness", pa.float32()),  # share of 8 × 8 blocks in which nothing is: 1 is one colour
         pa.field("image_quality", pa.float32()),  # JPEG quality of the stored file by its tables, 1 … 100
         pa.field("image_entropy", pa.float32()),  # of luma, bits: 0 … 8
-        pa.field("image_border", pa.float32()),  # share of the picture that flat margins take
+        pa.field("image_border", pa.float32()),  # share of the image that flat margins take
     ]
 
     def __init__(self, config: ImageScore) -> None:
@@ -58,7 +58,7 @@ def sharpness(luma: npt.NDArray[np.uint8]) -> float:
 
 
 def flatness(luma: npt.NDArray[np.uint8]) -> float:
-    """Share of whole 8 × 8 blocks whose standard deviation is below 2 levels; of a smaller picture 0 or 1."""
+    """Share of whole 8 × 8 blocks whose standard deviation is below 2 levels; of a smaller image 0 or 1."""
     height, width = (side - side % _BLOCK for side in luma.shape)
     if not height or not width:
         return float(luma.std() < _FLAT)
@@ -70,10 +70,10 @@ def flatness(luma: npt.NDArray[np.uint8]) -> float:
 
 
 def quality(jpeg: bytes) -> float:
-    """The libjpeg quality whose luma table is nearest to the file's; of a picture that was stored as it came that is
+    """The libjpeg quality whose luma table is nearest to the file's; of an image that was stored as it came that is
     its source's, else it is the recipe's."""
-    with Image.open(io.BytesIO(jpeg)) as picture:
-        table = np.array(picture.quantization[0], np.float64)  # type: ignore[attr-defined]
+    with Image.open(io.BytesIO(jpeg)) as image:
+        table = np.array(image.quantization[0], np.float64)  # type: ignore[attr-defined]
     scale = float(np.median(table / _QUALITY_50)) * 100
     return float(np.clip(100 - scale / 2 if scale <= 100 else 5000 / scale, 1, 100))
 
@@ -86,7 +86,7 @@ def entropy(luma: npt.NDArray[np.uint8]) -> float:
 
 
 def border(luma: npt.NDArray[np.uint8]) -> float:
-    """Share of the picture outside the smallest rectangle that holds every row and column with something in it."""
+    """Share of the image outside the smallest rectangle that holds every row and column with something in it."""
     rows, columns = (_extent(luma.astype(np.float32).std(axis=axis)) for axis in (1, 0))
     return 1 - rows * columns / luma.size
 

@@ -1,6 +1,6 @@
-"""Staged units → files of scores, through the unit map: each picture is decoded once for all scorers.
+"""Staged units → files of scores, through the unit map: each image is decoded once for all scorers.
 
-    prepare   on CPU workers: captions and decoded pictures → what SampleScorers say, and pixels for the CLIPs
+    prepare   on CPU workers: captions and decoded images → what SampleScorers say, and pixels for the CLIPs
     model     on model workers: pixels and captions → embeddings → what EmbeddingScorers say
     commit    in the driver: one Parquet file a scorer
 
@@ -25,7 +25,7 @@ import simplejpeg
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.job import Staged
-from capstan.pipeline.ingest.staging import Packed, pictures
+from capstan.pipeline.ingest.staging import Packed, images
 from capstan.pipeline.records import storable
 from capstan.pipeline.score import store
 from capstan.pipeline.score.clip_model import ClipModel, Loaded
@@ -35,7 +35,7 @@ from capstan.pipeline.units import Job, Piece, Summary, Unit, markers, model_thr
 
 _BATCH: Final = 256  # rows that travel together where no model is waiting for them
 _NOT_FINITE: Final = "not_finite: the model gave no number"
-_FREED: Final = "freed: keep_staged: false removed its picture"
+_FREED: Final = "freed: keep_staged: false removed its image"
 
 
 class ScoreJob(Job):
@@ -58,7 +58,7 @@ class ScoreJob(Job):
         rows = [row for row, reason in enumerate(table["reason"].to_pylist()) if not reason]
         size = self.batch if readers else _BATCH
         piece = _Piece(own, readers)
-        for row, jpeg in self._jpegs(unit, rows, needed=piece.needs_pictures):
+        for row, jpeg in self._jpegs(unit, rows, needed=piece.needs_images):
             piece.add(row, captions[row], jpeg)
             if piece.rows == size:
                 yield piece.wire()
@@ -70,7 +70,7 @@ class ScoreJob(Job):
         if not needed:
             return ((row, None) for row in rows)
         packed = [(tar, table) for tar, table in unit.spec.get("packed", [])]
-        return pictures(self.storage, unit.spec["table"], unit.spec["tar"], rows, packed)
+        return images(self.storage, unit.spec["table"], unit.spec["tar"], rows, packed)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         keys = self.storage.read_table(unit.spec["table"], ["key"])["key"]
@@ -135,7 +135,7 @@ class _Piece:
 
     def __init__(self, scorers: list[SampleScorer], readers: list[EmbeddingScorer]) -> None:
         self.rows = 0
-        self.needs_pictures = bool(readers) or any(scorer.sees_pictures for scorer in scorers)
+        self.needs_images = bool(readers) or any(scorer.sees_images for scorer in scorers)
         self._scorers, self._readers = scorers, [reader.id for reader in readers]
         self._towers: dict[str, ClipModel] = {reader.tower.id: reader.tower for reader in readers}
         self._found: dict[str, tuple[list[int], dict[str, list[Any]]]] = {
@@ -149,11 +149,11 @@ class _Piece:
         """Score one sample; `jpeg` is None where it is not needed, or not there any more."""
         self.rows += 1
         sample = Sample(caption)
-        if self.needs_pictures:
+        if self.needs_images:
             try:
                 rgb = _decoded(jpeg)
                 fitted = {id_: tower.prepare(rgb) for id_, tower in self._towers.items()}
-            except Exception as error:  # noqa: BLE001 - the sample boundary: a broken picture is a row with a reason
+            except Exception as error:  # noqa: BLE001 - the sample boundary: a broken image is a row with a reason
                 self._unreadable[row] = _said(error)
             else:
                 sample = Sample(caption, jpeg, rgb)
@@ -162,7 +162,7 @@ class _Piece:
                 for id_, pixels in fitted.items():
                     self._pixels[id_].append(pixels)
         for scorer in self._scorers:
-            if not scorer.sees_pictures or sample.rgb is not None:
+            if not scorer.sees_images or sample.rgb is not None:
                 self._score(scorer, row, sample)
         failed = {"failed.unreadable": 1} if row in self._unreadable else {}
         report({"samples": 1, "bytes": len(jpeg or b""), **failed})
@@ -207,7 +207,7 @@ def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tu
     """A scorer's file, and the rows that could not be scored."""
     schema, found = store.schema(scorer), {field.name: _Column(field.type, len(keys)) for field in scorer.columns}
     errors = [""] * len(keys)
-    sees = not isinstance(scorer, SampleScorer) or scorer.sees_pictures
+    sees = not isinstance(scorer, SampleScorer) or scorer.sees_images
     for piece in pieces:
         for row, why in {**(piece["unreadable"] if sees else {}), **piece["errors"].get(scorer.id, {})}.items():
             errors[row] = why
@@ -220,7 +220,7 @@ def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tu
 
 
 def _with_former(table: pa.Table, former: pa.Table) -> pa.Table:
-    """Rows whose picture was freed, as they were scored when it was there: in `former`, the scorer's file before."""
+    """Rows whose image was freed, as they were scored when it was there: in `former`, the scorer's file before."""
     freed = pc.equal(table["error"], _FREED)
     old = former.take(pc.index_in(table["key"], former["key"].combine_chunks()))
     known = pc.fill_null(pc.and_(freed, pc.is_valid(old["key"])), False)
@@ -277,7 +277,7 @@ def score(
 ) -> tuple[list[Staged], Summary]:
     """Score the units by the recipe's scorers, as far as they are not; gives them with their files, and how it went.
 
-    `packed` finds the shards that hold a unit's pictures, for units whose tar was freed. Raises RecipeError for weights
+    `packed` finds the shards that hold a unit's images, for units whose tar was freed. Raises RecipeError for weights
     that cannot be loaded.
     """
     job = _job(recipe, storage, scorers)

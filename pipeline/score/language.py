@@ -20,7 +20,7 @@ _PREFIX: Final = "__label__"
 
 class Language(SampleScorer):
     name: ClassVar[str] = "language"
-    sees_pictures: ClassVar[bool] = False
+    sees_images: ClassVar[bool] = False
     columns: ClassVar[list[pa.Field]] = [
         pa.field("language", pa.string()),  # as the model names it: en, or eng_Latn
         pa.field("language_score", pa.float32()),  # its probability

@@ -1,8 +1,8 @@
 """What a scorer is: samples → columns; pinned by everything that can change them.
 
     Scorer                 name, version, columns; settings and weights make its id
-    ├── SampleScorer       sees captions and decoded pictures, on CPU workers
-    └── EmbeddingScorer    sees a CLIP's embeddings of pictures, on model workers (pipeline.score.tower)
+    ├── SampleScorer       sees captions and decoded images, on CPU workers
+    └── EmbeddingScorer    sees a CLIP's embeddings of images, on model workers (pipeline.score.tower)
 
 Scorers are light to make and to send to workers: `setup` loads what is heavy, once a worker.
 """
@@ -30,7 +30,7 @@ Values = Sequence[Any] | npt.NDArray[Any]  # of one column, one for each sample;
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What a SampleScorer sees. `jpeg` is the stored file, `rgb` its pixels, uint8 [height, width, 3]; both None where
-    no scorer of the run asks for pictures."""
+    no scorer of the run asks for images."""
 
     caption: str
     jpeg: bytes | None = None
@@ -72,7 +72,7 @@ class Scorer(ABC):
 class SampleScorer(Scorer):
     """Scores samples by themselves, on CPU workers."""
 
-    sees_pictures: ClassVar[bool]
+    sees_images: ClassVar[bool]
 
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> dict[str, Values]:

@@ -94,7 +94,7 @@ def _read(storage: Storage, unit: Staged, file: str, columns: list[str]) -> pa.T
 
 
 def embeddings(storage: Storage, units: Sequence[Staged], folder: Path | None = None) -> npt.NDArray[np.float16]:
-    """The pictures' embeddings [rows, dim], rows ordered as the units and their tables; zeros where there is none.
+    """The images' embeddings [rows, dim], rows ordered as the units and their tables; zeros where there is none.
 
     In `folder`, if given, the array is a file that is mapped to memory, so that it need not fit there. Raises
     RecipeError where none were kept.

@@ -1,6 +1,6 @@
 """Measured rows → decisions: the recipe's steps in order, then duplicates, then which shard a kept row is in.
 
-Nothing here touches a picture: thresholds are questions to tables (pipeline.conditions, pipeline.sampling).
+Nothing here touches an image: thresholds are questions to tables (pipeline.conditions, pipeline.sampling).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rows that met the conditions → which of them repeat an evaluation picture, or each other, by the recipe's `dedup`.
+"""Rows that met the conditions → which of them repeat an evaluation image, or each other, by the recipe's `dedup`.
 
-Evaluation pictures (`dedup.decontaminate`) are read as any source is, and measured as the dataset's own; what was
+Evaluation images (`dedup.decontaminate`) are read as any source is, and measured as the dataset's own; what was
 measured is kept, so that the next selection does not decode them again:
 
     state/decontaminate/<hash of the files and the image settings>.parquet     name, sha256, phash, colours
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from capstan.pipeline.config import Dedup, Recipe, Source, fingerprint
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.image.decode import Picture, decode
+from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import FORMAT_VERSION
@@ -33,7 +33,7 @@ from capstan.pipeline.select.near_duplicates import (
     settle,
 )
 from capstan.pipeline.select.semantic import find_semantic
-from capstan.pipeline.source.image_reader import read_pictures, span_of
+from capstan.pipeline.source.image_reader import read_images, span_of
 from capstan.pipeline.source.reader import SourceReader
 from capstan.pipeline.storage import Storage
 
@@ -59,7 +59,7 @@ Colours = npt.NDArray[np.uint8] | None
 @dataclass(frozen=True)
 class Repeats:
     """For each of n rows: which row it repeats (-1: none) and how (dedup.EXACT, …). Of a row that repeats an evaluation
-    picture, `kept` is that one's place in `evaluation`."""
+    image, `kept` is that one's place in `evaluation`."""
 
     kept: Ints
     kind: npt.NDArray[np.int8]
@@ -84,7 +84,7 @@ def find_repeats(
     `colours` [n, phash.COLOUR_BYTES] (None: by the hash alone), `area` in pixels. `embeddings` [m, d] are for
     `dedup.semantic`; `places` says where those of the n rows are in them, if not in order.
 
-    Raises RecipeError for evaluation pictures that cannot be read.
+    Raises RecipeError for evaluation images that cannot be read.
     """
     dedup, n = recipe.dedup, len(phash)
     evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours)
@@ -123,7 +123,7 @@ def _semantic(
     return Duplicates(kept, kind)
 
 
-# Evaluation pictures -------------------------------------------------------------------------------------------------
+# Evaluation images -------------------------------------------------------------------------------------------------
 
 
 def evaluation_signature(recipe: Recipe) -> str:
@@ -133,8 +133,8 @@ def evaluation_signature(recipe: Recipe) -> str:
     return fingerprint([FORMAT_VERSION, recipe.image.model_dump(mode="json"), _source(recipe)[1].signature])
 
 
-def evaluation_pictures(recipe: Recipe, storage: Storage) -> pa.Table:
-    """What is measured of the evaluation pictures (name, sha256, phash, colours). One that cannot be read is an error:
+def evaluation_images(recipe: Recipe, storage: Storage) -> pa.Table:
+    """What is measured of the evaluation images (name, sha256, phash, colours). One that cannot be read is an error:
     it would be looked for in vain."""
     name = f"{_FOLDER}/{evaluation_signature(recipe)}.parquet"
     if storage.exists(name):
@@ -146,13 +146,13 @@ def evaluation_pictures(recipe: Recipe, storage: Storage) -> pa.Table:
         for table in rows.tables():
             listed = table.to_pylist()
             if any(row["image"] is None and not row["file"] for row in listed):
-                raise RecipeError(_FIELD, "holds addresses, not pictures", "name a folder, tars, or a table with bytes")
+                raise RecipeError(_FIELD, "holds addresses, not images", "name a folder, tars, or a table with bytes")
             spans = [span_of(row, i) for i, row in enumerate(listed) if row["file"]]
             given = ((i, row["image"]) for i, row in enumerate(listed) if row["image"] is not None)
-            for index, data in [*given, *read_pictures(spans, reader)]:
+            for index, data in [*given, *read_images(spans, reader)]:
                 url = listed[index]["url"] or listed[index]["key"]
                 picture = decode(data, image) if isinstance(data, bytes) else data
-                if not isinstance(picture, Picture):
+                if not isinstance(picture, StoredImage):
                     raise RecipeError(_FIELD, f"{url} cannot be read ({picture})", "mend it, or leave it out")
                 assert isinstance(data, bytes)
                 sha256 = hashlib.sha256(data).hexdigest()
@@ -176,7 +176,7 @@ def _source(recipe: Recipe) -> tuple[Recipe, SourceReader]:
 
 
 def _image_column(recipe: Recipe) -> str | None:
-    """Tables of evaluation pictures hold them as the source's tables do, or as Hugging Face's do."""
+    """Tables of evaluation images hold them as the source's tables do, or as Hugging Face's do."""
     paths = recipe.dedup.decontaminate
     tables = [path for path in ([paths] if isinstance(paths, str) else paths or []) if path.endswith(".parquet")]
     return (recipe.source.image if recipe.source and recipe.source.image else "image") if tables else None
@@ -185,19 +185,19 @@ def _image_column(recipe: Recipe) -> str | None:
 def _contaminated(
     recipe: Recipe, storage: Storage, sums: Sums, phash: npt.NDArray[np.uint64], colours: Colours
 ) -> tuple[list[str], Ints]:
-    """The evaluation pictures' names, and for each row the first one that it repeats, or -1."""
+    """The evaluation images' names, and for each row the first one that it repeats, or -1."""
     if recipe.dedup.decontaminate is None:
         return [], np.full(len(phash), -1, np.int64)
-    pictures = evaluation_pictures(recipe, storage)
-    names = pictures["name"].to_pylist()
+    images = evaluation_images(recipe, storage)
+    names = images["name"].to_pylist()
     if not names:
         return [], np.full(len(phash), -1, np.int64)
-    held = np.array([bytes.fromhex(sha256) for sha256 in pictures["sha256"].to_pylist()], "S32")
+    held = np.array([bytes.fromhex(sha256) for sha256 in images["sha256"].to_pylist()], "S32")
     by = np.argsort(held, kind="stable")
     at = np.minimum(np.searchsorted(held[by], sums), max(len(held) - 1, 0))
     exact = np.where(held[by[at]] == sums, by[at], -1)
     if recipe.dedup.perceptual is None:
         return names, exact
-    reference = pictures["phash"].to_numpy(), None if colours is None else read_colours(pictures["colours"])
+    reference = images["phash"].to_numpy(), None if colours is None else read_colours(images["colours"])
     near = near_reference(reference, phash, colours, recipe.dedup.perceptual, recipe.dedup.colours or 0)
     return names, np.where(exact >= 0, exact, near)

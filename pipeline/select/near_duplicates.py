@@ -1,10 +1,10 @@
-"""Hashes of pictures → which ones repeat another: exactly (SHA-256 of the source) or nearly (perceptual hash).
+"""Hashes of images → which ones repeat another: exactly (SHA-256 of the source) or nearly (perceptual hash).
 
-Rows are looked at in one order of precedence: earlier batch first (what is packed stays), then the larger picture, then
+Rows are looked at in one order of precedence: earlier batch first (what is packed stays), then the larger image, then
 the smaller key. A row is a duplicate if a kept row before it is the same, or lies within the distance. So the outcome
 depends on the rows alone, and new rows never unseat old ones.
 
-Two pictures are near if their perceptual hashes differ in at most `distance` bits and, where that is asked for, their
+Two images are near if their perceptual hashes differ in at most `distance` bits and, where that is asked for, their
 colours by at most a tolerance, once the one's brightness and contrast are made the other's: the hash sees no colour,
 and shapes only as far as 64 bits go.
 
@@ -35,7 +35,7 @@ REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated")
 
 MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one go; beyond that rows are cut in halves
 MAX_PAIRS = 1 << 23  # near pairs held at once
-MAX_GAIN: Final = 1.2  # of contrast, between pictures that are near
+MAX_GAIN: Final = 1.2  # of contrast, between images that are near
 MAX_OFFSET: Final = 30  # of brightness, levels of 256
 _PART_OF_CONTRAST: Final = 0.1
 _LEAST_TOLERANCE: Final = 2.0  # levels
@@ -165,7 +165,7 @@ class _Prints:
 
 def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
     """Whether the levels a[i] and b[i], [n, levels], agree everywhere, once a[i] is made as bright and as full of
-    contrast as b[i], within what a picture goes through that is saved again.
+    contrast as b[i], within what an image goes through that is saved again.
 
     They may differ by a tenth of their standard deviation (what is busy changes more when it is scaled than what is
     plain), by 2 levels at least, by `tolerance` at most.

@@ -1,6 +1,6 @@
-"""Embeddings of pictures → which ones say the same as another: cosine within clusters (SemDeDup, Abbas et al. 2023).
+"""Embeddings of images → which ones say the same as another: cosine within clusters (SemDeDup, Abbas et al. 2023).
 
-All pairs of a million pictures would be half a trillion products. Pictures that are alike lie in the same cluster of a
+All pairs of a million images would be half a trillion products. Images that are alike lie in the same cluster of a
 k-means almost always, so only those are compared: what is missed are pairs that a border cuts.
 
 Clusters follow from the first batch alone, in order of precedence, so that what a new batch brings changes no earlier

@@ -1,4 +1,4 @@
-"""Folders of pictures, and WebDataset tars → rows. The pictures stay where they are; a row says where its bytes lie."""
+"""Folders of images, and WebDataset tars → rows. The images stay where they are; a row says where its bytes lie."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from capstan.pipeline.source.tar_index import Member, members
 from capstan.pipeline.storage.listing import SourceFile
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
-_BESIDE = frozenset([".txt", ".json"])  # what says something of the picture of the same name
+_BESIDE = frozenset([".txt", ".json"])  # what says something of the image of the same name
 
 Open = Callable[[str], Any]
 ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
-_AT_ONCE = 256  # pictures whose neighbours are read together,
+_AT_ONCE = 256  # images whose neighbours are read together,
 _AT_ONCE_BYTES = 8 << 20  # and bytes of these
 
 
 def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> Iterator[Row]:
-    """Pictures with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields. What
+    """Images with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields. What
     shares a name is in one of the lists."""
     anything = False
     for some in files:
-        pictures = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
-        anything = anything or bool(pictures)
-        for part in _parts(pictures, _named(some)):
-            yield from _pictures(part, source, read)
+        images = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
+        anything = anything or bool(images)
+        for part in _parts(images, _named(some)):
+            yield from _images(part, source, read)
     if not anything:
         kinds = ", ".join(sorted(IMAGES))
-        raise RecipeError("source.path", f"no picture at {source.path}", f"name a folder with files of {kinds}")
+        raise RecipeError("source.path", f"no image at {source.path}", f"name a folder with files of {kinds}")
 
 
 def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
-    """What may lie beside a picture, by its name with a suffix in small letters; it itself may be in any."""
+    """What may lie beside an image, by its name with a suffix in small letters; it itself may be in any."""
     found: dict[str, SourceFile] = {}
     for file in files:
         stem, suffix = _split(file.path)
@@ -50,41 +50,41 @@ def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
     return found
 
 
-_Beside = tuple[SourceFile | None, SourceFile | None]  # a picture's NAME.txt and NAME.json, where they are
+_Beside = tuple[SourceFile | None, SourceFile | None]  # an image's NAME.txt and NAME.json, where they are
 
 
-def _parts(pictures: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterator[list[tuple[SourceFile, _Beside]]]:
-    """Pictures with what lies beside them, some at a time, bounded in number and bytes."""
+def _parts(images: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterator[list[tuple[SourceFile, _Beside]]]:
+    """Images with what lies beside them, some at a time, bounded in number and bytes."""
     part: list[tuple[SourceFile, _Beside]] = []
     size = 0
-    for picture in pictures:
-        beside = _beside(picture, named)
+    for image in images:
+        beside = _beside(image, named)
         more = sum(file.size for file in beside if file)
         if part and (len(part) == _AT_ONCE or size + more > _AT_ONCE_BYTES):
             yield part
             part, size = [], 0
-        part.append((picture, beside))
+        part.append((image, beside))
         size += more
     if part:
         yield part
 
 
-def _pictures(part: list[tuple[SourceFile, _Beside]], source: Source, read: ReadAll) -> Iterator[Row]:
+def _images(part: list[tuple[SourceFile, _Beside]], source: Source, read: ReadAll) -> Iterator[Row]:
     content = read([file for _, beside in part for file in beside if file])
-    for picture, beside in part:
+    for image, beside in part:
         text, said = (content[file.path] if file else None for file in beside)
         record = _json_object(said or b"{}")
         caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
-        yield _row(picture.path, caption, picture.path, 0, picture.size, record, source)
+        yield _row(image.path, caption, image.path, 0, image.size, record, source)
 
 
-def _beside(picture: SourceFile, named: Mapping[str, SourceFile]) -> _Beside:
-    stem = _split(picture.path)[0]
+def _beside(image: SourceFile, named: Mapping[str, SourceFile]) -> _Beside:
+    stem = _split(image.path)[0]
     return named.get(f"{stem}.txt"), named.get(f"{stem}.json")
 
 
 def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-    """The samples of a tar: KEY.jpg (or another picture) with KEY.txt and KEY.json beside it."""
+    """The samples of a tar: KEY.jpg (or another image) with KEY.txt and KEY.json beside it."""
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
         apart, seen = _Apart(file.path), set[bytes]()
@@ -98,10 +98,10 @@ def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
 
 
 def _refuse_packed(file: SourceFile, magic: bytes) -> None:
-    """Pictures are read by byte range, which a compressed file does not allow."""
+    """Images are read by byte range, which a compressed file does not allow."""
     for start, command in _PACKED.items():
         if magic.startswith(start):
-            problem = f"{file.path} is compressed, and pictures in tars are read in place"
+            problem = f"{file.path} is compressed, and images in tars are read in place"
             raise RecipeError("source.path", problem, f"unpack it first: {command} {PurePosixPath(file.path).name}")
 
 
@@ -111,8 +111,8 @@ _PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip
 def _samples(group: list[Member]) -> list[list[Member]]:
     """Members that share their name up to its first dot → samples: one, as in KEY.jpg, KEY.seg.png, KEY.txt.
 
-    Where no member is named just KEY and a picture's suffix, the keys hold dots themselves, and end at the last one.
-    Where a picture's name comes again, so does its sample.
+    Where no member is named just KEY and an image's suffix, the keys hold dots themselves, and end at the last one.
+    Where an image's name comes again, so does its sample.
     """
     if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
         return [group] if len({member.name for member in group}) == len(group) else _parted(group)
@@ -121,9 +121,9 @@ def _samples(group: list[Member]) -> list[list[Member]]:
 
 def _parted(group: list[Member]) -> list[list[Member]]:
     """A group in which names are there twice → a new sample begins with each name that the one before has, if a
-    picture's are among them."""
-    pictures = [member.name for member in group if _split(member.name)[1].lower() in IMAGES]
-    if len(set(pictures)) == len(pictures):
+    image's are among them."""
+    images = [member.name for member in group if _split(member.name)[1].lower() in IMAGES]
+    if len(set(images)) == len(images):
         return [group]
     samples: list[list[Member]] = [[]]
     for member in group:
@@ -134,23 +134,23 @@ def _parted(group: list[Member]) -> list[list[Member]]:
 
 
 class _Apart:
-    """Looks for captions that do not lie beside their picture, as in a tar of a.jpg, b.jpg, a.txt, b.txt: read sample
+    """Looks for captions that do not lie beside their image, as in a tar of a.jpg, b.jpg, a.txt, b.txt: read sample
     by sample, all would be lost. Holds a hash of each name that lacks .txt or .json, and of each of these alone."""
 
     def __init__(self, tar: str) -> None:
         self._tar = tar
         self._lacking, self._alone = ({suffix: set[bytes]() for suffix in _BESIDE} for _ in range(2))
 
-    def check(self, stem: str, suffixes: set[str], *, picture: bool) -> None:
+    def check(self, stem: str, suffixes: set[str], *, image: bool) -> None:
         """Note a sample and which of _BESIDE it has. Raises RecipeError where what it lacks lies elsewhere."""
-        noted = _BESIDE - suffixes if picture else suffixes
-        here, there = (self._lacking, self._alone) if picture else (self._alone, self._lacking)
+        noted = _BESIDE - suffixes if image else suffixes
+        here, there = (self._lacking, self._alone) if image else (self._alone, self._lacking)
         name = _hash(stem)
         for suffix in noted:
             here[suffix].add(name)
             if name in there[suffix]:
                 problem = (
-                    f"{stem}{suffix} stands apart from its picture in {self._tar}, so that its caption would be lost"
+                    f"{stem}{suffix} stands apart from its image in {self._tar}, so that its caption would be lost"
                 )
                 raise RecipeError("source.path", problem, "unpack the tar, and pack it by name: tar --sort=name -cf …")
 
@@ -162,12 +162,12 @@ def _hash(name: str) -> bytes:
 def _sample(
     sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, apart: _Apart, seen: set[bytes]
 ) -> Iterator[Row]:
-    picture, caption, record, beside = None, "", dict[str, Any](), set[str]()
+    image, caption, record, beside = None, "", dict[str, Any](), set[str]()
     split = _first_split if any(_first_split(member.name)[1].lower() in IMAGES for member in sample) else _split
     for member in sample:
         suffix = split(member.name)[1].lower()
-        if suffix in IMAGES and picture is None:
-            picture = member
+        if suffix in IMAGES and image is None:
+            image = member
         elif suffix in _BESIDE:
             beside.add(suffix)
             stream.seek(member.offset)
@@ -176,17 +176,17 @@ def _sample(
                 record = _json_object(data)
             else:
                 caption = data.decode("utf-8", "replace").strip()
-    if picture is None or beside != _BESIDE:
-        apart.check(split(sample[0].name)[0], beside, picture=picture is not None)
-    if picture is None:
+    if image is None or beside != _BESIDE:
+        apart.check(split(sample[0].name)[0], beside, image=image is not None)
+    if image is None:
         return
     caption = _caption(caption or None, record, source)
-    url = text_of(f"{file.path}#{picture.name}")
+    url = text_of(f"{file.path}#{image.name}")
     name = _hash(url)
-    if name in seen:  # another picture of this name: the first has the key that it would have alone
-        url += f"@{picture.offset}"
+    if name in seen:  # another image of this name: the first has the key that it would have alone
+        url += f"@{image.offset}"
     seen.add(name)
-    yield _row(url, caption, file.path, picture.offset, picture.size, record, source)
+    yield _row(url, caption, file.path, image.offset, image.size, record, source)
 
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:

@@ -79,7 +79,7 @@ def _by_name(files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
 
 
 class FormatPolicy:
-    """Which files of a source are read, and as what; `pictures`: as a folder of pictures.
+    """Which files of a source are read, and as what; `pictures`: as a folder of images.
 
     Raises RecipeError where several kinds lie together and the recipe does not say which it means.
     """
@@ -89,18 +89,18 @@ class FormatPolicy:
         self._format = source.format
         self._kinds = {kind: path for kinds in reversed(found) for kind, path in kinds.first.items()}
         self._formats = {kind for kinds in found for kind in kinds.formats}
-        self.pictures = source.format == "folder" or (source.format == "auto" and _IMAGE in self._kinds)
+        self.images = source.format == "folder" or (source.format == "auto" and _IMAGE in self._kinds)
         if source.format == "auto":
-            self._refuse_tables_beside_pictures()
+            self._refuse_tables_beside_images()
             for kinds in found:
                 _refuse_mixed(kinds)
 
-    def _refuse_tables_beside_pictures(self) -> None:
+    def _refuse_tables_beside_images(self) -> None:
         """Whichever is read, the other would be left out."""
         tables = [path for kind, path in self._kinds.items() if kind in (*TABLES, _TAR) and kind != "txt"]
         if tables and _IMAGE in self._kinds:
-            problem = f"holds tables ({tables[0]}) and pictures ({self._kinds[_IMAGE]})"
-            hint = "name the tables with a glob, or say format: folder for the pictures"
+            problem = f"holds tables ({tables[0]}) and images ({self._kinds[_IMAGE]})"
+            hint = "name the tables with a glob, or say format: folder for the images"
             raise RecipeError("source.path", problem, hint)
 
     def of(self, files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:

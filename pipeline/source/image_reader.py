@@ -1,7 +1,7 @@
-"""Where pictures lie in the source's files → their bytes, or why they cannot be read. In the order of the files.
+"""Where images lie in the source's files → their bytes, or why they cannot be read. In the order of the files.
 
 The rows of a unit are sorted by key, so they lie at random over all files. Read in the order of (file, offset) each
-file is opened once. The disk is told what comes next, so that it works while pictures are decoded; from a bucket many
+file is opened once. The disk is told what comes next, so that it works while images are decoded; from a bucket many
 ranges are asked for at once, the next ones while those before are decoded.
 
 A source may change after it was planned. A whole file on a disk is read as it is now. Of a file in a tar the header
@@ -22,14 +22,14 @@ from capstan.pipeline.source.tar_index import BLOCK, fits, is_of
 from capstan.pipeline.storage import read_ranges
 from capstan.pipeline.storage.listing import on_disk
 
-_AHEAD: Final = 32  # pictures that the disk is told of in advance
+_AHEAD: Final = 32  # images that the disk is told of in advance
 _BATCH: Final = 128  # ranges asked for at once,
 _BATCH_BYTES: Final = 16 << 20  # and bytes of them
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Span:
-    """`length` bytes at `offset` of `file`, a path or URL: the picture of row `index`. At 0 lies a whole file; `member`
+    """`length` bytes at `offset` of `file`, a path or URL: the image of row `index`. At 0 lies a whole file; `member`
     is the name of one in a tar ("": not asked for)."""
 
     file: str
@@ -57,13 +57,13 @@ class TooLarge(OSError):
 
 
 def span_of(row: Mapping[str, Any], index: int) -> Span:
-    """Where the picture of a planned row (records.PLAN_SCHEMA) with a `file` lies."""
+    """Where the image of a planned row (records.PLAN_SCHEMA) with a `file` lies."""
     in_tar = row["url"].startswith(f"{row['file']}#") and row["offset"]
     member = row["url"][len(row["file"]) + 1 :] if in_tar else ""
     return Span(row["file"], row["offset"], row["length"], index, member)
 
 
-def read_pictures(spans: Iterable[Span], recipe: Recipe, *, most: int | None = None) -> Iterator[Found]:
+def read_images(spans: Iterable[Span], recipe: Recipe, *, most: int | None = None) -> Iterator[Found]:
     """(index, bytes or what went wrong) for every span; TooLarge for a whole file that now has more than `most` bytes
     (None: any number)."""
     in_order = sorted(spans)
@@ -161,15 +161,15 @@ def _answers(batch: list[Span], answer: Any) -> Iterator[Found]:
 
 
 def _checked(data: bytes, span: Span) -> bytes | Exception:
-    """The picture in `data`, the bytes [start, stop), if they are still those that were planned."""
+    """The image in `data`, the bytes [start, stop), if they are still those that were planned."""
     if len(data) != span.stop - span.start:
         missing = f"{len(data)} of {span.stop - span.start} bytes at {span.start}"
         return OSError(f"{span.file} has changed since it was planned: {missing}")
-    before, picture = data[: span.offset - span.start], data[span.offset - span.start :]
+    before, image = data[: span.offset - span.start], data[span.offset - span.start :]
     names = {span.member, span.member.removesuffix(f"@{span.offset}")}  # the latter of one whose name is there twice
     if before and not any(is_of(before, name, span.length) for name in names):
         return OSError(f"{span.file} has changed since it was planned: {span.member} is not at {span.offset} any more")
-    return picture
+    return image
 
 
 def options_of(path: str, recipe: Recipe) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
-UNIT_BYTES = 256 << 20  # of embedded pictures in a unit
+UNIT_BYTES = 256 << 20  # of embedded images in a unit
 _KEYS_BYTES = 1 << 20  # of an earlier batch's keys read at once
 _WRITERS = 2
 _SMALL_BYTES = 16 << 20
@@ -197,7 +197,7 @@ def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Tables of `rows` rows (the last may have fewer), or fewer where embedded pictures fill UNIT_BYTES before."""
+    """Tables of `rows` rows (the last may have fewer), or fewer where embedded images fill UNIT_BYTES before."""
     held: list[pa.Table] = []
     count = size = 0
     for table in tables:

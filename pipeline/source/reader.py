@@ -1,4 +1,4 @@
-"""`source` of the recipe → tables of rows: url, caption, where the picture lies, and the other columns as JSON.
+"""`source` of the recipe → tables of rows: url, caption, where the image lies, and the other columns as JSON.
 
 Nothing here looks at pixels, and memory does not grow with the source, but with one tar's samples.
 
@@ -27,7 +27,7 @@ from capstan.pipeline.source import tables
 from capstan.pipeline.source.columns import Row, of_rows, to_json
 from capstan.pipeline.source.folders import folder, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
-from capstan.pipeline.source.image_reader import Span, options_of, read_pictures
+from capstan.pipeline.source.image_reader import Span, options_of, read_images
 from capstan.pipeline.source.tables import Reader
 from capstan.pipeline.storage import list_files, open_file
 from capstan.pipeline.storage.listing import Batches, SourceFile, in_batches
@@ -69,7 +69,7 @@ class SourceReader:
             yield from _in_tables(_world(self.source))
             return
         choice = FormatPolicy(self.source, self._kinds.values())
-        if choice.pictures:
+        if choice.images:
             yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
             return
         read, left, first = 0, 0, ""
@@ -127,7 +127,7 @@ class SourceReader:
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
         spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
         found = {}
-        for number, data in read_pictures(spans, self._recipe):
+        for number, data in read_images(spans, self._recipe):
             if isinstance(data, CapstanError):
                 raise data
             if isinstance(data, Exception):

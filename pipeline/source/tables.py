@@ -93,7 +93,7 @@ def _with_addresses(columns: dict[str, pa.Array], count: int, source: Source) ->
 
 
 def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
-    """Rows with embedded pictures: cells of bytes, or Hugging Face's {bytes, path}, whose path goes to `extra`."""
+    """Rows with embedded images: cells of bytes, or Hugging Face's {bytes, path}, whose path goes to `extra`."""
     assert source.image is not None
     cells = columns.pop(source.image).to_pylist()
     count = len(cells)
@@ -236,7 +236,7 @@ def _lines(stream: Any, newline: str | None = None) -> io.TextIOWrapper:
 
 def _refuse_images(source: Source, file: SourceFile) -> None:
     if source.image:
-        raise RecipeError("source.image", f"{file.path} cannot hold embedded pictures", "only Parquet can; remove it")
+        raise RecipeError("source.image", f"{file.path} cannot hold embedded images", "only Parquet can; remove it")
 
 
 def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:

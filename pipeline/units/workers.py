@@ -102,7 +102,7 @@ class Tracker:
         self._starts, self._counts, self._stage = Counter[str](), Counter[str](), job.partition("-")[0]
         about = {
             "samples": ("capstan_samples_total", "Samples looked at, good or failed", ("stage",)),
-            "bytes": ("capstan_bytes_total", "Bytes of pictures read", ("stage",)),
+            "bytes": ("capstan_bytes_total", "Bytes of images read", ("stage",)),
             "failed": ("capstan_failed_total", "Samples that failed, by reason", ("stage", "reason")),
             "units": ("capstan_units_total", "Units that ended, by outcome", ("stage", "outcome")),
         }

@@ -1,5 +1,5 @@
 """The captioned world: drawn scenes with known truth, served as a careless web site.
 
 scene → draw, text → rows, site          what is there; its pixels and words; the rows and the web site
-oracle                                   a picture → what is in it, to score pictures against the truth
+oracle                                   an image → what is in it, to score images against the truth
 """

@@ -77,13 +77,13 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-# What a careless web writes beside a picture, and how often.
+# What a careless web writes beside an image, and how often.
 ALT_KINDS: Final[Mapping[str, float]] = {
     "fragment": 0.30,  # honest, but names no colours
     "partial": 0.20,  # one thing named truly, no word of the others
     "file_name": 0.15,
     "spam": 0.10,
-    "other": 0.10,  # another picture's caption
+    "other": 0.10,  # another image's caption
     "language": 0.10,  # German, Spanish or French
     "honest": 0.05,
 }
@@ -98,13 +98,13 @@ _FILE_NAMES: Final = ("IMG_{0:04d}.JPG", "DSC{0:05d}.jpg", "untitled-{0}.png", "
 
 
 def alt_kind(scene: Scene, row: int | None = None) -> str:
-    """Which of `ALT_KINDS` the alt text in this row is; `row` is the scene's own index unless its picture is a copy."""
+    """Which of `ALT_KINDS` the alt text in this row is; `row` is the scene's own index unless its image is a copy."""
     drawn = pick_share(_alt_dice(scene, row), ALT_KINDS)
     return drawn or "honest"
 
 
 def alt(scene: Scene, vocab: Vocabulary | None = None, row: int | None = None) -> str:
-    """What a careless web writes beside the picture. `vocab` is the world's (for another picture's caption)."""
+    """What a careless web writes beside the image. `vocab` is the world's (for another image's caption)."""
     chance = _alt_dice(scene, row)
     kind = pick_share(chance, ALT_KINDS)
     if kind == "fragment":

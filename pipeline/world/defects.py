@@ -18,7 +18,7 @@ DEFECTS: Final[Mapping[str, float]] = {
     "cut": 0.03,  # the file ends early
     "tiny": 0.02,  # at most 16 pixels
     "exact_duplicate": 0.03,  # the same bytes as an earlier index
-    "near_duplicate": 0.03,  # an earlier index's picture, saved again a little brighter or darker
+    "near_duplicate": 0.03,  # an earlier index's image, saved again a little brighter or darker
     "rotated": 0.02,  # pixels turned, and the EXIF tag that turns them back: harmless if decoded rightly
 }
 FORMATS: Final[Mapping[str, float]] = {"png": 0.05, "webp": 0.05}  # under a .jpg address; all others are JPEG
@@ -34,7 +34,7 @@ def defect(world: WorldSource, index: int) -> str | None:
 
 
 def shown_index(world: WorldSource, index: int) -> int:
-    """The index of the scene that the picture at `index` shows: its own, or the one that it copies."""
+    """The index of the scene that the image at `index` shows: its own, or the one that it copies."""
     if _drawn(world, index) in ("exact_duplicate", "near_duplicate"):
         original = _original(world, index)
         return index if original is None else original

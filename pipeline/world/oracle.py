@@ -1,10 +1,10 @@
-"""A picture → what is in it, and how well that follows a prompt's scene.
+"""An image → what is in it, and how well that follows a prompt's scene.
 
 The oracle knows the palette and the shapes of the captioned world and measures; nothing in it is learned. It is made
-for generated pictures too, which are soft: colours are judged in the cores of things, shapes by overlap with templates.
-`accuracy_on_clean` says how far it can be trusted, `chance` what pictures score that have nothing to do with a prompt.
+for generated images too, which are soft: colours are judged in the cores of things, shapes by overlap with templates.
+`accuracy_on_clean` says how far it can be trusted, `chance` what images score that have nothing to do with a prompt.
 
-    picture → background → pieces that stand out from it → colour, outline, shape, size, texture of each
+    image → background → pieces that stand out from it → colour, outline, shape, size, texture of each
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from capstan.pipeline.world.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Th
 
 MEASURES: Final = ("background", "colours", "count", "colour_shape", "relation")
 
-_WORK: Final = 96  # pictures are judged at this side, pixels
+_WORK: Final = 96  # images are judged at this side, pixels
 _BORDER: Final = 0.06  # share of the side that tells the background
 _SHADES: Final = (1.0, (1 + INK) / 2, INK)  # a thing shows its colour, its ink, and where they blur what lies between
 _CONTRAST: Final = 0.5  # of the way from the background to a thing's colour: from here on a pixel is the thing's
 _NEAR: Final = 9  # side of the window in which pixels are compared, pixels
 _CORE: Final = 0.85  # of the window's greatest distance from the background
-_LEAST_AREA: Final = 0.008  # of the picture; the smallest thing covers 0.025
+_LEAST_AREA: Final = 0.008  # of the image; the smallest thing covers 0.025
 _TEMPLATE: Final = 48  # side of the normalised masks that are compared, pixels
 _BLURS: Final = (0.0, 0.12, 0.22)  # standard deviations of the templates' softness, in radii
 _SMALL_BELOW: Final = 0.208  # radius between small and large things; softness makes things look larger
@@ -47,7 +47,7 @@ class Parsed:
 
 
 def parse(image: np.ndarray) -> Parsed:
-    """Background and things of a square picture: uint8 RGB [side, side, 3].
+    """Background and things of a square image: uint8 RGB [side, side, 3].
 
     Raises: ValueError for another shape or type.
     """
@@ -209,7 +209,7 @@ def _texture(pixels: np.ndarray, mask: np.ndarray, colour: str) -> str:
 
 
 def score(prompt_scene: Scene, image: np.ndarray) -> dict[str, float]:
-    """How well a picture follows the scene that its prompt describes; each of `MEASURES` in [0, 1].
+    """How well an image follows the scene that its prompt describes; each of `MEASURES` in [0, 1].
 
     `background` and `count` are right or wrong; `colours` and `colour_shape` are the shares of the scene's colours and
     (colour, shape) pairs that are found, each as often as it is asked for; `relation` says whether the scene's first
@@ -250,7 +250,7 @@ def _named(wanted: Thing, things: Sequence[Thing]) -> Thing | None:
 
 
 def aggregate(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each measure over all pictures for which it is defined (nan if there are none)."""
+    """The mean of each measure over all images for which it is defined (nan if there are none)."""
     means = {}
     for name in scores[0] if scores else MEASURES:
         defined = [row[name] for row in scores if not math.isnan(row[name])]
@@ -259,12 +259,12 @@ def aggregate(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def chance(scenes: Sequence[Scene], images: Sequence[np.ndarray] | None = None, rounds: int = 5) -> dict[str, float]:
-    """What the pictures (by default: drawings of the scenes) score against other scenes than their own, on average.
+    """What the images (by default: drawings of the scenes) score against other scenes than their own, on average.
 
-    Raises: ValueError for fewer than two scenes, or another number of pictures.
+    Raises: ValueError for fewer than two scenes, or another number of images.
     """
     if len(scenes) < 2 or (images is not None and len(images) != len(scenes)):
-        raise ValueError("chance needs two scenes or more, and a picture for each")
+        raise ValueError("chance needs two scenes or more, and an image for each")
     seen = [parse(image) for image in (images if images is not None else (render(scene, 64) for scene in scenes))]
     shifts = range(1, min(rounds, len(scenes) - 1) + 1)
     return aggregate([_score(scenes[i - shift], found) for shift in shifts for i, found in enumerate(seen)])

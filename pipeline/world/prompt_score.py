@@ -1,7 +1,7 @@
-"""A prompt's words → what they ask for → how much of it is in a picture, in the categories of T2I-CompBench.
+"""A prompt's words → what they ask for → how much of it is in an image, in the categories of T2I-CompBench.
 
 `oracle.score` asks after everything in a scene. This asks only after what a prompt says, since the captions of a
-careless web say little, and a picture cannot be blamed for what nobody asked for (Huang et al. 2023, "T2I-CompBench":
+careless web say little, and an image cannot be blamed for what nobody asked for (Huang et al. 2023, "T2I-CompBench":
 attribute binding, object relationship, numeracy).
 """
 
@@ -65,7 +65,7 @@ def read(prompt: str) -> Wanted:
 
 
 def judge(wanted: Wanted, image: np.ndarray) -> dict[str, float]:
-    """Each of `MEASURES` in [0, 1] for a picture (uint8 RGB [side, side, 3]); nan where a prompt says nothing of it.
+    """Each of `MEASURES` in [0, 1] for an image (uint8 RGB [side, side, 3]); nan where a prompt says nothing of it.
 
     colour_shape     the share of (colour, shape) pairs that are there, each as often as it is asked for
     colour_binding   of the things whose shape is there, the share in the colour asked for
@@ -83,7 +83,7 @@ def judge(wanted: Wanted, image: np.ndarray) -> dict[str, float]:
 
 
 def compare(wanted: Wanted, seen: Parsed) -> dict[str, float]:
-    """As `judge`, for a picture that has been parsed."""
+    """As `judge`, for an image that has been parsed."""
     pairs = _shared([_kind(thing) for thing in seen.things], [_kind(thing) for thing in wanted.things])
     colours = _shared([thing.colour for thing in seen.things], [thing.colour for thing in wanted.things])
     shapes = _shared([thing.shape for thing in seen.things], [thing.shape for thing in wanted.things])

@@ -1,4 +1,4 @@
-"""`Scene` → pixels: anti-aliased pictures of any size, and their JPEG bytes."""
+"""`Scene` → pixels: anti-aliased images of any size, and their JPEG bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOT: Final = 0.5  # distance between dots, in radii
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The picture of `scene`: uint8 RGB [size, size, 3]."""
+    """The image of `scene`: uint8 RGB [size, size, 3]."""
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:

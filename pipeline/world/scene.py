@@ -1,7 +1,7 @@
-"""(seed, index, vocabulary) → `Scene`: the truth about one picture of the captioned world.
+"""(seed, index, vocabulary) → `Scene`: the truth about one image of the captioned world.
 
-Lengths and places are fractions of the picture's side, x to the right and y downward. Scenes are drawn so that every
-statement about them holds by a margin: things neither touch nor leave the picture, a thing's place is never between two
+Lengths and places are fractions of the image's side, x to the right and y downward. Scenes are drawn so that every
+statement about them holds by a margin: things neither touch nor leave the image, a thing's place is never between two
 words, and of two things it is never in doubt whether they stand beside or above each other.
 """
 
@@ -54,7 +54,7 @@ RELATIONS: Final[Mapping[str, str]] = {  # relation → the same the other way r
     "below": "above",
 }
 
-EDGE: Final = 0.02  # least distance from a thing's circumcircle to the picture's edge
+EDGE: Final = 0.02  # least distance from a thing's circumcircle to the image's edge
 GAP: Final = 0.04  # least distance between two circumcircles
 CLEAR: Final = 0.08  # least difference between |dx| and |dy| of two things
 
@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one picture; `things` go from left to right, those in one column from the top down."""
+    """The truth about one image; `things` go from left to right, those in one column from the top down."""
 
     index: int
     seed: int
@@ -96,7 +96,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What may appear in a world's pictures."""
+    """What may appear in a world's images."""
 
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
@@ -193,7 +193,7 @@ def _texture(chance: random.Random, textures: Sequence[str]) -> str:
 def _layout(chance: random.Random, count: int) -> list[tuple[str, float, float, float]]:
     """(size, x, y, r) for each thing, drawn again until all margins are kept."""
     for attempt in itertools.count():
-        if attempt % 50 == 0:  # not every choice of sizes fits into the picture
+        if attempt % 50 == 0:  # not every choice of sizes fits into the image
             sizes = [pick(chance, list(SIZES)) for _ in range(count)]
         spots: list[tuple[str, float, float, float]] = []
         for size in sizes:

@@ -1,6 +1,6 @@
 """The captioned world as a web site on loopback, in a process of its own, with everything that the web does wrong.
 
-GET /<world>/<index>.jpg → the picture, drawn on request, or one of `DEFECTS`; GET /robots.txt allows everything.
+GET /<world>/<index>.jpg → the image, drawn on request, or one of `DEFECTS`; GET /robots.txt allows everything.
 The same address always gives the same bytes. The process ends with the one that started it, however that ends.
 """
 
@@ -95,7 +95,7 @@ def main() -> None:
 async def _serve(world: WorldSource, parent: int) -> None:
     vocab = vocabulary(world)
 
-    async def picture(request: web.Request) -> web.Response:
+    async def image(request: web.Request) -> web.Response:
         if request.match_info["world"] != world_name(world):
             return _not_found()
         return respond(world, vocab, int(request.match_info["index"]))
@@ -105,7 +105,7 @@ async def _serve(world: WorldSource, parent: int) -> None:
 
     app = web.Application()
     app.router.add_get("/robots.txt", robots)
-    app.router.add_get(r"/{world}/{index:\d{8,12}}.jpg", picture)
+    app.router.add_get(r"/{world}/{index:\d{8,12}}.jpg", image)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -126,7 +126,7 @@ def respond(world: WorldSource, vocab: Vocabulary, index: int) -> web.Response:
         return _not_found()
     if wrong == "html":
         lying = dice("html", world.seed, index).random() < 0.5
-        body = _PAGE.format("Please enable JavaScript to see this picture").encode()
+        body = _PAGE.format("Please enable JavaScript to see this image").encode()
         return web.Response(body=body, content_type="image/jpeg" if lying else "text/html")
     kind, data = file_bytes(world, vocab, index)
     return web.Response(body=data, content_type=f"image/{kind}")
@@ -137,7 +137,7 @@ def _not_found() -> web.Response:
 
 
 def file_bytes(world: WorldSource, vocab: Vocabulary, index: int) -> tuple[str, bytes]:
-    """(format, bytes) of the picture at `index`, with whatever is wrong with it."""
+    """(format, bytes) of the image at `index`, with whatever is wrong with it."""
     wrong, shown = defect(world, index), shown_index(world, index)
     if wrong == "exact_duplicate":
         return file_bytes(world, vocab, shown)
@@ -158,7 +158,7 @@ def file_bytes(world: WorldSource, vocab: Vocabulary, index: int) -> tuple[str, 
 
 
 def encode(image: np.ndarray, kind: str) -> tuple[str, bytes]:
-    """(format, bytes) of an RGB picture."""
+    """(format, bytes) of an RGB image."""
     if kind == "jpeg":
         return kind, encode_jpeg(image)
     options = [cv2.IMWRITE_WEBP_QUALITY, 90] if kind == "webp" else []
@@ -168,7 +168,7 @@ def encode(image: np.ndarray, kind: str) -> tuple[str, bytes]:
 
 
 def _rotated(image: np.ndarray, quarter_turns: int) -> bytes:
-    """The picture turned anticlockwise, with the EXIF orientation that tells a viewer to turn it back."""
+    """The image turned anticlockwise, with the EXIF orientation that tells a viewer to turn it back."""
     jpeg = encode_jpeg(np.ascontiguousarray(np.rot90(image, quarter_turns)))
     orientation = {1: 6, 2: 3, 3: 8}[quarter_turns]  # 6: show it turned clockwise by 90°
     # TIFF header (big-endian), one directory entry: tag 0x0112, type SHORT, one value; no further directory.

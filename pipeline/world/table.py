@@ -16,9 +16,9 @@ _URL: Final = re.compile(rf"^http://{re.escape(HOST)}/(?P<world>[^/]+)/(?P<index
 
 
 def world_name(world: WorldSource) -> str:
-    """The folder of a world's addresses: all that changes its pictures is in it, or in the hash at its end."""
-    pictures = world.model_dump(mode="json", exclude={"scenes", "captions"})
-    return f"seed{world.seed}-{world.size}px-{fingerprint(pictures)[:8]}"
+    """The folder of a world's addresses: all that changes its images is in it, or in the hash at its end."""
+    images = world.model_dump(mode="json", exclude={"scenes", "captions"})
+    return f"seed{world.seed}-{world.size}px-{fingerprint(images)[:8]}"
 
 
 def url_of(world: WorldSource, index: int) -> str:
@@ -53,7 +53,7 @@ def index_of_url(world: WorldSource, url: str) -> int:
 
 
 def scene_of_url(world: WorldSource, url: str) -> Scene:
-    """The truth about the picture at an address (for a duplicate: the scene of its original).
+    """The truth about the image at an address (for a duplicate: the scene of its original).
 
     Raises: ValueError for an address that is not this world's.
     """

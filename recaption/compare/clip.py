@@ -1,4 +1,4 @@
-"""Pictures and texts → embeddings by an open_clip CLIP: the judge of captions, which should not be their author.
+"""Images and texts → embeddings by an open_clip CLIP: the judge of captions, which should not be their author.
 
 The model is what scoring uses too (pipeline.score.tower); here it is named on the command line.
 """
@@ -19,7 +19,7 @@ from capstan.pipeline.score.clip_model import CONFIG_FILE, ClipModel
 
 BATCH: Final = 64
 
-Embeddings = npt.NDArray[np.float32]  # [pictures or texts, width], each of length 1
+Embeddings = npt.NDArray[np.float32]  # [images or texts, width], each of length 1
 
 
 class Clip:
@@ -44,12 +44,12 @@ class Clip:
         """Whether the model sees all of `text`."""
         return bool(self._loaded.tokens([text])[0][-1] == self._pad)
 
-    def pictures(self, files: Sequence[bytes]) -> Embeddings:
-        """Of encoded pictures."""
+    def images(self, files: Sequence[bytes]) -> Embeddings:
+        """Of encoded images."""
 
         def read(data: bytes) -> npt.NDArray[np.uint8]:
-            with Image.open(io.BytesIO(data)) as picture:
-                return self._tower.prepare(np.asarray(picture.convert("RGB")))
+            with Image.open(io.BytesIO(data)) as image:
+                return self._tower.prepare(np.asarray(image.convert("RGB")))
 
         return self._each(files, lambda some: self._loaded.images(np.stack([read(data) for data in some])))
 

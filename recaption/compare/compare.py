@@ -1,10 +1,10 @@
-"""Two caption layers → what tells them apart, on a sample of the dataset's pictures.
+"""Two caption layers → what tells them apart, on a sample of the dataset's images.
 
     captions/diff-A-B.json    the numbers
     captions/diff-A-B.html    the same for people, self-contained
-    captions/diff-A-B.png     the pictures on which the two disagree most
+    captions/diff-A-B.png     the images on which the two disagree most
 
-Keys are hashes, so the first pictures in key order are a random sample, and the same one in every comparison.
+Keys are hashes, so the first images in key order are a random sample, and the same one in every comparison.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Side:
     slot: str
     flags: Counter[str] = field(default_factory=Counter)  # over all captions that were looked at
     looked: int = 0
-    without: int = 0  # pictures for which the layer has no caption of its own
+    without: int = 0  # images for which the layer has no caption of its own
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ def side_of(storage: Storage, name: str, slot: str) -> Side:
 
 @dataclass
 class Sampled:
-    """Pictures that both sides have captions for."""
+    """Images that both sides have captions for."""
 
     jpegs: list[bytes] = field(default_factory=list)
     texts: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
@@ -89,22 +89,22 @@ def compare(
 ) -> dict[str, Any]:
     """Publish the comparison; gives its numbers and where it lies.
 
-    A picture that is in the dataset several times counts once; one for which a side has no caption of its own is
+    An image that is in the dataset several times counts once; one for which a side has no caption of its own is
     counted as `without`, and is left out of the scores. Raises RecipeError where less than two are left.
     """
     dataset = Dataset(storage)
     sides = side_of(storage, a, slot), side_of(storage, b, slot)
     if sides[0].name == sides[1].name:
         raise RecipeError("B", f"is {sides[0].name}, as A is", "name two layers, or two slots as LAYER:SLOT")
-    sampled, pictures = Sampled(), list[Embeddings]()
+    sampled, images = Sampled(), list[Embeddings]()
     for jpegs, texts in _sample(dataset, sides, sample):
         sampled.jpegs += jpegs
         for all_texts, some in zip(sampled.texts, texts, strict=True):
             all_texts += some
-        pictures.append(clip.pictures(jpegs))
+        images.append(clip.images(jpegs))
     if len(sampled.jpegs) < 2:
-        raise RecipeError("A", "less than two pictures have captions of A and of B", "complete both layers first")
-    seen = np.concatenate(pictures)
+        raise RecipeError("A", "less than two images have captions of A and of B", "complete both layers first")
+    seen = np.concatenate(images)
     near = metrics.neighbours(seen, min(NEIGHBOURS, len(seen) - 1))
     judged = [_judge(clip, seen, near, texts) for texts in sampled.texts]
     result = _result(sides, sampled, judged, near.shape[1], clip.name)
@@ -136,19 +136,19 @@ def _sample(
 
 @dataclass(frozen=True)
 class Judged:
-    """How one side's captions fit their pictures."""
+    """How one side's captions fit their images."""
 
-    mean: metrics.Floats  # [pictures], CLIP score of the chunks
+    mean: metrics.Floats  # [images], CLIP score of the chunks
     least: metrics.Floats
     recall: float
 
 
-def _judge(clip: Clip, pictures: Embeddings, near: Any, texts: Sequence[str]) -> Judged:
+def _judge(clip: Clip, images: Embeddings, near: Any, texts: Sequence[str]) -> Judged:
     parts = [metrics.chunks(text, clip.fits) for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(some) for some in parts])
     embedded = clip.texts([part for some in parts for part in some])
-    mean, least = metrics.scores(pictures, embedded, owner)
-    return Judged(mean, least, metrics.recall(pictures, metrics.whole(embedded, owner, len(texts)), near))
+    mean, least = metrics.scores(images, embedded, owner)
+    return Judged(mean, least, metrics.recall(images, metrics.whole(embedded, owner, len(texts)), near))
 
 
 def _result(

@@ -1,4 +1,4 @@
-"""A comparison of captions → a contact sheet of the pictures on which two layers disagree, and an HTML page."""
+"""A comparison of captions → a contact sheet of the images on which two layers disagree, and an HTML page."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from capstan.recaption.lint import linter
 WIDTH: Final = 1100  # pixels
 _THUMB, _GAP, _LINE, _SIZE = 180, 16, 19, 15
 _INK, _SOFT, _PAPER = (28, 32, 36), (110, 115, 125), (255, 255, 255)
-_TEXT_HEIGHT: Final = 4000  # pixels of text beside a picture, at most
+_TEXT_HEIGHT: Final = 4000  # pixels of text beside an image, at most
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture and its captions, by name."""
+    """An image and its captions, by name."""
 
     jpeg: bytes
     texts: Mapping[str, str]
 
 
 def draw(groups: Mapping[str, Sequence[Entry]]) -> bytes:
-    """A PNG: for each name the pictures that it wins by most, with both captions."""
+    """A PNG: for each name the images that it wins by most, with both captions."""
     font, rows = ImageFont.load_default(_SIZE), list[Image.Image]()
     for name, entries in groups.items():
         rows.append(_lines([(f"Where {name} fits best", _INK)], font, WIDTH - 2 * _GAP))
@@ -47,8 +47,8 @@ def _row(entry: Entry, font: Any) -> Image.Image:
     lines = [part for name, text in entry.texts.items() for part in ((name, _SOFT), (text, _INK))]
     told = _lines(lines, font, width - _THUMB - _GAP)
     made = Image.new("RGB", (width, max(_THUMB, told.height)), _PAPER)
-    with Image.open(io.BytesIO(entry.jpeg)) as picture:
-        small = picture.convert("RGB")
+    with Image.open(io.BytesIO(entry.jpeg)) as image:
+        small = image.convert("RGB")
         small.thumbnail((_THUMB, _THUMB))
     made.paste(small, (0, 0))
     made.paste(told, (_THUMB + _GAP, 0))
@@ -81,7 +81,7 @@ def page_of(result: Mapping[str, Any], groups: Mapping[str, Sequence[Entry]]) ->
     a, b = result["a"], result["b"]
     made = page.Page(
         f"{a['name']} against {b['name']}",
-        page.paragraph(f"On {result['pictures']:,} pictures, judged by {result['clip']}."),
+        page.paragraph(f"On {result['pictures']:,} images, judged by {result['clip']}."),
     )
     made.section("How well the captions fit", *_fit(result))
     made.section("How they are written", *_written(a, b))
@@ -96,13 +96,13 @@ def _fit(result: Mapping[str, Any]) -> list[page.Html]:
     rows = [
         ["CLIP score, mean over sentences", a["clip_mean"], b["clip_mean"], _won(result["a_wins_by_mean"])],
         ["CLIP score, worst sentence", a["clip_min"], b["clip_min"], _won(result["a_wins_by_min"])],
-        ["own picture found", a["recall"], b["recall"], f"chance {result['recall_by_chance']}"],
+        ["own image found", a["recall"], b["recall"], f"chance {result['recall_by_chance']}"],
     ]
     return [
         page.table(["", a["name"], b["name"], f"{a['name']} wins"], rows),
         page.note(
-            "Score: 100 × the cosine of picture and sentence. Own picture found: the share of captions closer to "
-            f"their picture than to its {result['neighbours']} nearest neighbours by embedding. A CLIP is biased: "
+            "Score: 100 × the cosine of image and sentence. Own image found: the share of captions closer to "
+            f"their image than to its {result['neighbours']} nearest neighbours by embedding. A CLIP is biased: "
             "how a model that was trained on the captions follows prompts decides."
         ),
     ]

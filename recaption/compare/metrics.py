@@ -1,4 +1,4 @@
-"""Captions, and embeddings of them and of their pictures → numbers that compare captions. Pure functions.
+"""Captions, and embeddings of them and of their images → numbers that compare captions. Pure functions.
 
 Standard CLIPs see 77 tokens and judge only the first of a long caption, so captions are scored sentence by sentence:
 the mean tells how well a caption fits, the minimum whether it says something that is not there.
@@ -44,15 +44,15 @@ def chunks(text: str, fits: Callable[[str], bool]) -> list[str]:
     return parts
 
 
-def scores(pictures: Floats, texts: Floats, owner: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Mean and minimum, over each picture's chunks, of 100 × the cosine of picture and chunk.
+def scores(images: Floats, texts: Floats, owner: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Mean and minimum, over each image's chunks, of 100 × the cosine of image and chunk.
 
-    `pictures` [N, D]; `texts` [M, D]; `owner` [M] is the picture that each chunk is of, and each has one at least.
+    `pictures` [N, D]; `texts` [M, D]; `owner` [M] is the image that each chunk is of, and each has one at least.
     """
-    cosine = 100 * (pictures[owner] * texts).sum(-1)
-    count = np.bincount(owner, minlength=len(pictures))
-    mean = np.bincount(owner, weights=cosine, minlength=len(pictures)) / count
-    least = np.full(len(pictures), np.inf)
+    cosine = 100 * (images[owner] * texts).sum(-1)
+    count = np.bincount(owner, minlength=len(images))
+    mean = np.bincount(owner, weights=cosine, minlength=len(images)) / count
+    least = np.full(len(images), np.inf)
     np.minimum.at(least, owner, cosine)
     return mean.astype(np.float32), least.astype(np.float32)
 
@@ -73,24 +73,24 @@ def wins(a: Floats, b: Floats) -> dict[str, Any]:
     return {"rate": round(rate, 4), "low": round(middle - half, 4), "high": round(middle + half, 4)}
 
 
-def neighbours(pictures: Floats, count: int) -> npt.NDArray[np.int64]:
-    """Each picture's `count` nearest others [N, count], by cosine: those that are hardest to tell from it."""
-    near = np.empty((len(pictures), count), np.int64)
-    for start in range(0, len(pictures), _ROWS):
-        similar = pictures[start : start + _ROWS] @ pictures.T
+def neighbours(images: Floats, count: int) -> npt.NDArray[np.int64]:
+    """Each image's `count` nearest others [N, count], by cosine: those that are hardest to tell from it."""
+    near = np.empty((len(images), count), np.int64)
+    for start in range(0, len(images), _ROWS):
+        similar = images[start : start + _ROWS] @ images.T
         rows = np.arange(len(similar))
         similar[rows, start + rows] = -np.inf
         near[start : start + _ROWS] = np.argsort(-similar, axis=1, kind="stable")[:, :count]
     return near
 
 
-def recall(pictures: Floats, captions: Floats, near: npt.NDArray[np.int64]) -> float:
-    """The share of captions that are closer to their own picture than to each of its neighbours; ties are shared out.
+def recall(images: Floats, captions: Floats, near: npt.NDArray[np.int64]) -> float:
+    """The share of captions that are closer to their own image than to each of its neighbours; ties are shared out.
 
     Chance is 1 / (1 + neighbours).
     """
-    own = (captions * pictures).sum(-1, keepdims=True)
-    others = np.einsum("nd,nkd->nk", captions, pictures[near])
+    own = (captions * images).sum(-1, keepdims=True)
+    others = np.einsum("nd,nkd->nk", captions, images[near])
     ties = np.isclose(others, own, rtol=0, atol=1e-6)
     beaten = ((others > own) & ~ties).any(axis=1)
     return float(np.where(beaten, 0.0, 1 / (1 + ties.sum(axis=1))).mean())

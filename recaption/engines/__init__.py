@@ -1,6 +1,6 @@
-"""Caption engines: what writes a caption for a picture, each in its own file, loaded when it is asked for.
+"""Caption engines: what writes a caption for an image, each in its own file, loaded when it is asked for.
 
-JPEG bytes ──prepare, on CPU workers──▶ Picture ──caption, on model workers──▶ slot → Caption
+JPEG bytes ──prepare, on CPU workers──▶ EngineInput ──caption, on model workers──▶ slot → Caption
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from capstan.recaption.lint.linter import Finish
 
 MAX_TOKENS: Final = 256  # new tokens a caption of an engine that is asked in words, where the recipe names no number
 
-Picture: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded picture: what `prepare` made
+EngineInput: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded image: what `prepare` made
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for one picture."""
+    """What is asked for one image."""
 
-    sha256: str  # of the picture's source bytes: with slot and attempt it names the random numbers that are drawn
+    sha256: str  # of the image's source bytes: with slot and attempt it names the random numbers that are drawn
     slots: tuple[str, ...]
-    original: str = ""  # the caption that came with the picture; only engines that say `uses_original` look at it
+    original: str = ""  # the caption that came with the image; only engines that say `uses_original` look at it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Caption:
 class CaptionEngine(Protocol):
     """Light to make and to send to workers: packages and weights are loaded by the first `caption`.
 
-    A caption depends on the picture, the request, the attempt and what `describe` says: never on the batch, on the
+    A caption depends on the image, the request, the attempt and what `describe` says: never on the batch, on the
     worker or on what ran before.
     """
 
@@ -61,16 +61,16 @@ class CaptionEngine(Protocol):
         The recipe id is made of it; `attempt` is no part of it, nor is how fast captions are made.
         """
 
-    def prepare(self, jpeg: bytes) -> Picture:
-        """What `caption` needs of a picture, small enough to travel. Loads no model.
+    def prepare(self, jpeg: bytes) -> EngineInput:
+        """What `caption` needs of an image, small enough to travel. Loads no model.
 
-        Raises an Exception for a broken picture.
+        Raises an Exception for a broken image.
         """
 
     def caption(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+        self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
-        """One mapping of slot → Caption for each picture, with exactly the slots that its request names.
+        """One mapping of slot → Caption for each image, with exactly the slots that its request names.
 
         `attempt` 0 decodes as the recipe says. A later one draws other tokens, also where the recipe's method is
         greedy: it is for captions in which something was found wrong.
@@ -79,7 +79,7 @@ class CaptionEngine(Protocol):
 
 @runtime_checkable
 class TextEngine(Protocol):
-    """An engine that also answers questions without a picture."""
+    """An engine that also answers questions without an image."""
 
     def write(self, prompts: Sequence[str], *, seeds: Sequence[int], max_tokens: int) -> list[Caption]:
         """One answer a prompt, of at most `max_tokens` tokens."""
@@ -104,7 +104,7 @@ def make(config: RecaptionConfig, *, workers: int = 1) -> CaptionEngine:
 
 
 def seed_of(seed: int, sha256: str, slot: str, attempt: int) -> int:
-    """Of one caption's random numbers: 63 bits from the recipe's seed, the picture, the slot and the attempt."""
+    """Of one caption's random numbers: 63 bits from the recipe's seed, the image, the slot and the attempt."""
     digest = hashlib.blake2b(f"{seed} {sha256} {slot} {attempt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -131,6 +131,6 @@ def need(package: str, extra: str, field: str = "recaption.engine") -> Any:
         raise MissingExtra(field, package, extra) from None
 
 
-def size_of(picture: Picture) -> int:
-    """Bytes that a picture takes on its way to a model worker."""
-    return len(picture) if isinstance(picture, bytes) else picture.nbytes
+def size_of(image: EngineInput) -> int:
+    """Bytes that an image takes on its way to a model worker."""
+    return len(image) if isinstance(image, bytes) else image.nbytes

@@ -1,10 +1,10 @@
-"""Beam search over a cached decoder: for each picture the caption that the model finds likeliest as a whole.
+"""Beam search over a cached decoder: for each image the caption that the model finds likeliest as a whole.
 
 A caption's score is its log-probability, its end token's included, divided by its number of tokens to the power of
-`length_penalty` (Wu et al. 2016, arXiv:1609.08144, in the form that transformers uses). A picture is done when the
+`length_penalty` (Wu et al. 2016, arXiv:1609.08144, in the form that transformers uses). An image is done when the
 best caption that is still being written would, if it ended there, come after `beams` finished ones.
 
-Shapes: P pictures, K beams a picture, B = P · K rows, V vocabulary.
+Shapes: P images, K beams an image, B = P · K rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OUT: Final = -1e9  # score of a beam that is none; finite, so that differences 
 
 @dataclass
 class _Finished:
-    """One picture's finished captions, the best `beams` of them."""
+    """One image's finished captions, the best `beams` of them."""
 
     beams: int
     penalty: float
@@ -39,15 +39,15 @@ class _Finished:
 
 
 def search(
-    cache: CachedCoca, pictures: Sequence[int], prompt: Sequence[int], limit: int, tokens: Tokens, how: Decoding
+    cache: CachedCoca, images: Sequence[int], prompt: Sequence[int], limit: int, tokens: Tokens, how: Decoding
 ) -> list[Written]:
-    """For each of these pictures of `cache`: the tokens after `prompt`, at most `limit`, of the best caption found."""
-    beams, batch = how.beams, len(pictures)
-    total = cache.start(len(prompt) + 1 + limit, pictures, beams)
+    """For each of these images of `cache`: the tokens after `prompt`, at most `limit`, of the best caption found."""
+    beams, batch = how.beams, len(images)
+    total = cache.start(len(prompt) + 1 + limit, images, beams)
     device = cache.device
-    finished = [_Finished(beams, how.length_penalty) for _ in pictures]
+    finished = [_Finished(beams, how.length_penalty) for _ in images]
     done = [number >= batch for number in range(total)]
-    held = list(range(total))  # the pictures that the cache still holds
+    held = list(range(total))  # the images that the cache still holds
     scores = torch.full((total, beams), _OUT, device=device)
     scores[:, 0] = 0.0  # all beams start alike: only one of them counts
     written = torch.empty((total * beams, 0), dtype=torch.long, device=device)
@@ -58,8 +58,8 @@ def search(
         best, parents, chosen = _candidates(scores, logits.log_softmax(-1), beams)
         texts = written.tolist()
         places, values = [], []
-        for place, picture in enumerate(held):
-            mine = finished[picture] if not done[picture] else None
+        for place, image in enumerate(held):
+            mine = finished[image] if not done[image] else None
             going: list[tuple[float, int, int]] = []
             for rank, (score, parent, token) in enumerate(zip(best[place], parents[place], chosen[place], strict=True)):
                 row = place * beams + parent
@@ -72,10 +72,10 @@ def search(
                 if length == limit:
                     for score, row, token in going:
                         mine.add(score, [*texts[row], token], ended=False)
-                done[picture] = True
+                done[image] = True
             places.append([row for _, row, _ in going])
             values.append([(score, token) for score, _, token in going])
-        left = sum(not done[picture] for picture in held)
+        left = sum(not done[image] for image in held)
         if not left:
             break
         order = list(range(len(held)))
@@ -93,14 +93,14 @@ def search(
 def _candidates(
     scores: torch.Tensor, log_shares: torch.Tensor, beams: int
 ) -> tuple[list[list[float]], list[list[int]], list[list[int]]]:
-    """The 2K best continuations of each picture's beams, the best first: scores, beams that they continue, tokens.
+    """The 2K best continuations of each image's beams, the best first: scores, beams that they continue, tokens.
 
     Twice as many as beams: at most one a beam can be the end, so that as many as beams always go on.
     """
-    pictures, width = len(scores), 2 * beams
-    values, tokens = log_shares.view(pictures, beams, -1).topk(min(width, log_shares.shape[-1]), dim=-1)
+    images, width = len(scores), 2 * beams
+    values, tokens = log_shares.view(images, beams, -1).topk(min(width, log_shares.shape[-1]), dim=-1)
     each = values.shape[-1]
-    flat = (scores[:, :, None] + values).view(pictures, -1)
+    flat = (scores[:, :, None] + values).view(images, -1)
     best, order = flat.sort(dim=-1, descending=True, stable=True)
     best, order = best[:, :width], order[:, :width]
-    return best.tolist(), (order // each).tolist(), tokens.reshape(pictures, -1).gather(1, order).tolist()
+    return best.tolist(), (order // each).tolist(), tokens.reshape(images, -1).gather(1, order).tolist()

@@ -1,4 +1,4 @@
-"""Pictures → captions by an open_clip CoCa: a name with a tag or checkpoint, or a folder that Capstan trained.
+"""Images → captions by an open_clip CoCa: a name with a tag or checkpoint, or a folder that Capstan trained.
 
     folder/  open_clip_config.json  open_clip_model.safetensors     what open_clip's `local-dir:` schema reads
              bpe.txt.gz             the merges of its own vocabulary, where it has one
@@ -21,7 +21,7 @@ import numpy as np
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import RecaptionConfig
-from capstan.recaption.engines import Caption, Picture, Request, seed_of
+from capstan.recaption.engines import Caption, EngineInput, Request, seed_of
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class CocaEngine:
         return preprocess.read(jpeg, self.preprocessing)
 
     def caption(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+        self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
         import torch
 
@@ -104,12 +104,12 @@ class CocaEngine:
                 captions
                 for first in range(0, len(requests), step)
                 for captions in self._batch(
-                    loaded, pictures[first : first + step], requests[first : first + step], attempt
+                    loaded, images[first : first + step], requests[first : first + step], attempt
                 )
             ]
 
     def _batch(
-        self, loaded: _Loaded, pictures: Sequence[Picture], requests: Sequence[Request], attempt: int
+        self, loaded: _Loaded, images: Sequence[EngineInput], requests: Sequence[Request], attempt: int
     ) -> list[dict[str, Caption]]:
         from capstan.recaption.engines.beam_search import search
         from capstan.recaption.engines.coca_decoding import decode
@@ -117,7 +117,7 @@ class CocaEngine:
         how, found = self.config.decoding, [dict[str, Caption]() for _ in requests]
         if attempt:
             how = how.model_copy(update={"method": "top_p"})
-        cache = loaded.look(pictures, self.preprocessing, self.config.batch)
+        cache = loaded.look(images, self.preprocessing, self.config.batch)
         for slot, (prompt, limit) in loaded.slots.items():
             rows = [row for row, request in enumerate(requests) if slot in request.slots]
             if not rows:
@@ -168,14 +168,14 @@ class _Loaded:
         self.slots = {slot: self._prompt(engine, slot) for slot in config.slots}
         log.info("%s loaded on %s, %s", config.model, self.device, config.precision or "fp32")
 
-    def look(self, pictures: Sequence[Picture], how: preprocess.Preprocessing, batch: int) -> CachedCoca:
-        """Encode uint8 pictures [height, width, 3]; where shapes must stay, `batch` of them, the last one repeated."""
+    def look(self, images: Sequence[EngineInput], how: preprocess.Preprocessing, batch: int) -> CachedCoca:
+        """Encode uint8 images [height, width, 3]; where shapes must stay, `batch` of them, the last one repeated."""
         import torch
 
         from capstan.recaption.engines.coca_decoding import CachedCoca, padded
 
-        total = padded(len(pictures)) if self.device.type == "cpu" else batch
-        stacked = np.stack([*pictures, *[pictures[-1]] * (total - len(pictures))])
+        total = padded(len(images)) if self.device.type == "cpu" else batch
+        stacked = np.stack([*images, *[images[-1]] * (total - len(images))])
         x = torch.from_numpy(stacked).to(self.device).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (how.mean, how.std))
         _, image_tokens = self.model.visual(((x.float() / 255 - mean) / std).to(self.dtype))

@@ -5,11 +5,11 @@ image anew. Here each layer keeps its keys and values, the decoder's cross-atten
 slots, once for all beams), and a step costs one token. The tokens are those of open_clip's own forward.
 
 Sums of floats depend on their order, and a library of matrix products chooses the order by the shape. So that a
-caption depends on its own picture only, products have shapes for which one row's sum is the same whatever rows and
+caption depends on its own image only, products have shapes for which one row's sum is the same whatever rows and
 threads are beside it: on the CPU whole groups of `GROUP` rows (measured with torch 2.15 and its MKL, which shares rows
 out to threads in eights, and sums 1 to 3 of them otherwise than more), elsewhere always the same number of rows.
 
-Shapes: P pictures, B rows (captions, or beams of captions), T tokens so far, I image tokens, W width, H heads, D width
+Shapes: P images, B rows (captions, or beams of captions), T tokens so far, I image tokens, W width, H heads, D width
 of a head, V vocabulary.
 """
 
@@ -94,7 +94,7 @@ class Attention:
         return self._attend(query, self.keys[:, :, :stop], self.values[:, :, :stop], mask)
 
     def to_image(self, x: torch.Tensor) -> torch.Tensor:
-        """Cross-attention of x [B, T, W]; a picture's beams stand beside each other and look at it as one."""
+        """Cross-attention of x [B, T, W]; an image's beams stand beside each other and look at it as one."""
         beside = x.reshape(len(self.keys), -1, x.shape[-1])  # [P, beams · T, W]
         return self._attend(self.project(beside, 0, 0)[0], self.keys, self.values, None).view_as(x)
 
@@ -110,7 +110,7 @@ class Attention:
 
 
 class CachedCoca:
-    """CoCa's text tower and decoder, one token at a time, for one batch of pictures."""
+    """CoCa's text tower and decoder, one token at a time, for one batch of images."""
 
     def __init__(self, model: Any) -> None:
         self.text, self.decoder = model.text, model.text_decoder
@@ -122,7 +122,7 @@ class CachedCoca:
         self.seen = 0
 
     def look(self, image_tokens: torch.Tensor) -> None:
-        """Take in a batch of pictures [P, I, W]; serves any number of `start`s."""
+        """Take in a batch of images [P, I, W]; serves any number of `start`s."""
         self._image = []
         for _, _, cross, attention in self.layers:
             attention.remember(cross.ln_1_kv(image_tokens))
@@ -130,14 +130,14 @@ class CachedCoca:
         self._like, self.device = image_tokens, image_tokens.device
         self.groups = self.device.type == "cpu"  # elsewhere a batch keeps its shape to the end
 
-    def start(self, length: int, pictures: Sequence[int], beams: int = 1) -> int:
-        """Forget all text; room for `length` tokens of captions of these pictures, `beams` rows each.
+    def start(self, length: int, images: Sequence[int], beams: int = 1) -> int:
+        """Forget all text; room for `length` tokens of captions of these images, `beams` rows each.
 
-        Gives how many pictures the cache now holds: the first are those asked for, the others fill the shape.
+        Gives how many images the cache now holds: the first are those asked for, the others fill the shape.
         """
-        total = padded(len(pictures)) if self.groups else len(self._like)
-        chosen = torch.tensor([*pictures, *[pictures[-1]] * (total - len(pictures))], device=self.device)
-        whole = total == len(self._like) and list(pictures) == list(range(len(pictures)))
+        total = padded(len(images)) if self.groups else len(self._like)
+        chosen = torch.tensor([*images, *[images[-1]] * (total - len(images))], device=self.device)
+        whole = total == len(self._like) and list(images) == list(range(len(images)))
         self.seen = 0
         for attention in [a for _, a in self.tower] + [a for _, a, _, _ in self.layers]:
             attention.start(total * beams, length, self._like)
@@ -145,14 +145,14 @@ class CachedCoca:
             attention.keys, attention.values = (keys, values) if whole else (keys[chosen], values[chosen])
         return total
 
-    def keep(self, rows: torch.Tensor, pictures: torch.Tensor | None = None) -> None:
-        """Go on with these rows, and these pictures (None: all of them)."""
+    def keep(self, rows: torch.Tensor, images: torch.Tensor | None = None) -> None:
+        """Go on with these rows, and these images (None: all of them)."""
         for _, attention in self.tower:
             attention.keep(rows, self.seen)
         for _, own, _, cross in self.layers:
             own.keep(rows, self.seen)
-            if pictures is not None:
-                cross.keep(pictures)
+            if images is not None:
+                cross.keep(images)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of the token after `tokens` [B, T], which follow those given before."""
@@ -176,19 +176,19 @@ class CachedCoca:
 
 def decode(
     cache: CachedCoca,
-    pictures: Sequence[int],
+    images: Sequence[int],
     prompt: Sequence[int],
     limit: int,
     tokens: Tokens,
     how: Decoding,
     seeds: Sequence[int],
 ) -> list[Written]:
-    """For each of these pictures of `cache`: the tokens after `prompt`, at most `limit`, greedy or drawn.
+    """For each of these images of `cache`: the tokens after `prompt`, at most `limit`, greedy or drawn.
 
-    `seeds` holds one seed a picture, used where tokens are drawn: what is drawn for a picture depends on no other.
+    `seeds` holds one seed an image, used where tokens are drawn: what is drawn for an image depends on no other.
     """
-    total = cache.start(len(prompt) + 1 + limit, pictures)
-    device, batch = cache.device, len(pictures)
+    total = cache.start(len(prompt) + 1 + limit, images)
+    device, batch = cache.device, len(images)
     fill = total - batch
     chances = chances_of([*seeds, *[0] * fill], limit).to(device) if how.method == "top_p" else None
     written = torch.full((total, limit), tokens.end, device=device)

@@ -1,4 +1,4 @@
-"""Pictures → captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, transformers serve, hosted.
+"""Images → captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, transformers serve, hosted.
 
 Requests go out side by side, a bounded number of them, at the pace that the limits allow. What can heal is asked again;
 what does not heal is a caption with a reason, and the run goes on. What is the user's to mend ends the run: a key or
@@ -23,7 +23,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.records import storable
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
-from capstan.recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
+from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
 from capstan.recaption.engines.rate_limit import RateLimiter, Retries, retry_after
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 VERSION: Final = 1  # of what is sent; part of a layer's id
 
-_PICTURE_TOKENS: Final = 1000  # of a prompt, until the server says how many it were
+_IMAGE_TOKENS: Final = 1000  # of a prompt, until the server says how many it were
 _LETTERS_A_TOKEN: Final = 4
 _SEED_BITS: Final = 31  # servers differ in how large a seed they take; all take this
 
-# Answers that name a mistake in the recipe: asking again, or asking for another picture, is of no use.
+# Answers that name a mistake in the recipe: asking again, or asking for another image, is of no use.
 _MISTAKES: Final = {
     401: ("server.key_env", "the server refuses the key", "set the variable to a valid key"),
     403: ("server.key_env", "the key may not use this model", "use another key, or another model"),
@@ -79,17 +79,17 @@ class OpenAIEngine:
         return preprocess.encoded_within(jpeg, self.config.max_side)
 
     def caption(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+        self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
         how, places, bodies = self.config.decoding, list[tuple[int, str]](), list[Body]()
         if attempt:
             how = how.model_copy(update={"method": "top_p"})
-        for row, (picture, request) in enumerate(zip(pictures, requests, strict=True)):
+        for row, (image, request) in enumerate(zip(images, requests, strict=True)):
             for slot in request.slots:
-                assert isinstance(picture, bytes)
+                assert isinstance(image, bytes)
                 seed = seed_of(how.seed, request.sha256, slot, attempt)
                 text = prompts.quote(self.prompts[slot], request.original)
-                bodies.append(self._body(text, how, seed, picture))
+                bodies.append(self._body(text, how, seed, image))
                 places.append((row, slot))
         found = [dict[str, Caption]() for _ in requests]
         for (row, slot), caption in zip(places, self._ask(bodies), strict=True):
@@ -101,10 +101,10 @@ class OpenAIEngine:
         asked = zip(prompts, seeds, strict=True)
         return self._ask([self._body(text, how, seed, None, max_tokens) for text, seed in asked])
 
-    def _body(self, text: str, how: Decoding, seed: int, picture: bytes | None, max_tokens: int | None = None) -> Body:
+    def _body(self, text: str, how: Decoding, seed: int, image: bytes | None, max_tokens: int | None = None) -> Body:
         content: list[Body] = [{"type": "text", "text": text}]
-        if picture is not None:
-            url = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+        if image is not None:
+            url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         messages: list[Body] = [{"role": "user", "content": content}]
         if self.config.system:
@@ -149,7 +149,7 @@ class OpenAIEngine:
     async def _refuse_mistake(self, session: aiohttp.ClientSession, reasons: set[str]) -> None:
         """Raise RecipeError where all of the first requests failed for one reason that does not heal.
 
-        A request about a plain picture tells whether theirs are at fault: in later runs those that a server refuses may
+        A request about a plain image tells whether theirs are at fault: in later runs those that a server refuses may
         come alone.
         """
         reason, *others = reasons
@@ -158,7 +158,7 @@ class OpenAIEngine:
         lasts = not others and (reason == "connect" or (status and not _heals(status)))
         if lasts:
             text = prompts.quote(next(iter(self.prompts.values())), "")
-            again, *_ = await self._exchange(session, self._body(text, self.config.decoding, 0, _plain_picture()))
+            again, *_ = await self._exchange(session, self._body(text, self.config.decoding, 0, _plain_image()))
             lasts = again == reason
         self._answers = not lasts
         if lasts and not status:
@@ -234,7 +234,7 @@ def _heals(status: int) -> bool:
     return status in _HEALING or status >= 500
 
 
-def _plain_picture() -> bytes:
+def _plain_image() -> bytes:
     """A grey square that no server finds too small or too large."""
     file = io.BytesIO()
     Image.new("RGB", (224, 224), (128, 128, 128)).save(file, "JPEG")
@@ -263,7 +263,7 @@ def _expected_tokens(body: Body) -> int:
     """Of prompt and answer, before the server has said; rather too many than too few."""
     parts = [part for message in body["messages"] for part in _parts(message["content"])]
     letters = sum(len(part.get("text", "")) for part in parts)
-    seen = _PICTURE_TOKENS * any("image_url" in part for part in parts)
+    seen = _IMAGE_TOKENS * any("image_url" in part for part in parts)
     return seen + letters // _LETTERS_A_TOKEN + int(body.get("max_tokens") or MAX_TOKENS)
 
 

@@ -1,6 +1,6 @@
-"""Pictures → captions by any image-text-to-text model of transformers: from a folder, or by its name on the hub.
+"""Images → captions by any image-text-to-text model of transformers: from a folder, or by its name on the hub.
 
-The model's own chat template and processor make its inputs. A caption depends on its own picture and prompt only:
+The model's own chat template and processor make its inputs. A caption depends on its own image and prompt only:
 prompts are padded on the left to a length that follows from their own length, captions of other lengths are made in
 other batches, and batches have shapes in which a row is computed alike whatever is beside it (see decode.py).
 """
@@ -18,7 +18,7 @@ import numpy as np
 from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
-from capstan.recaption.engines import MAX_TOKENS, Caption, Picture, Request, chat_settings, need, seed_of
+from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TransformersEngine:
         return preprocess.within(jpeg, self.config.max_side)
 
     def caption(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+        self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
         found = [dict[str, Caption]() for _ in requests]
         how = self.config.decoding
@@ -78,7 +78,7 @@ class TransformersEngine:
             how = how.model_copy(update={"method": "top_p"})
         for slot, prompt in self.prompts.items():
             rows = [row for row, request in enumerate(requests) if slot in request.slots]
-            conversations = [self._ask(prompts.quote(prompt, requests[row].original), pictures[row]) for row in rows]
+            conversations = [self._ask(prompts.quote(prompt, requests[row].original), images[row]) for row in rows]
             seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) for row in rows]
             for row, caption in zip(rows, self._answer(conversations, seeds, how), strict=True):
                 found[row][slot] = caption
@@ -88,12 +88,12 @@ class TransformersEngine:
         conversations = [self._ask(prompt) for prompt in prompts]
         return self._answer(conversations, seeds, self.config.decoding, max_tokens)
 
-    def _ask(self, text: str, picture: Picture | None = None) -> list[Message]:
+    def _ask(self, text: str, image: EngineInput | None = None) -> list[Message]:
         from PIL import Image
 
         content: list[Message] = [{"type": "text", "text": text}]
-        if picture is not None:
-            content.insert(0, {"type": "image", "image": Image.fromarray(np.asarray(picture))})
+        if image is not None:
+            content.insert(0, {"type": "image", "image": Image.fromarray(np.asarray(image))})
         system = [{"role": "system", "content": [{"type": "text", "text": self.config.system}]}]
         return [*(system if self.config.system else []), {"role": "user", "content": content}]
 
@@ -180,9 +180,9 @@ class _Loaded:
 
     def _inputs(self, conversations: Sequence[list[Message]]) -> dict[str, Any]:
         """What the model takes, on its device; padded on the left, to whole multiples of BUCKET."""
-        pictures = [_picture(messages) for messages in conversations]
-        if any(picture is not None for picture in pictures) and not self.sees:
-            problem, hint = "the model takes no pictures", "name an image-text-to-text model"
+        pictures = [_image(messages) for messages in conversations]
+        if any(image is not None for image in pictures) and not self.sees:
+            problem, hint = "the model takes no images", "name an image-text-to-text model"
             raise RecipeError("recaption.model", problem, hint)
         texts = [
             self.processor.apply_chat_template(
@@ -195,10 +195,10 @@ class _Loaded:
         special = not (start and texts[0].startswith(start))
         text_kwargs = {"padding": True, "padding_side": "left", "pad_to_multiple_of": BUCKET, "return_tensors": "pt"}
         text_kwargs["add_special_tokens"] = special
-        if all(picture is None for picture in pictures):
+        if all(image is None for image in pictures):
             inputs = self.tokenizer(texts, **text_kwargs)
         else:
-            inputs = self.processor(text=texts, images=[[picture] for picture in pictures], **text_kwargs)
+            inputs = self.processor(text=texts, images=[[image] for image in pictures], **text_kwargs)
         return {
             name: tensor.to(self.device, self.model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
@@ -256,8 +256,8 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
     return [groups[length] for length in sorted(groups)]
 
 
-def _picture(messages: Sequence[Message]) -> Any:
-    """The picture in a conversation, or None."""
+def _image(messages: Sequence[Message]) -> Any:
+    """The image in a conversation, or None."""
     parts = [part for message in messages for part in message["content"]]
     return next((part["image"] for part in parts if part["type"] == "image"), None)
 

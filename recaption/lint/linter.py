@@ -24,7 +24,7 @@ VERSION: Final = 3  # of the cleaning below; with the rules it is part of a laye
 # End token, cut by the limit, not made by a model, no caption.
 Finish = Literal["end", "length", "given", "none"]
 
-# Flags that no rule sets: the picture cannot be decoded; the engine gave no caption; the original caption stands in.
+# Flags that no rule sets: the image cannot be decoded; the engine gave no caption; the original caption stands in.
 UNREADABLE, FAILED, ORIGINAL = "unreadable", "failed", "original"
 
 _JOINERS: Final = "\u200c\u200d"  # not printable, and part of how Hindi, Persian and families of emoji are spelt

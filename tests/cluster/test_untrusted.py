@@ -29,7 +29,7 @@ class Bomb:
         return Path.touch, (self.path,)  # type: ignore[return-value]
 
 
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.zeros((70, 70, 3), np.uint8)).save(file, "JPEG")
     return file.getvalue()
@@ -39,7 +39,7 @@ def test_pickles_in_a_tar_are_left_alone(tmp_path: Path) -> None:
     armed = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(armed))
     members = [
-        ("a.jpg", picture()),
+        ("a.jpg", image()),
         ("a.txt", b"a cat"),
         ("a.pkl", bomb),
         ("a.pyd", bomb),

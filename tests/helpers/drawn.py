@@ -1,4 +1,4 @@
-"""A drawn picture as files of every kind, what is stored of them, and whether it shows what it should.
+"""A drawn image as files of every kind, what is stored of them, and whether it shows what it should.
 
 files/ holds what Pillow cannot write (cjpeg made them: -arithmetic, -sample 4x1,1x2,2x1, -rgb and so on, of `ramp`).
 """
@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, settings
 from PIL import Image, ImageCms
 
 from capstan.pipeline import config
-from capstan.pipeline.image.decode import Failure, Picture, decode
+from capstan.pipeline.image.decode import Failure, StoredImage, decode
 from capstan.pipeline.records import is_reason
 
 FILES = Path(__file__).parents[1] / "pipeline" / "files"
-PLAIN = config.Image(size=4096, min_size=8, resize="keep_ratio")  # stores every test picture at its own size
+PLAIN = config.Image(size=4096, min_size=8, resize="keep_ratio")  # stores every test image at its own size
 SEVERAL = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -37,20 +37,20 @@ def file_of(picture: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def stored(data: bytes, image: config.Image = PLAIN) -> Picture:
+def stored(data: bytes, image: config.Image = PLAIN) -> StoredImage:
     picture = decode(data, image)
-    assert isinstance(picture, Picture), picture
+    assert isinstance(picture, StoredImage), picture
     return picture
 
 
-def pixels_of(picture: Picture) -> np.ndarray:
+def pixels_of(picture: StoredImage) -> np.ndarray:
     with Image.open(io.BytesIO(picture.jpeg)) as shown:
         assert (shown.format, shown.mode, shown.size) == ("JPEG", "RGB", (picture.width, picture.height))
         assert not set(shown.info) & {"exif", "icc_profile", "comment", "photoshop", "xmp"}
         return np.asarray(shown).astype(int)
 
 
-def assert_shows(picture: Picture, expected: Image.Image, tolerance: float = 4.0) -> None:
+def assert_shows(picture: StoredImage, expected: Image.Image, tolerance: float = 4.0) -> None:
     """Mean absolute difference per channel within `tolerance` levels (JPEG's own loss is about 2)."""
     difference = np.abs(pixels_of(picture) - np.asarray(expected.convert("RGB")).astype(int))
     assert difference.mean() < tolerance

@@ -1,4 +1,4 @@
-"""A caption engine that says what a test wants it to say, by picture, slot and attempt."""
+"""A caption engine that says what a test wants it to say, by image, slot and attempt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from capstan.recaption.engines import Caption, Picture, Request
+from capstan.recaption.engines import Caption, EngineInput, Request
 
 Say = Callable[[Request, str, int], Caption]  # request, slot, attempt
 
@@ -28,12 +28,12 @@ class ScriptedEngine:
     def describe(self) -> dict[str, Any]:
         return {"engine": "scripted", "prompts": self.prompts}
 
-    def prepare(self, jpeg: bytes) -> Picture:
+    def prepare(self, jpeg: bytes) -> EngineInput:
         return jpeg
 
     def caption(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], *, attempt: int = 0
+        self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
-        assert len(pictures) == len(requests)
+        assert len(images) == len(requests)
         self.asked += [(request, attempt) for request in requests]
         return [{slot: self.say(request, slot, attempt) for slot in request.slots} for request in requests]

@@ -1,4 +1,4 @@
-"""Small datasets of drawn pictures, written without Ray."""
+"""Small datasets of drawn images, written without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capstan.pipeline.storage.local import scratch
 Shards = list[list[int]]
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A JPEG unlike those of other numbers."""
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -29,14 +29,14 @@ def picture(number: int) -> bytes:
 
 
 def write_dataset(storage: Storage, shards: Shards) -> None:
-    """A dataset of these pictures, in place of what is there. A picture whose number is negative is no picture."""
+    """A dataset of these images, in place of what is there. An image whose number is negative is no image."""
     with scratch() as folder:
         entries = [_write(storage, folder, f"shard-{n:06d}", numbers) for n, numbers in enumerate(shards)]
     write_manifest(storage, Manifest(shards=entries))
 
 
 def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> ShardEntry:
-    jpegs = [picture(number) if number >= 0 else b"no picture" for number in numbers]
+    jpegs = [image(number) if number >= 0 else b"no image" for number in numbers]
     keys = [make_key(str(number)) for number in numbers]
     tar = scratch / f"{name}.tar"
     digest = hashlib.sha256()
@@ -63,8 +63,8 @@ def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> Sh
     return ShardEntry(name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256="")
 
 
-def replace_picture(storage: Storage, shard: str, key: str) -> None:
-    """As if the sample's address served another picture when the dataset was built again: its key stays."""
+def replace_image(storage: Storage, shard: str, key: str) -> None:
+    """As if the sample's address served another image when the dataset was built again: its key stays."""
     name = f"shards/{shard}.parquet"
     table = storage.read_table(name)
     rows = [row | ({"sha256": "0" * 64} if row["key"] == key else {}) for row in table.to_pylist()]

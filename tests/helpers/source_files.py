@@ -74,5 +74,5 @@ MEMBERS = [
     ("x/1.txt", b"a cat"),
     ("2.webp", b"WEBP"),
     ("2.json", b'{"caption": "a dog", "n": 1}'),
-    ("3.txt", b"no picture"),
+    ("3.txt", b"no image"),
 ]

@@ -10,11 +10,11 @@ CHAT = (
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-WORDS = "describe the red circle on a grey background, write one short caption of this picture; user: assistant: system"
+WORDS = "describe the red circle on a grey background, write one short caption of this image; user: assistant: system"
 
 
 def llava(folder: Path) -> Path:
-    """One size for all pictures: four patches each."""
+    """One size for all images: four patches each."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -46,7 +46,7 @@ def llava(folder: Path) -> Path:
 
 
 def qwen2_vl(folder: Path) -> Path:
-    """Pictures in their own sizes: the larger, the more tokens."""
+    """Images in their own sizes: the larger, the more tokens."""
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -76,7 +76,7 @@ def qwen2_vl(folder: Path) -> Path:
 
 
 def language_model(folder: Path) -> Path:
-    """One that takes no pictures."""
+    """One that takes no images."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer()

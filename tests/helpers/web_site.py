@@ -15,7 +15,7 @@ from capstan.pipeline.fetch.fetcher import Fetched, Fetcher
 from capstan.pipeline.records import is_reason
 
 HOST = "pictures.test"
-BODY = b"\xff\xd8\xff picture " * 500
+BODY = b"\xff\xd8\xff image " * 500
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -67,7 +67,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_it_ends_with_a_grid_and_a_report(demo: tuple[Path, dict[str, Any]]) -> None:
     _, summary = demo
     assert Image.open(summary["grid"]).size[0] > 400
-    assert "<h2>How well pictures follow prompts</h2>" in Path(summary["report"]).read_text()
+    assert "<h2>How well images follow prompts</h2>" in Path(summary["report"]).read_text()
     assert {"background", "colours", "count", "colour_shape", "relation"} <= summary["measures"].keys()
 
 
@@ -83,7 +83,7 @@ def test_a_killed_run_went_on_without_losing_or_repeating_a_step(demo: tuple[Pat
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_every_picture_has_its_captions(demo: tuple[Path, dict[str, Any]]) -> None:
+def test_every_image_has_its_captions(demo: tuple[Path, dict[str, Any]]) -> None:
     from capstan.pipeline.dataset.shards import Dataset
     from capstan.pipeline.pack.verify import verify
     from capstan.pipeline.storage import Storage
@@ -100,7 +100,7 @@ def test_every_picture_has_its_captions(demo: tuple[Path, dict[str, Any]]) -> No
         assert all(row["text"] for row in rows)
 
 
-def test_the_exported_folder_draws_the_same_picture_without_capstan(
+def test_the_exported_folder_draws_the_same_image_without_capstan(
     demo: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = demo

@@ -1,4 +1,4 @@
-"""One Ray for all tests of this floor: starting it takes about 4 s. A real S3 server, and a web site of pictures."""
+"""One Ray for all tests of this floor: starting it takes about 4 s. A real S3 server, and a web site of images."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
     folder = tmp_path_factory.mktemp("odd")
     rows = [
         {
-            "image": odd_picture(number),
+            "image": odd_image(number),
             "caption": ODD_CAPTIONS[number % len(ODD_CAPTIONS)],
             "number": number,
             "sometimes": None if number % 2 else 0.5 * number,
@@ -104,14 +104,14 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
 def hostile_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources) -> Path:
     """A dataset of the rows in helpers/hostile.py: some kept, dropped, repeated and failed. Not to be changed."""
     folder = tmp_path_factory.mktemp("hostile")
-    rows = [hostile.row(number, picture) for number in range(hostile.ROWS)]
+    rows = [hostile.row(number, image) for number in range(hostile.ROWS)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     recipe = Recipe.model_validate(hostile.recipe(str(folder), str(folder / "rows.parquet")))
     build(recipe, progress=False)
     return Path(recipe.dataset)
 
 
-def odd_picture(seed: int) -> bytes:
+def odd_image(seed: int) -> bytes:
     """A small JPEG, of another size for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 255, (6, 6 + seed, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -140,8 +140,8 @@ def bucket(tmp_path: Path) -> Iterator[dict[str, Any]]:
     server.wait()
 
 
-class Pictures(ThreadingHTTPServer):
-    """A web site of pictures, /0.jpg, /1.jpg, ..., that look different. `broken` maps paths to the status that they
+class Images(ThreadingHTTPServer):
+    """A web site of images, /0.jpg, /1.jpg, ..., that look different. `broken` maps paths to the status that they
     answer with; `asked` lists the paths that were asked for, robots.txt left out; `slow_s` delays each answer."""
 
     daemon_threads = True
@@ -162,7 +162,7 @@ class Pictures(ThreadingHTTPServer):
 
 
 class _Answer(BaseHTTPRequestHandler):
-    server: Pictures
+    server: Images
 
     def do_GET(self) -> None:
         if self.path == "/robots.txt":
@@ -173,7 +173,7 @@ class _Answer(BaseHTTPRequestHandler):
         if status := self.server.broken.get(self.path):
             self.send_error(status)
             return
-        data = picture(int(self.path.strip("/").removesuffix(".jpg")))
+        data = image(int(self.path.strip("/").removesuffix(".jpg")))
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -183,7 +183,7 @@ class _Answer(BaseHTTPRequestHandler):
         pass
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     """A small JPEG; those of different seeds look different to a perceptual hash."""
     blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -192,8 +192,8 @@ def picture(seed: int) -> bytes:
 
 
 @pytest.fixture
-def site() -> Iterator[Pictures]:
-    with Pictures() as server:
+def site() -> Iterator[Images]:
+    with Images() as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -203,5 +203,5 @@ def site() -> Iterator[Pictures]:
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[[int], bytes]:
-    """The pictures of the site."""
-    return picture
+    """The images of the site."""
+    return image

@@ -1,4 +1,4 @@
-"""build and select end to end, on pictures embedded in a table; and what is left when things go wrong."""
+"""build and select end to end, on images embedded in a table; and what is left when things go wrong."""
 
 import hashlib
 import io
@@ -34,9 +34,9 @@ Draw = Callable[[int], bytes]
 
 
 def row(number: int, draw: Draw) -> dict[str, Any]:
-    """Row 9, 19, ... is no picture; 7, 15, 23, ... repeat picture 0; `score` runs through 0 … 9."""
-    image = b"no picture" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
-    return {"image": image, "caption": f"picture {number}", "score": number % 10}
+    """Row 9, 19, ... is no image; 7, 15, 23, ... repeat image 0; `score` runs through 0 … 9."""
+    image = b"no image" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
+    return {"image": image, "caption": f"image {number}", "score": number % 10}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def build(recipe: Recipe) -> dict[str, Any]:
 
 
 def published(recipe: Recipe) -> dict[str, bytes]:
-    """What readers see: all but staged pictures and state."""
+    """What readers see: all but staged images and state."""
     storage = Storage(recipe.dataset)
     hidden = ("state/", "staged/")
     return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
@@ -122,7 +122,7 @@ def test_shards_of_a_batch_differ_by_one_sample_at_most(make: Callable[..., Reci
     recipe = make(50, **keep_all)
     build(recipe)
     sizes = [entry.samples for entry in Dataset(Storage(recipe.dataset)).manifest.shards]
-    assert sizes == [7, 7, 7, 6, 6, 6, 6]  # 27 pictures, then 18 more
+    assert sizes == [7, 7, 7, 6, 6, 6, 6]  # 27 images, then 18 more
 
 
 def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_grown_table_and_a_second_source_cost_only_their_new_rows(
     assert sound(both)
 
 
-def test_pictures_must_have_the_hash_that_their_source_says(
+def test_images_must_have_the_hash_that_their_source_says(
     make: Callable[..., Recipe], tmp_path: Path, draw: Draw
 ) -> None:
     recipe = make(1)
@@ -220,12 +220,12 @@ def test_pictures_must_have_the_hash_that_their_source_says(
 KINDS = ["md5", "sha1", "sha256", "sha512"]
 
 
-def test_pictures_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: Path, draw: Draw) -> None:
-    """A unit's rows lie at random over the files; each gets its own picture and caption."""
+def test_images_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: Path, draw: Draw) -> None:
+    """A unit's rows lie at random over the files; each gets its own image and caption."""
     for number in range(4):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             for n in range(number * 10, number * 10 + 10):
-                for suffix, data in (("jpg", draw(n)), ("txt", f"picture {n}".encode())):
+                for suffix, data in (("jpg", draw(n)), ("txt", f"image {n}".encode())):
                     info = tarfile.TarInfo(f"{n}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -240,8 +240,8 @@ def test_pictures_in_many_tars_are_found(make: Callable[..., Recipe], tmp_path: 
 def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
     storage: Storage, tmp_path: Path, draw: Draw
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     planned = {
         "large": bytes(50_000),
         "empty": b"",
@@ -251,15 +251,15 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
         "grown": b"x",
     }
     for name, data in planned.items():
-        (pictures / f"{name}.jpg").write_bytes(data)
-    (pictures / "listed.jpg").write_bytes(draw(3))
-    (pictures / "listed.json").write_text('{"caption": ["one", "two"]}')
-    settings = {"dataset": storage.url, "source": {"path": str(pictures)}, "fetch": {"max_bytes": 49_999}}
+        (images / f"{name}.jpg").write_bytes(data)
+    (images / "listed.jpg").write_bytes(draw(3))
+    (images / "listed.json").write_text('{"caption": ["one", "two"]}')
+    settings = {"dataset": storage.url, "source": {"path": str(images)}, "fetch": {"max_bytes": 49_999}}
     ingest = Ingest(Recipe.model_validate(settings), storage)
     (unit,) = ingest.units(plan(ingest.recipe, storage, progress=False).units)
-    (pictures / "gone.jpg").unlink()
-    (pictures / "mended.jpg").write_bytes(draw(2))
-    (pictures / "grown.jpg").write_bytes(bytes(50_000))
+    (images / "gone.jpg").unlink()
+    (images / "mended.jpg").write_bytes(draw(2))
+    (images / "grown.jpg").write_bytes(bytes(50_000))
     (mark,) = ingest.prepare(unit)
     rows = {Path(row["url"]).stem: row for row in storage.read_table(mark["table"]).to_pylist()}
     assert {name: row["reason"] for name, row in rows.items()} == {
@@ -317,7 +317,7 @@ def test_other_image_settings_stage_anew(make: Callable[..., Recipe]) -> None:
     build(recipe)
     build(fresh)
     assert published(recipe) == published(fresh)
-    assert len(Storage(recipe.dataset).names("staged")) == 4  # the old pictures are gone
+    assert len(Storage(recipe.dataset).names("staged")) == 4  # the old images are gone
 
 
 def test_a_bucket_ends_with_the_bytes_of_a_folder(make: Callable[..., Recipe], bucket: dict[str, Any]) -> None:

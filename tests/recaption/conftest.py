@@ -1,4 +1,4 @@
-"""A captioner with random weights, and small datasets of drawn pictures."""
+"""A captioner with random weights, and small datasets of drawn images."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., Storage]:
-    """build([[0, 1], [2]]) writes a dataset of two shards with those pictures; again, it replaces the dataset.
+    """build([[0, 1], [2]]) writes a dataset of two shards with those images; again, it replaces the dataset.
 
-    A picture whose number is negative is no picture.
+    An image whose number is negative is no image.
     """
 
     def make(shards: Shards, folder: str = "ds") -> Storage:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from in_process import run_here
 from scripted_engine import ScriptedEngine, said
-from small_dataset import picture
+from small_dataset import image
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
@@ -25,7 +25,7 @@ Build = Callable[..., Storage]
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch, build: Build) -> Callable[[Any], tuple[ScriptedEngine, Recipe, Storage]]:
-    """Runs jobs in this process, with this engine, over a dataset of four pictures."""
+    """Runs jobs in this process, with this engine, over a dataset of four images."""
 
     def make(engine: ScriptedEngine) -> tuple[ScriptedEngine, Recipe, Storage]:
         monkeypatch.setattr(units, "run", run_here)
@@ -38,7 +38,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, build: Build) -> Callable[[Any], t
 
 
 def test_the_original_stands_in_and_is_flagged(scripted: Any) -> None:
-    bad = sha256_of(picture(1))
+    bad = sha256_of(image(1))
     say = lambda r, slot, attempt: said("a a a a a" if r.sha256 == bad else f"a dog {attempt}", attempt)  # noqa: E731
     engine, made, storage = scripted(ScriptedEngine(say))
     summary = recaption(made)
@@ -53,7 +53,7 @@ def test_the_original_stands_in_and_is_flagged(scripted: Any) -> None:
 
 
 def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: Any) -> None:
-    down = {sha256_of(picture(2))}
+    down = {sha256_of(image(2))}
     none = Caption("", 0, "none", 0, "http_503")
     engine, made, _ = scripted(ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog")))
     summary = recaption(made)
@@ -63,14 +63,14 @@ def test_what_an_engine_failed_to_give_is_asked_for_by_the_next_run(scripted: An
     assert plan(made)["new"] == 1
     engine.asked.clear()
     summary = recaption(made)
-    assert [request.sha256 for request, _ in engine.asked] == [sha256_of(picture(2))]
+    assert [request.sha256 for request, _ in engine.asked] == [sha256_of(image(2))]
     assert (summary["failed"], summary["new"], summary["done"], summary["reused"]) == (0, 1, 2, 1)
     assert recaption(made)["done"] == 4
 
 
 def test_only_the_slot_that_an_engine_failed_to_give_is_asked_for_again(scripted: Any, build: Build) -> None:
     """A filter that lets the short caption pass: what was paid for is kept, as it was written."""
-    bad, down = sha256_of(picture(1)), ["descriptive"]
+    bad, down = sha256_of(image(1)), ["descriptive"]
     count = Counter[str]()
 
     def say(request: Any, slot: str, attempt: int) -> Caption:

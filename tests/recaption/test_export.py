@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from in_process import run_here
-from small_dataset import as_if_a_model_wrote_it, replace_picture
+from small_dataset import as_if_a_model_wrote_it, replace_image
 
 from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, read_manifest, sha256_of, write_manifest
@@ -202,7 +202,7 @@ def test_a_model_s_layer_that_has_not_seen_all_samples_is_to_be_completed_first(
         run(source, tmp_path / "copy")
 
 
-def test_what_people_wrote_is_exported_wherever_its_pictures_went(
+def test_what_people_wrote_is_exported_wherever_its_images_went(
     source: Storage, build: Callable[..., Storage], tmp_path: Path
 ) -> None:
     build([[0, 3, 5], [1, 2, 4, 6]])
@@ -215,12 +215,12 @@ def test_what_people_wrote_is_exported_wherever_its_pictures_went(
     assert (summary["from_layer"], summary["written"]) == (1, 1)
 
 
-def test_captions_of_another_picture_are_not_exported(source: Storage, tmp_path: Path) -> None:
-    replace_picture(source, "shard-000001", KEY[3])
+def test_captions_of_another_image_are_not_exported(source: Storage, tmp_path: Path) -> None:
+    replace_image(source, "shard-000001", KEY[3])
     assert run(source, tmp_path / "copy")["from_layer"] == 1
     assert members(tmp_path / "copy", "shard-000001")[f"{KEY[3]}.txt"] == b"alt 3"
     store.write_given_layer(source, "whole", {key: {"descriptive": "a dog"} for key in KEY[:6]})
     as_if_a_model_wrote_it(source, "whole")
-    replace_picture(source, "shard-000002", KEY[5])
+    replace_image(source, "shard-000002", KEY[5])
     with pytest.raises(RecipeError, match=r"1 sample\(s\) of shard-000002 are newer than layer whole"):
         export(source, "whole", Storage(str(tmp_path / "other")), slot="descriptive", resources=Resources())

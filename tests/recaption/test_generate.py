@@ -16,7 +16,7 @@ LOOP, CUT, FINE = "a dog a dog a dog a dog", "a dog sits. it", "a dog sits on a 
 
 
 def row_of(*raws: str, finish: Any = "end", retries: int = 2, slots: tuple[str, ...] = ("short",)) -> tuple[Row, int]:
-    """The row of a picture for which the engine writes these in turn, and how often the engine was asked."""
+    """The row of an image for which the engine writes these in turn, and how often the engine was asked."""
     engine = ScriptedEngine(lambda request, slot, attempt: Caption(raws[attempt], 3, finish, attempt))
     (rows,) = write(engine, [b""], [Request("aa", slots)], Settings(retries=retries), {})
     return rows["short"], len(engine.asked)
@@ -47,9 +47,9 @@ def test_without_retries_it_is_flagged_at_once() -> None:
 
 def test_the_least_bad_is_kept_and_of_equals_the_first() -> None:
     opener = "the image shows a dog on a mat"
-    row, _ = row_of(LOOP, opener, "this picture depicts a cat on a mat")
+    row, _ = row_of(LOOP, opener, "this image depicts a cat on a mat")
     assert (row.text, row.flags) == (opener, ("opener",))
-    assert row.discarded == (LOOP, "this picture depicts a cat on a mat")
+    assert row.discarded == (LOOP, "this image depicts a cat on a mat")
     assert row.beside("what came with it").text == opener
 
 
@@ -87,8 +87,8 @@ def test_an_engine_that_fails_at_the_second_try_loses_nothing() -> None:
 
 
 def test_a_prompt_in_the_answer_is_found() -> None:
-    prompt = "Describe briefly the main subject of this picture for a catalogue."
-    engine = ScriptedEngine(lambda *_: said("the main subject of this picture for a catalogue"))
+    prompt = "Describe briefly the main subject of this image for a catalogue."
+    engine = ScriptedEngine(lambda *_: said("the main subject of this image for a catalogue"))
     (rows,) = write(engine, [b""], [Request("aa", ("short",))], Settings(retries=0), {"short": prompt})
     assert "prompt" in rows["short"].flags
 

@@ -20,10 +20,10 @@ Import = Callable[..., int]
 
 @pytest.fixture
 def dataset(build: Callable[..., Storage], tmp_path: Path) -> Storage:
-    """Five pictures: two known by a file's path, two by one address, one by its key only."""
+    """Five images: two known by a file's path, two by one address, one by its key only."""
     storage = build([[0, 1, 2], [3, 4]])
-    pictures = str(tmp_path / "pictures")
-    addresses = [[f"{pictures}/0.jpg", f"{pictures}/more/1.jpg", "http://a.b/c.jpg"], ["http://a.b/c.jpg", ""]]
+    images = str(tmp_path / "pictures")
+    addresses = [[f"{images}/0.jpg", f"{images}/more/1.jpg", "http://a.b/c.jpg"], ["http://a.b/c.jpg", ""]]
     for shard, urls in zip(("shards/shard-000000.parquet", "shards/shard-000001.parquet"), addresses, strict=True):
         table = storage.read_table(shard)
         place = table.schema.get_field_index("url")
@@ -49,21 +49,21 @@ def read(storage: Storage, layer: str = "mine") -> dict[str, dict[str, str]]:
     return {key: texts for shard in shards for key, texts in store.read_layer(storage, layer, shard).items()}
 
 
-def test_pictures_are_known_by_path_address_or_key(
+def test_images_are_known_by_path_address_or_key(
     dataset: Storage, take_in: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = {"short": "a dog", "descriptive": "a brown dog on grass.", "license": "cc0"}
     code = take_in(
         {"image": "0.jpg", **first},
         {"image": "more/../more/1.jpg", "short": "a cat", "descriptive": None},
-        {"url": "http://a.b/c.jpg", "short": "two pictures of one address"},
+        {"url": "http://a.b/c.jpg", "short": "two images of one address"},
         {"key": make_key("4"), "descriptive": "a grey bird."},
         {"image": "9.jpg", "short": "not in the dataset"},
     )
     assert code == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == {"layer": "mine", "slots": ["descriptive", "short"], "lines": 5, "images": 5, "missing": 1}
-    both = {"short": "two pictures of one address"}
+    both = {"short": "two images of one address"}
     assert read(dataset) == {
         make_key("0"): {"short": "a dog", "descriptive": "a brown dog on grass."},
         make_key("1"): {"short": "a cat"},
@@ -74,7 +74,7 @@ def test_pictures_are_known_by_path_address_or_key(
     assert store.latest_layer(dataset) == "mine"
 
 
-def test_pairs_of_picture_and_caption(dataset: Storage, take_in: Import) -> None:
+def test_pairs_of_image_and_caption(dataset: Storage, take_in: Import) -> None:
     """What training from a JSON Lines file of (image, caption) starts from."""
     pairs = [{"image": "0.jpg", "caption": "a dog"}, {"image": "more/1.jpg", "caption": "a cat"}]
     assert take_in(*pairs, options=("--slot", "descriptive=caption")) == 0
@@ -91,13 +91,13 @@ def test_what_is_wrong_is_said_with_its_line(take_in: Import, capsys: pytest.Cap
     good = {"image": "0.jpg", "short": "a dog"}
     for lines, problem in (
         ([good, "{"], "captions.jsonl:3 is no JSON object"),
-        ([good, {"short": "a dog"}], ":3 does not say which picture"),
-        ([{**good, "key": "x"}], ":1 does not say which picture"),
+        ([good, {"short": "a dog"}], ":3 does not say which image"),
+        ([{**good, "key": "x"}], ":1 does not say which image"),
         ([good, good], "0.jpg again"),
         ([good, {"image": "1.jpg", "caption": "a dog"}], ":3 holds no text in short, descriptive"),
         ([{**good, "short": 7}], ":1 holds no text"),
-        ([{**good, "image": "7.jpg"}], "names no picture"),
-        ([""], "names no picture"),
+        ([{**good, "image": "7.jpg"}], "names no image"),
+        ([""], "names no image"),
     ):
         assert take_in(*lines) == 2
         assert problem in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 from in_process import run_here
-from small_dataset import picture
+from small_dataset import image
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
@@ -58,10 +58,10 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     asked = Counter[str]()
     caption = CocaEngine.caption
 
-    def counted(self: CocaEngine, pictures: Any, requests: Any, *, attempt: int = 0) -> Any:
+    def counted(self: CocaEngine, images: Any, requests: Any, *, attempt: int = 0) -> Any:
         if not attempt:
             asked.update(request.sha256 for request in requests)
-        return caption(self, pictures, requests, attempt=attempt)
+        return caption(self, images, requests, attempt=attempt)
 
     monkeypatch.setattr(CocaEngine, "caption", counted)
     monkeypatch.setattr(units, "run", run_here)
@@ -145,7 +145,7 @@ def test_new_data_costs_only_itself(build: Build, captioner: Path, captioned: Co
     assert planned["captions"] == 4
     assert planned["sample"]["pictures"] == 2
     assert planned["sample"]["seconds"] > 0
-    assert planned["tokens"] == planned["sample"]["tokens"] > 0  # both new pictures are in the sample
+    assert planned["tokens"] == planned["sample"]["tokens"] > 0  # both new images are in the sample
     assert planned["eta_s"] == pytest.approx(planned["sample"]["seconds"], abs=2e-3)
     captioned.clear()
     summary = recaption(recipe(captioner, storage))
@@ -221,7 +221,7 @@ def test_the_same_image_has_the_same_caption_wherever_it_stands(
 ) -> None:
     storage = build([[0, 1, 1], [2, 1, 0]])
     summary = recaption(recipe(captioner, storage, decoding={"method": "top_p"}))
-    assert captioned.keys() == {sha256_of(picture(number)) for number in (0, 1, 2)}
+    assert captioned.keys() == {sha256_of(image(number)) for number in (0, 1, 2)}
     assert set(captioned.values()) == {1}  # also where two new shards hold it
     assert (summary["new"], summary["images"], summary["done"]) == (3, 6, 0)
     assert not storage.names(store.aside(summary["layer"]))
@@ -278,7 +278,7 @@ def test_what_could_not_be_read_in_passing_is_captioned_by_the_next_run(
 
 
 def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, captioned: Counter[str]) -> None:
-    """Pictures that the engine is given: a tenth more in a shard of its own; then shards that stay, that are renamed,
+    """Images that the engine is given: a tenth more in a shard of its own; then shards that stay, that are renamed,
     that are new, and one packed anew."""
     old = [list(range(start, start + 10)) for start in range(0, 40, 10)]
     storage = build(old)
@@ -288,7 +288,7 @@ def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, 
     build([*old, list(range(50, 54))])
     captioned.clear()
     summary = recaption(recipe(captioner, storage))
-    assert captioned == dict.fromkeys([sha256_of(picture(number)) for number in range(50, 54)], 1)
+    assert captioned == dict.fromkeys([sha256_of(image(number)) for number in range(50, 54)], 1)
     assert (summary["new"], summary["reused"], summary["done"], summary["layer"]) == (4, 0, 40, layer)
     after, of_layer = tree(storage), [name for name in before if name.startswith("captions/")]
     assert [after[name] for name in of_layer] == [
@@ -299,7 +299,7 @@ def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, 
     assert (planned["new"], planned["reused"], planned["done"]) == (4, 20, 20)
     captioned.clear()
     summary = recaption(recipe(captioner, storage))
-    assert captioned == dict.fromkeys([sha256_of(picture(number)) for number in range(40, 44)], 1)
+    assert captioned == dict.fromkeys([sha256_of(image(number)) for number in range(40, 44)], 1)
     assert (summary["new"], summary["reused"], summary["done"], summary["layer"]) == (4, 20, 20, layer)
     after = tree(storage)
     for shard in ("shard-000000", "shard-000001"):

@@ -37,9 +37,9 @@ def test_same_pixels_as_open_clip(mode: str, interpolation: str, size: Any) -> N
         np.testing.assert_array_equal(found, expected, err_msg=f"{width}×{height}")
 
 
-def test_what_is_no_picture_raises() -> None:
+def test_what_is_no_image_raises() -> None:
     with pytest.raises(OSError, match="cannot identify"):
-        read(b"no picture", Preprocessing(8, 8))
+        read(b"no image", Preprocessing(8, 8))
     whole = io.BytesIO()
     noise(64, 64).save(whole, "JPEG")
     with pytest.raises(OSError, match="truncated"):

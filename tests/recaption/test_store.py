@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pyarrow.compute as pc
 import pytest
-from small_dataset import as_if_a_model_wrote_it, picture, replace_picture
+from small_dataset import as_if_a_model_wrote_it, image, replace_image
 
 from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.errors import RecipeError
@@ -18,7 +18,7 @@ from capstan.recaption.lint.linter import Settings
 from capstan.recaption.store import Place, Row
 
 KEY = [make_key(str(number)) for number in range(5)]
-SHA256 = [sha256_of(picture(number)) for number in range(5)]
+SHA256 = [sha256_of(image(number)) for number in range(5)]
 
 
 def row(raw: str, tokens: int, finish: linter.Finish, seed: int) -> Row:
@@ -117,7 +117,7 @@ def test_a_table_without_some_of_its_rows_is_still_a_layers_table(build: Callabl
     assert storage.read_table(name) == again.read_table(name)
 
 
-def test_what_people_wrote_follows_its_pictures_wherever_they_are_packed(build: Callable[..., Storage]) -> None:
+def test_what_people_wrote_follows_its_images_wherever_they_are_packed(build: Callable[..., Storage]) -> None:
     storage = build([[0, 1], [2, 3]])
     captions = {key: {"short": f"dog {key}", "descriptive": f"a dog, {key}."} for key in KEY[:4]}
     store.write_given_layer(storage, "given", captions)
@@ -133,17 +133,17 @@ def test_what_people_wrote_follows_its_pictures_wherever_they_are_packed(build: 
     assert store.read_layer(storage, "given", "shard-000000").keys() == {KEY[3]}  # what was there is gone everywhere
 
 
-def test_a_caption_is_of_one_picture(build: Callable[..., Storage]) -> None:
-    """A key whose address serves another picture now has no caption; its neighbours keep theirs."""
+def test_a_caption_is_of_one_image(build: Callable[..., Storage]) -> None:
+    """A key whose address serves another image now has no caption; its neighbours keep theirs."""
     storage = build([[0, 1], [2]])
     store.write_given_layer(storage, "given", {key: {"short": f"dog {key}"} for key in KEY[:3]})
-    replace_picture(storage, "shard-000000", KEY[1])
+    replace_image(storage, "shard-000000", KEY[1])
     assert store.read_layer(storage, "given", "shard-000000") == {KEY[0]: {"short": f"dog {KEY[0]}"}}
-    pictures = storage.read_table("shards/shard-000000.parquet", ["key", "sha256"])
-    store.check_layer(storage, "given", "shard-000000", pictures)  # people may leave samples out
+    images = storage.read_table("shards/shard-000000.parquet", ["key", "sha256"])
+    store.check_layer(storage, "given", "shard-000000", images)  # people may leave samples out
     as_if_a_model_wrote_it(storage, "given")
     with pytest.raises(RecipeError, match="shard-000000 in layer given are of an earlier version"):
-        store.check_layer(storage, "given", "shard-000000", pictures)
+        store.check_layer(storage, "given", "shard-000000", images)
     others = storage.read_table("shards/shard-000001.parquet", ["key", "sha256"])
     store.check_layer(storage, "given", "shard-000001", others)
 

@@ -81,6 +81,6 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 samples in three shards: squares, and pictures half as wide or half as high again."""
+    """60 samples in three shards: squares, and images half as wide or half as high again."""
     sizes = [(16, 16), (24, 16), (16, 24), (16, 16)]
     return write_dataset(tmp_path_factory.mktemp("shaped") / "ds", [20, 25, 15], sizes=sizes)

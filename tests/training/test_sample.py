@@ -1,4 +1,4 @@
-"""From a run to pictures: sampling, the grid, export and the oracle's measures, with a tiny untrained pipeline."""
+"""From a run to images: sampling, the grid, export and the oracle's measures, with a tiny untrained pipeline."""
 
 import json
 import shutil
@@ -68,9 +68,9 @@ def test_sample_publishes_a_labelled_grid(runs, tmp_path):
     summary = sample(runs / "run", PROMPTS, tmp_path / "new" / "grid.png")
     assert summary["pictures"] == 3
     assert summary["seeds"] == [0, 1, 2]
-    with Image.open(summary["grid"]) as picture:
-        assert picture.width > 3 * 200
-        assert picture.height > 240  # the prompts stand beneath
+    with Image.open(summary["grid"]) as image:
+        assert image.width > 3 * 200
+        assert image.height > 240  # the prompts stand beneath
 
 
 def test_one_prompt_with_several_seeds(runs, tmp_path):
@@ -81,7 +81,7 @@ def test_one_prompt_with_several_seeds(runs, tmp_path):
         sample(runs / "run", [], tmp_path / "g.png")
 
 
-def test_a_picture_depends_on_prompt_and_seed_not_on_its_batch(runs):
+def test_a_image_depends_on_prompt_and_seed_not_on_its_batch(runs):
     sampler = open_sampler(runs / "run")
     together = sampler.draw(PROMPTS, [1, 2, 3], batch=3).astype(int)
     alone = sampler.draw(PROMPTS, [1, 2, 3], batch=1).astype(int)
@@ -119,7 +119,7 @@ def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, t
     assert first.endswith("Request: a red square")
 
 
-def test_guidance_and_negative_prompts_change_the_picture(runs):
+def test_guidance_and_negative_prompts_change_the_image(runs):
     sampler = open_sampler(runs / "run")
     plain, guided, negated = (
         sampler.draw(PROMPTS[:1], [0], **options).astype(int)

@@ -34,7 +34,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Buckets(Section):
-    """Aspect-ratio buckets: every batch holds pictures of one size. The sizes are given, or made in steps."""
+    """Aspect-ratio buckets: every batch holds images of one size. The sizes are given, or made in steps."""
 
     sizes: Annotated[list[tuple[Positive, Positive]], Field(min_length=1)] | None = None  # width, height in pixels
     size: Positive | None = None  # or: all sizes in steps of at most the area of a square with this side
@@ -75,12 +75,12 @@ class Data(Section):
     datasets: Annotated[list[WeightedDataset], Field(min_length=1)] | None = None  # several, mixed
     latents: str | None = None  # encoder id of a latents/ folder, or "auto": read latents in place of images
     text_states: Literal["auto"] | None = None  # auto: encode captions ahead, where their encoder is frozen
-    buckets: Buckets | None = None  # aspect-ratio buckets; null: pictures are cut to squares
+    buckets: Buckets | None = None  # aspect-ratio buckets; null: images are cut to squares
     holdout: Annotated[int, Field(ge=0)] = 0  # so many samples, the last of each dataset, are never trained on
     block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are mixed with each other within an epoch
     prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches held ready on each worker
     threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
-    cache: Cache | None = None  # of a dataset in a bucket; null: each picture is a request of its own
+    cache: Cache | None = None  # of a dataset in a bucket; null: each image is a request of its own
 
     @model_validator(mode="after")
     def _blend_has_weight(self) -> Data:
@@ -113,7 +113,7 @@ class Engine(Section):
     offload: bool = False  # ZeRO 1 to 3: Adam's state in the CPUs' memory, and its step on them
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     compile: bool = False  # torch.compile
-    channels_last: bool = False  # pictures as [B, H, W, C] in memory
+    channels_last: bool = False  # images as [B, H, W, C] in memory
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -212,7 +212,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _watched_model_draws(self) -> TrainConfig:
         if self.model in FAMILIES and self.model != "diffusion" and (drawing := self.watch.draws()):
-            raise ValueError(f"watch.{drawing[0]} draws pictures from prompts, and {self.model} does not; remove it")
+            raise ValueError(f"watch.{drawing[0]} draws images from prompts, and {self.model} does not; remove it")
         return self
 
     @property

@@ -15,7 +15,7 @@ Measure = Literal["oracle", "clip", "fid"]
 
 
 class Samples(Section):
-    """A grid of pictures with the averaged weights, always from the same prompts and noise."""
+    """A grid of images with the averaged weights, always from the same prompts and noise."""
 
     every: Positive = 1000  # steps; the last one too
     prompts: Annotated[list[str], Field(min_length=1)] | None = None  # null: of unseen scenes, or of held-out samples
@@ -34,16 +34,16 @@ class ClipSettings(Section):
 class Fid(Section):
     """The network whose features are compared."""
 
-    features: str  # a file: torch-fidelity's Inception (.pth), or any TorchScript network of pictures → features (.pt)
+    features: str  # a file: torch-fidelity's Inception (.pth), or any TorchScript network of images → features (.pt)
 
 
 class Evaluate(Section):
-    """Pictures drawn from prompts that the run does not train on, measured."""
+    """Images drawn from prompts that the run does not train on, measured."""
 
     every: Positive = 5000  # steps; the last one too
-    count: Annotated[int, Field(ge=2)] = 1000  # pictures, shared among the workers
+    count: Annotated[int, Field(ge=2)] = 1000  # images, shared among the workers
     measures: Annotated[list[Measure], Field(min_length=1)] = ["clip"]  # noqa: RUF012 - pydantic copies it
-    batch: Positive = 16  # pictures drawn at once on each worker
+    batch: Positive = 16  # images drawn at once on each worker
     steps: Positive | None = None
     guidance: Guidance | None = None
     clip: ClipSettings | None = None
@@ -100,7 +100,7 @@ class Watch(Section):
         return self
 
     def draws(self) -> list[str]:
-        """The keys that draw pictures, and so need a model that does."""
+        """The keys that draw images, and so need a model that does."""
         return [name for name, value in (("samples", self.samples), ("evaluate", self.evaluate)) if value is not None]
 
 

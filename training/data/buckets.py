@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: sizes of about one area, so that a batch of one size cuts little off its pictures.
+"""Aspect-ratio buckets: sizes of about one area, so that a batch of one size cuts little off its images.
 
     train.data.buckets ──sizes──▶ [(width, height), …] ──assign(widths, heights of a shard's table)──▶ a bucket each
 
-A picture goes into the bucket whose proportions are nearest to its own (NovelAI's aspect-ratio bucketing, 2022; SDXL,
-Podell et al. 2023, section 2.3). No picture is opened for it: the shards' tables hold the sizes.
+An image goes into the bucket whose proportions are nearest to its own (NovelAI's aspect-ratio bucketing, 2022; SDXL,
+Podell et al. 2023, section 2.3). No image is opened for it: the shards' tables hold the sizes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def _generated(buckets: Buckets) -> set[Size]:
 
 
 def assign(widths: np.ndarray, heights: np.ndarray, sizes: list[Size]) -> np.ndarray:
-    """The bucket of each picture: that with the nearest proportions on a logarithmic scale (int16 [pictures]).
+    """The bucket of each image: that with the nearest proportions on a logarithmic scale (int16 [images]).
 
     The border between two buckets is the geometric mean of their proportions; compared in whole numbers, so that every
-    machine gives the same answer. Where a size is unknown (0) the picture counts as a square.
+    machine gives the same answer. Where a size is unknown (0) the image counts as a square.
     """
     known = (widths > 0) & (heights > 0)
     w2 = np.where(known, widths, 1).astype(np.int64) ** 2
@@ -64,7 +64,7 @@ def assign(widths: np.ndarray, heights: np.ndarray, sizes: list[Size]) -> np.nda
 
 
 def shapes(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Widths and heights of the stored pictures (int64 [samples] each), shard by shard."""
+    """Widths and heights of the stored images (int64 [samples] each), shard by shard."""
 
     def read(shard: str) -> tuple[np.ndarray, np.ndarray]:
         with dataset.storage.open(f"shards/{shard}.parquet") as file:

@@ -34,7 +34,7 @@ class TrainingData:
     """Samples by number (in training order) or by index (in dataset order, held-out samples last).
 
     `layer` is a caption layer's id, or None for the original captions; `latents` gives a shard's latents in tar order,
-    which then stand in for the pictures, and `states` what frozen text encoders made of its captions. `files` are those
+    which then stand in for the images, and `states` what frozen text encoders made of its captions. `files` are those
     that the `cache` copies ahead. `batch` is the size of a step's batch, which aspect-ratio buckets need. Safe to use
     from several threads.
     """

@@ -1,7 +1,7 @@
 """The order of an endless sequence of samples in which each comes once an epoch: a pure function of (seed, number).
 
     Order         number → (epoch, shard, row)
-    BucketOrder   the same in batches, each of which comes from one bucket of picture sizes
+    BucketOrder   the same in batches, each of which comes from one bucket of image sizes
 
 An epoch permutes the shards, cuts them into windows of `block` shards, and permutes the samples of a window: what is
 read within a while lies in a few shards. Finding a place costs the same wherever in the sequence it lies, so that the

@@ -1,4 +1,4 @@
-"""The shards that are being read: their tables by columns, captions, latents, and the pictures' bytes.
+"""The shards that are being read: their tables by columns, captions, latents, and the images' bytes.
 
 A local tar is read by mmap; of a bucket's, the bytes come from a copy in the cache (training.shard_cache), or where
 there is none (yet) by a request of their own.
@@ -95,7 +95,7 @@ class OpenShards:
             self._cache.ahead(name, entry.sha256, entry.sha256 if name == entry.tar else None)
 
     def jpeg(self, number: int, shard: OpenShard, row: int) -> bytes:
-        """The encoded picture of one of the shard's samples."""
+        """The encoded image of one of the shard's samples."""
         offset, size = (int(place) for place in shard.numbers[row, -2:])
         entry = self.dataset.manifest.shards[number]
         jpeg: bytes | None = None

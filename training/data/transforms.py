@@ -1,6 +1,6 @@
-"""JPEG bytes → pictures of one size → tensors, and what a model is told of the cuts; and how alike pictures are.
+"""JPEG bytes → images of one size → tensors, and what a model is told of the cuts; and how alike images are.
 
-A stored picture is scaled so that it just covers a square, or the size of its bucket, and cut to that. Pictures that
+A stored image is scaled so that it just covers a square, or the size of its bucket, and cut to that. Images that
 already have that size are only decoded.
 """
 
@@ -21,14 +21,14 @@ Crop = Literal["center", "random"]
 
 
 def square(jpeg: bytes, size: int, *, rng: np.random.Generator | None = None, flip: bool = False) -> np.ndarray:
-    """The picture as uint8 RGB [size, size, 3]: cut in the middle, or where `rng` says; mirrored if `flip`."""
+    """The image as uint8 RGB [size, size, 3]: cut in the middle, or where `rng` says; mirrored if `flip`."""
     return cut(jpeg, (size, size), rng=rng, flip=flip)
 
 
 def cut(
     jpeg: bytes, size: tuple[int, int], *, rng: np.random.Generator | None = None, flip: bool = False
 ) -> np.ndarray:
-    """The picture as uint8 RGB [height, width, 3], scaled to cover `size` (width, height) and cut to it as `square`."""
+    """The image as uint8 RGB [height, width, 3], scaled to cover `size` (width, height) and cut to it as `square`."""
     # The decoder may scale down by itself, as long as it stays above the size that is asked for.
     image = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", min_height=size[1], min_width=size[0])
     height, width = image.shape[:2]
@@ -41,10 +41,10 @@ def cut(
     return np.ascontiguousarray(image[:, ::-1] if flip else image)
 
 
-def _covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the picture, scaled as little as covers `size`."""
-    scale = max(size[0] / picture[0], size[1] / picture[1])
-    return (max(size[0], round(picture[0] * scale)), max(size[1], round(picture[1] * scale)))
+def _covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the image, scaled as little as covers `size`."""
+    scale = max(size[0] / image[0], size[1] / image[1])
+    return (max(size[0], round(image[0] * scale)), max(size[1], round(image[1] * scale)))
 
 
 def _corner(scaled: tuple[int, int], size: tuple[int, int], rng: np.random.Generator | None) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def _drawn(sample: Sample, crop: Crop, flip: bool) -> tuple[np.random.Generator 
 
 
 def batch_of(samples: Sequence[Sample], size: int, *, crop: Crop = "center", flip: bool = False) -> torch.Tensor:
-    """Pictures as uint8 [B, 3, size, size], or of the samples' bucket [B, 3, height, width].
+    """Images as uint8 [B, 3, size, size], or of the samples' bucket [B, 3, height, width].
 
     With `crop: random` or `flip` drawn anew for each sample and epoch.
     """
@@ -77,10 +77,10 @@ def batch_of(samples: Sequence[Sample], size: int, *, crop: Crop = "center", fli
 
 
 def conditions_of(samples: Sequence[Sample], size: int, *, crop: Crop = "center", flip: bool = False) -> torch.Tensor:
-    """What SDXL is told of each picture (Podell et al. 2023, section 2.2), of `batch_of`'s cuts: int64 [B, 6].
+    """What SDXL is told of each image (Podell et al. 2023, section 2.2), of `batch_of`'s cuts: int64 [B, 6].
 
     Original height and width, top and left of the cut, target height and width: diffusers' `add_time_ids`. The original
-    is the source's size; top and left count pixels of the picture as it is scaled for training, what was cut off when
+    is the source's size; top and left count pixels of the image as it is scaled for training, what was cut off when
     the dataset was built included.
     """
     rows = []
@@ -99,10 +99,10 @@ def conditions_of(samples: Sequence[Sample], size: int, *, crop: Crop = "center"
     return torch.tensor(rows)
 
 
-def _decoded(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def _decoded(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) of a JPEG as the decoder gives it: scaled by the least of n/8 that still covers `size`."""
-    scaled = ([-(-side * eighths // 8) for side in picture] for eighths in range(1, 8))
-    return next(((width, height) for width, height in scaled if width >= size[0] and height >= size[1]), picture)
+    scaled = ([-(-side * eighths // 8) for side in image] for eighths in range(1, 8))
+    return next(((width, height) for width, height in scaled if width >= size[0] and height >= size[1]), image)
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
@@ -111,13 +111,13 @@ def to_signed(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of pictures [B, 3, H, W] in −1 … 1: 10 log10(2² / MSE), [B]."""
+    """Peak signal-to-noise ratio in dB of each pair of images [B, 3, H, W] in −1 … 1: 10 log10(2² / MSE), [B]."""
     error = (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-10)
     return 10 * torch.log10(4 / error)
 
 
-def picture_size(samples: Samples, wanted: int | None, multiple: int, field: str) -> int:
-    """The side in pixels to train at: `wanted`, or the first picture's shorter side, cut to a `multiple`."""
+def image_size(samples: Samples, wanted: int | None, multiple: int, field: str) -> int:
+    """The side in pixels to train at: `wanted`, or the first image's shorter side, cut to a `multiple`."""
     if wanted is None:
         first = samples.sample(0)
         wanted = min(first.width, first.height) // multiple * multiple

@@ -1,7 +1,7 @@
 """Switches of `train.engine` that change how a model computes and not what: memory for time, and time for a compiler.
 
 `checkpointing` computes activations again in the backward pass in place of keeping them (Chen et al. 2016,
-arXiv:1604.06174); `compile` is torch.compile; `channels_last` lets convolutions see pictures as [B, H, W, C] in memory.
+arXiv:1604.06174); `compile` is torch.compile; `channels_last` lets convolutions see images as [B, H, W, C] in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def apply(model: torch.nn.Module, train: TrainConfig, device: torch.device) -> N
 
 
 def place(batch: dict[str, torch.Tensor], train: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device, its pictures [B, C, H, W] in the memory format that the model computes in."""
+    """The batch on the device, its images [B, C, H, W] in the memory format that the model computes in."""
     last = train.engine.channels_last
     return {
         name: tensor.to(

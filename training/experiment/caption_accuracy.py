@@ -18,7 +18,7 @@ from capstan.recaption.store import read_layer
 from capstan.training.config import ORIGINAL
 from capstan.training.experiment.prompts import Prompts, world_of
 
-_LOOKED_AT: Final = 1000  # pictures, the first by key: a random sample
+_LOOKED_AT: Final = 1000  # images, the first by key: a random sample
 
 
 def truth_of_captions(recipe: Recipe, layer: str | None) -> dict[str, dict[str, float | None]]:

@@ -46,7 +46,7 @@ def _mostly(slot: str, percent: int, layer: str | None = None) -> Arm:
 
 
 # The arms of the DALL-E 3 paper (Betker et al. 2023, section 3): original against short against descriptive captions
-# (figure 4), and how much of the latter (figure 5). `truth95` is a ceiling: its layer holds what is true of pictures;
+# (figure 4), and how much of the latter (figure 5). `truth95` is a ceiling: its layer holds what is true of images;
 # beside `truthshort95` it tells length from truth, in which a captioner's short and long captions differ too.
 TRUTH: Final = "truth"
 STANDARD: Final[Mapping[str, Arm]] = {
@@ -61,7 +61,7 @@ MAIN: Final = ("original", "short95", "descriptive95")  # those that the paper's
 
 
 class Scorer(Section):
-    """The CLIP that scores pictures against prompts; it should be no part of the training."""
+    """The CLIP that scores images against prompts; it should be no part of the training."""
 
     model: str  # an open_clip name, or a folder with open_clip_config.json
     pretrained: str | None = None  # a checkpoint file or one of open_clip's tags; null: the folder's own weights
@@ -138,7 +138,7 @@ class ExperimentConfig(Section):
         config, train = validate(cls, recipe.experiment, "experiment"), TrainConfig.from_recipe(recipe)
         _ = config.writer
         if train.model != "diffusion":
-            raise RecipeError("train.model", f"{train.model} draws no pictures from prompts", "name diffusion")
+            raise RecipeError("train.model", f"{train.model} draws no images from prompts", "name diffusion")
         if "://" in train.run:
             hint = "name a folder that every worker sees; each run's own copy goes to train.checkpoint.upload"
             raise RecipeError("train.run", "is a bucket, and an experiment keeps its measurements in a folder", hint)

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-_CELL, _MOST = 112, 160  # pixels of a picture, at least and at most
+_CELL, _MOST = 112, 160  # pixels of an image, at least and at most
 _TEXT: Final = 300  # pixels of the column of prompts
 _LINES: Final = 9  # of a prompt, at most
 _FONT: Final = 14  # pixels
@@ -17,11 +17,11 @@ _MARGIN: Final = 10  # pixels
 
 
 def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) -> bytes:
-    """(prompt, column → picture uint8 [side, side, 3] or None), the same columns in each row → PNG."""
+    """(prompt, column → image uint8 [side, side, 3] or None), the same columns in each row → PNG."""
     from PIL import Image, ImageDraw, ImageFont
 
     columns = list(rows[0][1])
-    side = next(picture.shape[0] for _, pictures in rows for picture in pictures.values() if picture is not None)
+    side = next(image.shape[0] for _, images in rows for image in images.values() if image is not None)
     cell = side * -(-_CELL // side) if side < _CELL else min(side, _MOST)
     font = ImageFont.load_default(size=_FONT)
     letters = int((_TEXT - _MARGIN) / font.getlength("n"))
@@ -34,11 +34,11 @@ def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) ->
     for number, name in enumerate(columns):
         pen.text((_MARGIN + _TEXT + number * (cell + _MARGIN), _MARGIN), name, fill="black", font=font)
     top = 2 * _MARGIN + line
-    for (_, pictures), lines, height in zip(rows, wrapped, heights, strict=True):
+    for (_, images), lines, height in zip(rows, wrapped, heights, strict=True):
         pen.text((_MARGIN, top), "\n".join(lines), fill="black", font=font, spacing=4)
-        for number, picture in enumerate(pictures.values()):
-            if picture is not None:
-                drawn = Image.fromarray(np.ascontiguousarray(picture)).resize((cell, cell), Image.Resampling.LANCZOS)
+        for number, image in enumerate(images.values()):
+            if image is not None:
+                drawn = Image.fromarray(np.ascontiguousarray(image)).resize((cell, cell), Image.Resampling.LANCZOS)
                 sheet.paste(drawn, (_MARGIN + _TEXT + number * (cell + _MARGIN), top))
         top += height
     file = io.BytesIO()

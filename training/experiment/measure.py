@@ -1,7 +1,7 @@
-"""A product and prompts → pictures → numbers, one a prompt: what the oracle finds, and what a CLIP thinks of it.
+"""A product and prompts → images → numbers, one a prompt: what the oracle finds, and what a CLIP thinks of it.
 
-    measured/<trial>/step-000500.json   {step, seconds, pictures, values: {set: {measure: [a number a prompt]}}}
-    measured/<trial>/<set>.png          the first pictures of a set at the last step, side by side
+    measured/<trial>/step-000500.json   {step, seconds, images, values: {set: {measure: [a number a prompt]}}}
+    measured/<trial>/<set>.png          the first images of a set at the last step, side by side
 
 A number is null where a measure is not defined for a prompt: a prompt of one thing asks for no relation.
 """
@@ -29,8 +29,8 @@ from capstan.training.experiment.prompts import Prompt, Prompts
 from capstan.training.sample import Sampler
 
 CLIP_MEASURES: Final = ("clip_mean", "clip_min")
-SHOWN: Final = 8  # pictures a set that are kept
-_OTHERS: Final = 5  # pictures of other prompts that chance is measured on
+SHOWN: Final = 8  # images a set that are kept
+_OTHERS: Final = 5  # images of other prompts that chance is measured on
 
 Values = dict[str, dict[str, list[float | None]]]  # set → measure → one a prompt
 
@@ -47,50 +47,50 @@ def open_scorer(scorer: Scorer | None) -> Clip | None:
 
 
 def measure(sampler: Sampler, prompts: Prompts, clip: Clip | None, batch: int = 64) -> tuple[Values, dict[str, Any]]:
-    """Draw each set and judge it: the values, and the pictures of each set, uint8 [N, H, W, 3]."""
-    values, pictures = Values(), {}
+    """Draw each set and judge it: the values, and the images of each set, uint8 [N, H, W, 3]."""
+    values, images = Values(), {}
     for name, asked in prompts.items():
         texts = [prompt.drawn or prompt.text for prompt in asked]
-        pictures[name] = sampler.draw(texts, [prompt.seed for prompt in asked], batch=batch)
-        values[name] = judged(asked, pictures[name], clip)
-    return values, pictures
+        images[name] = sampler.draw(texts, [prompt.seed for prompt in asked], batch=batch)
+        values[name] = judged(asked, images[name], clip)
+    return values, images
 
 
-def judged(prompts: Sequence[Prompt], pictures: np.ndarray, clip: Clip | None) -> dict[str, list[float | None]]:
-    """Measure → one value a prompt, of pictures [N, H, W, 3]."""
+def judged(prompts: Sequence[Prompt], images: np.ndarray, clip: Clip | None) -> dict[str, list[float | None]]:
+    """Measure → one value a prompt, of images [N, H, W, 3]."""
     columns: dict[str, list[float | None]] = {}
     wanted = [prompt.wanted for prompt in prompts if prompt.wanted is not None]
     if len(wanted) == len(prompts):
-        rows = [prompt_score.judge(asked, image) for asked, image in zip(wanted, pictures, strict=True)]
+        rows = [prompt_score.judge(asked, image) for asked, image in zip(wanted, images, strict=True)]
         columns = {name: [_plain(row[name]) for row in rows] for name in prompt_score.MEASURES}
     if clip is not None:
-        mean, least = clip_scores(clip, pictures, [prompt.text for prompt in prompts])
+        mean, least = clip_scores(clip, images, [prompt.text for prompt in prompts])
         columns |= {"clip_mean": [_plain(v) for v in mean], "clip_min": [_plain(v) for v in least]}
     return columns
 
 
-def clip_scores(clip: Clip, pictures: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """100 × the cosine of each picture and its text's sentences: the mean over them, and the least."""
+def clip_scores(clip: Clip, images: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """100 × the cosine of each image and its text's sentences: the mean over them, and the least."""
     parts = [chunks(text, clip.fits) for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
     return scores(
-        clip.pictures([_png(picture) for picture in pictures]),
+        clip.images([_png(image) for image in images]),
         clip.texts([sentence for part in parts for sentence in part]),
         owner,
     )
 
 
 def references(prompts: Prompts, clip: Clip | None) -> dict[str, Values]:
-    """What true pictures score (`truth`), and pictures of other prompts (`chance`); nothing where there is none."""
+    """What true images score (`truth`), and images of other prompts (`chance`); nothing where there is none."""
     found: dict[str, Values] = {"truth": {}, "chance": {}}
     for name, asked in prompts.items():
-        there = [prompt.picture for prompt in asked if prompt.picture is not None]
+        there = [prompt.image for prompt in asked if prompt.image is not None]
         if len(there) < len(asked):
             continue
-        pictures = np.stack(there)
-        found["truth"][name] = judged(asked, pictures, clip)
+        images = np.stack(there)
+        found["truth"][name] = judged(asked, images, clip)
         shifts = range(1, min(_OTHERS, len(asked) - 1) + 1)
-        others = [judged(asked, np.roll(pictures, shift, axis=0), clip) for shift in shifts]
+        others = [judged(asked, np.roll(images, shift, axis=0), clip) for shift in shifts]
         found["chance"][name] = {m: [_mean([o[m][i] for o in others]) for i in range(len(asked))] for m in others[0]}
     return found
 
@@ -118,8 +118,8 @@ class Kept:
             self.storage.write(f"measured/{trial}/{name}.png", _png(row))
         self.storage.write(self._name(trial, step), json.dumps(facts).encode() + b"\n")
 
-    def pictures(self, trial: str, name: str) -> list[np.ndarray]:
-        """The first pictures of a set at the last step; none where there are none yet."""
+    def images(self, trial: str, name: str) -> list[np.ndarray]:
+        """The first images of a set at the last step; none where there are none yet."""
         path = f"measured/{trial}/{name}.png"
         if not self.storage.exists(path):
             return []

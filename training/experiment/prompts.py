@@ -1,10 +1,10 @@
 """A recipe → the prompts that arms are held to: two sets, as in the DALL-E 3 paper (section 3.1).
 
-    original      captions as they come with pictures
-    descriptive   descriptions of pictures
+    original      captions as they come with images
+    descriptive   descriptions of images
 
 On the captioned world both are of scenes that no dataset holds; a careless web writes the first, and of these only
-those count which are English and say something that can be looked for in a picture. The descriptions are true. Of any
+those count which are English and say something that can be looked for in an image. The descriptions are true. Of any
 other dataset they are the captions of the samples held out (`train.data.holdout`), and the second are the captioner's.
 """
 
@@ -32,18 +32,18 @@ from capstan.training.experiment.config import ExperimentConfig
 SETS: Final = ("original", "descriptive")
 UPSAMPLED: Final = "upsampled"  # the first set, drawn from prompts that were expanded, and held to what was asked for
 _UNSEEN: Final = 8_641_000_001  # added to the world's seed: none that a dataset or `capstan evaluate` draws from
-_MEANT: Final = ("fragment", "partial", "honest")  # kinds of alt text that are of the picture, and English
+_MEANT: Final = ("fragment", "partial", "honest")  # kinds of alt text that are of the image, and English
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the seed of its noise, and on the captioned world what it asks for and the picture that it is of."""
+    """A prompt, the seed of its noise, and on the captioned world what it asks for and the image that it is of."""
 
-    text: str  # what a picture is held to
+    text: str  # what an image is held to
     seed: int
     drawn: str | None = None  # what the model is given in its place; null: `text`
     wanted: Wanted | None = None
-    picture: np.ndarray | None = None  # uint8 [side, side, 3]
+    image: np.ndarray | None = None  # uint8 [side, side, 3]
 
 
 Prompts = dict[str, list[Prompt]]  # set → prompts
@@ -77,7 +77,7 @@ def _of_world(world: WorldSource, name: str) -> Iterator[Prompt]:
             continue
         text = alt(scene, vocab) if name == "original" else descriptive(scene)
         if wanted := read(text):
-            yield Prompt(text, index, wanted=wanted, picture=render(scene, world.size))
+            yield Prompt(text, index, wanted=wanted, image=render(scene, world.size))
 
 
 def _held_out(recipe: Recipe, train: TrainConfig, layer: str | None, count: int) -> Prompts:

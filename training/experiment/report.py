@@ -41,7 +41,7 @@ _MEANS: Final = {
     "count": "whether there are as many things as the prompt says",
     "background": "whether the background is as said",
     "relation": "whether both things are there and stand to each other as said",
-    "clip_mean": "CLIP score: 100 × the cosine of picture and sentence, the mean over a prompt's sentences",
+    "clip_mean": "CLIP score: 100 × the cosine of image and sentence, the mean over a prompt's sentences",
     "clip_min": "the same, of the sentence that fits least",
 }
 
@@ -49,19 +49,19 @@ _MEANS: Final = {
 def write_report(storage: Storage, results: Results, kept: Kept, prompts: Prompts) -> str:
     """Publish results.json, the figures and, last, report.html; gives its path."""
     storage.write("results.json", json.dumps(results.facts(), indent=1, ensure_ascii=False).encode() + b"\n")
-    pictures = _pictures(results, kept, prompts)
-    for name, data in _figures(results, pictures).items():
+    images = _images(results, kept, prompts)
+    for name, data in _figures(results, images).items():
         storage.write(f"figures/{name}", data)
-    storage.write(REPORT, _page(results, pictures).html().encode())
+    storage.write(REPORT, _page(results, images).html().encode())
     return f"{storage.url}/{REPORT}"
 
 
-def _page(results: Results, pictures: bytes | None) -> page.Page:
+def _page(results: Results, images: bytes | None) -> page.Page:
     ended = ", ".join(f"{arm} {len(seeds)}" for arm, seeds in results.seeds.items())
     made = page.Page(
         "Which captions make a model follow prompts?",
         page.paragraph(
-            "One recipe, trained once for each arm and seed. Arms see the same pictures in the same order from the "
+            "One recipe, trained once for each arm and seed. Arms see the same images in the same order from the "
             "same first weights; only the captions differ, by the share that the loader draws from each kind."
         ),
         page.note(f"Runs that have ended: {ended}; {results.prompts} prompts in each set."),
@@ -72,9 +72,9 @@ def _page(results: Results, pictures: bytes | None) -> page.Page:
     made.section("By arm", *_by_arm(results))
     made.section("Differences", *_differences(results))
     made.section("By step", *_curves(results))
-    if pictures is not None:
+    if images is not None:
         told = "The first prompts of each set, with the same noise for every arm."
-        made.section("The same prompts", page.note(told), page.image(pictures, "pictures by prompt and arm"))
+        made.section("The same prompts", page.note(told), page.image(images, "images by prompt and arm"))
     made.section("Expanded prompts", *_expanded(results))
     made.section("Captions that were shown", _blends(results), *_truth(results))
     made.section("Cost", _cost(results))
@@ -93,7 +93,7 @@ def _by_arm(results: Results) -> Iterable[Html]:
         rows = [[arm, *(_cell(measures[m][arm]) for m in measures)] for arm in results.arms]
         for name, sets in results.references.items():
             if part in sets:
-                what = {"truth": "(the true pictures)", "chance": "(pictures of other prompts)"}[name]
+                what = {"truth": "(the true images)", "chance": "(images of other prompts)"}[name]
                 rows.append([what, *(page.number(sets[part].get(m)) for m in measures)])
         yield page.table(["arm", *(m.replace("_", " ") for m in measures)], rows)
 
@@ -204,7 +204,7 @@ def _cost(results: Results) -> Html:
     total = [sum(c[name] for c in results.cost.values()) for name in ("runs", "training_s", "images")]
     rest = [sum(c[name] for c in results.cost.values()) for name in ("measuring_s", "pictures")]
     rows.append(["all", total[0], f"{total[1]:,.0f}", total[2], f"{rest[0]:,.0f}", rest[1]])
-    header = ["arm", "runs", "training, s", "images seen", "measuring, s", "pictures drawn"]
+    header = ["arm", "runs", "training, s", "images seen", "measuring, s", "images drawn"]
     remark = page.note(
         "Seconds of the runs' own clocks, on a machine that may have trained several at once; starting and saving are "
         "not in them, nor is what all arms share: captioner, captions, autoencoder, latents, the CLIP that judges."
@@ -214,13 +214,13 @@ def _cost(results: Results) -> Html:
 
 def _method(results: Results) -> Iterable[Html]:
     yield page.paragraph(
-        "Original prompts are captions as they come with pictures, descriptive ones describe pictures; the pictures "
+        "Original prompts are captions as they come with images, descriptive ones describe images; the images "
         "were not trained on. Every arm is drawn with the averaged weights of its step. What is compared first was "
         f"chosen beforehand: {results.primary.replace('_', ' ')}. Intervals come from a bootstrap over prompts and "
         "seeds, widened for few seeds (training/experiment/intervals.py)."
     )
     yield page.note(
-        "Short captions repeat themselves: a prompt may be, word for word, the caption of a picture that was trained "
+        "Short captions repeat themselves: a prompt may be, word for word, the caption of an image that was trained "
         "on. Expanded prompts need not name all that the prompt asks for; what is drawn is held to the prompt."
     )
     yield page.table(
@@ -236,7 +236,7 @@ def _method(results: Results) -> Iterable[Html]:
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
-def _figures(results: Results, pictures: bytes | None) -> dict[str, bytes]:
+def _figures(results: Results, images: bytes | None) -> dict[str, bytes]:
     if len(results.arms) < 2:
         return {}
     arms = [arm for arm in results.arms if arm in MAIN or arm.startswith("truth")] or results.arms
@@ -257,19 +257,19 @@ def _figures(results: Results, pictures: bytes | None) -> dict[str, bytes]:
         "curves.svg": interval_plots.standalone(curves, arms),
         "differences.svg": interval_plots.standalone(differences),
     }
-    return made | ({"pictures.png": pictures} if pictures is not None else {})
+    return made | ({"pictures.png": images} if images is not None else {})
 
 
-def _pictures(results: Results, kept: Kept, prompts: Prompts) -> bytes | None:
-    """The first prompts of each set by every arm with its first seed, beside the true picture where there is one."""
+def _images(results: Results, kept: Kept, prompts: Prompts) -> bytes | None:
+    """The first prompts of each set by every arm with its first seed, beside the true image where there is one."""
     rows = []
     for part in (*SETS, *([UPSAMPLED] if UPSAMPLED in prompts else [])):
-        drawn = {arm: kept.pictures(Trial(arm, seeds[0]).name, part) for arm, seeds in results.seeds.items()}
+        drawn = {arm: kept.images(Trial(arm, seeds[0]).name, part) for arm, seeds in results.seeds.items()}
         if not drawn or not all(drawn.values()):
             continue
         for number in range(min(_ROWS, *(len(images) for images in drawn.values()))):
             prompt = prompts[part][number]
-            columns: dict[str, np.ndarray | None] = {} if prompt.picture is None else {"truth": prompt.picture}
+            columns: dict[str, np.ndarray | None] = {} if prompt.image is None else {"truth": prompt.image}
             text = prompt.text if prompt.drawn is None else f"{prompt.text}, expanded: {prompt.drawn}"
             rows.append((text, columns | {arm: images[number] for arm, images in drawn.items()}))
     return side_by_side(rows) if rows else None

@@ -196,7 +196,7 @@ def _blend(folder: Path, config: ExperimentConfig, arm: str, seeds: list[int], l
 def _cost(
     train: TrainConfig, arm: str, seeds: list[int], read: Mapping[tuple[str, int, int], Any], points: list[int]
 ) -> dict[str, float]:
-    """Seconds in training steps (the workers' starts are not in it), images seen; seconds and pictures of measuring."""
+    """Seconds in training steps (the workers' starts are not in it), images seen; seconds and images of measuring."""
     seconds, images = 0.0, 0
     for seed in seeds:
         before = 0
@@ -233,7 +233,7 @@ def _plain(value: Any) -> Any:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 _SAYS: Final = {
-    "followed": "the share of what a prompt says that is so in the picture",
+    "followed": "the share of what a prompt says that is so in the image",
     "clip_mean": "the CLIP score over sentences",
 }
 _BLENDS: Final = tuple(f"descriptive{percent}" for percent in (65, 80, 90, 95, 100))
@@ -253,7 +253,7 @@ def sentences(results: Results) -> list[str]:
         if (gap := find("truth95", "descriptive95")) is not None:
             said.append(f"True descriptions in place of the captioner's: {_by(gap)} on {part} prompts.")
         if (strict := results.table[part].get(f"{results.primary}_strict")) is not None:
-            said.append(f"Counting things that nobody asked for against a picture: {ranking(strict)}.")
+            said.append(f"Counting things that nobody asked for against an image: {ranking(strict)}.")
     for arm, change in results.expanding.get(results.primary, {}).items():
         if arm in MAIN:
             said.append(f"Expanding original prompts: {_by(change)} for {arm}.")

@@ -2,8 +2,8 @@
 
     train.run/experiment.json    what the experiment is; another one is refused, but arms and seeds may be added
     train.run/start, arms        the runs (training.experiment.arms), each one an ordinary run
-    train.run/measured           what their pictures score (training.experiment.measure)
-    train.run/references.json    what true pictures score, and those of other prompts
+    train.run/measured           what their images score (training.experiment.measure)
+    train.run/references.json    what true images score, and those of other prompts
     train.run/captions.json      how true the captions are; train.run/upsampled.json: the expanded prompts
     train.run/prompts.json       how many of the prompts are captions word for word
     train.run/results.json, report.html, figures/
@@ -122,7 +122,7 @@ class Experiment:
             clip = open_scorer(self.config.scorer)
             first = next(iter(sets.values()))
             if clip is None and first[0].wanted is None:
-                problem = "is null, and only pictures of the captioned world can be measured without"
+                problem = "is null, and only images of the captioned world can be measured without"
                 raise RecipeError("experiment.scorer", problem, "name a CLIP, e.g. scorer: {model: ./clip}")
             sets = self._expanded(sets)
             if not self.storage.exists("references.json"):
@@ -203,14 +203,14 @@ class Experiment:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.parallel))
         with Clock() as clock:
             sampler = open_sampler(arms.trial_folder(self.folder, trial))
-            values, pictures = measure(sampler, sets, clip)
+            values, images = measure(sampler, sets, clip)
         drawn = sum(len(asked) for asked in sets.values())
         facts = {"step": point, "seconds": clock.seconds, "pictures": drawn, "values": values}
-        self.kept.write(trial.name, point, facts, pictures if last else {})
+        self.kept.write(trial.name, point, facts, images if last else {})
         self._done += 1
         minutes = (time.monotonic() - self._since) / 60 * (self._expected / self._done - 1)
         logger.info(
-            "experiment: %s measured at step %d (%d pictures, %.0f s); %d of %d measurements, about %.0f min to go",
+            "experiment: %s measured at step %d (%d images, %.0f s); %d of %d measurements, about %.0f min to go",
             *(trial.name, point, drawn, clock.seconds, self._done, self._expected, minutes),
         )
 
@@ -246,13 +246,13 @@ class Experiment:
         fixed["data"] = {k: v for k, v in fixed["data"].items() if k not in ("blend", "layer")}
         chosen = self.config.model_dump(mode="json", include={"prompts", "scorer", "upsampler"})
         own = {name: {"layer": self.layers[name], "blend": arm.shares} for name, arm in self.config.arms.items()}
-        given = {"dataset": self._pictures(), "source": prompts.source_of(self.recipe), "init": self.train.init}
+        given = {"dataset": self._images(), "source": prompts.source_of(self.recipe), "init": self.train.init}
         whole = {"train": fixed, **given, "steps": self.points, **chosen, "arms": own}
         made: dict[str, Any] = json.loads(json.dumps(whole))
         return made
 
-    def _pictures(self) -> str:
-        """A digest of the shards: arms that are added later must see the same pictures."""
+    def _images(self) -> str:
+        """A digest of the shards: arms that are added later must see the same images."""
         dataset = Dataset(Storage(self.recipe.dataset, self.recipe.storage))
         return fingerprint([shard.sha256 for shard in dataset.manifest.shards])
 

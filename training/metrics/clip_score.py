@@ -1,4 +1,4 @@
-"""CLIP score: the cosine of a picture and its prompt (Hessel et al. 2021, CLIPScore, without its factor 2.5).
+"""CLIP score: the cosine of an image and its prompt (Hessel et al. 2021, CLIPScore, without its factor 2.5).
 
 The model is what scoring uses too (pipeline.score.tower): any of open_clip's, from a folder or a file.
 """
@@ -19,7 +19,7 @@ from capstan.training.metrics.samples import EvalSet
 
 
 class ClipScore(Metric):
-    """The mean over all pictures."""
+    """The mean over all images."""
 
     def __init__(self, model: ClipSettings, field: str) -> None:
         self.tower, self.field = ClipModel(model.model, model.pretrained, "fp32", field), field
@@ -42,7 +42,7 @@ class ClipScore(Metric):
 
     def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
         assert self.loaded is not None
-        seen = self.loaded.images(np.stack([self.tower.prepare(picture) for picture in pictures]))
+        seen = self.loaded.images(np.stack([self.tower.prepare(image) for image in pictures]))
         said = self.loaded.texts(subjects.prompts(numbers))
         cosines = torch.nn.functional.cosine_similarity(seen, said).double().cpu()
         self.sums += torch.stack([cosines.sum(), torch.tensor(float(len(cosines)), dtype=torch.float64)])

@@ -1,8 +1,8 @@
-"""Fréchet inception distance between drawn and true pictures (Heusel et al. 2017, TTUR, eq. 6), by torchmetrics.
+"""Fréchet inception distance between drawn and true images (Heusel et al. 2017, TTUR, eq. 6), by torchmetrics.
 
     ‖μ − μ'‖² + Tr(Σ + Σ' − 2 (Σ Σ')^½)      of the means and covariances of a network's features
 
-Figures compare only where network and number of pictures are the same. Every worker adds up its share; the sums meet.
+Figures compare only where network and number of images are the same. Every worker adds up its share; the sums meet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth, which torch-fideli
 
 
 class FrechetDistance(Metric):
-    """The true pictures' sums are kept from one evaluation to the next."""
+    """The true images' sums are kept from one evaluation to the next."""
 
     knows_prompts: ClassVar[bool] = False
 
@@ -56,7 +56,7 @@ class FrechetDistance(Metric):
                 metric = FrechetInceptionDistance(feature_extractor_weights_path=str(self.file), sync_on_compute=False)
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            problem = f"{self.file} holds no network that pictures can be given ({first})"
+            problem = f"{self.file} holds no network that images can be given ({first})"
             raise RecipeError(self.field, problem, f"name {_WEIGHTS}, or a TorchScript file (.pt)") from None
         self.metric = metric.to(device)
         try:
@@ -64,13 +64,13 @@ class FrechetDistance(Metric):
         finally:
             self.metric = None
 
-    def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
-        self._update(pictures, real=False)
+    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        self._update(images, real=False)
         if not self.true:
-            self._update(subjects.pictures(numbers, pictures.shape[1]), real=True)
+            self._update(subjects.images(numbers, images.shape[1]), real=True)
 
-    def _update(self, pictures: np.ndarray, real: bool) -> None:
-        tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    def _update(self, images: np.ndarray, real: bool) -> None:
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         with torch.no_grad():
             self.metric.update(tensor.to(self.metric.device), real=real)
 
@@ -87,7 +87,7 @@ class FrechetDistance(Metric):
 
 
 class _Script(torch.nn.Module):
-    """A TorchScript network of uint8 pictures [N, 3, H, W] → features [N, F].
+    """A TorchScript network of uint8 images [N, 3, H, W] → features [N, F].
 
     NVIDIA's inception-2015-12-05.pt, which clean-fid and StyleGAN use, gives them where `return_features` is asked for.
     """
@@ -100,6 +100,6 @@ class _Script(torch.nn.Module):
         named = [argument.name for argument in self.network.forward.schema.arguments]
         self.asked = {"return_features": True} if "return_features" in named else {}
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.network(pictures, **self.asked)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.network(images, **self.asked)
         return features.flatten(1)

@@ -1,8 +1,8 @@
-"""What a judge of drawn pictures is, and those that a recipe names.
+"""What a judge of drawn images is, and those that a recipe names.
 
 judge.check()                                     when a run begins: is all there that it needs?
 with judge.ready(device):                         its networks, loaded for one evaluation and let go after it
-    judge.add(subjects, numbers, pictures)        each worker its share
+    judge.add(subjects, numbers, images)        each worker its share
     judge.result(total)                           the same on all workers; `total` sums a tensor over them
 """
 
@@ -26,7 +26,7 @@ Total = Callable[[torch.Tensor], torch.Tensor]  # a CPU tensor of one worker →
 class Metric(ABC):
     """One measure; what it has added up is forgotten when it is made ready again."""
 
-    knows_prompts: ClassVar[bool] = True  # whether it tells pictures of a prompt from those of another
+    knows_prompts: ClassVar[bool] = True  # whether it tells images of a prompt from those of another
 
     @abstractmethod
     def check(self, subjects: EvalSet) -> None:
@@ -38,7 +38,7 @@ class Metric(ABC):
         """Have what it needs loaded, and nothing added up yet."""
 
     @abstractmethod
-    def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
+    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         """Take in what was drawn, uint8 [N, H, W, 3], for the prompts of these numbers."""
 
     @abstractmethod

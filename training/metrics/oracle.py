@@ -1,4 +1,4 @@
-"""Whether pictures follow their prompts, by the captioned world's oracle: it measures, nothing in it is learned."""
+"""Whether images follow their prompts, by the captioned world's oracle: it measures, nothing in it is learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capstan.training.metrics.samples import EvalSet, Scenes
 
 
 class Follows(Metric):
-    """Mean of each of the oracle's measures over the pictures for which it is defined."""
+    """Mean of each of the oracle's measures over the images for which it is defined."""
 
     def __init__(self, field: str) -> None:
         self.field = field
@@ -31,10 +31,10 @@ class Follows(Metric):
         self.sums.zero_()
         yield
 
-    def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
+    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         assert isinstance(subjects, Scenes)
-        for number, picture in zip(numbers, pictures, strict=True):
-            scores = oracle.score(subjects.scenes[number], picture)
+        for number, image in zip(numbers, images, strict=True):
+            scores = oracle.score(subjects.scenes[number], image)
             values = torch.tensor([scores[name] for name in oracle.MEASURES], dtype=torch.float64)
             self.sums += torch.stack([values.nan_to_num(), (~values.isnan()).double()])
 

@@ -1,4 +1,4 @@
-"""What pictures are drawn of while a run is measured: prompts that it does not train on, each with a true picture."""
+"""What images are drawn of while a run is measured: prompts that it does not train on, each with a true image."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class EvalSet(ABC):
     def prompts(self, numbers: Sequence[int]) -> list[str]: ...
 
     @abstractmethod
-    def pictures(self, numbers: Sequence[int], side: int) -> np.ndarray:
-        """The true pictures, uint8 [N, side, side, 3]."""
+    def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        """The true images, uint8 [N, side, side, 3]."""
 
 
 class Scenes(EvalSet):
@@ -51,7 +51,7 @@ class Scenes(EvalSet):
     def prompts(self, numbers: Sequence[int]) -> list[str]:
         return [descriptive(self.scenes[number]) for number in numbers]
 
-    def pictures(self, numbers: Sequence[int], side: int) -> np.ndarray:
+    def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return np.stack([render(self.scenes[number], side) for number in numbers])
 
 
@@ -67,7 +67,7 @@ class HeldOut(EvalSet):
     def prompts(self, numbers: Sequence[int]) -> list[str]:
         return [self.data.sample(len(self.data) + number).text for number in numbers]
 
-    def pictures(self, numbers: Sequence[int], side: int) -> np.ndarray:
+    def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return np.stack([square(self.data.sample(len(self.data) + number).jpeg, side) for number in numbers])
 
 
@@ -81,9 +81,9 @@ def subjects_of(recipe: Recipe, train: TrainConfig, layer: str | None, count: in
     if train.data.holdout < count:
         problem = f"wants {count} samples that are not trained on, and train.data.holdout is {train.data.holdout}"
         raise RecipeError(field, problem, f"write train.data.holdout: {count} in a new run, or ask for fewer")
-    pictures = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # and no latents
+    images = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # and no latents
     dataset = Dataset(open_storage(recipe, shares(recipe, train)[0]))
-    return HeldOut(TrainingData(dataset, pictures, train.seed, layer=layer), count)
+    return HeldOut(TrainingData(dataset, images, train.seed, layer=layer), count)
 
 
 def world_of(recipe: Recipe) -> WorldSource | None:

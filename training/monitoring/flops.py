@@ -85,7 +85,7 @@ def shape_of(batch: Mapping[str, torch.Tensor]) -> str:
     """The shape of a sample: what decides how many operations it takes.
 
     >>> shape_of({"pictures": torch.zeros(8, 3, 16, 32), "ids": torch.zeros(8, 77)})
-    'ids 77 pictures 3×16×32'
+    'ids 77 images 3×16×32'
     """
     return " ".join(f"{name} {'×'.join(map(str, tensor.shape[1:]))}" for name, tensor in sorted(batch.items())).strip()
 

@@ -1,4 +1,4 @@
-"""Pictures with the averaged weights while a run trains: sample grids, evaluations, and the best state kept.
+"""Images with the averaged weights while a run trains: sample grids, evaluations, and the best state kept.
 
     samples/step-001000.png     the same prompts and noise every time
     evaluations.jsonl           one JSON object an evaluation: {step, count, measures: {name: value}, seconds}
@@ -39,7 +39,7 @@ from capstan.training.run import Run
 logger = logging.getLogger(__name__)
 
 _DRAWN: Final = "drawing"  # the folder of the averaged model while it draws
-_AT_ONCE: Final = 16  # pictures of a grid
+_AT_ONCE: Final = 16  # images of a grid
 
 
 class Validation:
@@ -139,13 +139,13 @@ class Validation:
             whole = np.stack([shares[n % world][n // world] for n in range(len(self.prompts))])
             grid(whole, self.prompts).save(png, format="PNG")
             Storage(str(self.run.folder), field="train.run").write(_grid_name(step), png.getvalue())
-            self.meter.trackers.picture(step, "samples", self.run.folder / _grid_name(step))
+            self.meter.trackers.image(step, "samples", self.run.folder / _grid_name(step))
             logger.info("samples after step %d: %s", step, self.run.folder / _grid_name(step))
 
     def _draw(
         self, sampler: Any, prompts: list[str], seeds: list[int], wanted: Samples | Evaluate, batch: int
     ) -> np.ndarray:
-        """Pictures uint8 [N, H, W, 3], in the precision that training computes in."""
+        """Images uint8 [N, H, W, 3], in the precision that training computes in."""
         with self.engine.computing():
             images: np.ndarray = sampler.draw(prompts, seeds, steps=wanted.steps, guidance=wanted.guidance, batch=batch)
         return images
@@ -164,9 +164,9 @@ class Validation:
                 if self.engine.raised(stopping())[0]:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
-                    pictures = self._draw(sampler, self.subjects.prompts(numbers), numbers, wanted, wanted.batch)
+                    images = self._draw(sampler, self.subjects.prompts(numbers), numbers, wanted, wanted.batch)
                     for judge in self.judges:
-                        judge.add(self.subjects, numbers, pictures)
+                        judge.add(self.subjects, numbers, images)
             measures: dict[str, float] = {}
             for judge in self.judges:
                 measures |= judge.result(self.engine.total)

@@ -1,6 +1,6 @@
-"""A dataset and an autoencoder → the latents of all its pictures, encoded once, shard by shard through the unit map.
+"""A dataset and an autoencoder → the latents of all its images, encoded once, shard by shard through the unit map.
 
-    latents/<encoder id>/recipe.json                    which autoencoder, and the pictures' size
+    latents/<encoder id>/recipe.json                    which autoencoder, and the images' size
     latents/<encoder id>/shard-000000.safetensors       `latents` float16 [samples, 2 C, h, w], in tar order
 
 The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`: so that a
@@ -31,14 +31,14 @@ from capstan.training.data.buckets import Size, assign, check_sizes, nearest_squ
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.data.shard_reader import ShardRows
-from capstan.training.data.transforms import cut, picture_size, to_signed
+from capstan.training.data.transforms import cut, image_size, to_signed
 from capstan.training.family import Samples
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.precomputed.files import files_of, parse
 
 logger = logging.getLogger(__name__)
 
-_BATCH: Final = 32  # pictures encoded at once; always the same, so that latents do not depend on the machine
+_BATCH: Final = 32  # images encoded at once; always the same, so that latents do not depend on the machine
 _FIELD: Final = "train.diffusion.autoencoder"
 
 
@@ -56,7 +56,7 @@ def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
 def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[str, Any]]:
     """The side in pixels of the squares that the network is built for and draws, and the identity of its latents.
 
-    What encodes and what trains both ask here, and so agree. Without `size` the side is the first picture's, or with
+    What encodes and what trains both ask here, and so agree. Without `size` the side is the first image's, or with
     buckets that of a square as large as the largest. Raises RecipeError where network or autoencoder cannot take it.
     """
     factor, (patch, divisor) = factor_of(vae.config), family_class(train.model).multiples(train)
@@ -67,12 +67,12 @@ def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[s
         check_sizes(train.data.buckets, step)
         buckets = sizes_of(train.data.buckets)
         wanted = wanted or nearest_square(buckets, step)
-    size = picture_size(samples, wanted, multiple, "train.diffusion.size")
+    size = image_size(samples, wanted, multiple, "train.diffusion.size")
     return size, encoder_identity(vae, size, buckets)
 
 
 def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
-    """Everything that can change a latent of a picture, as plain data."""
+    """Everything that can change a latent of an image, as plain data."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -106,7 +106,7 @@ class LatentsJob(units.Job):
         }
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        """Pictures of one size, with their rows in the shard. The tar is read once, in order."""
+        """Images of one size, with their rows in the shard. The tar is read once, in order."""
         shard = unit.spec["shard"]
         sizes, buckets = _buckets(self.dataset, shard, self.identity)
         waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
@@ -130,12 +130,12 @@ class LatentsJob(units.Job):
         vae = load_autoencoder(self.autoencoder, _FIELD).to(device).eval()
 
         def apply(piece: units.Piece) -> units.Piece:
-            pictures = np.stack([cut(jpeg, piece["size"]) for jpeg in piece["jpegs"]])
-            signed = to_signed(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device))
+            images = np.stack([cut(jpeg, piece["size"]) for jpeg in piece["jpegs"]])
+            signed = to_signed(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device))
             with torch.no_grad():
                 posterior = vae.encode(signed).latent_dist
             both = torch.cat([posterior.mean, posterior.std], dim=1)
-            units.report({"samples": len(pictures)})
+            units.report({"samples": len(images)})
             return {"latents": both.half().cpu().numpy(), "rows": piece["rows"]}
 
         return apply
@@ -162,7 +162,7 @@ class LatentsJob(units.Job):
 
 
 def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[list[Size], np.ndarray]:
-    """The sizes that pictures are encoded at, and which of them each of the shard's is (int16 [samples])."""
+    """The sizes that images are encoded at, and which of them each of the shard's is (int16 [samples])."""
     sizes = [(width, height) for width, height in identity.get("buckets", [[identity.get("size")] * 2])]
     table = dataset.table(shard, ["width", "height"])
     return sizes, assign(table["width"].to_numpy(), table["height"].to_numpy(), sizes)

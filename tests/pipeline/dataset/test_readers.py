@@ -25,8 +25,8 @@ Samples = Mapping[str, tuple[np.ndarray, str]]  # key → pixels (height, width,
 def expected(odd_dataset: Path) -> Samples:
     dataset = Dataset(Storage(str(odd_dataset)))
     captions = {row["key"]: row["caption"] for name in dataset.shard_names for row in dataset.table(name).to_pylist()}
-    pictures = (pair for name in dataset.shard_names for pair in dataset.read_images(name))
-    return {key: (np.asarray(Image.open(io.BytesIO(jpeg))), captions[key]) for key, jpeg in pictures}
+    images = (pair for name in dataset.shard_names for pair in dataset.read_images(name))
+    return {key: (np.asarray(Image.open(io.BytesIO(jpeg))), captions[key]) for key, jpeg in images}
 
 
 def tars(dataset: Path) -> list[str]:

@@ -47,7 +47,7 @@ def test_the_same_samples_give_the_same_bytes_and_the_digest_is_theirs(tmp_path:
     assert hashlib.sha256(data).hexdigest() == digest.hexdigest()
 
 
-def test_spans_locate_the_pictures(tmp_path: Path) -> None:
+def test_spans_locate_the_images(tmp_path: Path) -> None:
     spans = write_tar(tmp_path / "a.tar", SAMPLES)
     data = (tmp_path / "a.tar").read_bytes()
     assert [data[offset : offset + size] for offset, size in spans] == [sample.jpg for sample in SAMPLES]
@@ -63,7 +63,7 @@ def test_webdataset_reads_it(tmp_path: Path) -> None:
     assert json.loads(read[3]["json"])["score"] == 1.5
 
 
-def test_staged_tars_hold_pictures_only(tmp_path: Path) -> None:
+def test_staged_tars_hold_images_only(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [Sample("k", b"JPEG")])
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert tar.getnames() == ["k.jpg"]
@@ -80,7 +80,7 @@ def make_dataset(storage: Storage) -> None:
     write_manifest(storage, Manifest(shards=[entry], counts={"kept": 5}))
 
 
-def test_a_dataset_gives_pictures_by_row(storage: Storage) -> None:
+def test_a_dataset_gives_images_by_row(storage: Storage) -> None:
     make_dataset(storage)
     dataset = Dataset(storage)
     assert dataset.shard_names == ["shard-000000"]
@@ -88,7 +88,7 @@ def test_a_dataset_gives_pictures_by_row(storage: Storage) -> None:
     assert list(dataset.read_images("shard-000000", [3, 1])) == [(SAMPLES[n].key, SAMPLES[n].jpg) for n in (3, 1)]
 
 
-def test_a_cut_tar_is_an_error_not_a_short_picture(storage: Storage) -> None:
+def test_a_cut_tar_is_an_error_not_a_short_image(storage: Storage) -> None:
     make_dataset(storage)
     storage.write("shards/shard-000000.tar", storage.read("shards/shard-000000.tar")[:6000])
     with pytest.raises(CapstanError, match="is cut"):

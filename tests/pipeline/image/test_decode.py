@@ -127,7 +127,7 @@ def test_resize_modes(kind: str, resize: str, size: int, stored_size: tuple[int,
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 @pytest.mark.parametrize("sides", [(400, 300), (301, 499), (333, 1000), (130, 101)])
-def test_what_is_stored_is_the_middle_of_the_scaled_picture(kind: str, sides: tuple[int, int]) -> None:
+def test_what_is_stored_is_the_middle_of_the_scaled_image(kind: str, sides: tuple[int, int]) -> None:
     data = file_of(drawing(3).resize(sides), kind)
     whole = stored(data, config.Image(size=100, resize="keep_ratio", quality=100))
     middle = stored(data, config.Image(size=100, resize="center_crop", quality=100))
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_encoded_again() -> None:
         pixels_of(picture)
 
 
-def test_no_metadata_in_any_stored_picture() -> None:
+def test_no_metadata_in_any_stored_image() -> None:
     exif = Image.Exif()
     exif[0x010F] = "Camera maker"
     for kind in ("jpeg", "png", "webp", "tiff", "avif"):
@@ -247,7 +247,7 @@ def drawing(seed: int, size: int = 400) -> Image.Image:
     return picture
 
 
-def test_phash_is_near_for_the_same_picture_and_far_for_another() -> None:
+def test_phash_is_near_for_the_same_image_and_far_for_another() -> None:
     hashes = []
     for seed in range(8):
         picture = drawing(seed)
@@ -262,11 +262,11 @@ def test_phash_is_near_for_the_same_picture_and_far_for_another() -> None:
     assert min(apart) > 10
 
 
-def test_phash_of_a_flat_picture_is_zero() -> None:
+def test_phash_of_a_flat_image_is_zero() -> None:
     assert phash(np.full((50, 70, 3), 137, np.uint8)) == 0
 
 
-def test_the_same_bytes_give_the_same_picture() -> None:
+def test_the_same_bytes_give_the_same_image() -> None:
     for name in KINDS:
         data = sample(name)
         image = config.Image(size=40, min_size=8)

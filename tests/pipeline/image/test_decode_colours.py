@@ -105,8 +105,8 @@ def test_ycck() -> None:
 @pytest.mark.parametrize("mode", ["L", "1", "P"])
 @pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "gif"])
 def test_grey_one_bit_and_palette(kind: str, mode: str) -> None:
-    picture = ramp().quantize(64, dither=Image.Dither.NONE) if mode == "P" else ramp().convert(mode)
-    assert_shows(stored(file_of(picture, kind)), picture, 5.0)
+    image = ramp().quantize(64, dither=Image.Dither.NONE) if mode == "P" else ramp().convert(mode)
+    assert_shows(stored(file_of(image, kind)), image, 5.0)
 
 
 def test_grey_jpeg() -> None:
@@ -136,10 +136,10 @@ def test_sixteen_bit_tiff_where_white_is_zero() -> None:
 @pytest.mark.parametrize("kind", ["png", "webp", "tiff", "avif"])
 def test_alpha_lies_on_white(kind: str) -> None:
     quality = {"quality": 95} if kind in ("webp", "avif") else {}
-    picture = ramp().convert("RGBA")
-    picture.putalpha(Image.linear_gradient("L").resize((96, 72)))
-    white = Image.new("RGBA", picture.size, "white")
-    assert_shows(stored(file_of(picture, kind, **quality)), Image.alpha_composite(white, picture), 5.0)
+    image = ramp().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((96, 72)))
+    white = Image.new("RGBA", image.size, "white")
+    assert_shows(stored(file_of(image, kind, **quality)), Image.alpha_composite(white, image), 5.0)
 
 
 def test_other_kinds_of_transparency_lie_on_white() -> None:

@@ -1,4 +1,4 @@
-"""Files that are cut, damaged, too large or no pictures: each has its reason, and none ends the unit."""
+"""Files that are cut, damaged, too large or no images: each has its reason, and none ends the unit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from capstan.pipeline import config
 from capstan.pipeline.image import sniff
-from capstan.pipeline.image.decode import Picture, decode
+from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.records import is_reason
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -75,12 +75,12 @@ def test_a_png_may_hold_more_than_its_pixels() -> None:
 
 @given(name=st.sampled_from(sorted(KINDS)), share=st.floats(0, 1))
 @SEVERAL
-def test_cutting_never_changes_a_picture(name: str, share: float) -> None:
+def test_cutting_never_changes_a_image(name: str, share: float) -> None:
     data = sample(name)
     cut = data[: int(len(data) * share)]
     assume(len(cut) < len(data))
     result = decode(cut, PLAIN)
-    if isinstance(result, Picture):  # what was lost is no part of the picture
+    if isinstance(result, StoredImage):  # what was lost is no part of the image
         assert result.jpeg == stored(data).jpeg
     else:
         assert result.reason == ("empty" if not cut else result.reason)
@@ -99,7 +99,7 @@ def test_a_damaged_byte_never_raises(name: str, where: float, value: int) -> Non
     data = bytearray(sample(name))
     data[min(int(where * len(data)), len(data) - 1)] ^= value
     result = decode(bytes(data), config.Image(size=64, min_size=8, max_pixels=10_000_000))
-    assert isinstance(result, Picture) or is_reason(result.reason)
+    assert isinstance(result, StoredImage) or is_reason(result.reason)
 
 
 def test_damage_is_corrupt() -> None:
@@ -128,7 +128,7 @@ def test_damage_is_corrupt() -> None:
         (b"II*\0\x10\0\0\0CR\2\0", "unsupported"),
     ],
 )
-def test_what_is_no_picture(data: bytes, expected: str) -> None:
+def test_what_is_no_image(data: bytes, expected: str) -> None:
     assert reason(data) == expected
 
 

@@ -56,8 +56,8 @@ def test_no_words_of_a_server_spoil_a_unit(
 ) -> None:
     async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await reader.readuntil(b"\r\n\r\n")
-        picture = draw(1)
-        first, body = (answer, b"abc") if b"/odd" in request else (b"200 OK\r\n", picture)
+        image = draw(1)
+        first, body = (answer, b"abc") if b"/odd" in request else (b"200 OK\r\n", image)
         writer.write(b"HTTP/1.1 " + first + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         writer.close()
 

@@ -51,7 +51,7 @@ def test_an_unknown_reason_is_refused_with_the_nearest_ones(text: str, message: 
 
 def settings(folder: Path, site: Any, count: int = COUNT) -> dict[str, Any]:
     table = folder.parent / "urls.jsonl"
-    table.write_text("\n".join(json.dumps({"url": site.url(n), "caption": f"picture {n}"}) for n in range(count)))
+    table.write_text("\n".join(json.dumps({"url": site.url(n), "caption": f"image {n}"}) for n in range(count)))
     return {
         "dataset": str(folder),
         "source": {"path": str(table)},
@@ -68,7 +68,7 @@ def published(folder: Path) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.names() if not name.startswith(("state/", "staged/"))}
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     dataset = Dataset(Storage(str(folder)))
     return dict(image for shard in dataset.shard_names for image in dataset.read_images(shard))
 
@@ -89,14 +89,14 @@ def test_only_the_rows_that_failed_for_these_reasons_are_asked_again(
     first = stages.build(recipe, progress=False)
     assert first["failed"] == {"http_503": len(BUSY), "http_404": len(MISSING)}
     assert len(site.new_asked()) == COUNT
-    before = pictures(folder)
+    before = images(folder)
 
     site.broken = MISSING
     healed = stages.build(recipe, retry="http_503", progress=False)
     assert site.new_asked() == sorted(BUSY)
     assert healed["retried"] == len(BUSY)
     assert healed["failed"] == {"http_404": len(MISSING)}
-    after = pictures(folder)
+    after = images(folder)
     assert len(after) == len(before) + len(BUSY)
     assert before.items() <= after.items()
     assert verify(Storage(str(folder))) == []
@@ -145,14 +145,14 @@ def test_a_unit_whose_staged_files_are_gone_is_done_again(tmp_path: Path, site: 
     folder = tmp_path / "dataset"
     recipe = settings(folder, site)
     build(recipe)
-    before = pictures(folder)
+    before = images(folder)
     site.new_asked()
     unit = sorted((folder / "staged").glob("*.parquet"))[0].name.rpartition("-")[0]
     for file in (folder / "staged").glob(f"{unit}-*"):
         file.unlink()
     build(recipe | {"select": [{"name": "size", "where": "width > 1"}]})
     assert len(site.new_asked()) == 8  # the unit's rows
-    assert pictures(folder) == before
+    assert images(folder) == before
     assert verify(Storage(str(folder))) == []
 
 

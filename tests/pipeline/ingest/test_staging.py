@@ -1,4 +1,4 @@
-"""`keep_staged: false`: staged pictures are freed once they are packed; what that costs, and what it never costs."""
+"""`keep_staged: false`: staged images are freed once they are packed; what that costs, and what it never costs."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture
 def make(tmp_path: Path, site: Any, ray_session: Resources) -> Make:
-    """A recipe over the site's first `count` pictures that keeps those whose number is at least `least`."""
+    """A recipe over the site's first `count` images that keeps those whose number is at least `least`."""
 
     def recipe(count: int = 20, least: int = 0, *, keep: bool = False, name: str = "ds", **sections: Any) -> Recipe:
         table = tmp_path / "urls.jsonl"
@@ -90,7 +90,7 @@ def test_fewer_rows_are_packed_from_the_shards_and_more_must_be_fetched_again(ma
     assert shards(make()) == whole
 
 
-def test_new_rows_and_rows_tried_again_need_no_old_pictures(make: Make, site: Any) -> None:
+def test_new_rows_and_rows_tried_again_need_no_old_images(make: Make, site: Any) -> None:
     site.broken = {"/1.jpg": 503}
     build(make(8))
     before = shards(make(8))
@@ -119,7 +119,7 @@ def test_scores_are_added_from_the_shards(make: Make, site: Any) -> None:
         assert row["score_error"] == ("" if row["outcome"] == "kept" else "image: " + FREED)
 
 
-FREED = "freed: keep_staged: false removed its picture"
+FREED = "freed: keep_staged: false removed its image"
 
 
 def test_what_is_cut_off_while_shards_are_packed_anew_loses_nothing(

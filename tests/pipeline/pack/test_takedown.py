@@ -27,10 +27,10 @@ Draw = Callable[[int], bytes]
 
 def row(draw: Draw, number: int) -> dict[str, Any]:
     """Row 20 holds the same file as row 3; hosts differ by the row's number."""
-    picture = draw(3 if number == 20 else number)
+    image = draw(3 if number == 20 else number)
     url = f"https://host{number % 4}.example{number % 2}.org/secret-{number:02}.jpg"
     caption = f"words-{number:02} of a person"
-    return {"image": picture, "url": url, "caption": caption, "photographer": f"name-{number:02}"}
+    return {"image": image, "url": url, "caption": caption, "photographer": f"name-{number:02}"}
 
 
 def recipe_for(folder: Path, **sections: Any) -> Recipe:
@@ -123,7 +123,7 @@ def gone(storage: Storage, number: int, jpeg: bytes) -> bool:
 
 
 def stored(storage: Storage, number: int) -> bytes:
-    """The picture as it lies in the shards."""
+    """The image as it lies in the shards."""
     key, dataset = key_of(storage, number), Dataset(storage)
     return dict(dataset.read_images(ledger(storage)[key]["shard"]))[key]
 
@@ -276,10 +276,10 @@ def test_a_list_that_is_not_there_names_its_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_scores_follow_and_freed_pictures_are_taken_from_the_shards(
+def test_scores_follow_and_freed_images_are_taken_from_the_shards(
     tmp_path: Path, ray_session: object, draw: Draw
 ) -> None:
-    """With staged pictures freed, the shard is packed anew from itself; scores are not computed again."""
+    """With staged images freed, the shard is packed anew from itself; scores are not computed again."""
     pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(9)]), tmp_path / "rows.parquet")
     recipe = recipe_for(tmp_path, keep_staged=False, score={"caption": {}, "image": {}})
     assert build.build(recipe, progress=False)["counts"]["kept"] == 9

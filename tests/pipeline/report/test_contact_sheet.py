@@ -1,4 +1,4 @@
-"""Contact sheets: the rows that were asked for, each with its picture or the reason why there is none."""
+"""Contact sheets: the rows that were asked for, each with its image or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from capstan.cluster.cli import run
 from capstan.pipeline.report import contact_sheet
 from capstan.pipeline.report.query import Rows
-from capstan.pipeline.report.thumbnails import find_pictures
+from capstan.pipeline.report.thumbnails import find_images
 from capstan.pipeline.storage import Storage
 
 pytestmark = pytest.mark.integration
@@ -44,7 +44,7 @@ def keys_of(dataset: Path, where: str) -> list[str]:
 
 
 def cell(pixels: np.ndarray, number: int) -> np.ndarray:
-    """The square of the sheet's picture `number`."""
+    """The square of the sheet's image `number`."""
     top = MARGIN + contact_sheet._TITLE + 20
     height = SIDE + 6 + contact_sheet._KEY + 6 + contact_sheet._LINES * (contact_sheet._TEXT + 4)
     x, y = MARGIN + number % 8 * (SIDE + GAP), top + number // 8 * (height + GAP)
@@ -52,7 +52,7 @@ def cell(pixels: np.ndarray, number: int) -> np.ndarray:
 
 
 def looks_like(square: np.ndarray, jpeg: bytes) -> bool:
-    """Whether a square shows the picture, which is square, too, and half as large."""
+    """Whether a square shows the image, which is square, too, and half as large."""
     with Image.open(io.BytesIO(jpeg)) as image:
         wanted = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)).astype(int)
     return bool(np.abs(square - wanted).mean() < 6)
@@ -64,7 +64,7 @@ def test_what_a_condition_dropped_is_shown_in_key_order(sheet, hostile_dataset: 
     assert code == 0
     assert (summary["shown"], summary["found"], summary["without_picture"]) == (10, len(wanted), 0)
     with Rows(Storage(str(hostile_dataset))) as rows:
-        jpegs = find_pictures(rows, rows.rows(wanted).values())
+        jpegs = find_images(rows, rows.rows(wanted).values())
     assert [looks_like(cell(pixels, n), jpegs[key]) for n, key in enumerate(wanted[:10])] == [True] * 10
     assert not looks_like(cell(pixels, 0), jpegs[wanted[1]])
     assert (cell(pixels, 10) == 255).all(), "no eleventh cell"
@@ -77,7 +77,7 @@ def test_several_must_all_hold(sheet, hostile_dataset: Path) -> None:
     assert summary["found"] == len(both) > 0
 
 
-def test_rows_without_a_picture_are_frames_with_the_reason(sheet) -> None:
+def test_rows_without_a_image_are_frames_with_the_reason(sheet) -> None:
     _, summary, pixels = sheet("--samples", "outcome=failed")
     assert summary["without_picture"] == summary["shown"] > 0
     frame = cell(pixels, 0)
@@ -92,7 +92,7 @@ def test_a_list_of_keys_is_shown_in_its_order(sheet, hostile_dataset: Path, tmp_
     _, summary, pixels = sheet("--samples", str(tmp_path / "keys.txt"))
     assert (summary["shown"], summary["found"]) == (3, 3)
     with Rows(Storage(str(hostile_dataset))) as rows:
-        jpegs = find_pictures(rows, rows.rows(listed).values())
+        jpegs = find_images(rows, rows.rows(listed).values())
     assert [looks_like(cell(pixels, number), jpegs[key]) for number, key in enumerate(listed)] == [True] * 3
 
 

@@ -53,7 +53,7 @@ def test_each_comparison_is_shown_with_its_numbers_and_a_link(storage: Storage) 
     shown = section(storage)
     assert re.findall('href="(.*?)"', shown) == ["./captions/diff-mine-original.html"]
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?>(.*?)</td>", shown)]
-    about = "1,000 pictures, ViT-B-32 laion"
+    about = "1,000 images, ViT-B-32 laion"
     wins = ["75.0% (70.0% to 80.0%)", "60.0% (70.0% to 80.0%)"]
     assert cells[:16] == [
         *[about, "a", "31.500", "27.500", "0.625", "17.250", *wins],

@@ -28,7 +28,7 @@ from capstan.pipeline.report.histograms import histograms, subjects
 from capstan.pipeline.report.query import Rows
 from capstan.pipeline.report.report import LIMIT, report, write_report
 from capstan.pipeline.report.thresholds import thresholds
-from capstan.pipeline.report.thumbnails import find_pictures, thumbnails
+from capstan.pipeline.report.thumbnails import find_images, thumbnails
 from capstan.pipeline.storage import Storage
 
 pytestmark = pytest.mark.integration
@@ -118,9 +118,9 @@ def test_nothing_runs_nothing_is_asked_for_and_it_fits(
     ran, scripts, wide, seen = visit.answers
     assert (ran, scripts) == ("undefined", 0)
     assert wide <= width
-    display, pictures = seen.split()
+    display, images = seen.split()
     assert display == "block"
-    assert int(pictures) >= 40
+    assert int(images) >= 40
 
 
 # What it says ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_foreign_texts_stay_texts(page: Path) -> None:
     assert len(source.encode()) < 1_500_000, "captions of a megabyte are cut"
 
 
-def test_every_step_is_shown_with_counts_and_pictures_of_what_it_dropped(page: Path) -> None:
+def test_every_step_is_shown_with_counts_and_images_of_what_it_dropped(page: Path) -> None:
     counts = json.loads((page.parent / "dataset.json").read_text())["funnel"]
     parsed = Parsed(page.read_text(encoding="utf-8"))
     for step in counts:
@@ -246,7 +246,7 @@ def test_a_dataset_without_rows_has_a_report(storage: Storage) -> None:
     write_report(storage)
     shown = Parsed(storage.read("report.html").decode()).sections
     assert "Nothing is kept" in shown["What is kept"]
-    assert "No row has a picture" in shown["Sizes, captions and scores"]
+    assert "No row has an image" in shown["Sizes, captions and scores"]
 
 
 def test_a_dataset_that_is_not_finished_shows_what_is_staged(copy: Storage) -> None:
@@ -262,7 +262,7 @@ def test_a_dataset_that_is_not_finished_shows_what_is_staged(copy: Storage) -> N
     assert "Caption, characters" in shown["Sizes, captions and scores"]
 
 
-def test_freed_pictures_leave_frames_that_say_so(copy: Storage) -> None:
+def test_freed_images_leave_frames_that_say_so(copy: Storage) -> None:
     copy.delete(*copy.names("staged"))
     write_report(copy)
     shown = Parsed(copy.read("report.html").decode()).sections
@@ -270,7 +270,7 @@ def test_freed_pictures_leave_frames_that_say_so(copy: Storage) -> None:
     assert "no longer staged" not in shown["What is kept"]
 
 
-def test_what_is_blocked_is_counted_and_never_shown_and_evaluation_pictures_are_named(
+def test_what_is_blocked_is_counted_and_never_shown_and_evaluation_images_are_named(
     hostile_dataset: Path, copy: Storage, tmp_path: Path, draw: Any
 ) -> None:
     kept = [
@@ -295,7 +295,7 @@ def test_what_is_blocked_is_counted_and_never_shown_and_evaluation_pictures_are_
         assert rows.outcomes["rejected", "removed"] == len(blocked)
         assert rows.outcomes["duplicate", "contaminated"] == 1
         found = rows.rows(row["key"] for row in [*blocked, evaluated])
-        assert set(find_pictures(rows, found.values())) == {evaluated["key"]}
+        assert set(find_images(rows, found.values())) == {evaluated["key"]}
         (score,) = [drawn for drawn in histograms(rows, subjects(rows))[0] if "score" in drawn.title]
         assert sum(score.kept) + sum(score.lost) == total - lost
         shown = Parsed(report(rows)).sections

@@ -42,7 +42,7 @@ def test_scores_and_embeddings_are_open_clips_own(
 def test_threads_and_company_change_no_bit(clip: Path) -> None:
     tower = ClipModel(str(clip), None, "fp32", "score.clip")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    captions = [f"picture {n}" for n in range(40)]
+    captions = [f"image {n}" for n in range(40)]
     one, three = tower.load("cpu", threads=1), tower.load("cpu", threads=3)
     assert torch.equal(one.images(pixels), three.images(pixels))
     assert torch.equal(one.images(pixels)[:32], one.images(pixels[:32]))

@@ -1,4 +1,4 @@
-"""What is measured of pictures without a model."""
+"""What is measured of images without a model."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def grey(rgb: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
 
 
-def test_a_blurred_picture_is_less_sharp(noise: Callable[..., np.ndarray]) -> None:
+def test_a_blurred_image_is_less_sharp(noise: Callable[..., np.ndarray]) -> None:
     sharp = grey(noise(0))
     assert sharpness(cv2.GaussianBlur(sharp, (0, 0), 3)) < sharpness(sharp) / 3
     assert sharpness(np.full((50, 70), 9, np.uint8)) == 0
@@ -51,7 +51,7 @@ def test_border_is_the_share_of_flat_margins(noise: Callable[..., np.ndarray]) -
     assert border(np.zeros((9, 9), np.uint8)) == 1
 
 
-def test_all_of_it_for_a_stored_picture(noise: Callable[..., np.ndarray], as_jpeg: Callable[..., bytes]) -> None:
+def test_all_of_it_for_a_stored_image(noise: Callable[..., np.ndarray], as_jpeg: Callable[..., bytes]) -> None:
     scorer, rgb = ImageMeasures(ImageScore()), noise(1)
     found = scorer.score([Sample("", as_jpeg(rgb, 80), rgb)])
     assert list(found) == [field.name for field in scorer.columns]

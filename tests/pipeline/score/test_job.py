@@ -1,4 +1,4 @@
-"""Scoring end to end, on pictures in a table: columns in the ledger, pinned and incremental; nothing built anew."""
+"""Scoring end to end, on images in a table: columns in the ledger, pinned and incremental; nothing built anew."""
 
 import json
 import sys
@@ -32,11 +32,11 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture
 def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], ray_session: Resources) -> Make:
-    """A recipe over `count` pictures, every tenth of which is none; `score` as given."""
+    """A recipe over `count` images, every tenth of which is none; `score` as given."""
 
     def recipe(count: int, score: dict[str, Any], **sections: Any) -> Recipe:
-        images = [b"no picture" if n % 10 == 9 else draw(n) for n in range(count)]
-        captions = [f"picture {n}" for n in range(count)]
+        images = [b"no image" if n % 10 == 9 else draw(n) for n in range(count)]
+        captions = [f"image {n}" for n in range(count)]
         pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "rows.parquet")
         settings = {
             "dataset": str(tmp_path / "dataset"),
@@ -156,7 +156,7 @@ def test_new_rows_are_scored_and_no_others(make: Make, tmp_path: Path, draw: Cal
     assert Dataset(storage).ledger()["image_entropy"].null_count == 2
 
 
-def test_a_bad_picture_is_a_null_with_a_reason(
+def test_a_bad_image_is_a_null_with_a_reason(
     storage: Storage, draw: Callable[[int], bytes], clip: Path, tmp_path: Path
 ) -> None:
     """In process: a staged JPEG that cannot be decoded, and one that was freed."""
@@ -195,7 +195,7 @@ def test_a_bad_picture_is_a_null_with_a_reason(
     assert [value is None for value in of_clip["clip_score"]] == [False, True, True, True]
     assert of_clip["error"][0] == of_clip["error"][3] == ""
     assert of_clip["error"][1].startswith("ValueError: ")
-    assert of_clip["error"][2] == "freed: keep_staged: false removed its picture"
+    assert of_clip["error"][2] == "freed: keep_staged: false removed its image"
     assert of_image["error"] == of_clip["error"]
     assert of_caption["caption_words"] == [2, 2, 2, None]
     assert of_caption["error"] == [""] * 4
@@ -205,7 +205,7 @@ class Moody(SampleScorer):
     """Fails on one caption, gives no number for another, and has nothing to say of a third."""
 
     name: ClassVar[str] = "moody"
-    sees_pictures: ClassVar[bool] = False
+    sees_images: ClassVar[bool] = False
     columns: ClassVar[list[pa.Field]] = [pa.field("moody_score", pa.float32())]
 
     def score(self, samples: Any) -> dict[str, Values]:

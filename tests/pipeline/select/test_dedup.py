@@ -1,4 +1,4 @@
-"""The recipe's `dedup` on rows: evaluation pictures from a folder, tars or tables; semantic repeats; in which order."""
+"""The recipe's `dedup` on rows: evaluation images from a folder, tars or tables; semantic repeats; in which order."""
 
 import io
 import tarfile
@@ -15,7 +15,7 @@ from PIL import Image
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.image.decode import Picture, decode
+from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.pack.job import selection_of
 from capstan.pipeline.select.dedup import Repeats, find_repeats
@@ -26,9 +26,9 @@ Draw = Callable[[int], bytes]
 IMAGE = config.Image(size=64)
 
 
-def measured(pictures: list[bytes]) -> tuple[np.ndarray, ...]:
+def measured(images: list[bytes]) -> tuple[np.ndarray, ...]:
     """SHA-256, pHash, colours, area and batch of each."""
-    found = [p for p in (decode(data, IMAGE) for data in pictures) if isinstance(p, Picture)]
+    found = [p for p in (decode(data, IMAGE) for data in images) if isinstance(p, StoredImage)]
     return (
         np.array([bytes.fromhex(p.sha256) for p in found], "S32"),
         np.array([p.phash for p in found], np.uint64),
@@ -38,13 +38,13 @@ def measured(pictures: list[bytes]) -> tuple[np.ndarray, ...]:
     )
 
 
-def repeats(storage: Storage, pictures: list[bytes], embeddings: Any = None, **dedup: Any) -> Repeats:
+def repeats(storage: Storage, images: list[bytes], embeddings: Any = None, **dedup: Any) -> Repeats:
     recipe = Recipe.model_validate({"dataset": storage.url, "image": {"size": 64}, "dedup": dedup})
-    return find_repeats(recipe, storage, *measured(pictures), embeddings)
+    return find_repeats(recipe, storage, *measured(images), embeddings)
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
-    """The same picture, saved again."""
+    """The same image, saved again."""
     file = io.BytesIO()
     Image.open(io.BytesIO(data)).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -52,7 +52,7 @@ def again(data: bytes, quality: int = 60) -> bytes:
 
 @pytest.fixture(params=["folder", "tar", "parquet"])
 def evaluation(request: pytest.FixtureRequest, tmp_path: Path, draw: Draw) -> str:
-    """Pictures 0 and 1."""
+    """Images 0 and 1."""
     folder = tmp_path / "evaluation"
     folder.mkdir()
     for number in (0, 1):
@@ -70,12 +70,12 @@ def evaluation(request: pytest.FixtureRequest, tmp_path: Path, draw: Draw) -> st
 
 
 def test_what_is_in_the_evaluation_set_goes_however_it_was_saved(storage: Storage, evaluation: str, draw: Draw) -> None:
-    pictures = [draw(5), again(draw(1)), draw(0), draw(5)]
-    found = repeats(storage, pictures, decontaminate=evaluation)
+    images = [draw(5), again(draw(1)), draw(0), draw(5)]
+    found = repeats(storage, images, decontaminate=evaluation)
     assert [REASONS[kind] for kind in found.kind] == ["", "contaminated", "contaminated", "exact"]
     assert [found.evaluation[found.kept[row]].rpartition("#")[2] for row in (1, 2)] == ["1.jpg", "0.jpg"]
     # Only the same file, where near ones are not looked for.
-    exact = repeats(storage, pictures, decontaminate=evaluation, perceptual=None)
+    exact = repeats(storage, images, decontaminate=evaluation, perceptual=None)
     assert [REASONS[kind] for kind in exact.kind] == ["", "", "contaminated", "exact"]
 
 
@@ -109,7 +109,7 @@ def test_the_evaluation_set_is_decoded_once_and_again_when_it_changes(
     ("files", "message"),
     [
         ({}, "dedup.decontaminate: no file at"),
-        ({"a.jpg": b"\xff\xd8\xff not a picture"}, "dedup.decontaminate: .*a.jpg cannot be read"),
+        ({"a.jpg": b"\xff\xd8\xff not an image"}, "dedup.decontaminate: .*a.jpg cannot be read"),
         ({"a.csv": b"url,caption\nhttp://x.org/a.jpg,a\n"}, "dedup.decontaminate: holds addresses"),
     ],
 )
@@ -124,7 +124,7 @@ def test_an_evaluation_set_that_cannot_be_read_is_said(storage: Storage, tmp_pat
 
 def test_semantic_repeats_come_last_and_follow_what_is_kept(storage: Storage, draw: Draw) -> None:
     embeddings = np.eye(8, dtype=np.float16)[[0, 1, 0, 2, 1]]
-    pictures = [draw(0), draw(1), draw(2), draw(3), draw(1)]
-    found = repeats(storage, pictures, embeddings, semantic=0.9)
+    images = [draw(0), draw(1), draw(2), draw(3), draw(1)]
+    found = repeats(storage, images, embeddings, semantic=0.9)
     assert [REASONS[kind] for kind in found.kind] == ["", "", "semantic", "", "exact"]
     assert found.kept.tolist() == [-1, -1, 0, -1, 1]

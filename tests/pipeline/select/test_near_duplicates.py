@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from capstan.pipeline import config
 from capstan.pipeline.config import WorldSource
-from capstan.pipeline.image.decode import Picture, decode
+from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours
 from capstan.pipeline.select import near_duplicates
 from capstan.pipeline.select.near_duplicates import (
@@ -122,7 +122,7 @@ def test_what_a_new_batch_brings_changes_no_earlier_decision() -> None:
     assert decided(400)[:200] == decided(200)
 
 
-def test_the_larger_picture_survives_then_the_smaller_key() -> None:
+def test_the_larger_image_survives_then_the_smaller_key() -> None:
     assert rows([0, 0, 0], [10, 20, 20], ["a", "a", "a"], [0, 0, 0]) == ([1, -1, 1], [True, False, True])
 
 
@@ -163,20 +163,20 @@ def test_a_reference_gives_the_first_that_is_near() -> None:
 def test_planted_duplicates_are_found_and_nothing_else() -> None:
     """Precision and recall of at least 0.99, and of the hash alone far less: it sees no colour."""
     world = WorldSource(scenes=1500, size=128, seed=11)
-    vocab, shown, pictures = vocabulary(world), [], []
+    vocab, shown, images = vocabulary(world), [], []
     for index in range(world.scenes):
         if defect(world, index) not in ("missing", "html"):
             picture = decode(file_bytes(world, vocab, index)[1], config.Image(size=128, min_size=32))
-            if isinstance(picture, Picture):
+            if isinstance(picture, StoredImage):
                 shown.append(shown_index(world, index))
-                pictures.append(picture)
-    order = precedence(np.zeros(len(shown), np.int64), np.array([p.original_width for p in pictures]))
+                images.append(picture)
+    order = precedence(np.zeros(len(shown), np.int64), np.array([p.original_width for p in images]))
 
     def quality(colours: np.ndarray | None) -> tuple[float, float]:
         found = find_duplicates(
             order,
-            np.array([p.sha256 for p in pictures], "S64"),
-            np.array([p.phash for p in pictures], np.uint64),
+            np.array([p.sha256 for p in images], "S64"),
+            np.array([p.phash for p in images], np.uint64),
             exact=True,
             distance=config.Dedup().perceptual,
             colours=colours,
@@ -186,7 +186,7 @@ def test_planted_duplicates_are_found_and_nothing_else() -> None:
         right = sum(shown[row] == shown[found.kept[row]] for row in repeats)
         return right / len(repeats), right / (len(shown) - len(set(shown)))
 
-    precision, recall = quality(read_colours(pa.chunked_array([[p.colours for p in pictures]])))
+    precision, recall = quality(read_colours(pa.chunked_array([[p.colours for p in images]])))
     assert precision >= 0.99
     assert recall >= 0.99
     assert quality(None)[0] < 0.9

@@ -1,4 +1,4 @@
-"""Pictures in folders and tars, here and in a bucket: where they lie, and reading them there."""
+"""Images in folders and tars, here and in a bucket: where they lie, and reading them there."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.source import SourceReader, folders, read_pictures
+from capstan.pipeline.source import SourceReader, folders, read_images
 from capstan.pipeline.source import reader as reader
 from capstan.pipeline.source.image_reader import Span, TooLarge, span_of
 from capstan.pipeline.storage import Storage
 
 
-def pictures(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
+def images(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
     """What lies where the rows say, in their order."""
     spans = [span_of(row, number) for number, row in enumerate(found)]
-    return [data for _, data in sorted(read_pictures(spans, where), key=lambda answer: answer[0])]
+    return [data for _, data in sorted(read_images(spans, where), key=lambda answer: answer[0])]
 
 
 def write_folder(path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_folder_of_images_with_captions_beside_them(tmp_path: Path) -> None:
     found = rows(tmp_path / "folder")
     assert [row["caption"] for row in found] == ["a cat", "a dog"]
     assert found[1]["extra"] == '{"licence":"cc0"}'
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG a", b"PNG"]
+    assert images(found, recipe(tmp_path)) == [b"JPEG a", b"PNG"]
 
 
 def test_names_that_are_not_utf8_are_read_and_told_apart(tmp_path: Path) -> None:
@@ -47,13 +47,13 @@ def test_names_that_are_not_utf8_are_read_and_told_apart(tmp_path: Path) -> None
     for place in (folder, folder / "c*.???", folder.parent / "*" / "**"):
         found = rows(place)
         assert len({row["key"] for row in found}) == 3
-        assert sorted(pictures(found, recipe(tmp_path)), key=repr) == [b"caf\xc3\xa9", b"caf\xe8", b"caf\xe9"]
+        assert sorted(images(found, recipe(tmp_path)), key=repr) == [b"caf\xc3\xa9", b"caf\xe8", b"caf\xe9"]
         assert {row["caption"] for row in found} == {"'caf\\udce9'", "'caf\\udce8'", "'caf\\xe9'"}
         assert all(row["url"] == row["file"] and row["file"].startswith("file:///") for row in found)
     write_tar(folder / "t.tar", MEMBERS)
     write_table(folder / "t.csv")
     found = rows(folder / "t.tar")
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
+    assert images(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
     assert len(rows(folder / "t.csv")) == 3
 
 
@@ -67,7 +67,7 @@ def test_captions_may_have_suffixes_in_capitals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["folder", "t.tar"])
-def test_large_texts_beside_pictures_are_held_a_few_at_a_time(
+def test_large_texts_beside_images_are_held_a_few_at_a_time(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "_AT_ONCE_BYTES", 10_000)
@@ -81,7 +81,7 @@ def test_large_texts_beside_pictures_are_held_a_few_at_a_time(
 
     def counted(spans: list[Span], *rest: Any) -> Iterator[tuple[int, bytes | Exception]]:
         asked.append(sum(span.length for span in spans))
-        return read_pictures(spans, *rest)
+        return read_images(spans, *rest)
 
     monkeypatch.setattr(reader, "read_pictures", counted)
     found = list(SourceReader(recipe(tmp_path / place)).tables())
@@ -95,7 +95,7 @@ def test_webdataset_tars_are_read_in_place(tmp_path: Path) -> None:
     found = rows(tmp_path / "t.tar")
     assert [row["caption"] for row in found] == ["a cat", "a dog"]
     assert found[1]["extra"] == '{"n":1}'
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
+    assert images(found, recipe(tmp_path)) == [b"JPEG one", b"WEBP"]
 
 
 def test_samples_of_a_tar_share_their_name_up_to_its_first_dot(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_samples_of_a_tar_share_their_name_up_to_its_first_dot(tmp_path: Path) -
     write_tar(tmp_path / "t.tar", members)
     found = rows(tmp_path / "t.tar")
     assert [row["caption"] for row in found] == ["zero", "one"]
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG 0", b"JPEG 1"]
+    assert images(found, recipe(tmp_path)) == [b"JPEG 0", b"JPEG 1"]
 
 
 def test_keys_with_dots_are_taken_for_what_they_are(tmp_path: Path) -> None:
@@ -122,15 +122,15 @@ def test_keys_with_dots_are_taken_for_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "order", ["a.jpg b.jpg a.txt b.txt", "a.json b.json b.jpg a.jpg", "x.v1.jpg x.v2.jpg x.v1.txt"]
 )
-def test_a_tar_in_which_captions_lie_apart_from_their_pictures_is_refused(tmp_path: Path, order: str) -> None:
+def test_a_tar_in_which_captions_lie_apart_from_their_images_is_refused(tmp_path: Path, order: str) -> None:
     write_tar(tmp_path / "t.tar", [(name, b"{}") for name in order.split()])
-    with pytest.raises(RecipeError, match=r"source\.path: \S+ stands apart from its picture in .*t\.tar.*--sort=name"):
+    with pytest.raises(RecipeError, match=r"source\.path: \S+ stands apart from its image in .*t\.tar.*--sort=name"):
         rows(tmp_path / "t.tar")
 
 
 @pytest.mark.parametrize("between", [[], [("b.jpg", b"JPEG b"), ("b.txt", b"b")]])
 @pytest.mark.parametrize("caption_first", [False, True])
-def test_pictures_of_one_name_in_a_tar_are_all_rows(
+def test_images_of_one_name_in_a_tar_are_all_rows(
     tmp_path: Path, between: list[tuple[str, bytes]], caption_first: bool
 ) -> None:
     samples = [[("a.jpg", b"JPEG 1"), ("a.txt", b"one")], between, [("a.jpg", b"JPEG 2"), ("a.txt", b"two")]]
@@ -138,27 +138,27 @@ def test_pictures_of_one_name_in_a_tar_are_all_rows(
     write_tar(tmp_path / "t.tar", members)
     found = [row for row in rows(tmp_path / "t.tar") if row["caption"] != "b"]
     assert [row["caption"] for row in found] == ["one", "two"]
-    assert pictures(found, recipe(tmp_path)) == [b"JPEG 1", b"JPEG 2"]
+    assert images(found, recipe(tmp_path)) == [b"JPEG 1", b"JPEG 2"]
     write_tar(tmp_path / "t.tar", members[:2])
     assert found[0]["key"] == rows(tmp_path / "t.tar")[0]["key"] != found[1]["key"]
-    assert isinstance(pictures(found, recipe(tmp_path))[1], OSError)
+    assert isinstance(images(found, recipe(tmp_path))[1], OSError)
 
 
 def test_names_in_a_tar_that_differ_in_what_is_no_text_are_told_apart(tmp_path: Path) -> None:
     write_tar(tmp_path / "t.tar", [("caf\udce9.jpg", b"e"), ("caf\udce8.jpg", b"f")])
     found = rows(tmp_path / "t.tar")
     assert len({row["key"] for row in found}) == 2
-    assert pictures(found, recipe(tmp_path)) == [b"e", b"f"]
+    assert images(found, recipe(tmp_path)) == [b"e", b"f"]
 
 
-def test_texts_without_a_picture_and_pictures_without_texts_are_in_order(tmp_path: Path) -> None:
+def test_texts_without_a_image_and_images_without_texts_are_in_order(tmp_path: Path) -> None:
     names = ["a.jpg", "b.txt", "c.jpg", "c.txt", "d.json", "e.jpg", "e.json", "e.json", "c/a.txt"]
     write_tar(tmp_path / "t.tar", [(name, b"{}") for name in names])
     assert [row["url"].rpartition("#")[2] for row in rows(tmp_path / "t.tar")] == ["a.jpg", "c.jpg", "e.jpg"]
 
 
 @pytest.mark.parametrize("text", [None, b"one"])
-def test_captions_in_json_beside_a_picture_that_are_no_text(tmp_path: Path, text: bytes | None) -> None:
+def test_captions_in_json_beside_a_image_that_are_no_text(tmp_path: Path, text: bytes | None) -> None:
     members = [("a.jpg", b"JPEG"), ("a.json", b'{"caption": ["one", "two"]}'), *([("a.txt", text)] if text else [])]
     (tmp_path / "folder").mkdir()
     for name, data in members:
@@ -170,10 +170,10 @@ def test_captions_in_json_beside_a_picture_that_are_no_text(tmp_path: Path, text
         assert row["caption"] == ("one" if text else '["one","two"]')
 
 
-def test_tables_beside_pictures_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
+def test_tables_beside_images_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet")
     (tmp_path / "preview.png").write_bytes(b"PNG")
-    with pytest.raises(RecipeError, match=r"source\.path: holds tables .*t\.parquet.* and pictures .*preview\.png"):
+    with pytest.raises(RecipeError, match=r"source\.path: holds tables .*t\.parquet.* and images .*preview\.png"):
         rows(tmp_path)
     assert len(rows(tmp_path / "*.parquet")) > 1
 
@@ -200,17 +200,17 @@ def test_the_same_sources_in_a_bucket(tmp_path: Path, bucket: dict[str, Any]) ->
             assert urls_and_captions(found)[0][1] == urls_and_captions(local)[0][1]
             assert len(found) == len(local)
             if found[0]["file"]:
-                assert pictures(found, where) == pictures(local, recipe(tmp_path))
+                assert images(found, where) == images(local, recipe(tmp_path))
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path) -> None:
     for n in range(100):
         (tmp_path / f"{n:03}.jpg").write_bytes(bytes([n]) * 10)
     found = rows(tmp_path)
     (tmp_path / "003.jpg").unlink()
     found[5]["offset"] = 4
     before = len(list(Path("/proc/self/fd").iterdir()))
-    answers = pictures(found, recipe(tmp_path))
+    answers = images(found, recipe(tmp_path))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert {n: type(answer) for n, answer in enumerate(answers) if not isinstance(answer, bytes)} == {
         3: FileNotFoundError,
@@ -220,25 +220,25 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path:
     assert answers[99] == b"c" * 10
 
 
-def test_a_picture_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
+def test_a_image_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
     for name in ("cut.jpg", "grown.jpg"):
         (tmp_path / name).write_bytes(b"cut")
     found = rows(tmp_path)
-    (tmp_path / "cut.jpg").write_bytes(b"the whole picture")
+    (tmp_path / "cut.jpg").write_bytes(b"the whole image")
     (tmp_path / "grown.jpg").write_bytes(bytes(100))
     where = recipe(tmp_path)
-    cut, grown = read_pictures([span_of(row, number) for number, row in enumerate(found)], where, most=50)
-    assert cut == (0, b"the whole picture")
+    cut, grown = read_images([span_of(row, number) for number, row in enumerate(found)], where, most=50)
+    assert cut == (0, b"the whole image")
     assert isinstance(grown[1], TooLarge)
 
 
 @pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["ä.jpg", "b.jpg"], ["a" * 150 + ".jpg", "b" * 150 + ".jpg"]])
-def test_a_tar_that_was_written_anew_gives_no_picture_of_another(tmp_path: Path, names: list[str]) -> None:
+def test_a_tar_that_was_written_anew_gives_no_image_of_another(tmp_path: Path, names: list[str]) -> None:
     members = [(name, name.encode()[:5]) for name in names]
     write_tar(tmp_path / "t.tar", members)
     found = rows(tmp_path / "t.tar")
-    assert pictures(found, recipe(tmp_path)) == [data for _, data in members]
+    assert images(found, recipe(tmp_path)) == [data for _, data in members]
     write_tar(tmp_path / "t.tar", members[::-1])
-    for answer in pictures(found, recipe(tmp_path)):
+    for answer in images(found, recipe(tmp_path)):
         assert isinstance(answer, OSError)
         assert "t.tar has changed since it was planned" in str(answer)

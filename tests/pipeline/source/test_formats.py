@@ -48,7 +48,7 @@ def test_tables_of_several_kinds_are_refused_unless_one_is_named(tmp_path: Path,
 @pytest.mark.parametrize("name", ["README.txt", "LICENSE.txt", "licence-data.TXT", "Read_me.txt", "notice.txt"])
 def test_texts_about_the_tables_are_no_addresses(tmp_path: Path, name: str) -> None:
     write_table(tmp_path / "t.csv")
-    (tmp_path / name).write_text("These pictures\nwere found by\n")
+    (tmp_path / name).write_text("These images\nwere found by\n")
     assert len(rows(tmp_path)) == 3
     assert len(rows(tmp_path / name)) == 2  # named by itself
     (tmp_path / "t.csv").unlink()
@@ -56,7 +56,7 @@ def test_texts_about_the_tables_are_no_addresses(tmp_path: Path, name: str) -> N
         rows(tmp_path)
 
 
-def test_a_folder_of_pictures_may_hold_texts_about_them(tmp_path: Path) -> None:
+def test_a_folder_of_images_may_hold_texts_about_them(tmp_path: Path) -> None:
     for name in ("README.jpg", "README.txt", "LICENSE.txt"):
         (tmp_path / name).write_text("a caption")
     assert urls_and_captions(rows(tmp_path)) == [(str(tmp_path / "README.jpg"), "a caption")]

@@ -110,12 +110,12 @@ def test_a_plan_that_was_cut_off_is_made_again(storage: Storage, urls: Path) -> 
     assert files(storage) == whole
 
 
-def test_units_with_embedded_pictures_are_bounded(storage: Storage, tmp_path: Path, monkeypatch: Any) -> None:
+def test_units_with_embedded_images_are_bounded(storage: Storage, tmp_path: Path, monkeypatch: Any) -> None:
     import pyarrow.parquet as pq
 
     monkeypatch.setattr(planning, "UNIT_BYTES", 3000)
-    pictures = [bytes([n]) * 1000 for n in range(8)]
-    pq.write_table(pa.table({"image": pictures, "caption": [""] * 8}), tmp_path / "t.parquet")
+    images = [bytes([n]) * 1000 for n in range(8)]
+    pq.write_table(pa.table({"image": images, "caption": [""] * 8}), tmp_path / "t.parquet")
     settings = {"dataset": storage.url, "source": {"path": str(tmp_path / "t.parquet"), "image": "image"}}
     made = plan(Recipe.model_validate(settings), storage, progress=False)
     assert made.rows == 8

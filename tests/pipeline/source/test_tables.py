@@ -1,4 +1,4 @@
-"""Rows from every kind of source, where their pictures lie, and the errors that name the field."""
+"""Rows from every kind of source, where their images lie, and the errors that name the field."""
 
 import base64
 import json
@@ -237,7 +237,7 @@ def test_embedded_bytes(tmp_path: Path, struct: bool) -> None:
 
 
 def test_memory_does_not_grow_with_a_large_row_group(tmp_path: Path) -> None:
-    """One row group of 200 MB of pictures, read in tables that hold a few."""
+    """One row group of 200 MB of images, read in tables that hold a few."""
     cells = [bytes([n]) * (1 << 20) for n in range(200)]
     pq.write_table(
         pa.table({"image": cells, "caption": ["x"] * 200}),
@@ -276,7 +276,7 @@ def test_an_address_in_a_table_never_names_a_local_file(tmp_path: Path) -> None:
         ({"path": "t.parquet", "hash": "sha256"}, "source.hash: no column 'sha256'"),
         ({"path": "t.jsonl", "hash": "sha256"}, "source.hash: no column 'sha256'"),
         ({"path": "t.csv", "url": "uri"}, "source.url: no column 'uri'.*did you mean url"),
-        ({"path": "t.csv", "image": "image"}, "source.image: .*cannot hold embedded pictures.*Parquet"),
+        ({"path": "t.csv", "image": "image"}, "source.image: .*cannot hold embedded images.*Parquet"),
         ({"path": "empty.csv"}, "source.url: no column 'url'"),
         ({"path": "t.xyz"}, "source.format: cannot tell the format"),
         ({"path": "t.xyz", "format": "parquet"}, "source.path: .*is not Parquet"),
@@ -290,7 +290,7 @@ def test_an_address_in_a_table_never_names_a_local_file(tmp_path: Path) -> None:
         ({"path": "cut.txt.xz"}, "source.path: .*cut.txt.xz cannot be read.*check that it is whole"),
         ({"path": "wrong.txt.gz"}, "source.path: .*wrong.txt.gz cannot be read.*check that it is whole"),
         ({"path": "quote.csv"}, "source.path: .*quote.csv has a cell of over .*quote that is not closed"),
-        ({"path": "bare", "format": "folder"}, "source.path: no picture at .*name a folder"),
+        ({"path": "bare", "format": "folder"}, "source.path: no image at .*name a folder"),
     ],
 )
 def test_errors_name_the_field_and_the_mend(tmp_path: Path, source: dict[str, str], message: str) -> None:
@@ -301,7 +301,7 @@ def test_errors_name_the_field_and_the_mend(tmp_path: Path, source: dict[str, st
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-100])
     (tmp_path / "quote.csv").write_text('url,caption\nhttp://a/,"never closed\n' + "http://b/,x\n" * 20_000)
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "readme.md").write_text("no pictures here")
+    (tmp_path / "bare" / "readme.md").write_text("no images here")
     for name in ("t.tar.gz", "t.tgz"):
         write_tar(tmp_path / name, MEMBERS, "w:gz")
     write_tar(tmp_path / "t.tar", [("1.jpg", b"x" * 5000), ("2.jpg", b"x" * 5000)])

@@ -18,17 +18,17 @@ def names(path: Path, *parts: str) -> list[str]:
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A folder of pictures as a cache makes them: links to files and folders elsewhere."""
+    """A folder of images as a cache makes them: links to files and folders elsewhere."""
     (tmp_path / "blobs" / "more" / "deep").mkdir(parents=True)
-    (tmp_path / "blobs" / "x").write_bytes(b"a linked picture")
+    (tmp_path / "blobs" / "x").write_bytes(b"a linked image")
     (tmp_path / "blobs" / "more" / "c.jpg").write_bytes(b"c")
     (tmp_path / "blobs" / "more" / "deep" / "d.jpg").write_bytes(b"d")
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "a.jpg").symlink_to("../blobs/x")
-    (pictures / "b.jpg").write_bytes(b"b")
-    (pictures / "sub").symlink_to(tmp_path / "blobs" / "more")
-    return pictures
+    images = tmp_path / "pictures"
+    images.mkdir()
+    (images / "a.jpg").symlink_to("../blobs/x")
+    (images / "b.jpg").write_bytes(b"b")
+    (images / "sub").symlink_to(tmp_path / "blobs" / "more")
+    return images
 
 
 def test_links_are_followed(linked: Path) -> None:
@@ -85,13 +85,13 @@ def test_a_source_of_many_folders_is_not_held(tmp_path: Path) -> None:
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert taken == 1000
-    assert held < 1000 * 100  # bytes a picture: its path alone has as many
+    assert held < 1000 * 100  # bytes an image: its path alone has as many
 
 
 def test_a_link_to_a_folder_that_is_read_anyway_is_not_entered(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`latest`, as many tools make it: each picture would come twice, with two keys."""
+    """`latest`, as many tools make it: each image would come twice, with two keys."""
     (tmp_path / "v1").mkdir()
     (tmp_path / "v1" / "a.jpg").write_bytes(b"a")
     (tmp_path / "latest").symlink_to("v1")

@@ -1,4 +1,4 @@
-"""The oracle: right on drawings, robust where pictures are soft, and at chance where they have nothing to say."""
+"""The oracle: right on drawings, robust where images are soft, and at chance where they have nothing to say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prompt says is read, and held against pictures; what it does not say is not asked for."""
+"""What a prompt says is read, and held against images; what it does not say is not asked for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_a_prompt_says(
     assert (wanted.bare, wanted.count) == (bare, count)
 
 
-def test_a_prompt_that_says_nothing_of_a_picture_asks_for_nothing() -> None:
+def test_a_prompt_that_says_nothing_of_a_image_asks_for_nothing() -> None:
     for text in ("some shapes", "IMG_0042.JPG", "BUY NOW!! Free shipping on all orders", ""):
         assert not read(text)
         assert all(math.isnan(value) for value in judge(read(text), render(SCENE, 64)).values())
@@ -104,7 +104,7 @@ def test_a_shape_without_a_colour_may_have_any() -> None:
 
 
 @given(st.integers(0, 500))
-def test_any_prompt_and_picture_give_shares(index: int) -> None:
+def test_any_prompt_and_image_give_shares(index: int) -> None:
     scene = draw_scene(5, index, Vocabulary())
     found = judge(read(alt(scene)), np.full((24, 24, 3), index % 256, np.uint8))
     assert tuple(found) == MEASURES

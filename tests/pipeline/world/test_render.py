@@ -34,7 +34,7 @@ def test_drawing_covers_the_shapes_area() -> None:
             assert covered == pytest.approx(exact, rel=0.06)
 
 
-def test_pictures_of_two_sizes_are_the_same_picture() -> None:
+def test_images_of_two_sizes_are_the_same_image() -> None:
     for index in range(20):
         scene = draw_scene(0, index, Vocabulary(textures=("plain",)))
         large, small = render(scene, 256), render(scene, 64)
@@ -54,7 +54,7 @@ def test_textures_show_colour_and_ink() -> None:
         outline("blob")
 
 
-def test_jpeg_keeps_the_picture() -> None:
+def test_jpeg_keeps_the_image() -> None:
     image = render(draw_scene(0, 3, Vocabulary()), 64)
     read = np.asarray(Image.open(io.BytesIO(encode_jpeg(image))).convert("RGB"), np.float32)
     assert np.abs(read - image).mean() < 3

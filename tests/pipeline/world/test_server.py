@@ -1,4 +1,4 @@
-"""The site over real HTTP: rows that lead to pictures, and everything that the web does wrong."""
+"""The site over real HTTP: rows that lead to images, and everything that the web does wrong."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shown(data: bytes) -> np.ndarray:
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
 
 
-def test_rows_lead_to_pictures_of_their_truth(site: Site) -> None:
+def test_rows_lead_to_images_of_their_truth(site: Site) -> None:
     scores = []
     for row in list(rows(WORLD))[:60]:
         if defect(WORLD, row["world_index"]) not in ("missing", "html", "cut", "tiny"):
@@ -68,7 +68,7 @@ def test_robots_are_welcome(site: Site) -> None:
     assert body.decode() == "User-agent: *\nAllow: /\n"
 
 
-def test_missing_pictures_are_404(site: Site) -> None:
+def test_missing_images_are_404(site: Site) -> None:
     other = WORLD.model_copy(update={"seed": 4})
     for url in (*(url_of(WORLD, index) for index in indices("missing")), url_of(other, 0)):
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -77,7 +77,7 @@ def test_missing_pictures_are_404(site: Site) -> None:
         caught.value.close()
 
 
-def test_web_pages_stand_where_pictures_should(site: Site) -> None:
+def test_web_pages_stand_where_images_should(site: Site) -> None:
     types = set()
     for index in indices("html", 8):
         response, body = fetch(site, url_of(WORLD, index))
@@ -94,13 +94,13 @@ def test_cut_files_end_early(site: Site) -> None:
             Image.open(io.BytesIO(data)).load()
 
 
-def test_tiny_pictures_are_tiny(site: Site) -> None:
+def test_tiny_images_are_tiny(site: Site) -> None:
     for index in indices("tiny"):
         _, data = fetch(site, url_of(WORLD, index))
         assert Image.open(io.BytesIO(data)).size == (TINY, TINY)
 
 
-def test_duplicates_copy_an_earlier_picture(site: Site) -> None:
+def test_duplicates_copy_an_earlier_image(site: Site) -> None:
     for index in indices("exact_duplicate"):
         original = shown_index(WORLD, index)
         assert original < index
@@ -112,7 +112,7 @@ def test_duplicates_copy_an_earlier_picture(site: Site) -> None:
         assert 0.5 < np.abs(copy - first).mean() < 8
 
 
-def test_rotated_pictures_are_upright_to_a_viewer(site: Site) -> None:
+def test_rotated_images_are_upright_to_a_viewer(site: Site) -> None:
     turns = set()
     for index in indices("rotated", 6):
         _, data = fetch(site, url_of(WORLD, index))
@@ -165,7 +165,7 @@ def test_captions_are_what_the_world_asks_for() -> None:
     assert facts(descriptive(scene_of_url(WORLD, url_of(WORLD, 0)))).count is not None
 
 
-def test_addresses_name_all_that_changes_a_picture() -> None:
+def test_addresses_name_all_that_changes_a_image() -> None:
     changes = [{"seed": 9}, {"size": 32}, {"defects": False}, {"shapes": ["star"]}, {"max_objects": 2}]
     folders = {url_of(WORLD.model_copy(update=change), 0) for change in [{}, *changes]}
     assert len(folders) == len(changes) + 1

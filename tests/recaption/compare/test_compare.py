@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_dataset import as_if_a_model_wrote_it, picture
+from small_dataset import as_if_a_model_wrote_it, image
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.html import page
@@ -29,25 +29,25 @@ NUMBERS = list(range(COUNT))
 
 
 class Judge:
-    """Knows pictures by their bytes, and what a sentence says by the number in it; numbers in a row are alike."""
+    """Knows images by their bytes, and what a sentence says by the number in it; numbers in a row are alike."""
 
     name = "judge"
 
     def __init__(self) -> None:
-        self.number = {picture(number): number for number in NUMBERS}
+        self.number = {image(number): number for number in NUMBERS}
 
     def fits(self, text: str) -> bool:
         return len(text.split()) <= 20
 
     def _at(self, numbers: Sequence[int | None]) -> np.ndarray:
-        made = np.zeros((len(numbers), COUNT + 1), np.float32)  # the last: says nothing of any picture
+        made = np.zeros((len(numbers), COUNT + 1), np.float32)  # the last: says nothing of any image
         for row, number in enumerate(numbers):
             made[row, COUNT] = number is None
             for place in [] if number is None else NUMBERS:
                 made[row, place] = 0.5 ** min(abs(place - number), 10)
         return made / np.linalg.norm(made, axis=1, keepdims=True)
 
-    def pictures(self, files: Sequence[bytes]) -> np.ndarray:
+    def images(self, files: Sequence[bytes]) -> np.ndarray:
         return self._at([self.number[data] for data in files])
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -57,7 +57,7 @@ class Judge:
 
 @pytest.fixture
 def layers(build: Callable[..., Storage]) -> Storage:
-    """Layers `right`, `wrong` in every third picture, and `vague`, whose second sentence is not in the picture."""
+    """Layers `right`, `wrong` in every third image, and `vague`, whose second sentence is not in the image."""
     storage = build([NUMBERS[:10], NUMBERS[10:20], NUMBERS[20:]])
     keys = [make_key(str(number)) for number in NUMBERS]
 
@@ -81,7 +81,7 @@ def test_examples_in_the_docstrings_hold(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
 
 
-def test_captions_of_the_right_picture_win(layers: Storage) -> None:
+def test_captions_of_the_right_image_win(layers: Storage) -> None:
     found = run(layers, "right", "wrong")
     assert found["pictures"] == COUNT
     assert found["a_wins_by_mean"]["rate"] == pytest.approx(
@@ -130,7 +130,7 @@ def test_what_is_published(layers: Storage) -> None:
     with Image.open(io.BytesIO(layers.read("captions/diff-right-wrong.png"))) as sheet:
         assert sheet.format == "PNG"
         assert sheet.width == 1100
-        assert sheet.height > 16 * 180  # sixteen pictures
+        assert sheet.height > 16 * 180  # sixteen images
     html = layers.read("captions/diff-right-wrong.html").decode()
     assert html.count("<img") == 16
     assert "://" not in re.sub(r"data:image[^\"]*", "", html)  # nothing is loaded from elsewhere
@@ -139,10 +139,10 @@ def test_what_is_published(layers: Storage) -> None:
     assert all(f"number {n}." in html[worst:] for n in wrong)
 
 
-def test_pictures_without_a_caption_are_counted_and_left_out(layers: Storage) -> None:
+def test_images_without_a_caption_are_counted_and_left_out(layers: Storage) -> None:
     name = store.file_name("wrong", "shard-000000")
     table = layers.read_table(name)
-    layers.write_table(name, table.slice(4))  # two pictures' rows
+    layers.write_table(name, table.slice(4))  # two images' rows
     layers.delete(store.file_name("wrong", "shard-000002"))
     found = run(layers, "right", "wrong")
     assert found["pictures"] == 18
@@ -175,18 +175,18 @@ def test_captions_are_untrusted(layers: Storage) -> None:
 
 
 def test_ties_are_shared_out() -> None:
-    pictures = np.eye(4, dtype=np.float32)
-    near = metrics.neighbours(pictures, 3)
+    images = np.eye(4, dtype=np.float32)
+    near = metrics.neighbours(images, 3)
     same = np.full((4, 4), 0.5, np.float32)
-    assert metrics.recall(pictures, same, near) == pytest.approx(0.25)  # chance
-    assert metrics.recall(pictures, pictures, near) == 1.0
+    assert metrics.recall(images, same, near) == pytest.approx(0.25)  # chance
+    assert metrics.recall(images, images, near) == 1.0
     assert metrics.wins(np.ones(10), np.ones(10))["rate"] == 0.5
 
 
 def test_hard_neighbours_are_the_nearest() -> None:
     angles = np.array([0.0, 0.1, 0.25, 2.0, 2.1])
-    pictures = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    assert metrics.neighbours(pictures, 2).tolist() == [[1, 2], [0, 2], [1, 0], [4, 2], [3, 2]]
+    images = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    assert metrics.neighbours(images, 2).tolist() == [[1, 2], [0, 2], [1, 0], [4, 2], [3, 2]]
 
 
 def test_a_clip_of_open_clip_in_a_folder(clip_folder: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_clip_of_open_clip_in_a_folder(clip_folder: Path) -> None:
     with torch.inference_mode():
         expected = model.encode_text(open_clip.SimpleTokenizer(context_length=12)(texts), normalize=True).numpy()
     np.testing.assert_allclose(clip.texts(texts), expected, atol=1e-6)
-    seen = clip.pictures([picture(0), picture(1)])
+    seen = clip.images([image(0), image(1)])
     assert seen.shape == (2, 16)
     np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
     assert clip.fits("one two three four five six seven eight nine")

@@ -20,7 +20,7 @@ from capstan.recaption.engines.beam_search import search
 from capstan.recaption.engines.coca import CocaEngine
 from capstan.recaption.engines.coca_decoding import GROUP, CachedCoca, Tokens, decode, draw
 
-PICTURES = list(np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8))
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8))
 SLOTS = ("short", "descriptive")
 REQUESTS = [Request(f"image {number}", SLOTS) for number in range(20)]
 END, START, PAD = 513, 512, 0
@@ -39,21 +39,21 @@ def engine(captioner: Path, **recipe: Any) -> CocaEngine:
     return made
 
 
-def scaled(pictures: list[np.ndarray]) -> torch.Tensor:
+def scaled(images: list[np.ndarray]) -> torch.Tensor:
     """As the vision tower wants them."""
-    return (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
 
 
 def model_of(coca: CocaEngine) -> Any:
-    coca.caption(PICTURES[:1], REQUESTS[:1])
+    coca.caption(IMAGES[:1], REQUESTS[:1])
     assert coca._loaded is not None
     return coca._loaded.model
 
 
-def uncached(model: Any, pictures: list[np.ndarray], prompt: list[int], limit: int) -> list[list[int]]:
+def uncached(model: Any, images: list[np.ndarray], prompt: list[int], limit: int) -> list[list[int]]:
     """Greedy captions by open_clip's whole forward for every token."""
     written = []
-    for image in scaled(pictures):
+    for image in scaled(images):
         tokens = [START, *prompt]
         for _ in range(limit):
             logits = model(image[None], torch.tensor([tokens]), output_labels=False)["logits"][0, -1]
@@ -68,10 +68,10 @@ def uncached(model: Any, pictures: list[np.ndarray], prompt: list[int], limit: i
 @torch.inference_mode()
 def test_cached_tokens_are_open_clips_own(captioner: Path) -> None:
     coca = engine(captioner)
-    captions = coca.caption(PICTURES[:8], REQUESTS[:8])
+    captions = coca.caption(IMAGES[:8], REQUESTS[:8])
     assert coca._loaded is not None
     prompt, limit = coca._loaded.slots["short"]
-    expected = uncached(coca._loaded.model, PICTURES[:8], prompt, limit)
+    expected = uncached(coca._loaded.model, IMAGES[:8], prompt, limit)
     assert [c["short"].tokens for c in captions] == [len(tokens) for tokens in expected]
     assert [c["short"].raw for c in captions] == [coca._loaded.tokenizer.decode(t).strip() for t in expected]
     assert len({c["short"].raw for c in captions}) > 4, "the test needs captions that differ"
@@ -91,14 +91,14 @@ def test_cached_logits_are_open_clips_own_to_the_last_digits(captioner: Path) ->
 
 @torch.inference_mode()
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_logits_are_the_same_to_the_last_bit_whatever_is_beside_a_picture(captioner: Path, threads: int) -> None:
+def test_logits_are_the_same_to_the_last_bit_whatever_is_beside_a_image(captioner: Path, threads: int) -> None:
     """Not only the tokens: what they are chosen by."""
     coca = model_of(engine(captioner))
     tokens = torch.randint(1, 512, (20, 9), generator=torch.Generator().manual_seed(0))
 
     def logits(chosen: list[int]) -> torch.Tensor:
         cache, fill = CachedCoca(coca), [chosen[-1]] * (-len(chosen) % GROUP)
-        cache.look(coca.visual(scaled([PICTURES[number] for number in chosen + fill]))[1])
+        cache.look(coca.visual(scaled([IMAGES[number] for number in chosen + fill]))[1])
         rows, new = cache.start(9, range(len(chosen))), tokens[chosen + fill]
         assert rows == len(new)
         steps = [cache.step(new[:, :3])] + [cache.step(new[:, n : n + 1]) for n in range(3, 9)]
@@ -116,37 +116,37 @@ def test_logits_are_the_same_to_the_last_bit_whatever_is_beside_a_picture(captio
 
 @pytest.mark.parametrize("method", DECODINGS)
 def test_captions_do_not_depend_on_the_batch(captioner: Path, method: str) -> None:
-    """Other batch sizes, other companions, another order, other slots beside: the same caption for each picture."""
+    """Other batch sizes, other companions, another order, other slots beside: the same caption for each image."""
     decoding = DECODINGS[method]
-    expected = engine(captioner, batch=20, decoding=decoding).caption(PICTURES, REQUESTS)
+    expected = engine(captioner, batch=20, decoding=decoding).caption(IMAGES, REQUESTS)
     assert len({captions["short"].raw for captions in expected}) > 10, "the test needs captions that differ"
-    assert engine(captioner, batch=1, decoding=decoding).caption(PICTURES[4:6], REQUESTS[4:6]) == expected[4:6]
+    assert engine(captioner, batch=1, decoding=decoding).caption(IMAGES[4:6], REQUESTS[4:6]) == expected[4:6]
     for batch in (3, 17):
-        assert engine(captioner, batch=batch, decoding=decoding).caption(PICTURES, REQUESTS) == expected, batch
-    backwards = engine(captioner, decoding=decoding).caption(PICTURES[::-1], REQUESTS[::-1])
+        assert engine(captioner, batch=batch, decoding=decoding).caption(IMAGES, REQUESTS) == expected, batch
+    backwards = engine(captioner, decoding=decoding).caption(IMAGES[::-1], REQUESTS[::-1])
     assert backwards[::-1] == expected
     some = [Request(r.sha256, SLOTS[:1] if n % 3 else SLOTS[1:]) for n, r in enumerate(REQUESTS)]
-    found = engine(captioner, decoding=decoding).caption(PICTURES, some)
+    found = engine(captioner, decoding=decoding).caption(IMAGES, some)
     assert found == [{r.slots[0]: c[r.slots[0]]} for r, c in zip(some, expected, strict=True)]
 
 
 def test_captions_end_at_the_end_token_or_say_that_they_were_cut(captioner: Path) -> None:
-    captions = [c[slot] for c in engine(captioner).caption(PICTURES, REQUESTS) for slot in c]
+    captions = [c[slot] for c in engine(captioner).caption(IMAGES, REQUESTS) for slot in c]
     assert {c.finish for c in captions} == {"end", "length"}
     room = 24 - 1 - 2  # the context without start and prompt
     assert all(c.tokens == room if c.finish == "length" else c.tokens < room for c in captions)
-    short = [c[slot] for c in engine(captioner, max_tokens=3).caption(PICTURES, REQUESTS) for slot in c]
+    short = [c[slot] for c in engine(captioner, max_tokens=3).caption(IMAGES, REQUESTS) for slot in c]
     assert max(c.tokens for c in short) == 3
     assert not any("end_of_text" in c.raw for c in captions)
 
 
 def test_captions_say_that_clips_tokenizer_set_their_spaces(captioner: Path) -> None:
-    (captions,) = engine(captioner).caption(PICTURES[:1], REQUESTS[:1])
+    (captions,) = engine(captioner).caption(IMAGES[:1], REQUESTS[:1])
     assert all(caption.parted for caption in captions.values())
 
 
 def test_sampling_has_a_seed_for_every_image_slot_and_attempt(captioner: Path) -> None:
-    some, asked = PICTURES[:8], REQUESTS[:8]
+    some, asked = IMAGES[:8], REQUESTS[:8]
     drawn = engine(captioner, decoding={"method": "top_p"}).caption(some, asked)
     other = engine(captioner, decoding={"method": "top_p", "seed": 1}).caption(some, asked)
     again = engine(captioner, decoding={"method": "top_p"}).caption(some, asked, attempt=1)
@@ -162,11 +162,11 @@ def test_sampling_has_a_seed_for_every_image_slot_and_attempt(captioner: Path) -
 def test_a_further_attempt_draws_and_leaves_the_layer_as_it_is(captioner: Path, method: str) -> None:
     coca = engine(captioner, decoding={"method": method})
     before = json.dumps(coca.describe())
-    first, second, third = (coca.caption(PICTURES[:8], REQUESTS[:8], attempt=n) for n in range(3))
+    first, second, third = (coca.caption(IMAGES[:8], REQUESTS[:8], attempt=n) for n in range(3))
     assert {caption.seed for captions in first for caption in captions.values()} == {0}
     assert first != second != third
     drawing = engine(captioner, decoding={"method": "top_p"})
-    assert drawing.caption(PICTURES[:8], REQUESTS[:8], attempt=1) == second
+    assert drawing.caption(IMAGES[:8], REQUESTS[:8], attempt=1) == second
     assert json.dumps(coca.describe()) == before
 
 
@@ -174,7 +174,7 @@ def test_a_further_attempt_draws_and_leaves_the_layer_as_it_is(captioner: Path, 
 def test_beam_search_finds_what_a_plain_one_finds(captioner: Path) -> None:
     """Against the same search over open_clip's own forward, and never worse than greedy."""
     coca, prompt, limit, beams = model_of(engine(captioner)), [1, 2], 8, 3
-    images = scaled(PICTURES[:16])
+    images = scaled(IMAGES[:16])
     how = Decoding(method="beam", beams=beams)
     cache = CachedCoca(coca)
     cache.look(coca.visual(images)[1])
@@ -213,7 +213,7 @@ def test_longer_contexts_only_where_asked_for(captioner: Path) -> None:
     """The model's own context bounds its captions; `context` bounds them closer, or stretches the positions."""
     own, near, far = (engine(captioner, context=context) for context in (None, 10, 60))
     lengths = [
-        max(c.tokens for captions in coca.caption(PICTURES, REQUESTS) for c in captions.values())
+        max(c.tokens for captions in coca.caption(IMAGES, REQUESTS) for c in captions.values())
         for coca in (own, near, far)
     ]
     assert lengths == [21, 7, 57]
@@ -251,19 +251,19 @@ def test_ended_captions_leave_the_batch(captioner: Path, method: str) -> None:
             sizes.append(len(tokens))
             return super().step(tokens)
 
-    def lengths(pictures: list[np.ndarray]) -> list[int]:
-        cache, fill = Watched(coca), pictures[-1:] * (-len(pictures) % GROUP)
-        cache.look(coca.visual(scaled(pictures + fill))[1])
+    def lengths(images: list[np.ndarray]) -> list[int]:
+        cache, fill = Watched(coca), images[-1:] * (-len(images) % GROUP)
+        cache.look(coca.visual(scaled(images + fill))[1])
         how = Decoding.model_validate({"method": method, "beams": 2})
-        rows = range(len(pictures))
+        rows = range(len(images))
         if method == "beam":
             return [len(tokens) for tokens, _ in search(cache, rows, [1, 2], 21, TOKENS, how)]
         return [len(tokens) for tokens, _ in decode(cache, rows, [1, 2], 21, TOKENS, how, [0] * len(rows))]
 
     with torch.inference_mode():
-        together = lengths(PICTURES)
+        together = lengths(IMAGES)
         assert sizes[0] > sizes[-1]
-        assert [lengths([picture])[0] for picture in PICTURES[::7]] == together[::7]
+        assert [lengths([image])[0] for image in IMAGES[::7]] == together[::7]
 
 
 def test_description_changes_with_what_changes_captions_and_with_nothing_else(captioner: Path, tmp_path: Path) -> None:
@@ -291,16 +291,16 @@ def test_description_changes_with_what_changes_captions_and_with_nothing_else(ca
 
 def test_engine_travels_without_its_weights(captioner: Path) -> None:
     coca = engine(captioner)
-    captions = coca.caption(PICTURES[:8], REQUESTS[:8])
+    captions = coca.caption(IMAGES[:8], REQUESTS[:8])
     sent = pickle.dumps(coca)
     assert len(sent) < 5000
-    assert pickle.loads(sent).caption(PICTURES[:8], REQUESTS[:8]) == captions
+    assert pickle.loads(sent).caption(IMAGES[:8], REQUESTS[:8]) == captions
 
 
 def test_what_cannot_work_is_said_with_the_field_and_the_mend(captioner: Path, tmp_path: Path) -> None:
     def refused(field: str, **recipe: Any) -> str:
         with pytest.raises(RecipeError) as caught:
-            engine(captioner, **recipe).caption(PICTURES[:1], REQUESTS[:1])
+            engine(captioner, **recipe).caption(IMAGES[:1], REQUESTS[:1])
         assert caught.value.field == field
         return str(caught.value)
 
@@ -325,5 +325,5 @@ def test_a_hub_that_cannot_be_reached_is_the_users_to_mend(monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     coca = CocaEngine(RecaptionConfig(model="coca_ViT-B-32", pretrained="laion2b_s13b_b90k"))
     with pytest.raises(RecipeError, match="cannot load the weights laion2b_s13b_b90k of coca_ViT-B-32") as caught:
-        coca.caption(PICTURES[:1], REQUESTS[:1])
+        coca.caption(IMAGES[:1], REQUESTS[:1])
     assert caught.value.field == "recaption.pretrained"

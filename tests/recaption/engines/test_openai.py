@@ -40,7 +40,7 @@ def jpeg(number: int, side: int = 28) -> bytes:
     return file.getvalue()
 
 
-PICTURES = [jpeg(n) for n in range(6)]
+IMAGES = [jpeg(n) for n in range(6)]
 
 
 @pytest.fixture
@@ -67,15 +67,15 @@ def test_what_is_asked(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(made, CaptionEngine)
     assert isinstance(made, TextEngine)
     assert made.uses_original
-    made.caption(PICTURES[:1], [Request("a", ("descriptive",), "a  dog\n")])
+    made.caption(IMAGES[:1], [Request("a", ("descriptive",), "a  dog\n")])
     (body,), (headers,) = server.bodies, server.headers
     assert headers["Authorization"] == "Bearer secret-key"
     system, user = body.pop("messages")
-    picture, text = user["content"]
+    image, text = user["content"]
     assert system == {"role": "system", "content": "be brief"}
     assert text == {"type": "text", "text": "fuse: a dog"}
-    prefix, _, encoded = picture["image_url"]["url"].partition(",")
-    assert (prefix, base64.b64decode(encoded)) == ("data:image/jpeg;base64", PICTURES[0])
+    prefix, _, encoded = image["image_url"]["url"].partition(",")
+    assert (prefix, base64.b64decode(encoded)) == ("data:image/jpeg;base64", IMAGES[0])
     settings = {"model": "m", "max_tokens": 7, "temperature": 0.0, "top_p": 1.0}
     assert body == settings | {"chat_template_kwargs": {"enable_thinking": False}}
     kept = [json.dumps(made.describe()), pickle.dumps(made).decode("latin1")]
@@ -84,24 +84,24 @@ def test_what_is_asked(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_same_for_every_order_and_concurrency(server: ChatServer) -> None:
     decoding = {"method": "top_p", "temperature": 0.7}
-    expected = engine(server, decoding=decoding).caption(PICTURES, REQUESTS)
+    expected = engine(server, decoding=decoding).caption(IMAGES, REQUESTS)
     assert len({caption.raw for captions in expected for caption in captions.values()}) == 12
     one = engine(server, limits={"concurrency": 1}, decoding=decoding)
-    assert one.caption(PICTURES[::-1], REQUESTS[::-1])[::-1] == expected
-    assert [one.caption([p], [r])[0] for p, r in zip(PICTURES, REQUESTS, strict=True)] == expected
+    assert one.caption(IMAGES[::-1], REQUESTS[::-1])[::-1] == expected
+    assert [one.caption([p], [r])[0] for p, r in zip(IMAGES, REQUESTS, strict=True)] == expected
     seeds = {caption.seed for captions in expected for caption in captions.values()}
     assert len(seeds) == 12
     assert max(seeds) < 2**31
-    again = one.caption(PICTURES, REQUESTS, attempt=1)
+    again = one.caption(IMAGES, REQUESTS, attempt=1)
     assert not seeds & {caption.seed for captions in again for caption in captions.values()}
-    greedy = engine(server).caption(PICTURES, REQUESTS)
+    greedy = engine(server).caption(IMAGES, REQUESTS)
     assert {caption.seed for captions in greedy for caption in captions.values()} == {0}
-    assert engine(server).caption(PICTURES, REQUESTS, attempt=1) != greedy
+    assert engine(server).caption(IMAGES, REQUESTS, attempt=1) != greedy
 
 
 def test_no_more_requests_at_once_than_allowed(server: ChatServer) -> None:
     server.delay_s = 0.03
-    engine(server, limits={"concurrency": 3}).caption(PICTURES, REQUESTS)
+    engine(server, limits={"concurrency": 3}).caption(IMAGES, REQUESTS)
     assert server.most_running == 3
     assert len(server.bodies) == 12
 
@@ -110,7 +110,7 @@ def test_no_more_requests_at_once_than_allowed(server: ChatServer) -> None:
 def test_what_heals_is_asked_again(server: ChatServer, fault: int | str) -> None:
     answer = (fault, {}, {}) if isinstance(fault, int) else (200, {}, fault)
     server.misbehave = lambda body, tries: answer if tries < 3 else None
-    found = engine(server).caption(PICTURES[:2], REQUESTS[:2])
+    found = engine(server).caption(IMAGES[:2], REQUESTS[:2])
     assert {caption.finish for captions in found for caption in captions.values()} == {"end"}
     assert len(server.bodies) == 12
 
@@ -131,9 +131,9 @@ def test_what_heals_is_asked_again(server: ChatServer, fault: int | str) -> None
 def test_what_does_not_heal_is_a_caption_with_a_reason(
     server: ChatServer, answer: Any, reason: str, asked: int
 ) -> None:
-    bad = base64.b64encode(PICTURES[1]).decode()
+    bad = base64.b64encode(IMAGES[1]).decode()
     server.misbehave = lambda body, tries: answer if bad in json.dumps(body) else None
-    found = engine(server, limits={"retries": 2}, slots=["short"]).caption(PICTURES[:3], [Request("a", ("short",))] * 3)
+    found = engine(server, limits={"retries": 2}, slots=["short"]).caption(IMAGES[:3], [Request("a", ("short",))] * 3)
     assert [captions["short"].finish for captions in found] == ["end", "none", "end"]
     assert [captions["short"].reason for captions in found] == ["", reason, ""]
     assert len(server.bodies) == asked + 2
@@ -142,13 +142,13 @@ def test_what_does_not_heal_is_a_caption_with_a_reason(
 def test_a_server_that_is_slow_or_not_there(server: ChatServer) -> None:
     server.delay_s = 0.5
     limits = {"timeout_s": 0.05, "retries": 1}
-    caption = engine(server, limits=limits).caption(PICTURES[:1], REQUESTS[:1])[0]["short"]
+    caption = engine(server, limits=limits).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.finish, caption.reason) == ("none", "timeout")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nowhere = ChatServer(url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
         with pytest.raises(RecipeError, match=r"recaption\.server\.url: .* cannot be reached"):
-            engine(nowhere, limits=limits).caption(PICTURES[:1], REQUESTS[:1])
+            engine(nowhere, limits=limits).caption(IMAGES[:1], REQUESTS[:1])
 
 
 def test_what_a_server_refuses_from_the_start_ends_the_run(
@@ -158,31 +158,29 @@ def test_what_a_server_refuses_from_the_start_ends_the_run(
     problem = "Unsupported parameter: 'max_tokens' (secret-key)"
     server.misbehave = lambda body, tries: (400, {}, {"error": problem}) if "max_tokens" in body else None
     with pytest.raises(RecipeError, match=r"recaption\.server: .*HTTP 400.*Unsupported parameter.*max_tokens: null"):
-        engine(server).caption(PICTURES, REQUESTS)
+        engine(server).caption(IMAGES, REQUESTS)
     assert caplog.text.count("Unsupported parameter: 'max_tokens' (…)") == 1
     mended = engine(server, limits={"extra": {"max_tokens": None}})
-    assert all(caption.finish == "end" for found in mended.caption(PICTURES, REQUESTS) for caption in found.values())
+    assert all(caption.finish == "end" for found in mended.caption(IMAGES, REQUESTS) for caption in found.values())
 
 
-def test_pictures_that_a_server_refuses_do_not_end_the_run(
-    server: ChatServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_a_server_refuses_do_not_end_the_run(server: ChatServer, caplog: pytest.LogCaptureFixture) -> None:
     """Also where there are no others, as in a run that asks again for what failed."""
-    bad = [base64.b64encode(picture).decode() for picture in PICTURES]
+    bad = [base64.b64encode(image).decode() for image in IMAGES]
     server.misbehave = lambda body, tries: (400, {}, "too small") if any(b in json.dumps(body) for b in bad) else None
     made = engine(server)
     for _ in range(2):
-        found = made.caption(PICTURES, REQUESTS)
+        found = made.caption(IMAGES, REQUESTS)
         assert {caption.reason for captions in found for caption in captions.values()} == {"http_400"}
-    assert len(server.bodies) == 25  # one of them asks whether it is the pictures
+    assert len(server.bodies) == 25  # one of them asks whether it is the images
     assert caplog.text.count("too small") == 1
 
 
 def test_a_server_that_goes_away_later_does_not_end_the_run(server: ChatServer) -> None:
     made = engine(server, limits={"retries": 0})
-    made.caption(PICTURES[:1], REQUESTS[:1])
+    made.caption(IMAGES[:1], REQUESTS[:1])
     server.misbehave = lambda body, tries: (0, {}, {})
-    assert made.caption(PICTURES[:1], REQUESTS[:1])[0]["short"].reason == "connect"
+    assert made.caption(IMAGES[:1], REQUESTS[:1])[0]["short"].reason == "connect"
 
 
 @pytest.mark.parametrize(("status", "field"), [(401, "key_env"), (403, "key_env"), (404, "model")])
@@ -190,20 +188,20 @@ def test_mistakes_end_the_run(server: ChatServer, status: int, field: str, monke
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server.misbehave = lambda body, tries: (status, {}, {"error": "wrong: secret-key"})
     with pytest.raises(RecipeError, match=f"{field}: .*HTTP {status}") as caught:
-        engine(server).caption(PICTURES, REQUESTS)
+        engine(server).caption(IMAGES, REQUESTS)
     assert "secret-key" not in str(caught.value)
 
 
 def test_finish_reasons_and_token_counts_are_the_servers(server: ChatServer) -> None:
     server.misbehave = lambda body, tries: (200, {}, completion(" cut off ", "length", 9))
-    caption = engine(server).caption(PICTURES[:1], REQUESTS[:1])[0]["short"]
+    caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.raw, caption.tokens, caption.finish) == ("cut off", 9, "length")
 
 
 def test_half_a_character_does_not_reach_the_tables(server: ChatServer) -> None:
     """JSON may spell one of a pair of surrogates, which no UTF-8 and so no Parquet can hold."""
     server.misbehave = lambda body, tries: (200, {}, completion("a cat \ud83d", "stop", 9))
-    caption = engine(server).caption(PICTURES[:1], REQUESTS[:1])[0]["short"]
+    caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.raw, caption.finish) == ("a cat ?", "end")
 
 
@@ -225,7 +223,7 @@ def test_waits_as_long_as_the_server_says(server: ChatServer, header: str) -> No
         return 429, headers[header], {}
 
     server.misbehave = once
-    engine(server, limits={"concurrency": 1}, slots=["short"]).caption(PICTURES[:3], [Request("a", ("short",))] * 3)
+    engine(server, limits={"concurrency": 1}, slots=["short"]).caption(IMAGES[:3], [Request("a", ("short",))] * 3)
     waited = server.times[1] - first[0]
     assert 0.7 < waited < 4
     assert len(server.bodies) == 4
@@ -235,18 +233,18 @@ def test_keeps_to_requests_and_tokens_a_minute(server: ChatServer) -> None:
     """Evenly, and each of several workers to its share."""
     asked = [Request("a", ("short",))] * 6
     limits = {"requests_per_minute": 1200}  # 20 a second, 10 for each of two workers
-    engine(server, workers=2, limits=limits, slots=["short"]).caption(PICTURES, asked)
+    engine(server, workers=2, limits=limits, slots=["short"]).caption(IMAGES, asked)
     gaps = np.diff(server.times)
     assert gaps.min() > 0.05
     assert server.times[-1] - server.times[0] > 0.45
     server.times.clear()
     # About 1,300 tokens are expected of each until the server says that it were 50.
     made = engine(server, limits={"tokens_per_minute": 600_000, "concurrency": 1}, slots=["short"])
-    made.caption(PICTURES, asked)
+    made.caption(IMAGES, asked)
     assert server.times[-1] - server.times[0] < 0.4
     server.misbehave = lambda body, tries: (200, {}, completion("x", total=3000))
     server.times.clear()
-    made.caption(PICTURES, asked)
+    made.caption(IMAGES, asked)
     assert server.times[-1] - server.times[0] > 1.2  # 5 × 3,000 at 10,000 a second
 
 
@@ -271,11 +269,11 @@ def test_only_its_captions_are_part_of_a_layers_id(server: ChatServer) -> None:
         assert engine(server, **change).describe() != base, change
 
 
-def test_pictures_travel_as_they_are_or_bounded(server: ChatServer) -> None:
+def test_images_travel_as_they_are_or_bounded(server: ChatServer) -> None:
     made = engine(server, max_side=64)
-    assert made.prepare(PICTURES[0]) == PICTURES[0]
-    with Image.open(io.BytesIO(made.prepare(jpeg(0, 200)))) as picture:
-        assert (picture.size, picture.format) == ((64, 64), "JPEG")
+    assert made.prepare(IMAGES[0]) == IMAGES[0]
+    with Image.open(io.BytesIO(made.prepare(jpeg(0, 200)))) as image:
+        assert (image.size, image.format) == ((64, 64), "JPEG")
     with pytest.raises(OSError, match=r"(?i)truncated"):
         made.prepare(jpeg(0, 200)[:700])
 
@@ -304,13 +302,13 @@ def test_against_transformers_serve(tmp_path: Path) -> None:
         try:
             _until_ready(f"http://127.0.0.1:{port}/health", process, tmp_path / "log")
             made = engine(ChatServer(url=f"http://127.0.0.1:{port}/v1"), model=str(folder), max_tokens=6, max_side=None)
-            found = made.caption(PICTURES[:3], REQUESTS[:3])
+            found = made.caption(IMAGES[:3], REQUESTS[:3])
             text = made.write(["describe the red circle"], seeds=[1], max_tokens=4)[0]
         finally:
             process.terminate()
     section = {"engine": "transformers", "model": str(folder), "max_tokens": 6, "max_side": None}
     local = make(RecaptionConfig.model_validate(section))
-    expected = local.caption([local.prepare(data) for data in PICTURES[:3]], REQUESTS[:3])
+    expected = local.caption([local.prepare(data) for data in IMAGES[:3]], REQUESTS[:3])
     assert [{slot: c.raw for slot, c in captions.items()} for captions in found] == [
         {slot: c.raw for slot, c in captions.items()} for captions in expected
     ]

@@ -1,4 +1,4 @@
-"""The transformers engine: any image-text-to-text model in a folder, and captions that depend on their picture only."""
+"""The transformers engine: any image-text-to-text model in a folder, and captions that depend on their image only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capstan.recaption.engines import Caption, CaptionEngine, Request, TextEngin
 from capstan.recaption.engines.transformers import TransformersEngine
 
 SLOTS = ("short", "descriptive")
-PROMPTS = {"short": "write one short caption", "descriptive": "describe the picture: {original}"}
+PROMPTS = {"short": "write one short caption", "descriptive": "describe the image: {original}"}
 SIZES = [(28, 28), (40, 30), (20, 60), (90, 20), (28, 28), (64, 64)]
 
 
@@ -66,7 +66,7 @@ def captions(folder: Path, rows: Any = range(10), attempt: int = 0, **recipe: An
     ],
 )
 def test_captions_do_not_depend_on_the_batch(model: str, decoding: Any, request: pytest.FixtureRequest) -> None:
-    """Other sizes, companions and orders; pictures and prompts of different lengths; other numbers of threads."""
+    """Other sizes, companions and orders; images and prompts of different lengths; other numbers of threads."""
     import torch
 
     folder: Path = request.getfixturevalue(model)
@@ -92,8 +92,8 @@ def own(folder: Path, cases: list[tuple[bytes, str]]) -> list[Caption]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     found = []
     for data, text in cases:
-        with Image.open(io.BytesIO(data)) as picture:
-            content = [{"type": "image", "image": picture.convert("RGB")}, {"type": "text", "text": text}]
+        with Image.open(io.BytesIO(data)) as image:
+            content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": text}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             tokenize=True,
@@ -131,15 +131,15 @@ def test_padding_beside_longer_prompts_changes_no_caption(
         Request(f"image {n}", ("descriptive",), "the red circle " * words) for n, words in enumerate((0, 1, 4, 20))
     ]
     made = engine(folder)
-    pictures = [made.prepare(jpeg(number)) for number in range(len(asked))]
+    images = [made.prepare(jpeg(number)) for number in range(len(asked))]
 
     def together() -> list[Caption]:
-        return [found["descriptive"] for found in made.caption(pictures, asked)]
+        return [found["descriptive"] for found in made.caption(images, asked)]
 
     prompts = [PROMPTS["descriptive"].replace("{original}", one.original.strip()) for one in asked]
     expected = own(folder, [(jpeg(number), prompt) for number, prompt in enumerate(prompts)])
     assert len({caption.raw for caption in expected}) > 1, "the test needs captions that differ"
-    alone = [made.caption([picture], [one])[0]["descriptive"] for picture, one in zip(pictures, asked, strict=True)]
+    alone = [made.caption([image], [one])[0]["descriptive"] for image, one in zip(images, asked, strict=True)]
     assert together() == alone == expected
     monkeypatch.setattr(transformers, "_alike", lambda lengths: [list(range(len(lengths)))])
     assert together() == expected
@@ -157,9 +157,9 @@ def test_the_original_caption_is_quoted_on_one_line(llava: Path) -> None:
     made = engine(llava)
     assert made.uses_original
     assert not engine(llava, prompts={}).uses_original
-    picture = made.prepare(jpeg(0))
+    image = made.prepare(jpeg(0))
     asked = [Request("a", ("descriptive",), text) for text in ("a dog", "a  dog\n", "a cat")]
-    one, same, other = made.caption([picture] * 3, asked)
+    one, same, other = made.caption([image] * 3, asked)
     assert one == same
     assert one != other
 
@@ -175,14 +175,14 @@ def test_attempts_draw_with_seeds_of_their_own(llava: Path) -> None:
 
 def test_only_what_is_asked_for_is_written(llava: Path) -> None:
     made = engine(llava)
-    picture = made.prepare(jpeg(1))
-    found = made.caption([picture, picture], [Request("a", ("short",)), Request("a", SLOTS)])
+    image = made.prepare(jpeg(1))
+    found = made.caption([image, image], [Request("a", ("short",)), Request("a", SLOTS)])
     assert [list(one) for one in found] == [["short"], ["short", "descriptive"]]
     assert found[0]["short"] == found[1]["short"]
 
 
 @pytest.mark.parametrize("model", ["llava", "qwen"])
-def test_answers_without_pictures(model: str, request: pytest.FixtureRequest) -> None:
+def test_answers_without_images(model: str, request: pytest.FixtureRequest) -> None:
     made = engine(request.getfixturevalue(model), decoding={"method": "top_p"})
     assert isinstance(made, CaptionEngine)
     assert isinstance(made, TextEngine)
@@ -191,10 +191,10 @@ def test_answers_without_pictures(model: str, request: pytest.FixtureRequest) ->
     assert made.write(["describe"], seeds=[2], max_tokens=5) == [other]
 
 
-def test_a_language_model_writes_and_refuses_pictures(tmp_path: Path) -> None:
+def test_a_language_model_writes_and_refuses_images(tmp_path: Path) -> None:
     made = engine(vision_models.language_model(tmp_path))
     assert made.write(["describe the circle"], seeds=[0], max_tokens=4)[0].tokens > 0
-    with pytest.raises(RecipeError, match="takes no pictures"):
+    with pytest.raises(RecipeError, match="takes no images"):
         made.caption([made.prepare(jpeg(0))], [REQUESTS[0]])
 
 
@@ -218,14 +218,14 @@ def test_description_changes_with_what_changes_captions_and_with_nothing_else(ll
     assert engine(moved).describe() != base
 
 
-def test_travels_without_weights_and_its_pictures_are_bounded(llava: Path) -> None:
+def test_travels_without_weights_and_its_images_are_bounded(llava: Path) -> None:
     made = engine(llava, max_side=32)
-    picture = made.prepare(jpeg(3))
-    assert picture.shape == (7, 32, 3)
+    image = made.prepare(jpeg(3))
+    assert image.shape == (7, 32, 3)
     assert made._loaded is None
-    found = made.caption([picture], REQUESTS[:1])
+    found = made.caption([image], REQUESTS[:1])
     assert len(sent := pickle.dumps(made)) < 5000
-    assert pickle.loads(sent).caption([picture], REQUESTS[:1]) == found
+    assert pickle.loads(sent).caption([image], REQUESTS[:1]) == found
     with pytest.raises(OSError, match=r"(?i)truncated"):
         made.prepare(jpeg(5)[:600])
 

@@ -140,7 +140,7 @@ def test_what_models_are_known_to_write(text: str, flag: str) -> None:
         "a sign with the letter a",
     ],
 )
-def test_what_a_picture_may_show_is_no_fault(text: str) -> None:
+def test_what_a_image_may_show_is_no_fault(text: str) -> None:
     assert not flags(text)
 
 

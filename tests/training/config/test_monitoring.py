@@ -19,7 +19,7 @@ def test_each_mistake_is_named():
         configure(evaluate={"measures": ["fid"]})
     with pytest.raises(RecipeError, match=r"'psnr' is not measured; one of background, .*, relation"):
         configure(evaluate={"measures": ["oracle"]}, best={"measure": "psnr"})
-    with pytest.raises(RecipeError, match="draws pictures from prompts, and captioner does not"):
+    with pytest.raises(RecipeError, match="draws images from prompts, and captioner does not"):
         configure("captioner", samples={})
     with pytest.raises(RecipeError, match="trackers"):
         configure(trackers=["neptune"])

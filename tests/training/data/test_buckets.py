@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of one area, the nearest proportions, and pictures cut to them."""
+"""Aspect-ratio buckets: sizes of one area, the nearest proportions, and images cut to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_generated_sizes_have_about_one_area_and_are_symmetric() -> None:
     assert ratios == sorted(set(ratios))
 
 
-def test_pictures_go_to_the_nearest_proportions() -> None:
+def test_images_go_to_the_nearest_proportions() -> None:
     sizes = sizes_of(Buckets(size=512))
     random = np.random.default_rng(0)
     widths, heights = random.integers(50, 5000, (2, 2000))
@@ -56,14 +56,14 @@ def test_sizes_that_a_model_cannot_take_are_refused() -> None:
 
 
 def sample(width: int, height: int, seed: int = 1, **more) -> Sample:
-    """A picture whose red is the column, and whose green is the row, in parts of 250."""
+    """An image whose red is the column, and whose green is the row, in parts of 250."""
     x, y = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
     jpeg = simplejpeg.encode_jpeg(np.stack([x, y, 0 * x], -1).astype(np.uint8), quality=100, colorsubsampling="444")
     original = {"original_width": 2 * width, "original_height": 2 * height, **more}
     return Sample(f"{seed}", jpeg, "", "original", 0, seed, width=width, height=height, **original)
 
 
-def test_pictures_cover_their_bucket() -> None:
+def test_images_cover_their_bucket() -> None:
     samples = [sample(900, 600, bucket=(96, 64)), sample(300, 400, bucket=(96, 64))]
     batch = batch_of(samples, 64)
     assert batch.shape == (2, 3, 64, 96)
@@ -97,9 +97,9 @@ def test_a_batch_is_made_without_operations_of_torch() -> None:
 def test_conditions_say_what_was_cut(size: tuple[int, int], flip: bool) -> None:
     for seed in range(20):
         width, height = (int(side) for side in np.random.default_rng(seed).integers(100, 700, 2))
-        picture = sample(width, height, seed, bucket=size)
-        seen = batch_of([picture], 0, crop="random", flip=flip)[0].float()
-        row = conditions_of([picture], 0, crop="random", flip=flip)[0].tolist()
+        image = sample(width, height, seed, bucket=size)
+        seen = batch_of([image], 0, crop="random", flip=flip)[0].float()
+        row = conditions_of([image], 0, crop="random", flip=flip)[0].tolist()
         original_height, original_width, top, left, target_height, target_width = row
         assert (original_width, original_height) == (2 * width, 2 * height)
         assert (target_width, target_height) == size
@@ -113,10 +113,10 @@ def test_conditions_say_what_was_cut(size: tuple[int, int], flip: bool) -> None:
 
 
 def test_what_the_build_cut_off_counts() -> None:
-    picture = sample(128, 128, original_width=400, original_height=200, crop_left=64)
-    assert conditions_of([picture], 64).tolist() == [[200, 400, 0, 32, 64, 64]]
+    image = sample(128, 128, original_width=400, original_height=200, crop_left=64)
+    assert conditions_of([image], 64).tolist() == [[200, 400, 0, 32, 64, 64]]
 
 
 def test_a_cut_in_the_middle_is_that_of_a_square() -> None:
-    picture = sample(200, 150)
-    assert (cut(picture.jpeg, (64, 64)) == batch_of([picture], 64)[0].permute(1, 2, 0).numpy()).all()
+    image = sample(200, 150)
+    assert (cut(image.jpeg, (64, 64)) == batch_of([image], 64)[0].permute(1, 2, 0).numpy()).all()

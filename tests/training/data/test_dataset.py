@@ -90,7 +90,7 @@ def test_a_layer_that_lacks_slots_or_shards_is_refused_at_once(captioned: Path) 
         find_layer(storage, Data(layer="x"))
 
 
-def test_latents_stand_in_for_pictures(squares: Path) -> None:
+def test_latents_stand_in_for_images(squares: Path) -> None:
     def latents(shard: str) -> np.ndarray:
         return np.full((20, 4, 2, 2), int(shard[-1]), dtype=np.float16)
 

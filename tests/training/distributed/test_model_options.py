@@ -65,7 +65,7 @@ def test_checkpointed_and_channels_last_models_learn_the_same() -> None:
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(plain, moved, strict=True))
 
 
-def test_pictures_and_kernels_are_laid_out_as_asked() -> None:
+def test_images_and_kernels_are_laid_out_as_asked() -> None:
     batch = {"pictures": torch.zeros(2, 3, 4, 4), "text": torch.zeros(2, 3)}
     last = model_options.place(batch, config(channels_last=True), CPU)
     assert last["pictures"].is_contiguous(memory_format=torch.channels_last)

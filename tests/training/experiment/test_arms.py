@@ -63,7 +63,7 @@ def test_arms_of_a_seed_differ_by_layer_and_blend_alone(captioned: Path) -> None
     assert set(differences(identities[Trial("original", 0)], identities[Trial("original", 7)])) == {"seed", "init"}
 
 
-def test_arms_see_the_same_pictures_in_the_same_order(captioned: Path) -> None:
+def test_arms_see_the_same_images_in_the_same_order(captioned: Path) -> None:
     recipe = recipe_of(captioned)
     config, train = ExperimentConfig.from_recipe(recipe), TrainConfig.from_recipe(recipe)
     found = layers(recipe, config, train, "written")

@@ -61,7 +61,7 @@ def test_arms_by_name_and_of_ones_own(tmp_path: Path) -> None:
         ({"upsampler": "gpt"}, {}, "experiment.upsampler: must be captions, a section like recaption"),
         ({"upsampler": {"engine": "coca"}}, {}, "experiment.upsampler.engine: coca writes no text"),
         ({"upsampler": {"engine": "openai"}}, {}, "experiment.upsampler: server.url is missing"),
-        ({}, {"model": "autoencoder", "diffusion": {"autoencoder": "x"}}, "draws no pictures from prompts"),
+        ({}, {"model": "autoencoder", "diffusion": {"autoencoder": "x"}}, "draws no images from prompts"),
         ([], {}, "experiment"),
     ],
 )

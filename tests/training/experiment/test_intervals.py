@@ -13,7 +13,7 @@ NAN = math.nan
 
 
 def crossed(chance: np.random.Generator, seeds: int, prompts: int, spread: tuple[float, float, float]) -> np.ndarray:
-    """Values around 0 with these standard deviations of seeds, of prompts, and of each picture."""
+    """Values around 0 with these standard deviations of seeds, of prompts, and of each image."""
     by_seed, by_prompt, own = spread
     values = by_seed * chance.normal(size=(seeds, 1)) + by_prompt * chance.normal(size=(1, prompts))
     return np.asarray(values + own * chance.normal(size=(seeds, prompts)))

@@ -1,4 +1,4 @@
-"""Pictures against prompts: by the sentences of a prompt, one number each, kept whole."""
+"""Images against prompts: by the sentences of a prompt, one number each, kept whole."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from capstan.training.experiment.prompts import Prompt
 
 
 class Clip:
-    """Knows two words, red and blue, and three at most at a time; a picture's embedding is its colour."""
+    """Knows two words, red and blue, and three at most at a time; an image's embedding is its colour."""
 
     def fits(self, text: str) -> bool:
         return len(text.split()) <= 3
 
-    def pictures(self, files: Sequence[bytes]) -> np.ndarray:
+    def images(self, files: Sequence[bytes]) -> np.ndarray:
         assert all(file.startswith(b"\x89PNG") for file in files)
         return np.eye(2, dtype=np.float32)[[0] * len(files)]  # all are red
 
@@ -35,17 +35,15 @@ class Clip:
 
 def test_the_clip_score_is_of_sentences_and_long_ones_are_cut() -> None:
     clip: Any = Clip()
-    pictures = np.zeros((3, 8, 8, 3), np.uint8)
-    mean, least = clip_scores(
-        clip, pictures, ["a red thing.", "a red thing. a blue thing.", "red red red blue red red"]
-    )
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    mean, least = clip_scores(clip, images, ["a red thing.", "a red thing. a blue thing.", "red red red blue red red"])
     assert mean.tolist() == [100, 50, 50]
     assert least.tolist() == [100, 0, 0]
     prompts = [Prompt("red square", 0, wanted=read("red square")), Prompt("blue", 1)]
-    columns = judged(prompts, pictures[:2], clip)
+    columns = judged(prompts, images[:2], clip)
     assert set(columns) == {"clip_mean", "clip_min"}  # no oracle where some prompt has no truth
-    assert judged(prompts[:1], pictures[:1], None)["followed"] == [0.0]
-    assert judged(prompts[:1], pictures[:1], None)["relation"] == [None]
+    assert judged(prompts[:1], images[:1], None)["followed"] == [0.0]
+    assert judged(prompts[:1], images[:1], None)["relation"] == [None]
 
 
 def test_a_scorer_that_is_not_there_is_named_by_the_recipes_key() -> None:
@@ -68,8 +66,8 @@ def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
     assert all((a == b).all() for a, b in zip(shown, images, strict=False))
 
 
-def test_pictures_of_any_size_make_a_sheet() -> None:
+def test_images_of_any_size_make_a_sheet() -> None:
     for side in (16, 500):
-        picture = np.zeros((side, side, 3), np.uint8)
-        rows = [("a prompt " * 60, {"truth": picture, "a": picture}), ("é → 图", {"truth": None, "a": picture})]
+        image = np.zeros((side, side, 3), np.uint8)
+        rows = [("a prompt " * 60, {"truth": image, "a": image}), ("é → 图", {"truth": None, "a": image})]
         assert side_by_side(rows).startswith(b"\x89PNG")

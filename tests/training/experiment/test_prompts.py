@@ -1,4 +1,4 @@
-"""The sets of prompts, how short ones are expanded, and what true pictures score."""
+"""The sets of prompts, how short ones are expanded, and what true images score."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_prompts_of_the_world_say_something_of_scenes_that_nobody_has_seen(world
     assert kinds <= {"fragment", "partial", "honest"}
 
 
-def test_true_pictures_score_far_above_those_of_other_prompts(world: Recipe) -> None:
+def test_true_images_score_far_above_those_of_other_prompts(world: Recipe) -> None:
     found = references(sets_of(world), None)
     for name in ("original", "descriptive"):
         true, other = (found[kind][name]["followed"] for kind in ("truth", "chance"))
@@ -87,7 +87,7 @@ def test_the_nearest_caption_shares_what_is_rare() -> None:
         [
             "on a white background there are two things: a large red circle and a small blue square.",
             "on a white background there are two things: a large blue circle and a small red square.",
-            "a picture with a grey background and one thing: a small green star.",
+            "an image with a grey background and one thing: a small green star.",
         ]
     )
     assert "red circle" in nearest("red circle clip art")

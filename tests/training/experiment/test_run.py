@@ -1,6 +1,6 @@
 """An experiment goes through its points, goes on where it stopped, and says what was found, whatever that is.
 
-The trainer is a stand-in that leaves what a run leaves, and pictures score as often as their arm is told to: so what
+The trainer is a stand-in that leaves what a run leaves, and images score as often as their arm is told to: so what
 there is to be found is known. The real ones run in tests/cluster/test_experiment.py.
 """
 
@@ -205,7 +205,7 @@ def test_without_the_world_a_clip_is_needed_before_anything_is_trained(
     asked = recipe()
     assert asked.train is not None
     elsewhere = {"source": None, "train": asked.train | {"data": {"holdout": 30}}}
-    with pytest.raises(RecipeError, match=r"experiment\.scorer: is null, and only pictures of the captioned world"):
+    with pytest.raises(RecipeError, match=r"experiment\.scorer: is null, and only images of the captioned world"):
         experiment.run_blend(asked.model_copy(update=elsewhere))
     assert stage.trained == []
 
@@ -213,7 +213,7 @@ def test_without_the_world_a_clip_is_needed_before_anything_is_trained(
 def test_the_report_holds_all_that_was_asked_for(
     recipe: Callable[..., Recipe], stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here pictures are really drawn, judged and shown."""
+    """Here images are really drawn, judged and shown."""
     for function in (measure, references):
         monkeypatch.setattr(experiment, function.__name__, function)
     experiment.run_blend(recipe(upsampler="captions", prompts=10, seeds=[0, 1]))

@@ -23,7 +23,7 @@ from capstan.training.metrics.samples import EvalSet, Scenes
 CPU = torch.device("cpu")
 
 
-class Pictures(EvalSet):
+class Images(EvalSet):
     """Noise, darker or lighter."""
 
     def __init__(self, count: int, level: int) -> None:
@@ -33,15 +33,15 @@ class Pictures(EvalSet):
         return len(self.made)
 
     def prompts(self, numbers: Sequence[int]) -> list[str]:
-        return [f"picture {number}" for number in numbers]
+        return [f"image {number}" for number in numbers]
 
-    def pictures(self, numbers: Sequence[int], side: int) -> np.ndarray:
+    def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return self.made[list(numbers)]
 
 
 class Means(torch.nn.Module):
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().flatten(2).mean(2)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().flatten(2).mean(2)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def features(tmp_path_factory) -> Path:
     return file
 
 
-def result(judge: Metric, subjects: EvalSet, pictures: np.ndarray, workers: int = 1) -> dict[str, float]:
-    """What `workers` judges say together, each of every so manieth picture."""
+def result(judge: Metric, subjects: EvalSet, images: np.ndarray, workers: int = 1) -> dict[str, float]:
+    """What `workers` judges say together, each of every so manieth image."""
     totals: dict[int, list[torch.Tensor]] = {}
     judged = {}
     for last in (False, True):  # first note what each would send, then answer with the sums
@@ -71,13 +71,13 @@ def result(judge: Metric, subjects: EvalSet, pictures: np.ndarray, workers: int 
                 judge.true = {}
             with judge.ready(CPU):
                 numbers = list(range(worker, len(subjects), workers))
-                judge.add(subjects, numbers, pictures[numbers])
+                judge.add(subjects, numbers, images[numbers])
                 judged = judge.result(total)
     return judged
 
 
 def test_fid_is_the_distance_of_two_gaussians(features: Path) -> None:
-    truth, drawn = Pictures(40, 20), Pictures(40, 60).made
+    truth, drawn = Images(40, 20), Images(40, 60).made
     judge = FrechetDistance(Fid(features=str(features)), "x")
     judge.check(truth)
     a, b = (p.reshape(40, -1, 3).mean(1).astype(np.float64) for p in (truth.made, drawn))
@@ -96,11 +96,11 @@ def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, mon
         pass
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(RecipeError, match=r"f\.features: needs the package torchmetrics.*capstan\[fid\]"):
-        FrechetDistance(Fid(features=str(features)), "f").check(Pictures(2, 0))
+        FrechetDistance(Fid(features=str(features)), "f").check(Images(2, 0))
 
 
 def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
-    judge, subjects = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x"), Pictures(7, 20)
+    judge, subjects = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x"), Images(7, 20)
     loaded = judge.tower.load("cpu")
     seen = loaded.normalize(loaded.images(np.stack([judge.tower.prepare(p) for p in subjects.made])))
     said = loaded.normalize(loaded.texts(subjects.prompts(range(7))))
@@ -111,7 +111,7 @@ def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
 
 def test_drawings_follow_their_own_prompts_and_not_others() -> None:
     subjects = Scenes(WorldSource(size=64), 12)
-    drawn = subjects.pictures(range(12), 64)
+    drawn = subjects.images(range(12), 64)
     own, others = result(Follows("x"), subjects, drawn), result(Follows("x"), subjects, np.roll(drawn, 1, axis=0))
     assert own["colour_shape"] > 0.9 > 0.5 > others["colour_shape"]
     assert result(Follows("x"), subjects, drawn, workers=5) == pytest.approx(own)

@@ -42,7 +42,7 @@ def test_both_are_told_of_one_run_that_was_stopped(run: Run, monkeypatch, tmp_pa
         trackers = open_trackers(run, start)
         for number, loss in enumerate(losses):
             trackers.scalars(start + number + 1, {"loss": loss, "blend/original": 1.0})
-        trackers.picture(start + 1, "samples", tmp_path / "step-000001.png")
+        trackers.image(start + 1, "samples", tmp_path / "step-000001.png")
         trackers.close()
         trackers.close()  # a second time changes nothing
 

@@ -66,7 +66,7 @@ def recipe(make_dataset, tmp_path):
 
 
 def encode_here(recipe):
-    """What `encode` does of pictures, without Ray: the job's stages in this process."""
+    """What `encode` does of images, without Ray: the job's stages in this process."""
     dataset = Dataset(Storage(recipe.dataset))
     return run_here(LatentsJob(dataset, *plan(TrainConfig.from_recipe(recipe), dataset), recipe.resources))
 
@@ -113,9 +113,9 @@ def test_stored_latents_are_those_of_the_autoencoder(recipe):
         assert latents.shape == (count, 8, 8, 8)
         assert latents.dtype == np.float16
         assert isinstance(latents, np.memmap)
-        pictures = to_signed(batch_of([data.sample(first), data.sample(first + count - 1)], 16))
+        images = to_signed(batch_of([data.sample(first), data.sample(first + count - 1)], 16))
         with torch.no_grad():
-            posterior = vae.encode(pictures).latent_dist
+            posterior = vae.encode(images).latent_dist
         mean, std = np.split(latents[[0, -1]].astype(np.float32), 2, axis=1)
         np.testing.assert_allclose(mean, posterior.mean.numpy(), atol=5e-3)
         np.testing.assert_allclose(std, posterior.std.numpy(), atol=5e-3)
@@ -190,13 +190,13 @@ def test_latents_of_buckets_have_their_shapes(recipe, make_dataset, tmp_path):
     data = TrainingData(
         Dataset(storage), train.data, 0, layer=None, latents=reader(storage, encoder), batch=4, order_seed=1
     )
-    pictures = TrainingData(Dataset(storage), train.data, 0, layer=None, batch=4)
+    images = TrainingData(Dataset(storage), train.data, 0, layer=None, batch=4)
     vae = load_autoencoder(recipe.train["diffusion"]["autoencoder"], "x")
     for index in (0, 1, 2, 39, 41):
         sample = data.sample(index)
         width, height = sample.bucket
         assert sample.latent.shape == (8, height // 2, width // 2)
-        signed = to_signed(torch.from_numpy(cut(pictures.sample(index).jpeg, sample.bucket)).permute(2, 0, 1)[None])
+        signed = to_signed(torch.from_numpy(cut(images.sample(index).jpeg, sample.bucket)).permute(2, 0, 1)[None])
         with torch.no_grad():
             mean = vae.encode(signed).latent_dist.mean[0]
         np.testing.assert_allclose(sample.latent[:4].astype(np.float32), mean.numpy(), atol=5e-3)
@@ -216,7 +216,7 @@ def test_latents_of_buckets_have_their_shapes(recipe, make_dataset, tmp_path):
 
 
 def test_encoding_and_training_agree_on_the_size(recipe, make_dataset, tmp_path):
-    """Pictures of 24 pixels, of which a network of patches of 8 latents, 2 pixels each, takes 16."""
+    """Images of 24 pixels, of which a network of patches of 8 latents, 2 pixels each, takes 16."""
     folder = make_dataset(tmp_path / "odd", [3], size=24)
     section = {name: recipe.train["diffusion"][name] for name in ("autoencoder", "text")}
     section |= {"preset": "dit-tiny", "config": tiny.TRANSFORMER | {"patch_size": 8}}

@@ -23,18 +23,18 @@ _LARGEST: Final = 1e4  # of the adaptive weight
 class DiscriminatorSettings(Section):
     """`discriminator`. The defaults are taming-transformers' for ImageNet."""
 
-    start: Annotated[int, Field(ge=0)] = 10_000  # the step from which on it takes part: first there must be pictures
+    start: Annotated[int, Field(ge=0)] = 10_000  # the step from which on it takes part: first there must be images
     weight: Annotated[float, Field(gt=0)] = 0.8  # its gradient at the last layer, as a share of the reconstruction's
     adaptive: bool = True  # false: `weight` is that of its loss itself
     loss: Literal["hinge", "vanilla"] = "hinge"
     channels: Annotated[int, Field(ge=1)] = 64  # of its first layer; each further one doubles them, up to 8 times
-    layers: Annotated[int, Field(ge=1)] = 3  # that halve the picture: 3 judges patches of 70 pixels, 2 of 34, 1 of 16
+    layers: Annotated[int, Field(ge=1)] = 3  # that halve the image: 3 judges patches of 70 pixels, 2 of 34, 1 of 16
     lr: Annotated[float, Field(gt=0)] = 1.0  # as a share of train.lr, step by step
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)  # of its Adam
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Pictures [B, 3, H, W] → logits [B, 1, h, w], one a patch, above 0 where it looks real."""
+    """Images [B, 3, H, W] → logits [B, 1, h, w], one a patch, above 0 where it looks real."""
 
     def __init__(self, channels: int, layers: int) -> None:
         wide = [channels * min(2**level, 8) for level in range(layers + 1)]
@@ -52,7 +52,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def discriminator_loss(of_real: torch.Tensor, of_made: torch.Tensor, kind: str) -> torch.Tensor:
-    """Half the sum of the mean losses on real and on made pictures, given their logits."""
+    """Half the sum of the mean losses on real and on made images, given their logits."""
     if kind == "hinge":
         return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_made).mean())
     return 0.5 * (F.softplus(-of_real).mean() + F.softplus(of_made).mean())
@@ -72,12 +72,12 @@ class PatchAdversary(Adversary):
         model = PatchDiscriminator(settings.channels, settings.layers)
         super().__init__(model, start=settings.start, lr=settings.lr, betas=settings.betas)
         self.settings = settings
-        self.shown: tuple[torch.Tensor, torch.Tensor] | None = None  # made and real pictures, for its own turn
+        self.shown: tuple[torch.Tensor, torch.Tensor] | None = None  # made and real images, for its own turn
 
     def oppose(
         self, made: torch.Tensor, real: torch.Tensor, reconstruction: torch.Tensor, last: torch.Tensor
     ) -> tuple[torch.Tensor, Metrics]:
-        """What the autoencoder's loss gains from `made` pictures being told from `real` ones [B, 3, H, W].
+        """What the autoencoder's loss gains from `made` images being told from `real` ones [B, 3, H, W].
 
         `reconstruction` is the rest of the loss that depends on them, `last` the weight of the decoder's last layer.
         """

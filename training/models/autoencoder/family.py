@@ -1,6 +1,6 @@
-"""The family `autoencoder`: pictures of a dataset → a trained AutoencoderKL in diffusers' format.
+"""The family `autoencoder`: images of a dataset → a trained AutoencoderKL in diffusers' format.
 
-Loss = picture loss (stage.py) + kl · KL per pixel value (Rombach et al. 2022, latent diffusion, app. G).
+Loss = image loss (stage.py) + kl · KL per pixel value (Rombach et al. 2022, latent diffusion, app. G).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AutoencoderSettings(StageSettings):
 
 
 class AutoencoderFamily(FirstStage):
-    """Fits an AutoencoderKL to the dataset's pictures."""
+    """Fits an AutoencoderKL to the dataset's images."""
 
     name: ClassVar[str] = "autoencoder"
     settings: ClassVar[type[Section]] = AutoencoderSettings
@@ -57,21 +57,21 @@ class AutoencoderFamily(FirstStage):
         load_weights(self.model.vae, AutoencoderKL.from_pretrained(product).state_dict(), product)
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        pictures = to_signed(batch["pictures"])
+        images = to_signed(batch["pictures"])
         side = self.size // self.factor
-        noise = torch.randn(len(pictures), self.channels, side, side, generator=draw, device=pictures.device)
-        made, mean, log_variance = model(pictures.to(next(model.parameters()).dtype), noise)
-        loss, metrics = self.picture_loss(made, pictures, self.model.vae.decoder.conv_out.weight)
+        noise = torch.randn(len(images), self.channels, side, side, generator=draw, device=images.device)
+        made, mean, log_variance = model(images.to(next(model.parameters()).dtype), noise)
+        loss, metrics = self.image_loss(made, images, self.model.vae.decoder.conv_out.weight)
         kl = kl_divergence(mean, log_variance).mean()
-        loss = loss + self.train.kl * kl / pictures[0].numel()
+        loss = loss + self.train.kl * kl / images[0].numel()
         return loss, {**metrics, "kl": kl.detach(), "latent_std": mean.detach().float().std()}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """An AutoencoderKL folder whose latents have mean 0 and variance 1 on the dataset's pictures."""
-        vae, pictures = model.vae, self.measured()
-        mean, std = standardise(vae, pictures)
+        """An AutoencoderKL folder whose latents have mean 0 and variance 1 on the dataset's images."""
+        vae, images = model.vae, self.measured()
+        mean, std = standardise(vae, images)
         vae.save_pretrained(folder, safe_serialization=True)
-        scale = {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(pictures)}
+        scale = {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(images)}
         write_facts(folder, family=self.name, size=self.size, factor=self.factor, latents_before=scale)
 
 

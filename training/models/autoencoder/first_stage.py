@@ -1,6 +1,6 @@
-"""What both first stages share: pictures in, pictures out, and what is asked of these.
+"""What both first stages share: images in, images out, and what is asked of these.
 
-    picture loss   reconstruction + edges · gradient difference + perceptual · LPIPS
+    image loss   reconstruction + edges · gradient difference + perceptual · LPIPS
     adversarial    λ · what a discriminator says of them (adversary.py), from its start on
 
 Esser et al. 2021 (VQGAN, §3.1–3.2) and Rombach et al. 2022 (latent diffusion, app. G) train with these terms.
@@ -20,14 +20,14 @@ from pydantic import Field, model_validator
 from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
-from capstan.training.data.transforms import Crop, batch_of, picture_size, psnr, square, to_signed
+from capstan.training.data.transforms import Crop, batch_of, image_size, psnr, square, to_signed
 from capstan.training.distributed.adversary import refuse_without_ddp
 from capstan.training.family import Batch, Family, Metrics, Sample, Samples
 from capstan.training.models.autoencoder.discriminator import DiscriminatorSettings, PatchAdversary
 from capstan.training.models.autoencoder.lpips import Lpips, PerceptualSettings, load_lpips
 from capstan.training.models.autoencoder.model import edge_difference
 
-_PICTURES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: those that latents are measured on
+_IMAGES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: those that latents are measured on
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -36,9 +36,9 @@ class StageSettings(Section):
     """The settings that both families of first stages have."""
 
     pretrained: str | None = None  # start from this model (a run, a product or a diffusers folder)
-    size: Positive | None = None  # pixels, both sides; null: the stored pictures' shorter side
-    crop: Crop = "center"  # how a picture becomes square
-    flip: bool = False  # mirror half of the pictures
+    size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
+    crop: Crop = "center"  # how an image becomes square
+    flip: bool = False  # mirror half of the images
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)  # one a level
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
@@ -50,7 +50,7 @@ class StageSettings(Section):
     edges: Annotated[float, Field(ge=0)] = 0.0  # weight of the difference of gradients
     perceptual: PerceptualSettings | None = None  # null: none
     discriminator: DiscriminatorSettings | None = None  # null: none
-    statistics: Positive = 128  # pictures from which the latents' scale is computed at the end
+    statistics: Positive = 128  # images from which the latents' scale is computed at the end
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -79,12 +79,12 @@ class StageSettings(Section):
 
 
 class FirstStage(Family):
-    """A family whose model goes from pictures to latents and back; needs no captions."""
+    """A family whose model goes from images to latents and back; needs no captions."""
 
     captions: ClassVar[bool] = False
 
     train: StageSettings
-    size: int  # of the pictures, both sides, pixels
+    size: int  # of the images, both sides, pixels
     factor: int  # pixels that a latent spans along one side
     perceptual: Lpips | None = None
     adversary: PatchAdversary | None = None
@@ -107,22 +107,22 @@ class FirstStage(Family):
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """Keep the pictures that latents are measured on; with them, the size is decided."""
+        """Keep the images that latents are measured on; with them, the size is decided."""
         settings: StageSettings = train.settings
         if settings.perceptual is not None:
             load_lpips(settings.perceptual, f"train.{cls.name}.perceptual")
         factor = factor_of(settings if settings.pretrained is None else cls.build(settings).config)
-        size = picture_size(samples, settings.size, factor, f"train.{cls.name}.size")
+        size = image_size(samples, settings.size, factor, f"train.{cls.name}.size")
         if settings.discriminator is not None:
             _refuse_small(size, settings.discriminator.layers, f"train.{cls.name}.discriminator.layers")
         count = min(settings.statistics, len(samples))
         indices = [number * len(samples) // count for number in range(count)]
-        np.save(folder / _PICTURES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
+        np.save(folder / _IMAGES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
 
     def open(self, assets: Path, config: Any) -> None:
         """What __init__ does after `self.train` and `self.model` are set; `config` is the diffusers model's."""
-        self.pictures = np.load(assets / _PICTURES, mmap_mode="r")
-        self.size, self.factor = int(self.pictures.shape[1]), factor_of(config)
+        self.images = np.load(assets / _IMAGES, mmap_mode="r")
+        self.size, self.factor = int(self.images.shape[1]), factor_of(config)
         self.channels = int(config.latent_channels)
         if self.train.perceptual is not None:
             self.perceptual = load_lpips(self.train.perceptual, f"train.{self.name}.perceptual")
@@ -131,32 +131,30 @@ class FirstStage(Family):
             self.adversary = self.rival = PatchAdversary(self.train.discriminator)
 
     def measured(self) -> torch.Tensor:
-        """The pictures that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
-        return to_signed(torch.from_numpy(np.array(self.pictures)).permute(0, 3, 1, 2))
+        """The images that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
+        return to_signed(torch.from_numpy(np.array(self.images)).permute(0, 3, 1, 2))
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         return {"pictures": batch_of(samples, self.size, crop=self.train.crop, flip=self.train.flip)}
 
-    def picture_loss(
-        self, made: torch.Tensor, pictures: torch.Tensor, last: torch.Tensor
-    ) -> tuple[torch.Tensor, Metrics]:
-        """All that is asked of the `made` pictures [B, 3, H, W], given the decoder's `last` weight."""
-        difference = made.float() - pictures
+    def image_loss(self, made: torch.Tensor, images: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """All that is asked of the `made` images [B, 3, H, W], given the decoder's `last` weight."""
+        difference = made.float() - images
         reconstruction = difference.abs().mean() if self.train.reconstruction == "l1" else difference.square().mean()
         metrics = {
             "reconstruction": reconstruction.detach(),
-            "psnr": psnr(made.detach(), pictures).mean(),
+            "psnr": psnr(made.detach(), images).mean(),
         }
         loss = reconstruction
         if self.train.edges:
-            loss = loss + self.train.edges * edge_difference(made, pictures)
+            loss = loss + self.train.edges * edge_difference(made, images)
         if self.perceptual is not None and self.train.perceptual is not None:
-            perceptual = self.perceptual(made, pictures).mean()
+            perceptual = self.perceptual(made, images).mean()
             loss = loss + self.train.perceptual.weight * perceptual
             metrics["perceptual"] = perceptual.detach()
         if self.adversary is None:
             return loss, metrics
-        opposed, more = self.adversary.oppose(made, pictures, loss, last)
+        opposed, more = self.adversary.oppose(made, images, loss, last)
         # Only its gradient: its value says who is ahead, and would make the loss look as if it diverged.
         return loss + (opposed - opposed.detach()), {**metrics, **more}
 
@@ -181,6 +179,6 @@ def factor_of(shape: Any) -> int:
 
 
 def _refuse_small(size: int, layers: int, field: str) -> None:
-    """Each layer halves the picture, and two more convolutions take a pixel each."""
+    """Each layer halves the image, and two more convolutions take a pixel each."""
     if size < 3 * 2**layers:
         raise RecipeError(field, f"{layers} layers leave nothing of {size} pixels", "use fewer, e.g. layers: 1")

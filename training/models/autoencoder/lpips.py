@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look to VGG16, from weights that lie in a folder.
+"""LPIPS: how different two images look to VGG16, from weights that lie in a folder.
 
 Zhang et al. 2018, “The unreasonable effectiveness of deep features as a perceptual metric”, eq. 1: the features after
 each of VGG16's five blocks, of length 1 over the channels, their squared difference weighted channel by channel.
@@ -40,14 +40,14 @@ class Lpips(nn.Module):
         super().__init__()
         self.features = features
         self.heads = nn.ParameterList(heads)  # each [channels], ≥ 0 as published
-        # ImageNet's mean and deviation for pictures in −1 … 1, as the heads were trained with.
+        # ImageNet's mean and deviation for images in −1 … 1, as the heads were trained with.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """The distance of each pair of pictures [B, 3, H, W] in −1 … 1: [B]."""
+        """The distance of each pair of images [B, 3, H, W] in −1 … 1: [B]."""
         distance, begin = a.new_zeros(len(a)), 0
-        a, b = ((x - self.shift) / self.scale for x in (a, b))  # apart: the true picture needs no backward pass
+        a, b = ((x - self.shift) / self.scale for x in (a, b))  # apart: the true image needs no backward pass
         for end, head in zip(_ENDS, self.heads, strict=True):
             a, b = (self.features[begin:end](x) for x in (a, b))
             difference = (_unit(a) - _unit(b)).square() * head.view(1, -1, 1, 1)

@@ -1,6 +1,6 @@
-"""Pictures → latents → pictures: AutoencoderKL as one trainable module, its loss, and its latents' scale.
+"""Images → latents → images: AutoencoderKL as one trainable module, its loss, and its latents' scale.
 
-Shapes: pictures [B, 3, H, W] in −1 … 1; latents [B, C, H/f, W/f] with f = 2^(levels − 1).
+Shapes: images [B, 3, H, W] in −1 … 1; latents [B, C, H/f, W/f] with f = 2^(levels − 1).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Reconstruction(NamedTuple):
-    """What the autoencoder makes of a batch: pictures, and the posterior N(mean, exp(log_variance)) of the latents."""
+    """What the autoencoder makes of a batch: images, and the posterior N(mean, exp(log_variance)) of the latents."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     mean: torch.Tensor
     log_variance: torch.Tensor
 
@@ -29,9 +29,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """Encode, draw the latent mean + std · `noise` (Kingma & Welling 2014, eq. 10), decode."""
-        posterior = self.vae.encode(pictures).latent_dist
+        posterior = self.vae.encode(images).latent_dist
         latent = posterior.mean + posterior.std * noise.to(posterior.mean)
         return Reconstruction(self.vae.decode(latent).sample, posterior.mean, posterior.logvar)
 
@@ -64,10 +64,10 @@ def edge_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
-def latent_moments(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_moments(vae: AutoencoderKL, images: torch.Tensor, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation [C] of the latents of `pictures`, the posterior's own variance included."""
     means, squares = [], []
-    for part in pictures.split(batch):
+    for part in images.split(batch):
         with torch.no_grad():
             posterior = vae.encode(part).latent_dist
         means.append(posterior.mean.double())
@@ -77,14 +77,14 @@ def latent_moments(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) 
     return mean.float(), (square - mean.square()).clamp(min=1e-12).sqrt().float()
 
 
-def standardise(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def standardise(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the latents of `pictures` mean 0 and variance 1; returns the mean and deviation [C] that they had before.
 
     Each channel's shift and scale are folded into the 1×1 convolutions on both sides of the latent, so that encoding
     and decoding give what they gave, and `scaling_factor` becomes 1: diffusers' StableDiffusionPipeline knows a factor
     for all channels together, and no shift. A model without these convolutions gets the factor only.
     """
-    mean, std = latent_moments(vae, pictures)
+    mean, std = latent_moments(vae, images)
     if vae.quant_conv is None or vae.post_quant_conv is None:
         vae.register_to_config(scaling_factor=float(1 / std.square().mean().sqrt()))
         return mean, std

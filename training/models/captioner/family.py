@@ -1,4 +1,4 @@
-"""The family `captioner`: a dataset's pictures and captions → a CoCa that writes captions.
+"""The family `captioner`: a dataset's images and captions → a CoCa that writes captions.
 
 Loss = contrastive · CLIP's contrastive loss + caption · cross-entropy of the next token (CoCa, eq. 4). Pre-training
 uses both on web captions; fine-tuning on captions of a layer (`train.init`, `train.data.blend`) the second alone, as
@@ -36,7 +36,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Vision(Section):
-    """The vision tower: a ViT over square pictures."""
+    """The vision tower: a ViT over square images."""
 
     image_size: Positive = 224  # pixels, both sides
     patch_size: Positive = 32
@@ -161,7 +161,7 @@ class CaptionerFamily(Family):
         initialize.load(self.model.coca, product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        """Pictures uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
+        """Images uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
         tokens = torch.full((len(samples), self.length), PAD)
         labels = torch.full((len(samples), self.length - 1), IGNORED)
         for row, sample in enumerate(samples):

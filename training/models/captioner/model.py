@@ -1,4 +1,4 @@
-"""open_clip's CoCa as one trainable module: pictures and captions → image and text features, and next-token logits.
+"""open_clip's CoCa as one trainable module: images and captions → image and text features, and next-token logits.
 
 CoCa (Yu et al. 2022, arXiv:2205.01917): a vision tower; a causal text tower whose last token, a class token, is the
 text's feature; and a decoder over the text tower's other tokens that looks at the image.
@@ -31,20 +31,20 @@ class Captioner(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None], persistent=False)
 
-    def normalised(self, pictures: torch.Tensor) -> torch.Tensor:
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] → float32 [B, 3, H, W] as the vision tower wants it."""
-        return (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean.float()) / self.std.float()
+        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean.float()) / self.std.float()
 
     def forward(
-        self, pictures: torch.Tensor, tokens: torch.Tensor, length: int, contrast: bool
+        self, images: torch.Tensor, tokens: torch.Tensor, length: int, contrast: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 pictures [B, H, W, 3] and tokens [B, L], of which only the first `length` are no padding.
+        """uint8 images [B, H, W, 3] and tokens [B, L], of which only the first `length` are no padding.
 
         Gives unit image and text features [B, W], the logits' scale, and logits [B, length − 1, V] of the tokens after
         the first. Without `contrast` the text tower is spared the padding, behind which the class token would stand.
         """
         dtype = self.coca.text_decoder.text_projection.dtype
-        image, image_tokens = self.coca.visual(self.normalised(pictures).to(dtype))
+        image, image_tokens = self.coca.visual(self.normalised(images).to(dtype))
         text, text_tokens = self.coca.text(tokens if contrast else tokens[:, :length])
         logits = self.coca.text_decoder(image_tokens, text_tokens[:, : length - 1])
         scale = self.coca.logit_scale.exp().clamp(max=100)  # as CLIP (Radford et al. 2021, section 2.5)

@@ -1,4 +1,4 @@
-"""Latent diffusion from text: a network that turns noise into the latents of a picture that its caption describes.
+"""Latent diffusion from text: a network that turns noise into the latents of an image that its caption describes.
 
 settings.py     what a recipe may say in `train.diffusion`; presets.py, samplers.py: names in it
 text.py         captions → ids → states, by the encoders that towers.py and open_clip.py open

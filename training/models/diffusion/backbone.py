@@ -52,7 +52,7 @@ class Backbone(ABC):
 
     @property
     def patch(self) -> int:
-        """Latents along a side of a patch: those of a picture are whole patches."""
+        """Latents along a side of a patch: those of an image are whole patches."""
         return int(self.config.get("patch_size", 1))
 
     @property

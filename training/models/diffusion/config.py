@@ -84,7 +84,7 @@ class FlowSettings(Section):
     times: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0  # of the logit: above 0, noisier times are drawn more
     std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0  # above 1: noisier times in training and in sampling, for large pictures
+    shift: Annotated[float, Field(gt=0)] = 1.0  # above 1: noisier times in training and in sampling, for large images
     base: Positive | None = None  # pixels, a side: with it the shift also grows as size / base (SD3: 256)
 
 
@@ -128,8 +128,8 @@ class DiffusionSettings(Section):
     """`train.diffusion`. The network is what `preset` names, what `config` describes, or else what `unet` does."""
 
     autoencoder: str  # a run of the family autoencoder, its product, or any diffusers AutoencoderKL
-    size: Positive | None = None  # pixels, both sides; null: the stored pictures' shorter side
-    crop: Crop = "center"  # how a picture becomes square
+    size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
+    crop: Crop = "center"  # how an image becomes square
     preset: Preset | None = None  # a network by name
     # A diffusers configuration: a config.json, its folder, or a mapping with _class_name; with a preset, a mapping of
     # what differs from it. What follows from the autoencoder, the text encoders and the size is filled in.

@@ -1,6 +1,6 @@
-"""The family `diffusion`: captioned pictures → a text-to-image pipeline in diffusers' format.
+"""The family `diffusion`: captioned images → a text-to-image pipeline in diffusers' format.
 
-picture ─frozen autoencoder─▶ latent ─process─▶ noisy latent, time ─┐
+image ─frozen autoencoder─▶ latent ─process─▶ noisy latent, time ─┐
 caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ──────────┴▶ backbone ─▶ prediction; loss = squared error
 """
 
@@ -50,12 +50,12 @@ class DiffusionFamily(Family):
     @classmethod
     def check(cls, train: TrainConfig) -> None:
         if train.data.latents is not None and train.settings.crop != "center":
-            problem = "latents made ahead are of the pictures' middle, whatever crop says"
+            problem = "latents made ahead are of the images' middle, whatever crop says"
             raise RecipeError("train.diffusion.crop", problem, "use crop: center, or remove train.data.latents")
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """The tokenizer, learnt from the captions (or that of the model to start from), and the size of pictures."""
+        """The tokenizer, learnt from the captions (or that of the model to start from), and the size of images."""
         settings: DiffusionSettings = train.settings
         if settings.text.pretrained is None and train.init is not None:
             _take_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
@@ -65,7 +65,7 @@ class DiffusionFamily(Family):
         size, identity = measure(train, vae, samples)
         encoder, asked = fingerprint(identity), train.data.latents
         if asked not in (None, AUTO, encoder):
-            problem = f"{asked} are not of this autoencoder and picture size (those would be {encoder})"
+            problem = f"{asked} are not of this autoencoder and image size (those would be {encoder})"
             raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
         write_facts(folder, size=size, style=_style(samples).facts())
 

@@ -1,4 +1,4 @@
-"""SD3Transformer2DModel, drawn by StableDiffusion3Pipeline: text and picture in one attention, each with its weights.
+"""SD3Transformer2DModel, drawn by StableDiffusion3Pipeline: text and image in one attention, each with its weights.
 
 MMDiT (Esser et al. 2024, SD3, fig. 2): two CLIPs' states side by side, padded with zeros to T5's width, then T5's
 states after them; the CLIPs' pooled states side by side beside the time.

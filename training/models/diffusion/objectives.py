@@ -115,14 +115,14 @@ def logit_normal_times(count: int, draw: torch.Generator, mean: float = 0.0, std
 
 
 def shift_times(time: torch.Tensor, shift: float) -> torch.Tensor:
-    """t' = s t / (1 + (s−1) t): more noise, for larger pictures (Esser et al. 2024, eq. 23 with s = √(m/n))."""
+    """t' = s t / (1 + (s−1) t): more noise, for larger images (Esser et al. 2024, eq. 23 with s = √(m/n))."""
     return shift * time / (1 + (shift - 1) * time)
 
 
 def resolution_shift(values: float, base: float) -> float:
-    """s = √(m/n): with it, times that suit n values a picture are as noisy in one of m (Esser et al. 2024, eq. 23).
+    """s = √(m/n): with it, times that suit n values an image are as noisy in one of m (Esser et al. 2024, eq. 23).
 
-    A picture of m values averages its noise away √(m/n) times better than one of n; `values` and `base` are m and n.
+    An image of m values averages its noise away √(m/n) times better than one of n; `values` and `base` are m and n.
 
     >>> resolution_shift(1024**2, 256**2)
     4.0

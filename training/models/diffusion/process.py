@@ -37,7 +37,7 @@ class Process(ABC):
 
 
 class Flow(Process):
-    """Rectified flow, sampled along the straight path; in pictures of `size` pixels a side.
+    """Rectified flow, sampled along the straight path; in images of `size` pixels a side.
 
     `exact`: the pipeline's scheduler tells the model exact times; else whole thousandths, cut off.
     """
@@ -102,7 +102,7 @@ class Ddpm(Process):
 
 
 def process_of(settings: DiffusionSettings, size: int, *, exact: bool) -> Process:
-    """The process that `objective` names, for pictures of `size` pixels a side."""
+    """The process that `objective` names, for images of `size` pixels a side."""
     sampler = settings.sampling.sampler
     if settings.objective == "flow":
         return Flow(settings.flow, sampler, size=size, exact=exact)

@@ -1,7 +1,7 @@
 """UNet2DConditionModel, drawn by StableDiffusionPipeline; and in SDXL's shape by StableDiffusionXLPipeline.
 
 Rombach et al. 2022 (latent diffusion): a text encoder's states, by cross-attention. Podell et al. 2023 (SDXL): the
-states of two side by side, and beside the time the second's pooled state and the picture's original size and crop.
+states of two side by side, and beside the time the second's pooled state and the image's original size and crop.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class UNet(Backbone):
     def check(self, ends: LatentSpec) -> None:
         if ends.side % self.divisor:
             problem = f"cannot halve latents of {ends.side} {self.divisor.bit_length() - 1}×"
-            hint = "use fewer levels, or another picture size"
+            hint = "use fewer levels, or another image size"
             raise RecipeError("train.diffusion.unet.block_out_channels", problem, hint)
 
     def predict(
@@ -103,7 +103,7 @@ class XlUNet(UNet):
         text: Mapping[str, torch.Tensor],
         conditions: torch.Tensor | None,
     ) -> torch.Tensor:
-        assert conditions is not None, "SDXL is told the picture's original size and crop"
+        assert conditions is not None, "SDXL is told the image's original size and crop"
         states = torch.cat([text[slot.states] for slot in self.slots if slot.states in text], dim=-1).to(noisy.dtype)
         # text_embeds [B, P]; time_ids [B, 6]: original height and width, crop's top and left, height and width
         added = {"text_embeds": text["text_pooled_2"].to(noisy.dtype), "time_ids": conditions.to(noisy.dtype)}

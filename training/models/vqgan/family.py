@@ -1,6 +1,6 @@
-"""The family `vqgan`: pictures of a dataset → a trained VQModel in diffusers' format.
+"""The family `vqgan`: images of a dataset → a trained VQModel in diffusers' format.
 
-Loss = picture loss (training.autoencoder.stage) + codebook · (‖sg[z] − e‖² + β ‖z − sg[e]‖²), z the latents and e their
+Loss = image loss (training.autoencoder.stage) + codebook · (‖sg[z] − e‖² + β ‖z − sg[e]‖²), z the latents and e their
 codes (Esser et al. 2021, eq. 4).
 """
 
@@ -21,7 +21,7 @@ from capstan.training.models.autoencoder.first_stage import FirstStage, Positive
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
 from capstan.training.product import find_product, write_facts
 
-_BATCH = 16  # pictures encoded at once where all that are measured are
+_BATCH = 16  # images encoded at once where all that are measured are
 
 
 class VqganSettings(StageSettings):
@@ -34,11 +34,11 @@ class VqganSettings(StageSettings):
     codebook: Annotated[float, Field(gt=0)] = 1.0  # weight of the codebook's loss
     commitment: Annotated[float, Field(ge=0)] = 0.25  # β: of the latents' pull towards their codes, within it
     revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the pull on codes that nothing chose; 0: none
-    start: Literal["latents", "uniform"] = "latents"  # the first codes: latents of pictures; or drawn around 0
+    start: Literal["latents", "uniform"] = "latents"  # the first codes: latents of images; or drawn around 0
 
 
 class VqganFamily(FirstStage):
-    """Fits a VQModel to the dataset's pictures."""
+    """Fits a VQModel to the dataset's images."""
 
     name: ClassVar[str] = "vqgan"
     settings: ClassVar[type[Section]] = VqganSettings
@@ -73,23 +73,23 @@ class VqganFamily(FirstStage):
         load_weights(self.model.vq, load_vq(str(product), "train.init").state_dict(), product)
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        pictures = to_signed(batch["pictures"])
-        made, latents, codes, indices, abandoned = model(pictures.to(next(model.parameters()).dtype))
-        loss, metrics = self.picture_loss(made, pictures, self.model.vq.decoder.conv_out.weight)
+        images = to_signed(batch["pictures"])
+        made, latents, codes, indices, abandoned = model(images.to(next(model.parameters()).dtype))
+        loss, metrics = self.image_loss(made, images, self.model.vq.decoder.conv_out.weight)
         codebook = codebook_loss(latents, codes, self.train.commitment)
-        # Of the pull on abandoned codes only the gradient: that they are far off is no fault of the pictures.
+        # Of the pull on abandoned codes only the gradient: that they are far off is no fault of the images.
         perplexity, used = usage(indices, self.codes)
         more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
         loss = loss + self.train.codebook * codebook + self.train.revival * (abandoned - abandoned.detach())
         return loss, {**metrics, **more}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """A VQModel folder; times its `scaling_factor`, the latents of the dataset's pictures have variance 1."""
-        latents = self._latents(model, len(self.pictures))
+        """A VQModel folder; times its `scaling_factor`, the latents of the dataset's images have variance 1."""
+        latents = self._latents(model, len(self.images))
         perplexity, used = usage(nearest(latents, model.codebook), self.codes)
         model.vq.register_to_config(scaling_factor=float(1 / latents.std()))
         model.vq.save_pretrained(folder, safe_serialization=True)
-        use = {"perplexity": float(perplexity), "used": float(used), "pictures": len(self.pictures)}
+        use = {"perplexity": float(perplexity), "used": float(used), "pictures": len(self.images)}
         facts = {"codes": self.codes, "codebook_use": use}
         write_facts(folder, family=self.name, size=self.size, factor=self.factor, **facts)
 
@@ -97,13 +97,13 @@ class VqganFamily(FirstStage):
         return super().describe() | {"codes": self.codes}
 
     def _latents(self, model: torch.nn.Module, count: int) -> torch.Tensor:
-        """Latents [N, D, h, w] of the first `count` pictures of those that are measured."""
+        """Latents [N, D, h, w] of the first `count` images of those that are measured."""
         with torch.no_grad():
             return torch.cat([model.vq.encode(part).latents for part in self.measured()[:count].split(_BATCH)])
 
     def _start_from_latents(self) -> None:
         """Let the codes be latents of the untrained encoder: codes far from all latents would never be chosen."""
-        enough = -(-4 * self.codes // (self.size // self.factor) ** 2)  # pictures: four latents a code to choose from
+        enough = -(-4 * self.codes // (self.size // self.factor) ** 2)  # images: four latents a code to choose from
         latents = self._latents(self.model, enough).movedim(1, -1).flatten(0, 2)
         chosen = torch.randperm(len(latents))[: self.codes]
         chosen = chosen.repeat(-(-self.codes // len(chosen)))[: self.codes]

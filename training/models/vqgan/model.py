@@ -1,6 +1,6 @@
-"""Pictures → the nearest codes → pictures: diffusers' VQModel as one trainable module, and its codebook's loss.
+"""Images → the nearest codes → images: diffusers' VQModel as one trainable module, and its codebook's loss.
 
-Shapes: pictures [B, 3, H, W] in −1 … 1; latents and codes [B, D, h, w], h = H/f with f = 2^(levels − 1); indices
+Shapes: images [B, 3, H, W] in −1 … 1; latents and codes [B, D, h, w], h = H/f with f = 2^(levels − 1); indices
 [B, h, w]; codebook [N, D].
 """
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Quantised(NamedTuple):
-    """What the model makes of a batch: pictures, latents, and the codes that stood in for these."""
+    """What the model makes of a batch: images, latents, and the codes that stood in for these."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     latents: torch.Tensor
     codes: torch.Tensor  # their gradient reaches the codebook, and not the encoder
     indices: torch.Tensor
@@ -41,9 +41,9 @@ class Vqgan(nn.Module):
     def codebook(self) -> nn.Parameter:
         return self.vq.quantize.embedding.weight
 
-    def forward(self, pictures: torch.Tensor) -> Quantised:
+    def forward(self, images: torch.Tensor) -> Quantised:
         """Encode, take the nearest code for each latent, decode; the gradient passes straight through the choice."""
-        latents = self.vq.encode(pictures).latents
+        latents = self.vq.encode(images).latents
         indices, closest = choices(latents, self.codebook)
         codes = F.embedding(indices, self.codebook).movedim(-1, 1)
         passed = latents + (codes - latents).detach()

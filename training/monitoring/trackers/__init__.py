@@ -1,4 +1,4 @@
-"""Where a run's curves and pictures go besides its own folder; one file a tracker, named by `train.watch.trackers`."""
+"""Where a run's curves and images go besides its own folder; one file a tracker, named by `train.watch.trackers`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers after `step` steps, each under its name."""
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path) -> None:
         """A PNG."""
 
     def close(self) -> None: ...
@@ -32,9 +32,9 @@ class Trackers:
         for tracker in self.opened:
             tracker.scalars(step, values)
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path) -> None:
         for tracker in self.opened:
-            tracker.picture(step, name, file)
+            tracker.image(step, name, file)
 
     def close(self) -> None:
         while self.opened:

@@ -52,7 +52,7 @@ class Tracker:
         now = int(time.time() * 1000)
         self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path) -> None:
         self.client.log_artifact(self.id, str(file), name)
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Tracker:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({**values, "step": step})
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path) -> None:
         self.run.log({name: self.wandb.Image(str(file)), "step": step})
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def fit(family, data, steps):
     return reached
 
 
-def test_the_size_is_that_of_the_stored_pictures(family):
+def test_the_size_is_that_of_the_stored_images(family):
     assert family.size == 16
     assert family.factor == 2
     assert family.describe()["latents"] == [4, 8, 8]
@@ -116,12 +116,12 @@ def test_kl_is_the_closed_form():
 def test_standardising_changes_the_latents_and_nothing_else(family, data):
     fit(family, data, 5)
     vae = family.model.vae.eval()
-    pictures = to_signed(family.prepare([data.sample(index) for index in range(32)])["pictures"])
+    images = to_signed(family.prepare([data.sample(index) for index in range(32)])["pictures"])
     with torch.no_grad():
-        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
-        standardise(vae, pictures)
-        mean, std = latent_moments(vae, pictures)
-        after = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        standardise(vae, images)
+        mean, std = latent_moments(vae, images)
+        after = vae.decode(vae.encode(images).latent_dist.mean).sample
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(std, torch.ones(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
@@ -137,21 +137,21 @@ def test_without_the_convolutions_there_is_one_factor(data, family):
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
-    pictures = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
-    _, std = standardise(vae, pictures)
+    images = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
+    _, std = standardise(vae, images)
     assert vae.config.scaling_factor == pytest.approx(1 / math.sqrt(float(std.square().mean())), rel=1e-4)
 
 
 def test_the_product_opens_in_diffusers_and_starts_another_run(family, data, tmp_path):
     product = tmp_path / "run" / "product"
     product.mkdir(parents=True)
-    pictures = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
+    images = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
     with torch.no_grad():
-        expected = family.model.eval().vae(pictures).sample
+        expected = family.model.eval().vae(images).sample
     family.save(family.model, product)
     vae = AutoencoderKL.from_pretrained(product)
     with torch.no_grad():
-        torch.testing.assert_close(vae(pictures).sample, expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(vae(images).sample, expected, atol=1e-3, rtol=1e-3)
     assert kind_of(product) == "autoencoder"
     assert read_facts(product)["size"] == 16
     assert load_autoencoder(str(tmp_path / "run"), "x").config.latent_channels == 4
@@ -159,7 +159,7 @@ def test_the_product_opens_in_diffusers_and_starts_another_run(family, data, tmp
     other = AutoencoderFamily(configure(), tmp_path)
     other.start_from(product)
     with torch.no_grad():
-        torch.testing.assert_close(other.model.vae(pictures).sample, vae(pictures).sample)
+        torch.testing.assert_close(other.model.vae(images).sample, vae(images).sample)
     wider = AutoencoderFamily(configure(block_out_channels=[8, 32]), tmp_path)
     with pytest.raises(RecipeError, match=r"train\.init"):
         wider.start_from(product)

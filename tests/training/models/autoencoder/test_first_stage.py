@@ -104,7 +104,7 @@ def test_lpips_has_a_gradient_also_where_nothing_is_felt(network):
     assert a.grad.isfinite().all()
 
 
-def test_lpips_trains_with_the_pictures_and_stays_as_it_is(network, data, tmp_path):
+def test_lpips_trains_with_the_images_and_stays_as_it_is(network, data, tmp_path):
     perceptual = {"network": str(network), "weight": 0.5}
     train = configure(autoencoder=SMALL | {"perceptual": perceptual})
     AutoencoderFamily.make_assets(train, data, tmp_path)
@@ -150,11 +150,11 @@ def test_files_of_something_else_are_refused(network, tmp_path):
 
 def test_a_logit_sees_a_patch_of_70_pixels():
     model = PatchDiscriminator(2, 3).eval()
-    picture = torch.randn(1, 3, 256, 256, requires_grad=True)
-    logits = model(picture)
+    image = torch.randn(1, 3, 256, 256, requires_grad=True)
+    logits = model(image)
     assert logits.shape == (1, 1, 30, 30)
     logits[0, 0, 15, 15].backward()
-    seen = picture.grad.abs().sum((0, 1)).nonzero()
+    seen = image.grad.abs().sum((0, 1)).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
 
 
@@ -179,7 +179,7 @@ def engine():
     engine.close()
 
 
-def test_it_comes_in_at_its_step_and_learns_to_tell_pictures_apart(engine):
+def test_it_comes_in_at_its_step_and_learns_to_tell_images_apart(engine):
     torch.manual_seed(0)
     adversary = PatchAdversary(DiscriminatorSettings(start=2, channels=8, layers=1))
     adversary.enter(engine)
@@ -215,7 +215,7 @@ def test_a_compiled_model_has_no_adaptive_weight():
     configure(engine=engine, autoencoder=SMALL | {"discriminator": DISCRIMINATOR | {"adaptive": False}})
 
 
-def test_more_layers_than_the_pictures_have_room_for_are_refused(data, tmp_path):
+def test_more_layers_than_the_images_have_room_for_are_refused(data, tmp_path):
     train = configure(autoencoder=SMALL | {"discriminator": DISCRIMINATOR | {"layers": 3}})
     with pytest.raises(RecipeError, match=r"train\.autoencoder\.discriminator\.layers: 3 layers leave nothing of 16"):
         AutoencoderFamily.make_assets(train, data, tmp_path)

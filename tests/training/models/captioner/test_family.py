@@ -166,8 +166,8 @@ def fit(family: CaptionerFamily, steps: int, lr: float = 3e-3) -> float:
 
 def captions(product: Path) -> list[dict[str, str]]:
     engine = make(RecaptionConfig(model=str(product)))
-    pictures = [engine.prepare(drawing(index).jpeg) for index in range(12)]
-    found = engine.caption(pictures, [Request(str(index), ("short", "descriptive")) for index in range(12)])
+    images = [engine.prepare(drawing(index).jpeg) for index in range(12)]
+    found = engine.caption(images, [Request(str(index), ("short", "descriptive")) for index in range(12)])
     return [{slot: caption.raw for slot, caption in texts.items()} for texts in found]
 
 

@@ -249,13 +249,13 @@ def test_dropped_captions_become_empty_ones(make, data):
     assert losses[0] == losses[1]
 
 
-def test_stored_latents_stand_in_for_pictures(make, data):
+def test_stored_latents_stand_in_for_images(make, data):
     family = make()
     family.to(torch.device("cpu"))
     samples = [data.at(number) for number in range(4)]
-    pictures = family.prepare(samples)["pictures"].float() / 127.5 - 1
+    images = family.prepare(samples)["pictures"].float() / 127.5 - 1
     with torch.no_grad():
-        posterior = family.vae.encode(pictures).latent_dist
+        posterior = family.vae.encode(images).latent_dist
     stored = torch.cat([posterior.mean, posterior.std], 1).numpy()
     replaced = [
         Sample(s.key, b"", s.text, s.slot, s.epoch, s.seed, 16, 16, 16, 16, latent=latent)

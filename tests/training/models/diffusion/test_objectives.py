@@ -99,7 +99,7 @@ def test_shift_keeps_the_ends_and_undoes_itself():
 
 
 def test_resolution_shift_keeps_how_certain_the_data_is():
-    """A picture of k equal values c: its noisy mean tells c with an error of t / (1−t) / √k, which must not change."""
+    """An image of k equal values c: its noisy mean tells c with an error of t / (1−t) / √k, which must not change."""
     time = torch.linspace(0.1, 0.9, 9)
     shifted = o.shift_times(time, o.resolution_shift(1024.0, 64.0))
     torch.testing.assert_close(shifted / (1 - shifted) / 1024**0.5, time / (1 - time) / 64**0.5)

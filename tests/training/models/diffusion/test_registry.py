@@ -228,7 +228,7 @@ assert not ours, ours
 """
 
 
-def test_diffusers_alone_draws_the_picture_that_we_draw(make, run_of, root, squares, towers):
+def test_diffusers_alone_draws_the_image_that_we_draw(make, run_of, root, squares, towers):
     """For every backbone and for other samplers; PixArt's pipeline knows sizes of 256 and more, hence a run of 256."""
     vae = tiny.save_autoencoder(squares, root / "ae-256", block_out_channels=[4, 4, 4, 4], size=256)
     big = make("dit", autoencoder=vae, size=256, sampling={"steps": 2, "guidance": 2.0})
@@ -244,10 +244,10 @@ def test_diffusers_alone_draws_the_picture_that_we_draw(make, run_of, root, squa
         assert summary["pipeline"] == _PIPELINES[name.partition("-")[0]]
         asked[folder], ours[folder] = more, open_sampler(run, sampler=sampler).draw(["a red square"], [3])[0] / 255
     subprocess.run([sys.executable, "-c", _ELSEWHERE, json.dumps(asked)], check=True, cwd=root, timeout=300)
-    for folder, picture in ours.items():
+    for folder, image in ours.items():
         theirs = np.load(folder + ".npy")
-        assert np.abs(theirs - picture).max() <= 0.5 / 255 + 1e-3, folder  # ours is rounded to 8 bits
-        assert picture.std() > 0.01, folder
+        assert np.abs(theirs - image).max() <= 0.5 / 255 + 1e-3, folder  # ours is rounded to 8 bits
+        assert image.std() > 0.01, folder
 
 
 _PIPELINES = {
@@ -259,7 +259,7 @@ _PIPELINES = {
 
 
 @pytest.mark.parametrize("network", tiny.NETWORKS)
-def test_pictures_follow_prompt_seed_guidance_negative_and_sampler(run_of, network):
+def test_images_follow_prompt_seed_guidance_negative_and_sampler(run_of, network):
     run = run_of(network)
     sampler = open_sampler(run)
     base = sampler.draw([CAPTION, "a blue square"], [1, 2]).astype(int)
@@ -297,7 +297,7 @@ def test_every_backbone_is_evaluated(run_of, squares, tmp_path, monkeypatch, net
     assert 0 <= result["measures"]["background"]["value"] <= 1
 
 
-def test_a_picture_may_have_another_size(run_of, tmp_path):
+def test_a_image_may_have_another_size(run_of, tmp_path):
     """As aspect-ratio buckets train them."""
     for network in tiny.NETWORKS:
         assert sample(run_of(network), [CAPTION], tmp_path / "g.png", size=(24, 16))["size"] == [16, 24]
@@ -306,7 +306,7 @@ def test_a_picture_may_have_another_size(run_of, tmp_path):
 
 
 def test_the_size_is_that_of_the_buckets(squares, root, towers, tmp_path, run_of):
-    """Not that of a stored picture, 16 pixels; and there is room for the longest bucket."""
+    """Not that of a stored image, 16 pixels; and there is room for the longest bucket."""
     run_of("sd")  # its autoencoder
     data = {"layer": None, "buckets": {"sizes": [(32, 32), (160, 16)]}}
     section = tiny.settings_of("mmdit", towers, autoencoder=str(root / "ae"), flow={"base": 16})

@@ -76,22 +76,22 @@ def test_latents_are_drawn_to_codes_by_beta_and_codes_to_latents_in_full():
 
 
 def test_the_gradient_passes_straight_through_the_choice(family, data):
-    pictures = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
-    made, latents, codes, indices, _ = family.model(pictures)
+    images = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
+    made, latents, codes, indices, _ = family.model(images)
     torch.testing.assert_close(codes.movedim(1, -1), family.model.codebook[indices])
     latents.retain_grad()
     (to_codebook,) = torch.autograd.grad(made.sum(), family.model.codebook, retain_graph=True, allow_unused=True)
-    assert to_codebook is None  # the pictures' loss moves no code …
+    assert to_codebook is None  # the images' loss moves no code …
     made.sum().backward()
     assert latents.grad.abs().max() > 0  # … and goes on into the encoder
     assert family.model.vq.encoder.conv_in.weight.grad.abs().max() > 0
 
 
 def test_the_choice_is_that_of_diffusers(family, data):
-    pictures = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
+    images = to_signed(family.prepare([data.at(number) for number in range(4)])["pictures"])
     with torch.no_grad():
-        ours, latents, _, indices, _ = family.model(pictures)
-        torch.testing.assert_close(ours, family.model.vq(pictures).sample)
+        ours, latents, _, indices, _ = family.model(images)
+        torch.testing.assert_close(ours, family.model.vq(images).sample)
         _, _, (_, _, theirs) = family.model.vq.quantize(latents)
     assert torch.equal(indices.flatten(), theirs)
     assert torch.equal(nearest(latents, family.model.codebook), indices)
@@ -137,11 +137,11 @@ def test_the_product_opens_in_diffusers_and_starts_another_run(family, data, tmp
     product = tmp_path / "run" / "product"
     product.mkdir(parents=True)
     fit(family, data, 3)
-    pictures = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
+    images = to_signed(family.prepare([data.sample(index) for index in range(8)])["pictures"])
     family.save(family.model.eval(), product)
     vq = VQModel.from_pretrained(product)
     with torch.no_grad():
-        torch.testing.assert_close(vq(pictures).sample, family.model(pictures).pictures)
+        torch.testing.assert_close(vq(images).sample, family.model(images).images)
         scaled = vq.encode(family.measured()).latents * vq.config.scaling_factor
     assert float(scaled.std()) == pytest.approx(1, rel=1e-3)
     assert kind_of(product) == "vqgan"
