@@ -93,7 +93,7 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(tmp_path: Path, short: 
         command = [
             sys.executable,
             "-m",
-            "cluster.cli",
+            "capstan",
             "submit",
             "--wait",
             "--json",
