@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from capstan.pipeline.html import page
 from capstan.pipeline.html.page import Cell, Html
@@ -40,7 +40,7 @@ class _Side(BaseModel):
 class _Comparison(BaseModel):
     """What is shown of one; the files hold more, and their own page shows all of it."""
 
-    images: int
+    images: int = Field(validation_alias="pictures")  # the file's key
     clip: str
     a: _Side
     b: _Side
