@@ -129,7 +129,7 @@ def writing_words(path: Path) -> Iterator[None]:
     """What the training floor logs goes also into `path`."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.getLogger("training")
+    log = logging.getLogger("capstan.training")
     log.addHandler(handler)
     if log.getEffectiveLevel() > logging.INFO:
         log.setLevel(logging.INFO)
