@@ -36,7 +36,6 @@ from capstan.pipeline.ingest.job import Ingest
 from capstan.pipeline.source.plan import plan
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Unit
-from capstan.pipeline.units.markers import mark
 
 KEYS = {"key": "capstan-key", "secret": "capstan-secret"}
 
@@ -100,7 +99,7 @@ def _set(job: Ingest) -> None:
 
 def _ingest(unit: Unit) -> None:
     """What the unit map does with a unit, without Ray."""
-    mark(_job, unit.id, _job.commit(unit, list(_job.prepare(unit))))
+    _job.markers.mark(unit.id, _job.commit(unit, list(_job.prepare(unit))))
 
 
 def rebuild(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:

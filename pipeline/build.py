@@ -28,7 +28,7 @@ from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.source.plan import Plan, plan, read_plan
 from capstan.pipeline.storage import Storage, parquet_bytes
-from capstan.pipeline.units import forget, markers, pending, quarantined, run
+from capstan.pipeline.units import run
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
     clock.lap("plan")
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
-    forget(job, _lost(job))
+    job.markers.forget(_lost(job))
     freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
-    again = begin_retry(job, units, markers(job), reasons, freed) if reasons else RetryRound({}, 0)
-    fresh = pending(job, units)
+    again = begin_retry(job, units, job.markers.read(), reasons, freed) if reasons else RetryRound({}, 0)
+    fresh = job.markers.pending(units)
     with _site(job, needed=bool(again.units or fresh)) as resolve:
         job = Ingest(recipe, storage, resolve)
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
@@ -193,20 +193,20 @@ def _lost(job: Ingest) -> list[str]:
     """Units that are committed, and whose table is gone: another build of the same dataset, at the same time, took it
     for a file that nothing names."""
     there = set(job.storage.names("staged"))
-    return [unit for unit, found in staged(markers(job)).items() if found.table not in there]
+    return [unit for unit, found in staged(job.markers.read()).items() if found.table not in there]
 
 
 def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
     """What is staged, without looking at the source."""
     job = Ingest(recipe, storage)
-    if units := _staged(job, read_plan(storage), quarantined(job)):
+    if units := _staged(job, read_plan(storage), job.markers.quarantined()):
         return units
     raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
 
 
 def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
     """Unit → keys of the rows that the recipe keeps now, whose images are neither staged nor packed."""
-    units = as_scored(recipe, job.storage, scorers, _staged(job, planned, quarantined(job)))
+    units = as_scored(recipe, job.storage, scorers, _staged(job, planned, job.markers.quarantined()))
     decisions = decide(recipe, job.storage, units)
     rows = lost_rows(job.storage, read_manifest(job.storage), decisions)
     found: dict[str, list[str]] = {}
@@ -226,7 +226,7 @@ def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, uni
 def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
     """What is staged of the planned units, in order. A quarantined unit (`bad`: with its reason) gets a table in which
     every row failed."""
-    done = staged(markers(job))
+    done = staged(job.markers.read())
     units = []
     for unit in planned.units:
         if unit.id in done:

@@ -35,7 +35,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.units import Job, Piece, Unit, forget, markers, report, run
+from capstan.pipeline.units import Job, Piece, Unit, report, run
 from capstan.recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
@@ -117,18 +117,18 @@ def export(
     before = _check_target(source, target)
     job = Export(dataset, layer, slot, target)
     units = _units(job)
-    wanted, done = {unit.id for unit in units}, markers(job)
+    wanted, done = {unit.id for unit in units}, job.markers.read()
     if before is not None:
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
     else:
         target.write(_BEGUN, json.dumps(recipe[SECTION]).encode() + b"\n")
     hide_indexes(target)
-    forget(job, done.keys() - wanted)
+    job.markers.forget(done.keys() - wanted)
     for entry in dataset.manifest.ledger:
         target.write(entry.table, source.read(entry.table))
     summary = run(job, units, resources, progress=progress)
-    done = markers(job)
+    done = job.markers.read()
     manifest = dataset.manifest.model_copy(
         update={
             "recipe": recipe,

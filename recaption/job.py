@@ -173,14 +173,14 @@ class _Piece:
 
 
 def _outline(job: RecaptionJob, *, sharing: bool = True) -> list[Todo]:
-    done, quoting = units.markers(job), job.engine.uses_original
+    done, quoting = job.markers.read(), job.engine.uses_original
     return outline(job.dataset, job.layer, job.slots, done, quoting=quoting, sharing=sharing)
 
 
 def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
     """What is to be done, and what is done. Captions that are to be kept are put aside first: committing one shard may
     overwrite the file in which another shard's images have theirs."""
-    left, marked = {shard.entry.name for shard in todo}, units.markers(job).keys()
+    left, marked = {shard.entry.name for shard in todo}, job.markers.read().keys()
     work = [units.Unit(shard) for shard in job.dataset.shard_names if shard in marked - left]
     for shard in todo:
         name = f"{store.aside(job.layer)}/{shard.entry.name}-{shard.entry.sha256[:16]}"
@@ -242,7 +242,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         todo = [shard for shard in _outline(job, sharing=sharing) if sharing or shard.entry.name in waiting]
         names = {shard.entry.name for shard in todo}
         work = _units(job, todo)
-        units.forget(job, names)
+        job.markers.forget(names)
         ended = units.run(job, work, recipe.resources, progress=progress)
         if ended.done or ended.skipped:
             store.publish(job.storage, job.layer, job.slots, job.description, job.config.lint)
@@ -262,7 +262,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 def _sums(job: RecaptionJob, shards: set[str], names: Sequence[str]) -> Counter[str]:
     """What the markers of these shards say, summed."""
     total = Counter[str]()
-    for shard, facts in units.markers(job).items():
+    for shard, facts in job.markers.read().items():
         if shard in shards:
             total.update({name: facts[name] for name in names or facts if isinstance(facts[name], int)})
     return total

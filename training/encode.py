@@ -70,7 +70,7 @@ def _texts(
 def _run(job: Job, recipe: Recipe, progress: bool) -> dict[str, Any]:
     job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
     work = [job.unit(entry) for entry in job.dataset.manifest.shards]
-    units.forget(job, job.stale(work))
+    job.markers.forget(job.stale(work))
     summary = units.run(job, work, recipe.resources, progress=progress)
     if summary.quarantined:
         raise Quarantined(job.name, summary.quarantined)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.records import REASONS, REMOVED, is_reason
-from capstan.pipeline.units.workers import Job, Unit
+from capstan.pipeline.units import Job, Unit
 
 ALL: Final = "failed"
 FREED: Final = "freed"  # not a failure: images that keep_staged: false removed, and that the recipe now keeps

@@ -48,8 +48,7 @@ from capstan.pipeline.select.dedup import evaluation_signature
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.units import Job, Piece, Summary, Unit, forget, markers, report, run
-from capstan.pipeline.units.markers import mark
+from capstan.pipeline.units import Job, Piece, Summary, Unit, report, run
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def pack(
     Raises RecipeError where images are to be packed that are no longer there.
     """
     job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
-    units, done = _shard_units(recipe, decisions, pinned), markers(job)
+    units, done = _shard_units(recipe, decisions, pinned), job.markers.read()
     wanted = {unit.id for unit in units}
     shelf = carry_over(storage, before, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
     content = content_recipe(recipe)
@@ -200,16 +199,16 @@ def pack(
         unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done and unit.id not in changed]
         write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
     hide_indexes(storage)
-    forget(job, done.keys() - wanted)
+    job.markers.forget(done.keys() - wanted)
     for unit in changed:  # from now on its table may be the old one or the new one
-        mark(job, unit, {**done[unit], "scores": "?"})
+        job.markers.mark(unit, {**done[unit], "scores": "?"})
     ledger = _write_ledger(recipe, storage, decisions, pinned)
     work = [
         Unit(unit.id, {**unit.spec, "shelf": shelf, **({"packed": done[unit.id]} if unit.id in changed else {})})
         for unit in units
     ]
     summary = run(job, work, recipe.resources, redo=changed, progress=progress)
-    done = markers(job)
+    done = job.markers.read()
     listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
     manifest = manifest.model_copy(
         update={

@@ -19,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset.shards import Manifest
-from capstan.pipeline.ingest.job import Ingest
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units.markers import forget, mark, markers
+from capstan.pipeline.units import MarkerLog
 
 log = logging.getLogger(__name__)
 
@@ -87,23 +86,20 @@ def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
             continue
         data = _write(tensors, {**said, _SUM: entry.sha256})
         storage.write(name, data)
-        mark(
-            _encoding(storage, encoder), f"{entry.name}-{entry.sha256[:12]}", {"samples": len(keys), "bytes": len(data)}
-        )
+        facts = {"samples": len(keys), "bytes": len(data)}
+        _latent_markers(storage, encoder).mark(f"{entry.name}-{entry.sha256[:12]}", facts)
 
 
 def _drop_latents(storage: Storage, path: PurePosixPath) -> None:
     """Remove a shard's latents, and what says that they are there: they are encoded again."""
-    job = _encoding(storage, path.parent.name)
+    markers = _latent_markers(storage, path.parent.name)
     storage.delete(str(path))
-    forget(job, [unit for unit in markers(job) if unit.startswith(f"{path.stem}-")])
+    markers.forget(unit for unit in markers.read() if unit.startswith(f"{path.stem}-"))
 
 
-def _encoding(storage: Storage, encoder: str) -> Ingest:
-    """The job of the floor above by its name: its markers are written, and nothing is done."""
-    job = Ingest(Recipe(dataset=storage.url), storage)
-    job.name = f"latents-{encoder}"
-    return job
+def _latent_markers(storage: Storage, encoder: str) -> MarkerLog:
+    """Return the markers of the job that encodes latents (training.precomputed.latents)."""
+    return MarkerLog(storage, f"latents-{encoder}")
 
 
 def _said(storage: Storage, name: str) -> dict[str, str]:

@@ -32,7 +32,6 @@ from capstan.pipeline import config
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Sample, read_manifest, sha256_of, write_tar
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.ingest.job import Ingest
 from capstan.pipeline.pack.carryover import clear
 from capstan.pipeline.pack.scrub import scrub_derived, settle_latents
 from capstan.pipeline.prefetch import ahead
@@ -50,8 +49,7 @@ from capstan.pipeline.source.blocklist import (
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.units.markers import mark, markers
-from capstan.pipeline.units.workers import Job
+from capstan.pipeline.units import MarkerLog
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +121,9 @@ def resume(storage: Storage) -> Takedown | None:
     if len(takedown.rows):
         for unit in read_plan(storage).units:
             _scrub_plan(storage, unit.table, takedown.keys)
-        for job in _ingests(storage):
-            for unit_id, facts in markers(job).items():
-                _scrub_staged(job, unit_id, facts, takedown)
+        for markers in _ingests(storage):
+            for unit_id, facts in markers.read().items():
+                _scrub_staged(markers, unit_id, facts, takedown)
         scrub_derived(storage, takedown.keys, takedown.shards, _packed(storage))
         _sweep(storage)
     return takedown
@@ -173,7 +171,7 @@ def _pending(storage: Storage) -> Takedown | None:
 
 def _find(storage: Storage, planned: list[str], asked: Blocklist) -> list[dict[str, str]]:
     """Rows (_SCHEMA) that `asked` names, or whose file is one of theirs, by the tables that hold their words."""
-    staged = [facts["table"] for job in _ingests(storage) for facts in markers(job).values()]
+    staged = [facts["table"] for markers in _ingests(storage) for facts in markers.read().values()]
     found: dict[str, dict[str, str]] = {}
     for name in (*planned, *staged):
         _note(storage, name, asked, found)
@@ -219,20 +217,13 @@ def _packed(storage: Storage) -> set[tuple[str, str]]:
     """Shards (name, sum) as they are now, also those that no manifest lists while others are packed anew."""
     manifest = read_manifest(storage)
     listed = {(entry.name, entry.sha256) for entry in (manifest.shards if manifest else [])}
-    return listed | {(facts["name"], facts["sha256"]) for facts in markers(_named(storage, "pack")).values()}
+    return listed | {(facts["name"], facts["sha256"]) for facts in MarkerLog(storage, "pack").read().values()}
 
 
-def _ingests(storage: Storage) -> list[Job]:
-    """Every ingest job that has left markers, whatever its image settings."""
+def _ingests(storage: Storage) -> list[MarkerLog]:
+    """Return the markers of every ingest job that has left any, whatever its image settings."""
     names = {name.split("/")[1] for name in storage.names("state") if name.startswith("state/ingest-")}
-    return [_named(storage, name) for name in sorted(names)]
-
-
-def _named(storage: Storage, name: str) -> Job:
-    """A job by which markers are read and written, and nothing is done."""
-    job = Ingest(Recipe(dataset=storage.url), storage)
-    job.name = name
-    return job
+    return [MarkerLog(storage, name) for name in sorted(names)]
 
 
 # Scrubbing -----------------------------------------------------------------------------------------------------------
@@ -247,9 +238,9 @@ def _scrub_plan(storage: Storage, name: str, keys: pa.Array) -> None:
         storage.write_table(name, scrub_planned(table, here.to_pylist()))
 
 
-def _scrub_staged(job: Job, unit: str, facts: Mapping[str, Any], takedown: Takedown) -> None:
+def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], takedown: Takedown) -> None:
     """Table and tar of a unit without the rows; published under new names, then named by the unit's marker."""
-    storage = job.storage
+    storage = markers.storage
     table = storage.read_table(facts["table"])
     hit = pc.is_in(table["key"], takedown.keys)
     done = pc.and_(pc.equal(table["reason"], REMOVED), pc.equal(table["url"], ""))
@@ -274,7 +265,7 @@ def _scrub_staged(job: Job, unit: str, facts: Mapping[str, Any], takedown: Taked
     reasons = Counter(reason for reason in scrubbed["reason"].to_pylist() if reason not in ("", REMOVED))
     other = {fact: value for fact, value in facts.items() if not fact.startswith("failed")}
     failed = {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
-    mark(job, unit, {**other, "table": name, "tar": tar_name, **failed})
+    markers.mark(unit, {**other, "table": name, "tar": tar_name, **failed})
 
 
 def _left(facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> list[int]:
@@ -307,8 +298,8 @@ def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, spans: list[
 def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:
     """Files of scores are named as the staged table that they belong to: they follow it, without what is said of the
     rows of `keys`. Those of what was staged earlier, which the next scoring looks at, stay where they are."""
-    job = _named(storage, "score")
-    facts = markers(job).get(unit, {})
+    markers = MarkerLog(storage, "score")
+    facts = markers.read().get(unit, {})
     files, follow = dict(facts.get("files", {})), facts.get("table") == before
     for scorer, name in files.items():
         table = storage.read_table(name)
@@ -321,13 +312,15 @@ def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa
             files[scorer] = f"{name.rpartition('/')[0]}/{after.rpartition('/')[2]}"
         storage.write_table(files[scorer], pa.table(columns, schema=table.schema))
     if follow:
-        mark(job, unit, {**facts, "table": after, "files": files})
+        markers.mark(unit, {**facts, "table": after, "files": files})
     storage.delete(*(name for name in storage.names("scores") if name.endswith(f"/{before.rpartition('/')[2]}")))
 
 
 def _sweep(storage: Storage) -> None:
     """Remove staged files that no marker names, and reports and comparisons: they may show what was removed."""
-    named = {facts[kind] for job in _ingests(storage) for facts in markers(job).values() for kind in ("table", "tar")}
+    named = {
+        facts[kind] for markers in _ingests(storage) for facts in markers.read().values() for kind in ("table", "tar")
+    }
     storage.delete(*(name for name in storage.names("staged") if name not in named))
     compared = [
         name for name in storage.names("captions") if name.startswith("captions/diff-") and name.count("/") == 1

@@ -19,15 +19,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Manifest, read_manifest
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.ingest.job import STAGED_SCHEMA, Ingest, Staged, staged
+from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged, staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.units.markers import markers
+from capstan.pipeline.units import MarkerLog
 
 STAGED: Final = "staged"
 MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have an image,
@@ -116,7 +115,7 @@ class Rows:
         """Ingest job → what its markers say, by unit. There is one job, unless image settings have just changed."""
         names = [name.split("/")[1] for name in self.storage.names("state")]
         jobs = sorted({name for name in names if name.startswith("ingest-")})
-        return {name: staged(markers(_ingest(name, self.storage))) for name in jobs}
+        return {name: staged(MarkerLog(self.storage, name).read()) for name in jobs}
 
     def staged_units(self, unit: str) -> list[Staged]:
         """Where a unit's staged images may lie."""
@@ -185,13 +184,6 @@ class Rows:
         among = f"key BETWEEN {literal(wanted[0])} AND {literal(wanted[-1])} AND key IN ({listed})"
         found = self.ask(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
         return {row[0]: Row(*row) for row in found}
-
-
-def _ingest(name: str, storage: Storage) -> Ingest:
-    """The ingest job of this name, whatever its image settings were: its markers hang on the name alone."""
-    job = Ingest(Recipe(dataset=storage.url), storage)
-    job.name = name
-    return job
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:

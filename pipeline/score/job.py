@@ -31,7 +31,7 @@ from capstan.pipeline.score import store
 from capstan.pipeline.score.clip_model import ClipModel, Loaded
 from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Summary, Unit, markers, model_threads, quarantined, report, run
+from capstan.pipeline.units import Job, Piece, Summary, Unit, model_threads, report, run
 
 _BATCH: Final = 256  # rows that travel together where no model is waiting for them
 _NOT_FINITE: Final = "not_finite: the model gave no number"
@@ -281,7 +281,7 @@ def score(
     that cannot be loaded.
     """
     job = _job(recipe, storage, scorers)
-    marks = markers(job) if scorers else {}
+    marks = job.markers.read() if scorers else {}
     work, redo = list[Unit](), list[str]()
     for unit in units if scorers else ():
         have = _files(marks.get(unit.unit, {}), unit)
@@ -303,14 +303,14 @@ def score(
             record = json.dumps(scorer.identity, indent=1, sort_keys=True).encode()
             storage.write(f"{store.ROOT}/{scorer.id}/recipe.json", record)
     summary = run(job, work, recipe.resources, redo=redo, progress=progress) if redo else Summary(0, len(work), {}, {})
-    now = {name for mark in markers(job).values() for name in mark["files"].values()} if redo else set[str]()
+    now = {name for mark in job.markers.read().values() for name in mark["files"].values()} if redo else set[str]()
     storage.delete(*(name for unit in work for name in unit.spec["before"].values() if redo and name not in now))
     return scored(job, scorers, units), summary
 
 
 def scored(job: ScoreJob, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
     """The units with the files of those of the scorers that they were scored by."""
-    marks = markers(job) if scorers else {}
+    marks = job.markers.read() if scorers else {}
     found = []
     for unit in units:
         files = _files(marks.get(unit.unit, {}), unit)
@@ -321,7 +321,7 @@ def scored(job: ScoreJob, scorers: Sequence[Scorer], units: Sequence[Staged]) ->
 def as_scored(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
     """As `score`, but scores nothing. Raises RecipeError where a unit was not scored and might be."""
     job = _job(recipe, storage, scorers)
-    found, bad = scored(job, scorers, units), quarantined(job) if scorers else {}
+    found, bad = scored(job, scorers, units), job.markers.quarantined() if scorers else {}
     for scorer in scorers:
         if left := [u for u in found if scorer.name not in dict(u.scores) and u.unit not in bad]:
             problem = f"{sum(unit.rows for unit in left):,} rows have not been scored by it as it is now"

@@ -1,19 +1,19 @@
-"""The unit map: units of work → each one's outputs committed exactly once. The one door to Ray Data.
+"""The unit map: run units on Ray, commit each one exactly once
 
     from_items(units) ─▶ prepare(unit) on CPU workers ─▶ model()(piece) on model workers ─▶ commit(unit, pieces), marker
                          yields bounded pieces           an actor pool; optional              in the driver
 
-What every job may rely on:
+This is the only module that imports Ray Data. What every job may rely on:
 
-- a committed unit (pipeline.commits) is never done again; of an uncommitted one nothing is visible to readers;
-- `commit` may be repeated for a unit after a crash: it must give the same files again;
+- a committed unit (see markers.py) is never done again; nothing of an uncommitted one is visible to readers;
+- `commit` may be repeated for a unit after a crash: it must publish the same files again;
 - pieces reach `commit` complete and in the order in which `prepare` yielded them, whatever the order of execution;
 - an exception in prepare, model or commit fails only its unit, and so does a worker that dies (out of memory, a codec
   that crashes): the unit is tried `attempts` times in all, then quarantined with its reason. Ray by itself would retry
   a dying worker for ever; the tracker counts starts to bound that;
-- a RecipeError raised anywhere ends the run at once: it is the user's to mend;
+- a RecipeError raised anywhere ends the run at once: only the user can fix it;
 - a storage that does not answer, or a full disk, ends the run too: nothing can be committed there, and the same command
-  goes on from where it was. Where only one object cannot be read, only its unit fails.
+  resumes where it stopped. If only one object cannot be read, only its unit fails.
 """
 
 from __future__ import annotations
@@ -34,44 +34,21 @@ from typing import Any
 from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError
 from capstan.pipeline.progress import Progress
-from capstan.pipeline.units.markers import (
-    first_line,
-    forget,
-    gather,
-    mark,
-    markers,
-    noted,
-    pending,
-    quarantine,
-    quarantined,
-    release,
-)
-from capstan.pipeline.units.workers import Job, Model, Piece, Prepare, Tracker, Unit, reason_of, report
+from capstan.pipeline.units.job import Job, Piece, Unit, report
+from capstan.pipeline.units.markers import MarkerLog, first_line
+from capstan.pipeline.units.workers import Model, Prepare, Tracker, reason_of
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "Job",
-    "Piece",
-    "Summary",
-    "Unit",
-    "forget",
-    "markers",
-    "model_threads",
-    "pending",
-    "quarantined",
-    "report",
-    "run",
-    "start_ray",
-]
+__all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "report", "run", "start_ray"]
 
-_BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is handed on as soon as it is there
+_BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is passed on at once
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: units done now, units found done, the quarantined ones with reasons, counts over all done."""
+    """How a run ended: units done now, units done before, quarantined units with reasons, counts over all done."""
 
     done: int
     skipped: int
@@ -80,7 +57,10 @@ class Summary:
 
 
 def model_threads(resources: Resources) -> int:
-    """CPU threads that one model worker may use. Ray sets OMP_NUM_THREADS=1 in its workers; models set their own."""
+    """Return the CPU threads that one model worker may use.
+
+    Ray sets OMP_NUM_THREADS=1 in its workers; models set their own.
+    """
     return max(1, _cpus(resources) // _model_workers(resources))
 
 
@@ -93,16 +73,16 @@ def run(
     attempts: int = 3,
     progress: bool = True,
 ) -> Summary:
-    """Do all `units` that have no marker yet. Starts Ray only if there is something to do.
+    """Do all `units` that have no marker yet. Start Ray only if there is something to do.
 
-    Those of `redo` (ids) are done although they have one, which is replaced once they are done; until then, and where
-    they fail, what was there before stands.
+    Units whose ids are in `redo` are done although they have a marker. It is replaced once they are done; until then,
+    and if they fail, the previous outputs stay valid.
     Bad units do not raise: they are in `Summary.quarantined`, and the caller ends with `Quarantined`.
     """
     units = list(units)
     wanted = {unit.id for unit in units}
     job.storage.sweep()
-    found = {unit: facts for unit, facts in gather(job).items() if unit in wanted}
+    found = {unit: facts for unit, facts in job.markers.gather().items() if unit in wanted}
     known = {unit: facts for unit, facts in found.items() if unit not in redo}
     todo = [unit for unit in units if unit.id not in known]
     counts = Counter[str]()
@@ -125,7 +105,7 @@ def run(
         counts.update(_numbers(facts))
     for unit in work.quarantined.keys() & found.keys():
         counts.update(_numbers(found[unit]))
-    gather(job, work.committed)
+    job.markers.gather(work.committed)
     return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
 
 
@@ -134,12 +114,12 @@ def start_ray(resources: Resources) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not os.environ.get("RAY_ADDRESS"):
-        # Ray's only switch that keeps a one-machine Ray off the network: its name tells of where it is the default.
+        # Ray's only switch that keeps a one-machine Ray off the network (the default on the systems in its name).
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray._private import worker
 
-    worker._worker_logs_enabled = False  # else Ray tells on stdout, which is the summary's, that a node has died
+    worker._worker_logs_enabled = False  # else Ray reports dead nodes on stdout, which is for the summary
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
         if os.environ.get("RAY_ADDRESS"):
@@ -162,7 +142,7 @@ def start_ray(resources: Resources) -> None:
 
 
 def _check_free(port: int | None) -> None:
-    """Ray says nothing where its exporter cannot listen."""
+    """Raise RecipeError if the port is taken. Ray would start without its exporter and not report it."""
     if port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,23 +150,23 @@ def _check_free(port: int | None) -> None:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 problem = f"cannot listen on port {port} ({error.strerror})"
-                raise RecipeError("resources.metrics_port", problem, "name a free port") from None
+                raise RecipeError("resources.metrics_port", problem, "set a free port") from None
 
 
 def _configure() -> None:
-    """Ray Data tells its story on the terminal by default; ours is told by pipeline.progress."""
+    """Silence Ray Data's own progress output; pipeline.progress replaces it."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a unit gives its one piece at its end, which may be hours away
+    context.execution_no_progress_timeout_s = -1  # a unit may yield its one piece at its end, after hours
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 class _Run:
-    """One call of `run`: rounds over the units that are left, until none is."""
+    """One call of `run`: rounds over the units that are left, until none are."""
 
     def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int) -> None:
         import ray
@@ -195,8 +175,8 @@ class _Run:
         self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
         self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
-        self._once_bad = noted(job)
-        # Beside the driver, so that what it has counted is not lost with another node.
+        self._once_bad = job.markers.noted()
+        # On the driver's node, so that its counts are not lost with another node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Tracker)
         self.tracker = tracker.remote(job.name)
@@ -205,7 +185,7 @@ class _Run:
         left = self.todo
         while left:
             failed = self._round(left, bar)
-            starts = self._ask(self.tracker.starts.remote(list(failed)))
+            starts = self._get(self.tracker.starts.remote(list(failed)))
             left = []
             for unit in (unit for unit in self.todo if unit.id in failed):
                 reason = failed[unit.id]
@@ -218,33 +198,33 @@ class _Run:
                     self.tracker.ended.remote("retried")
                     left.append(unit)
             if left:
-                time.sleep(1.0)  # what fails at once, on a busy disk or server, may heal in a moment
+                time.sleep(1.0)  # a busy disk or server may recover in a moment
 
     def reported(self) -> dict[str, float]:
-        """Counts that workers reported so far, for the display."""
+        """Return the counts that workers have reported so far, for the display."""
         from ray.exceptions import RayError
 
         try:
-            return dict(self._ask(self.tracker.counts.remote()))
-        except RayError as error:  # a tracker that is slow or gone leaves the display as it was, and the work goes on
+            return dict(self._get(self.tracker.counts.remote()))
+        except RayError as error:  # a slow or lost tracker must not stop the work; the display stays as it was
             log.debug("%s: no counts for the display: %s", self.job.name, first_line(str(error)))
             return {}
 
     @staticmethod
-    def _ask(reference: Any) -> Any:
+    def _get(reference: Any) -> Any:
         import ray
 
         return ray.get(reference, timeout=60)
 
     def _round(self, units: list[Unit], bar: Progress) -> dict[str, str]:
-        """Run `units` once; gives unit id → reason for those that were not committed."""
+        """Run `units` once; return unit id → reason for those that were not committed."""
         by_id = {unit.id: unit for unit in units}
         gathered: dict[str, _Gathered] = {unit.id: _Gathered() for unit in units}
         failed: dict[str, str] = {}
         for row in self._stream(units):
             unit, state = by_id[row["unit"]], gathered.get(row["unit"])
             if state is None or row["unit"] in failed:
-                continue  # a late piece of a unit whose fate is known
+                continue  # a late piece of a unit that has ended
             if row["error"]:
                 self._raise_if_fatal(pickle.loads(row["data"]) if row["data"] else None)
                 failed[unit.id] = row["error"]
@@ -260,7 +240,7 @@ class _Run:
         return failed
 
     def _stream(self, units: list[Unit]) -> Iterator[dict[str, Any]]:
-        """The wire rows of all pieces, in the order in which they come."""
+        """Yield the wire rows of all pieces, in the order in which they arrive."""
         import ray.data
 
         rows = [{"unit": json.dumps({"id": unit.id, "spec": unit.spec})} for unit in units]
@@ -282,18 +262,18 @@ class _Run:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                num_gpus=min(1.0, gpus / workers) or None,  # an actor lies on one node, so it never asks for more
+                num_gpus=min(1.0, gpus / workers) or None,  # an actor runs on one node, so it never requests more
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
 
     def _commit(self, unit: Unit, pieces: list[Piece]) -> str:
-        """Publish the unit and its marker; gives the reason if that failed."""
+        """Publish the unit and its marker; return the reason if that failed, else ""."""
         try:
             facts = self.job.commit(unit, pieces)
-            mark(self.job, unit.id, facts)
+            self.job.markers.mark(unit.id, facts)
             if unit.id in self._once_bad:
-                release(self.job, unit.id)
+                self.job.markers.release(unit.id)
         except Exception as error:  # noqa: BLE001 - a unit that cannot be published fails alone
             self._raise_if_fatal(error)
             return reason_of(error)
@@ -301,30 +281,30 @@ class _Run:
         return ""
 
     def _raise_if_fatal(self, error: Exception | None) -> None:
-        """End the run with what no other try of a unit can heal."""
+        """Raise `error` again if no further attempt can succeed."""
         if isinstance(error, RecipeError | DiskFull):
             raise error
         if isinstance(error, StorageError):
             try:
                 self.job.storage.check_writable()
             except CapstanError:
-                raise error from None  # it names the object; and nothing else would do better
+                raise error from None  # it names the object, and every other unit would fail the same way
 
     def _quarantine(self, unit: Unit, reason: str) -> None:
         self.quarantined[unit.id] = first_line(reason)
         self._once_bad.add(unit.id)
-        quarantine(self.job, unit, self.attempts, reason)
+        self.job.markers.quarantine(unit.id, unit.spec, self.attempts, reason)
 
 
 class _Gathered:
-    """The pieces of one unit, until its last one and all before it have come."""
+    """The pieces of one unit, until all of them have arrived."""
 
     def __init__(self) -> None:
         self.pieces: dict[int, Piece] = {}
         self.expected: int | None = None
 
     def add(self, row: Mapping[str, Any]) -> list[Piece] | None:
-        """Take a wire row; gives all pieces in order once they are complete. The last row is an empty end mark."""
+        """Add a wire row; return all pieces in order once they are complete. The last row is an empty end mark."""
         if row["last"]:
             self.expected = row["index"]
         else:
@@ -343,7 +323,7 @@ def _cpus(resources: Resources) -> int:
 
 
 def _gpus(resources: Resources) -> float:
-    """GPUs for the model workers: as the recipe says, though an autoscaler may have yet to make them; or all."""
+    """Return the GPUs for the model workers: the recipe's number (an autoscaler may yet start them), or all."""
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)
@@ -354,7 +334,7 @@ def _model_workers(resources: Resources) -> int:
 
 
 def _memory_bytes() -> int:
-    """Memory of this machine, or of this container where that is less."""
+    """Return the memory of this machine, or of this container if that is less."""
     from ray._common.utils import get_system_memory
 
     return int(get_system_memory())

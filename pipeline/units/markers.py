@@ -1,124 +1,138 @@
-"""Which units of a job are committed, and what was kept of each: markers, one by one, then gathered in a log.
+"""Which units of a job are committed, and what is kept of each
 
     state/<job>/done/<unit>.json          the marker of a unit, written when all its outputs are published
-    state/<job>/log.json                  unit → what its marker said: many markers in one file
+    state/<job>/log.json                  unit → the content of its marker: many markers in one file
     state/<job>/quarantine/<unit>.json    why a unit is not committed
 
-A unit is committed if it has a marker or stands in the log. The log is published before the markers that it takes in
-are removed, so at no moment is a unit in neither; thousands of them cost one read.
+A unit is committed if it has a marker or is listed in the log. The log is published before the markers that it
+contains are removed, so at no moment is a unit in neither. Thousands of markers cost one read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from capstan.pipeline.units.workers import Job, Unit
+from capstan.pipeline.storage import Storage
 
 Facts = dict[str, Any]  # what `Job.commit` returned
-_WORTH_GATHERING = 100  # markers
+_GATHER_FROM = 100  # markers
 
 
-def markers(job: Job) -> dict[str, Facts]:
-    """What `commit` returned for every committed unit of this job, by unit id."""
-    return _read_log(job) | _read_markers(job, {})
+class _HasId(Protocol):
+    @property
+    def id(self) -> str: ...
 
 
-def gather(job: Job, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
-    """As `markers`, and moves them into the log if there are many. `fresh`: facts that need not be read again."""
-    logged, single = _read_log(job), _read_markers(job, fresh or {})
-    facts = logged | single
-    if len(single) >= _WORTH_GATHERING:
-        _write_log(job, facts)
-        job.storage.delete(*(_marker(job, unit) for unit in single))
-    return facts
+U = TypeVar("U", bound=_HasId)
 
 
-def mark(job: Job, unit: str, facts: Facts) -> None:
-    """Commit a unit, whose outputs are all published."""
-    job.storage.write(_marker(job, unit), json.dumps(facts, sort_keys=True).encode())
+@dataclass(frozen=True)
+class MarkerLog:
+    """The markers of the job called `name`, in `storage`. It needs no job: any floor may read another's by its name."""
 
+    storage: Storage
+    name: str
 
-def forget(job: Job, units: Iterable[str]) -> None:
-    """These units are committed no longer: they will be done again."""
-    units, logged = set(units), _read_log(job)
-    if units & logged.keys():
-        _write_log(job, {unit: facts for unit, facts in logged.items() if unit not in units})
-    job.storage.delete(*(_marker(job, unit) for unit in sorted(units)))
+    def read(self) -> dict[str, Facts]:
+        """Return what `commit` returned for every committed unit of this job, by unit id."""
+        return self._read_log() | self._read_markers({})
 
+    def gather(self, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
+        """Return the same as `read`, and move the markers into the log if there are many.
 
-def pending(job: Job, units: Iterable[Unit]) -> list[Unit]:
-    """The units that are not committed yet."""
-    done = _committed(job)
-    return [unit for unit in units if unit.id not in done]
+        `fresh` holds facts that need not be read again.
+        """
+        logged, single = self._read_log(), self._read_markers(fresh or {})
+        facts = logged | single
+        if len(single) >= _GATHER_FROM:
+            self._write_log(facts)
+            self.storage.delete(*(self._marker(unit) for unit in single))
+        return facts
 
+    def mark(self, unit: str, facts: Facts) -> None:
+        """Commit a unit whose outputs are all published."""
+        self.storage.write(self._marker(unit), json.dumps(facts, sort_keys=True).encode())
 
-def quarantined(job: Job) -> dict[str, str]:
-    """Unit id → first line of the reason, for every unit that stands quarantined: one that failed only when it was
-    done again does not."""
-    names = job.storage.names(f"state/{job.name}/quarantine")
-    done = _committed(job) if names else set()
-    records = job.storage.read_many(name for name in names if _unit_of(name) not in done)
-    return {_unit_of(name): first_line(json.loads(data)["reason"]) for name, data in records.items()}
+    def forget(self, units: Iterable[str]) -> None:
+        """Remove the markers of these units, so that they will be done again."""
+        units, logged = set(units), self._read_log()
+        if units & logged.keys():
+            self._write_log({unit: facts for unit, facts in logged.items() if unit not in units})
+        self.storage.delete(*(self._marker(unit) for unit in sorted(units)))
 
+    def pending(self, units: Iterable[U]) -> list[U]:
+        """Return the units that are not committed yet."""
+        done = self._committed()
+        return [unit for unit in units if unit.id not in done]
 
-def noted(job: Job) -> set[str]:
-    """The units of which a reason is kept, whether they are committed or not."""
-    return {_unit_of(name) for name in job.storage.names(f"state/{job.name}/quarantine")}
+    # Quarantine --------------------------------------------------------------------------------------------------
 
+    def quarantined(self) -> dict[str, str]:
+        """Return unit id → first line of the reason, for every quarantined unit.
 
-def quarantine(job: Job, unit: Unit, attempts: int, reason: str) -> None:
-    """Keep why `unit` failed for good."""
-    record = {"unit": unit.id, "spec": unit.spec, "attempts": attempts, "reason": reason}
-    job.storage.write(_reason(job, unit.id), json.dumps(record).encode())
+        A committed unit that failed only when it was done again is not one.
+        """
+        names = self._reasons()
+        done = self._committed() if names else set()
+        records = self.storage.read_many(name for name in names if _unit_of(name) not in done)
+        return {_unit_of(name): first_line(json.loads(data)["reason"]) for name, data in records.items()}
 
+    def noted(self) -> set[str]:
+        """Return the units for which a reason is kept, whether they are committed or not."""
+        return {_unit_of(name) for name in self._reasons()}
 
-def release(job: Job, unit: str) -> None:
-    """The unit is committed after all."""
-    job.storage.delete(_reason(job, unit))
+    def quarantine(self, unit: str, spec: Mapping[str, Any], attempts: int, reason: str) -> None:
+        """Keep the reason for which a unit failed for good."""
+        record = {"unit": unit, "spec": spec, "attempts": attempts, "reason": reason}
+        self.storage.write(self._reason(unit), json.dumps(record).encode())
+
+    def release(self, unit: str) -> None:
+        """Remove the reason of a unit that is committed after all."""
+        self.storage.delete(self._reason(unit))
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    def _committed(self) -> set[str]:
+        return self._read_log().keys() | {_unit_of(name) for name in self._markers()}
+
+    def _read_log(self) -> dict[str, Facts]:
+        try:
+            return dict(json.loads(self.storage.read(self._log)))
+        except FileNotFoundError:
+            return {}
+
+    def _write_log(self, facts: Mapping[str, Facts]) -> None:
+        self.storage.write(self._log, json.dumps(facts, separators=(",", ":"), sort_keys=True).encode())
+
+    def _read_markers(self, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
+        names = {_unit_of(name): name for name in self._markers()}
+        unread = self.storage.read_many(name for unit, name in names.items() if unit not in fresh)
+        read = {_unit_of(name): json.loads(data) for name, data in unread.items()}
+        return {unit: fresh[unit] if unit in fresh else read[unit] for unit in names}
+
+    def _markers(self) -> list[str]:
+        return self.storage.names(f"state/{self.name}/done")
+
+    def _reasons(self) -> list[str]:
+        return self.storage.names(f"state/{self.name}/quarantine")
+
+    @property
+    def _log(self) -> str:
+        return f"state/{self.name}/log.json"
+
+    def _marker(self, unit: str) -> str:
+        return f"state/{self.name}/done/{unit}.json"
+
+    def _reason(self, unit: str) -> str:
+        return f"state/{self.name}/quarantine/{unit}.json"
 
 
 def first_line(reason: str) -> str:
+    """Return the message of a reason without its traceback."""
     return reason.partition("\n")[0]
-
-
-def _committed(job: Job) -> set[str]:
-    return _read_log(job).keys() | {_unit_of(name) for name in _marker_names(job)}
-
-
-def _read_log(job: Job) -> dict[str, Facts]:
-    try:
-        return dict(json.loads(job.storage.read(_log(job))))
-    except FileNotFoundError:
-        return {}
-
-
-def _write_log(job: Job, facts: Mapping[str, Facts]) -> None:
-    job.storage.write(_log(job), json.dumps(facts, separators=(",", ":"), sort_keys=True).encode())
-
-
-def _read_markers(job: Job, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
-    names = {_unit_of(name): name for name in _marker_names(job)}
-    unread = job.storage.read_many(name for unit, name in names.items() if unit not in fresh)
-    read = {_unit_of(name): json.loads(data) for name, data in unread.items()}
-    return {unit: fresh[unit] if unit in fresh else read[unit] for unit in names}
-
-
-def _marker_names(job: Job) -> list[str]:
-    return job.storage.names(f"state/{job.name}/done")
-
-
-def _log(job: Job) -> str:
-    return f"state/{job.name}/log.json"
-
-
-def _marker(job: Job, unit: str) -> str:
-    return f"state/{job.name}/done/{unit}.json"
-
-
-def _reason(job: Job, unit: str) -> str:
-    return f"state/{job.name}/quarantine/{unit}.json"
 
 
 def _unit_of(name: str) -> str:

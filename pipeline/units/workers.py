@@ -1,30 +1,25 @@
-"""What a job is, and what Ray's workers do with it: a unit → its pieces, each one row on the wire; pieces → pieces.
+"""What Ray's workers do: unit → pieces, and piece → piece by a model
 
-A piece crosses Ray as one pickled column; so there are no null-typed or ragged columns for Arrow to stumble over.
+A piece crosses Ray as one pickled column, so Arrow never meets null-typed or ragged columns.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-import time
 import traceback
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.records import storable
-from capstan.pipeline.storage import Storage
+from capstan.pipeline.units.job import Job, Piece, Unit, flush_reports, start_reporting
 
-Piece = dict[str, Any]
-
-# `error` is empty for a good piece; `data` of a piece with an error is a pickled CapstanError or empty. The row with
-# `last` carries no piece: its index is their number.
+# `error` is empty for a good piece; with an error, `data` is a pickled CapstanError or empty. The row with `last`
+# carries no piece: its index is the number of pieces.
 WIRE = pa.schema(
     [
         pa.field("unit", pa.string(), nullable=False),
@@ -34,66 +29,13 @@ WIRE = pa.schema(
         pa.field("data", pa.large_binary(), nullable=False),
     ]
 )
-_REPORT_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit of work: an id that is a good file name, and what `prepare` needs to know, as plain JSON data.
-
-    `spec["rows"]`, if there, is how many samples it will report: with it the display knows how far a unit has come.
-    """
-
-    id: str
-    spec: dict[str, Any] = field(default_factory=dict)
-
-
-class Job(ABC):
-    """What is done to each unit. Instances are pickled to the workers, so they hold only settings and storages.
-
-    `name` names the folder of markers, state/<name>/; `storage` is where that lies; `title` is for the display.
-    """
-
-    name: str
-    title: str = ""
-    storage: Storage
-
-    @abstractmethod
-    def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """On a CPU worker: read, fetch, decode; yield pieces of at most some MB (encoded bytes, not arrays).
-
-        Finished files may be published here under names that nothing lists until `commit`. May yield nothing.
-        """
-
-    def model(self) -> Callable[[Piece], Piece] | None:
-        """Override to add a model stage: gives what is done to every piece, called once on each model worker.
-
-        It may use `model_threads(resources)` CPU threads. Pieces come one by one: a piece is a batch.
-        """
-        return None
-
-    @abstractmethod
-    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
-        """In the driver: publish the unit's outputs. What it returns is kept in the marker, which is written next.
-
-        Numbers are summed over units into `Summary.counts`; anything else that is JSON is kept in the marker only.
-        """
-
-
-def report(counts: Mapping[str, float]) -> None:
-    """From inside `prepare` or a model: counts for the progress display and for Prometheus. Elsewhere it does nothing.
-
-    Names as in pipeline.progress: `samples`, `bytes`, `failed.<reason>`, or any other.
-    """
-    if _reporter is not None:
-        _reporter.add(counts)
 
 
 class Tracker:
-    """A small actor that outlives workers: how often each piece of work was started, and what was reported.
+    """A small actor that outlives workers. It counts how often each piece of work was started, and what was reported.
 
-    It alone speaks to Ray's exporter, so that each series has one writer. docs/metrics.md describes the series; there
-    `stage` is what stands before the first hyphen of the job's name.
+    It alone writes to Ray's exporter, so that each series has one writer. docs/metrics.md describes the series; there
+    `stage` is the job's name up to its first hyphen.
     """
 
     def __init__(self, job: str) -> None:
@@ -108,7 +50,8 @@ class Tracker:
         }
         self._metrics = {name: Metric(*arguments) for name, arguments in about.items()}
 
-    def begin(self, item: str) -> int:
+    def start(self, item: str) -> int:
+        """Count a start of `item`; return how often it was started."""
         self._starts[item] += 1
         return self._starts[item]
 
@@ -123,41 +66,20 @@ class Tracker:
                 self._metrics[kind].inc(value, {"stage": self._stage} | ({"reason": reason} if reason else {}))
 
     def ended(self, outcome: str) -> None:
-        """A unit is `committed`, `quarantined`, or will be `retried`."""
+        """Count a unit that is `committed`, `quarantined`, or will be `retried`."""
         self._metrics["units"].inc(1, {"stage": self._stage, "outcome": outcome})
 
     def counts(self) -> dict[str, float]:
         return dict(self._counts)
 
 
-class _Reporter:
-    """Gathers counts in a worker and sends them on about once a second."""
-
-    def __init__(self, tracker: Any) -> None:
-        self._tracker, self._pending, self._sent = tracker, Counter[str](), time.monotonic()
-
-    def add(self, counts: Mapping[str, float]) -> None:
-        self._pending.update(counts)
-        if time.monotonic() - self._sent >= _REPORT_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending:
-            self._tracker.add.remote(dict(self._pending))
-        self._pending, self._sent = Counter(), time.monotonic()
-
-
-_reporter: _Reporter | None = None  # of the unit that this worker is at
-
-
-def _begin(tracker: Any, item: str, attempts: int) -> str:
-    """Count a start of `item`; gives a reason not to if it has killed its worker too often."""
-    global _reporter
+def _start(tracker: Any, item: str, attempts: int) -> str:
+    """Count a start of `item`; return the reason not to start it if it has killed its worker too often."""
     import ray
 
-    if ray.get(tracker.begin.remote(item)) > attempts:
+    if ray.get(tracker.start.remote(item)) > attempts:
         return f"died: its worker ended {attempts} times without an exception (out of memory, or a crash in a library)"
-    _reporter = _Reporter(tracker)
+    start_reporting(tracker)
     return ""
 
 
@@ -172,7 +94,7 @@ class Prepare:
             yield from self._unit(Unit(**json.loads(text)))
 
     def _unit(self, unit: Unit) -> Iterator[pa.Table]:
-        if reason := _begin(self.tracker, unit.id, self.attempts):
+        if reason := _start(self.tracker, unit.id, self.attempts):
             yield _row(unit.id, error=reason)
             return
         index = 0
@@ -185,13 +107,15 @@ class Prepare:
         else:
             yield _row(unit.id, index, last=True)
         finally:
-            if _reporter is not None:
-                _reporter.flush()
+            flush_reports()
 
 
 class Model:
-    """The second stage, an actor: wire rows → wire rows. The model is made when the first piece comes, so that a model
-    that kills its worker while loading is bounded like any other piece of work."""
+    """The second stage, an actor: wire rows → wire rows.
+
+    The model is loaded when the first piece comes, so that one that kills its worker while loading is bounded like any
+    other piece of work.
+    """
 
     def __init__(self, job: Job, tracker: Any, attempts: int) -> None:
         self.job, self.tracker, self.attempts = job, tracker, attempts
@@ -203,19 +127,18 @@ class Model:
 
     def _piece(self, row: dict[str, Any]) -> pa.Table:
         unit, index = row["unit"], row["index"]
-        if reason := _begin(self.tracker, f"{unit}#{index}", self.attempts):
+        if reason := _start(self.tracker, f"{unit}#{index}", self.attempts):
             return _row(unit, error=reason)
         try:
             if self.apply is None:
                 self.apply = self.job.model()
-                assert self.apply is not None, f"{self.job.name} overrides model(), which gives None"
+                assert self.apply is not None, f"{self.job.name} overrides model(), which returned None"
             piece = self.apply(pickle.loads(row["data"]))
             return _row(unit, index, data=pickle.dumps(piece, pickle.HIGHEST_PROTOCOL))
         except Exception as error:  # noqa: BLE001 - the unit boundary: a bad piece is a row with a reason
             return _failure(unit, error)
         finally:
-            if _reporter is not None:
-                _reporter.flush()
+            flush_reports()
 
 
 def _row(unit: str, index: int = 0, *, last: bool = False, error: str = "", data: bytes = b"") -> pa.Table:
@@ -228,6 +151,6 @@ def _failure(unit: str, error: Exception) -> pa.Table:
 
 
 def reason_of(error: Exception) -> str:
-    """Type and message on the first line, the traceback below: text that Arrow can carry to the driver."""
+    """Return type and message on the first line and the traceback below, as text that Arrow can carry to the driver."""
     first = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return storable(f"{first}\n{''.join(traceback.format_exception(error))}")

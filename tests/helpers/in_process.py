@@ -6,17 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from capstan.pipeline import units
-from capstan.pipeline.units.markers import mark
 
 
 def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> units.Summary:
     """In place of `units.run`."""
     work = list(work)
     job.storage.sweep()
-    done = units.markers(job)
+    done = job.markers.read()
     todo = [unit for unit in work if unit.id not in done]
     model = job.model() if todo else None
     for unit in todo:
         pieces = [model(piece) if model else piece for piece in job.prepare(unit)]
-        mark(job, unit.id, job.commit(unit, pieces))
+        job.markers.mark(unit.id, job.commit(unit, pieces))
     return units.Summary(len(todo), len(work) - len(todo), {}, {})

@@ -98,7 +98,7 @@ class LatentsJob(units.Job):
     def stale(self, work: Iterable[units.Unit]) -> set[str]:
         """Committed units whose latents are there no longer: deleted, or written over with those of another shard."""
         there, wanted = set(self.storage.names(self.folder)), {unit.id: unit for unit in work}
-        committed = units.markers(self).keys()
+        committed = self.markers.read().keys()
         return {
             unit
             for unit in committed

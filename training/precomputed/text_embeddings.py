@@ -62,7 +62,7 @@ class TextStatesJob(units.Job):
         wanted, there = {unit.id: unit.spec["shard"] for unit in work}, set(self.storage.names(self.folder))
         return {
             unit
-            for unit in units.markers(self)
+            for unit in self.markers.read()
             if unit not in wanted
             or f"{self.folder}/{wanted[unit]}.safetensors" not in there
             or self._said(wanted[unit])["captions"]

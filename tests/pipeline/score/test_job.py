@@ -23,7 +23,7 @@ from capstan.pipeline.score.job import ScoreJob, scored
 from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 from capstan.pipeline.score.store import embeddings
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Unit, markers
+from capstan.pipeline.units import Unit
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -94,7 +94,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     assert list(pins[1]["weights"].values()) == [sha256_of(linear_head.read_bytes())]
     assert pins[0]["model"]["weights"] == sha256_of((clip / "open_clip_model.safetensors").read_bytes())
     storage, scorers = Storage(recipe.dataset), registry.scorers(recipe)
-    units = list(staged(markers(Ingest(recipe, storage))).values())
+    units = list(staged(Ingest(recipe, storage).markers.read()).values())
     units = sorted(scored(ScoreJob(storage, scorers, 5, recipe.resources), scorers, units), key=lambda unit: unit.unit)
     vectors = embeddings(storage, units).astype(np.float32)
     length = np.linalg.norm(vectors, axis=1)

@@ -15,7 +15,7 @@ from ray import cloudpickle
 from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Unit, _Run, markers, quarantined, report, run
+from capstan.pipeline.units import Job, Piece, Unit, _Run, report, run
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -97,7 +97,7 @@ def test_every_unit_is_committed_once_and_in_order(ray_session: Resources, make,
     assert (first.done, first.skipped, first.quarantined, first.counts) == (3, 0, {}, {"samples": 10})
     assert output(job, "b") == [n * n for n in range(7)]
     assert output(job, "none") == []
-    assert markers(job)["a"] == {"samples": 3, "note": "a"}
+    assert job.markers.read()["a"] == {"samples": 3, "note": "a"}
 
     again = run(job, [*units, unit("c")], ray_session, progress=False)
     assert (again.done, again.skipped, again.counts) == (1, 3, {"samples": 13})
@@ -143,8 +143,8 @@ def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(ra
     assert list(again.quarantined) == ["c"]
     assert job.tries("b", "start") - 1 == 1
     assert (output(job, "a"), output(job, "c")) == ([0, 1, 4, 9, 16], [0, 1, 4])
-    assert markers(job)["a"]["samples"] == 5
-    assert quarantined(job) == {}
+    assert job.markers.read()["a"]["samples"] == 5
+    assert job.markers.quarantined() == {}
     assert run(job, [unit("a"), unit("c")], ray_session, progress=False).skipped == 2
 
 

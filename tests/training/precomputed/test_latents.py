@@ -12,7 +12,6 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset, read_manifest, write_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units.markers import mark
 from capstan.recaption.store import write_given_layer
 from capstan.training import encode as encoding
 from capstan.training.config import TrainConfig
@@ -303,7 +302,7 @@ def test_text_states_of_other_captions_are_refused_and_made_again(captioned):
     job = TextStatesJob(dataset, train, text_plan(train, dataset, "x"), captioned.resources)
     encoder, work = run_here(job), [job.unit(entry) for entry in dataset.manifest.shards]
     for unit in work:
-        mark(job, unit.id, {"samples": 1})
+        job.markers.mark(unit.id, {"samples": 1})
     assert job.stale(work) == set()
     assert set(read_text_states(storage, encoder)("shard-000001")) == {
         "descriptive.text_states",
