@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capstan.pipeline.config import Recipe, read_recipe, validate
+from capstan.pipeline.config import Recipe, apply_overrides, read_recipe, validate
 from capstan.pipeline.secrets import refuse_secrets
 from capstan.recaption.config import RecaptionConfig
 from capstan.training.config import TrainConfig, json_schema
@@ -14,8 +14,16 @@ from capstan.training.experiment.config import ExperimentConfig
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` with `a.b=value` overrides. Raises RecipeError for anything wrong in any section."""
-    raw = read_recipe(path, overrides)
+    """Return the recipe at `path` with `a.b=value` overrides. Raises RecipeError if any section is wrong."""
+    return _checked(read_recipe(path, overrides))
+
+
+def loaded(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a mapping with `a.b=value` overrides. Raises RecipeError if any section is wrong."""
+    return _checked(apply_overrides(raw, overrides))
+
+
+def _checked(raw: dict[str, Any]) -> Recipe:
     refuse_secrets({name: raw.get(name) for name in ("dataset", "storage", "source")}, "")
     recipe = validate(Recipe, raw)
     if recipe.recaption is not None:

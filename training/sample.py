@@ -64,7 +64,7 @@ def sample(
         for before, after in zip(short, prompts, strict=True):
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
-    prompts, seeds = _paired(prompts, seeds)
+    prompts, seeds = paired(prompts, seeds)
     labels = list(short) if len(short) == len(prompts) else list(short) * len(prompts)
     drawer = open_sampler(run, sampler=sampler)
     images = drawer.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
@@ -193,8 +193,8 @@ def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = Non
     return sheet
 
 
-def _paired(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds: a single prompt is repeated for each seed."""
+def paired(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[list[str], list[int]]:
+    """Return as many prompts as seeds; a single prompt is repeated for each seed."""
     if not prompts:
         raise RecipeError("-p", "no prompt", 'give one or more, e.g. -p "a red circle"')
     if seeds is None:
