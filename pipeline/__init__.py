@@ -1,1 +1,1 @@
-"""Rows of (url, caption) in, curated WebDataset shards and a complete ledger out; and what all floors share."""
+"""Rows of (url, caption) → WebDataset shards and a ledger; code shared by all floors"""

@@ -1,4 +1,7 @@
-"""The recipe → a finished dataset: plan → ingest → score → select → pack, each stage going on where it stopped."""
+"""Recipe → finished dataset: plan → ingest → score → select → pack
+
+Each stage resumes where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Build the dataset of `recipe`, or complete it. Gives a summary: what the dataset holds now, and what it took.
+    """Build or complete the dataset of `recipe` and return a summary: what the dataset holds now, and how long it took.
 
-    `retry` names reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried again; "freed"
-    are those whose images `keep_staged: false` removed and that the recipe keeps now.
+    `retry` names failure reasons ("timeout,http_503", or "failed" for all): rows that failed for these are tried
+    again. "freed" selects rows whose images `keep_staged: false` removed and that the recipe keeps now.
 
-    Units that kept failing are in the summary's `quarantined` (unit → reason): the rows of an ingest unit are then
-    `failed` in the ledger until a later build reads them. Raises RecipeError for what the user can mend, and
-    CapstanError where another process writes this dataset.
+    Units that kept failing are listed in the summary's `quarantined` (unit → reason). The rows of such an ingest unit
+    are `failed` in the ledger until a later build reads them. Raises RecipeError for anything the user can fix, and
+    CapstanError if another process is writing this dataset.
     """
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
@@ -88,15 +91,17 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Score what is staged by the recipe's scorers, as far as it is not, and publish their columns. Nothing is fetched;
-    no tar is written unless other rows are kept now."""
+    """Run the recipe's scorers on staged rows that lack their scores, and publish the columns.
+
+    Nothing is fetched. Tars are rewritten only if the selection now keeps other rows.
+    """
     clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
     storage.check_writable()
     if not scorers:
-        raise RecipeError("score", "names no scorer", "say e.g. score: {caption: {}, image: {}}")
+        raise RecipeError("score", "names no scorer", "add one, e.g. score: {caption: {}, image: {}}")
     with lease(storage, "score") as held:
         resume(storage)
         units = _found(recipe, storage)
@@ -104,9 +109,9 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 
 def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Decide again about what is staged already, by the recipe's conditions as they are now. `dry_run` only counts.
+    """Apply the recipe's current conditions to the rows that are staged already. `dry_run` only counts.
 
-    Raises RecipeError where nothing is staged or scored, or for a condition that DuckDB does not take.
+    Raises RecipeError if nothing is staged or scored, or if DuckDB rejects a condition.
     """
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
@@ -119,8 +124,12 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     units = as_scored(recipe, storage, registry.scorers(recipe), _found(recipe, storage))
     decisions = decide(recipe, storage, units)
     clock.lap("select")
-    seen = {"dataset": recipe.dataset, "counts": decisions.counts, "funnel": decisions.funnel}
-    return {**seen, "seconds": clock.laps}
+    return {
+        "dataset": recipe.dataset,
+        "counts": decisions.counts,
+        "funnel": decisions.funnel,
+        "seconds": clock.laps,
+    }
 
 
 def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -> dict[str, Any]:
@@ -138,8 +147,10 @@ def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -
 def remove(
     dataset: str, lists: Blocklist, options: Mapping[str, Any] | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Take down what `lists` (files of entries) name: from what is staged, and from the shards that hold it. What was
-    killed is completed by any later `remove`, `select`, `score` or `build`."""
+    """Remove the rows that `lists` (files of entries) name from the staged files and from the shards.
+
+    An interrupted removal is completed by the next `remove`, `select`, `score` or `build`.
+    """
     storage = Storage(dataset, options, field="DATASET")
     storage.check_writable()
     with lease(storage, "remove") as held:
@@ -163,7 +174,7 @@ def _publish(
     clock: _Clock,
     progress: bool,
 ) -> dict[str, Any]:
-    """Score, select and pack, unless the dataset is just that already."""
+    """Score, select and pack, unless the dataset is up to date."""
     manifest, bad = read_manifest(storage), dict[str, str]()
     if scorers:
         packed = functools.cache(lambda unit: packed_shards(storage, manifest, unit))
@@ -190,14 +201,16 @@ def _publish(
 
 
 def _lost(job: Ingest) -> list[str]:
-    """Units that are committed, and whose table is gone: another build of the same dataset, at the same time, took it
-    for a file that nothing names."""
+    """Return the committed units whose staged table is missing.
+
+    A second build of the same dataset may have removed it as a file that no marker names.
+    """
     there = set(job.storage.names("staged"))
     return [unit for unit, found in staged(job.markers.read()).items() if found.table not in there]
 
 
 def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
-    """What is staged, without looking at the source."""
+    """Return the staged units without reading the source."""
     job = Ingest(recipe, storage)
     if units := _staged(job, read_plan(storage), job.markers.quarantined()):
         return units
@@ -205,7 +218,7 @@ def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
 
 
 def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
-    """Unit → keys of the rows that the recipe keeps now, whose images are neither staged nor packed."""
+    """Return unit → keys of the rows that the recipe keeps now but whose images are neither staged nor packed."""
     units = as_scored(recipe, job.storage, scorers, _staged(job, planned, job.markers.quarantined()))
     decisions = decide(recipe, job.storage, units)
     rows = lost_rows(job.storage, read_manifest(job.storage), decisions)
@@ -224,8 +237,8 @@ def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, uni
 
 
 def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
-    """What is staged of the planned units, in order. A quarantined unit (`bad`: with its reason) gets a table in which
-    every row failed."""
+    """Return the staged units in planned order. A quarantined unit (`bad`: unit → reason) gets a table in which every
+    row failed."""
     done = staged(job.markers.read())
     units = []
     for unit in planned.units:
@@ -244,7 +257,7 @@ def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
 
 @contextlib.contextmanager
 def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
-    """The captioned world's web site, if the source is one and some of it is still to fetch: host → address."""
+    """Serve the captioned world's web site while some of it is still to be fetched; yield host → IP address."""
     source = job.recipe.source
     if source is None or source.format != "world" or not needed:
         yield {}
@@ -257,7 +270,7 @@ def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
 
 
 class _Clock:
-    """Seconds by stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
+    """Seconds per stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

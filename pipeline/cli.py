@@ -1,6 +1,6 @@
-"""The commands of this floor; and the options and the ending that all floors' commands share.
+"""Commands build, score, select, remove, verify, report; shared CLI options
 
-stdout carries the summary only (with --json one JSON object, the last line); progress and logs go to stderr.
+stdout carries only the summary (with --json, one JSON object on the last line). Progress and logs go to stderr.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
 from capstan.pipeline.secrets import refuse_secrets
 from capstan.pipeline.storage import Storage
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with the summary as one JSON object on stdout.")]
-DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder or URL.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a recipe key. Repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
+DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder or URL.")]
 
 StorageOption = Annotated[
-    list[str], typer.Option("--set", metavar="storage.KEY=VALUE", help="How to reach the dataset, as in a recipe.")
+    list[str], typer.Option("--set", metavar="storage.KEY=VALUE", help="Storage option, as in a recipe. Repeatable.")
 ]
 
 Load = Callable[[Path, list[str]], Recipe]
@@ -31,67 +31,88 @@ Load = Callable[[Path, list[str]], Recipe]
 
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
-    _add_making(app, load)
+    _add_recipe_commands(app, load)
     _add_takedown(app)
-    _add_looking(app)
+    _add_read_only_commands(app)
 
 
-def _add_making(app: typer.Typer, load: Load) -> None:
-    """Commands on a recipe."""
+def examples(*lines: str) -> str:
+    """Return the examples of a command's help page, one line each."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
-    @app.command()
+
+def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
+    @app.command(epilog=examples("capstan build recipe.yaml", "capstan build recipe.yaml --retry timeout,http_503"))
     def build(
         recipe: RecipeArgument,
         retry: Annotated[
             str | None,
             typer.Option(
-                "--retry", metavar="REASONS", help="Try rows again that failed: `failed`, or timeout,http_503…"
+                "--retry",
+                metavar="REASONS",
+                help="Retry failed rows: `failed` for all, or reasons such as timeout,http_503.",
             ),
         ] = None,
         overrides: SetOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Rows → fetched → decoded → scored → selected → packed shards. Goes on where it stopped."""
+        """Build the dataset of a recipe.
+
+        Fetches, decodes, scores and selects the rows, then packs shards. Resumes where it stopped.
+        """
         from capstan.pipeline.build import build as run
 
         finish(run(load(recipe, overrides), retry=retry), as_json)
 
-    @app.command()
+    @app.command(epilog=examples("capstan score recipe.yaml", "capstan score recipe.yaml --set 'score.image={}'"))
     def score(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Add the columns of the recipe's scorers to a dataset that was built; nothing is fetched."""
+        """Add score columns to a built dataset.
+
+        Runs the scorers of the recipe's section `score`. Nothing is fetched.
+        """
         from capstan.pipeline.build import score as run
 
         finish(run(load(recipe, overrides)), as_json)
 
-    @app.command()
+    @app.command(epilog=examples("capstan select recipe.yaml --dry-run", "capstan select recipe.yaml"))
     def select(
         recipe: RecipeArgument,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the funnel; write nothing.")] = False,
         overrides: SetOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Ask the ledger again with the recipe's conditions and repack the shards that change."""
+        """Apply the recipe's conditions again.
+
+        Repacks only the shards that change.
+        """
         from capstan.pipeline.build import select as run
 
         finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
 
 
 def _add_takedown(app: typer.Typer) -> None:
-    @app.command()
+    @app.command(
+        epilog=examples(
+            "capstan remove out/ds --urls takedown.txt", "capstan remove s3://bucket/ds --domains domains.txt"
+        )
+    )
     def remove(
         dataset: DatasetArgument,
-        keys: Annotated[str | None, typer.Option("--keys", metavar="FILE", help="Keys, one a line.")] = None,
-        urls: Annotated[str | None, typer.Option("--urls", metavar="FILE", help="Addresses, one a line.")] = None,
+        keys: Annotated[str | None, typer.Option("--keys", metavar="FILE", help="File of keys, one per line.")] = None,
+        urls: Annotated[str | None, typer.Option("--urls", metavar="FILE", help="File of URLs, one per line.")] = None,
         domains: Annotated[
-            str | None, typer.Option("--domains", metavar="FILE", help="Domains, with all their subdomains.")
+            str | None, typer.Option("--domains", metavar="FILE", help="File of domains; subdomains are included.")
         ] = None,
         sha256: Annotated[
-            str | None, typer.Option("--sha256", metavar="FILE", help="SHA-256 sums of source files.")
+            str | None, typer.Option("--sha256", metavar="FILE", help="File of SHA-256 sums of source files.")
         ] = None,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Takedown: remove rows and all that was made of them, for good; only what holds them is rewritten."""
+        """Remove rows for good (takedown).
+
+        Removes the rows and everything made from them. Rewrites only the files that hold them.
+        """
         from capstan.pipeline.build import remove as run
         from capstan.pipeline.config import Blocklist
 
@@ -99,12 +120,10 @@ def _add_takedown(app: typer.Typer) -> None:
         finish(run(dataset, lists, open_dataset(dataset, overrides).options), as_json)
 
 
-def _add_looking(app: typer.Typer) -> None:
-    """Commands on a dataset that only look at it."""
-
-    @app.command()
+def _add_read_only_commands(app: typer.Typer) -> None:
+    @app.command(epilog=examples("capstan verify out/ds", "capstan verify s3://bucket/ds --json"))
     def verify(dataset: DatasetArgument, overrides: StorageOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Reopen every tar, check every sum and index."""
+        """Check every tar, checksum and index."""
         from capstan.pipeline.pack.verify import verify as run
 
         problems = run(open_dataset(dataset, overrides), progress=True)
@@ -112,7 +131,9 @@ def _add_looking(app: typer.Typer) -> None:
         if problems:
             raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
 
-    @app.command()
+    @app.command(
+        epilog=examples("capstan report out/ds", "capstan report out/ds --samples reason=match -o dropped.png")
+    )
     def report(
         dataset: DatasetArgument,
         samples: Annotated[
@@ -120,16 +141,21 @@ def _add_looking(app: typer.Typer) -> None:
             typer.Option(
                 "--samples",
                 metavar="COLUMN=VALUE|NAME|FILE",
-                help="A contact sheet of these rows instead: reason=match, a condition's name, or a file of keys; "
-                "repeatable, all must hold.",
+                help="Write a contact sheet of these rows instead: reason=match, a condition's name, or a file of "
+                "keys. Repeatable; all must match.",
             ),
         ] = [],  # noqa: B006
-        count: Annotated[int, typer.Option(min=1, max=1000, help="Rows on the contact sheet.")] = 64,
-        out: Annotated[Path, typer.Option("-o", metavar="FILE", help="The contact sheet.")] = Path("samples.png"),
+        count: Annotated[int, typer.Option(min=1, max=1000, help="Number of rows on the contact sheet.")] = 64,
+        out: Annotated[Path, typer.Option("-o", metavar="FILE", help="Where to write the contact sheet.")] = Path(
+            "samples.png"
+        ),
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Write report.html into the dataset's folder: the funnel, what each step dropped; or a contact sheet."""
+        """Write an HTML report or a contact sheet.
+
+        The report is DATASET/report.html: the funnel, examples of what each step dropped, histograms.
+        """
         storage = open_dataset(dataset, overrides)
         if samples:
             from capstan.pipeline.report.contact_sheet import write_sheet
@@ -142,13 +168,14 @@ def _add_looking(app: typer.Typer) -> None:
 
 
 def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASET") -> Storage:
-    """The place of a dataset that is named by its address. Of a recipe's keys, `overrides` may give `storage`.
+    """Return the storage of the dataset at a path or URL. `overrides` may set only `storage` keys.
 
-    Raises RecipeError for other keys, and where the place cannot be reached.
+    Raises RecipeError for other keys, and if the storage cannot be reached.
     """
     raw = apply_overrides({}, overrides)
     if unused := sorted(raw.keys() - {"storage"}):
-        raise RecipeError("--set", f"{unused[0]} says nothing here", "only storage.… does, e.g. storage.endpoint_url")
+        problem = f"{unused[0]} has no effect on this command"
+        raise RecipeError("--set", problem, "set only storage keys, e.g. storage.endpoint_url")
     options = validate(Recipe, {"dataset": dataset, **raw}).storage
     refuse_secrets(options, "storage")
     storage = Storage(dataset, options, field=field)
@@ -157,7 +184,7 @@ def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASE
 
 
 def concluded(run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What `run` gives; where it ends with quarantined units, these, so that `finish` shows them as of any command."""
+    """Return the summary of `run`; if it raises Quarantined, a summary that lists the units, for `finish` to show."""
     try:
         return run()
     except Quarantined as bad:
@@ -165,7 +192,7 @@ def concluded(run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def finish(summary: Mapping[str, Any], as_json: bool) -> None:
-    """Print a command's summary on stdout, as text or as the one JSON object of --json.
+    """Print a command's summary on stdout, as text or, with --json, as one JSON object.
 
     Raises Quarantined (exit code 3) if the summary's `quarantined` (unit → reason) is not empty.
     """
@@ -178,7 +205,7 @@ def finish(summary: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _lines(summary: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Mappings indented, lists of mappings as rows, empty values left out."""
+    """Return the summary as lines: mappings indented, lists of mappings as table rows, empty values left out."""
     lines: list[str] = []
     for name, value in summary.items():
         if isinstance(value, Mapping) and value:

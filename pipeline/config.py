@@ -1,7 +1,7 @@
-"""The recipe: YAML text → a validated, frozen `Recipe`. Unknown keys are errors that name the field and the mend.
+"""Recipe: YAML → a validated, frozen `Recipe`
 
-The sections `recaption`, `train` and `experiment` belong to the floors above; they travel through here as plain
-mappings and are validated by those floors (`cluster.config.load` checks all of them at once).
+Unknown keys are errors that name the field and the fix. The sections `recaption`, `train` and `experiment` belong to
+the floors above: they are plain mappings here, and those floors validate them (`cluster.recipe.load` checks them all).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Section(BaseModel):
 
 
 class WorldSource(Section):
-    """The captioned world (`source.format: world`): drawn scenes, served as a web site on loopback while building."""
+    """The captioned world (`source.format: world`): drawn scenes, served as a loopback web site during the build."""
 
     scenes: Annotated[int, Field(ge=1)] = 1000
     size: Annotated[int, Field(ge=16, le=2048)] = 256  # pixels, both sides
     seed: int = 0
-    captions: Literal["alt", "short", "descriptive"] = "alt"  # alt: what a careless web would write
-    defects: bool = True  # serve everything that the web does wrong, in known proportions
+    captions: Literal["alt", "short", "descriptive"] = "alt"  # alt: like careless alt texts of the web
+    defects: bool = True  # serve every known defect of the web, in known proportions
     shapes: list[str] | None = None  # restrict the vocabulary (None: all)
     colours: list[str] | None = None
     textures: list[str] | None = None
@@ -44,11 +44,11 @@ class WorldSource(Section):
 class Source(Section):
     path: str | list[str] | None = None
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
-    url: str = "url"  # column with the address
-    image: str | None = None  # column with embedded bytes, instead of an address
+    url: str = "url"  # column with the URL
+    image: str | None = None  # column with embedded bytes, instead of a URL
     caption: str = "caption"
     hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
-    storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if it lies there too
+    storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if in the same storage
     world: WorldSource | None = None
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class Source(Section):
 
 
 class Fetch(Section):
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests in flight in one worker
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests in flight per worker
     per_host: Annotated[int, Field(ge=1)] = 8
     timeout_s: Annotated[float, Field(gt=0)] = 20.0  # over the whole exchange, body included
     max_bytes: Annotated[int, Field(ge=1)] = 20_000_000
@@ -83,34 +83,34 @@ class Image(Section):
 
 
 class ClipScore(Section):
-    """`clip_score`: cosine of image and caption in an open_clip model."""
+    """`clip_score`: cosine similarity of image and caption in an open_clip model."""
 
     model: str = "ViT-B-32"  # an open_clip name, or a folder with open_clip_config.json and its weights
     pretrained: str | None = None  # a checkpoint file, or one of open_clip's tags; null: the folder's own weights
     embeddings: bool = False  # keep the images' embeddings, float16
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch: Annotated[int, Field(ge=16, multiple_of=16)] = 64  # images that go through the model together
+    batch: Annotated[int, Field(ge=16, multiple_of=16)] = 64  # images per forward pass
 
 
 class HeadScore(Section):
     """A small head over CLIP's image embeddings: linear layers from a file."""
 
     weights: str  # .pth or .safetensors
-    activation: Literal["none", "relu", "gelu"] | None = None  # between layers; null: what such heads have
-    output: Literal["linear", "sigmoid"] | None = None  # of one value; two values are always a softmax
+    activation: Literal["none", "relu", "gelu"] | None = None  # between layers; null: the usual one of this score
+    output: Literal["linear", "sigmoid"] | None = None  # for one value; two values are always a softmax
     normalize: bool = True  # embeddings of length 1, as LAION's heads were trained on
-    model: str | None = None  # the CLIP that the head was trained on; null: that of score.clip
+    model: str | None = None  # the CLIP that the head was trained on; null: the one of score.clip
     pretrained: str | None = None
 
 
 class CaptionScore(Section):
-    """Measures of the caption: length, words, script, repetition, boilerplate; addresses and file names in it."""
+    """Measures of the caption: length, words, script, repetition, boilerplate; URLs and file names in it."""
 
-    boilerplate: list[str] = []  # further phrases, in any case, that no caption should consist of
+    boilerplate: list[str] = []  # more boilerplate phrases, case-insensitive
 
 
 class LanguageScore(Section):
-    """`language` and `language_score` by a fastText model."""
+    """`language` and `language_score` from a fastText model."""
 
     weights: str  # lid.176.bin, lid.176.ftz or another
 
@@ -120,7 +120,7 @@ class ImageScore(Section):
 
 
 class Score(Section):
-    """Scorers, each of which adds columns to the ledger."""
+    """Scorers; each adds columns to the ledger."""
 
     clip: ClipScore | None = None
     aesthetic: HeadScore | None = None
@@ -135,11 +135,11 @@ class Condition(Section):
     """A named step of the selection, one of:
 
     where      a SQL condition over the ledger's columns; rows for which it is not true are rejected
-    at_most    that many rows for each value of the SQL expression `per`, those with the highest `by` first
-    balance    a SQL expression: as many rows for each of its values as the rarest has, but at least `at_least`
-    top        this fraction of the rows, those with the highest `by`; with `per`, of the rows of each value
+    at_most    the maximum number of rows per value of the SQL expression `per`; the highest `by` are kept
+    balance    a SQL expression: every value keeps as many rows as the rarest has, but at least `at_least`
+    top        the fraction of rows to keep, highest `by` first; with `per`, the fraction of each value's rows
 
-    Without `by` the first rows by key are taken, which is a random choice, as keys are hashes.
+    Without `by`, the first rows by key are kept. Keys are hashes, so this is a random choice.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -162,15 +162,15 @@ class Condition(Section):
         allowed = {"at_most": {"per", "by"}, "top": {"per", "by"}, "balance": {"by", "at_least"}}.get(kinds[0], set())
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"{self.name} has {kinds[0]} without {missing[0]}")
-        # By value: a recipe that was dumped and is read again states every key.
+        # Compared by value, since a dumped recipe states every key.
         stated = {key for key in ("per", "by", "at_least") if getattr(self, key) not in (None, 1)}
         if extra := sorted(stated - allowed):
-            raise ValueError(f"{self.name} has {kinds[0]}, which takes no {extra[0]}")
+            raise ValueError(f"{self.name} has {kinds[0]}, which does not take {extra[0]}")
         return self
 
     @property
     def expressions(self) -> dict[str, str]:
-        """Key → SQL of all that DuckDB is asked for this step."""
+        """Key → SQL expression, for every key of this step that holds SQL."""
         named = {key: getattr(self, key) for key in ("where", "balance", "per", "by")}
         return {key: sql for key, sql in named.items() if sql is not None}
 
@@ -178,17 +178,17 @@ class Condition(Section):
 class Dedup(Section):
     exact: bool = True
     perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
-    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # how far those of near images may differ; null: any
+    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # largest colour difference of duplicates; null: any
     semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
-    decontaminate: str | list[str] | None = None  # evaluation images: a folder, tars or tables; what is near goes
+    decontaminate: str | list[str] | None = None  # evaluation images (a folder, tars, tables); near rows are dropped
 
 
 class Blocklist(Section):
-    """Files of lines: what they name is not fetched and not kept."""
+    """Text files, one entry per line: matching rows are neither fetched nor kept."""
 
     keys: str | None = None
     urls: str | None = None
-    domains: str | None = None  # with all their subdomains
+    domains: str | None = None  # subdomains included
     sha256: str | None = None  # of source files
 
 
@@ -204,11 +204,11 @@ class Resources(Section):
     cpus: Annotated[int, Field(ge=1)] | None = None
     gpus: Annotated[int, Field(ge=0)] | None = None
     model_workers: Annotated[int, Field(ge=1)] | None = None
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # of Ray's Prometheus exporter; null: a free one
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # Ray's Prometheus exporter; null: a free port
 
 
 class Recipe(Section):
-    """One recipe drives every stage; each stage reads its own sections."""
+    """A recipe: it drives every stage, and each stage reads its own sections."""
 
     dataset: str
     storage: dict[str, Any] = {}  # fsspec options; secrets only from the environment
@@ -219,7 +219,7 @@ class Recipe(Section):
     select: list[Condition] = []
     dedup: Dedup = Dedup()
     blocklist: Blocklist = Blocklist()
-    keep_staged: bool = True  # false: staged images are removed once they are packed
+    keep_staged: bool = True  # false: remove staged images once they are packed
     shards: Shards = Shards()
     unit: Unit = Unit()
     resources: Resources = Resources()
@@ -233,7 +233,7 @@ class Recipe(Section):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"select names a condition twice: {', '.join(sorted(twice))}")
         if "removed" in names:
-            raise ValueError("select names a condition removed, which is the reason of rows that are blocked")
+            raise ValueError("select names a condition `removed`, which is reserved for rows that are blocked")
         return self
 
 
@@ -241,7 +241,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], raw: Any, where: str = "") -> Model:
-    """`raw` as a `model`, or a RecipeError that names the first wrong field (dotted, below `where`) and the mend."""
+    """Return `raw` as a `model`. Raises RecipeError naming the first wrong field (dotted, below `where`)."""
     if not isinstance(raw, Mapping):
         raise RecipeError(where or "recipe", "must be a mapping of keys to values", "write `key: value` lines")
     try:
@@ -253,10 +253,10 @@ def validate(model: type[Model], raw: Any, where: str = "") -> Model:
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
-    """pydantic's error → (problem, mend)."""
+    """Turn a pydantic error into (problem, hint)."""
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        known = _keys_beside(model, error["loc"])
+        known = _sibling_keys(model, error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"remove it; known keys: {', '.join(known)}"
         return "unknown key", hint
@@ -269,8 +269,8 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
     return f"{message} (found {_short(value)})", "correct the value"
 
 
-def _keys_beside(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    """The keys that are allowed where `loc` stands."""
+def _sibling_keys(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """Return the keys that are allowed at the level of `loc`."""
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
         if field is None:
@@ -292,7 +292,10 @@ def _short(value: Any) -> str:
 
 
 def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe file as plain data, `a.b=value` overrides applied (values are YAML)."""
+    """Read a recipe file as plain data and apply `a.b=value` overrides (values are YAML).
+
+    Raises RecipeError if the file cannot be read or is not a YAML mapping.
+    """
     file = Path(path)
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -302,14 +305,14 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError("RECIPE", f"cannot read {file}: {error}", "name a readable YAML file") from None
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise RecipeError("RECIPE", f"{file} is not valid YAML: {problem}", "correct the line it names") from None
+        raise RecipeError("RECIPE", f"{file} is not valid YAML: {problem}", "correct the line that it names") from None
     if not isinstance(raw, dict):
         raise RecipeError("RECIPE", f"{file} is not a mapping", "start from `capstan init`")
     return apply_overrides(raw, overrides)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`raw`, changed by `a.b=value` overrides."""
+    """Apply `a.b=value` overrides to `raw` in place and return it."""
     for override in overrides:
         _apply(raw, override)
     return raw
@@ -318,7 +321,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 def _apply(raw: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise RecipeError("--set", f"{override!r} is not a.b=value", "write e.g. --set image.size=256")
+        raise RecipeError("--set", f"{override!r} is not a.b=value", "use e.g. --set image.size=256")
     *parents, last = name.split(".")
     node = raw
     for depth, parent in enumerate(parents):
@@ -326,7 +329,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = node[parent] = {}
         if not isinstance(inner, dict):
-            raise RecipeError("--set", f"{'.'.join(parents[: depth + 1])} holds no keys", "name a key of a section")
+            raise RecipeError("--set", f"{'.'.join(parents[: depth + 1])} is not a section", "name a key of a section")
         node = inner
     try:
         node[last] = yaml.safe_load(text)
@@ -335,7 +338,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that change with anything in `value` (plain data or a pydantic model)."""
+    """Return a 64-bit hash of `value` (plain data or a pydantic model) as 16 hexadecimal digits."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

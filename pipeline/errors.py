@@ -1,10 +1,10 @@
-"""Every error that Capstan raises on purpose, and the exit code that each one becomes.
+"""Errors that Capstan raises on purpose, and their exit codes
 
     CapstanError             1    something failed; the message says what
-    ├── RecipeError          2    bad recipe, arguments or input: names the field and the mend
+    ├── RecipeError          2    bad recipe, arguments or input: names the field and the fix
     │   └── MissingExtra     2    an optional package is not installed: names the extra to install
-    ├── StorageError         1    a file or bucket that did not do as asked: names the object and the mend
-    │   └── DiskFull         1    no room left: names the folder and how much is needed
+    ├── StorageError         1    an operation on a file or bucket failed: names the object and the fix
+    │   └── DiskFull         1    no space left: names the folder and how much is needed
     └── Quarantined          3    finished, but some units kept failing
 
 An interrupt (Ctrl-C, SIGTERM) ends with 130; the command line sees to that.
@@ -16,16 +16,16 @@ from collections.abc import Mapping
 
 
 class CapstanError(Exception):
-    """Something failed in a way that Capstan foresaw. Printed without a traceback."""
+    """A failure that Capstan expects. Printed without a traceback."""
 
     exit_code = 1
 
 
 class RecipeError(CapstanError):
-    """The user can mend this: which field is wrong, what is wrong with it, and what to do.
+    """An error that the user can fix: the field that is wrong, the problem, and what to do.
 
-    >>> str(RecipeError("fetch.retries", "must be a whole number", "write e.g. retries: 2"))
-    'fetch.retries: must be a whole number. Fix: write e.g. retries: 2'
+    >>> str(RecipeError("fetch.retries", "must be a whole number", "set e.g. retries: 2"))
+    'fetch.retries: must be a whole number. Fix: set e.g. retries: 2'
     """
 
     exit_code = 2
@@ -39,7 +39,7 @@ class RecipeError(CapstanError):
 
 
 class MissingExtra(RecipeError):
-    """An optional part is asked for and its package is not installed."""
+    """An optional part was requested and its package is not installed."""
 
     def __init__(self, field: str, package: str, extra: str) -> None:
         super().__init__(field, f"needs the package {package}", f"pip install 'capstan[{extra}]'")
@@ -49,7 +49,7 @@ class MissingExtra(RecipeError):
 
 
 class StorageError(CapstanError):
-    """A storage did not do what was asked, after all tries: what was asked, what went wrong, and what to do.
+    """A storage operation that failed after all retries: the operation, the problem, and what to do.
 
     >>> str(StorageError("read s3://bucket/a", "503 Slow Down, 5 tries", "try later"))
     'cannot read s3://bucket/a (503 Slow Down, 5 tries). Fix: try later'
@@ -64,11 +64,11 @@ class StorageError(CapstanError):
 
 
 class DiskFull(StorageError):
-    """A disk has no room left."""
+    """No space left on a disk."""
 
 
 class Quarantined(CapstanError):
-    """The job finished, but these units kept failing: unit id → reason."""
+    """A job that finished although some units kept failing: unit id → reason."""
 
     exit_code = 3
 

@@ -1,14 +1,14 @@
-"""One writer of a dataset at a time: a small file in its folder says who is at it, and when that one was last seen.
+"""Lease: one writer of a dataset at a time
 
-    state/lease.json    {id, command, host, pid, owner, seen}; written anew every BEAT_S, removed at the end
+    state/lease.json    {id, command, host, pid, owner, seen}; rewritten every BEAT_S, removed at the end
 
-Two at once would remove each other's staged files as files that nothing names. The second is refused. Storages promise
-no conditional put, so this is a matter of good faith, not a lock: of two that start within the same moment each reads
-back what stands there, at once, with every beat and before each stage that removes files; the one whose lease was
-overwritten ends.
+Two writers at once would remove each other's staged files, since no marker of theirs names them. So the second writer
+is refused. Storages do not promise a conditional put, so this is a protocol of good faith and not a lock: each writer
+reads the lease back at once, with every beat, and before each stage that removes files. A writer whose lease was
+overwritten stops.
 
-A lease is stale, and taken over, if its process was on this machine and is no more; or if it was not seen for STALE_S
-and is not written anew while one watches for two beats (so that clocks which differ do no harm).
+A lease is stale, and is taken over, in two cases: its process was on this machine and has ended; or it was not seen for
+STALE_S and does not change during two beats. The second check makes differing clocks harmless.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 NAME: Final = "state/lease.json"
 BEAT_S = 10.0
 STALE_S = 60.0
-_PATIENCE_S = 5.0  # a storage that is out must not keep a run from ending
+_PATIENCE_S = 5.0  # an unavailable storage must not keep a run from ending
 
 _held: set[str] = set()  # the leases of this process
 
 
 @dataclass(frozen=True)
 class Lease:
-    """Who writes: `owner` is where `pid` means something (pipeline.local), `seen` is in seconds since 1970."""
+    """A writer: `owner` is the machine on which `pid` is valid (pipeline.storage.local); `seen` is in Unix seconds."""
 
     id: str
     command: str
@@ -56,7 +56,7 @@ class Lease:
 
 
 class HeldLease:
-    """The lease of this process. `check` it before anything is removed that another writer might need."""
+    """The lease of this process. Call `check` before removing anything that another writer might need."""
 
     def __init__(self, storage: Storage, command: str) -> None:
         self._storage = storage
@@ -65,23 +65,23 @@ class HeldLease:
         self._beats = threading.Thread(target=self._beat, name="capstan-lease", daemon=True)
 
     def take(self) -> None:
-        """Raises CapstanError if another process writes this dataset."""
+        """Write the lease. Raises CapstanError if another process is writing this dataset."""
         if (other := _read(self._storage)) is not None:
             if not _is_stale(self._storage, other):
                 raise _in_use(self._storage, other)
-            log.info("%s: going on where %s left off", self._storage.url, other)
+            log.info("%s: resuming after %s", self._storage.url, other)
         self._write()
         self.check()
         _held.add(self._lease.id)
         self._beats.start()
 
     def check(self) -> None:
-        """Raises CapstanError if another process has written over this lease."""
+        """Raise CapstanError if another process has overwritten this lease."""
         if (other := self._other()) is not None:
             raise _in_use(self._storage, other)
 
     def release(self) -> None:
-        """Remove the lease, if it is still this one; where that fails, the next writer may have to wait."""
+        """Remove the lease if it is still this one. If that fails, the next writer may have to wait."""
         self._ended.set()
         _held.discard(self._lease.id)
         removal = threading.Thread(target=self._remove, name="capstan-lease-end", daemon=True)
@@ -95,27 +95,27 @@ class HeldLease:
                 self._storage.delete(NAME)
 
     def _other(self) -> Lease | None:
-        """What another process has written over this lease."""
-        found = _read(self._storage)
-        return None if found is None or found.id == self._lease.id else found
+        """Return the lease of another process that has overwritten this one, or None."""
+        current = _read(self._storage)
+        return None if current is None or current.id == self._lease.id else current
 
     def _write(self) -> None:
         now = replace(self._lease, seen=time.time())
         self._storage.write(NAME, json.dumps(asdict(now)).encode())
 
     def _beat(self) -> None:
-        """Runs in a thread of its own, and never writes over another's lease: the work's next `check` then ends it."""
+        """Rewrite the lease until released (in its own thread). Another's lease is kept: the next `check` finds it."""
         while not self._ended.wait(BEAT_S):
-            with contextlib.suppress(OSError, StorageError):  # a storage that is out stops the work, which says why
+            with contextlib.suppress(OSError, StorageError):  # the work itself reports an unavailable storage
                 if self._other() is None and not self._ended.is_set():
                     self._write()
 
 
 @contextlib.contextmanager
 def lease(storage: Storage, command: str) -> Iterator[HeldLease]:
-    """Be the only writer of the dataset at `storage` while the block runs; `command` is told to others.
+    """Hold the lease of the dataset at `storage` while the block runs; other writers are shown `command`.
 
-    Raises CapstanError, naming the process, its machine and when it was last seen, if there is another.
+    Raises CapstanError if another process holds it, naming the process, its machine and when it was last seen.
     """
     held = HeldLease(storage, command)
     held.take()
@@ -130,7 +130,7 @@ def _read(storage: Storage) -> Lease | None:
         return Lease(**json.loads(storage.read(NAME)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # of another version, or damaged: as good as none
+    except (ValueError, TypeError):  # of another version, or damaged: not a lease
         return None
 
 
@@ -145,6 +145,6 @@ def _is_stale(storage: Storage, other: Lease) -> bool:
 
 def _in_use(storage: Storage, other: Lease) -> CapstanError:
     return CapstanError(
-        f"{storage.url} is being written by another process ({other}). Fix: wait for its end; if it is dead already, "
-        f"wait {STALE_S:.0f} s from when it was last seen. Two at once would remove each other's files"
+        f"{storage.url} is being written by another process ({other}). Fix: wait until it ends; if it is dead already, "
+        f"wait until {STALE_S:.0f} s after it was last seen. Two writers would remove each other's files"
     )

@@ -1,4 +1,4 @@
-"""Work on some items while the results of those before them are used: threads for what waits on disks or hashes."""
+"""Map a function over items in threads, a few items ahead of their use"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _THREADS = 4
 
 
 def ahead(do: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`do` of each item, in order; at most a few are done before they are asked for, so that memory stays bounded."""
+    """Yield `do(item)` in order, working a few items ahead in threads. Memory stays bounded."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="ahead") as pool:
         for item in items:

@@ -1,7 +1,7 @@
-"""Decoded image → the square of uint8 pixels that a vision tower sees.
+"""Decoded image → the uint8 pixels that a vision tower expects
 
-Does on the CPU, without torch, what open_clip's evaluation transform does before its scaling to floats, so that the
-workers which decode stay light and what travels to the model is a quarter of the size.
+Equals open_clip's evaluation transform up to its scaling to floats, on the CPU and without torch. So decoding workers
+stay light, and the arrays sent to the model are a quarter of the size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a vision tower wants its images; the names and defaults are open_clip's (`PreprocessCfg`)."""
+    """The input format of a vision tower; names and defaults are open_clip's (`PreprocessCfg`)."""
 
     height: int
     width: int
@@ -33,13 +33,14 @@ class Preprocessing:
 
     @classmethod
     def of(cls, size: int | list[int] | tuple[int, int], config: Mapping[str, Any]) -> Preprocessing:
-        """From a tower's image size (pixels: one side, or height and width) and open_clip's `preprocess_cfg`."""
+        """Return the preprocessing for a tower's image size (pixels: one side, or height and width) and open_clip's
+        `preprocess_cfg`. Raises ValueError for settings that are not supported."""
         height, width = (size, size) if isinstance(size, int) else size
         fill = config.get("fill_color", 0)
         if not isinstance(fill, int) or config.get("resize_mode", "shortest") not in MODES:
-            raise ValueError(f"cannot preprocess as {dict(config)} asks")
+            raise ValueError(f"preprocessing {dict(config)} is not supported")
         if config.get("interpolation", "bicubic") not in FILTERS:
-            raise ValueError(f"cannot interpolate as {config['interpolation']}")
+            raise ValueError(f"interpolation {config['interpolation']} is not supported")
         return cls(
             height=height,
             width=width,
@@ -52,7 +53,7 @@ class Preprocessing:
 
 
 def fit(image: Image.Image, how: Preprocessing) -> Image.Image:
-    """An RGB image resized and cropped or padded to exactly `how.width` × `how.height`."""
+    """Resize an RGB image, then crop or pad it to exactly `how.width` × `how.height` pixels."""
     target = (how.width, how.height)
     resample = FILTERS[how.interpolation]
     if how.mode == "squash":
@@ -73,7 +74,7 @@ def fit(image: Image.Image, how: Preprocessing) -> Image.Image:
 
 
 def _centre(image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
-    """The middle `size` of an image, on a ground of `fill` where it is smaller; rounds as open_clip does."""
+    """Crop the centre `size` of an image, padding with `fill` if it is smaller; rounds as open_clip does."""
     if image.size == size:
         return image
     left, top = (

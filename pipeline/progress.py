@@ -1,7 +1,7 @@
-"""What a running stage has done → one live display on a terminal, else a plain line every few seconds; on stderr.
+"""Progress of a stage on stderr: a live display, or plain lines in a log
 
-Counts are plain names and numbers. Three spellings are known: `samples` gives the rate, `bytes` the throughput, and
-`failed.<reason>` the failures and their top reasons; everything else is shown as it is.
+Counts are plain names and numbers. Three names are special: `samples` sets the rate, `bytes` the throughput, and
+`failed.<reason>` the failures and their top reasons. All others are shown as they are.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.5
-WINDOW_S = 30.0  # rates and ETA are those of the last so many seconds
+WINDOW_S = 30.0  # rates and ETA are averages over this window
 _BAR = 24  # characters
 
 
 class _Moment(NamedTuple):
-    """What was done at a time: seconds since the start; samples; bytes; the share of this run's work."""
+    """The state at a time: seconds since the start; samples; bytes; the share of this run's work that is done."""
 
     at: float
     samples: float
@@ -35,10 +35,11 @@ class _Moment(NamedTuple):
 
 
 class Progress:
-    """Shows a stage while the `with` block runs; `advance` it from the work, `poll` brings counts from elsewhere.
+    """The display of a stage while the `with` block runs. The work calls `advance`; `poll` reads counts from elsewhere.
 
-    `total` is in units of work (None: unknown), `already` of them were done by an earlier run and count for the bar but
-    not for the rate. `samples` is how many this run will look at (0: unknown): with it the ETA need not wait for units.
+    `total` is in units of work (None: unknown). `already` is the number of units that an earlier run did: they count
+    for the bar but not for the rate. `samples` is the number that this run will process (0: unknown): with it, the ETA
+    does not have to wait for the first unit.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Progress:
         self._history = deque([_Moment(0.0, 0, 0, 0)])
 
     def advance(self, units: int = 1, counts: Mapping[str, float] | None = None) -> None:
-        """`units` more are done; `counts` are added to what is shown."""
+        """Add `units` to the finished work and `counts` to the counts."""
         self.done += units
         for name, value in (counts or {}).items():
             self.counts[name] = self.counts.get(name, 0) + value
@@ -95,13 +96,13 @@ class Progress:
             self._console.print(self.line(finished=True), markup=False)
 
     def _take_logs(self) -> None:
-        """Let log lines appear above the display, not in it: it stands where they would be written."""
+        """Redirect log lines to above the live display."""
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is self._console.file:
-                self._logs.append((handler, handler.setStream(sys.stderr)))  # which the display has replaced
+                self._logs.append((handler, handler.setStream(sys.stderr)))  # the display has replaced sys.stderr
 
     def _tick(self) -> None:
-        """Runs in a thread of its own until the block ends."""
+        """Refresh the display until the block ends (in its own thread)."""
         while not self._stop.wait(LIVE_EVERY_S if self._live else PLAIN_EVERY_S):
             self._refresh()
             if self._live is None:
@@ -113,16 +114,16 @@ class Progress:
         self.note(time.monotonic() - self._start)
 
     def note(self, now_s: float) -> None:
-        """Remember what is done by now, for the rates; `now_s` is in seconds since the start."""
+        """Record the current counts, for the rates; `now_s` is in seconds since the start."""
         samples, size, share = self.counts.get("samples", 0), self.counts.get("bytes", 0), self._share()
         if not samples and not share:
-            self._history.clear()  # while workers are starting, they say nothing of the pace
+            self._history.clear()  # the time in which workers start is not part of the rate
         self._history.append(_Moment(now_s, samples, size, share))
         while len(self._history) > 2 and self._history[1].at <= now_s - WINDOW_S:
             self._history.popleft()
 
     def _share(self) -> float:
-        """The share of this run's work that is done: by samples where their number is known, else by units."""
+        """Return the share of this run's work that is done: by samples if their number is known, else by units."""
         shares = [0.0]
         if self.total is not None and self.total > self.already:
             shares.append((self.done - self.already) / (self.total - self.already))
@@ -130,10 +131,10 @@ class Progress:
             shares.append(self.counts.get("samples", 0) / self.samples)
         return min(1.0, max(shares))
 
-    # What is shown ---------------------------------------------------------------------------------------------------
+    # Text ------------------------------------------------------------------------------------------------------------
 
     def line(self, finished: bool = False) -> str:
-        """The present state as one line of text. Rates are the latest; at the end they are those of the whole stage."""
+        """Return the state as one line of text, with the latest rates; at the end, with those of the whole stage."""
         return " · ".join(part for part in (self._work(finished), self._outcome()) if part)
 
     def _renderable(self) -> Text:
@@ -145,7 +146,7 @@ class Progress:
         return text
 
     def _work(self, finished: bool) -> str:
-        """Stage, units, rates and the time that is left, or was taken."""
+        """Return the stage, units, rates, and the time left or taken."""
         seconds = max(time.monotonic() - self._start, 1e-3)
         before, now = self._history[0], self._history[-1]
         if finished:
@@ -159,7 +160,7 @@ class Progress:
         return " · ".join(parts)
 
     def _outcome(self) -> str:
-        """How many samples were good, how many failed and why, and all other counts."""
+        """Return the numbers of good and failed samples, the top failure reasons, and all other counts."""
         failed = {
             name.removeprefix("failed."): n for name, n in self.counts.items() if name.startswith("failed.") and n
         }
@@ -181,9 +182,9 @@ class Progress:
         return f"{bar}{self.done:,}/{self.total:,} {self.unit}"
 
     def eta(self) -> str:
-        """Time left at the latest pace: hours, minutes and seconds, or "–" while nothing is done."""
+        """Return the time left at the latest rate as h:mm:ss, or "–" while nothing is done."""
         now = self._history[-1]
-        # Units come in steps: a window may see none of them, so without samples the pace is that of the whole run.
+        # Units finish in steps, and a window may contain none: without samples, the rate is that of the whole run.
         before = self._history[0] if self.samples else _Moment(0, 0, 0, 0)
         pace = _rate(before.share, now.share, now.at - before.at)
         if self.total is None or pace <= 0:

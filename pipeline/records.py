@@ -1,6 +1,6 @@
-"""What crosses all stages: keys, outcomes, failure reasons and the Arrow schemas of the tables.
+"""Keys, outcomes, failure reasons, and the Arrow schemas of all tables
 
-Loads neither torch nor ray, so that any tool can read what Capstan wrote.
+Imports neither torch nor ray, so that any tool can read what Capstan wrote.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ DUPLICATE: Final = "duplicate"
 FAILED: Final = "failed"
 OUTCOMES: Final = (KEPT, REJECTED, DUPLICATE, FAILED)
 
-# The reason of rows that were rejected because of a takedown or a blocklist, in staged tables and in the ledger.
+# The reason of rows rejected because of a takedown or a blocklist, in staged tables and in the ledger.
 REMOVED: Final = "removed"
 
-# Why a row failed. `http_<status>` stands beside these.
+# Why a row failed. `http_<status>` is added to these.
 _REASONS = """
     bad_url private_address dns connect tls timeout redirects robots noai too_large_bytes empty not_an_image
     unsupported truncated corrupt too_many_pixels too_small bad_caption read_error
@@ -31,7 +31,7 @@ REASONS: Final = frozenset(_REASONS.split())
 
 
 def is_reason(reason: str) -> bool:
-    """Whether `reason` is one of the failure reasons that users may rely on.
+    """Return whether `reason` is one of the documented failure reasons.
 
     >>> is_reason("timeout"), is_reason("http_404"), is_reason("because")
     (True, True, False)
@@ -40,8 +40,9 @@ def is_reason(reason: str) -> bool:
 
 
 def storable(text: str) -> str:
-    """What a server, a codec or the system said, as text that Arrow can hold. Bytes that are not UTF-8, of headers or
-    names of files, come as lone surrogates; they become question marks.
+    """Return a message of a server, a codec or the system as text that Arrow can hold.
+
+    Bytes of headers or file names that are not UTF-8 arrive as lone surrogates; they become question marks.
 
     >>> storable("404 Non trouv\\udce9")
     '404 Non trouv?'
@@ -50,7 +51,7 @@ def storable(text: str) -> str:
 
 
 def make_key(*parts: str | bytes) -> str:
-    """The 128-bit BLAKE2b of where a sample comes from, as 32 hexadecimal digits.
+    """Return the 128-bit BLAKE2b of a sample's origin (`parts`) as 32 hexadecimal digits.
 
     Each part is preceded by its length, so that ("ab", "c") and ("a", "bc") differ.
 
@@ -65,10 +66,10 @@ def make_key(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-# What planning hands to ingest: one row a key, sorted by key. The image is embedded in `image`; or else it is the
-# `length` bytes at `offset` of `file`; or else, where `file` is "", it is fetched from `url`. So an address in a table
-# can never name a local file. `extra` is a JSON object of the source's other columns. `hash` is what the source says of
-# the image's bytes (hexadecimal md5, sha1, sha256 or sha512), or "".
+# Planned rows, input of ingest: one row per key, sorted by key. The image is embedded in `image`; or it is the `length`
+# bytes at `offset` of `file`; or, if `file` is "", it is fetched from `url`. So a URL in a table can never name a local
+# file. `extra` is a JSON object of the source's other columns. `hash` is the expected hash of the image's bytes
+# (hexadecimal md5, sha1, sha256 or sha512), or "".
 PLAN_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -84,7 +85,7 @@ PLAN_SCHEMA: Final = pa.schema(
 )
 
 # Sizes in pixels of the stored image and of the source (as a viewer shows it), 0 where unknown; `crop_left` and
-# `crop_top` are the pixels of the scaled image that were cut off there (negative: padded);
+# `crop_top` are the pixels of the scaled image that were cut off at these sides (negative: padded);
 # `bytes` and `sha256` are of the source file; `phash` is the 64-bit DCT perceptual hash, `colours` the mean RGB of
 # 4 × 4 cells in base64 ("" where unknown).
 MEASURED: Final = [
@@ -100,7 +101,7 @@ MEASURED: Final = [
     pa.field("colours", pa.string(), nullable=False),
 ]
 
-# One row an input row. `unit` names the staged unit, `shard` the packed shard ("" unless kept).
+# One row per input row. `unit` names the staged unit, `shard` the packed shard ("" unless kept).
 LEDGER_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -116,8 +117,8 @@ LEDGER_SCHEMA: Final = pa.schema(
     ]
 )
 
-# One row a sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar;
-# `json_size` is that of KEY.json, whose header begins at the next multiple of 512 bytes.
+# One row per sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar;
+# `json_size` is the size of KEY.json, whose header starts at the next multiple of 512 bytes.
 SHARD_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -133,5 +134,5 @@ SHARD_SCHEMA: Final = pa.schema(
 
 
 def with_scores(schema: pa.Schema, scores: list[pa.Field], metadata: dict[str, str] | None = None) -> pa.Schema:
-    """LEDGER_SCHEMA or SHARD_SCHEMA with what the recipe's scorers add, at the end."""
+    """Return LEDGER_SCHEMA or SHARD_SCHEMA with the columns of the recipe's scorers appended."""
     return pa.schema([*schema, *scores], metadata=metadata)

@@ -1,7 +1,7 @@
-"""What runs took: state/runs.jsonl, one JSON object for each run that did something, the latest last.
+"""Run history: state/runs.jsonl, the duration of each run and its stages
 
-It is beside what a dataset promises: nothing else is made from it, and no byte of shards or ledger depends on it. Runs
-that were cut off are not in it.
+One JSON object for each run that did something, the latest last. Nothing else is derived from it: no byte of shards or
+ledger depends on it. Interrupted runs are not listed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KEPT: Final = 200  # runs
 
 
 class Run(BaseModel):
-    """A run: when it ended, the rows that it ingested (fetched, decoded, measured), and seconds by stage."""
+    """A run: when it ended, the rows that it ingested (fetched, decoded, measured), and seconds per stage."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,14 +30,14 @@ class Run(BaseModel):
 
 
 def note_run(storage: Storage, command: str, rows: int, seconds: dict[str, float]) -> None:
-    """Add a run that ends now."""
+    """Append a run that ends now."""
     run = Run(command=command, ended=datetime.now(UTC).replace(microsecond=0), rows=rows, seconds=seconds)
     lines = [run.model_dump_json() for run in [*read_runs(storage), run][-_KEPT:]]
     storage.write(RUNS, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_runs(storage: Storage) -> list[Run]:
-    """The runs so far, the latest last."""
+    """Return the runs so far, the latest last. Raises CapstanError for a damaged line."""
     try:
         lines = storage.read(RUNS).splitlines()
     except FileNotFoundError:
@@ -46,5 +46,5 @@ def read_runs(storage: Storage) -> list[Run]:
         return [Run.model_validate_json(line) for line in lines]
     except ValidationError as error:
         raise CapstanError(
-            f"{storage.url}/{RUNS} has a line that is no run; remove it ({error.errors()[0]['msg']})"
+            f"{storage.url}/{RUNS} has a line that is not a run ({error.errors()[0]['msg']}). Fix: remove the line"
         ) from None

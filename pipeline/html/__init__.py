@@ -1,5 +1,5 @@
-"""Values → HTML and SVG building blocks, without script.
+"""Values → HTML and SVG building blocks, without scripts
 
 css, page: the style and the blocks of a page
-plots, interval_plots: numbers → SVG
+axes → plots, interval_plots: numbers → SVG
 """

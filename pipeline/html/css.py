@@ -1,6 +1,6 @@
-"""The style of Capstan's HTML pages: one sheet, light and dark, from phones to wide screens.
+"""Style sheet of the HTML pages: light and dark, from phones to wide screens
 
-Colours of text have a contrast of at least 4.5 on what they stand on, those of plots at least 3.
+Text colours have a contrast of at least 4.5 on their background, plot colours at least 3.
 """
 
 from typing import Final

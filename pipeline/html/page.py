@@ -1,8 +1,8 @@
-"""Building blocks of a self-contained HTML page. Every text that goes in is escaped: captions are untrusted.
+"""Building blocks of a self-contained HTML page; all text is escaped
 
-Blocks are `Html`, which only the functions of this file and of plots.py make; plain text cannot be taken for
-it. The page has no script and loads nothing: its content security policy forbids both, so that even a mistake in
-escaping could not run anything. Light and dark by what the reader's system says; narrow and wide.
+Captions are untrusted. Blocks have the type `Html`, which only the functions of this package create, so plain text
+cannot be mistaken for it. The page has no script and loads nothing: its content security policy forbids both, so that
+even a mistake in escaping could not run anything.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from PIL import Image
 
 from capstan.pipeline.html.css import STYLE
 
-Html = NewType("Html", str)  # safe to stand in the page
+Html = NewType("Html", str)  # escaped, safe to insert
 
-# What no text needs and some browser may take amiss: control characters, halves of surrogates, non-characters, and the
-# marks that reverse the direction of everything after them.
+# Characters that no text needs and that browsers may mishandle: control characters, lone surrogates, non-characters,
+# and the marks that reverse the direction of all text after them.
 _UNFIT: Final = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
@@ -32,19 +32,19 @@ _SMALL_SIDE: Final = 64  # pixels: images up to this size are shown enlarged, pi
 
 
 class Page:
-    """A page that grows section by section; `html()` is the whole file."""
+    """A page that is built section by section; `html()` returns the whole file."""
 
     def __init__(self, title: str, *lead: Html) -> None:
         self._title, self._lead = title, lead
         self._sections: list[tuple[str, tuple[Html, ...]]] = []
 
     def section(self, title: str, *blocks: Html) -> None:
-        """A heading and what stands beneath it."""
+        """Add a section: a heading and the blocks below it."""
         self._sections.append((title, blocks))
 
     def html(self) -> str:
-        """The page as one file."""
-        # The style is named by its hash, so that no other style, inline ones included, is taken.
+        """Return the page as one file."""
+        # The policy names the style by its hash, so that no other style applies, inline ones included.
         style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
         policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
         head = [
@@ -53,7 +53,7 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">',
             f"<title>{escape(self._title)}</title><style>{STYLE}</style></head><body>",
-            f"<header><h1>{said(self._title)}</h1>",
+            f"<header><h1>{user_text(self._title)}</h1>",
             *self._lead,
             f"{self._contents()}</header><main>",
         ]
@@ -72,12 +72,12 @@ class Page:
 
 
 def clean(text: object) -> str:
-    """`text` with � for every character that is unfit to be shown."""
+    """Replace every character that is unfit for display with �."""
     return _UNFIT.sub("\ufffd", str(text))
 
 
 def clip(text: str, most: int) -> str:
-    """`text` on one line, of `most` characters at most.
+    """Return `text` on one line, cut to at most `most` characters.
 
     >>> clip("an image  of a cat", 12)
     'an image o…'
@@ -87,40 +87,41 @@ def clip(text: str, most: int) -> str:
 
 
 def escape(text: object) -> Html:
-    """Text that can stand anywhere in the page, in a quoted attribute too."""
+    """Escape text for any place in the page, including quoted attributes."""
     return Html(html.escape(clean(text), quote=True))
 
 
-def said(text: object) -> Html:
-    """Somebody else's text: its direction of writing does not reach beyond it."""
+def user_text(text: object) -> Html:
+    """Escape untrusted text and isolate its writing direction from its surroundings."""
     return Html(f"<bdi>{escape(text)}</bdi>")
 
 
 def link(text: str, file: str) -> Html:
-    """A link to a file that lies beside the page, or in a folder there: by its name, so never to an address."""
-    return Html(f'<a href="./{escape(quote(file))}">{said(text)}</a>')
+    """Return a link to a file next to the page or in a folder below it, never to a URL."""
+    return Html(f'<a href="./{escape(quote(file))}">{user_text(text)}</a>')
 
 
 def paragraph(text: str) -> Html:
+    """Return a paragraph."""
     return Html(f"<p>{escape(text)}</p>")
 
 
 def note(text: str) -> Html:
-    """A paragraph of less weight."""
+    """Return a paragraph in a softer colour."""
     return Html(f'<p class="soft">{escape(text)}</p>')
 
 
 def heading(text: str, code: str = "") -> Html:
-    """A heading inside a section; `code` follows it as code."""
-    return Html(f"<h3>{said(text)}{_code(code)}</h3>")
+    """Return a heading inside a section, followed by `code` in a code font."""
+    return Html(f"<h3>{user_text(text)}{_code(code)}</h3>")
 
 
 def _code(text: str) -> str:
-    return f" <code>{said(text)}</code>" if text else ""
+    return f" <code>{user_text(text)}</code>" if text else ""
 
 
 def number(value: Any) -> str:
-    """A number for people: 12,345 or 0.873; a dash where there is none."""
+    """Format a number for people: 12,345 or 0.873; None becomes a dash."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -140,7 +141,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """Plain data as text, for facts of any shape."""
+    """Return plain data as JSON text."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
@@ -148,8 +149,10 @@ def plain(value: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table that scrolls in its own box; numbers and percentages stand to the right. Cells that are `Html` by way of
-    `cell` stand as they are."""
+    """Return a table that scrolls in its own box; columns of numbers and percentages are right-aligned.
+
+    Values are escaped, except for the blocks in `Cell`.
+    """
     rows = list(rows)
     right = [bool(rows) and all(_is_number(row[column]) for row in rows) for column in range(len(header))]
     top = "".join(f'<th scope="col"{_side(r)}>{escape(name)}</th>' for name, r in zip(header, right, strict=True))
@@ -162,14 +165,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
 
 
 class Cell:
-    """A table's cell that holds a block."""
+    """A table cell that holds a block."""
 
     def __init__(self, block: Html) -> None:
         self.block = block
 
 
 def _cell(value: Any) -> Html:
-    return value.block if isinstance(value, Cell) else said(number(value))
+    return value.block if isinstance(value, Cell) else user_text(number(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -181,18 +184,18 @@ def _side(right: bool) -> str:
 
 
 def figures(values: Mapping[str, str]) -> Html:
-    """A few numbers that matter most, large."""
+    """Return a few key figures in large type."""
     parts = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
     return Html(f'<dl class="figures">{"".join(parts)}</dl>')
 
 
 def details(title: str, text: str) -> Html:
-    """Text that is shown on demand."""
+    """Return collapsed text."""
     return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
 
 def grid(blocks: Iterable[Html]) -> Html:
-    """Blocks side by side, as many as there is room for."""
+    """Return blocks side by side, as many per row as fit."""
     return Html(f'<div class="grid">{"".join(blocks)}</div>')
 
 
@@ -200,45 +203,45 @@ def grid(blocks: Iterable[Html]) -> Html:
 
 
 def image(data: bytes, alt: str) -> Html:
-    """A JPEG or PNG inside the page."""
+    """Return a JPEG or PNG embedded in the page."""
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
+    with Image.open(io.BytesIO(data)) as opened:
+        width, height = opened.size
     pixels = ' class="pixels"' if max(width, height) <= _SMALL_SIDE else ""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Html(f'<img{pixels} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">')
 
 
 def frame(data: bytes | None, alt: str, missing: str = "no image") -> Html:
-    """An image in a square, or the reason why there is none."""
-    inner = image(data, alt or "an image without a caption") if data else Html(f"<span>{said(missing)}</span>")
+    """Return an image in a square, or the reason why it is missing."""
+    inner = image(data, alt or "an image without a caption") if data else Html(f"<span>{user_text(missing)}</span>")
     return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
 
 
 def card(image: Html, text: str, *facts: str) -> Html:
-    """A framed image, what is said of it, and small facts beneath."""
-    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
-    shown = said(text) if text.strip() else Html("<i>no caption</i>")
+    """Return a framed image with its caption, and small facts below."""
+    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact)
+    shown = user_text(text) if text.strip() else Html("<i>no caption</i>")
     return Html(f"<figure>{image}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
 
 
 def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str) -> Html:
-    """Two framed images beside each other, each with a word above it, and facts beneath."""
+    """Return two framed images side by side, each with a word above it, and facts below."""
     sides = "".join(f"<div><b>{escape(word)}</b>{image}</div>" for image, word in (left, right))
-    lines = "".join(f"<small>{said(fact)}</small>" for fact in facts if fact)
+    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact)
     return Html(f'<figure class="pair"><div class="sides">{sides}</div><figcaption>{lines}</figcaption></figure>')
 
 
 def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
-    """Cards, or with `wide` pairs, in even columns."""
+    """Return cards (or pairs, with `wide`) in even columns."""
     return Html(f'<div class="gallery{" pairs" if wide else ""}">{"".join(blocks)}</div>')
 
 
 def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> Html:
-    """Images, each with named texts beside it."""
+    """Return images, each next to its named texts."""
     made = []
     for data, texts in items:
-        lines = "".join(f"<dt>{escape(name)}</dt><dd>{said(text)}</dd>" for name, text in texts.items())
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{user_text(text)}</dd>" for name, text in texts.items())
         image = frame(data, next(iter(texts.values()), ""))
         made.append(f"<figure>{image}<figcaption><dl>{lines}</dl></figcaption></figure>")
     return Html(f'<div class="cards">{"".join(made)}</div>')

@@ -1,6 +1,6 @@
-"""Decisions → shards, ledger, indexes and manifest; and what rewrites or checks them.
+"""Decisions → shards, ledger, indexes and manifest; takedown and verification
 
-carryover → job: packing
-scrub → takedown: removing rows
-verify: checking
+carryover → job: pack shards
+scrub → takedown: remove rows
+verify: check a dataset
 """

@@ -1,7 +1,8 @@
-"""Images that only packed shards hold, where shards are to be packed anew: put aside first, as new shards take the
-names of old ones.
+"""Carry-over of images that only packed shards hold, before repacking
 
-    shelf/<hash>.tar, .parquet    copies of a shard and of its table, until all is packed
+New shards take the names of old ones, so old shards that are still needed are copied first.
+
+    shelf/<hash>.tar, .parquet    copies of a shard and of its table, kept until everything is packed
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Names = npt.NDArray[np.bytes_]  # key and SHA-256 of samples, 48 raw bytes each
 def carry_over(
     storage: Storage, manifest: Manifest | None, decisions: Decisions, shards: Iterable[str]
 ) -> list[Packed]:
-    """Copies of the packed shards that hold what these new `shards` need and what is not staged.
+    """Copy the packed shards that hold images which the new `shards` need and which are not staged; return the copies.
 
-    Raises RecipeError where some of it is nowhere; then nothing was done.
+    Raises RecipeError, before anything is copied, if some images are neither staged nor packed.
     """
     rows = _unstaged(storage, decisions, shards)
     if not len(rows):
@@ -44,7 +45,7 @@ def carry_over(
     entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in on_shelf]
     needed = [entry for entry in entries if not found.all() and _find(storage, entry.table, wanted, found)]
     if missing := int((~found).sum()):
-        problem = f"{missing:,} of the rows that are kept now have no image any more: keep_staged: false freed them"
+        problem = f"{missing:,} of the kept rows no longer have an image: keep_staged: false freed them"
         raise RecipeError(
             "select", problem, "fetch them again with `capstan build RECIPE --retry freed`, or keep fewer"
         )
@@ -52,7 +53,7 @@ def carry_over(
 
 
 def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions) -> npt.NDArray[np.int64]:
-    """The kept rows whose images are neither staged nor packed."""
+    """Return the kept rows whose images are neither staged nor packed."""
     rows = _unstaged(storage, decisions)
     names = _names(decisions.key[rows], decisions.sha256[rows])
     order = np.argsort(names)
@@ -64,7 +65,7 @@ def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions)
 
 
 def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> list[Packed]:
-    """Tar and table of the shards that hold images of a unit, by its ledger."""
+    """Return (tar, table) of the shards that hold images of a unit, by its ledger table."""
     name = f"unit-{unit.unit}"
     if manifest is None or name not in {entry.name for entry in manifest.ledger}:
         return []
@@ -73,29 +74,29 @@ def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> 
 
 
 def _unstaged(storage: Storage, decisions: Decisions, shards: Iterable[str] | None = None) -> npt.NDArray[np.int64]:
-    """The kept rows (of these shards) whose images are not staged."""
+    """Return the kept rows (of `shards`, default all) whose images are not staged."""
     found = [np.zeros(0, np.int64)]
     if any(unit.freed for unit in decisions.units):
-        count = int(decisions.shard.max(initial=-1)) + 1  # numbers: some shards may be empty
+        count = int(decisions.shard.max(initial=-1)) + 1  # some of these shards may be empty
         numbers = {shard_name(number): number for number in range(count)}
-        asked = np.zeros(count + 1, bool)  # the last one is for rows of no shard
-        asked[[numbers[shard] for shard in (numbers if shards is None else shards)]] = True
+        requested = np.zeros(count + 1, bool)  # the last element is for rows of no shard
+        requested[[numbers[shard] for shard in (numbers if shards is None else shards)]] = True
         for unit, start in zip(decisions.units, decisions.starts, strict=False):
             if unit.freed:
                 gone = np.ones(unit.rows, bool)
                 if unit.tar:
                     gone = storage.read_table(unit.table, ["size"])["size"].to_numpy() == 0
-                found.append(start + np.nonzero(gone & asked[decisions.shard[start : start + unit.rows]])[0])
+                found.append(start + np.nonzero(gone & requested[decisions.shard[start : start + unit.rows]])[0])
     return np.concatenate(found)
 
 
 def clear(storage: Storage) -> None:
-    """All is packed: nothing needs to lie on the shelf."""
+    """Delete the copies, once everything is packed."""
     storage.delete(*storage.names("shelf"))
 
 
 def _find(storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_]) -> bool:
-    """Note in `found` which of the (sorted) `wanted` a shard has; gives whether it has one that no other had."""
+    """Mark in `found` which of the (sorted) `wanted` a shard holds; return whether it holds any new one."""
     rows = storage.read_table(table, ["key", "sha256"])
     names = _names(raw_digits(rows["key"], 16), raw_digits(rows["sha256"], 32))
     place = np.minimum(np.searchsorted(wanted, names), len(wanted) - 1)
@@ -110,7 +111,7 @@ def _names(key: Names, sha256: Names) -> Names:
 
 
 def _carried_over(storage: Storage) -> set[str]:
-    """Tars of which the table is there too: it is written last."""
+    """Return the copied tars that are complete: their table, which is written last, exists."""
     names = set(storage.names("shelf"))
     return {name for name in names if name.endswith(".tar") and _table(name) in names}
 

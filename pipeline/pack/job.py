@@ -1,10 +1,10 @@
-"""Decisions and staged images → the dataset: ledger, shards, indexes, and the manifest last.
+"""Decisions and staged images → ledger, shards, indexes, and the manifest last
 
-A shard is named by its place, its marker by its place and content: a shard whose content stays is never packed again.
-Where shards change, a manifest without them is published first, so that at no moment a reader is shown a shard that is
-being replaced:
+A shard is named by its number, its marker by number and content hash: a shard whose content is unchanged is never
+packed again. When shards change, a manifest without them is published first, so that a reader never sees a shard
+that is being replaced:
 
-    manifest without what changes → indexes and old markers gone → ledger → shards → indexes → stale files gone →
+    manifest without changed shards → delete indexes and old markers → ledger → shards → indexes → delete stale files →
     manifest
 """
 
@@ -54,13 +54,13 @@ log = logging.getLogger(__name__)
 
 _ROW = "row"  # a row's place in its unit
 
-# The recipe's sections that decide what is in a dataset.
+# The sections of the recipe that determine the content of a dataset.
 _SECTIONS = {"source", "fetch", "image", "score", "select", "dedup", "blocklist", "shards", "unit"}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [start, stop) of a unit; the shard's samples are those of them that the ledger puts in it."""
+    """Rows [start, stop) of a unit. The shard's samples are the ones that the ledger assigns to it."""
 
     unit: str
     table: str
@@ -70,7 +70,7 @@ class Segment:
 
 
 class Pack(Job):
-    """Writes shards/<name>.tar, .parquet and .tar.idx from staged images. A unit is a shard."""
+    """The job that writes shards/<name>.tar, .parquet and .tar.idx from staged images. A unit is a shard."""
 
     name = title = "pack"
 
@@ -78,12 +78,12 @@ class Pack(Job):
         self.storage = storage
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """One piece: the shard's entry in the manifest."""
+        """Yield one piece: the shard's manifest entry."""
         name = unit.spec["shard"]
         segments = [Segment(**segment) for segment in unit.spec["segments"]]
         parts = [self._rows(segment, name) for segment in segments]
         if "packed" in unit.spec:
-            yield self._described_anew(ShardEntry(**unit.spec["packed"]), parts).model_dump()
+            yield self._rewrite_table(ShardEntry(**unit.spec["packed"]), parts).model_dump()
             return
         digest = hashlib.sha256()
         with scratch() as folder:
@@ -110,7 +110,7 @@ class Pack(Job):
         return {**entry, "scores": unit.spec["scores"]}
 
     def _rows(self, segment: Segment, shard: str) -> pa.Table:
-        """The segment's samples: the ledger's columns, and their place in the unit."""
+        """Return the segment's samples: the ledger's columns, and their row number in the unit."""
         ledger = self.storage.read_table(ledger_entry_name(segment.unit))
         rows = ledger.append_column(_ROW, pa.array(np.arange(len(ledger))))
         rows = rows.slice(segment.start, segment.stop - segment.start)
@@ -118,14 +118,14 @@ class Pack(Job):
 
     def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
         for segment, rows in zip(segments, parts, strict=True):
-            found = images(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
-            for row, (_, jpeg) in zip(rows.to_pylist(), found, strict=True):
+            jpegs = images(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            for row, (_, jpeg) in zip(rows.to_pylist(), jpegs, strict=True):
                 assert jpeg is not None, f"{row['key']} is neither staged nor packed"
                 report({"samples": 1, "bytes": len(jpeg)})
                 yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
 
-    def _described_anew(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
-        """The shard's table with other scores; the tar stays as it is."""
+    def _rewrite_table(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
+        """Rewrite the shard's table with its new scores; the tar is unchanged."""
         before = self.storage.read_table(packed.table, ["key", *Place._fields])
         places = [Place(*values) for values in zip(*(before[name].to_pylist() for name in Place._fields), strict=True)]
         rows = _table(parts, places)
@@ -136,14 +136,17 @@ class Pack(Job):
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
-    """KEY.json: the same keys for every sample, no nulls. `phash` is hexadecimal, as it exceeds signed 64 bits;
-    `extra` is JSON text, as the source's columns may be null or change their type from row to row."""
+    """Return the content of KEY.json: the same keys for every sample, and no nulls.
+
+    `phash` is hexadecimal, since it exceeds signed 64 bits. `extra` is JSON text, since the source's columns may be
+    null or change their type from row to row.
+    """
     names = ["key", "url", "caption", "width", "height", "original_width", "original_height", "sha256"]
     return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"]}
 
 
 def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
-    """The shard's table: the samples' rows with where they lie in the shard."""
+    """Return the shard's table: the samples' rows and their offsets in the tar."""
     rows = pa.concat_tables(parts)
     scores = [field for field in rows.schema if field.name not in (*LEDGER_SCHEMA.names, _ROW)]
     for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
@@ -157,7 +160,7 @@ def ledger_entry_name(unit: str) -> str:
 
 
 def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
-    """Changes with anything that decides which rows are kept, in which shard, and what is staged of them."""
+    """Return a hash of everything that determines which rows are kept, in which shard, and what is staged."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
     outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
     return fingerprint(
@@ -166,7 +169,7 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
 
 
 def content_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the manifest tells it: without how the source is reached, which may hold secrets."""
+    """Return the recipe as the manifest stores it: without the source's storage options, which may hold secrets."""
     content = recipe.model_dump(mode="json", include=_SECTIONS)
     (content["source"] or {}).pop("storage", None)
     return content
@@ -180,9 +183,10 @@ def pack(
     *,
     progress: bool = True,
 ) -> tuple[Manifest, Summary]:
-    """Publish what was decided. Shards that cannot be packed are left out of the manifest, which is then incomplete.
+    """Publish the dataset as decided. Shards that cannot be packed are left out of the manifest, which is then
+    incomplete.
 
-    Raises RecipeError where images are to be packed that are no longer there.
+    Raises RecipeError if images that should be packed no longer exist.
     """
     job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
     units, done = _shard_units(recipe, decisions, pinned), job.markers.read()
@@ -191,7 +195,7 @@ def pack(
     content = content_recipe(recipe)
     manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False, scores=pinned)
     if not units:
-        log.warning("pack: no row is kept, so there is no shard (%s)", _where_they_went(decisions))
+        log.warning("pack: no row is kept, so there is no shard (%s)", _losses(decisions))
     changed = {
         unit.id for unit in units if done.get(unit.id, {}).get("scores", "") != unit.spec["scores"]
     } & done.keys()
@@ -200,7 +204,7 @@ def pack(
         write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
     hide_indexes(storage)
     job.markers.forget(done.keys() - wanted)
-    for unit in changed:  # from now on its table may be the old one or the new one
+    for unit in changed:  # its table may be the old one or the new one from here on
         job.markers.mark(unit, {**done[unit], "scores": "?"})
     ledger = _write_ledger(recipe, storage, decisions, pinned)
     work = [
@@ -232,27 +236,27 @@ def pack(
 
 
 def unlisted(storage: Storage, manifest: Manifest) -> list[str]:
-    """Files in shards/ and ledger/ that `manifest` does not list."""
+    """Return the files in shards/ and ledger/ that `manifest` does not list."""
     listed = {name for entry in manifest.shards for name in (entry.tar, entry.table, entry.index)}
     listed |= {entry.table for entry in manifest.ledger} | set(manifest.indexes)
     return [name for folder in ("shards", "ledger") for name in storage.names(folder) if name not in listed]
 
 
-def _where_they_went(decisions: Decisions) -> str:
-    """The selection's steps that took rows, in order."""
-    lost = [f"{step['step']} took {step['lost']:,}" for step in decisions.funnel if step["lost"]]
+def _losses(decisions: Decisions) -> str:
+    """Return the selection's steps that dropped rows, in order, as text."""
+    lost = [f"{step['step']} dropped {step['lost']:,}" for step in decisions.funnel if step["lost"]]
     return f"of {len(decisions.step):,} rows " + ", ".join(lost) if lost else "the source has no rows"
 
 
 def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, Any]]) -> list[Unit]:
-    """One unit a shard; its id has the hash of all that decides its tar's bytes. `scores` changes with anything else
-    that its table says."""
+    """Return one unit per shard. Its id includes a hash of everything that determines the tar's bytes; `scores` is a
+    hash of everything else in the table."""
     order = np.argsort(decisions.shard, kind="stable")
     bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units = []
     for number, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = order[first:last]
-        if not len(rows):  # all that it held was taken down
+        if not len(rows):  # all its rows were taken down
             continue
         image = recipe.image.model_dump(mode="json")
         content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
@@ -266,7 +270,7 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
 
 
 def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any]]:
-    """Rows [first, last) of all rows, as row ranges of units."""
+    """Return rows [first, last) of all rows as row ranges of units."""
     starts = decisions.starts
     segments = []
     for number, (unit, a, b) in enumerate(zip(decisions.units, starts, starts[1:], strict=False)):
@@ -279,10 +283,10 @@ def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any
 def _write_ledger(
     recipe: Recipe, storage: Storage, decisions: Decisions, pinned: list[dict[str, Any]]
 ) -> list[LedgerEntry]:
-    """ledger/unit-*.parquet: one row for every input row, its outcome final."""
+    """Write ledger/unit-*.parquet: one row for every input row, with its final outcome."""
     scores, entries = registry.columns(recipe), []
-    said = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
-    schema, starts = with_scores(LEDGER_SCHEMA, added(scores), said), decisions.starts
+    metadata = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
+    schema, starts = with_scores(LEDGER_SCHEMA, added(scores), metadata), decisions.starts
     for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
         rows, scored = storage.read_table(unit.table), joined(storage, unit, scores)
         columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}

@@ -1,10 +1,10 @@
-"""What was made of a dataset's images, without the rows that were removed: caption layers and latents.
+"""Removal of rows from the files derived from images: captions and latents
 
-    captions/**.parquet                              tables with a column `key`, those of layers that are moving, too
+    captions/**.parquet                              tables with a column `key`, also those of unfinished layers
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples
 
-Latents go by the place of a sample in its shard and by the shard's sum, which is known only once the shard is packed
-anew: until then they say which keys they are for (`keys`), and are of no shard (readers refuse them).
+Latents are stored by a sample's position in its shard and carry the shard's sum. That sum is known only once the shard
+is repacked. Until then, scrubbed latents carry a hash of their keys (`keys`) instead, and readers refuse them.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _LATENTS: Final = "latents"
 def scrub_derived(
     storage: Storage, keys: pa.Array, shards: Collection[str], packed: Collection[tuple[str, str]]
 ) -> None:
-    """Drop the rows of `keys`, of which these `shards` (as they are packed now) hold some. May be repeated.
+    """Remove the rows of `keys`, some of which the present `shards` hold. May be repeated.
 
-    `packed` are the shards (name, sum) as they are now: latents of others may be anybody's, and go.
+    `packed` are the present shards (name, sum). Latents of any other shard may hold any row, and are deleted.
     """
     for name in storage.names("captions"):
         if name.endswith(".parquet"):
             _scrub_table(storage, name, keys)
     for name in storage.names(_LATENTS):
         path = PurePosixPath(name)
-        if path.suffix != ".safetensors" or _KEYS in (said := _said(storage, name)):
+        if path.suffix != ".safetensors" or _KEYS in (metadata := _metadata(storage, name)):
             continue
-        if (path.stem, said.get(_SUM, "")) not in packed:
-            log.warning("%s is not of the shard as it is: removed, to be encoded again", name)
+        if (path.stem, metadata.get(_SUM, "")) not in packed:
+            log.warning("%s does not belong to the present shard: deleted; encode it again", name)
             _drop_latents(storage, path)
         elif path.stem in shards:
             _scrub_latents(storage, name, path.stem, keys)
@@ -58,40 +58,40 @@ def _scrub_table(storage: Storage, name: str, keys: pa.Array) -> None:
 
 
 def _scrub_latents(storage: Storage, name: str, shard: str, keys: pa.Array) -> None:
-    tensors, said = _read(storage.read(name))
+    tensors, metadata = _read(storage.read(name))
     held = storage.read_table(f"shards/{shard}.parquet", ["key"])["key"].combine_chunks()
-    assert {len(tensor) for tensor in tensors.values()} == {len(held)}, f"{name} is of other samples than its sum says"
+    assert {len(tensor) for tensor in tensors.values()} == {len(held)}, f"{name} does not have its shard's samples"
     left = np.asarray(pc.invert(pc.is_in(held, keys)))
     if left.all():
         return
     expected = fingerprint(held.filter(pa.array(left)).to_pylist())
-    metadata = {**said, _SUM: "", _KEYS: expected}
+    metadata = {**metadata, _SUM: "", _KEYS: expected}
     storage.write(name, _write({tensor: value[left] for tensor, value in tensors.items()}, metadata))
 
 
 def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
-    """Name scrubbed latents after the shards as they are now; those of a shard that holds other samples are removed."""
+    """Bind scrubbed latents to the present shards. Latents whose shard holds other samples are deleted."""
     shards = {entry.name: entry for entry in (manifest.shards if manifest else [])}
     for name in storage.names(_LATENTS):
         _, encoder, file = name.split("/")
         if not file.endswith(".safetensors"):
             continue
-        if _KEYS not in _said(storage, name):
+        if _KEYS not in _metadata(storage, name):
             continue
-        tensors, said = _read(storage.read(name))
+        tensors, metadata = _read(storage.read(name))
         entry = shards.get(file.removesuffix(".safetensors"))
         keys = storage.read_table(entry.table, ["key"])["key"].to_pylist() if entry else []
-        if entry is None or fingerprint(keys) != said.pop(_KEYS):
+        if entry is None or fingerprint(keys) != metadata.pop(_KEYS):
             _drop_latents(storage, PurePosixPath(name))
             continue
-        data = _write(tensors, {**said, _SUM: entry.sha256})
+        data = _write(tensors, {**metadata, _SUM: entry.sha256})
         storage.write(name, data)
         facts = {"samples": len(keys), "bytes": len(data)}
         _latent_markers(storage, encoder).mark(f"{entry.name}-{entry.sha256[:12]}", facts)
 
 
 def _drop_latents(storage: Storage, path: PurePosixPath) -> None:
-    """Remove a shard's latents, and what says that they are there: they are encoded again."""
+    """Delete a shard's latents and their marker, so that they are encoded again."""
     markers = _latent_markers(storage, path.parent.name)
     storage.delete(str(path))
     markers.forget(unit for unit in markers.read() if unit.startswith(f"{path.stem}-"))
@@ -102,15 +102,15 @@ def _latent_markers(storage: Storage, encoder: str) -> MarkerLog:
     return MarkerLog(storage, f"latents-{encoder}")
 
 
-def _said(storage: Storage, name: str) -> dict[str, str]:
-    """What a safetensors file says of itself, without reading its tensors."""
+def _metadata(storage: Storage, name: str) -> dict[str, str]:
+    """Return the metadata of a safetensors file, without reading its tensors."""
     with storage.open(name) as file:
         size = int.from_bytes(file.read(8), "little")
         return dict(json.loads(file.read(size)).get("__metadata__", {}))
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """A safetensors file → its tensors, and what it says of itself."""
+    """Return a safetensors file's tensors and metadata."""
     from safetensors.numpy import load
 
     size = int.from_bytes(data[:8], "little")

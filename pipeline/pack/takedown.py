@@ -1,17 +1,17 @@
-"""Takedown: rows that must go → a dataset that holds neither their images nor their words, and never will again.
+"""Takedown: remove rows, their images and texts for good
 
-    find        which rows are asked for, and which others hold the very same file
-    block       their keys, addresses and sums go on the dataset's blocklist (pipeline.blocklist)
-    scrub       plan tables, staged tables and tars, scores, captions, latents: rewritten where they hold one of them;
-                reports, and comparisons of captions, are dropped
-    (select)    shards, ledger, indexes and manifest follow from what is staged: pipeline.job packs what has changed
-    finish      latents are named after the new shards, the log gets its line
+    find        the rows that are named, and all others that hold the same file
+    block       add their keys, URLs and sums to the dataset's blocklist (pipeline.source.blocklist)
+    scrub       rewrite the plan tables, staged tables and tars, scores, captions and latents that hold them;
+                delete reports and caption comparisons
+    (select)    pipeline.build repacks the shards, ledger, indexes and manifest that change
+    finish      bind the latents to the new shards, append to the log
 
-    removed/pending.parquet    what is being removed: there until all is done, so that what was killed goes on
-    removed/log.jsonl          a line a takedown: its date, what was asked, how many rows and shards it took
+    removed/pending.parquet    the rows being removed; kept until the end, so that an interrupted takedown resumes
+    removed/log.jsonl          one line per takedown: date, entries, numbers of rows and shards
 
-Of a removed row stay its key, its sums and its sizes: the row is `rejected`, with the reason `removed`. One that was
-kept holds its place (see select), so that its neighbours stay in their shards and near copies of it stay out.
+A removed row keeps its key, sums and sizes; it is `rejected` with the reason `removed`. A row that was in a shard holds
+its place there (see select), so that its neighbours stay in their shards and near copies of it stay out.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ _SCHEMA: Final = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("url", pa.string(), nullable=False),  # its digest
-        pa.field("shard", pa.string(), nullable=False),  # that it was kept in, or ""
+        pa.field("shard", pa.string(), nullable=False),  # the shard that held it, or ""
     ]
 )
 
 
 @dataclass(frozen=True)
 class Takedown:
-    """What is being removed: rows as _SCHEMA has them, and the numbers of entries that were asked for."""
+    """The rows being removed (_SCHEMA), and the number of requested entries of each kind."""
 
     rows: pa.Table
     asked: dict[str, int]
@@ -78,7 +78,7 @@ class Takedown:
 
     @property
     def shards(self) -> list[str]:
-        """The shards that hold some of the rows."""
+        """The shards that hold any of the rows."""
         return sorted(set(self.rows["shard"].to_pylist()) - {""})
 
     @property
@@ -88,22 +88,22 @@ class Takedown:
 
 
 def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
-    """Scrub what `lists` (files of entries) name. The dataset is whole again once it was selected anew.
+    """Scrub the rows that `lists` (files of entries) name. The dataset is complete again after the next select.
 
-    Raises RecipeError for lists that cannot be read or are empty, and where there is no dataset.
+    Raises RecipeError for lists that cannot be read or are empty, and if there is no dataset.
     """
     asked = read_lists(lists, lambda kind: f"--{kind}")
     if not asked:
-        raise RecipeError("remove", "nothing is asked for", "name a file with --keys, --urls, --domains or --sha256")
+        raise RecipeError("remove", "names no entry", "name a file with --keys, --urls, --domains or --sha256")
     if not (plan := read_plan(storage)).units:
         raise RecipeError(storage.field, f"no dataset at {storage.url}", "name a folder that `capstan build` made")
     before = resume(storage)
     rows = _find(storage, [unit.table for unit in plan.units], asked)
     counts = Counter({kind: len(getattr(asked, kind)) for kind in KINDS if getattr(asked, kind)})
-    if before is not None:  # which was killed: they end together
+    if before is not None:  # an interrupted takedown: both end together
         rows, counts = before.rows.to_pylist() + rows, counts + Counter(before.asked)
     pending = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata({"asked": json.dumps(dict(counts))})
-    # First the blocklist: a build that comes in between must not bring back what is asked for here.
+    # The blocklist comes first: a build in between must not bring these rows back.
     add_removed(storage, asked)
     storage.write_table(_PENDING, pending)
     takedown = resume(storage)
@@ -112,7 +112,7 @@ def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
 
 
 def resume(storage: Storage) -> Takedown | None:
-    """Scrub what is pending, if anything is."""
+    """Scrub the rows of a pending takedown, if there is one, and return it."""
     takedown = _pending(storage)
     if takedown is None:
         return None
@@ -133,12 +133,12 @@ _BLOCKS: Final = {"keys": "key", "sha256": "sha256", "urls": "url"}
 
 
 def finish(storage: Storage) -> None:
-    """The dataset is whole again: end what is pending, if anything is, with a line in the log."""
+    """End the pending takedown, if there is one, and append it to the log. Call it once the dataset is complete."""
     takedown = _pending(storage)
     if takedown is None:
         return
     settle_latents(storage, read_manifest(storage))
-    clear(storage)  # where packing was killed just before it did
+    clear(storage)  # packing may have been interrupted just before it did this
     line = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "asked": takedown.asked,
@@ -152,7 +152,7 @@ def finish(storage: Storage) -> None:
 
 
 def recipe_of(storage: Storage) -> Recipe | None:
-    """What the dataset was made by, as its manifest tells it; None before it was packed."""
+    """Return the recipe stored in the dataset's manifest, or None if it was never packed."""
     manifest = read_manifest(storage)
     if manifest is None:
         return None
@@ -170,7 +170,7 @@ def _pending(storage: Storage) -> Takedown | None:
 
 
 def _find(storage: Storage, planned: list[str], asked: Blocklist) -> list[dict[str, str]]:
-    """Rows (_SCHEMA) that `asked` names, or whose file is one of theirs, by the tables that hold their words."""
+    """Return the rows (_SCHEMA) that `asked` names or that hold the same files, from planned and staged tables."""
     staged = [facts["table"] for markers in _ingests(storage) for facts in markers.read().values()]
     found: dict[str, dict[str, str]] = {}
     for name in (*planned, *staged):
@@ -180,30 +180,30 @@ def _find(storage: Storage, planned: list[str], asked: Blocklist) -> list[dict[s
         for name in staged:
             _note(storage, name, same_files, found)
     kept = _kept(storage, found.keys())
-    _drop_reasons(storage, [row["address"] for row in found.values()])
+    _drop_reasons(storage, [row["url"] for row in found.values()])
     return [
-        {"key": key, "sha256": row["sha256"], "url": row["url"], "shard": kept.get(key, "")}
+        {"key": key, "sha256": row["sha256"], "url": row["url_digest"], "shard": kept.get(key, "")}
         for key, row in sorted(found.items())
     ]
 
 
 def _note(storage: Storage, name: str, wanted: Blocklist, found: dict[str, dict[str, str]]) -> None:
-    """Add the rows of a plan's or a staged table that are `wanted` and hold more than a key."""
+    """Add to `found` the rows of a planned or staged table that are `wanted` and not removed already."""
     staged = name.startswith("staged/")
-    said = "reason" if staged else "hash"
-    table = storage.read_table(name, ["key", "url", said, *(["sha256"] if staged else [])])
-    keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", said))
+    mark_column = "reason" if staged else "hash"
+    table = storage.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
+    keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", mark_column))
     sums = table["sha256"].to_pylist() if staged else [""] * len(keys)
     for row, hit in enumerate(wanted.hits(keys, urls, sums)):
         if hit and (urls[row] or marks[row] != REMOVED):
-            seen = found.setdefault(keys[row], {"sha256": "", "url": "", "address": ""})
+            seen = found.setdefault(keys[row], {"sha256": "", "url_digest": "", "url": ""})
             seen["sha256"] = seen["sha256"] or sums[row]
             if urls[row]:
-                seen |= {"url": url_digest(urls[row]), "address": urls[row]}
+                seen |= {"url_digest": url_digest(urls[row]), "url": urls[row]}
 
 
 def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
-    """Key → shard of those that the dataset holds; by the shards, as there is no ledger while they are packed anew."""
+    """Return key → shard for the `keys` in the shards. Reads the shards: while repacking, there is no ledger."""
     manifest, wanted = read_manifest(storage), pa.array(keys, pa.string())
     shards: dict[str, str] = {}
     if manifest is not None and len(wanted):
@@ -214,14 +214,14 @@ def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _packed(storage: Storage) -> set[tuple[str, str]]:
-    """Shards (name, sum) as they are now, also those that no manifest lists while others are packed anew."""
+    """Return (name, sum) of all present shards, including those that no manifest lists during repacking."""
     manifest = read_manifest(storage)
     listed = {(entry.name, entry.sha256) for entry in (manifest.shards if manifest else [])}
     return listed | {(facts["name"], facts["sha256"]) for facts in MarkerLog(storage, "pack").read().values()}
 
 
 def _ingests(storage: Storage) -> list[MarkerLog]:
-    """Return the markers of every ingest job that has left any, whatever its image settings."""
+    """Return the markers of every ingest job that has left any, for any image settings."""
     names = {name.split("/")[1] for name in storage.names("state") if name.startswith("state/ingest-")}
     return [MarkerLog(storage, name) for name in sorted(names)]
 
@@ -239,7 +239,7 @@ def _scrub_plan(storage: Storage, name: str, keys: pa.Array) -> None:
 
 
 def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], takedown: Takedown) -> None:
-    """Table and tar of a unit without the rows; published under new names, then named by the unit's marker."""
+    """Rewrite a unit's table and tar without the rows, under new names; then update the unit's marker."""
     storage = markers.storage
     table = storage.read_table(facts["table"])
     hit = pc.is_in(table["key"], takedown.keys)
@@ -247,7 +247,7 @@ def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], taked
     if not pc.any(pc.and_not(hit, done)).as_py():
         return
     removed = hit.to_pylist()
-    freed = bool(facts["tar"]) and not storage.exists(facts["tar"])  # what is kept is in the shards only
+    freed = bool(facts["tar"]) and not storage.exists(facts["tar"])  # the kept images are in the shards only
     if freed:
         facts = {**facts, "tar": "", "freed": True}
     with scratch() as folder:
@@ -269,7 +269,7 @@ def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], taked
 
 
 def _left(facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> list[int]:
-    """The rows whose images stay, and are staged."""
+    """Return the rows whose images are staged and stay."""
     sizes = table["size"].to_pylist() if facts["tar"] else []
     return [row for row, size in enumerate(sizes) if size and not removed[row]]
 
@@ -285,19 +285,21 @@ def _images(storage: Storage, facts: Mapping[str, Any], table: pa.Table, removed
 
 
 def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, spans: list[tuple[int, int]]) -> pa.Table:
-    """A staged table: of the rows that are hit only key and measures stay; images lie at `spans` (offset, size)."""
+    """Return a staged table in which the rows of `hit` keep only key and measures; images are at `spans`."""
     held = pc.and_(pc.equal(table["reason"], REMOVED), pc.equal(table["detail"], HELD_PLACE))
     placed = pc.or_(pc.is_in(table["key"], kept), held)
-    said = {"url": "", "caption": "", "extra": "{}", "reason": REMOVED, "detail": pc.if_else(placed, HELD_PLACE, "")}
+    blank = {"url": "", "caption": "", "extra": "{}", "reason": REMOVED, "detail": pc.if_else(placed, HELD_PLACE, "")}
     columns = {name: table[name] for name in table.column_names}
-    columns |= {name: pc.if_else(hit, value, table[name]) for name, value in said.items()}
+    columns |= {name: pc.if_else(hit, value, table[name]) for name, value in blank.items()}
     columns |= {"offset": pa.array([span[0] for span in spans]), "size": pa.array([span[1] for span in spans])}
     return pa.table(columns, schema=table.schema)
 
 
 def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:
-    """Files of scores are named as the staged table that they belong to: they follow it, without what is said of the
-    rows of `keys`. Those of what was staged earlier, which the next scoring looks at, stay where they are."""
+    """Rename a unit's score files to match its new staged table, without the values of the rows of `keys`.
+
+    Files that belong to an earlier staged table keep their names; the next scoring updates them.
+    """
     markers = MarkerLog(storage, "score")
     facts = markers.read().get(unit, {})
     files, follow = dict(facts.get("files", {})), facts.get("table") == before
@@ -317,22 +319,22 @@ def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa
 
 
 def _sweep(storage: Storage) -> None:
-    """Remove staged files that no marker names, and reports and comparisons: they may show what was removed."""
+    """Delete staged files that no marker names, reports and comparisons: they may show removed rows."""
     named = {
         facts[kind] for markers in _ingests(storage) for facts in markers.read().values() for kind in ("table", "tar")
     }
     storage.delete(*(name for name in storage.names("staged") if name not in named))
-    compared = [
+    comparisons = [
         name for name in storage.names("captions") if name.startswith("captions/diff-") and name.count("/") == 1
     ]
-    storage.delete("report.html", "samples.png", *compared)
+    storage.delete("report.html", "samples.png", *comparisons)
 
 
-def _drop_reasons(storage: Storage, addresses: list[str]) -> None:
-    """Forget why units were quarantined where that names one of the addresses: the next build tries them again."""
-    wanted = [address for address in addresses if address]
+def _drop_reasons(storage: Storage, urls: list[str]) -> None:
+    """Delete quarantine records that mention one of the URLs. The next build retries their units."""
+    wanted = [url for url in urls if url]
     for name in storage.names("state"):
         if "/quarantine/" in name:
             text = storage.read(name).decode()
-            if any(json.dumps(address)[1:-1] in text for address in wanted):
+            if any(json.dumps(url)[1:-1] in text for url in wanted):
                 storage.delete(name)

@@ -1,7 +1,7 @@
-"""A dataset → what is wrong with it: every file hashed, every tar walked in one pass, and all that they say compared.
+"""Verification of a dataset: hash every file, walk every tar, compare them all
 
-A tar's bytes follow from its table, save for the images: so each header, caption, JSON and gap is compared, and what
-differs is named. Shards are read ahead of each other; memory grows by 8 bytes a sample.
+A tar's bytes follow from its table, except for the images. So each header, caption, JSON and gap is compared, and
+differences are named. Shards are prefetched; memory grows by 8 bytes per sample.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 4 << 20
 
-_JPEG = b"\xff\xd8"  # how every JPEG begins
+_JPEG = b"\xff\xd8"  # the first bytes of every JPEG
 
 Words = npt.NDArray[np.uint32]  # keys as (samples, 4)
-Sums = Counter[str]  # shard → sum of its keys: the same for the same keys in any order
+Sums = Counter[str]  # shard → sum of its keys, independent of their order
 
 
 def verify(storage: Storage, *, progress: bool = False) -> list[str]:
-    """Every problem of the dataset at `storage`, each in a line that names the file; none if all is well.
+    """Return every problem of the dataset at `storage`, one line each that names the file; [] if there is none.
 
-    Raises RecipeError where there is no dataset.
+    Raises RecipeError if there is no dataset.
     """
     try:
         manifest = read_manifest(storage)
@@ -66,10 +66,10 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
     if manifest is None:
         raise RecipeError(storage.field, f"no dataset at {storage.url}", "name a folder that holds a dataset.json")
     if manifest.format_version < FORMAT_VERSION:
-        return [f"{MANIFEST}: format {manifest.format_version}, older than this Capstan's: run `capstan build` again"]
+        return [f"{MANIFEST}: format {manifest.format_version} is too old for this version: run `capstan build` again"]
     problems = [] if manifest.complete else [f"{MANIFEST}: incomplete: run `capstan build` again"]
     if not seal_holds(storage.read(MANIFEST)):
-        problems.append(f"{MANIFEST}: does not agree with its own seal: damaged, or changed by hand")
+        problems.append(f"{MANIFEST}: does not match its own seal: damaged, or edited by hand")
     found, keys, sums = _shards(storage, manifest, progress)
     problems += found
     if manifest.complete:
@@ -85,7 +85,7 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
 
 @dataclass
 class _Shard:
-    """What was seen of a shard: its keys, and its problems."""
+    """A verified shard: its keys and its problems."""
 
     keys: Words
     problems: list[str] = field(default_factory=list)
@@ -94,14 +94,14 @@ class _Shard:
 def _shards(
     storage: Storage, manifest: Manifest, progress: bool
 ) -> tuple[list[str], list[npt.NDArray[np.uint64]], Sums | None]:
-    """All shards' problems; the first 8 bytes of each one's keys; and their sums, unless a table could not be read."""
+    """Return all shards' problems, the first 8 bytes of their keys, and their sums (None if a table is unreadable)."""
     problems: list[str] = []
     firsts: list[npt.NDArray[np.uint64]] = []
     sums: Sums | None = Sums()
     with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
         schema = with_scores(SHARD_SCHEMA, pinned_columns(manifest.scores))
-        seen = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
-        for entry, shard in zip(manifest.shards, seen, strict=True):
+        verified = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
+        for entry, shard in zip(manifest.shards, verified, strict=True):
             problems += shard.problems
             firsts.append(_first(shard.keys))
             if len(shard.keys) != entry.samples:
@@ -121,7 +121,7 @@ def _shard(storage: Storage, entry: ShardEntry, schema: pa.Schema) -> _Shard:
         if not storage.exists(entry.index):
             problems.append(f"{entry.index}: missing")
         elif storage.read(entry.index) != energon.tar_index(table):
-            problems.append(f"{entry.index}: does not agree with {entry.table}")
+            problems.append(f"{entry.index}: does not match {entry.table}")
     if not storage.exists(entry.tar):
         problems.append(f"{entry.tar}: missing")
         return shard
@@ -138,21 +138,21 @@ def _shard(storage: Storage, entry: ShardEntry, schema: pa.Schema) -> _Shard:
 
 
 class _Hashed:
-    """A file read once from its start, hashed and measured as it is read."""
+    """A file that is read once from its start, and hashed and measured on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self.size = file, hashlib.sha256(), 0
         self._block, self._at = b"", 0
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes; fewer only at the end of the file."""
+        """Return the next `size` bytes; fewer only at the end of the file."""
         while len(self._block) - self._at < size and self._fill():
             pass
         start, self._at = self._at, min(self._at + size, len(self._block))
         return self._block[start : self._at]
 
     def drop(self, size: int) -> int:
-        """Pass over the next `size` bytes; gives how many there were."""
+        """Skip the next `size` bytes; return the number skipped, fewer only at the end of the file."""
         left = size
         while left:
             step = min(left, len(self._block) - self._at)
@@ -162,7 +162,7 @@ class _Hashed:
         return size - left
 
     def finish(self) -> None:
-        """Read on to the end of the file."""
+        """Read the rest of the file."""
         self._at = len(self._block)
         while self._fill():
             self._at = len(self._block)
@@ -180,17 +180,17 @@ class _Hashed:
 
 
 def _differences(tar: _Hashed, table: pa.Table) -> Iterator[str]:
-    """Compares a tar with the shard's table. Ends with the first thing that stands elsewhere than the table says."""
+    """Yield the differences between a tar and the shard's table. Stops at the first member that is out of place."""
     position = 0
     for row in table.to_pylist():
         if row["offset"] != position + BLOCK:
-            yield f"{row['key']}.jpg lies at {position + BLOCK}, the table says {row['offset']}"
+            yield f"{row['key']}.jpg is at {position + BLOCK}, the table says {row['offset']}"
             return
         fields, caption = to_json(sample_fields(row)), row["caption"].encode()
         if len(fields) != row["json_size"]:
             yield f"{row['key']}.json has {len(fields)} bytes, the table says {row['json_size']}"
             return
-        for suffix, size, said in (
+        for suffix, size, expected in (
             ("jpg", row["size"], None),
             ("json", len(fields), fields),
             ("txt", len(caption), caption),
@@ -201,28 +201,28 @@ def _differences(tar: _Hashed, table: pa.Table) -> Iterator[str]:
                 yield _strange(header, name)
                 if header[:100].rstrip(b"\0") != name.encode():
                     return
-            data = tar.take(size if said is not None else min(size, len(_JPEG)))
-            there = len(data) + tar.drop(size - len(data))
+            data = tar.take(size if expected is not None else min(size, len(_JPEG)))
+            present = len(data) + tar.drop(size - len(data))
             padding = tar.take(gap)
-            if there + len(padding) < size + gap:
+            if present + len(padding) < size + gap:
                 yield f"ends within {name}"
                 return
-            if data != (_JPEG if said is None else said):
-                yield f"{name} is not {'a JPEG' if said is None else 'what the table says'}"
+            if data != (_JPEG if expected is None else expected):
+                yield f"{name} {'is not a JPEG' if expected is None else 'does not match the table'}"
             if padding.strip(b"\0"):
                 yield f"{name} is not followed by zeros"
             position += BLOCK + size + gap
     if tar.take(len(tar_end(position)) + 1) != tar_end(position):
-        yield "does not end after the table's last sample, or not as a tar does"
+        yield "does not end after the table's last sample, or lacks a tar's end marker"
 
 
 def _strange(header: bytes, name: str) -> str:
-    """What is wrong with the header of the member that should be `name`."""
+    """Return the problem with the header of the member that should be `name`."""
     if len(header) < BLOCK:
         return f"{name} is missing (found the end of the file)"
     found = header[:100].rstrip(b"\0").decode("ascii", "replace")
     if found == name:
-        return f"{name} has a damaged header, or another size than the table says"
+        return f"{name} has a damaged header, or its size differs from the table"
     return f"{name} is missing (found {found or 'the end of the tar'})"
 
 
@@ -230,17 +230,17 @@ def _strange(header: bytes, name: str) -> str:
 
 
 def _words(keys: pa.ChunkedArray) -> Words:
-    """Keys of 32 hexadecimal digits as four numbers each."""
+    """Convert keys of 32 hexadecimal digits to four numbers each."""
     return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), ">u4").reshape(-1, 4).astype(np.uint32)
 
 
 def _first(keys: Words) -> npt.NDArray[np.uint64]:
-    """The first 8 bytes of each key."""
+    """Return the first 8 bytes of each key."""
     return (keys[:, 0].astype(np.uint64) << np.uint64(32)) | keys[:, 1]
 
 
 def _sum(keys: Words) -> int:
-    """The keys' sum, with their number above it."""
+    """Return the sum of the keys, with their count in the high bits."""
     total = 0
     for part in [len(keys), *keys.sum(axis=0, dtype=np.uint64).tolist()]:
         total = (total << 32) + part
@@ -248,23 +248,23 @@ def _sum(keys: Words) -> int:
 
 
 def _twice(storage: Storage, manifest: Manifest, firsts: list[npt.NDArray[np.uint64]]) -> Iterator[str]:
-    """Keys that are in two places. Few share their first 8 bytes by chance, so only those are looked up."""
+    """Yield keys that occur twice. Few keys share their first 8 bytes by chance, so only those are looked up."""
     if not firsts:
         return
     values, counts = np.unique(np.concatenate(firsts), return_counts=True)
-    again = values[counts > 1]
+    repeated = values[counts > 1]
     where: dict[str, str] = {}
     for entry, first in zip(manifest.shards, firsts, strict=True):
-        if len(again) and np.isin(first, again).any():
+        if len(repeated) and np.isin(first, repeated).any():
             keys = storage.read_table(entry.table, ["key"])["key"].to_pylist()
-            for row in np.nonzero(np.isin(first, again))[0]:
+            for row in np.nonzero(np.isin(first, repeated))[0]:
                 if (key := keys[row]) in where:
-                    yield f"{entry.table}: key {key} is in {where[key]} too"
+                    yield f"{entry.table}: key {key} is also in {where[key]}"
                 where[key] = entry.table
 
 
 def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[str]:
-    """The ledger's tables, its counts, and that it and the shards tell the same."""
+    """Return the problems of the ledger's tables and counts, and where ledger and shards differ."""
     problems: list[str] = []
     outcomes, sums = Counter[str](), Sums()
     schema = with_scores(LEDGER_SCHEMA, pinned_columns(manifest.scores))
@@ -286,8 +286,8 @@ def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[s
         return problems
     for outcome in OUTCOMES:
         if outcomes[outcome] != manifest.counts.get(outcome, 0):
-            said = manifest.counts.get(outcome, 0)
-            problems.append(f"ledger: {outcomes[outcome]} rows {outcome}, {MANIFEST} says {said}")
+            listed = manifest.counts.get(outcome, 0)
+            problems.append(f"ledger: {outcomes[outcome]} rows {outcome}, {MANIFEST} says {listed}")
     if shards is not None:
         wrong = sorted(name for name in sums.keys() | shards.keys() if sums[name] != shards[name])
         problems += [f"ledger: the rows kept in {name or 'no shard'} are not those of its table" for name in wrong]
@@ -298,7 +298,7 @@ def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[s
 
 
 def _indexes(storage: Storage, manifest: Manifest, *, tables_are_whole: bool) -> Iterator[str]:
-    """Every index against its sum, and against what the shards say."""
+    """Yield the problems of every index: its sum, and differences from the shards."""
     expected = indexes(manifest)
     for name in sorted(expected.keys() | manifest.indexes.keys()):
         if not storage.exists(name):
@@ -306,7 +306,7 @@ def _indexes(storage: Storage, manifest: Manifest, *, tables_are_whole: bool) ->
         elif name == energon.INDEX:
             yield from _sqlite(storage, manifest, compare=tables_are_whole)
         elif storage.read(name) != expected.get(name):
-            yield f"{name}: does not agree with {MANIFEST}"
+            yield f"{name}: does not match {MANIFEST}"
 
 
 def _sqlite(storage: Storage, manifest: Manifest, *, compare: bool) -> Iterator[str]:
@@ -324,11 +324,11 @@ def _sqlite(storage: Storage, manifest: Manifest, *, compare: bool) -> Iterator[
         if digest.hexdigest() != manifest.indexes.get(name):
             yield f"{name}: its SHA-256 is not the one in {MANIFEST}"
         elif compare and (at := path or copy) and not energon.sqlite_agrees(at, storage, manifest.shards):
-            yield f"{name}: does not agree with the shards' tables"
+            yield f"{name}: does not match the shards' tables"
 
 
 def _table(storage: Storage, name: str, sha256: str, schema: pa.Schema) -> tuple[pa.Table | None, list[str]]:
-    """A Parquet file if it is there, whole, and has the schema; and what is wrong with it."""
+    """Return a Parquet file (None if it is missing, damaged or has another schema) and its problems."""
     if not storage.exists(name):
         return None, [f"{name}: missing"]
     data = storage.read(name)
@@ -339,5 +339,5 @@ def _table(storage: Storage, name: str, sha256: str, schema: pa.Schema) -> tuple
     except (pa.ArrowException, OSError) as error:
         return None, [f"{name}: cannot be read as Parquet: {error}"]
     if table.schema != schema:
-        return None, [f"{name}: has other columns than this version writes"]
+        return None, [f"{name}: its columns are not those that this version writes"]
     return table, []

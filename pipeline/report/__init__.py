@@ -1,1 +1,1 @@
-"""A dataset → report.html, and contact sheets of its rows."""
+"""Dataset → report.html, and contact sheets of its rows"""

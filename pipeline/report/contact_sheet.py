@@ -1,7 +1,7 @@
-"""Some rows of a dataset → a contact sheet: one PNG of their images, each with its key and the start of its caption.
+"""Rows of a dataset → a contact sheet (PNG) of their images, keys and captions
 
-Rows are named by what the ledger says of them (reason=match, outcome=rejected, or a condition's name; all must hold),
-or by a file with one key a line. Those without an image are a frame with the reason in it.
+Rows are chosen by ledger values (reason=match, outcome=rejected, or a condition's name; all must hold), or by a file
+with one key per line. A row without an image is shown as a frame with the reason in it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
 from capstan.pipeline.report.thumbnails import find_images, shrink, why_missing
 from capstan.pipeline.storage import Storage
 
-SHOWN: Final = 64  # rows on a sheet, unless asked otherwise
+SHOWN: Final = 64  # rows on a sheet, by default
 MOST: Final = 1000
 _COLUMNS: Final = 8
 _SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of an image, between cells, around the sheet
-_KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: sizes of letters
-_LINES: Final = 2  # of a caption
+_KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: font sizes
+_LINES: Final = 2  # lines of a caption
 _INK, _SOFT, _LINE, _PAPER, _PANEL = "#1b1f24", "#59626e", "#aeb5bf", "#ffffff", "#f4f5f7"
-_LISTED: Final = 12  # values named where nothing was found
+_LISTED: Final = 12  # values listed if nothing was found
 _FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Arial Unicode.ttf")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows to show in their order, of `found` that there are; `title` says which they are."""
+    """Rows to show, in order; `found` is the number that match; `title` describes them."""
 
     keys: list[str]
     found: int
@@ -44,9 +44,9 @@ class Chosen:
 
 
 def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int = SHOWN) -> dict[str, Any]:
-    """Publish the contact sheet `out` (PNG) of the first `count` rows that all of `samples` name. Gives a summary.
+    """Write the contact sheet `out` (PNG) of the first `count` rows that match all of `samples`; return a summary.
 
-    Raises RecipeError for names that the ledger does not know, and where no row is found.
+    Raises RecipeError for names that the ledger does not know, if no row matches, and if `out` cannot be written.
     """
     if out.suffix.lower() != ".png":
         raise RecipeError("-o", f"{out} is not a PNG file", "name one that ends in .png")
@@ -84,16 +84,17 @@ def _choose(rows: Rows, samples: Sequence[str], count: int) -> Chosen:
             listed += _key_list(Path(sample))
             continue
         if not equals:
-            column, wanted = _named(rows, sample), sample
-        sql, parameter = _equal(rows, column, wanted)
+            column, wanted = _column_of(rows, sample), sample
+        sql, parameter = _equals(rows, column, wanted)
         conditions.append(sql)
         parameters.append(parameter)
     where = " AND ".join(conditions) or "true"
     if listed:
         where += f" AND key IN ({', '.join(map(literal, listed))})"
-    ((found,),) = rows.ask(f"SELECT count(*) FROM rows WHERE {where}", parameters)
+    ((found,),) = rows.query(f"SELECT count(*) FROM rows WHERE {where}", parameters)
     if not found:
-        raise RecipeError("--samples", f"no row is {' and '.join(samples)}", _what_there_is(rows, samples, listed))
+        hint = _available(rows, samples, listed)
+        raise RecipeError("--samples", f"no row matches {' and '.join(samples)}", hint)
     keys = rows.keys(where, found if listed else count, parameters)
     if listed:
         place = {key: number for number, key in reversed(list(enumerate(listed)))}
@@ -102,33 +103,33 @@ def _choose(rows: Rows, samples: Sequence[str], count: int) -> Chosen:
 
 
 def _key_list(path: Path) -> list[str]:
-    """The keys in a file, one a line."""
+    """Read the keys in a file, one per line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            "--samples", f"cannot read {path} ({error})", "name a text file with one key a line"
+            "--samples", f"cannot read {path} ({error})", "name a text file with one key per line"
         ) from None
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise RecipeError("--samples", f"{path} names no key", "write one key a line")
+        raise RecipeError("--samples", f"{path} names no key", "write one key per line")
     return keys
 
 
-def _named(rows: Rows, word: str) -> str:
-    """The column in which a bare word stands: an outcome, or a reason, of which a condition's name is one."""
+def _column_of(rows: Rows, word: str) -> str:
+    """Return the column that holds a bare word: `outcome`, or `reason`, which includes the conditions' names."""
     if word in (*OUTCOMES, STAGED):
         return "outcome"
     reasons = {reason for _, reason in rows.outcomes if reason} | rows.conditions.keys()
     if word in reasons:
         return "reason"
     near = difflib.get_close_matches(word, [*OUTCOMES, *reasons], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else _what_there_is(rows, [], [])
-    raise RecipeError("--samples", f"{word!r} is neither a file nor an outcome, reason or condition", hint)
+    hint = f"did you mean {' or '.join(near)}?" if near else _available(rows, [], [])
+    raise RecipeError("--samples", f"{word!r} is not a file, outcome, reason or condition", hint)
 
 
-def _equal(rows: Rows, column: str, wanted: str) -> tuple[str, Any]:
-    """SQL that holds where `column` is `wanted`, and its parameter."""
+def _equals(rows: Rows, column: str, wanted: str) -> tuple[str, Any]:
+    """Return SQL that is true if `column` equals `wanted`, and its parameter."""
     if column not in rows.columns:
         near = difflib.get_close_matches(column, list(rows.columns), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(rows.columns)}"
@@ -138,11 +139,12 @@ def _equal(rows: Rows, column: str, wanted: str) -> tuple[str, Any]:
     try:
         return f"{quoted(column)}::DOUBLE = ?", float(wanted)
     except ValueError:
-        raise RecipeError("--samples", f"{column} holds numbers, {wanted!r} is none", "write a number") from None
+        problem = f"{column} holds numbers, {wanted!r} is not a number"
+        raise RecipeError("--samples", problem, "write a number") from None
 
 
-def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) -> str:
-    """The mend where nothing was found: the values that the named columns have, the most frequent first."""
+def _available(rows: Rows, samples: Sequence[str], listed: Sequence[str]) -> str:
+    """Return the hint if nothing was found: the values of the named columns, the most frequent first."""
     if listed:
         example = rows.keys("true", 1)
         return f"keys look like {example[0]}" if example else "the dataset has no rows"
@@ -151,7 +153,7 @@ def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) ->
     for column in dict.fromkeys(columns):
         text = f"left({quoted(column)}::VARCHAR, 60)"
         query = f"SELECT {text}, count(*) FROM rows GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_LISTED + 1}"
-        values = [f"{value} ({count:,})" for value, count in rows.ask(query) if value]
+        values = [f"{value} ({count:,})" for value, count in rows.query(query) if value]
         more = ", …" if len(values) > _LISTED else ""
         parts.append(
             f"{column} is one of {', '.join(values[:_LISTED])}{more}" if values else f"{column} is always empty"
@@ -164,7 +166,7 @@ def _what_there_is(rows: Rows, samples: Sequence[str], listed: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class _Cell:
-    """An image or why there is none, and the texts beneath."""
+    """An image, or why it is missing, and the texts below it."""
 
     image: Image.Image | None
     missing: str
@@ -179,8 +181,8 @@ def _cell(row: Row, jpeg: bytes | None) -> _Cell:
 
 
 def _sheet(cells: Sequence[_Cell], title: str) -> Image.Image:
-    """Cells in rows, each image in a square with its texts beneath."""
-    columns = min(_COLUMNS, max(len(cells), 3))  # room for the title, also above a single image
+    """Draw the cells in rows, each image in a square with its texts below."""
+    columns = min(_COLUMNS, max(len(cells), 3))  # leaves room for the title above a single image
     height = _SIDE + 6 + _KEY + 6 + _LINES * (_TEXT + 4)
     lines = -(-len(cells) // columns)
     head = _TITLE + 20
@@ -203,8 +205,8 @@ def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: 
     box = (x, y, x + _SIDE - 1, y + _SIDE - 1)
     if cell.image is None:
         pen.rectangle(box, outline=_LINE)
-        said = "\n".join(textwrap.wrap(cell.missing, 22)[:4])
-        pen.text((x + _SIDE / 2, y + _SIDE / 2), said, fill=_SOFT, font=_font(_TEXT), anchor="mm", align="center")
+        message = "\n".join(textwrap.wrap(cell.missing, 22)[:4])
+        pen.text((x + _SIDE / 2, y + _SIDE / 2), message, fill=_SOFT, font=_font(_TEXT), anchor="mm", align="center")
     else:
         pen.rectangle(box, fill=_PANEL)
         image = _enlarged(cell.image)
@@ -218,13 +220,13 @@ def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: 
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """A tiny image, each pixel a square of whole size; others as they are."""
+    """Enlarge a tiny image by a whole factor; return others as they are."""
     times = _SIDE // max(image.size)
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST) if times > 1 else image
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """The first lines of a text, cut anywhere if a word does not fit."""
+    """Wrap a text into its first lines, breaking a word only if it does not fit."""
     lines: list[str] = []
     while text and len(lines) < _LINES:
         end = len(_fitting(text, font, width, mark=""))
@@ -239,7 +241,7 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 
 
 def _fitting(text: str, font: Any, width: int, mark: str = "…") -> str:
-    """As much of a text as fits in `width` pixels; `mark` shows that it was cut."""
+    """Cut a text to `width` pixels; `mark` shows that it was cut."""
     if font.getlength(text) <= width:
         return text
     low, high = 0, len(text)
@@ -251,7 +253,7 @@ def _fitting(text: str, font: Any, width: int, mark: str = "…") -> str:
 
 @functools.cache
 def _font(size: int) -> Any:
-    """A font that knows many scripts, where the machine has one; else the one that comes with Pillow."""
+    """Return a font with many scripts if the machine has one, else Pillow's own."""
     for name in _FONTS:
         try:
             return ImageFont.truetype(name, size)

@@ -1,5 +1,7 @@
-"""Which rows are shown as examples, chosen by key: keys are hashes, so that the first of them are a random sample, and
-the same one each time."""
+"""Choice of the rows that the report shows as examples
+
+Keys are hashes, so the first rows by key are a random sample, and the same one each time.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,17 @@ from capstan.pipeline.select.near_duplicates import CONTAMINATED as _CONTAMINATE
 from capstan.pipeline.select.near_duplicates import REASONS
 
 _KEPT: Final = 24  # images of what is kept
-_BY_STEP: Final = 8  # images a condition dropped, and as many that it let pass
+_BY_STEP: Final = 8  # images per condition that it dropped, and as many that it passed
 _ALL_STEPS: Final = 160  # images of all conditions
-_PAIRS: Final = 9  # duplicates of a kind
-_FAILED: Final = 2  # failed rows of a reason
+_PAIRS: Final = 9  # duplicates per kind
+_FAILED: Final = 2  # failed rows per reason
 _KINDS: Final = 40  # failure reasons and kinds of duplicates
-CONTAMINATED: Final = REASONS[_CONTAMINATED]  # repeats an evaluation image, whose name is its `detail`
+CONTAMINATED: Final = REASONS[_CONTAMINATED]  # repeats an evaluation image, named in `detail`
 
 
 @dataclass(frozen=True)
 class Step:
-    """A condition's examples. With `threshold`, those nearest to it on its two sides are among them."""
+    """A condition's examples. With `threshold`, they are the rows nearest to it on both sides."""
 
     name: str
     threshold: Threshold | None
@@ -46,10 +48,10 @@ class Examples:
     ]  # kind of duplicate → dropped rows; each one's `detail` is the key that was kept (contaminated: a name)
     failed: dict[str, list[str]]  # reason → rows
     rows: dict[str, Row] = field(default_factory=dict)
-    values: dict[tuple[str, str], float] = field(default_factory=dict)  # (condition, key) → what its threshold looks at
+    values: dict[tuple[str, str], float] = field(default_factory=dict)  # (condition, key) → the value it compares
 
     def shown(self) -> list[Row]:
-        """The rows of which an image is wanted, the most wanted first."""
+        """Return the rows whose images are shown, the most important first."""
         keys = [*self.kept]
         for pairs in self.pairs.values():
             keys += [key for dropped in pairs for key in (dropped, self.rows[dropped].detail)]
@@ -59,7 +61,7 @@ class Examples:
 
 
 def choose(rows: Rows) -> Examples:
-    """The rows to show."""
+    """Choose the rows to show."""
     shown = KEPT if rows.finished else STAGED
     kept = rows.keys(f"outcome = '{shown}'", _KEPT)
     steps = list(_steps(rows))
@@ -77,13 +79,13 @@ def choose(rows: Rows) -> Examples:
 
 
 def _steps(rows: Rows) -> Iterator[Step]:
-    """The conditions that dropped rows, with examples."""
+    """Yield the conditions that dropped rows, with examples."""
     losing = [name for name in rows.conditions if rows.outcomes.get((REJECTED, name))]
     count = max(2, min(_BY_STEP, _ALL_STEPS // max(1, 2 * len(losing))))
-    asked = thresholds(rows.db, rows.conditions)
+    compared = thresholds(rows.db, rows.conditions)
     passing = rows.keys(f"outcome = '{KEPT}'", _KEPT + count * len(losing))[_KEPT:]
     for number, name in enumerate(losing[: _ALL_STEPS // 4]):
-        own = [threshold for threshold in asked if threshold.condition == name]
+        own = [threshold for threshold in compared if threshold.condition == name]
         if len(own) == 1 and (near := _nearest(rows, own[0], count)):
             yield Step(name, own[0], *near)
         else:
@@ -92,7 +94,7 @@ def _steps(rows: Rows) -> Iterator[Step]:
 
 
 def _nearest(rows: Rows, threshold: Threshold, count: int) -> tuple[list[str], list[str]] | None:
-    """Of the rows on the two sides of a threshold those nearest to it: where it pays to look."""
+    """Return the rows nearest to a threshold on its two sides (dropped, passed); None if they cannot be compared."""
     order = f"abs({value(threshold.subject)} - {threshold.value!r})"
     try:
         dropped = rows.keys("outcome = ? AND reason = ?", count, [REJECTED, threshold.condition], order=order)
@@ -103,22 +105,22 @@ def _nearest(rows: Rows, threshold: Threshold, count: int) -> tuple[list[str], l
 
 
 def _values(rows: Rows, step: Step) -> list[tuple[str, float]]:
-    """What a step's threshold looks at, by key."""
+    """Return (key, value that the step's threshold compares)."""
     keys = step.dropped + step.passed
     if step.threshold is None or not keys:
         return []
     listed = ", ".join(map(literal, keys))
-    found = rows.ask(f"SELECT key, {value(step.threshold.subject)} FROM rows WHERE key IN ({listed})")
+    found = rows.query(f"SELECT key, {value(step.threshold.subject)} FROM rows WHERE key IN ({listed})")
     return [(key, number) for key, number in found if number is not None]
 
 
 def _smallest(rows: Rows, outcome: str, count: int) -> dict[str, list[str]]:
-    """Reason → its first rows by key, for one outcome."""
+    """Return reason → its first rows by key, for one outcome."""
     reasons = {reason: n for (kind, reason), n in rows.outcomes.items() if kind == outcome}
     found: dict[str, list[str]] = {}
-    for among in dict.fromkeys([rows.sample, "true"]):  # rare ones may lie outside the sample
+    for among in dict.fromkeys([rows.sample, "true"]):  # rare reasons may be outside the sample
         query = f"SELECT reason, min(key, ?) FROM rows WHERE {among} AND outcome = ? GROUP BY reason"
-        found = dict(rows.ask(query, [count, outcome]))
+        found = dict(rows.query(query, [count, outcome]))
         if all(len(found.get(reason, [])) == min(count, n) for reason, n in reasons.items()):
             break
     return {reason: found[reason] for reason in list(reasons)[:_KINDS]}

@@ -1,8 +1,7 @@
-"""A dataset's rows → histograms of sizes, aspect, caption lengths and scores, with the recipe's thresholds drawn in.
+"""Rows → histograms of sizes, caption lengths and scores, with thresholds
 
-Rows that failed have no image to measure, and are left out, as are those that were taken down. Where bins lie follows
-from quantiles, so that a few odd values do not flatten all others. Counts are of all rows, or of a million where there
-are more.
+Failed rows have no image to measure and are left out; so are rows that were taken down. Bins follow from quantiles, so
+that a few outliers do not flatten the rest. All rows are counted, or about a million of a larger dataset.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from typing import Final
 import duckdb
 
 from capstan.pipeline.html import plots
+from capstan.pipeline.html.axes import nice, short
 from capstan.pipeline.records import KEPT, LEDGER_SCHEMA
 from capstan.pipeline.report.query import SHOWN, Rows, quoted
 from capstan.pipeline.report.thresholds import Threshold, canonical, thresholds
 
-# What is always shown: title, SQL, whether proportions matter more than differences.
+# Always shown: title, SQL, whether ratios matter more than differences.
 _ALWAYS: Final = (
     ("Shorter side of the source, pixels", "least(original_width, original_height)", False),
     ("Width ÷ height of the source", "original_width / original_height", True),
@@ -28,14 +28,14 @@ _ALWAYS: Final = (
 )
 _NUMERIC: Final = ("INT", "FLOAT", "DOUBLE", "DECIMAL", "HUGEINT")
 _MOST: Final = 36  # histograms
-_BINS: Final = 36  # about so many bars
-_TAIL: Final = 30  # a 99.5th percentile so many times the median calls for a logarithmic axis
+_BINS: Final = 36  # approximate number of bars
+_TAIL: Final = 30  # if the 99.5th percentile exceeds this many medians, the axis is logarithmic
 _QUANTILES: Final = (0.005, 0.05, 0.5, 0.95, 0.995)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something of a row that is a number."""
+    """A numeric property of a row."""
 
     title: str
     sql: str
@@ -45,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where a subject's values lie; quantiles are those of _QUANTILES."""
+    """The range of a subject's values; the quantiles are those of _QUANTILES."""
 
     low: float
     high: float
@@ -54,40 +54,40 @@ class _Spread:
 
 
 def subjects(rows: Rows) -> list[Subject]:
-    """What there is to count: what is always shown, every score column, and whatever else a condition compares."""
+    """Return the subjects: the fixed ones, every score column, and all else that a condition compares."""
     found = {canonical(rows.db, sql): (title, proportional) for title, sql, proportional in _ALWAYS}
     for name, kind in rows.columns.items():
         if name not in LEDGER_SCHEMA.names and name not in ("offset", "size") and _is_numeric(kind):
             found.setdefault(canonical(rows.db, quoted(name)), (name, False))
-    asked = thresholds(rows.db, rows.conditions)
-    for threshold in asked:
+    compared = thresholds(rows.db, rows.conditions)
+    for threshold in compared:
         if threshold.subject not in found and _is_numeric(_type(rows, threshold.subject)):
             found[threshold.subject] = (threshold.subject, False)
     return [
-        Subject(title, sql, proportional, tuple(t for t in asked if t.subject == sql))
+        Subject(title, sql, proportional, tuple(t for t in compared if t.subject == sql))
         for sql, (title, proportional) in found.items()
     ]
 
 
 def histograms(rows: Rows, counted: Sequence[Subject]) -> tuple[list[plots.Histogram], list[str]]:
-    """A histogram of each subject whose values differ, those with thresholds first; and a line on each other one."""
-    drawn, said = list[plots.Histogram](), list[str]()
+    """Return a histogram per subject whose values differ, those with thresholds first, and a line per other subject."""
+    drawn, notes = list[plots.Histogram](), list[str]()
     for subject in sorted(counted, key=lambda subject: not subject.thresholds)[:_MOST]:
         try:
             spread = _spread(rows, subject)
             if spread is None:
-                said.append(f"{subject.title}: no values")
+                notes.append(f"{subject.title}: no values")
             elif spread.low == spread.high:
-                said.append(f"{subject.title}: always {plots.short(spread.low)}")
+                notes.append(f"{subject.title}: always {short(spread.low)}")
             else:
                 drawn.append(_histogram(rows, subject, spread))
-        except duckdb.Error as error:  # what a condition compares need not be had of every row by itself
-            said.append(f"{subject.title}: cannot be counted ({str(error).splitlines()[0]})")
-    return drawn, said
+        except duckdb.Error as error:  # an expression of a condition may fail on some rows
+            notes.append(f"{subject.title}: cannot be counted ({str(error).splitlines()[0]})")
+    return drawn, notes
 
 
 def value(subject: str) -> str:
-    """A subject as a finite DOUBLE, or null where it cannot be had."""
+    """Return SQL for a subject as a finite DOUBLE, null if it cannot be computed."""
     number = f"TRY(({subject})::DOUBLE)"
     return f"CASE WHEN isfinite({number}) THEN {number} END"
 
@@ -96,37 +96,37 @@ def _histogram(rows: Rows, subject: Subject, spread: _Spread) -> plots.Histogram
     edges, logarithmic = _edges(spread, subject)
     counted, outside = _count(rows, subject, edges, logarithmic)
     marks = [plots.Mark(t.value, _label(t), "above" if t.keeps_above else "below") for t in subject.thresholds]
-    low, middle, high = (plots.short(q) for q in spread.quantiles[1:4])
-    notes = [f"median {middle} · 90% lie within {low} – {high}"]
+    low, middle, high = (short(q) for q in spread.quantiles[1:4])
+    notes = [f"median {middle} · 90% within {low} – {high}"]
     if outside:
-        notes.append(f"{outside:,} beyond the edges, from {plots.short(spread.low)} to {plots.short(spread.high)}")
+        notes.append(f"{outside:,} beyond the edges, from {short(spread.low)} to {short(spread.high)}")
     notes += [
-        f"threshold {mark.label} is not within sight" for mark in marks if not edges[0] <= mark.value <= edges[-1]
+        f"threshold {mark.label} is outside the plot" for mark in marks if not edges[0] <= mark.value <= edges[-1]
     ]
     kept, lost = [k for k, _ in counted], [n for _, n in counted]
     return plots.Histogram(subject.title, edges, kept, lost, logarithmic, spread.whole, marks, notes)
 
 
 def _label(threshold: Threshold) -> str:
-    return f"{threshold.condition} {threshold.operator} {plots.short(threshold.value)}"
+    return f"{threshold.condition} {threshold.operator} {short(threshold.value)}"
 
 
 def _spread(rows: Rows, subject: Subject) -> _Spread | None:
-    """None where there are no values."""
+    """Return the spread of a subject's values, None if there are none."""
     at = ", ".join(map(str, _QUANTILES))
     query = f"SELECT min(v), max(v), bool_and(v = floor(v)), quantile_disc(v, [{at}]) FROM ({_values(rows, subject)})"
-    ((low, high, whole, quantiles),) = rows.ask(query)
+    ((low, high, whole, quantiles),) = rows.query(query)
     return None if low is None else _Spread(low, high, quantiles, bool(whole))
 
 
 def _values(rows: Rows, subject: Subject) -> str:
-    """SQL for the subject's values `v` and whether the rows are `kept`, of those that have an image."""
+    """Return SQL for the subject's values `v` and whether the rows are `kept`, for rows that have an image."""
     columns = f"{value(subject.sql)} AS v, outcome = '{KEPT}' AS kept"
     return f"SELECT {columns} FROM rows WHERE {SHOWN} AND {rows.sample}"
 
 
 def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:
-    """Where the bins' edges lie, and whether their proportions are even instead of their differences."""
+    """Return the bins' edges, and whether they are logarithmic."""
     low, _, middle, _, high = spread.quantiles
     if high <= low:
         low, high = spread.low, spread.high
@@ -134,14 +134,14 @@ def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:
     if heavy:
         low = max(low, 1.0 if spread.whole else middle / _TAIL)
     logarithmic = heavy or (subject.proportional and low > 0)
-    for threshold in subject.thresholds:  # near ones are taken in; one far off would leave no room for the values
+    for threshold in subject.thresholds:  # include near ones; a far one would leave no room for the values
         near = threshold.value > 0 and low / 4 <= threshold.value <= high * 4 if logarithmic else True
         if near and low - (high - low) <= threshold.value <= high + (high - low):
             low, high = min(low, threshold.value), max(high, threshold.value)
     if logarithmic:
         step = (math.log(high) - math.log(low)) / _BINS
         return [math.exp(math.log(low) + n * step) for n in range(_BINS)] + [high], True
-    step = plots.nice((high - low) / _BINS)
+    step = nice((high - low) / _BINS)
     if spread.whole:
         step = max(1.0, step)
     first, last = math.floor(low / step + 1e-9), math.floor(high / step + 1e-9) + 1
@@ -151,18 +151,18 @@ def _edges(spread: _Spread, subject: Subject) -> tuple[list[float], bool]:
 def _count(
     rows: Rows, subject: Subject, edges: Sequence[float], logarithmic: bool
 ) -> tuple[list[tuple[int, int]], int]:
-    """(kept, lost) rows of each bin, and rows beyond the edges."""
+    """Return (kept, lost) rows of each bin, and the number of rows beyond the edges."""
     bins = len(edges) - 1
     low, high = edges[0], edges[-1]
     place = f"floor((v - {low!r}) / {(high - low) / bins!r} + 1e-9)"
     if logarithmic:
         place = f"floor((ln(v) - {math.log(low)!r}) / {(math.log(high) - math.log(low)) / bins!r} + 1e-9)"
-    # The last edge belongs to the last bin where it is a value, not only a bound.
+    # If the last edge is itself a value, it belongs to the last bin.
     query = f"""
         SELECT CASE WHEN v < {low!r} OR v > {high!r} THEN -1 ELSE least({place}, {bins - 1}) END::INT AS bin,
                count(*) FILTER (kept), count(*)
         FROM ({_values(rows, subject)}) WHERE v IS NOT NULL GROUP BY bin"""
-    found = {bin_: (kept, all_ - kept) for bin_, kept, all_ in rows.ask(query)}
+    found = {bin_: (kept, all_ - kept) for bin_, kept, all_ in rows.query(query)}
     return [found.get(number, (0, 0)) for number in range(bins)], sum(found.get(-1, (0, 0)))
 
 
@@ -174,7 +174,7 @@ def _is_numeric(kind: str) -> bool:
 
 
 def _type(rows: Rows, sql: str) -> str:
-    """The DuckDB type of an expression, "" if the rows do not have it."""
+    """Return the DuckDB type of an expression, "" if it is not valid for the rows."""
     try:
         return str(rows.db.sql(f"SELECT ({sql}) FROM rows LIMIT 0").types[0])
     except duckdb.Error:

@@ -1,4 +1,4 @@
-"""captions/diff-*.json, which `capstan captions diff` publishes → which caption layer fits the images better."""
+"""captions/diff-*.json (from `capstan captions diff`) → a comparison table"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Side(BaseModel):
 
 
 class _Comparison(BaseModel):
-    """What is shown of one; the files hold more, and their own page shows all of it."""
+    """The fields that are shown; the files hold more, and their own page shows all."""
 
     images: int = Field(validation_alias="pictures")  # the file's key
     clip: str
@@ -49,7 +49,7 @@ class _Comparison(BaseModel):
 
 
 def comparisons(storage: Storage) -> list[Html]:
-    """The main numbers of every comparison, with a link to its page; nothing where there is none."""
+    """Return a table of all comparisons' main numbers with links to their pages; [] if there is no comparison."""
     files = {name for name in storage.names("captions") if PurePosixPath(name).match("captions/diff-*")}
     found = sorted(name for name in files if name.endswith(".json"))
     if not found:
@@ -58,8 +58,9 @@ def comparisons(storage: Storage) -> list[Html]:
     header = ["", "captions", "CLIP score", "worst sentence", "own image found", "words", "wins", "by worst sentence"]
     blocks = [
         page.note(
-            "Score: 100 × the cosine of image and sentence, by the CLIP that is named. Own image found: the share "
-            "of captions closer to their image than to its nearest neighbours. Wins of the first, with 95% intervals."
+            "Score: 100 × the cosine of image and sentence in the named CLIP model. Own image found: the share of "
+            "captions closer to their image than to its nearest neighbours. Wins: of the first layer, with 95% "
+            "confidence intervals."
         ),
         page.table(header, rows),
     ]
@@ -67,18 +68,18 @@ def comparisons(storage: Storage) -> list[Html]:
 
 
 def _rows(storage: Storage, name: str, files: set[str]) -> list[list[Any]]:
-    """A line a side; of a file that is no comparison one that says so."""
+    """Return one row per side; for a file that is not a comparison, one row that says so."""
     stem = PurePosixPath(name).stem
     try:
-        said = _Comparison.model_validate_json(storage.read(name) if storage.size(name) <= _BYTES else b"")
+        found = _Comparison.model_validate_json(storage.read(name) if storage.size(name) <= _BYTES else b"")
     except ValidationError:
-        return [[page.clip(stem, 2 * _NAME), "cannot be read: make it anew", *[""] * 6]]
-    about = f"{said.images:,} images, {page.clip(said.clip, _NAME)}"
+        return [[page.clip(stem, 2 * _NAME), "cannot be read: run captions diff again", *[""] * 6]]
+    about = f"{found.images:,} images, {page.clip(found.clip, _NAME)}"
     whole = name.removesuffix(".json") + ".html"
     first = Cell(page.link(about, whole)) if whole in files else about
     return [
-        [first, *_numbers(said.a), str(said.a_wins_by_mean), str(said.a_wins_by_min)],
-        ["", *_numbers(said.b), "", ""],
+        [first, *_numbers(found.a), str(found.a_wins_by_mean), str(found.a_wins_by_min)],
+        ["", *_numbers(found.b), "", ""],
     ]
 
 

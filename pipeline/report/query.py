@@ -1,7 +1,7 @@
-"""A dataset → its rows as one table that answers SQL: the ledger, or of a dataset that is not finished what is staged.
+"""Dataset → one SQL table `rows`: the ledger, or staged rows if unfinished
 
-The table is called `rows`. DuckDB scans it column by column, so that neither its length nor captions of a megabyte take
-memory; it sees the registered rows and no file. Rows of which nothing is decided yet have the outcome `staged`.
+DuckDB scans it column by column, so that neither its length nor huge captions take memory. It sees the registered rows
+and no file. Rows that are not decided yet have the outcome `staged`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import MarkerLog
 
 STAGED: Final = "staged"
-MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have an image,
-SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # and in SQL, those that may be looked at
+MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have an image
+SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # SQL: rows whose image may be shown
 _MEMORY_LIMIT: Final = "1500MB"
-_TEXT: Final = 400  # characters of a text that are looked at
-SAMPLE: Final = 1_000_000  # rows: of longer tables, about so many are looked at where a random sample does
+_TEXT: Final = 400  # characters read of a text
+SAMPLE: Final = 1_000_000  # rows: approximate size of the random sample of longer tables
 _TEXTS: Final = ("url", "caption", "outcome", "reason", "detail")
 _NUMBERS: Final = ("width", "height", "original_width", "original_height", "bytes", "phash")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row that is shown. Texts are cut; sizes are in pixels; `shard` is "" unless it is kept."""
+    """A row to show. Texts are cut; sizes are in pixels; `shard` is "" unless the row is kept."""
 
     key: str
     url: str
@@ -59,14 +59,14 @@ class Row:
 
     @property
     def is_shown(self) -> bool:
-        """Whether it has an image that may be looked at: what was taken down, or is blocked, may not."""
+        """Whether its image may be shown. Images that were taken down or blocked may not."""
         return self.outcome in MEASURED and self.reason != REMOVED
 
 
 class Rows:
-    """The rows of the dataset at `storage`, while the `with` block runs.
+    """The rows of the dataset at `storage`, open while the `with` block runs.
 
-    Raises RecipeError where there is neither a dataset nor the beginning of one.
+    Raises RecipeError if there is neither a dataset nor a started one.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -90,7 +90,7 @@ class Rows:
         self._scratch.__exit__(kind, error, tb)
 
     def _table(self) -> tuple[str, pa.Schema, list[str]]:
-        """The view over `table`, the schema of `table`, and its files."""
+        """Return the SQL view over `table`, the schema of `table`, and its files."""
         if self.finished:
             names = [entry.table for entry in self._manifest.ledger]
             return 'SELECT * FROM "table"', _schema(self.storage, names, LEDGER_SCHEMA), names
@@ -102,7 +102,7 @@ class Rows:
 
     @property
     def finished(self) -> bool:
-        """Whether the ledger says what became of every row; else the rows are those that are staged so far."""
+        """Whether the rows come from the ledger; else they are those staged so far."""
         return self.manifest is not None and (self.manifest.complete or bool(self.manifest.ledger))
 
     @property
@@ -112,18 +112,18 @@ class Rows:
 
     @cached_property
     def _marks(self) -> Mapping[str, Mapping[str, Staged]]:
-        """Ingest job → what its markers say, by unit. There is one job, unless image settings have just changed."""
+        """Ingest job → unit → staged unit, from its markers. There is one job, unless image settings just changed."""
         names = [name.split("/")[1] for name in self.storage.names("state")]
         jobs = sorted({name for name in names if name.startswith("ingest-")})
         return {name: staged(MarkerLog(self.storage, name).read()) for name in jobs}
 
     def staged_units(self, unit: str) -> list[Staged]:
-        """Where a unit's staged images may lie."""
+        """Return the staged files that may hold a unit's images."""
         return [marks[unit] for marks in self._marks.values() if unit in marks]
 
     @cached_property
     def conditions(self) -> dict[str, str]:
-        """The recipe's conditions: name → SQL, "" for one that is not SQL."""
+        """The recipe's conditions: name → SQL, "" for a condition without SQL."""
         listed = self.manifest.recipe.get("select", []) if self.manifest else []
         return {str(condition.get("name", "")): str(condition.get("where") or "") for condition in listed}
 
@@ -136,7 +136,7 @@ class Rows:
     @cached_property
     def outcomes(self) -> dict[tuple[str, str], int]:
         """(outcome, reason) → rows, the most frequent first."""
-        found = self.ask("SELECT outcome, reason, count(*) FROM rows GROUP BY ALL ORDER BY 3 DESC, 1, 2")
+        found = self.query("SELECT outcome, reason, count(*) FROM rows GROUP BY ALL ORDER BY 3 DESC, 1, 2")
         return {(outcome, reason): count for outcome, reason, count in found}
 
     @property
@@ -144,13 +144,15 @@ class Rows:
         return sum(self.outcomes.values())
 
     def having(self, outcome: str) -> int:
-        """Rows of an outcome."""
+        """Return the number of rows of an outcome."""
         return sum(count for (name, _), count in self.outcomes.items() if name == outcome)
 
     @cached_property
     def sample(self) -> str:
-        """SQL that holds for all rows of a small table, and for about a million of a large one: keys are hashes, so
-        that the first of them are a random sample, which lies together."""
+        """SQL that is true for all rows of a small table and for about a million rows of a large one.
+
+        Keys are hashes, so the first ones are a random sample, and they are stored together.
+        """
         if not self.sampled:
             return "true"
         return f"key < '{int(0x1_0000_0000 * SAMPLE / self.count):08x}'"
@@ -159,35 +161,36 @@ class Rows:
     def sampled(self) -> bool:
         return self.count > SAMPLE
 
-    def ask(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.db.execute(query, list(parameters)).fetchall()
 
     def keys(self, where: str, count: int, parameters: Sequence[Any] = (), *, order: str = "key") -> list[str]:
-        """Keys of the first `count` rows for which the SQL `where` holds, in the order of the SQL `order`, then key.
+        """Return the keys of the first `count` rows that match the SQL `where`, ordered by the SQL `order`, then key.
 
-        In another order than the keys' own, they are the first of the sample, if it has as many."""
+        For an order other than `key`, they are taken from the sample if it has enough of them.
+        """
         for among in dict.fromkeys([self.sample, "true"]):
             query = f"SELECT key FROM rows WHERE {among} AND ({where}) ORDER BY {order}, key LIMIT {count}"
-            found = [key for (key,) in self.ask(query, parameters)]
+            found = [key for (key,) in self.query(query, parameters)]
             if len(found) == count:
                 break
         return found
 
     def rows(self, keys: Iterable[str]) -> dict[str, Row]:
-        """The rows of these keys, those that there are."""
+        """Return key → row for those of `keys` that exist."""
         wanted = sorted(set(keys))
         if not wanted:
             return {}
         columns = [f"left({name}, {_TEXT})" for name in _TEXTS] + [*_NUMBERS, "unit", "shard"]
-        # As values in the query, their range lets the scan leave out the files that cannot hold them.
+        # As literals in the query, their range lets the scan skip files that cannot hold them.
         listed = ", ".join(map(literal, wanted))
         among = f"key BETWEEN {literal(wanted[0])} AND {literal(wanted[-1])} AND key IN ({listed})"
-        found = self.ask(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
+        found = self.query(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
         return {row[0]: Row(*row) for row in found}
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
-    """A database that sees the registered rows and nothing else; what does not fit into memory goes to `folder`."""
+    """Open a database that sees only the registered rows; it spills to `folder` if memory does not suffice."""
     limits: dict[str, str | bool] = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)}
     db = duckdb.connect(config={**limits, "python_enable_replacements": False})
     db.execute("SET enable_progress_bar = false; SET enable_external_access = false")
@@ -195,7 +198,7 @@ def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _schema(storage: Storage, names: Sequence[str], least: pa.Schema) -> pa.Schema:
-    """`least`, and the columns that the first or the last file of each batch has besides."""
+    """Return `least` plus the additional columns of the first and the last file of each batch."""
     batches: dict[str, list[str]] = {}
     for name in names:
         batch = re.search(r"(\d{4})-\d{6}", name)
@@ -208,15 +211,15 @@ def _schema(storage: Storage, names: Sequence[str], least: pa.Schema) -> pa.Sche
 
 
 def quoted(column: str) -> str:
-    """A column's name as SQL."""
+    """Quote a column's name for SQL."""
     return '"' + column.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """A text as SQL."""
+    """Quote a text for SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def recipe_text(manifest: Manifest | None) -> str:
-    """The recipe as the manifest tells it, for people."""
+    """Return the manifest's recipe as readable JSON."""
     return json.dumps(manifest.recipe if manifest else {}, indent=2, ensure_ascii=False)

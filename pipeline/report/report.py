@@ -1,7 +1,6 @@
-"""A dataset, finished or not → report.html in its folder: one file, under 5 MB, that opens anywhere.
+"""Dataset, finished or not → report.html: one self-contained file under 5 MB
 
-It shows images that were left out, too, where these are still staged: who publishes a dataset may want to look at
-the report before publishing it along.
+It also shows images that were left out, if they are still staged. Review it before you publish it with a dataset.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from capstan.pipeline.storage import Storage
 
 REPORT: Final = "report.html"
 LIMIT: Final = 5_000_000  # bytes of the whole file
-_IMAGES: Final = 3_100_000  # bytes of all images; base64 makes 4/3 of them, and texts and plots need the rest
+_IMAGES: Final = 3_100_000  # bytes of all images; base64 adds a third, and texts and plots need the rest
 
 
 def write_report(storage: Storage) -> str:
-    """Publish report.html in the dataset's folder; gives its address.
+    """Publish report.html in the dataset's folder and return its path or URL.
 
-    Raises RecipeError where there is neither a dataset nor the beginning of one.
+    Raises RecipeError if there is neither a dataset nor a started one.
     """
     with Rows(storage) as rows:
         data = report(rows).encode()
     if len(data) > LIMIT:
         raise CapstanError(
-            f"the report would have {len(data):,} bytes: that is a mistake of Capstan's, please report it"
+            f"the report has {len(data):,} bytes, more than {LIMIT:,}: this is a bug in Capstan, please report it"
         )
     storage.write(REPORT, data)
     return f"{storage.url}/{REPORT}"
 
 
 def report(rows: Rows) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     examples = choose(rows)
     thumbs = thumbnails(find_images(rows, examples.shown()), _IMAGES)
     size = sum(entry.bytes for entry in rows.manifest.shards) if rows.manifest else 0
@@ -65,12 +64,12 @@ def report(rows: Rows) -> str:
 
 
 def _state(rows: Rows) -> str:
-    """Where the dataset lies, and whether it is finished."""
+    """Return the dataset's location and whether it is finished."""
     if rows.manifest is None:
-        done = f"{rows.count:,} of {rows.planned:,} planned rows have been looked at so far"
+        done = f"{rows.count:,} of {rows.planned:,} planned rows have been processed so far"
         return f"{rows.storage.url} is not finished: {done}."
     if not rows.finished:
-        return f"{rows.storage.url} is being packed again: nothing is decided until `capstan build` has ended."
+        return f"{rows.storage.url} is being repacked: rows are undecided until `capstan build` has finished."
     if not rows.manifest.complete:
         return f"{rows.storage.url} is incomplete: some shards could not be packed. Run `capstan build` again."
     return rows.storage.url

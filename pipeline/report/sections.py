@@ -1,4 +1,4 @@
-"""The report's sections: each takes the rows, and what was found in them, and gives blocks of HTML."""
+"""Sections of the report: rows and examples → HTML blocks"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from capstan.pipeline.html import page, plots
+from capstan.pipeline.html.axes import short
 from capstan.pipeline.html.page import Cell, Html, percent
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED
 from capstan.pipeline.report.examples import CONTAMINATED, Examples, Step
@@ -15,35 +16,35 @@ from capstan.pipeline.report.thumbnails import why_missing
 from capstan.pipeline.run_history import Run
 
 _CAPTION: Final = 140  # characters shown of a caption
-_DETAIL: Final = 110  # of an address, and of what a fetch said
+_DETAIL: Final = 110  # characters shown of a URL, and of a fetch error
 _DOMAINS: Final = 20
 _RUNS: Final = 12
 _RECIPE: Final = 20_000  # characters
 
-# What a failure reason means, in the words of somebody who wonders what to do about it.
+# Failure reason → its meaning, for readers who want to know what to do about it.
 _MEANING: Final = {
-    "bad_url": "not an address that can be fetched",
-    "private_address": "the host lies in a private network (fetch.allow_private)",
-    "dns": "the host's name is not known",
-    "connect": "the host takes no connection",
+    "bad_url": "not a URL that can be fetched",
+    "private_address": "the host is in a private network (fetch.allow_private)",
+    "dns": "the host name is unknown",
+    "connect": "the host refused the connection",
     "tls": "the host's certificate is not valid",
-    "timeout": "not done within fetch.timeout_s",
-    "redirects": "redirected too often, or to nowhere",
-    "robots": "robots.txt asks not to fetch it",
-    "noai": "the site asks not to use it for training",
+    "timeout": "not finished within fetch.timeout_s",
+    "redirects": "redirected too often, or without a target",
+    "robots": "disallowed by robots.txt",
+    "noai": "the site opts out of AI training",
     "too_large_bytes": "larger than fetch.max_bytes",
     "empty": "no bytes",
-    "not_an_image": "something else than an image, often an HTML page",
-    "unsupported": "a format that is not read",
+    "not_an_image": "not an image, often an HTML page",
+    "unsupported": "an unsupported format",
     "truncated": "the file ends early",
-    "corrupt": "damaged, or its checksum is another",
+    "corrupt": "damaged, or its checksum does not match",
     "too_many_pixels": "more than image.max_pixels",
-    "too_small": "its shorter side is below image.min_size",
+    "too_small": "the shorter side is below image.min_size",
     "bad_caption": "the caption is not text",
     "read_error": "the source could not be read",
 }
 
-# What makes a row a duplicate, where its name does not say so.
+# Kind of duplicate → its meaning, if the name does not say it.
 _KINDS: Final = {
     "perceptual": "They look the same (dedup.perceptual).",
     "semantic": "Their embeddings are near (dedup.semantic).",
@@ -54,11 +55,11 @@ Thumbs = Mapping[str, bytes]
 
 
 def key_figures(rows: Rows, size: int) -> Html:
-    """The counts that matter most; `size` is that of the tars in bytes."""
+    """Return the main counts; `size` is the total of all tars in bytes."""
     total = rows.count
     if not rows.finished:
         staged = rows.having(STAGED)
-        shares = {"Rows planned": f"{rows.planned:,}", "Looked at": f"{total:,}", "Staged": f"{staged:,}"}
+        shares = {"Rows planned": f"{rows.planned:,}", "Processed": f"{total:,}", "Staged": f"{staged:,}"}
         return page.figures(shares | {"Failed": percent(rows.having(FAILED), total)})
     counts = {"Rows": f"{total:,}", "Kept": f"{rows.having(KEPT):,}"}
     names = {"Rejected": REJECTED, "Duplicates": DUPLICATE, "Failed": FAILED}
@@ -68,20 +69,20 @@ def key_figures(rows: Rows, size: int) -> Html:
 
 
 def funnel(steps: list[dict[str, Any]], conditions: Mapping[str, str]) -> Html:
-    """Rows left after each step, and lost by it: the manifest's funnel."""
+    """Return the manifest's funnel: rows left after each step, and lost by it."""
     shown = [(str(s["step"]), page.clip(conditions.get(s["step"], ""), 300), s["left"], s["lost"]) for s in steps]
     return plots.steps(shown) if shown else page.paragraph("No rows.")
 
 
 def kept(examples: Examples, thumbs: Thumbs) -> Html:
-    """Some of what the dataset holds."""
+    """Return a gallery of kept rows."""
     if not examples.kept:
         return page.paragraph("Nothing is kept.")
     return page.gallery(_card(examples.rows[key], thumbs) for key in examples.kept)
 
 
 def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
-    """What each condition dropped, and what it let pass."""
+    """Return, per condition, a gallery of rows that it dropped and of rows that it passed."""
     blocks: list[Html] = []
     for step in examples.steps:
         lost = rows.outcomes.get((REJECTED, step.name), 0)
@@ -97,22 +98,22 @@ def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
 
 
 def distributions(rows: Rows) -> list[Html]:
-    """Histograms with the thresholds drawn in."""
-    drawn, said = histograms(rows, subjects(rows))
+    """Return the histograms, with thresholds."""
+    drawn, notes = histograms(rows, subjects(rows))
     if not drawn:
         return [page.paragraph("No row has an image that could be measured.")]
     words = ("kept", "left out, or a duplicate") if rows.finished else ("kept", "staged, not yet decided")
     about = "Rows with an image. Dashed lines are thresholds of the recipe's conditions, which reject what is shaded. "
     return [
-        page.note(about + _of_what(rows)),
+        page.note(about + _sample_note(rows)),
         plots.legend(*words),
         page.grid(map(plots.histogram, drawn)),
-        *([page.note(" · ".join(said))] if said else []),
+        *([page.note(" · ".join(notes))] if notes else []),
     ]
 
 
 def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
-    """Dropped images beside the ones that were kept instead."""
+    """Return dropped images next to the ones that were kept instead."""
     blocks: list[Html] = []
     for kind, dropped in examples.pairs.items():
         count = rows.outcomes[DUPLICATE, kind]
@@ -122,7 +123,7 @@ def duplicates(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
 
 
 def domains(rows: Rows) -> list[Html]:
-    """The hosts with most rows, and how many of these are kept; nothing where rows have no address."""
+    """Return the hosts with most rows, and the share that is kept; [] if rows have no URL."""
     host = "lower(split_part(split_part(split_part(split_part(url, '://', 2), '/', 1), '?', 1), '@', -1))"
     query = f"""
         SELECT left(host, 80), count(*) AS n,
@@ -130,7 +131,7 @@ def domains(rows: Rows) -> list[Html]:
         FROM (SELECT {host} AS host, outcome FROM rows WHERE {rows.sample})
         WHERE host <> '' GROUP BY host ORDER BY n DESC, host LIMIT {_DOMAINS}
     """
-    found = rows.ask(query)
+    found = rows.query(query)
     if not found:
         return []
     most = found[0][1]
@@ -138,7 +139,7 @@ def domains(rows: Rows) -> list[Html]:
         [name, n, k, percent(k, n), percent(f, n), Cell(plots.bar((k / most, "kept"), ((n - k) / most, "lost")))]
         for name, n, k, f in found
     ]
-    note = page.note(f"Those with most rows, {_DOMAINS} at most. {_of_what(rows)}")
+    note = page.note(f"The {_DOMAINS} hosts with most rows. {_sample_note(rows)}")
     return [
         note,
         plots.legend("kept", "not kept"),
@@ -147,31 +148,30 @@ def domains(rows: Rows) -> list[Html]:
 
 
 def failures(rows: Rows, examples: Examples) -> list[Html]:
-    """Why rows have no image."""
+    """Return the failure reasons with counts, meanings and examples."""
     reasons = {reason: count for (outcome, reason), count in rows.outcomes.items() if outcome == FAILED}
     if not reasons:
         return [page.paragraph("No row failed.")]
     table = []
     for reason, listed in examples.failed.items():
         row = examples.rows[listed[0]]
-        said = page.clip(row.detail, _DETAIL)
-        where = page.clip(row.url, _DETAIL)
+        texts = (page.clip(row.url, _DETAIL), page.clip(row.detail, _DETAIL))
         count = reasons[reason]
-        example = " · ".join(text for text in (where, said) if text)
+        example = " · ".join(text for text in texts if text)
         table.append([reason, count, percent(count, rows.count), _meaning(reason), example])
-    blocks = [page.table(["reason", "rows", "of all rows", "what it means", "for example"], table)]
+    blocks = [page.table(["reason", "rows", "of all rows", "meaning", "example"], table)]
     if left := len(reasons) - len(table):
         blocks.append(page.note(f"And {left:,} more reasons."))
     return [
         *blocks,
-        page.note("Rows are tried again for reasons that may heal: capstan build RECIPE --retry timeout,http_503"),
+        page.note("To retry rows with transient failures: capstan build RECIPE --retry timeout,http_503"),
     ]
 
 
 def throughput(runs: list[Run]) -> list[Html]:
-    """What the latest runs took."""
+    """Return the duration of the latest runs, by stage."""
     if not runs:
-        return [page.paragraph("No run that was timed has ended yet.")]
+        return [page.paragraph("No timed run has finished yet.")]
     stages = list(dict.fromkeys(stage for run in runs for stage in run.seconds))
     table = []
     for run in reversed(runs[-_RUNS:]):
@@ -181,20 +181,20 @@ def throughput(runs: list[Run]) -> list[Html]:
         ended = run.ended.strftime("%Y-%m-%d %H:%M")
         table.append([ended, run.command, run.rows, rate, *seconds])
     header = ["ended (UTC)", "command", "rows ingested", "rows/s", *(f"{stage}, s" for stage in stages)]
-    remark = "Runs that ended, the latest first; those that were cut off are not listed."
+    remark = "Finished runs, the latest first. Interrupted runs are not listed."
     return [page.note(remark), page.table(header, table)]
 
 
 def recipe(rows: Rows) -> Html:
-    """The recipe, on demand."""
+    """Return the manifest's recipe, collapsed."""
     text = recipe_text(rows.manifest)
-    return page.details("The recipe, as the manifest keeps it", text[:_RECIPE])
+    return page.details("The recipe stored in the manifest", text[:_RECIPE])
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-def _of_what(rows: Rows) -> str:
+def _sample_note(rows: Rows) -> str:
     return f"Counted over a random sample of about {SAMPLE:,} rows." if rows.sampled else ""
 
 
@@ -209,7 +209,7 @@ def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
 
 def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
     number = examples.values.get((step.name, key))
-    return _card(examples.rows[key], thumbs, "" if number is None else f"value {plots.short(number)}")
+    return _card(examples.rows[key], thumbs, "" if number is None else f"value {short(number)}")
 
 
 def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
@@ -223,9 +223,9 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
     apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
     sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
-    said = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
-    word = "kept" if kept_row.is_shown else kept_row.reason  # one that was taken down holds its place
-    return page.pair((_image(kept_row, thumbs), word), right, *said, sizes)
+    texts = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
+    word = "kept" if kept_row.is_shown else kept_row.reason  # a row that was taken down holds its place
+    return page.pair((_image(kept_row, thumbs), word), right, *texts, sizes)
 
 
 def _sizes(row: Row) -> str:

@@ -1,8 +1,7 @@
-"""SQL conditions → what they compare with which number.
+"""SQL conditions → thresholds: the expression, operator and number compared
 
-DuckDB parses them: a condition is taken apart where it is comparisons joined by AND, and each that holds something of a
-row against a number is a threshold. OR, NOT, subqueries and all else mean that no single line divides the rows, and
-give none.
+DuckDB parses the conditions. A condition is split at AND; each comparison of a row's value with a number is a
+threshold. With OR, NOT or subqueries no single line divides the rows, so they yield no threshold.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _OPERATORS: Final = {
     "COMPARE_LESSTHANOREQUALTO": "≤",
     "COMPARE_LESSTHAN": "<",
 }
-_TURNED: Final = {"≥": "≤", ">": "<", "≤": "≥", "<": ">"}
+_FLIPPED: Final = {"≥": "≤", ">": "<", "≤": "≥", "<": ">"}
 _ARITHMETIC: Final = {"+", "-", "*", "/"}
 _UNCLEAR: Final = {"SUBQUERY", "WINDOW", "STAR", "LAMBDA", "PARAMETER"}
 
@@ -29,7 +28,7 @@ Node = dict[str, Any]
 
 @dataclass(frozen=True)
 class Threshold:
-    """`subject` (SQL, as DuckDB writes it) must be ≥, >, ≤ or < `value` for the condition to hold."""
+    """A comparison: `subject` (SQL in DuckDB's canonical form) must be ≥, >, ≤ or < `value`."""
 
     condition: str
     subject: str
@@ -42,7 +41,7 @@ class Threshold:
 
 
 def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> list[Threshold]:
-    """The thresholds in `conditions` (name → SQL), in order."""
+    """Return the thresholds in `conditions` (name → SQL), in order."""
     found = []
     for name, where in conditions.items():
         if statement := _parse(db, where):
@@ -54,7 +53,7 @@ def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> 
 
 
 def canonical(db: duckdb.DuckDBPyConnection, expression: str) -> str:
-    """An expression as DuckDB writes it: two that differ in spaces or brackets are the same."""
+    """Return an expression in DuckDB's canonical form, without differences in spaces or brackets."""
     statement = _parse(db, expression)
     assert statement is not None, expression
     text = _sql(db, statement, _expression(statement))
@@ -63,7 +62,7 @@ def canonical(db: duckdb.DuckDBPyConnection, expression: str) -> str:
 
 
 def _parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
-    """The syntax tree of `SELECT (expression)`, or None if it is none."""
+    """Return the syntax tree of `SELECT (expression)`, or None if it is not a single valid statement."""
     try:
         (text,) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({expression}\n)"]).fetchone() or ("",)
     except duckdb.Error:
@@ -74,7 +73,7 @@ def _parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
 
 
 def _list(statement: Node) -> list[Node]:
-    return list(statement["statements"][0]["node"].get("select_list", []))  # a UNION has none of its own
+    return list(statement["statements"][0]["node"].get("select_list", []))  # a UNION has no select_list of its own
 
 
 def _expression(statement: Node) -> Node:
@@ -82,7 +81,7 @@ def _expression(statement: Node) -> Node:
 
 
 def _comparisons(node: Node) -> Iterator[tuple[Node, str, Node]]:
-    """(subject, operator, constant) of every comparison that must hold for `node` to hold."""
+    """Yield (subject, operator, constant) of every comparison that must be true for `node` to be true."""
     if node["type"] == "CONJUNCTION_AND":
         for child in node["children"]:
             yield from _comparisons(child)
@@ -95,11 +94,11 @@ def _comparisons(node: Node) -> Iterator[tuple[Node, str, Node]]:
         if _is_subject(node["left"]) and _is_constant(node["right"]):
             yield node["left"], operator, node["right"]
         elif _is_constant(node["left"]) and _is_subject(node["right"]):
-            yield node["right"], _TURNED[operator], node["left"]
+            yield node["right"], _FLIPPED[operator], node["left"]
 
 
 def _is_constant(node: Node) -> bool:
-    """Whether it is made of literals alone."""
+    """Return whether the node consists of literals only."""
     inner = list(_walk(node))
     functions = [n["function_name"] for n in inner if n["class"] == "FUNCTION"]
     return all(n["class"] in ("CONSTANT", "CAST", "FUNCTION", "TYPE") for n in inner) and set(functions) <= _ARITHMETIC
@@ -111,7 +110,7 @@ def _is_subject(node: Node) -> bool:
 
 
 def _walk(node: Any) -> Iterator[Node]:
-    """The expressions in a syntax tree."""
+    """Yield the expressions in a syntax tree."""
     if isinstance(node, dict):
         if "class" in node:
             yield node
@@ -123,7 +122,7 @@ def _walk(node: Any) -> Iterator[Node]:
 
 
 def _sql(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> str | None:
-    """A part of a statement as SQL."""
+    """Return a node of a statement as SQL, None if DuckDB cannot write it."""
     inner = statement["statements"][0]
     part = {**statement, "statements": [{**inner, "node": {**inner["node"], "select_list": [node]}}]}
     try:

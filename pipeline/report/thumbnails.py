@@ -1,6 +1,6 @@
-"""Rows → their images: in the shards for those that are kept, staged for the others; and thumbnails within a budget.
+"""Rows → their images, from shards or staged tars, and thumbnails in a budget
 
-Of a row whose image has been freed, or lies in a file that cannot be read, there is none; the reader is told so.
+A row whose image was freed, or is in an unreadable file, has no image; the page says so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from capstan.pipeline.records import KEPT
 from capstan.pipeline.report.query import Row, Rows
 from capstan.pipeline.storage import Storage
 
-# Longest side in pixels, and quality: the first of these with which all thumbnails fit is taken. Shown at about half
-# their size, the large ones are sharp on fine screens.
+# Longest side in pixels, and JPEG quality: the first pair with which all thumbnails fit is used. The page shows them at
+# about half their size, so the large ones are sharp on high-density screens.
 _LADDER: Final = ((256, 84), (208, 80), (160, 78), (128, 74), (96, 70), (64, 60))
 
 
 def find_images(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
-    """Key → JPEG, of the rows whose image is there."""
+    """Return key → JPEG for the rows whose image exists."""
     places: dict[tuple[str, str], list[str]] = {}
     listed = {entry.name: entry for entry in rows.manifest.shards} if rows.manifest else {}
     for row in wanted:
@@ -44,14 +44,14 @@ def find_images(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
 
 
 def why_missing(row: Row) -> str:
-    """In a few words, why there is no image of a row."""
+    """Return in a few words why a row has no image."""
     if not row.is_shown:
         return row.reason or row.outcome
     return "cannot be read" if row.outcome == KEPT else "no longer staged"
 
 
 def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, bytes]:
-    """The JPEGs of `keys` from one tar, by the offsets in its table."""
+    """Read the JPEGs of `keys` from one tar, by the offsets in its table."""
     try:
         with storage.open(table) as file:
             spans = pq.read_table(file, columns=["key", "offset", "size"])
@@ -59,7 +59,7 @@ def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, 
         with storage.open(tar) as file:
             return {row["key"]: _span(file, row["offset"], row["size"]) for row in spans.to_pylist() if row["size"]}
     except (FileNotFoundError, StorageError, pa.ArrowInvalid):
-        return {}  # freed, or damaged: `capstan verify` says which
+        return {}  # freed or damaged: `capstan verify` reports damage
 
 
 def _span(file: Any, offset: int, size: int) -> bytes:
@@ -68,7 +68,7 @@ def _span(file: Any, offset: int, size: int) -> bytes:
 
 
 def shrink(jpeg: bytes, side: int) -> Image.Image | None:
-    """An image whose longest side is at most `side` pixels; None if it cannot be decoded."""
+    """Decode a JPEG to at most `side` pixels on its longest side; None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             image.draft("RGB", (2 * side, 2 * side))
@@ -80,7 +80,7 @@ def shrink(jpeg: bytes, side: int) -> Image.Image | None:
 
 
 def thumbnails(jpegs: Mapping[str, bytes], budget: int) -> dict[str, bytes]:
-    """Key → a small JPEG; together at most `budget` bytes. Those that do not fit at the smallest size are left out."""
+    """Return key → small JPEG, at most `budget` bytes in total. Images that do not fit are omitted."""
     largest = {key: shrink(jpeg, _LADDER[0][0]) for key, jpeg in jpegs.items()}
     whole = {key: image for key, image in largest.items() if image is not None}
     made: dict[str, bytes] = {}

@@ -98,7 +98,7 @@ def test_every_command_says_that_its_bucket_cannot_be_reached(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("image.size=3", "--set: image says nothing here"),
+        ("image.size=3", "--set: image has no effect on this command"),
         ("storage.secret=x", "storage.secret: is a secret"),
         ("storage=3", "storage"),
     ],

@@ -384,7 +384,7 @@ def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
     assert f"{tar}: missing" in problems(tar, None)
     assert f"{table}: its SHA-256" in problems(table, good["shards/shard-000000.parquet"])
     assert "shards/odd.tar: not listed" in problems("shards/odd.tar", raw)
-    assert "sizes.json: does not agree" in problems("sizes.json", b"{}")
+    assert "sizes.json: does not match" in problems("sizes.json", b"{}")
     ledger = next(name for name in good if name.startswith("ledger/"))
     assert f"{ledger}: missing" in problems(ledger, None)
     assert sound(recipe)

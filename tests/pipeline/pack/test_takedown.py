@@ -261,7 +261,7 @@ def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, r
         ("keys", "12", "--keys: .*line 3: '12' is no key"),
         ("sha256", "zz", "--sha256: .*is no SHA-256"),
         ("domains", "not a domain", "--domains: .*is no domain"),
-        ("urls", "", "remove: nothing is asked for"),
+        ("urls", "", "remove: names no entry"),
     ],
 )
 def test_a_bad_list_changes_nothing(tmp_path: Path, lists: str, entry: str, message: str) -> None:

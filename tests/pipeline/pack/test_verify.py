@@ -80,18 +80,18 @@ def member_at(tar: bytes, suffix: str) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "where", "said"),
+    ("suffix", "where", "problem"),
     [
         (".jpg", "middle", "its SHA-256"),
         (".jpg", "start", "is not a JPEG"),
-        (".json", "middle", ".json is not what the table says"),
-        (".txt", "start", ".txt is not what the table says"),
+        (".json", "middle", ".json does not match the table"),
+        (".txt", "start", ".txt does not match the table"),
         (".jpg", "name", "is missing (found"),
         (".txt", "checksum", "has a damaged header"),
         (".json", "padding", ".json is not followed by zeros"),
     ],
 )
-def test_where_in_a_tar(storage: Storage, suffix: str, where: str, said: str) -> None:
+def test_where_in_a_tar(storage: Storage, suffix: str, where: str, problem: str) -> None:
     tar = bytearray(storage.read(TAR))
     member = member_at(tar, suffix)
     start, size = member.offset_data, member.size
@@ -100,7 +100,7 @@ def test_where_in_a_tar(storage: Storage, suffix: str, where: str, said: str) ->
     storage.write(TAR, bytes(tar))
     problems = verify(storage)
     assert all(problem.startswith(f"{TAR}:") for problem in problems)
-    assert any(said in problem for problem in problems), problems
+    assert any(problem in line for line in problems), problems
     if where != "middle" or suffix != ".jpg":
         assert any(member.name in problem for problem in problems), problems
 
@@ -109,17 +109,17 @@ def test_more_and_less_of_a_tar(storage: Storage) -> None:
     good = storage.read(TAR)
     member = member_at(good, ".json")
 
-    def said(tar: bytes) -> str:
+    def problems_of(tar: bytes) -> str:
         storage.write(TAR, tar)
         return "\n".join(verify(storage))
 
-    assert "does not end after the table's last sample" in said(good + b"x")
-    assert f"{TAR}: {len(good) + 512} bytes" in said(good + bytes(512))
-    assert f"ends within {member.name}" in said(good[: member.offset_data + 5])
-    assert f"{member.name} is missing (found the end of the file)" in said(good[: member.offset])
+    assert "does not end after the table's last sample" in problems_of(good + b"x")
+    assert f"{TAR}: {len(good) + 512} bytes" in problems_of(good + bytes(512))
+    assert f"ends within {member.name}" in problems_of(good[: member.offset_data + 5])
+    assert f"{member.name} is missing (found the end of the file)" in problems_of(good[: member.offset])
     end = member.offset_data + -(-member.size // 512) * 512
-    assert f"{member.name} is missing (found {member.name[:-5]}.txt)" in said(good[: member.offset] + good[end:])
-    assert f"{TAR}: 0 bytes" in said(b"")
+    assert f"{member.name} is missing (found {member.name[:-5]}.txt)" in problems_of(good[: member.offset] + good[end:])
+    assert f"{TAR}: 0 bytes" in problems_of(b"")
     storage.delete(TAR)
     assert f"{TAR}: missing" in verify(storage)
 
@@ -149,9 +149,9 @@ def test_a_table_that_was_written_wrongly(storage: Storage) -> None:
     offset = table["offset"][3].as_py()
 
     problems = replaced(storage, changed(table, "offset", 3, offset + 512))
-    assert f"{TAR}: {keys[3]}.jpg lies at {offset}, the table says {offset + 512}" in problems
-    assert f"{TAR}.idx: does not agree with {TABLE}" in problems
-    assert f"{energon.INDEX}: does not agree with the shards' tables" in problems
+    assert f"{TAR}: {keys[3]}.jpg is at {offset}, the table says {offset + 512}" in problems
+    assert f"{TAR}.idx: does not match {TABLE}" in problems
+    assert f"{energon.INDEX}: does not match the shards' tables" in problems
 
     size = table["size"][3].as_py()
     assert any(
@@ -159,12 +159,12 @@ def test_a_table_that_was_written_wrongly(storage: Storage) -> None:
     )
     short = next(row for row, text in enumerate(table["caption"].to_pylist()) if text in (" ", ".", "null", "0.25"))
     problems = replaced(storage, changed(table, "caption", short, "x" * len(table["caption"][short].as_py())))
-    assert f"{TAR}: {keys[short]}.txt is not what the table says" in problems
+    assert f"{TAR}: {keys[short]}.txt does not match the table" in problems
     assert any(f"{keys[2]}.json" in p for p in replaced(storage, changed(table, "width", 2, 49)))
 
     elsewhere = storage.read_table("shards/shard-000000.parquet")["key"][0].as_py()
     problems = replaced(storage, changed(table, "key", 0, elsewhere))
-    assert f"{TABLE}: key {elsewhere} is in shards/shard-000000.parquet too" in problems
+    assert f"{TABLE}: key {elsewhere} is also in shards/shard-000000.parquet" in problems
     assert "ledger: the rows kept in shard-000001 are not those of its table" in problems
     assert any(problem.startswith(f"{TAR}: {elsewhere}.jpg is missing (found {keys[0]}.jpg)") for problem in problems)
 
@@ -199,19 +199,19 @@ def test_a_manifest_that_says_something_else(storage: Storage) -> None:
     fields["counts"]["failed"] += 1
     storage.write("dataset.json", json.dumps(fields, indent=1).encode())
     problems = verify(storage)
-    assert "dataset.json: does not agree with its own seal: damaged, or changed by hand" in problems
+    assert "dataset.json: does not match its own seal: damaged, or edited by hand" in problems
     assert any(problem.startswith("ledger: 0 rows failed, dataset.json says 1") for problem in problems)
     storage.write("dataset.json", good[:-20])
     assert verify(storage)[0].startswith("dataset.json: ")
     write_manifest(storage, Manifest(format_version=1))
-    assert "older than this Capstan's" in verify(storage)[0]
+    assert "is too old for this version" in verify(storage)[0]
     storage.delete("dataset.json")
     with pytest.raises(RecipeError, match="no dataset"):
         verify(storage)
 
 
-def test_many_problems_are_told_in_the_order_of_the_shards(storage: Storage) -> None:
+def test_many_problems_are_listed_in_the_order_of_the_shards(storage: Storage) -> None:
     for name in random.Random(0).sample([n for n in storage.names("shards") if n.endswith(".tar")], 3):
         storage.write(name, storage.read(name)[:700])
-    told = [problem.partition(":")[0] for problem in verify(storage)]
-    assert told == sorted(told)
+    named = [problem.partition(":")[0] for problem in verify(storage)]
+    assert named == sorted(named)

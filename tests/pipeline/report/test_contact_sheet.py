@@ -1,4 +1,4 @@
-"""Contact sheets: the rows that were asked for, each with its image or the reason why there is none."""
+"""Contact sheets: the requested rows, each with its image or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def sheet(hostile_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     def draw(*arguments: str) -> tuple[int, dict[str, object] | str, np.ndarray | None]:
         out = tmp_path / "some" / "sheet.png"
         code = run(["report", str(hostile_dataset), *arguments, "-o", str(out), "--json"])
-        told = capsys.readouterr()
+        captured = capsys.readouterr()
         if code:
-            return code, told.err, None
+            return code, captured.err, None
         with Image.open(out) as image:
             assert image.format == "PNG"
-            return code, json.loads(told.out.splitlines()[-1]), np.asarray(image.convert("RGB")).astype(int)
+            return code, json.loads(captured.out.splitlines()[-1]), np.asarray(image.convert("RGB")).astype(int)
 
     return draw
 
 
 def keys_of(dataset: Path, where: str) -> list[str]:
     with Rows(Storage(str(dataset))) as rows:
-        return [key for (key,) in rows.ask(f"SELECT key FROM rows WHERE {where} ORDER BY key")]
+        return [key for (key,) in rows.query(f"SELECT key FROM rows WHERE {where} ORDER BY key")]
 
 
 def cell(pixels: np.ndarray, number: int) -> np.ndarray:
@@ -99,10 +99,10 @@ def test_a_list_of_keys_is_shown_in_its_order(sheet, hostile_dataset: Path, tmp_
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ("reason=sizes", "no row is reason=sizes.*reason is one of .*score \\(\\d+\\)"),
+        ("reason=sizes", "no row matches reason=sizes.*reason is one of .*score \\(\\d+\\)"),
         ("resaon=score", "no column 'resaon'.*did you mean reason"),
-        ("scor", "'scor' is neither.*did you mean score"),
-        ("width=wide", "width holds numbers, 'wide' is none"),
+        ("scor", "'scor' is not a file.*did you mean score"),
+        ("width=wide", "width holds numbers, 'wide' is not a number"),
         ("zzzz", "outcome is one of kept \\(\\d+\\)"),
     ],
 )

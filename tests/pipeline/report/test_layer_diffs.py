@@ -72,7 +72,7 @@ def test_names_are_untrusted_and_files_may_be_anything(storage: Storage) -> None
     storage.write("captions/diff-huge.json", b" " * 1_000_001)
     storage.write("captions/layer/diff-rows.json", b"{}")  # a layer's, which has nothing to do with it
     shown = section(storage)
-    assert shown.count("cannot be read: make it anew") == 6
+    assert shown.count("cannot be read: run captions diff again") == 6
     assert "diff-rows" not in shown
     assert set(re.findall("<([a-z]+)", shown)) <= {"p", "div", "table", "thead", "tbody", "tr", "th", "td", "bdi", "a"}
     assert re.findall("href=([^>]*)", shown) == [

@@ -232,7 +232,7 @@ def test_the_same_dataset_gives_the_same_page(copy: Storage) -> None:
 def test_long_tables_are_sampled_and_say_so(hostile_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_rows, "SAMPLE", 16)
     with Rows(Storage(str(hostile_dataset))) as rows:
-        sampled = rows.ask(f"SELECT count(*) FROM rows WHERE {rows.sample}")[0][0]
+        sampled = rows.query(f"SELECT count(*) FROM rows WHERE {rows.sample}")[0][0]
         assert 4 < sampled < 36
         shown = Parsed(report(rows)).sections
     assert "random sample" in shown["Sizes, captions and scores"]
@@ -256,7 +256,7 @@ def test_a_dataset_that_is_not_finished_shows_what_is_staged(copy: Storage) -> N
     copy.delete(marks[0])
     write_report(copy)
     shown = Parsed(copy.read("report.html").decode()).sections
-    assert f"{planned - 20} of {planned} planned rows have been looked at" in shown[""]
+    assert f"{planned - 20} of {planned} planned rows have been processed" in shown[""]
     assert "Funnel" not in shown
     assert "not_an_image" in shown["Failures"]
     assert "Caption, characters" in shown["Sizes, captions and scores"]
