@@ -125,7 +125,7 @@ def part(folder: Path, what: str) -> None:
                 seen = list(range(start, min(start + job.batch, unit.rows)))
                 reader = scorers[0]
                 piece = {"readers": [reader.id], "found": {}, "seen": seen, "captions": ["an image"] * len(seen)}
-                apply(piece | {"pixels": {reader.tower.id: pixels[: len(seen)]}})  # type: ignore[attr-defined]
+                apply(piece | {"pixels": {reader.clip_model.id: pixels[: len(seen)]}})  # type: ignore[attr-defined]
 
 
 def waiting(folder: Path) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Bytes of a file → the stored image, or a reason: the pixel contract.
+"""File bytes → the stored image, or a failure reason: the pixel contract.
 
-sniff → jpeg, png: the format, and whether the file is whole
+sniff → jpeg, png: detect the format; check that the file is complete
 icc, resize, phash: colours, size, perceptual hash
-decode: all of it
+decode: all of the above in order
 """

@@ -1,11 +1,12 @@
-"""One source file's bytes → the image to be stored, or the reason why there is none.
+"""One source file's bytes → the image to store, or a failure reason.
 
-The pixel contract: what is stored is what a viewer would show. Orientation is applied, colours become sRGB,
-transparency lies on white, of an animation the first frame is taken, nothing is ever enlarged, and a file that is cut
-or damaged gives a reason instead of half an image. Limits are read from headers before anything is decoded.
+The pixel contract: the stored image is what a viewer would show. EXIF orientation is applied, colours are converted to
+sRGB, transparency is laid on white, an animation is reduced to its first frame, and nothing is ever enlarged. A
+truncated or damaged file yields a failure reason instead of half an image. Limits are checked against the headers
+before anything is decoded.
 
-JPEGs take a fast path (libjpeg-turbo, scaled decoding); one that already fits is stored without re-encoding. All else,
-and odd JPEGs, go through Pillow.
+JPEGs take a fast path (libjpeg-turbo with scaled decoding); a JPEG that already fits is stored without re-encoding.
+Other formats, and unusual JPEGs, go through Pillow.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from capstan.pipeline.image.phash import colours, phash
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
 
-_LARGEST_SIDE: Final = 65_500  # pixels; what JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
-_HASHED_SIDE: Final = 64  # an image stored as it is need not be decoded larger than this for its phash
-# libjpeg warnings about files that every viewer shows whole; Pillow reads them. Anything else means damage.
+_LARGEST_SIDE: Final = 65_500  # pixels; the most that JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
+_HASHED_SIDE: Final = 64  # an image stored unchanged is decoded no larger than this, for its phash
+# libjpeg warnings about files that every viewer shows in full; Pillow reads them. Any other warning means damage.
 _HARMLESS: Final = re.compile(
     r"subsampling level|Invalid SOS parameters|JFIF revision|Adobe color transform"
-    r"|extraneous bytes before marker 0x(?!d)"  # in a scan (before RSTn or EOI) they are lost pixels
+    r"|extraneous bytes before marker 0x(?!d)"  # inside a scan (before RSTn or EOI) they mean lost pixels
 )
 _PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
@@ -61,10 +62,10 @@ _PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """What is stored. Sizes are in pixels; `original_*` is the source as a viewer shows it.
+    """An image ready to be stored. Sizes are in pixels; `original_*` is the source as a viewer shows it.
 
-    `crop_left` and `crop_top` say how many pixels of the scaled image were cut off there (negative: padded).
-    `sha256` is of the source bytes.
+    `crop_left` and `crop_top` are the pixels of the scaled image that were cut off there (negative: padded).
+    `sha256` is the hash of the source bytes.
     """
 
     jpeg: bytes
@@ -81,7 +82,7 @@ class StoredImage:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no image: `reason` is one of `records.REASONS`, `detail` is for people."""
+    """Why an image could not be made: `reason` is one of `records.REASONS`, `detail` is for people."""
 
     reason: str
     detail: str = ""
@@ -89,7 +90,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """From the source (w, h; upright) to what is stored: scale to `scaled`, crop or pad about the centre to `out`."""
+    """Source size (w, h; upright) → stored size: scale to `scaled`, then crop or pad around the centre to `out`."""
 
     source: tuple[int, int]
     scaled: tuple[int, int]
@@ -97,7 +98,7 @@ class _Layout:
 
     @property
     def offset(self) -> tuple[int, int]:
-        """Left and top of `out` in `scaled`; negative where it is padded."""
+        """Left and top of `out` within `scaled`; negative if it is padded."""
         return (self.scaled[0] - self.out[0]) // 2, (self.scaled[1] - self.out[1]) // 2
 
     @property
@@ -106,9 +107,9 @@ class _Layout:
 
 
 def decode(data: bytes, image: config.Image) -> StoredImage | Failure:
-    """The image in `data` as `image` wants it stored: an 8-bit sRGB JPEG without metadata.
+    """Decode `data` and return it as the settings in `image` say: an 8-bit sRGB JPEG without metadata.
 
-    Bad bytes give a Failure, never an exception. The same bytes and settings give the same image.
+    Bad bytes produce a Failure, never an exception. The same bytes and settings produce the same image.
     """
     _one_thread()
     try:
@@ -117,23 +118,23 @@ def decode(data: bytes, image: config.Image) -> StoredImage | Failure:
     except Unreadable as why:
         return Failure(why.reason, why.detail)
     except MemoryError:
-        raise  # the machine's trouble, not the image's: its size was checked
+        raise  # the machine's fault, not the image's: its size was checked
     except Exception as error:  # noqa: BLE001 - codecs raise anything; one bad file must not end the unit
         return Failure("corrupt", f"{type(error).__name__}: {error}")
 
 
 def check_hash(data: bytes, expected: str) -> Failure | None:
-    """A Failure unless `data` has the hash its source states: hexadecimal md5, sha1, sha256 or sha512, by length."""
+    """Return a Failure unless `data` has the expected hash: hexadecimal md5, sha1, sha256 or sha512, by length."""
     name = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}.get(len(expected))
     if name is None:
-        return Failure("corrupt", f"{expected!r} is no md5, sha1, sha256 or sha512")
-    found = hashlib.new(name, data, usedforsecurity=False).hexdigest()
-    return None if found == expected.lower() else Failure("corrupt", f"{name} is {found}, the source says {expected}")
+        return Failure("corrupt", f"{expected!r} is not an md5, sha1, sha256 or sha512")
+    actual = hashlib.new(name, data, usedforsecurity=False).hexdigest()
+    return None if actual == expected.lower() else Failure("corrupt", f"{name} is {actual}, the source says {expected}")
 
 
 @cache
 def _one_thread() -> None:
-    """Workers are processes, one a core: OpenCV's own threads would only fight over them."""
+    """Turn off OpenCV's threads: workers are processes, one per core, and threads would only compete."""
     cv2.setNumThreads(1)
 
 
@@ -141,7 +142,7 @@ def _one_thread() -> None:
 
 
 def _plan(width: int, height: int, image: config.Image) -> _Layout:
-    """Check the limits for a source of this size (as shown) and lay out what is stored. Nothing is ever enlarged."""
+    """Check the limits for a source of this size (as shown) and lay out the stored image. Nothing is ever enlarged."""
     if width * height > image.max_pixels:
         raise Unreadable("too_many_pixels", f"{width} x {height}")
     if min(width, height) < image.min_size:
@@ -161,15 +162,15 @@ def _plan(width: int, height: int, image: config.Image) -> _Layout:
 
 
 def _times(length: int, numerator: int, denominator: int) -> int:
-    """length × numerator / denominator, rounded to whole pixels, at least one."""
+    """Return length × numerator / denominator, rounded to whole pixels, at least one."""
     return max(1, (2 * length * numerator + denominator) // (2 * denominator))
 
 
 def _fit(pixels: np.ndarray, layout: _Layout, orientation: int) -> np.ndarray:
-    """Pixels as stored → scaled, upright; cut to what is stored already where nothing must be turned.
+    """Scale pixels from file order and turn them upright; crop first if nothing has to be turned.
 
-    To average what is then cut off would take a third of the time. The cut is made on whole pixels of `pixels`, so it
-    may be off by less than one of them.
+    Averaging pixels that are then cropped away would take a third of the time. The crop is made on whole pixels of
+    `pixels`, so it may be off by less than one of them.
     """
     if orientation != 1 or layout.source == layout.scaled or min(layout.offset) < 0:
         return _turn(shrink(pixels, _swap(layout.scaled, orientation)), orientation)
@@ -180,7 +181,7 @@ def _fit(pixels: np.ndarray, layout: _Layout, orientation: int) -> np.ndarray:
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels as stored → as shown (EXIF 2.3, tag 0x0112)."""
+    """Turn pixels from file order to display order (EXIF 2.3, tag 0x0112)."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -191,7 +192,7 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _swap(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Width and height as shown ↔ as stored."""
+    """Convert (width, height) between display order and file order."""
     return (size[1], size[0]) if orientation >= 5 else size
 
 
@@ -230,20 +231,22 @@ def _decode_jpeg(data: bytes, image: config.Image) -> StoredImage:
 
 
 def _least_factor(header: jpeg.Header, needed: tuple[int, int]) -> int:
-    """By how much libjpeg shall shrink at least: 2, or 1 where 5/8 will do. At 6/8 and 7/8, for which it has no
-    vector code, decoding takes longer than is won by having fewer pixels to average."""
+    """Return the least factor by which libjpeg shrinks: 2, or 1 if 5/8 is enough.
+
+    libjpeg has no vector code for 6/8 and 7/8: decoding then costs more than averaging fewer pixels saves.
+    """
     width, height = needed
     return 1 if 8 * width <= 5 * header.width and 8 * height <= 5 * header.height else 2
 
 
 def _jpeg_rgb(pixels: np.ndarray, colours: str, icc: bytes) -> np.ndarray:
-    """libjpeg's pixels → sRGB uint8 [H, W, 3]."""
+    """Convert libjpeg's pixels to sRGB, uint8 [H, W, 3]."""
     height, width = pixels.shape[:2]
     if colours == "RGB":
         return pixels if is_srgb(icc) else np.asarray(to_srgb(Image.fromarray(pixels), icc))
     if colours == "GRAY":
         return np.asarray(to_srgb(Image.frombytes("L", (width, height), pixels.tobytes()), icc))
-    ink = 255 - pixels  # JPEGs hold CMYK inverted, as Adobe began it and all viewers assume
+    ink = 255 - pixels  # JPEGs hold CMYK inverted, as Adobe introduced it and all viewers assume
     return np.asarray(to_srgb(Image.frombytes("CMYK", (width, height), ink.tobytes()), icc))
 
 
@@ -257,7 +260,7 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
         _plan(*sniff.webp_size(data), image)  # its decoder allocates the canvas on opening
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters becomes a reason
+            warnings.simplefilter("ignore")  # Pillow's warnings about unusual files; those that matter become a reason
             shown, layout, orientation = _shown(kind, data, image)
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error) as error:
         raise _explain(kind, data, error) from None
@@ -265,20 +268,20 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
 
 
 def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
-    """The first frame in sRGB at full size, how to lay it out, and how it must still be turned (EXIF orientation)."""
+    """Return the first frame in sRGB at full size, its layout, and the EXIF orientation still to be applied."""
     source, profile = png.bare(data) if kind == "png" else (data, b"")
-    with _PLUGINS[kind](io.BytesIO(source)) as picture:
-        picture.info |= {"icc_profile": profile} if profile else {}
-        # Pillow turns a TIFF upright itself, and says its size as it will then be.
-        orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(picture))
-        layout = _plan(*_swap(picture.size, orientation), image)
-        if isinstance(picture, TiffImagePlugin.TiffImageFile):
-            _check_tiff(picture, data)
-        patch = picture.tile[0].extents if kind == "gif" and picture.tile else None
-        picture.load()
-        if kind == "png" and _is_blank(picture, png.last_row(data)):
+    with _PLUGINS[kind](io.BytesIO(source)) as frame:
+        frame.info |= {"icc_profile": profile} if profile else {}
+        # Pillow turns a TIFF upright itself, and reports its size after that.
+        orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(frame))
+        layout = _plan(*_swap(frame.size, orientation), image)
+        if isinstance(frame, TiffImagePlugin.TiffImageFile):
+            _check_tiff(frame, data)
+        patch = frame.tile[0].extents if kind == "gif" and frame.tile else None
+        frame.load()
+        if kind == "png" and _is_blank(frame, png.last_row(data)):
             png.check_pixels(data)
-        shown = _flatten(picture, kind, data)
+        shown = _flatten(frame, kind, data)
     if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas
         canvas = Image.new("RGB", shown.size, "white")
         canvas.paste(shown.crop(patch), patch)
@@ -286,20 +289,20 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
     return shown, layout, orientation
 
 
-def _is_blank(picture: Image.Image, row: int) -> bool:
-    """Whether Pillow has only zeros there, as where no data came; then the image may not be whole."""
-    return not np.asarray(picture.crop((0, row, picture.width, row + 1))).any()
+def _is_blank(frame: Image.Image, row: int) -> bool:
+    """Return whether `row` holds only zeros, as it does if its data are missing; the file may then be truncated."""
+    return not np.asarray(frame.crop((0, row, frame.width, row + 1))).any()
 
 
-def _exif(picture: Image.Image) -> bytes:
-    """The image's EXIF as a TIFF structure, with or without its header in the file."""
-    exif = picture.info.get("exif", b"")
+def _exif(frame: Image.Image) -> bytes:
+    """Return the image's EXIF as a TIFF structure, whether or not the file has the Exif header before it."""
+    exif = frame.info.get("exif", b"")
     return bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
 
 
-def _check_tiff(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
-    """The strips or tiles must lie within the file, and the first page must be the image."""
-    tags: Any = picture.tag_v2
+def _check_tiff(frame: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
+    """Check that the strips or tiles are within the file, and that the first page is the image."""
+    tags: Any = frame.tag_v2
     if int(tags.get(254, 0)) & 1:
         raise Unreadable("unsupported", "the first page is a thumbnail, as in camera raw files")
     for offsets, counts in ((273, 279), (324, 325)):
@@ -309,11 +312,11 @@ def _check_tiff(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
 
 
 def _explain(kind: str, data: bytes, error: Exception) -> Unreadable:
-    """Pillow's complaint as a reason."""
+    """Turn an error of Pillow's into a failure reason."""
     cut = "truncat" in str(error).lower()
     if kind == "bmp":
         cut = cut or int.from_bytes(data[2:6], "little") > len(data)
-    elif kind == "tiff":  # the directory often stands last, so it is what a cut file loses
+    elif kind == "tiff":  # the directory is often at the end, so a truncated file loses it
         where = data[8:16] if b"+" in data[2:4] else data[4:8]  # BigTIFF, TIFF
         cut = cut or int.from_bytes(where, "little" if data[:2] == b"II" else "big") + 2 > len(data)
     elif kind == "jpeg":
@@ -324,15 +327,15 @@ def _explain(kind: str, data: bytes, error: Exception) -> Unreadable:
     return Unreadable("truncated" if cut else "corrupt", detail)
 
 
-def _flatten(picture: Image.Image, kind: str, data: bytes) -> Image.Image:
-    """Any of Pillow's modes → sRGB, mode RGB: 16 bits scaled to 8, palettes looked up, transparency laid on white."""
-    profile = picture.info.get("icc_profile") or b""
-    if picture.mode.startswith("I;16"):
-        colours, alpha = _from_16_bits(picture)
-    elif picture.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
-        raise Unreadable("unsupported", f"pixels of mode {picture.mode}")
+def _flatten(frame: Image.Image, kind: str, data: bytes) -> Image.Image:
+    """Convert any Pillow mode to sRGB: 16 bits scaled to 8, palettes looked up, transparency laid on white."""
+    profile = frame.info.get("icc_profile") or b""
+    if frame.mode.startswith("I;16"):
+        colours, alpha = _from_16_bits(frame)
+    elif frame.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
+        raise Unreadable("unsupported", f"pixels of mode {frame.mode}")
     else:
-        colours, alpha = _colours_and_alpha(picture, bits=data[24] if kind == "png" else 8)
+        colours, alpha = _colours_and_alpha(frame, bits=data[24] if kind == "png" else 8)
     flat = to_srgb(colours, profile)
     if alpha is None:
         return flat
@@ -341,45 +344,46 @@ def _flatten(picture: Image.Image, kind: str, data: bytes) -> Image.Image:
     return canvas
 
 
-def _from_16_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of 9 to 16 bits → mode L over the whole range of 8 bits, and its alpha if one grey is transparent."""
-    levels = np.asarray(picture).astype(np.uint32)
-    tags: Any = getattr(picture, "tag_v2", {})
+def _from_16_bits(frame: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Convert grey of 9 to 16 bits to mode L, full 8-bit range; also return alpha if one grey is transparent."""
+    levels = np.asarray(frame).astype(np.uint32)
+    tags: Any = getattr(frame, "tag_v2", {})
     bits = tags.get(258, (16,))[0]
     grey = ((levels * 255 + (1 << bits - 1)) // ((1 << bits) - 1)).clip(0, 255).astype(np.uint8)
     if tags.get(262) == 0:  # WhiteIsZero, which Pillow leaves alone above 8 bits
         grey = 255 - grey
-    key = picture.info.get("transparency")
+    key = frame.info.get("transparency")
     alpha = None if key is None else Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))
     return Image.fromarray(grey), alpha
 
 
-def _colours_and_alpha(picture: Image.Image, *, bits: int) -> tuple[Image.Image, Image.Image | None]:
-    """8-bit modes → the colours in mode L, RGB or CMYK, ready for a profile, and the alpha channel if there is one.
+def _colours_and_alpha(frame: Image.Image, *, bits: int) -> tuple[Image.Image, Image.Image | None]:
+    """Return an 8-bit image's colours in mode L, RGB or CMYK, ready for a profile, and its alpha channel if any.
 
-    `bits` are those of a sample in the file: Pillow has made 8 of them, and left the transparent colour as it stands.
+    `bits` is the number of bits per sample in the file: Pillow converts samples to 8 bits but not the transparent
+    colour.
     """
-    key = picture.info.get("transparency")
-    if bits == 16 and isinstance(key, tuple):  # of each sample the upper 8 bits were kept
-        picture.info["transparency"] = tuple(value >> 8 for value in key)
-    elif bits in (2, 4) and picture.mode == "L" and isinstance(key, int):
+    key = frame.info.get("transparency")
+    if bits == 16 and isinstance(key, tuple):  # Pillow kept the upper 8 bits of each sample
+        frame.info["transparency"] = tuple(value >> 8 for value in key)
+    elif bits in (2, 4) and frame.mode == "L" and isinstance(key, int):
         top = (1 << bits) - 1
-        picture.info["transparency"] = (key & top) * 255 // top  # the other bits do not count (PNG, 11.3.1.1)
-    if picture.mode in ("La", "RGBa"):  # premultiplied
-        picture = picture.convert(picture.mode[:-1] + "A")
-    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-    if picture.mode == "LA":
-        return picture.getchannel("L"), alpha
-    if picture.mode == "1":
-        return picture.convert("L"), alpha
-    return (picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")), alpha
+        frame.info["transparency"] = (key & top) * 255 // top  # the other bits are to be ignored (PNG, 11.3.1.1)
+    if frame.mode in ("La", "RGBa"):  # premultiplied
+        frame = frame.convert(frame.mode[:-1] + "A")
+    alpha = frame.convert("RGBA").getchannel("A") if frame.has_transparency_data else None
+    if frame.mode == "LA":
+        return frame.getchannel("L"), alpha
+    if frame.mode == "1":
+        return frame.convert("L"), alpha
+    return (frame if frame.mode in ("L", "RGB", "CMYK") else frame.convert("RGB")), alpha
 
 
 # Out -----------------------------------------------------------------------------------------------------------------
 
 
 def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Image) -> StoredImage:
-    """Crop or pad the scaled, upright pixels as laid out, unless that is done, and write them as JPEG."""
+    """Crop or pad the scaled, upright pixels to the layout unless that is done, and encode them as JPEG."""
     (left, top), (width, height) = layout.offset, layout.out
     if (pixels.shape[1], pixels.shape[0]) != layout.out:
         if left < 0 or top < 0:

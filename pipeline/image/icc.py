@@ -1,7 +1,7 @@
-"""Pixels in an embedded ICC profile's colours → sRGB.
+"""Convert pixels from an embedded ICC profile to sRGB.
 
-A profile that cannot be used (damaged, or made for another kind of pixels) is ignored, as browsers do: the image is
-then shown as if it had none.
+A profile that cannot be used (damaged, or made for another kind of pixels) is ignored, as in browsers: the image is
+then treated as if it had none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # Pillow's mode → ICC's
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """`picture` (mode L, RGB or CMYK) as sRGB, mode RGB; without a usable profile, by plain conversion."""
+    """Convert `image` (mode L, RGB or CMYK) to sRGB, mode RGB; without a usable profile, by plain conversion."""
     transform = _transform(profile, image.mode)
     if transform is None:
         return image.convert("RGB")
@@ -25,13 +25,13 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def is_srgb(profile: bytes) -> bool:
-    """Whether RGB pixels can be taken as sRGB as they are: no profile, an unusable one, or one that means sRGB."""
+    """Return whether RGB pixels are already sRGB: no profile, an unusable one, or a profile of sRGB itself."""
     return _transform(profile, "RGB") is None
 
 
 @lru_cache(maxsize=32)  # photographs share few profiles, and building a transform takes milliseconds
 def _transform(profile: bytes, mode: str) -> Any:
-    """The transform to sRGB, or None where it would change nothing or cannot be made."""
+    """Return the transform to sRGB, or None if it would change nothing or cannot be built."""
     if not profile:
         return None
     try:
@@ -45,7 +45,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a grid of 17³ colours comes out within 2 levels: rounding, not another colour space."""
+    """Return whether a grid of 17³ colours changes by at most 2 levels: rounding, not another colour space."""
     steps = np.linspace(0, 255, 17).astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(17, -1, 3)
     shown = ImageCms.applyTransform(Image.fromarray(grid), transform)

@@ -1,6 +1,6 @@
-"""The segments of a JPEG file → its header facts, and a copy without metadata; no pixel is decoded here.
+"""JPEG segments → header fields, and a copy without metadata.
 
-Marker names follow ITU-T T.81, table B.1.
+No pixel is decoded here. Marker names follow ITU-T T.81, table B.1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from capstan.pipeline.image.sniff import Unreadable
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _APP0, _APP1, _APP2, _APP14, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; not DHT, JPG, DAC
-_ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RSTn carry no length
+_ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RSTn have no length field
 _MARKER_IN_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # FF00 is a stuffed byte, FFD0–FFD7 restart
 HUFFMAN: Final = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
 _DECODED: Final = HUFFMAN | {0xC9, 0xCA}  # arithmetic: sequential, progressive
@@ -22,7 +22,7 @@ _DECODED: Final = HUFFMAN | {0xC9, 0xCA}  # arithmetic: sequential, progressive
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the first scan. `exif` is the TIFF structure and `icc` the profile, b"" where absent."""
+    """Everything before the first scan. `exif` is the TIFF structure and `icc` the profile, b"" if absent."""
 
     process: int  # the SOFn marker
     width: int
@@ -33,10 +33,10 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """Walk the segments up to the first scan.
+    """Read the segments up to the first scan.
 
-    Raises Unreadable: `truncated` if the file ends before, `unsupported` for what no common decoder reads (12 bits a
-    sample, lossless, hierarchical), `corrupt` if the segments make no sense.
+    Raises Unreadable: `truncated` if the file ends before it, `unsupported` for files that no common decoder reads (12
+    bits per sample, lossless, hierarchical), `corrupt` if the segments make no sense.
     """
     exif, icc_parts, frame = b"", {}, None
     at = 2
@@ -66,7 +66,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int, int]:
-    """The next marker at or after `at`, and where its payload starts and ends."""
+    """Return the next marker at or after `at`, and the start and end of its payload."""
     at = data.find(b"\xff", at)
     while 0 <= at < len(data) - 1 and data[at + 1] in (0xFF, 0x00):  # fill bytes, stray zeros
         at = data.find(b"\xff", at + 1)
@@ -84,10 +84,11 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def strip(data: bytes) -> bytes:
-    """The same image with nothing beside it: no EXIF, GPS, XMP, ICC, comments, thumbnails or trailing data.
+    """Return the image without its metadata: no EXIF, GPS, XMP, ICC, comments, thumbnails or trailing data.
 
-    What decoding needs stays, byte for byte: tables, frame and scan headers, entropy-coded data, JFIF density (its
-    thumbnail goes) and Adobe's colour transform flag. Raises Unreadable if the file ends before its EOI marker.
+    Everything that decoding needs is kept, byte for byte: tables, frame and scan headers, entropy-coded data, JFIF
+    density (without its thumbnail) and Adobe's colour transform flag. Raises Unreadable if the file ends before its EOI
+    marker.
     """
     parts, at = [b"\xff\xd8"], 2
     while True:
@@ -116,7 +117,7 @@ def _compose(marker: int, payload: bytes) -> bytes:
 
 
 def has_end(data: bytes) -> bool:
-    """Whether every segment up to EOI is there."""
+    """Return whether every segment up to EOI is present."""
     try:
         strip(data)
     except Unreadable:
@@ -125,7 +126,7 @@ def has_end(data: bytes) -> bool:
 
 
 def orientation(exif: bytes) -> int:
-    """EXIF orientation, 1 to 8, of a TIFF structure (tag 0x0112 of IFD0); 1, upright, where it says nothing."""
+    """Return the EXIF orientation, 1 to 8, from a TIFF structure (tag 0x0112 of IFD0); 1, upright, if it has none."""
     if exif[:4] not in (b"II*\0", b"MM\0*"):
         return 1
 
@@ -138,6 +139,6 @@ def orientation(exif: bytes) -> int:
         if entry + 12 > len(exif):
             break
         if number(entry, 2) == 0x0112:
-            value = number(entry + 8, 2)  # a SHORT stands in the first two bytes of the value field
+            value = number(entry + 8, 2)  # a SHORT is in the first two bytes of the value field
             return value if 1 <= value <= 8 else 1
     return 1

@@ -1,4 +1,8 @@
-"""Pixels → a 64-bit perceptual hash, of which near duplicates differ in few bits; and colours, which it cannot see."""
+"""Pixels → a 64-bit perceptual hash, and coarse colours.
+
+Near duplicates differ in few bits of the hash. It sees brightness only, so the mean colours of a 4 × 4 grid are kept
+alongside it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ COLOUR_BYTES: Final = 3 * COLOUR_CELLS**2
 
 
 def phash(rgb: np.ndarray) -> int:
-    """The DCT hash of Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010), 3.1.
+    """Return the DCT hash of Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010), 3.1.
 
-    `rgb` is uint8 [H, W, 3]. Luma, shrunk to 32 × 32 by area; of its DCT the 8 × 8 lowest frequencies without the first
-    row and column; a bit says whether a coefficient exceeds their median. A flat image hashes to 0.
+    `rgb` is uint8 [H, W, 3]. Luma is shrunk to 32 × 32 by area and transformed by a DCT. Each bit is set if one of the
+    8 × 8 lowest frequencies, first row and column left out, exceeds their median. A flat image hashes to 0.
     """
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     luma = cv2.resize(_smaller(grey), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
@@ -28,13 +32,13 @@ def phash(rgb: np.ndarray) -> int:
 
 
 def colours(rgb: np.ndarray) -> str:
-    """The mean colour of each of 4 × 4 cells of uint8 [H, W, 3], row by row: 48 bytes, in base64."""
+    """Return the mean colour of each of 4 × 4 cells of uint8 [H, W, 3], row by row: 48 bytes, in base64."""
     cells = cv2.resize(_smaller(rgb), (COLOUR_CELLS, COLOUR_CELLS), interpolation=cv2.INTER_AREA)
     return base64.b64encode(cells.tobytes()).decode()
 
 
 def read_colours(column: pa.ChunkedArray) -> np.ndarray:
-    """`colours` of many images as uint8 [n, COLOUR_BYTES]; zeros where they are unknown ("")."""
+    """Decode a column of `colours` to uint8 [n, COLOUR_BYTES]; zeros for rows without any ("")."""
     unknown = base64.b64encode(bytes(COLOUR_BYTES)).decode()
     parts = [np.zeros((0, COLOUR_BYTES), np.uint8)]
     for chunk in column.chunks:
@@ -45,7 +49,7 @@ def read_colours(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _smaller(pixels: np.ndarray) -> np.ndarray:
-    """Halved until less than 128 pixels are left: OpenCV averages 2 × 2 several times faster than any other block."""
+    """Halve until fewer than 128 pixels remain: OpenCV averages 2 × 2 several times faster than any other block."""
     while min(pixels.shape[:2]) >= 128:
         height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
         pixels = cv2.resize(pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""Pixels → fewer pixels, without what would be too fine for them, in a third of the time of OpenCV's INTER_AREA."""
+"""Shrink pixels without aliasing, in a third of INTER_AREA's time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Shrink uint8 [H, W, C] to `size` (w, h) by a tent as wide as two new pixels, in two steps of vector instructions.
+    """Shrink uint8 [H, W, C] to `size` (w, h) with a tent filter two new pixels wide, in two vectorised steps.
 
-    Interpolating linearly is a tent as wide as two old pixels, of variance 1/6; [a, 1 − 2a, a] before it adds 2a, and
-    a = (s² − 1)/12 makes s²/6 of it, the tent's of the new pixels that are s old ones wide. That holds up to s = 2,
-    where it is exact; beyond, the area is averaged.
+    Linear interpolation is a tent two old pixels wide, of variance 1/6. Filtering with [a, 1 − 2a, a] first adds 2a.
+    With a = (s² − 1)/12 the sum is s²/6: the variance of the tent for new pixels that are s old pixels wide. This holds
+    up to s = 2, where it is exact; beyond that, areas are averaged.
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:
@@ -25,6 +25,6 @@ def shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _taps(scale: float) -> np.ndarray:
-    """[a, 1 − 2a, a] in 256ths, as OpenCV computes with them, so that their sum is exactly 1."""
+    """Return [a, 1 − 2a, a] in 256ths, the steps that OpenCV computes in, so that they sum to exactly 1."""
     side = round((scale * scale - 1) / 12 * 256) / 256
     return np.array([side, 1 - 2 * side, side], np.float32)

@@ -1,8 +1,8 @@
-"""A file's bytes → which image format it is, and whether it ends early; nothing is decoded here.
+"""Detect a file's image format, and whether the file ends early.
 
-Decoders differ in what they make of a file that was cut: some fill with grey, some stop, some say nothing. Where a
-format states its own length or checksums, they are read here first, so that a cut file is `truncated` and a damaged
-one `corrupt`, whatever the decoder.
+Nothing is decoded here. Decoders treat truncated files differently: some fill with grey, some stop, some do not
+notice. If a format states its own length or checksums, these are checked here first, so that a cut file is `truncated`
+and a damaged one `corrupt`, whatever the decoder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 
 class Unreadable(Exception):
-    """No image can be made of the bytes: one of the failure reasons of `records`, and a detail for people."""
+    """The bytes are not a usable image: one of the failure reasons in `records`, and a detail for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -30,7 +30,7 @@ _READ: Final = {
     b"II+\0": "tiff",  # BigTIFF
     b"MM\0+": "tiff",
 }
-# Images, but of kinds that Capstan does not read.
+# Image formats that Capstan does not read.
 _NOT_READ: Final = {
     b"8BPS": "PSD",
     b"\xff\x0a": "JPEG XL",
@@ -53,7 +53,7 @@ _BMP_HEADER_SIZES: Final = (12, 40, 52, 56, 64, 108, 124)
 
 
 def sniff(data: bytes) -> str:
-    """The format by its first bytes: jpeg, png, gif, webp, bmp, tiff or avif.
+    """Return the format by its first bytes: jpeg, png, gif, webp, bmp, tiff or avif.
 
     Raises Unreadable: `empty`, `truncated` (cut within the signature), `unsupported` or `not_an_image`.
 
@@ -81,7 +81,7 @@ def sniff(data: bytes) -> str:
 
 
 def _isobmff_kind(data: bytes) -> str:
-    """AVIF by the brands of the `ftyp` box (ISO/IEC 14496-12, 4.3)."""
+    """Recognise AVIF by the brands of the `ftyp` box (ISO/IEC 14496-12, 4.3)."""
     box = data[8 : int.from_bytes(data[:4], "big")]
     brands = {box[at : at + 4] for at in range(0, min(len(box), 256), 4) if at != 4}  # box[4:8] is a version
     if brands & {b"avif", b"avis"}:
@@ -92,7 +92,7 @@ def _isobmff_kind(data: bytes) -> str:
 
 
 def _strange(data: bytes) -> Unreadable:
-    """Why bytes with no signature that is read are refused."""
+    """Return why bytes without a supported signature are rejected."""
     for magic, name in _NOT_READ.items():
         if data.startswith(magic):
             return Unreadable("unsupported", name)
@@ -105,31 +105,31 @@ def _strange(data: bytes) -> Unreadable:
 
 
 def check_whole(kind: str, data: bytes) -> None:
-    """Raise Unreadable(`truncated` or `corrupt`) where the file's own structure says that it is not whole."""
+    """Raise Unreadable(`truncated` or `corrupt`) if the file's own structure shows that it is incomplete."""
     if kind == "png":
         _check_png(data)
     elif kind == "gif":
         _check_gif(data)
     elif kind == "webp":
-        _promised(int.from_bytes(data[4:8], "little") + 8, data)
+        _check_length(int.from_bytes(data[4:8], "little") + 8, data)
     elif kind == "avif":
         _check_isobmff(data)
 
 
-def _promised(size: int, data: bytes) -> None:
+def _check_length(size: int, data: bytes) -> None:
     if size > len(data):
         raise Unreadable("truncated", f"{len(data)} of {size} bytes")
 
 
 def _check_png(data: bytes) -> None:
-    """Walk the chunks up to IEND; checksums of the critical ones must hold (PNG specification, 5.3)."""
+    """Walk the chunks up to IEND; the critical ones must match their checksums (PNG specification, 5.3)."""
     at = len(PNG_MAGIC)
     if len(data) >= at + 8 and data[at + 4 : at + 8] != b"IHDR":
-        raise Unreadable("corrupt", f"the PNG begins with chunk {data[at + 4 : at + 8]!r}")
+        raise Unreadable("corrupt", f"the PNG starts with chunk {data[at + 4 : at + 8]!r}")
     while True:
         size = int.from_bytes(data[at : at + 4], "big")
         name, end = data[at + 4 : at + 8], at + 12 + size
-        _promised(max(end, at + 12), data)
+        _check_length(max(end, at + 12), data)
         critical = not name[0] & 0x20  # the first letter is a capital
         if critical and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise Unreadable("corrupt", f"checksum of chunk {name!r}")
@@ -139,16 +139,16 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
-    """Walk the blocks up to the end of the first image (GIF89a, appendix B); the later frames are not wanted."""
-    _promised(13, data)
+    """Walk the blocks up to the end of the first image (GIF89a, appendix B); later frames are not needed."""
+    _check_length(13, data)
     at = 13 + _colour_table(data[10])
     while True:
-        _promised(at + 1, data)
+        _check_length(at + 1, data)
         block = data[at]
         if block == 0x21:  # an extension
             at = _past_sub_blocks(data, at + 2)
         elif block == 0x2C:  # an image
-            _promised(at + 10, data)
+            _check_length(at + 10, data)
             _past_sub_blocks(data, at + 10 + _colour_table(data[at + 9]) + 1)
             return
         else:
@@ -156,23 +156,23 @@ def _check_gif(data: bytes) -> None:
 
 
 def _colour_table(flags: int) -> int:
-    """Bytes of the colour table that `flags` announce."""
+    """Return the size in bytes of the colour table that `flags` announce."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _past_sub_blocks(data: bytes, at: int) -> int:
     while True:
-        _promised(at + 1, data)
+        _check_length(at + 1, data)
         if data[at] == 0:
             return at + 1
         at += 1 + data[at]
 
 
 def _check_isobmff(data: bytes) -> None:
-    """The top-level boxes must lie within the file."""
+    """Check that the top-level boxes are within the file."""
     at = 0
     while at < len(data):
-        _promised(at + 8, data)
+        _check_length(at + 8, data)
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 0:  # reaches to the end of the file
             return
@@ -181,13 +181,13 @@ def _check_isobmff(data: bytes) -> None:
         if size < 8:
             raise Unreadable("corrupt", "box of impossible size")
         at += size
-        _promised(at, data)
+        _check_length(at, data)
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels from the first chunk of a WebP (RFC 9649), before a decoder allocates its canvas."""
+    """Return width and height in pixels from the first chunk of a WebP (RFC 9649), before a decoder allocates it."""
     chunk = data[12:16]
-    _promised(30, data)
+    _check_length(30, data)
     if chunk == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if chunk == b"VP8L":

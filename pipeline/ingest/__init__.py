@@ -1,6 +1,6 @@
-"""Planned units → staged images and what was measured of each row.
+"""Planned units → staged images, and one row of measurements per source row.
 
-retry_rows: which rows `build --retry` fetches again
+retry_rows: selects the rows that `build --retry` fetches again
 job: the unit map over planned units
-staging: where staged images are now
+staging: finds staged images, wherever they are now
 """

@@ -1,12 +1,14 @@
-"""Planned units → staged images and measurements: fetch, decode, measure; every row with an outcome.
+"""Planned units → staged images and measurements: fetch, decode, measure.
 
-    staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row a planned row, in its order
+    staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row per planned row, in the same order
     staged/<unit>-<hash>.tar       the images, KEY.jpg, in the same order
 
-A unit may be done again for the rows that failed (pipeline.again); the others are carried over from its files.
+A unit may be processed again for the rows that failed (pipeline.ingest.retry_rows). The other rows are carried over
+from its files.
 
-Both are named by their content and published by the worker; they count only once the unit's marker names them. So a
-unit that is cut off, or done by a forgotten worker, leaves files that nobody reads; `clean` removes those.
+Both files are named by their content and published by the worker. They count only once the unit's marker names them.
+A unit that is interrupted, or processed by a worker that was given up, leaves files that nobody reads; `clean` removes
+them.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from capstan.pipeline.units import Job, Piece, Unit, report
 
 log = logging.getLogger(__name__)
 
-# `reason` is "" for a row whose image is staged, REMOVED for one that is blocked or was taken down, else why it
-# failed. `offset` and `size` locate its JPEG in the staged tar (0 where it was freed since).
+# `reason` is "" for a row whose image is staged, REMOVED for a row that is blocked or was taken down, else the reason
+# of its failure. `offset` and `size` locate its JPEG in the staged tar (0 if it was freed since).
 STAGED_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -67,10 +69,10 @@ _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "off
 
 @dataclass(frozen=True)
 class Staged:
-    """What a unit's marker says: the names of its table and its tar ("" if it has no image), and its rows.
+    """The content of a unit's marker: the names of its table and its tar ("" if it has no images), and its row count.
 
-    `scores` are the files of what it was scored by: (scorer's name, file). `freed`: the tar, or some of the rows'
-    images, are no longer there (pipeline.staged).
+    `scores` holds (scorer's name, file) for each scorer. `freed`: the tar, or some of the rows' images, are no longer
+    there (pipeline.ingest.staging).
     """
 
     unit: str
@@ -82,7 +84,7 @@ class Staged:
 
 
 class Ingest(Job):
-    """Fetches, decodes and stages units. Staged images depend on `image`, so its hash is in the job's name."""
+    """Job that fetches, decodes and stages units. Staged images depend on `image`, so its hash is in the job's name."""
 
     title = "ingest"
 
@@ -95,14 +97,14 @@ class Ingest(Job):
         return [Unit(unit.id, {"table": unit.table, "rows": unit.rows}) for unit in planned]
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """One piece: the unit's marker."""
+        """Yield one piece: the unit's marker."""
         rows = self.storage.read_table(unit.spec["table"]).to_pylist()
         with scratch() as folder, _Spool(folder) as spool:
             kept = self._kept(unit, rows, spool)
             left = [index for index in range(len(rows)) if index not in kept]
             fresh = self._outcomes([rows[index] for index in left], spool.only(left))
-            found = kept | dict(zip(left, fresh, strict=True))
-            outcomes = [found[index] for index in range(len(rows))]
+            by_index = kept | dict(zip(left, fresh, strict=True))
+            outcomes = [by_index[index] for index in range(len(rows))]
             digest = hashlib.sha256()
             tar = folder / "staged.tar"
             spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
@@ -115,7 +117,9 @@ class Ingest(Job):
         self.storage.write(table_name, data)
         counts = _counts(outcomes)
         mark: Piece = {"table": table_name, "tar": tar_name, "rows": len(rows), **counts}
-        mark |= {"freed": True} if len(places) + sum(bool(found["reason"]) for found in outcomes) < len(rows) else {}
+        mark |= (
+            {"freed": True} if len(places) + sum(bool(outcome["reason"]) for outcome in outcomes) < len(rows) else {}
+        )
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
@@ -123,15 +127,17 @@ class Ingest(Job):
         return marker
 
     def _kept(self, unit: Unit, rows: list[dict[str, Any]], spool: _Spool) -> dict[int, Outcome]:
-        """Of a unit that is done again, by index: what stays as it was; its images, those that were not freed, go to
-        the spool as they are."""
+        """Return the outcomes, by index, that a unit processed again keeps; copy their images to the spool.
+
+        Images that were freed are not copied.
+        """
         if "again" not in unit.spec:
             return {}
         again = unit.spec["again"]
         table = self.storage.read_table(again["table"])
-        assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} is of another plan"
+        assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} belongs to another plan"
         before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
-        wanted = set(again.get("keys", ()))  # whose images were freed
+        wanted = set(again.get("keys", ()))  # rows whose images were freed
         kept = {
             index: row
             for index, row in before.items()
@@ -146,7 +152,7 @@ class Ingest(Job):
         return kept
 
     def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
-        """What became of each row; its JPEG goes to the spool, so that memory does not grow with the unit."""
+        """Return the outcome of each row. JPEGs go to the spool, so that memory does not grow with the unit."""
         outcomes: list[Outcome] = [{}] * len(rows)
         unwanted = blocked(self.recipe, self.storage)
         for index, data in self._bytes(rows):
@@ -159,23 +165,23 @@ class Ingest(Job):
             else:
                 outcomes[index] = _failed(result.reason, result.detail)
             _report(outcomes[index])
-        assert all(outcomes), "a row was never answered"
+        assert all(outcomes), "a row has no outcome"
         return outcomes
 
     def _bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
-        """(index, the source file's bytes or why there are none) for each row, as they come."""
-        for index, found in self._found(rows):
+        """Yield (index, source file's bytes or failure) for each row, as they arrive; hashes are checked."""
+        for index, data in self._unchecked_bytes(rows):
             expected = rows[index]["hash"]
-            wrong = check_hash(found, expected) if expected and isinstance(found, bytes) else None
-            yield index, wrong or found
+            wrong = check_hash(data, expected) if expected and isinstance(data, bytes) else None
+            yield index, wrong or data
 
-    def _found(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
+    def _unchecked_bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
         spans, remote, most = list[Span](), list[int](), self.recipe.fetch.max_bytes
         for index, row in enumerate(rows):
             if is_removed(row):
                 yield index, Failure(REMOVED)
             elif has_no_text(row["extra"]):
-                yield index, Failure("bad_caption", f"{row['caption'][:200]} is no text")
+                yield index, Failure("bad_caption", f"{row['caption'][:200]} is not text")
             elif row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:
@@ -191,29 +197,33 @@ class Ingest(Job):
         if remote:
             fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
             for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
-                found = fetched.data if fetched.data is not None else Failure(fetched.reason, fetched.detail)
-                yield remote[position], found
+                failure = Failure(fetched.reason, fetched.detail)
+                yield remote[position], fetched.data if fetched.data is not None else failure
 
 
 def _readable(data: bytes | Exception) -> bytes | Failure:
-    """Raises StorageError where a later build may read it: a storage that is out is not the row's failure."""
+    """Return the bytes, or the failure that an error amounts to.
+
+    Raises StorageError if a later build may read the file: an unavailable storage backend is not recorded as a row
+    failure.
+    """
     if isinstance(data, StorageError) and is_unavailable(data):
         raise data
     if isinstance(data, TooLarge):
         return Failure("too_large_bytes", f"{data}, fetch.max_bytes allows fewer")
     if isinstance(data, Exception):
         return Failure("read_error", f"{type(data).__name__}: {data}")
-    return data or Failure("empty", "the file holds nothing")
+    return data or Failure("empty", "the file is empty")
 
 
 @functools.lru_cache(maxsize=1)
 def _fetcher(fetch: Fetch, resolve: tuple[tuple[str, str], ...]) -> Fetcher:
-    """One a worker process, since it remembers every host's robots.txt."""
+    """Return this worker process's fetcher: one only, since it remembers every host's robots.txt."""
     return Fetcher(fetch, dict(resolve))
 
 
 class _Spool:
-    """JPEGs in the order in which they come → on the local disk, readable in any order."""
+    """JPEGs on the local disk, written as they arrive and readable in any order."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._spans = folder / "pictures", dict[int, tuple[int, int]]()
@@ -232,18 +242,18 @@ class _Spool:
         self._file.write(jpeg)
 
     def only(self, numbers: list[int]) -> _Spool:
-        """The same spool for some of the rows, which are counted from 0."""
+        """Return the same spool for a subset of the rows, numbered from 0."""
         part = copy.copy(self)
         part._numbers = numbers
         return part
 
     @property
     def indices(self) -> list[int]:
-        """The rows that have an image, in order."""
+        """Rows that have an image, in order."""
         return sorted(self._spans)
 
     def samples(self, keys: list[str]) -> Iterator[Sample]:
-        """The images in the order of their rows; `keys` are all rows' keys."""
+        """Yield the images in the order of their rows; `keys` holds the keys of all rows."""
         for index in self.indices:
             start, size = self._spans[index]
             self._file.seek(start)
@@ -251,13 +261,13 @@ class _Spool:
 
 
 def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Table:
-    """STAGED_SCHEMA for planned rows that all failed for one reason."""
+    """Build a table of STAGED_SCHEMA for planned rows that all failed for one reason."""
     listed = rows.select(["key", "url", "caption", "extra"]).to_pylist()
     return _table(listed, [_failed(reason, detail)] * len(listed), {}, unit)
 
 
-def _measured(picture: StoredImage, source_bytes: int) -> Outcome:
-    measures = {field.name: getattr(picture, field.name) for field in MEASURED if field.name != "bytes"}
+def _measured(image: StoredImage, source_bytes: int) -> Outcome:
+    measures = {field.name: getattr(image, field.name) for field in MEASURED if field.name != "bytes"}
     return {"reason": "", "detail": "", "bytes": source_bytes, **measures}
 
 
@@ -270,7 +280,7 @@ def _failed(reason: str, detail: str) -> Outcome:
 def _table(
     rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, tuple[int, int]], unit: str
 ) -> pa.Table:
-    """STAGED_SCHEMA; `places` are offset and size of the rows that have an image."""
+    """Build a table of STAGED_SCHEMA; `places` holds (offset, size) for rows that have an image."""
     records = []
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         offset, size = places.get(index, (0, 0))
@@ -292,7 +302,7 @@ def _report(outcome: Outcome) -> None:
 
 
 def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
-    """The markers of an ingest job as what they say, by unit."""
+    """Parse the markers of an ingest job, by unit."""
     return {
         unit: Staged(unit, mark["table"], mark["tar"], mark["rows"], freed=mark.get("freed", False))
         for unit, mark in marks.items()
@@ -300,11 +310,11 @@ def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
 
 
 def clean(job: Ingest, kept: Iterable[Staged]) -> None:
-    """Remove staged files that no marker of `job` names, and the markers of ingest jobs with other image settings."""
+    """Remove staged files that no marker of `job` names, and markers of ingest jobs with other image settings."""
     wanted = {name for unit in kept for name in (unit.table, unit.tar)}
     others = [name for name in job.storage.names("state") if name.startswith("state/ingest-")]
     others = [name for name in others if not name.startswith(f"state/{job.name}/")]
-    # Logs first: without its newer markers, one may name files that are gone.
+    # Logs first: a log without its newer markers may name files that are gone.
     job.storage.delete(*(name for name in others if name.endswith("/log.json")))
     job.storage.delete(*(name for name in others if not name.endswith("/log.json")))
     job.storage.delete(*(name for name in job.storage.names("staged") if name not in wanted))

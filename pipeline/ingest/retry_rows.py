@@ -1,9 +1,9 @@
-"""`build --retry`: which rows are tried again, and which units hold them.
+"""`build --retry`: select the rows to retry, and the units that hold them.
 
-    state/<job>/retry.json    the round that is going on: {round, reasons}
+    state/<job>/retry.json    the current round: {round, reasons}
 
-A unit that was done again says so in its marker (`round`), so a round that was killed goes on with the units that are
-left. Any build that gets to its end ends the round.
+The marker of a retried unit names its round (`round`), so an interrupted round resumes with the remaining units. A
+build that reaches its end ends the round.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from capstan.pipeline.records import REASONS, REMOVED, is_reason
 from capstan.pipeline.units import Job, Unit
 
 ALL: Final = "failed"
-FREED: Final = "freed"  # not a failure: images that keep_staged: false removed, and that the recipe now keeps
+FREED: Final = "freed"  # not a failure: images that keep_staged: false removed and the recipe now keeps
 
 
 def parse_reasons(text: str) -> list[str]:
-    """The reasons in "timeout,http_503", sorted; "failed" stands for all. Raises RecipeError for an unknown one."""
+    """Parse "timeout,http_503" into sorted reasons; "failed" stands for all. Raises RecipeError for an unknown one."""
     reasons = sorted({reason.strip() for reason in text.split(",")} - {""})
     known = [ALL, *sorted(REASONS), *(f"http_{status.value}" for status in HTTPStatus if status >= 400), FREED]
     for reason in reasons:
         if reason not in (ALL, FREED) and not is_reason(reason):
             near = difflib.get_close_matches(reason.lower(), known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"say {ALL} for all, or some of {', '.join(known)}"
-            raise RecipeError("--retry", f"{reason!r} is not a reason to fail", hint)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"use {ALL} for all, or any of {', '.join(known)}"
+            raise RecipeError("--retry", f"{reason!r} is not a failure reason", hint)
     if not reasons:
-        raise RecipeError("--retry", "names no reason", f"say {ALL} for all, or reasons like timeout,http_503")
+        raise RecipeError("--retry", "names no reason", f"use {ALL} for all, or reasons such as timeout,http_503")
     return reasons
 
 
 def matches(reason: str, reasons: Collection[str]) -> bool:
-    """Whether a row with this reason ("" if it did not fail) is tried again."""
+    """Return whether a row with this reason ("" if it did not fail) is to be retried."""
     return reason not in ("", REMOVED) and (ALL in reasons or reason in reasons)
 
 
 @dataclass(frozen=True)
 class RetryRound:
-    """Units to be done again, with what their markers say; and how many of their rows are tried."""
+    """The units to process again, each with the state from its marker; and the number of rows to retry."""
 
     units: dict[str, Unit]
     rows: int
 
     def of(self, units: Iterable[Unit]) -> list[Unit]:
-        """`units`, those of the round with what makes them be done again."""
+        """Return `units`, with those of the round replaced by their retry form."""
         return [self.units.get(unit.id, unit) for unit in units]
 
 
@@ -62,16 +62,16 @@ def begin_retry(
     reasons: list[str],
     freed: Mapping[str, list[str]] | None = None,
 ) -> RetryRound:
-    """A new round for `reasons`, or the one for the same reasons that was cut off. `marks`: the markers of `job`.
+    """Start a round for `reasons`, or resume an interrupted one for the same reasons. `marks`: the markers of `job`.
 
-    `freed`: unit → keys of its rows whose images were freed and are wanted again.
+    `freed` maps a unit to the keys of its rows whose images were freed and are needed again.
     """
     name = _record(job)
     record = json.loads(job.storage.read(name)) if job.storage.exists(name) else {}
     if record.get("reasons") != reasons:
         record = {"round": uuid.uuid4().hex[:16], "reasons": reasons}
         job.storage.write(name, json.dumps(record).encode())
-    found, rows = dict[str, Unit](), 0
+    retried, rows = dict[str, Unit](), 0
     for unit in units:
         mark = marks.get(unit.id, {})
         count = sum(n for fact, n in mark.items() if fact.startswith("failed.") and matches(fact[7:], reasons))
@@ -80,16 +80,16 @@ def begin_retry(
         if count and (keys or mark.get("round") != record["round"]):
             tar = mark["tar"] if mark["tar"] and job.storage.exists(mark["tar"]) else ""
             again = {"table": mark["table"], "tar": tar, **record, **({"keys": keys} if keys else {})}
-            found[unit.id] = Unit(unit.id, {**unit.spec, "rows": count, "again": again})
+            retried[unit.id] = Unit(unit.id, {**unit.spec, "rows": count, "again": again})
             rows += count
-    return RetryRound(found, rows)
+    return RetryRound(retried, rows)
 
 
 def end_retry(job: Job) -> bool:
-    """No round is going on any more; gives whether one was."""
-    going_on = job.storage.exists(_record(job))
+    """End the current round, if any; return whether there was one."""
+    active = job.storage.exists(_record(job))
     job.storage.delete(_record(job))
-    return going_on
+    return active
 
 
 def _record(job: Job) -> str:

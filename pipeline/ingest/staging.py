@@ -1,8 +1,8 @@
-"""Staged units → their images: from the staged tar, or, where that was freed, from packed shards.
+"""Read staged images: from the staged tar or, once freed, from packed shards.
 
-keep_staged: false    once all is packed, staged tars are removed; tables stay. What was kept is then in the shards
-                      only, and what was not kept is nowhere: to keep it after all it must be fetched again.
-state/freed.json      says that some tars may have been removed; written before the first one is
+keep_staged: false    once everything is packed, staged tars are removed; their tables stay. Kept images are then in the
+                      shards only. Other images are nowhere, and must be fetched again if the recipe keeps them later.
+state/freed.json      records that tars may have been removed; written before the first one is
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Packed = tuple[str, str]  # a tar, and its table of key, sha256, offset and size
 
 
 def with_freed(storage: Storage, units: Sequence[Staged]) -> list[Staged]:
-    """The units as they are now: those whose tar was removed without one, and `freed`."""
+    """Return the units in their current state: those whose tar was removed lose it and are marked `freed`."""
     if not storage.exists(_FREED):
         return list(units)
     there = set(storage.names("staged"))
@@ -28,7 +28,7 @@ def with_freed(storage: Storage, units: Sequence[Staged]) -> list[Staged]:
 
 
 def free(storage: Storage, units: Iterable[Staged]) -> int:
-    """Remove the units' tars; gives how many."""
+    """Remove the units' tars; return their number."""
     tars = [unit.tar for unit in units if unit.tar]
     if tars:
         storage.write(_FREED, b"{}\n")
@@ -39,9 +39,9 @@ def free(storage: Storage, units: Iterable[Staged]) -> int:
 def images(
     storage: Storage, table: str, tar: str, rows: Sequence[int], packed: Sequence[Packed] = ()
 ) -> Iterator[tuple[int, bytes | None]]:
-    """(row, its JPEG or None where it is nowhere) for these rows of a staged table, in order.
+    """Yield (row, its JPEG or None if it is nowhere) for the given rows of a staged table, in order.
 
-    `packed` are looked into for what is not in the staged `tar` ("" where there is none).
+    Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`.
     """
     spans = storage.read_table(table, ["key", "sha256", "offset", "size"])
     columns = [spans[name].to_pylist() for name in ("key", "sha256", "offset", "size")]
@@ -62,7 +62,7 @@ def images(
 
 
 def _places(storage: Storage, packed: Sequence[Packed]) -> dict[tuple[str, str], tuple[str, int, int]]:
-    """(key, sha256) → where it is packed."""
+    """Map (key, sha256) to (tar, offset, size) in the packed shards."""
     found: dict[tuple[str, str], tuple[str, int, int]] = {}
     for tar, table in packed:
         rows = storage.read_table(table, ["key", "sha256", "offset", "size"])

@@ -1,9 +1,9 @@
-"""Scorers: what is measured of staged samples once, so that it can be decided upon many times.
+"""Staged samples → scores, measured once so that thresholds can change later.
 
-scorer.py      what a scorer is, and how it is pinned
-caption.py  language.py  image.py      measures that need no image model, on CPU workers
-tower.py → clip.py, heads.py           what is read off a CLIP's embeddings, on model workers
-registry.py    the recipe's section → scorers
-store.py       their files, joined to the staged tables
-job.py         the unit map over staged units
+scorer: the interface of a scorer, and the id that pins it
+caption, language, image: measures that need no image model, on CPU workers
+clip_model → clip_score, heads: scores from CLIP embeddings, on model workers
+registry: the recipe's `score` section → scorers
+store: score files, joined to the staged tables
+job: the unit map over staged units
 """

@@ -1,4 +1,4 @@
-"""Captions → how long they are, in which script, how much they repeat, and what of them is no caption."""
+"""Caption measures: length, script, repetition, boilerplate, URLs, file names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from capstan.pipeline.config import CaptionScore
 from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
-# A word is a run of letters and digits; of scripts that write no spaces every character is one.
+# A word is a run of letters and digits; in scripts without spaces every character is a word.
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]|[^\W_]+(?:['’-][^\W_]+)*")
 _URL: Final = re.compile(r"(?:https?://|\bwww\.)\S+|\b[\w-]+\.(?:com|org|net|info|co\.uk)\b", re.IGNORECASE)
 _EMAIL: Final = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w")
@@ -54,18 +54,20 @@ _BOILERPLATE: Final = (
 
 
 class CaptionMeasures(SampleScorer):
+    """Measures of the caption's text alone."""
+
     name: ClassVar[str] = "caption"
     sees_images: ClassVar[bool] = False
     columns: ClassVar[list[pa.Field]] = [
         pa.field("caption_length", pa.int32()),  # characters
         pa.field("caption_words", pa.int32()),
-        pa.field("caption_script", pa.string()),  # of most of its letters, as Unicode names it: latin, cyrillic, cjk…
-        pa.field("caption_letters", pa.float32()),  # share of its characters, spaces left out, that are letters
-        pa.field("caption_repetition", pa.float32()),  # share of its words that it has said before
-        pa.field("caption_boilerplate", pa.bool_()),  # says what pages say, not what images show
+        pa.field("caption_script", pa.string()),  # of most letters, as Unicode names it: latin, cyrillic, cjk…
+        pa.field("caption_letters", pa.float32()),  # share of its characters, spaces excluded, that are letters
+        pa.field("caption_repetition", pa.float32()),  # share of its words that occurred in it before
+        pa.field("caption_boilerplate", pa.bool_()),  # contains phrases of web pages, not of captions
         pa.field("caption_url", pa.bool_()),
         pa.field("caption_email", pa.bool_()),
-        pa.field("caption_file", pa.bool_()),  # a file's name, or a camera's
+        pa.field("caption_file", pa.bool_()),  # a file name, or a camera's image name
     ]
 
     def __init__(self, config: CaptionScore) -> None:
@@ -100,13 +102,14 @@ class CaptionMeasures(SampleScorer):
 
 @functools.cache
 def _any_of(phrases: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds any of these as whole words."""
+    """Return a pattern that finds any of the phrases as whole words."""
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, phrases)) + r")(?!\w)")
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def script(letter: str) -> str:
-    """
+    """Return the script of a letter, from its Unicode name.
+
     >>> script("é"), script("я"), script("漢")
     ('latin', 'cyrillic', 'cjk')
     """

@@ -1,8 +1,8 @@
-"""A CLIP by name or folder → images and captions as vectors; shared by all scorers that see the same one.
+"""A CLIP model by name or folder: images and captions → embeddings.
 
-`model` is one of open_clip's names, or a folder with open_clip_config.json, as open_clip's `local-dir:` and `capstan
-train` write it. `pretrained` is a checkpoint file or one of open_clip's tags. Files are loaded as data only:
-safetensors, or pickles of nothing but tensors.
+One loaded model is shared by all scorers that use it. `model` is an open_clip name, or a folder with
+open_clip_config.json as open_clip's `local-dir:` and `capstan train` write it. `pretrained` is a checkpoint file or one
+of open_clip's tags. Files are loaded as data only: safetensors, or pickles that hold nothing but tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _WEIGHTS: Final = (  # in the order in which open_clip prefers them
     "model.safetensors",
 )
 _FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
-_VERSION: Final = 1  # of the arithmetic here
+_VERSION: Final = 1  # of the arithmetic in this file
 PART: Final = 16  # images or captions that one thread encodes together
 
 
 class ClipModel:
-    """Pickles as its settings. `section` is the part of the recipe that asks for it: its errors name that."""
+    """A CLIP's settings, light to pickle. `section` is the recipe section that errors name."""
 
     def __init__(self, model: str, pretrained: str | None, precision: str, section: str) -> None:
         self.model, self.precision, self.section = model, precision, section
@@ -89,13 +89,13 @@ class ClipModel:
         return own if own and own.is_file() else None
 
     def prepare(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Pixels of any size as what `Loaded.images` takes, [height, width, 3]; on a CPU worker, without torch."""
+        """Fit pixels of any size to the model's input, [height, width, 3]; runs on a CPU worker, without torch."""
         return np.asarray(fit(Image.fromarray(rgb), self.preprocessing))
 
     # Where its files are ---------------------------------------------------------------------------------------------
 
     def _by_name(self) -> dict[str, Any]:
-        """The architecture of one of open_clip's names, from its package's files: importing it takes seconds."""
+        """Return an open_clip model's architecture from the package's files: importing open_clip takes seconds."""
         spec = importlib.util.find_spec("open_clip")
         assert spec is not None
         (package,) = spec.submodule_search_locations or []
@@ -103,9 +103,11 @@ class ClipModel:
         if (name := self.model.replace("/", "-")) not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = (
-                f"did you mean {' or '.join(near)}?" if near else f"name a folder with {CONFIG_FILE}, or ViT-B-32, say"
+                f"did you mean {' or '.join(near)}?" if near else f"use a folder with {CONFIG_FILE}, or e.g. ViT-B-32"
             )
-            raise RecipeError(f"{self.section}.model", f"no folder and no model of open_clip is {self.model!r}", hint)
+            raise RecipeError(
+                f"{self.section}.model", f"{self.model!r} is neither a folder nor an open_clip model", hint
+            )
         return self._read(known[name])
 
     def _read(self, file: Path) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class ClipModel:
         return next((path for path in map(folder.joinpath, _WEIGHTS) if path.is_file()), folder / _WEIGHTS[0])
 
     def _pretrained(self, pretrained: str | None, architecture: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
-        """(weights, preprocessing) of an open_clip model: a file, or what a tag stands for, which open_clip gets."""
+        """Return (weights, preprocessing) of an open_clip model: a file, or a tag that open_clip downloads."""
         field = f"{self.section}.pretrained"
         if pretrained is not None and (Path(pretrained).is_file() or pretrained.endswith(_FILE_SUFFIXES)):
             return Path(pretrained).absolute(), {}
@@ -132,49 +134,49 @@ class ClipModel:
                 "is missing" if pretrained is None else f"{pretrained!r} is neither a file nor a tag of {self.model}"
             )
             near = difflib.get_close_matches(pretrained or "", tags, n=3) or tags
-            raise RecipeError(field, problem, f"name a checkpoint file, or a tag: {', '.join(near)}")
+            raise RecipeError(field, problem, f"use a checkpoint file, or one of the tags {', '.join(near)}")
         config = open_clip.get_pretrained_cfg(self.model, pretrained)
         if (quick := architecture.get("quick_gelu", False)) != config.get("quick_gelu", False):
-            # open_clip only warns, and draws other features than the weights were trained for.
+            # open_clip only warns, and computes other features than the weights were trained for.
             other = self.model.removesuffix("-quickgelu") if quick else f"{self.model}-quickgelu"
-            problem = f"{pretrained} was trained with another activation than {self.model} has"
-            raise RecipeError(field, problem, f"name the model {other}")
+            problem = f"{pretrained} was trained with a different activation than {self.model} has"
+            raise RecipeError(field, problem, f"set the model to {other}")
         try:
             return Path(open_clip.download_pretrained(config)), config
         except Exception as error:  # noqa: BLE001 - hubs and their clients have errors of every kind
             hub = config.get("hf_hub", "").rstrip("/")
             wanted = f"{_WEIGHTS[0]} of {hub}" if hub else config.get("url")
-            problem = f"cannot get the weights {pretrained!r} ({' '.join(str(error).split())[:200]})"
-            raise RecipeError(field, problem, f"bring {wanted}, and name the file here") from None
+            problem = f"cannot download the weights {pretrained!r} ({' '.join(str(error).split())[:200]})"
+            raise RecipeError(field, problem, f"copy {wanted} to this machine and set its path here") from None
 
     def load(self, device: str, threads: int = 1) -> Loaded:
         return Loaded(self, device, threads)
 
 
-_ANOTHER: Final = "name another model"
+_ANOTHER: Final = "use another model"
 
 
 class Loaded:
-    """A tower on a device, ready to embed; on a CPU with this many threads, and none of torch's own."""
+    """A CLIP on a device, ready to embed; on a CPU it uses the given number of threads and none of torch's own."""
 
-    def __init__(self, tower: ClipModel, device: str, threads: int) -> None:
+    def __init__(self, clip_model: ClipModel, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(1)
 
-        if tower.precision == "fp16" and not device.startswith("cuda"):
-            raise RecipeError(f"{tower.section}.precision", "fp16 needs a GPU", "say bf16 or fp32")
-        self.device, self._how = torch.device(device), tower.preprocessing
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[tower.precision]
+        if clip_model.precision == "fp16" and not device.startswith("cuda"):
+            raise RecipeError(f"{clip_model.section}.precision", "fp16 needs a GPU", "use bf16 or fp32")
+        self.device, self._how = torch.device(device), clip_model.preprocessing
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[clip_model.precision]
         on_cpu = self.device.type == "cpu"
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tower") if on_cpu else None
-        self._model, self._tokenize = load_model(tower, device), _tokenizer(tower)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="clip") if on_cpu else None
+        self._model, self._tokenize = load_model(clip_model, device), _tokenizer(clip_model)
         self._mean, self._std = (
             torch.tensor(values, device=self.device)[:, None, None] for values in (self._how.mean, self._how.std)
         )
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> Any:
-        """uint8 [batch, height, width, 3] → float32 tensor [batch, dim], of any length."""
+        """Embed uint8 [batch, height, width, 3] as a float32 tensor [batch, dim], not normalised."""
         import torch
 
         def encode(x: Any) -> Any:
@@ -190,19 +192,19 @@ class Loaded:
         return torch.nn.functional.normalize(vectors, dim=-1)
 
     def tokens(self, captions: Sequence[str]) -> Any:
-        """Captions → token ids [batch, context], cut where they are longer."""
+        """Tokenize captions to ids [batch, context]; longer ones are truncated."""
         return self._tokenize(list(captions))
 
     def texts(self, captions: Sequence[str]) -> Any:
-        """Captions → float32 tensor [batch, dim], of any length."""
+        """Embed captions as a float32 tensor [batch, dim], not normalised."""
         return self._encode(self._model.encode_text, self.tokens(captions))
 
     def _encode(self, encode: Callable[[Any], Any], batch: Any) -> Any:
-        """On a CPU in parts of one size, each on one thread: how many threads there are then changes no bit."""
+        """Encode a batch; on a CPU in parts of one size, one thread each, so that results do not depend on threads."""
         import torch
 
         def one(part: Any) -> Any:
-            with torch.inference_mode():  # it holds for one thread only
+            with torch.inference_mode():  # applies to one thread only
                 return encode(part.to(self.device)).float()
 
         if self._threads is None:
@@ -212,34 +214,34 @@ class Loaded:
         return torch.cat(list(self._threads.map(one, padded.split(PART))))[: len(batch)]
 
 
-def load_model(tower: ClipModel, device: str) -> Any:
-    """The model with its weights. Raises RecipeError where they do not fit, or are not what they are said to be."""
+def load_model(clip_model: ClipModel, device: str) -> Any:
+    """Load the model with its weights. Raises RecipeError if they do not fit, or are not a checkpoint."""
     import open_clip
     import torch
 
-    name = f"local-dir:{tower.folder}" if tower.folder else tower.model
+    name = f"local-dir:{clip_model.folder}" if clip_model.folder else clip_model.model
     try:
         model = open_clip.create_model(
-            name, precision=tower.precision, device=device, load_weights=False, pretrained_text=False
+            name, precision=clip_model.precision, device=device, load_weights=False, pretrained_text=False
         )
-        open_clip.load_checkpoint(model, str(tower.file))
+        open_clip.load_checkpoint(model, str(clip_model.file))
     except FileNotFoundError:
-        problem, hint = f"{tower.file} is not on this machine", "put it where all machines see it"
-        raise RecipeError(f"{tower.section}.pretrained", problem, hint) from None
+        problem, hint = f"{clip_model.file} is not on this machine", "copy it to a place that all machines can read"
+        raise RecipeError(f"{clip_model.section}.pretrained", problem, hint) from None
     except torch.OutOfMemoryError:
-        raise  # the GPU's trouble, not the file's
-    except Exception as error:  # noqa: BLE001 - open_clip, torch, safetensors: a dozen kinds for files that do not fit
+        raise  # the GPU's fault, not the file's
+    except Exception as error:  # noqa: BLE001 - open_clip, torch and safetensors raise a dozen kinds for files that do not fit
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"cannot load {tower.file} as {tower.model} ({first})"
-        raise RecipeError(f"{tower.section}.pretrained", problem, "name weights of this architecture") from None
+        problem = f"cannot load {clip_model.file} as {clip_model.model} ({first})"
+        raise RecipeError(f"{clip_model.section}.pretrained", problem, "use weights of this architecture") from None
     return model.to(torch.device(device)).eval()
 
 
-def _tokenizer(tower: ClipModel) -> Any:
+def _tokenizer(clip_model: ClipModel) -> Any:
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
-    if tower._bpe is not None:
-        length = tower.architecture["text_cfg"].get("context_length", 77)
-        return SimpleTokenizer(bpe_path=str(tower._bpe), context_length=length)
-    return open_clip.get_tokenizer(f"local-dir:{tower.folder}" if tower.folder else tower.model)
+    if clip_model._bpe is not None:
+        length = clip_model.architecture["text_cfg"].get("context_length", 77)
+        return SimpleTokenizer(bpe_path=str(clip_model._bpe), context_length=length)
+    return open_clip.get_tokenizer(f"local-dir:{clip_model.folder}" if clip_model.folder else clip_model.model)

@@ -1,9 +1,9 @@
 """Small heads over a CLIP's image embeddings: aesthetic, nsfw, watermark.
 
 A file holds the state dict of linear layers, whatever the names before `.weight` and `.bias`, in the order of their
-numbers: LAION's aesthetic predictors are one layer ("weight", "bias") or five ("layers.0.weight", "layers.2.weight",
-…) with nothing between them but dropout; its NSFW detectors have ReLU between them. One value is the score; of two
-the second's softmax is.
+numbers. LAION's aesthetic predictors are one layer ("weight", "bias") or five ("layers.0.weight", "layers.2.weight",
+…) with nothing but dropout between them; its NSFW detectors have ReLU between them. A single output is the score; of
+two outputs the score is the second's softmax.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from capstan.pipeline.score.scorer import Embedded, EmbeddingScorer, Values
 
 
 class Head(EmbeddingScorer):
-    """`activation` and `output` are what such heads have where the recipe does not say."""
+    """A head: linear layers. `activation` and `output` are the defaults that the recipe can override."""
 
     activation: ClassVar[str]
     output: ClassVar[str]
 
-    def __init__(self, config: HeadScore, tower: ClipModel) -> None:
-        self.tower, self._file, self._normalize = tower, Path(config.weights).absolute(), config.normalize
+    def __init__(self, config: HeadScore, clip_model: ClipModel) -> None:
+        self.clip_model, self._file, self._normalize = clip_model, Path(config.weights).absolute(), config.normalize
         self._activation, self._output = config.activation or self.activation, config.output or self.output
 
     @property
@@ -41,7 +41,7 @@ class Head(EmbeddingScorer):
         return {f"score.{self.name}.weights": self._file}
 
     def layers(self) -> list[tuple[Any, Any]]:
-        """(weight, bias) of each layer, on the CPU. Raises RecipeError where they are no head for this CLIP."""
+        """Return (weight, bias) of each layer, on the CPU. Raises RecipeError if they are not a head for this CLIP."""
         tensors = _read(self._file, f"score.{self.name}.weights")
         names = sorted((name.removesuffix("weight") for name in tensors if name.endswith("weight")), key=_natural)
         layers = [(tensors[f"{name}weight"].float(), tensors.get(f"{name}bias")) for name in names]
@@ -56,12 +56,12 @@ class Head(EmbeddingScorer):
         self._between = {"none": lambda x: x, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[self._activation]
 
     def _check(self, layers: list[Any]) -> None:
-        sizes = [self.tower.dim] + [weight.shape[0] for weight, _ in layers if weight.ndim == 2]
+        sizes = [self.clip_model.dim] + [weight.shape[0] for weight, _ in layers if weight.ndim == 2]
         fits = len(sizes) == len(layers) + 1 and all(w.shape[1] == n for (w, _), n in zip(layers, sizes, strict=False))
         if not layers or not fits or sizes[-1] not in (1, 2):
             shapes = " → ".join("×".join(map(str, weight.shape)) for weight, _ in layers) or "no weights"
-            problem = f"{self._file.name} holds {shapes}, not linear layers from {self.tower.dim} to 1 or 2"
-            hint = "name a head that was trained on this CLIP, or its CLIP in `model` and `pretrained`"
+            problem = f"{self._file.name} holds {shapes}, not linear layers from {self.clip_model.dim} to 1 or 2"
+            hint = "use a head that was trained on this CLIP, or set its CLIP in `model` and `pretrained`"
             raise RecipeError(f"score.{self.name}.weights", problem, hint)
 
     def score(self, batch: Embedded) -> dict[str, Values]:
@@ -91,7 +91,7 @@ class Aesthetic(Head):
 class Nsfw(Head):
     name: ClassVar[str] = "nsfw"
     activation: ClassVar[str] = "relu"
-    output: ClassVar[str] = "linear"  # LAION's were trained to give 0 … 1 as they are
+    output: ClassVar[str] = "linear"  # LAION's were trained to output 0 … 1 directly
     columns: ClassVar[list[pa.Field]] = [pa.field("nsfw_score", pa.float32())]
 
 
@@ -103,24 +103,26 @@ class Watermark(Head):
 
 
 def _read(file: Path, field: str) -> dict[str, Any]:
-    """Name → tensor, on the CPU; nothing in the file is run."""
+    """Read a state dict (name → tensor) on the CPU; nothing in the file is executed."""
     import torch
     from safetensors.torch import load_file
 
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except FileNotFoundError:
-        raise RecipeError(field, f"{file} is not on this machine", "put it where all machines see it") from None
-    except Exception as error:  # noqa: BLE001 - torch and safetensors have an error each for a wrong file
+        raise RecipeError(
+            field, f"{file} is not on this machine", "copy it to a place that all machines can read"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - torch and safetensors raise different errors for a wrong file
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "name a file of tensors: .safetensors, or what torch.save wrote of a state dict"
+        hint = "use a file of tensors: .safetensors, or a state dict written by torch.save"
         raise RecipeError(field, f"cannot load {file} ({first})", hint) from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise RecipeError(field, f"{file} is no state dict", "save model.state_dict(), not the model")
+        raise RecipeError(field, f"{file} is not a state dict", "save model.state_dict(), not the model")
     return found
 
 
 def _natural(name: str) -> list[Any]:
-    """layers.10. after layers.2."""
+    """Return a sort key that puts layers.10. after layers.2."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

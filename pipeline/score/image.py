@@ -1,4 +1,7 @@
-"""Stored images → measures that need no model. Luma is 0 … 255."""
+"""Image measures without a model: sharpness, flatness, quality, entropy, border.
+
+Luma is 0 … 255.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from PIL import Image
 from capstan.pipeline.config import ImageScore
 from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
-_FLAT: Final = 2.0  # levels: a block of 8 × 8 or a line at the edge that varies less is flat
+_FLAT: Final = 2.0  # levels: an 8 × 8 block, or a line at the edge, that varies less is flat
 _BLOCK: Final = 8
-# The luma table of quality 50 (ITU-T T.81, table K.1), in the order in which Pillow gives tables.
+# The luma table of quality 50 (ITU-T T.81, table K.1), in Pillow's order.
 _QUALITY_50: Final = np.fromstring(
     "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
     "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99",
@@ -26,14 +29,18 @@ _QUALITY_50: Final = np.fromstring(
 
 
 class ImageMeasures(SampleScorer):
+    """Measures of the stored image's pixels and JPEG tables."""
+
     name: ClassVar[str] = "image"
     sees_images: ClassVar[bool] = True
     columns: ClassVar[list[pa.Field]] = [
-        pa.field("image_sharpness", pa.float32()),  # variance of luma's Laplacian: below 100 is blurred to most eyes
-        pa.field("image_flatness", pa.float32()),  # share of 8 × 8 blocks in which nothing is: 1 is one colour
+        pa.field(
+            "image_sharpness", pa.float32()
+        ),  # variance of luma's Laplacian: below 100 looks blurred to most people
+        pa.field("image_flatness", pa.float32()),  # share of 8 × 8 blocks that are empty: 1 is one flat colour
         pa.field("image_quality", pa.float32()),  # JPEG quality of the stored file by its tables, 1 … 100
         pa.field("image_entropy", pa.float32()),  # of luma, bits: 0 … 8
-        pa.field("image_border", pa.float32()),  # share of the image that flat margins take
+        pa.field("image_border", pa.float32()),  # share of the image covered by flat margins
     ]
 
     def __init__(self, config: ImageScore) -> None:
@@ -52,13 +59,13 @@ class ImageMeasures(SampleScorer):
 
 
 def sharpness(luma: npt.NDArray[np.uint8]) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy")."""
+    """Return the Laplacian's variance (Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy")."""
     _, deviation = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S))
     return float(deviation[0, 0] ** 2)
 
 
 def flatness(luma: npt.NDArray[np.uint8]) -> float:
-    """Share of whole 8 × 8 blocks whose standard deviation is below 2 levels; of a smaller image 0 or 1."""
+    """Return the share of whole 8 × 8 blocks whose standard deviation is below 2 levels; 0 or 1 for smaller images."""
     height, width = (side - side % _BLOCK for side in luma.shape)
     if not height or not width:
         return float(luma.std() < _FLAT)
@@ -70,8 +77,10 @@ def flatness(luma: npt.NDArray[np.uint8]) -> float:
 
 
 def quality(jpeg: bytes) -> float:
-    """The libjpeg quality whose luma table is nearest to the file's; of an image that was stored as it came that is
-    its source's, else it is the recipe's."""
+    """Return the libjpeg quality, 1 … 100, whose luma table is nearest to the file's.
+
+    For an image stored without re-encoding this is the source's quality, otherwise the recipe's.
+    """
     with Image.open(io.BytesIO(jpeg)) as image:
         table = np.array(image.quantization[0], np.float64)  # type: ignore[attr-defined]
     scale = float(np.median(table / _QUALITY_50)) * 100
@@ -79,19 +88,19 @@ def quality(jpeg: bytes) -> float:
 
 
 def entropy(luma: npt.NDArray[np.uint8]) -> float:
-    """Shannon's, of the histogram."""
+    """Return the Shannon entropy of the histogram, in bits."""
     share = np.bincount(luma.ravel(), minlength=256) / luma.size
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 
 def border(luma: npt.NDArray[np.uint8]) -> float:
-    """Share of the image outside the smallest rectangle that holds every row and column with something in it."""
+    """Return the share of the image outside the smallest rectangle that holds all rows and columns that vary."""
     rows, columns = (_extent(luma.astype(np.float32).std(axis=axis)) for axis in (1, 0))
     return 1 - rows * columns / luma.size
 
 
 def _extent(deviation: npt.NDArray[Any]) -> int:
-    """Lines from the first to the last that vary."""
+    """Return the number of lines from the first to the last that varies."""
     (busy,) = np.nonzero(deviation >= _FLAT)
     return int(busy[-1] - busy[0] + 1) if len(busy) else 0

@@ -1,11 +1,12 @@
-"""Staged units → files of scores, through the unit map: each image is decoded once for all scorers.
+"""Staged units → score files, decoding each image once for all scorers.
 
-    prepare   on CPU workers: captions and decoded images → what SampleScorers say, and pixels for the CLIPs
-    model     on model workers: pixels and captions → embeddings → what EmbeddingScorers say
-    commit    in the driver: one Parquet file a scorer
+    prepare   on CPU workers: captions and decoded images → scores of SampleScorers, and pixels for the CLIPs
+    model     on model workers: pixels and captions → embeddings → scores of EmbeddingScorers
+    commit    in the driver: one Parquet file per scorer
 
-A unit's marker names its staged table and its files, scorer by scorer. A unit that is staged anew, or lacks one of the
-recipe's scorers, is done again: for those scorers only. Files of other scorers stay, so that going back costs nothing.
+A unit's marker names its staged table and its score files, by scorer. A unit that was staged again, or lacks one of the
+recipe's scorers, is scored again for those scorers only. Files of other scorers are kept, so that returning to an
+earlier recipe costs nothing.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer,
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Job, Piece, Summary, Unit, model_threads, report, run
 
-_BATCH: Final = 256  # rows that travel together where no model is waiting for them
+_BATCH: Final = 256  # rows sent together if no model follows
 _NOT_FINITE: Final = "not_finite: the model gave no number"
 _FREED: Final = "freed: keep_staged: false removed its image"
 
 
 class ScoreJob(Job):
-    """A unit is a staged one; `spec`: its table and tar, the scorers (ids) that it lacks, the files that it has."""
+    """Job over staged units. `spec` holds a unit's table and tar, the ids of missing scorers, and its score files."""
 
     name = title = "score"
 
@@ -86,7 +87,7 @@ class ScoreJob(Job):
 
 
 class ModelScoreJob(ScoreJob):
-    """With a model stage, for scorers that look at embeddings."""
+    """ScoreJob with a model stage, for scorers that read embeddings."""
 
     def model(self) -> Callable[[Piece], Piece]:
         import torch
@@ -94,67 +95,72 @@ class ModelScoreJob(ScoreJob):
         threads = model_threads(self.resources)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         readers = [scorer for scorer in self.scorers.values() if isinstance(scorer, EmbeddingScorer)]
-        towers = {id_: tower.load(device, threads) for id_, tower in {s.tower.id: s.tower for s in readers}.items()}
+        clip_models = {
+            id_: clip_model.load(device, threads)
+            for id_, clip_model in {s.clip_model.id: s.clip_model for s in readers}.items()
+        }
         for scorer in readers:
             scorer.setup(device)
 
         def apply(piece: Piece) -> Piece:
-            seen = {id_: Batch(towers[id_], pixels, piece["captions"]) for id_, pixels in piece.pop("pixels").items()}
+            seen = {
+                id_: Batch(clip_models[id_], pixels, piece["captions"]) for id_, pixels in piece.pop("pixels").items()
+            }
             for scorer in readers:
                 if piece["seen"] and scorer.id in piece["readers"]:
-                    piece["found"][scorer.id] = (piece["seen"], scorer.score(seen[scorer.tower.id]))
+                    piece["found"][scorer.id] = (piece["seen"], scorer.score(seen[scorer.clip_model.id]))
             return piece
 
         return apply
 
 
 class Batch:
-    """Pixels uint8 [batch, height, width, 3] and captions, as a loaded CLIP sees them (scorer.Embedded)."""
+    """Pixels uint8 [batch, height, width, 3] and captions, embedded by a loaded CLIP (scorer.Embedded)."""
 
-    def __init__(self, tower: Loaded, pixels: np.ndarray, captions: list[str]) -> None:
-        self._tower, self._pixels, self._captions = tower, pixels, captions
+    def __init__(self, clip_model: Loaded, pixels: np.ndarray, captions: list[str]) -> None:
+        self._clip_model, self._pixels, self._captions = clip_model, pixels, captions
 
     @functools.cached_property
     def raw_images(self) -> Any:
-        return self._tower.images(self._pixels)
+        return self._clip_model.images(self._pixels)
 
     @functools.cached_property
     def images(self) -> Any:
-        return self._tower.normalize(self.raw_images)
+        return self._clip_model.normalize(self.raw_images)
 
     @functools.cached_property
     def texts(self) -> Any:
-        return self._tower.normalize(self._tower.texts(self._captions))
+        return self._clip_model.normalize(self._clip_model.texts(self._captions))
 
 
 Found = tuple[list[int], dict[str, Values]]  # rows, and column → their values
 
 
 class _Piece:
-    """A batch of rows that `prepare` gathers, and what was found of them."""
+    """A batch of rows that `prepare` collects, with the scores found so far."""
 
     def __init__(self, scorers: list[SampleScorer], readers: list[EmbeddingScorer]) -> None:
         self.rows = 0
         self.needs_images = bool(readers) or any(scorer.sees_images for scorer in scorers)
         self._scorers, self._readers = scorers, [reader.id for reader in readers]
-        self._towers: dict[str, ClipModel] = {reader.tower.id: reader.tower for reader in readers}
+        self._clip_models: dict[str, ClipModel] = {reader.clip_model.id: reader.clip_model for reader in readers}
         self._found: dict[str, tuple[list[int], dict[str, list[Any]]]] = {
             s.id: ([], {field.name: [] for field in s.columns}) for s in scorers
         }
-        self._pixels: dict[str, list[np.ndarray]] = {id_: [] for id_ in self._towers}
-        self._seen, self._captions = list[int](), list[str]()  # of the rows whose pixels the towers get
+        self._pixels: dict[str, list[np.ndarray]] = {id_: [] for id_ in self._clip_models}
+        self._seen, self._captions = list[int](), list[str]()  # of the rows whose pixels go to the CLIPs
         self._unreadable, self._errors = dict[int, str](), dict[str, dict[int, str]]()
 
     def add(self, row: int, caption: str, jpeg: bytes | None) -> None:
-        """Score one sample; `jpeg` is None where it is not needed, or not there any more."""
+        """Score one sample; `jpeg` is None if it is not needed, or no longer there."""
         self.rows += 1
         sample = Sample(caption)
         if self.needs_images:
             try:
                 rgb = _decoded(jpeg)
-                fitted = {id_: tower.prepare(rgb) for id_, tower in self._towers.items()}
+                fitted = {id_: clip_model.prepare(rgb) for id_, clip_model in self._clip_models.items()}
             except Exception as error:  # noqa: BLE001 - the sample boundary: a broken image is a row with a reason
-                self._unreadable[row] = _said(error)
+                self._unreadable[row] = _message(error)
             else:
                 sample = Sample(caption, jpeg, rgb)
                 self._seen.append(row)
@@ -171,8 +177,8 @@ class _Piece:
         rows, columns = self._found[scorer.id]
         try:
             values = scorer.score([sample])
-        except Exception as error:  # noqa: BLE001 - the sample boundary: what a scorer cannot take is a row with a reason
-            self._errors.setdefault(scorer.id, {})[row] = _said(error)
+        except Exception as error:  # noqa: BLE001 - the sample boundary: a sample that a scorer rejects is a row with a reason
+            self._errors.setdefault(scorer.id, {})[row] = _message(error)
             return
         rows.append(row)
         for name, column in columns.items():
@@ -191,20 +197,20 @@ class _Piece:
 
 
 def _decoded(jpeg: bytes | None) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of a stored JPEG."""
+    """Decode a stored JPEG to uint8 RGB [height, width, 3]."""
     if jpeg is None:
         raise LookupError(_FREED)
     return simplejpeg.decode_jpeg(jpeg, "RGB")
 
 
-def _said(error: Exception) -> str:
-    """Why a sample has no score, for people."""
-    said = storable(" ".join(str(error).split()))
-    return said if isinstance(error, LookupError) else f"{type(error).__name__}: {said}"
+def _message(error: Exception) -> str:
+    """Return why a sample has no score, for people."""
+    message = storable(" ".join(str(error).split()))
+    return message if isinstance(error, LookupError) else f"{type(error).__name__}: {message}"
 
 
 def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tuple[pa.Table, set[int]]:
-    """A scorer's file, and the rows that could not be scored."""
+    """Return a scorer's table, and the rows that could not be scored."""
     schema, found = store.schema(scorer), {field.name: _Column(field.type, len(keys)) for field in scorer.columns}
     errors = [""] * len(keys)
     sees = not isinstance(scorer, SampleScorer) or scorer.sees_images
@@ -220,7 +226,7 @@ def _table(scorer: Scorer, keys: pa.ChunkedArray, pieces: Iterable[Piece]) -> tu
 
 
 def _with_former(table: pa.Table, former: pa.Table) -> pa.Table:
-    """Rows whose image was freed, as they were scored when it was there: in `former`, the scorer's file before."""
+    """Take over the scores of rows whose image was freed since, from `former`, the scorer's previous table."""
     freed = pc.equal(table["error"], _FREED)
     old = former.take(pc.index_in(table["key"], former["key"].combine_chunks()))
     known = pc.fill_null(pc.and_(freed, pc.is_valid(old["key"])), False)
@@ -229,7 +235,7 @@ def _with_former(table: pa.Table, former: pa.Table) -> pa.Table:
 
 
 class _Column:
-    """Values of some rows, put in place as they come; null for the others."""
+    """One column, filled in any order; rows without a value are null."""
 
     def __init__(self, kind: pa.DataType, rows: int) -> None:
         self._kind, self._there = kind, np.zeros(rows, bool)
@@ -238,7 +244,7 @@ class _Column:
             self._values = np.zeros((rows, kind.list_size), kind.value_type.to_pandas_dtype())
 
     def put(self, rows: Sequence[int], values: Values) -> list[int]:
-        """Gives the rows whose value is no number: they stay null."""
+        """Store the rows' values; return the rows whose value is not a number, which stay null."""
         at = np.asarray(rows, np.int64)
         good: Any
         finite: Any
@@ -275,9 +281,9 @@ def score(
     packed: Callable[[Staged], list[Packed]] | None = None,
     progress: bool = True,
 ) -> tuple[list[Staged], Summary]:
-    """Score the units by the recipe's scorers, as far as they are not; gives them with their files, and how it went.
+    """Score the units by all scorers that have not scored them yet; return them with their files, and a summary.
 
-    `packed` finds the shards that hold a unit's images, for units whose tar was freed. Raises RecipeError for weights
+    `packed` returns the shards that hold a unit's images, for units whose tar was freed. Raises RecipeError for weights
     that cannot be loaded.
     """
     job = _job(recipe, storage, scorers)
@@ -309,7 +315,7 @@ def score(
 
 
 def scored(job: ScoreJob, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
-    """The units with the files of those of the scorers that they were scored by."""
+    """Return the units with the score files that they have, for the given scorers."""
     marks = job.markers.read() if scorers else {}
     found = []
     for unit in units:
@@ -319,13 +325,13 @@ def scored(job: ScoreJob, scorers: Sequence[Scorer], units: Sequence[Staged]) ->
 
 
 def as_scored(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer], units: Sequence[Staged]) -> list[Staged]:
-    """As `score`, but scores nothing. Raises RecipeError where a unit was not scored and might be."""
+    """Return the units as `score` does, without scoring. Raises RecipeError if a unit could be scored but was not."""
     job = _job(recipe, storage, scorers)
     found, bad = scored(job, scorers, units), job.markers.quarantined() if scorers else {}
     for scorer in scorers:
         if left := [u for u in found if scorer.name not in dict(u.scores) and u.unit not in bad]:
-            problem = f"{sum(unit.rows for unit in left):,} rows have not been scored by it as it is now"
-            raise RecipeError(f"score.{_key(scorer)}", problem, "run `capstan score RECIPE` first: nothing is fetched")
+            problem = f"{sum(unit.rows for unit in left):,} rows have not been scored with these settings"
+            raise RecipeError(f"score.{_key(scorer)}", problem, "run `capstan score RECIPE` first (it fetches nothing)")
     return found
 
 
@@ -339,10 +345,10 @@ def _job(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer]) -> ScoreJo
 
 
 def _former(mark: Mapping[str, Any], unit: Staged) -> dict[str, str]:
-    """Scorer's id → file, of those that scored what was staged of the unit before."""
+    """Return scorer id → file, for files that scored an earlier staging of the unit."""
     return dict(mark.get("files", {})) if mark.get("table") != unit.table else {}
 
 
 def _files(mark: Mapping[str, Any], unit: Staged) -> dict[str, str]:
-    """Scorer's id → file, of those that scored what is staged now."""
+    """Return scorer id → file, for files that scored the unit as it is staged now."""
     return dict(mark["files"]) if mark.get("table") == unit.table else {}

@@ -1,4 +1,4 @@
-"""Captions → the language they are in, by a fastText model (lid.176, GlotLID or another) from a file."""
+"""Caption language, by a fastText model from a file (lid.176, GlotLID)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _PREFIX: Final = "__label__"
 
 
 class Language(SampleScorer):
+    """The most probable language of the caption, and its probability."""
+
     name: ClassVar[str] = "language"
     sees_images: ClassVar[bool] = False
     columns: ClassVar[list[pa.Field]] = [
@@ -42,7 +44,7 @@ class Language(SampleScorer):
         return {"language": [label for label, _ in found], "language_score": [score for _, score in found]}
 
     def _one(self, text: str) -> tuple[str | None, float | None]:
-        """Nothing for a caption in which the model knows no word."""
+        """Return (label, probability); (None, None) if the model knows no word of the caption."""
         labels, scores = self._loaded.predict(text.encode("utf-8", "replace").decode())
         if not text or not labels:
             return None, None
@@ -54,11 +56,11 @@ class Language(SampleScorer):
 
 @functools.lru_cache(maxsize=1)
 def _load(file: Path) -> Any:
-    """Once a worker process: units come one by one."""
+    """Load the model once per worker process: units arrive one by one."""
     import fasttext
 
     try:
         return fasttext.load_model(str(file))
     except ValueError as error:
-        hint = "name a .bin or .ftz file that fastText wrote"
+        hint = "use a .bin or .ftz file written by fastText"
         raise RecipeError(f"{_FIELD}.weights", f"cannot load {file} ({error})", hint) from None

@@ -1,4 +1,7 @@
-"""The recipe's `score` section → scorers, in one order; another scorer is a class in a file here and a line below."""
+"""The recipe's `score` section → scorers, in a fixed order.
+
+To add a scorer, write its class in a file of this folder and list it here.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,20 @@ _COLUMNS: Final[dict[str, type[Scorer]]] = {
 
 
 def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
-    """Scorer's name → what it adds to the ledger, for the recipe's scorers. Needs no weights."""
+    """Return scorer name → ledger columns, for the recipe's scorers. Needs no weights."""
     return {name: kind.columns for name, kind in _COLUMNS.items() if getattr(recipe.score, name) is not None}
 
 
 def scorers(recipe: Recipe) -> list[Scorer]:
-    """The recipe's scorers, pinned. Raises RecipeError naming field and file where weights miss or do not fit."""
+    """Create the recipe's scorers, pinned. Raises RecipeError if weights are missing or do not fit."""
     score, made = recipe.score, list[Scorer]()
     if score.clip is not None:
-        made.append(ClipSimilarity(_tower(score.clip)))
+        made.append(ClipSimilarity(_clip_model(score.clip)))
         if score.clip.embeddings:
-            made.append(Embeddings(_tower(score.clip)))
+            made.append(Embeddings(_clip_model(score.clip)))
     for name, head in HEADS.items():
         if (config := getattr(score, name)) is not None:
-            made.append(head(config, _tower_of_head(name, config, score.clip)))
+            made.append(head(config, _clip_model_of_head(name, config, score.clip)))
     if score.caption is not None:
         made.append(CaptionMeasures(score.caption))
     if score.language is not None:
@@ -50,21 +53,21 @@ def scorers(recipe: Recipe) -> list[Scorer]:
     for scorer in made:
         assert scorer.id
         if isinstance(scorer, Head):
-            scorer.layers()  # a mistake is told before anything is fetched
+            scorer.layers()  # report a mistake before anything is fetched
     return made
 
 
-def _tower(clip: ClipScore) -> ClipModel:
+def _clip_model(clip: ClipScore) -> ClipModel:
     return ClipModel(clip.model, clip.pretrained, clip.precision, "score.clip")
 
 
-def _tower_of_head(name: str, head: HeadScore, clip: ClipScore | None) -> ClipModel:
+def _clip_model_of_head(name: str, head: HeadScore, clip: ClipScore | None) -> ClipModel:
     if head.model is not None:
         return ClipModel(head.model, head.pretrained, clip.precision if clip else "fp32", f"score.{name}")
     if clip is None:
         problem, hint = (
-            "no CLIP gives it embeddings",
-            "add score.clip, or name the head's own in `model` and `pretrained`",
+            "no CLIP provides its embeddings",
+            "add score.clip, or set the head's own CLIP in `model` and `pretrained`",
         )
         raise RecipeError(f"score.{name}.model", problem, hint)
-    return _tower(clip)
+    return _clip_model(clip)

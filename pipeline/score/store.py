@@ -1,10 +1,10 @@
-"""Files of scores, and their columns joined to what is staged.
+"""Score files, and their columns joined to the staged tables.
 
-    scores/<scorer id>/recipe.json                what pins the scorer
-    scores/<scorer id>/<unit>-<hash>.parquet      key, the scorer's columns, error: one row a staged row, in its order
+    scores/<scorer id>/recipe.json                the scorer's identity
+    scores/<scorer id>/<unit>-<hash>.parquet      key, the scorer's columns, error: one row per staged row, same order
 
-A file is named as the staged table that it scores, so it is that table's and no other's, row by row.
-`error` says why a row that could be scored has nulls ("" otherwise).
+A file has the name of the staged table that it scores, so it matches that table only, row by row.
+`error` explains nulls in a row that could have been scored ("" otherwise).
 """
 
 from __future__ import annotations
@@ -26,56 +26,56 @@ from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.storage import Storage
 
 ROOT: Final = "scores"
-EMBEDDINGS: Final = "embeddings"  # the name of the scorer that keeps them
+EMBEDDINGS: Final = "embeddings"  # name of the scorer that keeps them
 _EMBEDDING: Final = "embedding"
-ERROR: Final = pa.field("score_error", pa.string(), nullable=False)  # of the ledger: "clip: why", "" where all is well
+ERROR: Final = pa.field("score_error", pa.string(), nullable=False)  # ledger column: "clip: why", "" if nothing failed
 
 
 def file_name(scorer: str, staged_table: str) -> str:
-    """Where the scorer of this id keeps its columns for a staged table."""
+    """Return the path of a scorer's file for a staged table; `scorer` is its id."""
     return f"{ROOT}/{scorer}/{PurePosixPath(staged_table).name}"
 
 
 def schema(scorer: Scorer) -> pa.Schema:
-    """Of a scorer's files; what pins it is in their metadata."""
+    """Return the schema of a scorer's files; its identity is in their metadata."""
     fields = [pa.field("key", pa.string(), nullable=False), *scorer.columns, pa.field("error", pa.string(), False)]
     return pa.schema(fields, metadata={"capstan.scorer": json.dumps(scorer.identity, sort_keys=True)})
 
 
-Columns = Mapping[str, Sequence[pa.Field]]  # scorer's name → what it adds to the ledger
+Columns = Mapping[str, Sequence[pa.Field]]  # scorer's name → its ledger columns
 
 
 def added(columns: Columns) -> list[pa.Field]:
-    """All that the scorers add to the ledger and to the shards' tables."""
+    """Return all columns that the scorers add to the ledger and to the shards' tables."""
     return [*(field for fields in columns.values() for field in fields), *([ERROR] if columns else [])]
 
 
 def joined(storage: Storage, unit: Staged, columns: Columns, wanted: Collection[str] | None = None) -> pa.Table:
-    """The scorers' columns (those that are `wanted`), row by row of the unit's table; nulls where it was not scored."""
+    """Return the scorers' columns (those in `wanted`) for each row of the unit's table; nulls if it was not scored."""
     fields = [field for field in added(columns) if wanted is None or field.name in wanted]
     names = {field.name for field in fields}
     files = dict(unit.scores)
-    found, errors = dict[str, Any](), list[pa.ChunkedArray]()
+    values, errors = dict[str, Any](), list[pa.ChunkedArray]()
     for scorer, own in columns.items():
-        asked = [field.name for field in own if field.name in names] + ["error"] * (ERROR.name in names)
-        if not asked:
+        requested = [field.name for field in own if field.name in names] + ["error"] * (ERROR.name in names)
+        if not requested:
             continue
         if scorer not in files:
             errors += [pa.chunked_array([pa.repeat(f"{scorer}: not scored", unit.rows)])] * (ERROR.name in names)
             continue
-        table = _read(storage, unit, files[scorer], asked)
-        found |= {name: table[name] for name in asked if name != "error"}
+        table = _read(storage, unit, files[scorer], requested)
+        values |= {name: table[name] for name in requested if name != "error"}
         if ERROR.name in names:
             why = table["error"]
             errors.append(pc.if_else(pc.equal(why, ""), "", pc.binary_join_element_wise(scorer, why, ": ")))
     if ERROR.name in names:
-        found[ERROR.name] = _join(errors, unit.rows)
-    arrays = [found.get(field.name, pa.nulls(unit.rows, field.type)) for field in fields]
+        values[ERROR.name] = _join(errors, unit.rows)
+    arrays = [values.get(field.name, pa.nulls(unit.rows, field.type)) for field in fields]
     return pa.table(arrays, schema=pa.schema(fields)) if fields else pa.table({})
 
 
 def _join(errors: list[pa.ChunkedArray], rows: int) -> pa.ChunkedArray:
-    """The reasons of several scorers as one text."""
+    """Join the reasons of several scorers to one text per row."""
     if not errors:
         return pa.chunked_array([pa.repeat("", rows)])
     all_ = errors[0]
@@ -86,7 +86,7 @@ def _join(errors: list[pa.ChunkedArray], rows: int) -> pa.ChunkedArray:
 
 
 def _read(storage: Storage, unit: Staged, file: str, columns: list[str]) -> pa.Table:
-    """Those of the columns that the file has."""
+    """Read the columns that the file has."""
     table = storage.read_table(file, columns)
     if table.num_columns and len(table) != unit.rows:
         raise CapstanError(f"{storage.url}/{file} has {len(table)} rows, {unit.table} has {unit.rows}: remove {file}")
@@ -94,22 +94,22 @@ def _read(storage: Storage, unit: Staged, file: str, columns: list[str]) -> pa.T
 
 
 def embeddings(storage: Storage, units: Sequence[Staged], folder: Path | None = None) -> npt.NDArray[np.float16]:
-    """The images' embeddings [rows, dim], rows ordered as the units and their tables; zeros where there is none.
+    """Return the images' embeddings [rows, dim], ordered as the units and their tables; zeros for rows without one.
 
-    In `folder`, if given, the array is a file that is mapped to memory, so that it need not fit there. Raises
-    RecipeError where none were kept.
+    If `folder` is given, the array is a memory-mapped file there, so that it need not fit in memory. Raises RecipeError
+    if no embeddings were kept.
     """
     files = [dict(unit.scores).get(EMBEDDINGS) for unit in units]
     rows = sum(unit.rows for unit in units)
     kept = [file for file in files if file is not None]
     if not kept:
-        raise RecipeError("score.clip.embeddings", "no embeddings are kept", "say `embeddings: true` and build again")
+        raise RecipeError("score.clip.embeddings", "no embeddings are kept", "set `embeddings: true` and build again")
     blocks = ahead(lambda pair: _block(storage, *pair), zip(units, files, strict=True))
     made: npt.NDArray[np.float16] | None = None
     start = 0
     for unit, block in zip(units, blocks, strict=True):
         if block is not None:
-            if made is None:  # zeros, without touching the memory
+            if made is None:  # zeros, without touching memory
                 made = _zeros((rows, block.shape[1]), folder)
             made[start : start + unit.rows] = block
         start += unit.rows
@@ -134,7 +134,7 @@ def _block(storage: Storage, unit: Staged, file: str | None) -> npt.NDArray[np.f
 
 
 def pins(scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
-    """What the manifest and the ledger's metadata say of the scorers whose columns they hold."""
+    """Describe the scorers whose columns the manifest and the ledger hold."""
     return [
         {
             "id": scorer.id,
@@ -148,7 +148,7 @@ def pins(scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
 
 
 def pinned_columns(scores: Sequence[Mapping[str, Any]]) -> list[pa.Field]:
-    """What `pins` say that scorers add to the tables."""
+    """Return the table columns of the scorers that `pins` described."""
     return added(
         {
             pin["id"]: [pa.field(name, pa.type_for_alias(kind)) for name, kind in pin["columns"].items()]

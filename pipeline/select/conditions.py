@@ -1,9 +1,9 @@
-"""The recipe's SQL, asked of measured rows: which condition a row does not meet, and what sampling steps go by.
+"""Evaluate the recipe's SQL conditions on measured rows.
 
-Conditions see one row at a time: the columns of `ingest.STAGED_SCHEMA` (without offset and size), those of the
-recipe's scorers, and `domain`, the host of the address. `extra` is JSON, so that extra->>'$.license' = 'cc0' asks for a
-column of the source. So rows can be asked in blocks, in their order and in little memory, and only the columns that
-are named are read.
+The result is the first condition that a row does not meet, and the values that sampling steps need. A condition sees
+one row at a time: the columns of `STAGED_SCHEMA` (without offset and size), those of the recipe's scorers, and
+`domain`, the host of the URL. `extra` is JSON, so extra->>'$.license' = 'cc0' tests a column of the source. Rows can
+therefore be evaluated in blocks, in order and in little memory, and only the columns that conditions name are read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from capstan.pipeline.score.store import Columns, added, joined
 from capstan.pipeline.source.blocklist import Blocklist, blocked
 from capstan.pipeline.storage import Storage
 
-# A row's step; n > 0: it does not meet the n-th condition. A row that was kept when it was taken down still holds its
-# place: so its neighbours stay in their shards, and what repeats it stays out.
+# A row's step; n > 0: it does not meet the n-th condition. A row that was kept until it was taken down still holds its
+# place (TOMBSTONE), so that its neighbours stay in their shards and its duplicates stay out.
 TOMBSTONE, BLOCKED, FAILED, PASSED = -3, -2, -1, 0
 HELD_PLACE: Final = "kept"  # `detail` of such a row in its staged table
 
@@ -48,21 +48,25 @@ _ALWAYS: Final = ["key", "reason", "detail", "original_width", "original_height"
 
 @dataclass(frozen=True)
 class QueryResult:
-    """Of n rows, in order: `step`; `key` and `sha256` as 16 and 32 raw bytes; `area` of the source in pixels; and by a
-    condition's number what its `per` or `balance` (hashed) and its `by` (NaN for null) gave."""
+    """The evaluated conditions of n rows, in order.
+
+    `step` is defined above; `key` and `sha256` are 16 and 32 raw bytes; `area` is the source's, in pixels. `groups`
+    maps a condition's number to the hashed value of its `per` or `balance`, `ranks` to the value of its `by` (NaN for
+    null).
+    """
 
     step: npt.NDArray[np.int16]
     key: npt.NDArray[np.bytes_]
     sha256: npt.NDArray[np.bytes_]
     area: npt.NDArray[np.int64]
     phash: npt.NDArray[np.uint64]
-    colours: npt.NDArray[np.uint8] | None  # [n, phash.COLOUR_BYTES]; None: not asked for
+    colours: npt.NDArray[np.uint8] | None  # [n, phash.COLOUR_BYTES]; None: not requested
     groups: dict[int, npt.NDArray[np.uint64]]
     ranks: dict[int, npt.NDArray[np.float64]]
 
 
 def check_conditions(recipe: Recipe) -> None:
-    """Raise RecipeError for a condition that names an unknown column, is not SQL, or asks for what it cannot have."""
+    """Raise RecipeError for a condition that names an unknown column, is not SQL, or refers to other rows."""
     columns = registry.columns(recipe)
     schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *added(columns)])
     with _connect() as db:
@@ -71,8 +75,8 @@ def check_conditions(recipe: Recipe) -> None:
             for key, sql in condition.expressions.items():
                 try:
                     if any(node.get("class") in ("SUBQUERY", "WINDOW") for node in _nodes(db, sql)):
-                        hint = "ask about the row itself; at_most, balance and top compare rows"
-                        raise RecipeError(_field(condition, key), "asks about other rows", hint)
+                        hint = "use the row's own columns only; at_most, balance and top compare rows"
+                        raise RecipeError(_field(condition, key), "refers to other rows", hint)
                     kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows(schema.names)}").types[1])  # no aggregates
                     if key == "by":
                         db.sql(f"SELECT ({sql}\n)::DOUBLE FROM {_rows(schema.names)}").fetchall()
@@ -80,18 +84,16 @@ def check_conditions(recipe: Recipe) -> None:
                     raise _explain(condition, key, error, schema.names) from None
                 if key == "where" and kind != "BOOLEAN":
                     hint = "write a comparison, e.g. least(width, height) >= 200"
-                    raise RecipeError(_field(condition, key), f"gives {kind.lower()}, not yes or no", hint)
+                    raise RecipeError(_field(condition, key), f"returns {kind.lower()}, not true or false", hint)
 
 
-def ask(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> QueryResult:
-    """Answers about all rows of the units. Raises RecipeError for a condition that fails on one."""
+def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> QueryResult:
+    """Evaluate the recipe's conditions on all rows of the units. Raises RecipeError for a condition that fails."""
     columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
     coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
     with _connect() as db:
-        question = _Question(db, recipe.select, columns, unwanted, coloured=coloured)
-        blocks = list(ahead(lambda part: question.ask(storage, part), _blocks(units)))
-    if not blocks:
-        blocks = [question.nothing()]
+        query = _Query(db, recipe.select, columns, unwanted, coloured=coloured)
+        blocks = list(ahead(lambda part: query.run(storage, part), _blocks(units))) or [query.empty()]
     first = blocks[0]
     whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
     return QueryResult(
@@ -103,7 +105,7 @@ def ask(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> QueryResul
 
 
 def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:
-    """Neighbouring units of about _BLOCK_ROWS rows together: a question of few rows costs milliseconds, too."""
+    """Yield groups of neighbouring units of about _BLOCK_ROWS rows: a query costs milliseconds even for few rows."""
     held: list[Staged] = []
     for unit in units:
         held.append(unit)
@@ -114,8 +116,8 @@ def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:
         yield held
 
 
-class _Question:
-    """All that the recipe's conditions ask of a row, as one query."""
+class _Query:
+    """All conditions of the recipe as one query."""
 
     def __init__(
         self,
@@ -130,23 +132,23 @@ class _Question:
         self._unwanted, self._coloured = unwanted, coloured
         cases, self._groups, self._ranks = "", list[int](), list[int]()
         taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
-        asked = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
+        expressions = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
         for number, condition in enumerate(conditions, 1):
             if condition.where is not None:
                 cases += f" WHEN NOT coalesce(({condition.where}\n), false) THEN {number}"
-        asked[0] += f"{cases} ELSE {PASSED} END::SMALLINT AS step"
+        expressions[0] += f"{cases} ELSE {PASSED} END::SMALLINT AS step"
         for number, condition in enumerate(conditions, 1):
             if group := condition.per or condition.balance:
-                asked.append(f"CASE WHEN reason = '' THEN hash(({group}\n)) ELSE 0 END AS group_{number}")
+                expressions.append(f"CASE WHEN reason = '' THEN hash(({group}\n)) ELSE 0 END AS group_{number}")
                 self._groups.append(number)
             if condition.by:
-                asked.append(f"CASE WHEN reason = '' THEN ({condition.by}\n)::DOUBLE END AS rank_{number}")
+                expressions.append(f"CASE WHEN reason = '' THEN ({condition.by}\n)::DOUBLE END AS rank_{number}")
                 self._ranks.append(number)
-        self._select = "SELECT " + ", ".join(asked)
+        self._select = "SELECT " + ", ".join(expressions)
         self._named = self._columns_named()
 
     def _columns_named(self) -> set[str]:
-        """The columns that the conditions name, and that are therefore read."""
+        """Return the columns that the conditions name; only these are read."""
         named = {
             name.casefold()
             for condition in self._conditions
@@ -158,11 +160,11 @@ class _Question:
         needed = {"url"} if _DOMAIN in named or self._unwanted else set()
         return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
-    def ask(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
-        return self._answers(pa.concat_tables([self._read(storage, unit) for unit in units]))
+    def run(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
+        return self._result(pa.concat_tables([self._read(storage, unit) for unit in units]))
 
-    def nothing(self) -> QueryResult:
-        return self._answers(STAGED_SCHEMA.empty_table())
+    def empty(self) -> QueryResult:
+        return self._result(STAGED_SCHEMA.empty_table())
 
     def _read(self, storage: Storage, unit: Staged) -> pa.Table:
         rows = storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])
@@ -171,10 +173,10 @@ class _Question:
             rows = rows.append_column(field, scores[field.name])
         return rows
 
-    def _answers(self, rows: pa.Table) -> QueryResult:
-        found = self._found(rows)
+    def _result(self, rows: pa.Table) -> QueryResult:
+        values = self._execute(rows)
         size = rows["original_width"].to_numpy().astype(np.int64)
-        step = found["step"].to_numpy()
+        step = values["step"].to_numpy()
         if self._unwanted:
             hits = self._unwanted.hits(*(rows[name].to_pylist() for name in ("key", "url", "sha256")))
             step = np.where(np.array(hits, bool) & (step >= FAILED), np.int16(BLOCKED), step)
@@ -185,12 +187,12 @@ class _Question:
             size * rows["original_height"].to_numpy(),
             rows["phash"].to_numpy(),
             read_colours(rows["colours"]) if self._coloured else None,
-            {number: found[f"group_{number}"].to_numpy() for number in self._groups},
-            {number: found[f"rank_{number}"].to_numpy() for number in self._ranks},
+            {number: values[f"group_{number}"].to_numpy() for number in self._groups},
+            {number: values[f"rank_{number}"].to_numpy() for number in self._ranks},
         )
 
-    def _found(self, rows: pa.Table) -> pa.Table:
-        """What the query gives for these rows, in their order. A connection of its own: blocks are asked at once."""
+    def _execute(self, rows: pa.Table) -> pa.Table:
+        """Run the query on these rows; results are in their order. Blocks run concurrently, each on its own cursor."""
         with self._db.cursor() as cursor:
             cursor.register("block", rows)
             try:
@@ -199,24 +201,26 @@ class _Question:
                 raise _explain(*self._culprit(cursor, rows), error, rows.column_names) from None
 
     def _culprit(self, db: duckdb.DuckDBPyConnection, rows: pa.Table) -> tuple[Condition, str]:
-        """The first condition that fails on the rows by itself."""
-        asked = [(condition, key, sql) for condition in self._conditions for key, sql in condition.expressions.items()]
-        for condition, key, sql in asked:
+        """Return the first condition that fails on the rows by itself."""
+        candidates = [
+            (condition, key, sql) for condition in self._conditions for key, sql in condition.expressions.items()
+        ]
+        for condition, key, sql in candidates:
             value = f"({sql}\n)::DOUBLE" if key == "by" else f"({sql}\n)"
             try:
                 db.sql(f"SELECT count({value}) FROM {_rows(rows.column_names)} WHERE reason = ''").fetchall()
             except duckdb.Error:
                 return condition, key
-        return asked[-1][:2]
+        return candidates[-1][:2]
 
 
 def _rows(columns: Sequence[str]) -> str:
-    """The rows with what can be computed of their columns; DuckDB computes only what is asked for."""
+    """Return the FROM clause: the rows with derived columns, which DuckDB computes only if a condition names them."""
     return f"(SELECT *, {_DOMAIN_SQL} AS {_DOMAIN} FROM block)" if "url" in columns else "block"
 
 
 def _nodes(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[Mapping[str, Any]]:
-    """Every node of an expression, as DuckDB parses it."""
+    """Yield every node of an expression, as DuckDB parses it."""
     ((text,),) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchall()
 
     def walk(value: Any) -> Iterator[Mapping[str, Any]]:
@@ -225,11 +229,11 @@ def _nodes(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[Mapping[str, Any
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             yield from walk(inner)
 
-    return walk(json.loads(text))  # what is not SQL has no nodes: asking for it tells what is wrong
+    return walk(json.loads(text))  # text that is not SQL has no nodes; running it reports what is wrong
 
 
 def raw_digits(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
-    """Hexadecimal digits as `width` raw bytes; zeros where there are none, as failed rows have no hash."""
+    """Convert hexadecimal digits to `width` raw bytes; zeros for empty values, as failed rows have no hash."""
     text = column.combine_chunks()
     if isinstance(text, pa.ChunkedArray):
         text = pa.concat_arrays(text.chunks) if text.num_chunks else pa.array([], pa.string())
@@ -245,9 +249,9 @@ def raw_digits(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
 
 
 def _connect() -> duckdb.DuckDBPyConnection:
-    """A database that can see the registered rows and nothing else."""
+    """Open a database that sees the registered rows and nothing else."""
     db = duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "enable_external_access": False})
-    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which carries the summary only
+    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which is reserved for the summary
     return db
 
 

@@ -1,6 +1,6 @@
-"""Measured rows → decisions: the recipe's steps in order, then duplicates, then which shard a kept row is in.
+"""Measured rows → decisions: conditions, then duplicates, then shards.
 
-Nothing here touches an image: thresholds are questions to tables (pipeline.conditions, pipeline.sampling).
+No image is read here: thresholds are queries on tables (select.conditions, select.sampling).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from capstan.pipeline.config import Recipe
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
 from capstan.pipeline.score.store import embeddings
-from capstan.pipeline.select.conditions import BLOCKED, PASSED, TOMBSTONE, QueryResult, ask, check_conditions
+from capstan.pipeline.select.conditions import (
+    BLOCKED,
+    PASSED,
+    TOMBSTONE,
+    QueryResult,
+    check_conditions,
+    evaluate_conditions,
+)
 from capstan.pipeline.select.conditions import FAILED as _FAILED
 from capstan.pipeline.select.dedup import Repeats, find_repeats
 from capstan.pipeline.select.near_duplicates import CONTAMINATED, EXACT, PERCEPTUAL, REASONS, SEMANTIC
@@ -28,10 +35,10 @@ from capstan.pipeline.storage.local import scratch
 
 @dataclass(frozen=True)
 class Decisions:
-    """What becomes of each row, in the order of units and, in a unit, of its table.
+    """The decision on each row, in the order of units and, within a unit, of its table.
 
-    `step` [n] is -1 for a failed row, -2 for one that is blocked or was taken down, 0 for one that meets all
-    conditions, or the number of the first it does not meet; `repeats` says of all rows which ones repeat another;
+    `step` [n] is -1 for a failed row, -2 for a row that is blocked or was taken down, 0 for a row that meets all
+    conditions, or the number of the first condition it does not meet. `repeats` lists the rows that repeat another.
     `shard` [n] is the shard's number, -1 for rows not kept.
     """
 
@@ -46,27 +53,30 @@ class Decisions:
 
     @property
     def starts(self) -> list[int]:
-        """Where each unit's rows begin; one more at the end."""
+        """Index of each unit's first row, then the number of rows."""
         return np.concatenate([[0], np.cumsum([unit.rows for unit in self.units])]).astype(int).tolist()
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows by outcome."""
+        """Number of rows by outcome, and number of shards."""
         failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
         duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
         rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
         return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Keys of these rows, hexadecimal."""
+        """Return the keys of these rows, hexadecimal."""
         return _hex(self.key[rows])
 
     def hashes(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """SHA-256 of these rows' source files, hexadecimal."""
+        """Return the SHA-256 of these rows' source files, hexadecimal."""
         return _hex(self.sha256[rows])
 
     def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, pa.Array]:
-        """The ledger's outcome, reason, detail and shard of rows [start, stop); `reason` and `detail` as staged."""
+        """Return the ledger's outcome, reason, detail and shard of rows [start, stop).
+
+        `reason` and `detail` are the staged values of these rows.
+        """
         step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
         kind = self.repeats.kind[start:stop]
         failed, repeats, gone = step == _FAILED, kept >= 0, step == BLOCKED
@@ -74,16 +84,16 @@ class Decisions:
         outcome = np.select([failed, (step > 0) | gone, repeats], [0, 1, 2], 3)
         first_kind = len(self.conditions) + 2
         why = np.select([step > 0, gone, repeats], [step, first_kind - 1, first_kind + kind], 0)
-        of_whom = np.full(len(step), "", object)
+        repeated = np.full(len(step), "", object)
         contaminated = kind == CONTAMINATED
-        of_whom[repeats & ~contaminated] = self.keys(kept[repeats & ~contaminated])
-        of_whom[contaminated] = [self.repeats.evaluation[number] for number in kept[contaminated]]
+        repeated[repeats & ~contaminated] = self.keys(kept[repeats & ~contaminated])
+        repeated[contaminated] = [self.repeats.evaluation[number] for number in kept[contaminated]]
         first = max(int(shard.min(where=shard >= 0, initial=np.iinfo(np.int64).max)), 0) if (shard >= 0).any() else 0
         names = ["", *(shard_name(number) for number in range(first, int(shard.max(initial=-1)) + 1))]
         return {
             "outcome": _texts([FAILED, REJECTED, DUPLICATE, KEPT], outcome),
             "reason": pc.if_else(pa.array(failed), reason, _texts(reasons, why)),
-            "detail": pc.if_else(pa.array(failed), detail, pa.array(of_whom, pa.string())),
+            "detail": pc.if_else(pa.array(failed), detail, pa.array(repeated, pa.string())),
             "shard": _texts(names, np.where(shard >= 0, shard - first + 1, 0)),
         }
 
@@ -105,10 +115,10 @@ def shard_name(number: int) -> str:
 def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
     """Apply `recipe.select` and `recipe.dedup` to the rows of `units` (in order).
 
-    Raises RecipeError (select.<name>.where) for a condition that DuckDB does not take.
+    Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
     """
     check_conditions(recipe)
-    rows = ask(recipe, storage, units)
+    rows = evaluate_conditions(recipe, storage, units)
     batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
     step = sample(recipe.select, rows, batch)
     placed = step == TOMBSTONE
@@ -129,8 +139,10 @@ def _repeats(
     passed: npt.NDArray[np.int64],
     placed: npt.NDArray[np.bool_],
 ) -> Repeats:
-    """Which of all rows repeat another one; only those that `passed` are compared. One that holds its place (`placed`)
-    repeats none."""
+    """Find the rows that repeat another, comparing only those that `passed`.
+
+    A row that was taken down but holds its place (`placed`) counts as repeating none.
+    """
     with scratch() as folder:
         seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
         colours = None if rows.colours is None else rows.colours[passed]
@@ -150,8 +162,11 @@ def _batch(unit: str) -> int:
 
 
 def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: int) -> npt.NDArray[np.int64]:
-    """The shard of each kept row, -1 elsewhere: batch by batch, as few shards as hold them, sizes that differ by one
-    at most. A batch's shards hold its rows only, so that a new batch moves none."""
+    """Assign a shard to each kept row, -1 to the others.
+
+    Each batch gets as few shards as hold its rows, with sizes that differ by at most one. A shard holds rows of one
+    batch only, so that a new batch moves no row.
+    """
     shard = np.full(len(batch), -1, np.int64)
     first = 0
     for number in np.unique(batch):
@@ -164,7 +179,7 @@ def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: i
 
 
 def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
-    """Rows left after each step, and rows that the step took."""
+    """Count the rows left after each step, and the rows that it removed."""
 
     def repeating(kind: int) -> int:
         return int((repeats.kind == kind).sum())

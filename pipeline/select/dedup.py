@@ -1,7 +1,7 @@
-"""Rows that met the conditions → which of them repeat an evaluation image, or each other, by the recipe's `dedup`.
+"""Find rows that repeat an evaluation image, or each other (`dedup`).
 
-Evaluation images (`dedup.decontaminate`) are read as any source is, and measured as the dataset's own; what was
-measured is kept, so that the next selection does not decode them again:
+Evaluation images (`dedup.decontaminate`) are read like any source and measured like the dataset's own images. The
+measurements are kept, so that the next selection does not decode them again:
 
     state/decontaminate/<hash of the files and the image settings>.parquet     name, sha256, phash, colours
 """
@@ -58,8 +58,10 @@ Colours = npt.NDArray[np.uint8] | None
 
 @dataclass(frozen=True)
 class Repeats:
-    """For each of n rows: which row it repeats (-1: none) and how (dedup.EXACT, …). Of a row that repeats an evaluation
-    image, `kept` is that one's place in `evaluation`."""
+    """For each of n rows: the row that it repeats (-1: none) and how (near_duplicates.EXACT, …).
+
+    For a row that repeats an evaluation image, `kept` is the index of that image in `evaluation`.
+    """
 
     kept: Ints
     kind: npt.NDArray[np.int8]
@@ -80,9 +82,11 @@ def find_repeats(
     embeddings: Embeddings | None = None,
     places: Ints | None = None,
 ) -> Repeats:
-    """Look for repeats among n rows, in the order of batches and, in a batch, of keys: `sha256` as 32 raw bytes,
-    `colours` [n, phash.COLOUR_BYTES] (None: by the hash alone), `area` in pixels. `embeddings` [m, d] are for
-    `dedup.semantic`; `places` says where those of the n rows are in them, if not in order.
+    """Find repeats among n rows, ordered by batch and, within a batch, by key.
+
+    `sha256` is 32 raw bytes per row, `colours` [n, phash.COLOUR_BYTES] (None: compare hashes only), `area` is in
+    pixels. `embeddings` [m, d] serve `dedup.semantic`; `places` holds the rows' indices in them, if they are not in
+    order.
 
     Raises RecipeError for evaluation images that cannot be read.
     """
@@ -113,7 +117,7 @@ def find_repeats(
 def _semantic(
     found: Duplicates, order: Ints, batch: Ints, embeddings: Embeddings, places: Ints, dedup: Dedup
 ) -> Duplicates:
-    """`found`, and what repeats by meaning a row that is kept so far."""
+    """Add to `found` the rows that repeat, by meaning, a row kept so far."""
     assert dedup.semantic is not None
     left = order[found.kept[order] < 0]
     first = int((batch[left] == batch[left].min(initial=0)).sum())
@@ -127,36 +131,38 @@ def _semantic(
 
 
 def evaluation_signature(recipe: Recipe) -> str:
-    """Changes with the files of the evaluation set, and with what is measured of them; "" where there is none."""
+    """Return a hash of the evaluation set's files and of the image settings; "" without an evaluation set."""
     if recipe.dedup.decontaminate is None:
         return ""
     return fingerprint([FORMAT_VERSION, recipe.image.model_dump(mode="json"), _source(recipe)[1].signature])
 
 
 def evaluation_images(recipe: Recipe, storage: Storage) -> pa.Table:
-    """What is measured of the evaluation images (name, sha256, phash, colours). One that cannot be read is an error:
-    it would be looked for in vain."""
+    """Return the evaluation images' measurements (name, sha256, phash, colours).
+
+    Raises RecipeError for an image that cannot be read: its copies in the dataset would go unnoticed.
+    """
     name = f"{_FOLDER}/{evaluation_signature(recipe)}.parquet"
     if storage.exists(name):
         return storage.read_table(name)
     reader, rows = _source(recipe)
     image = recipe.image.model_copy(update={"min_size": 1})
     found: list[dict[str, object]] = []
-    with Progress("evaluation set", None, unit="pictures") as bar:
+    with Progress("evaluation set", None, unit="images") as bar:
         for table in rows.tables():
             listed = table.to_pylist()
             if any(row["image"] is None and not row["file"] for row in listed):
-                raise RecipeError(_FIELD, "holds addresses, not images", "name a folder, tars, or a table with bytes")
+                raise RecipeError(_FIELD, "holds URLs, not images", "name a folder, tars, or a table with image bytes")
             spans = [span_of(row, i) for i, row in enumerate(listed) if row["file"]]
             given = ((i, row["image"]) for i, row in enumerate(listed) if row["image"] is not None)
             for index, data in [*given, *read_images(spans, reader)]:
                 url = listed[index]["url"] or listed[index]["key"]
-                picture = decode(data, image) if isinstance(data, bytes) else data
-                if not isinstance(picture, StoredImage):
-                    raise RecipeError(_FIELD, f"{url} cannot be read ({picture})", "mend it, or leave it out")
+                decoded = decode(data, image) if isinstance(data, bytes) else data
+                if not isinstance(decoded, StoredImage):
+                    raise RecipeError(_FIELD, f"{url} cannot be read ({decoded})", "repair the file or remove it")
                 assert isinstance(data, bytes)
                 sha256 = hashlib.sha256(data).hexdigest()
-                measures = {"sha256": sha256, "phash": picture.phash, "colours": picture.colours}
+                measures = {"sha256": sha256, "phash": decoded.phash, "colours": decoded.colours}
                 found.append({"name": url.rpartition("/")[2], **measures})
             bar.advance(len(listed))
     measured = pa.Table.from_pylist(sorted(found, key=lambda row: (str(row["name"]), str(row["sha256"]))), _SCHEMA)
@@ -166,7 +172,7 @@ def evaluation_images(recipe: Recipe, storage: Storage) -> pa.Table:
 
 
 def _source(recipe: Recipe) -> tuple[Recipe, SourceReader]:
-    """The evaluation set as the source of a recipe of its own, and its rows."""
+    """Return a recipe whose source is the evaluation set, and its reader."""
     try:
         source = Source(path=recipe.dedup.decontaminate, image=_image_column(recipe))
         reader = recipe.model_copy(update={"source": source})
@@ -176,7 +182,7 @@ def _source(recipe: Recipe) -> tuple[Recipe, SourceReader]:
 
 
 def _image_column(recipe: Recipe) -> str | None:
-    """Tables of evaluation images hold them as the source's tables do, or as Hugging Face's do."""
+    """Return the image column of evaluation tables: the source's if it has one, else Hugging Face's `image`."""
     paths = recipe.dedup.decontaminate
     tables = [path for path in ([paths] if isinstance(paths, str) else paths or []) if path.endswith(".parquet")]
     return (recipe.source.image if recipe.source and recipe.source.image else "image") if tables else None
@@ -185,7 +191,7 @@ def _image_column(recipe: Recipe) -> str | None:
 def _contaminated(
     recipe: Recipe, storage: Storage, sums: Sums, phash: npt.NDArray[np.uint64], colours: Colours
 ) -> tuple[list[str], Ints]:
-    """The evaluation images' names, and for each row the first one that it repeats, or -1."""
+    """Return the evaluation images' names, and for each row the first of them that it repeats, or -1."""
     if recipe.dedup.decontaminate is None:
         return [], np.full(len(phash), -1, np.int64)
     images = evaluation_images(recipe, storage)

@@ -1,19 +1,18 @@
-"""Hashes of images → which ones repeat another: exactly (SHA-256 of the source) or nearly (perceptual hash).
+"""Find exact repeats (SHA-256) and near repeats (perceptual hash).
 
-Rows are looked at in one order of precedence: earlier batch first (what is packed stays), then the larger image, then
-the smaller key. A row is a duplicate if a kept row before it is the same, or lies within the distance. So the outcome
-depends on the rows alone, and new rows never unseat old ones.
+Rows are visited in one order of precedence: earlier batch first (packed samples stay), then larger image, then smaller
+key. A row is a duplicate if a kept row before it is identical, or within the distance. The outcome therefore depends on
+the rows alone, and new rows never displace old ones.
 
-Two images are near if their perceptual hashes differ in at most `distance` bits and, where that is asked for, their
-colours by at most a tolerance, once the one's brightness and contrast are made the other's: the hash sees no colour,
-and shapes only as far as 64 bits go.
+Two images are near if their perceptual hashes differ in at most `distance` bits. If colours are compared too, they must
+agree within a tolerance once brightness and contrast are equalised: the hash sees no colour, and 64 bits describe
+shapes only roughly.
 
-Hashes are compared only where they agree on some of their bits (Norouzi et al., Fast Exact Search in Hamming Space with
-Multi-Index Hashing, 2014; here by sorting, which numpy does with vector instructions and without Python's lock). If
-they can differ in 4 bits of 6 bands, they agree on 2 bands: 15 sorts of 10 million hashes, each by 21 bits, leave 5
-candidates a hash. Where many hashes lie close together (a template with other words in it) their pairs are too many to
-be listed, so rows are cut in halves: what is near a kept row of the first half is gone before the second half is
-compared with itself.
+Hashes are compared only if they agree on some of their bits (Norouzi et al., Fast Exact Search in Hamming Space with
+Multi-Index Hashing, 2014; here by sorting, which numpy vectorises and runs without Python's lock). Hashes of 6 bands
+that differ in 4 bits at most agree on 2 bands: 15 sorts of 10 million hashes, each by 21 bits, leave 5 candidates per
+hash. If many hashes are close together (one template with different words), their pairs are too many to list. Rows are
+then split in halves: rows near a kept row of the first half are removed before the second half is compared with itself.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ HASH_BITS: Final = 64
 NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED = range(5)
 REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated")
 
-MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one go; beyond that rows are cut in halves
-MAX_PAIRS = 1 << 23  # near pairs held at once
-MAX_GAIN: Final = 1.2  # of contrast, between images that are near
-MAX_OFFSET: Final = 30  # of brightness, levels of 256
+MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one pass; beyond that rows are split in halves
+MAX_PAIRS = 1 << 23  # near pairs held in memory
+MAX_GAIN: Final = 1.2  # largest ratio of contrast between near images
+MAX_OFFSET: Final = 30  # largest difference of brightness, levels of 256
 _PART_OF_CONTRAST: Final = 0.1
 _LEAST_TOLERANCE: Final = 2.0  # levels
-_FEW = 1024  # rows that are never cut
-_CHUNK = 1 << 16  # rows compared together: what is read again stays in the cache
+_FEW = 1024  # rows that are never split
+_CHUNK = 1 << 16  # rows compared together, so that they stay in the cache
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -51,20 +50,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Duplicates:
-    """For each of n rows: the index of the kept row that it repeats, or -1; and in which way (EXACT, …; NONE)."""
+    """For each of n rows: the index of the kept row that it repeats, or -1; and how (EXACT, …; NONE)."""
 
     kept: Ints  # [n]
     kind: npt.NDArray[np.int8]  # [n]
 
     @property
     def exact(self) -> npt.NDArray[np.bool_]:
-        """Where the files are the same."""
+        """Mask [n] of rows whose file is identical to a kept one."""
         return self.kind == EXACT
 
 
 def precedence(batch: Ints, area: Ints, key: npt.NDArray[np.bytes_] | None = None) -> Ints:
-    """Row indices [n], the one that stays first. `area` in pixels, of the source. Without `key` rows of a batch must
-    stand in the order of their keys."""
+    """Return row indices [n] by precedence. `area` is the source's, in pixels.
+
+    Without `key`, rows of a batch must be in the order of their keys.
+    """
     by = (-area, batch)
     return np.lexsort(by if key is None else (key, *by))
 
@@ -79,8 +80,11 @@ def find_duplicates(
     colours: Bytes | None = None,
     tolerance: int = 0,
 ) -> Duplicates:
-    """Which of n rows repeat another. `order` is their precedence; `sha256` is text, or words [n, w]; `distance` in
-    bits of `phash`, None: don't look. `colours` [n, bytes], if given, must then agree too, within `tolerance`."""
+    """Find the rows that repeat another.
+
+    `order` [n] is their precedence; `sha256` is text, or words [n, w]. `distance` is in bits of `phash` (None: no near
+    duplicates). `colours` [n, bytes], if given, must then agree too, within `tolerance`.
+    """
     n = len(order)
     kept = np.full(n, -1, np.int64)
     if exact:
@@ -95,8 +99,10 @@ def find_duplicates(
 
 
 def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int) -> None:
-    """Enter that row left[i] repeats left[near[i]] (-1: none). What repeated a row that is kept no more repeats what
-    that one was found to repeat."""
+    """Record that row left[i] repeats left[near[i]] (-1: none).
+
+    Rows that repeated a row which is no longer kept now repeat the row which that one repeats.
+    """
     before = np.flatnonzero(kept >= 0)
     kept[left] = np.where(near >= 0, left[near], -1)
     kind[left[near >= 0]] = reason
@@ -105,7 +111,7 @@ def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reaso
 
 
 def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
-    """Text of one width as 64-bit words [n, w]; words are left as they are."""
+    """Convert text of one width to 64-bit words [n, w]; words are returned unchanged."""
     if values.dtype.kind != "S":
         return cast(Words, values)
     width = -(-max(values.dtype.itemsize, 1) // 8) * 8
@@ -113,9 +119,10 @@ def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
 
 
 def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
-    """For each of n rows of `columns`, each [n], the row that equals it and comes first in `order`.
+    """Return for each of n rows of `columns`, each [n], the equal row that is first in `order`.
 
-    One fast sort of a mixture of the words, and then a comparison of all of them: the mixture decides nothing."""
+    Rows are sorted by a hash of their words; all words are compared afterwards, so collisions cannot change the result.
+    """
     n = len(order)
     if not n:
         return np.zeros(0, np.int64)
@@ -142,7 +149,7 @@ def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
 
 @dataclass(frozen=True)
 class _Prints:
-    """What is compared of n rows, in order of precedence, and how."""
+    """Hashes and colours of n rows, in order of precedence, and the limits by which they are compared."""
 
     phash: Words  # [n]
     colours: Bytes | None  # [n, bytes]
@@ -157,18 +164,17 @@ class _Prints:
         return _Prints(self.phash[rows], colours, self.distance, self.tolerance)
 
     def agree(self, rows: Ints, later: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
-        """Whether the colours of rows[i] and of the later others[i] do."""
+        """Return whether the colours of rows[i] agree with those of the later others[i]."""
         if self.colours is None or later.colours is None:
             return np.ones(len(rows), bool)
         return colours_agree(self.colours[rows], later.colours[others], self.tolerance)
 
 
 def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
-    """Whether the levels a[i] and b[i], [n, levels], agree everywhere, once a[i] is made as bright and as full of
-    contrast as b[i], within what an image goes through that is saved again.
+    """Return whether the levels a[i] and b[i], [n, levels], agree once brightness and contrast are equalised.
 
-    They may differ by a tenth of their standard deviation (what is busy changes more when it is scaled than what is
-    plain), by 2 levels at least, by `tolerance` at most.
+    Brightness and contrast may differ as far as saving an image again changes them. Levels may then differ by a tenth
+    of their standard deviation (scaling changes busy images more than plain ones), at least 2 and at most `tolerance`.
     """
     one, other = a.astype(np.float32), b.astype(np.float32)
     mean, other_mean = one.mean(axis=1, keepdims=True), other.mean(axis=1, keepdims=True)
@@ -183,14 +189,14 @@ def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
 def near_reference(
     reference: tuple[Words, Bytes | None], phash: Words, colours: Bytes | None, distance: int, tolerance: int
 ) -> Ints:
-    """For each row the first of the `reference` (hashes, colours) that it is near to, or -1."""
+    """Return for each row the first of `reference` (hashes, colours) that is near it, or -1."""
     return _first_near(_Prints(*reference, distance, tolerance), _Prints(phash, colours, distance, tolerance))
 
 
 def _near(prints: _Prints) -> Ints:
-    """For each row, in order of precedence, the first kept one near it; -1 for those kept.
+    """Return for each row, in order of precedence, the first kept row near it; -1 for those kept.
 
-    Rows with the same hash and colours share their fate, so only the first of each is compared.
+    Rows with equal hashes and colours get the same result, so only the first of each is compared.
     """
     n = len(prints)
     columns = [prints.phash]
@@ -207,7 +213,7 @@ def _near(prints: _Prints) -> Ints:
 
 
 def _first_kept(prints: _Prints) -> Ints:
-    """For each row the first kept one near it; -1 for those kept."""
+    """Return for each row the first kept row near it; -1 for those kept."""
     pairs = _pairs(prints, few=len(prints) <= _FEW)
     if pairs is not None:
         return _greedy(len(prints), *pairs)
@@ -224,7 +230,7 @@ def _first_kept(prints: _Prints) -> Ints:
 
 
 def _greedy(n: int, earlier: Ints, later: Ints) -> Ints:
-    """Near pairs, sorted by the later row, then the earlier → for each of n rows the first kept one near it, or -1."""
+    """Return for each of n rows the first kept row near it, or -1; pairs are sorted by later, then earlier row."""
     near = [-1] * n if len(later) else []
     for start in range(0, len(later), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -269,8 +275,10 @@ def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
 
 
 def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None) -> Iterator[Pairs]:
-    """Near pairs (i < j) whose hashes agree on the bits of one mask, and on none before it. Raises _TooManyError for
-    more than `limit` candidates."""
+    """Yield near pairs (i < j) whose hashes agree on the bits of one mask, and on no mask before it.
+
+    Raises _TooManyError for more than `limit` candidates.
+    """
     mask, distance = np.uint64(masks[number]), prints.distance
     order = np.argsort(prints.phash & mask)
     hashes = prints.phash[order]
@@ -280,7 +288,7 @@ def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None)
         if int((sizes * (sizes - 1) // 2).sum()) > limit:
             raise _TooManyError
     for start in range(0, len(hashes), _CHUNK):
-        # Each row with the next one, the one after, … as long as they agree.
+        # Compare each row with the next one, the one after, … as long as they agree.
         rows, step = np.arange(start, min(start + _CHUNK, len(hashes))), 0
         while True:
             step += 1
@@ -297,15 +305,15 @@ def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None)
                 a, b = np.minimum(one, other), np.maximum(one, other)
                 agree = prints.agree(a, prints, b)
                 yield a[agree], b[agree]
-            going_on = np.count_nonzero(same)
-            if not going_on:
+            agreeing = np.count_nonzero(same)
+            if not agreeing:
                 break
-            if going_on < len(rows) - len(rows) // 4:
+            if agreeing < len(rows) - len(rows) // 4:
                 rows = rows[same]
 
 
 def _apart(hashes: Words, rows: Ints, step: int) -> Words:
-    """hashes[rows] ^ hashes[rows + step]; where rows follow each other without gathering them."""
+    """Return hashes[rows] ^ hashes[rows + step]; consecutive rows are sliced instead of gathered."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         low, high = int(rows[0]), int(rows[-1]) + 1
         return hashes[low:high] ^ hashes[low + step : high + step]
@@ -313,7 +321,7 @@ def _apart(hashes: Words, rows: Ints, step: int) -> Words:
 
 
 def _first_near(kept: _Prints, rows: _Prints) -> Ints:
-    """For each of `rows` the first of `kept` that it is near to, or -1."""
+    """Return for each of `rows` the first of `kept` that is near it, or -1."""
     masks = _masks(max(len(kept), len(rows)), rows.distance)
     nobody = len(kept)
 
@@ -344,19 +352,22 @@ def _first_near(kept: _Prints, rows: _Prints) -> Ints:
 
 
 def _in_threads(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
-    """numpy sorts and compares without holding Python's lock. At most one result a thread waits to be taken."""
+    """Yield work(item) for each item, in order, using threads: numpy sorts and compares without Python's lock.
+
+    At most one finished result per thread waits to be consumed.
+    """
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
         rest = iter(items)
-        while some := list(itertools.islice(rest, threads)):
-            yield from pool.map(work, some)
+        while group := list(itertools.islice(rest, threads)):
+            yield from pool.map(work, group)
 
 
 def _masks(n: int, distance: int) -> list[int]:
-    """Sets of bits, as masks, such that two hashes at most `distance` bits apart agree on all bits of one set at least.
+    """Return bit masks such that two hashes at most `distance` bits apart agree on all bits of at least one mask.
 
-    Of `count` bands `distance` can differ, so some count - distance agree. The more bands, the more sets, and the fewer
-    of n hashes agree by chance: the count that costs least is taken. One empty set (all pairs) if n is small.
+    At most `distance` of `count` bands can differ, so count - distance agree. More bands make more masks, and fewer of
+    n hashes agree by chance: the count of least cost is chosen. For small n there is one empty mask (all pairs).
 
     >>> len(_masks(100, 4)), len(_masks(100_000, 4)), len(_masks(10_000_000, 4))
     (1, 5, 15)
@@ -368,7 +379,7 @@ def _masks(n: int, distance: int) -> list[int]:
 
 
 def _cost(n: int, distance: int, count: int) -> float:
-    """About how many nanoseconds comparing n random hashes takes with `count` bands."""
+    """Estimate the nanoseconds that comparing n random hashes takes with `count` bands."""
     sets = math.comb(count, distance)
     bits = HASH_BITS * (count - distance) / count if count else 0
     return sets * (200_000 + 100 * n + 3 * n * n / 2 ** (bits + 1))

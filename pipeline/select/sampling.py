@@ -1,8 +1,8 @@
-"""Steps of the selection that compare rows: at most so many of a value, values in balance, the best part.
+"""Selection steps that compare rows: at_most per value, balance, top share.
 
-Each takes from the rows that all steps before it left. What it takes depends on the rows alone: ties go to the earlier
-batch, then to the smaller key, which is the order in which rows come. `at_most` and `balance` prefer earlier batches
-before all else, so that new rows unseat none that is packed.
+Each step removes rows from those that all earlier steps left. The result depends on the rows alone: ties go to the
+earlier batch, then to the smaller key, which is the order of the rows. `at_most` and `balance` prefer earlier batches
+above all else, so that new rows displace no packed sample.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def sample(conditions: Sequence[Condition], found: QueryResult, batch: Ints) -> npt.NDArray[np.int16]:
-    """The step of each row, as `found.step`, with those that a sampling step takes. `batch` of each row."""
+    """Return the step of each row: `found.step`, updated by the sampling steps. `batch` holds each row's batch."""
     step = found.step.copy()
     for number, condition in enumerate(conditions, 1):
         if condition.where is not None:
@@ -46,8 +46,10 @@ def _kept(
 def first_of_each(
     groups: npt.NDArray[np.uint64], by: npt.NDArray[np.float64] | None, batch: Ints, most: int
 ) -> npt.NDArray[np.bool_]:
-    """Whether a row is among the first `most` of its group: by batch, then by the highest `by` (NaN last), then as they
-    come."""
+    """Return whether a row is among the first `most` of its group.
+
+    Rows are ranked by batch, then by highest `by` (NaN last), then by their order.
+    """
     order = np.argsort(groups, kind="stable") if by is None else np.lexsort((-by, batch, groups))
     place = np.empty(len(groups), np.int64)
     place[order] = _place(groups[order])
@@ -55,7 +57,7 @@ def first_of_each(
 
 
 def best(groups: npt.NDArray[np.uint64], by: npt.NDArray[np.float64], part: float) -> npt.NDArray[np.bool_]:
-    """Whether a row is among the `part` of its group (rounded up) with the highest `by`; NaN never is."""
+    """Return whether a row is in the top share `part` of its group (rounded up) by `by`; NaN never is."""
     (known,) = np.nonzero(~np.isnan(by))
     order = known[np.lexsort((-by[known], groups[known]))]
     sorted_groups = groups[order]
@@ -68,7 +70,7 @@ def best(groups: npt.NDArray[np.uint64], by: npt.NDArray[np.float64], part: floa
 
 
 def _place(sorted_groups: npt.NDArray[np.uint64]) -> Ints:
-    """The place of each row in its group, from 0."""
+    """Return the rank of each row within its group, from 0."""
     index = np.arange(len(sorted_groups))
     is_first = np.concatenate([[True], sorted_groups[1:] != sorted_groups[:-1]])[: len(index)]
     return index - np.maximum.accumulate(np.where(is_first, index, 0))

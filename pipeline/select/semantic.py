@@ -1,11 +1,12 @@
-"""Embeddings of images → which ones say the same as another: cosine within clusters (SemDeDup, Abbas et al. 2023).
+"""Find semantic repeats: cosine of embeddings within clusters (SemDeDup).
 
-All pairs of a million images would be half a trillion products. Images that are alike lie in the same cluster of a
-k-means almost always, so only those are compared: what is missed are pairs that a border cuts.
+SemDeDup: Abbas et al. 2023. All pairs of a million images would take half a trillion products. Similar images are
+almost always in the same k-means cluster, so only those are compared: the only pairs missed are those that a border
+separates.
 
-Clusters follow from the first batch alone, in order of precedence, so that what a new batch brings changes no earlier
-decision. Every product is computed in one thread and in pieces of fixed size; threads work on different clusters. So
-the outcome does not depend on the number of cores.
+Clusters are computed from the first batch alone, in order of precedence, so that a new batch changes no earlier
+decision. Every product is computed in one thread and in pieces of fixed size; threads work on different clusters. The
+outcome therefore does not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-CLUSTER_ROWS: Final = 1000  # of the first batch, on average
-_TRAINED_ON: Final = 64  # rows a cluster that k-means looks at,
+CLUSTER_ROWS: Final = 1000  # rows of the first batch per cluster, on average
+_TRAINED_ON: Final = 64  # rows per cluster in the sample for k-means
 _MOST_CLUSTERS: Final = 4096
 _ROUNDS: Final = 8  # of k-means
 _PIECE: Final = 4096  # rows converted to float32 at a time
@@ -31,11 +32,11 @@ Floats = npt.NDArray[np.float32]
 
 
 def find_semantic(embeddings: npt.NDArray[np.float16], order: Ints, threshold: float, *, first: int) -> Ints:
-    """For each position of `order` (rows of `embeddings` [n, d], by precedence) the position of the first kept row
-    before it in its cluster whose cosine is `threshold` or more; -1 for those kept.
+    """Return for each position of `order` the position of the first kept row that it repeats, or -1.
 
-    `first` is how many of them, from the start, are of the first batch. A row of zeros (no embedding) repeats nothing.
-    `embeddings` may be a memory map: it is read in pieces.
+    `order` lists rows of `embeddings` [n, d] by precedence. A row repeats an earlier row of its cluster if their cosine
+    is `threshold` or more. The first `first` positions are those of the first batch. A row of zeros (no embedding)
+    repeats nothing. `embeddings` may be a memory map: it is read in pieces.
     """
     near = np.full(len(order), -1, np.int64)
     if not len(order):
@@ -56,14 +57,14 @@ def find_semantic(embeddings: npt.NDArray[np.float16], order: Ints, threshold: f
 
 
 def unit(rows: npt.NDArray[np.float16]) -> Floats:
-    """Rows [n, d] as float32 of length 1; zeros stay zeros."""
+    """Convert rows [n, d] to float32 of length 1; zeros stay zeros."""
     wide = rows.astype(np.float32)
     length = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     return np.asarray(wide / np.maximum(length, 1e-12)[:, None], np.float32)
 
 
 def _centres(embeddings: npt.NDArray[np.float16], order: Ints, pool: ThreadPoolExecutor) -> Floats:
-    """Spherical k-means over an even choice of `order`: float32 [k, d], of length 1."""
+    """Run spherical k-means over an even sample of `order`: float32 [k, d], of length 1."""
     k = min(max(len(order) // CLUSTER_ROWS, 1), _MOST_CLUSTERS)
     count = min(len(order), k * _TRAINED_ON)
     chosen = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
@@ -80,7 +81,7 @@ def _centres(embeddings: npt.NDArray[np.float16], order: Ints, pool: ThreadPoolE
 
 
 def _nearest(embeddings: npt.NDArray[np.float16], order: Ints, centres: Floats, pool: ThreadPoolExecutor) -> Ints:
-    """The cluster of each row."""
+    """Return the cluster of each row."""
     if len(centres) == 1:
         return np.zeros(len(order), np.int64)
     found = pool.map(lambda rows: _closest(unit(embeddings[rows]), centres), _pieces(order))
@@ -96,9 +97,9 @@ def _pieces(rows: npt.NDArray) -> Iterator[npt.NDArray]:
 
 
 def _first_kept(embeddings: npt.NDArray[np.float16], rows: Ints, threshold: float) -> Ints:
-    """For each of a cluster's rows, in order of precedence, the first kept one before it that is near, or -1.
+    """Return for each of a cluster's rows, in order of precedence, the first kept row before it that is near, or -1.
 
-    Kept rows grow piece by piece: each piece is compared with what is kept so far, and what is left of it with itself.
+    Each piece is compared with the rows kept so far, and its remaining rows with each other.
     """
     near = np.full(len(rows), -1, np.int64)
     kept: list[int] = []

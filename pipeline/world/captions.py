@@ -1,7 +1,7 @@
-"""`Scene` ↔ words: true descriptions, what a careless web would write, and a reader that finds facts in captions.
+"""Scene ↔ captions: true descriptions, careless alt texts, and a fact reader.
 
-All wording depends on the scene's seed and index only. `facts` reads what `short` and `descriptive` write, and the same
-phrases wherever a captioner wrote them.
+All wording depends on the scene's seed and index only. `facts` reads the captions of `short` and `descriptive`, and the
+same phrases in any caption.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _HEADS: Final = (
 
 
 def short(scene: Scene) -> str:
-    """Every thing's colour and shape: "a red circle and a blue square"."""
+    """Return every thing's colour and shape: "a red circle and a blue square"."""
     return _listed([_with_article(f"{thing.colour} {thing.shape}") for thing in scene.things])
 
 
 def descriptive(scene: Scene) -> str:
-    """All that is true of the scene, in two sentences of 20 to 50 words; background, count, things in this order."""
+    """Describe the whole scene in two sentences of 20 to 50 words: background, count and things, in this order."""
     chance = dice("descriptive", scene.seed, scene.index)
     count = len(scene.things)
     head = pick(chance, _HEADS).format(
@@ -77,10 +77,10 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-# What a careless web writes beside an image, and how often.
+# Kinds of alt text on careless web pages, and how often each occurs.
 ALT_KINDS: Final[Mapping[str, float]] = {
     "fragment": 0.30,  # honest, but names no colours
-    "partial": 0.20,  # one thing named truly, no word of the others
+    "partial": 0.20,  # names one thing correctly and omits the others
     "file_name": 0.15,
     "spam": 0.10,
     "other": 0.10,  # another image's caption
@@ -98,13 +98,13 @@ _FILE_NAMES: Final = ("IMG_{0:04d}.JPG", "DSC{0:05d}.jpg", "untitled-{0}.png", "
 
 
 def alt_kind(scene: Scene, row: int | None = None) -> str:
-    """Which of `ALT_KINDS` the alt text in this row is; `row` is the scene's own index unless its image is a copy."""
+    """Return the kind (`ALT_KINDS`) of this row's alt text; `row` is the scene's index unless its image is a copy."""
     drawn = pick_share(_alt_dice(scene, row), ALT_KINDS)
     return drawn or "honest"
 
 
 def alt(scene: Scene, vocab: Vocabulary | None = None, row: int | None = None) -> str:
-    """What a careless web writes beside the image. `vocab` is the world's (for another image's caption)."""
+    """Return the alt text of a careless web page. `vocab` is the world's (for another image's caption)."""
     chance = _alt_dice(scene, row)
     kind = pick_share(chance, ALT_KINDS)
     if kind == "fragment":
@@ -135,18 +135,18 @@ def _fragment(scene: Scene, chance: random.Random) -> str:
 
 @dataclass(frozen=True)
 class NamedThing:
-    """What a caption says of one thing; None where it says nothing."""
+    """A caption's statements about one thing; None for what it omits."""
 
     colour: str
     shape: str
     size: str | None = None
-    texture: str = "plain"  # descriptions do not name plainness
+    texture: str = "plain"  # descriptions do not mention a plain texture
     place: str | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption says of a scene; `relation` is ((colour, shape), relation, (colour, shape))."""
+    """A caption's statements about a scene; `relation` is ((colour, shape), relation, (colour, shape))."""
 
     background: str | None
     count: int | None
@@ -169,7 +169,7 @@ _THING: Final = re.compile(
 
 
 def facts(text: str) -> Facts:
-    """The facts that a caption states, in whatever order; never raises."""
+    """Extract the facts that a caption states, in any order; never raises."""
     plain = " ".join(re.sub(r"[^a-z]+", " ", text.lower()).split())
     background, count = _BACKGROUND.search(plain), _COUNT.search(plain)
     stated = _RELATION.search(plain)
@@ -192,11 +192,11 @@ def facts(text: str) -> Facts:
 
 
 def compare(found: Facts, scene: Scene) -> dict[str, float]:
-    """How much of the scene's truth a caption states, each in [0, 1].
+    """Measure how much of the scene a caption states correctly, each value in [0, 1].
 
-    `colours` and `colour_shape` are shares of the scene's things. `size`, `texture` and `place` are shares of those
-    things that the caption names by their right colour and shape (nan if there are none). `relation` is nan for one
-    thing, and 0 where the caption states none.
+    `colours` and `colour_shape` are shares of the scene's things. `size`, `texture` and `place` are shares of the
+    things that the caption names with the right colour and shape (nan if there are none). `relation` is nan for a scene
+    of one thing, and 0 if the caption states none.
     """
     truth = {(thing.colour, thing.shape): thing for thing in scene.things}
     named = {(thing.colour, thing.shape): thing for thing in found.things}
@@ -222,7 +222,7 @@ def _holds(found: Facts, truth: Mapping[tuple[str, str], Thing]) -> bool:
 
 
 def overlap(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """The share of `wanted` (a multiset) that is in `found`."""
+    """Return the share of `wanted` (a multiset) that is in `found`."""
     return (Counter(found) & Counter(wanted)).total() / len(wanted)
 
 

@@ -1,8 +1,8 @@
-"""An image → what is in it, and how well that follows a prompt's scene.
+"""Image → the things in it, and how well they match a prompt's scene.
 
-The oracle knows the palette and the shapes of the captioned world and measures; nothing in it is learned. It is made
-for generated images too, which are soft: colours are judged in the cores of things, shapes by overlap with templates.
-`accuracy_on_clean` says how far it can be trusted, `chance` what images score that have nothing to do with a prompt.
+The oracle measures with the known palette and shapes of the captioned world; nothing in it is learned. It also handles
+generated images, which are soft: colours are judged in the cores of things, shapes by overlap with templates.
+`accuracy_on_clean` measures how far it can be trusted; `chance` is the score of images unrelated to the prompt.
 
     image → background → pieces that stand out from it → colour, outline, shape, size, texture of each
 """
@@ -25,9 +25,9 @@ from capstan.pipeline.world.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Th
 MEASURES: Final = ("background", "colours", "count", "colour_shape", "relation")
 
 _WORK: Final = 96  # images are judged at this side, pixels
-_BORDER: Final = 0.06  # share of the side that tells the background
-_SHADES: Final = (1.0, (1 + INK) / 2, INK)  # a thing shows its colour, its ink, and where they blur what lies between
-_CONTRAST: Final = 0.5  # of the way from the background to a thing's colour: from here on a pixel is the thing's
+_BORDER: Final = 0.06  # share of the side that is taken as background
+_SHADES: Final = (1.0, (1 + INK) / 2, INK)  # a thing shows its colour, its ink, and blends of the two
+_CONTRAST: Final = 0.5  # of the way from the background to a thing's colour: from here on a pixel belongs to the thing
 _NEAR: Final = 9  # side of the window in which pixels are compared, pixels
 _CORE: Final = 0.85  # of the window's greatest distance from the background
 _LEAST_AREA: Final = 0.008  # of the image; the smallest thing covers 0.025
@@ -35,19 +35,19 @@ _TEMPLATE: Final = 48  # side of the normalised masks that are compared, pixels
 _BLURS: Final = (0.0, 0.12, 0.22)  # standard deviations of the templates' softness, in radii
 _SMALL_BELOW: Final = 0.208  # radius between small and large things; softness makes things look larger
 _SPREAD: Final = 0.2  # standard deviation along colour (0) … ink (1) above which a thing is not plain
-_STRIPED: Final = 0.5  # share of that variance that lies between columns
+_STRIPED: Final = 0.5  # share of that variance that is between columns
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the oracle sees; things from left to right."""
+    """A parsed image; things from left to right."""
 
     background: str
     things: tuple[Thing, ...]
 
 
 def parse(image: np.ndarray) -> Parsed:
-    """Background and things of a square image: uint8 RGB [side, side, 3].
+    """Find background and things of a square image: uint8 RGB [side, side, 3].
 
     Raises: ValueError for another shape or type.
     """
@@ -60,7 +60,7 @@ def parse(image: np.ndarray) -> Parsed:
     far = np.linalg.norm(pixels - tint, axis=-1)
     contrast = np.linalg.norm(_palette() - tint, axis=-1)
     standing_out = far > _CONTRAST * contrast[shades]
-    # Where a soft rim blends with the background it shows other colours; the farthest pixels around show the true one.
+    # A soft rim that blends with the background shows other colours; the farthest pixels nearby show the true one.
     around = cv2.dilate(far, np.ones((_NEAR, _NEAR), np.uint8))
     core = standing_out & (far > _CORE * around)
     things = []
@@ -76,7 +76,7 @@ def parse(image: np.ndarray) -> Parsed:
 
 
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """(name, actual colour) of what most of the border shows."""
+    """Return (name, actual colour) of the background that most of the border shows."""
     width = round(_BORDER * _WORK)
     border = np.ones(pixels.shape[:2], bool)
     border[width:-width, width:-width] = False
@@ -88,20 +88,20 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
 
 @functools.cache
 def _palette() -> np.ndarray:
-    """Every colour in all its shades, one colour after the other: float32 RGB [colours × shades, 3]."""
+    """Return every colour in all its shades, one colour after the other: float32 RGB [colours × shades, 3]."""
     colours = np.array(list(COLOURS.values()), np.float32)
     return (colours[:, None, :] * np.array(_SHADES, np.float32)[:, None]).reshape(-1, 3)
 
 
 def _nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Index of the nearest palette colour to each pixel: [..., 3], [n, 3] → int [...]."""
+    """Return the index of the palette colour nearest to each pixel: [..., 3], [n, 3] → int [...]."""
     # |p − c|² without |p|², which is the same for every c.
     distances: np.ndarray = (palette**2).sum(axis=-1) - 2 * pixels.reshape(-1, 3) @ palette.T
     return distances.argmin(axis=-1).reshape(pixels.shape[:-1])
 
 
 def _pieces(mask: np.ndarray, cores: np.ndarray, colours: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """(mask, colour index) of each connected piece; one that shows two colours in large is cut in two."""
+    """Return (mask, colour index) of each connected piece; a piece with large areas of two colours is split."""
     number, components = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     pieces: list[tuple[np.ndarray, int]] = []
     for component in range(1, number):
@@ -124,7 +124,7 @@ def _pieces(mask: np.ndarray, cores: np.ndarray, colours: np.ndarray) -> list[tu
 
 
 def _blob(mask: np.ndarray) -> np.ndarray:
-    """The mask's largest connected part after opening, if it is large enough for a thing; else nothing."""
+    """Return the mask's largest connected part after opening if it is large enough for a thing, else an empty mask."""
     opened = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
     _, components, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=4)
     areas = stats[1:, cv2.CC_STAT_AREA]
@@ -134,7 +134,7 @@ def _blob(mask: np.ndarray) -> np.ndarray:
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:
-    """The mask without the holes that dots tear where their ink resembles the background."""
+    """Fill the mask's holes, which dots leave if their ink resembles the background."""
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, thickness=cv2.FILLED).astype(bool)
 
@@ -150,7 +150,7 @@ def _thing(mask: np.ndarray, colour: str, texture: str) -> Thing:
 
 @dataclass(frozen=True)
 class _Template:
-    """What a shape of circumradius 1 leaves above one half after some blur."""
+    """A shape of circumradius 1, blurred and thresholded at one half."""
 
     shape: str
     area: float  # of the mask, at circumradius 1
@@ -158,7 +158,7 @@ class _Template:
 
 
 def _matching(mask: np.ndarray) -> _Template:
-    """The template that overlaps most (intersection over union) once place and area are made the same."""
+    """Return the template with the largest overlap (intersection over union) at equal centroid and area."""
     normal = _normalised(mask)
 
     def overlapping(template: _Template) -> float:
@@ -168,7 +168,7 @@ def _matching(mask: np.ndarray) -> _Template:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """The mask moved and scaled to a common centroid and area: float32 [_TEMPLATE, _TEMPLATE] in [0, 1]."""
+    """Move and scale the mask to a common centroid and area: float32 [_TEMPLATE, _TEMPLATE] in [0, 1]."""
     ys, xs = np.nonzero(mask)
     scale = 0.5 * _TEMPLATE / math.sqrt(len(xs))
     middle = (_TEMPLATE - 1) / 2
@@ -178,7 +178,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _templates() -> tuple[_Template, ...]:
-    """Each shape sharp and in two degrees of softness."""
+    """Return each shape sharp and in two degrees of softness."""
     radius = 60.0
     side = round(3 * radius)
     templates = []
@@ -193,7 +193,7 @@ def _templates() -> tuple[_Template, ...]:
 
 
 def _texture(pixels: np.ndarray, mask: np.ndarray, colour: str) -> str:
-    """How brightness varies inside the thing, between its colour (0) and its ink (1)."""
+    """Classify how brightness varies inside the thing, between its colour (0) and its ink (1)."""
     thin = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2, borderValue=0).astype(bool)
     core = thin if thin.sum() >= mask.sum() / 3 else mask
     plain = np.array(COLOURS[colour], np.float32)
@@ -209,11 +209,11 @@ def _texture(pixels: np.ndarray, mask: np.ndarray, colour: str) -> str:
 
 
 def score(prompt_scene: Scene, image: np.ndarray) -> dict[str, float]:
-    """How well an image follows the scene that its prompt describes; each of `MEASURES` in [0, 1].
+    """Score how well an image matches the scene that its prompt describes; each of `MEASURES` in [0, 1].
 
-    `background` and `count` are right or wrong; `colours` and `colour_shape` are the shares of the scene's colours and
-    (colour, shape) pairs that are found, each as often as it is asked for; `relation` says whether the scene's first
-    two things, told by their colours, stand to each other as asked (nan for a scene of one thing).
+    `background` and `count` are right or wrong. `colours` and `colour_shape` are the shares of the scene's colours and
+    (colour, shape) pairs that are found, each counted as often as requested. `relation` is whether the scene's first
+    two things, identified by their colours, are in the requested relation (nan for a scene of one thing).
     """
     return _score(prompt_scene, parse(image))
 
@@ -231,7 +231,7 @@ def _score(scene: Scene, seen: Parsed) -> dict[str, float]:
 
 
 def _related(scene: Scene, seen: Parsed) -> bool:
-    """Whether two things of the right colours stand as the first two of the scene do; right shapes are preferred."""
+    """Return whether things of the right colours are related as the scene's first two; right shapes are preferred."""
     a, b = scene.things[:2]
     found_a, found_b = _named(a, seen.things), _named(b, seen.things)
     if a.colour == b.colour and found_a is found_b:
@@ -244,13 +244,13 @@ def _related(scene: Scene, seen: Parsed) -> bool:
 
 
 def _named(wanted: Thing, things: Sequence[Thing]) -> Thing | None:
-    """The thing of the wanted colour, of the wanted shape if there is one."""
+    """Return the thing of the wanted colour, preferably of the wanted shape."""
     same = [thing for thing in things if thing.colour == wanted.colour]
     return next((thing for thing in same if thing.shape == wanted.shape), same[0] if same else None)
 
 
 def aggregate(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each measure over all images for which it is defined (nan if there are none)."""
+    """Return the mean of each measure over all images for which it is defined (nan if there are none)."""
     means = {}
     for name in scores[0] if scores else MEASURES:
         defined = [row[name] for row in scores if not math.isnan(row[name])]
@@ -259,9 +259,9 @@ def aggregate(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def chance(scenes: Sequence[Scene], images: Sequence[np.ndarray] | None = None, rounds: int = 5) -> dict[str, float]:
-    """What the images (by default: drawings of the scenes) score against other scenes than their own, on average.
+    """Return the mean scores of images (default: drawings of the scenes) against scenes other than their own.
 
-    Raises: ValueError for fewer than two scenes, or another number of images.
+    Raises: ValueError for fewer than two scenes, or if the number of images differs.
     """
     if len(scenes) < 2 or (images is not None and len(images) != len(scenes)):
         raise ValueError("chance needs two scenes or more, and an image for each")
@@ -273,9 +273,10 @@ def chance(scenes: Sequence[Scene], images: Sequence[np.ndarray] | None = None, 
 def accuracy_on_clean(
     size: int, vocab: Vocabulary | None = None, scenes: int = 300, seed: int = 1_000_003, blur: float = 0.0
 ) -> dict[str, float]:
-    """The oracle's own accuracy on drawings of `size` pixels, optionally blurred (sigma in pixels of that size).
+    """Return the oracle's accuracy on drawings of `size` pixels, optionally blurred (sigma in pixels of that size).
 
-    The `MEASURES`, and for things that are seen where one stands: `colour`, `shape`, `size`, `texture`, `place`.
+    Besides `MEASURES`: `colour`, `shape`, `size`, `texture` and `place` of the thing seen at each true thing's
+    position.
     """
     rows: list[dict[str, float]] = []
     matched: list[tuple[Thing, Thing | None]] = []
@@ -295,6 +296,6 @@ def accuracy_on_clean(
 
 
 def _at(thing: Thing, things: Sequence[Thing]) -> Thing | None:
-    """What is seen where `thing` stands."""
+    """Return the thing seen at the position of `thing`."""
     near = [found for found in things if math.hypot(found.x - thing.x, found.y - thing.y) < thing.r / 2]
     return near[0] if near else None

@@ -1,8 +1,8 @@
-"""A prompt's words → what they ask for → how much of it is in an image, in the categories of T2I-CompBench.
+"""Prompt → its requirements → the share that an image meets (T2I-CompBench).
 
-`oracle.score` asks after everything in a scene. This asks only after what a prompt says, since the captions of a
-careless web say little, and an image cannot be blamed for what nobody asked for (Huang et al. 2023, "T2I-CompBench":
-attribute binding, object relationship, numeracy).
+`oracle.score` checks everything in a scene. This file checks only what a prompt states: the captions of a careless web
+say little, and an image cannot be blamed for what was not requested. Categories follow Huang et al. 2023,
+"T2I-CompBench": attribute binding, object relationship, numeracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capstan.pipeline.world.captions import Facts, NamedThing, facts
 from capstan.pipeline.world.oracle import Parsed, parse
 from capstan.pipeline.world.scene import COLOURS, SHAPES, Thing, relation
 
-# `followed` is the share of all that a prompt says; but for the stricter form of it the others are one category each.
+# `followed` and its strict form count all that a prompt states; the others are one category each.
 MEASURES: Final = (
     "followed",
     "followed_strict",
@@ -40,7 +40,7 @@ _SHAPE: Final = re.compile(rf"\b(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})\
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a prompt says; None or nothing where it is silent. `bare` are shapes named without a colour."""
+    """A prompt's requirements; None or empty if it states none. `bare` holds shapes named without a colour."""
 
     background: str | None
     count: int | None
@@ -53,65 +53,66 @@ class Wanted:
 
 
 def read(prompt: str) -> Wanted:
-    """What an English prompt asks for; a number of things only where it is said in words.
+    """Parse an English prompt; a number of things counts only if it is stated in words.
 
     >>> read("drawing of circle and star").bare, read("red circle clip art").things[0].colour
     (('circle', 'star'), 'red')
     """
-    said: Facts = facts(prompt)
+    stated: Facts = facts(prompt)
     named = _SHAPE.findall(" ".join(re.sub(r"[^a-z]+", " ", prompt.lower()).split()))
     bare = tuple(shape for colour, shape in named if not colour)
-    return Wanted(said.background, said.count if _COUNTED.search(prompt) else None, said.things, bare, said.relation)
+    count = stated.count if _COUNTED.search(prompt) else None
+    return Wanted(stated.background, count, stated.things, bare, stated.relation)
 
 
 def judge(wanted: Wanted, image: np.ndarray) -> dict[str, float]:
-    """Each of `MEASURES` in [0, 1] for an image (uint8 RGB [side, side, 3]); nan where a prompt says nothing of it.
+    """Score an image (uint8 RGB [side, side, 3]): each of `MEASURES` in [0, 1], nan if the prompt states nothing of it.
 
-    colour_shape     the share of (colour, shape) pairs that are there, each as often as it is asked for
-    colour_binding   of the things whose shape is there, the share in the colour asked for
-    shape_binding    of the things whose colour is there, the share in the shape asked for
-    shapes           the share of shapes that are there, in whatever colour
-    size, texture    of the things whose colour and shape are there, the share with the size or pattern that is said
-    count            whether there are as many things as the prompt says in words
-    background       whether it has the colour asked for
-    relation         whether both things are there and stand to each other as said
-    followed         the share of all that is said and holds: each thing, its size, pattern and place, the rest once
-    followed_strict  the same, where every thing beyond those that are asked for is one more that does not hold: a
-                     prompt seldom says how many things there are, and of many things one is right by chance
+    colour_shape     share of requested (colour, shape) pairs that are present, each as often as requested
+    colour_binding   share of things whose shape is present that have the requested colour
+    shape_binding    share of things whose colour is present that have the requested shape
+    shapes           share of requested shapes that are present, in any colour
+    size, texture    share of things whose colour and shape are present that have the stated size or texture
+    count            whether the number of things is the one stated in words
+    background       whether the background has the requested colour
+    relation         whether both things are present and related as stated
+    followed         share of all statements that hold: each thing, its size, texture and place, the rest once
+    followed_strict  the same, with every additional thing counted as a statement that does not hold: a prompt seldom
+                     states the number of things, and among many things one is right by chance
     """
     return compare(wanted, parse(image))
 
 
 def compare(wanted: Wanted, seen: Parsed) -> dict[str, float]:
-    """As `judge`, for an image that has been parsed."""
+    """Score a parsed image, as `judge` does."""
     pairs = _shared([_kind(thing) for thing in seen.things], [_kind(thing) for thing in wanted.things])
     colours = _shared([thing.colour for thing in seen.things], [thing.colour for thing in wanted.things])
     shapes = _shared([thing.shape for thing in seen.things], [thing.shape for thing in wanted.things])
-    asked = [*(thing.shape for thing in wanted.things), *wanted.bare]
-    all_shapes = _shared([thing.shape for thing in seen.things], asked)
+    requested = [*(thing.shape for thing in wanted.things), *wanted.bare]
+    all_shapes = _shared([thing.shape for thing in seen.things], requested)
     found = {_kind(thing): thing for thing in seen.things}
     size = [(t.size, found.get(_kind(t))) for t in wanted.things if t.size is not None]
     texture = [(t.texture, found.get(_kind(t))) for t in wanted.things if t.texture != "plain"]
-    sizes = [there.size == said for said, there in size if there is not None]
-    textures = [there.texture == said for said, there in texture if there is not None]
+    sizes = [there.size == value for value, there in size if there is not None]
+    textures = [there.texture == value for value, there in texture if there is not None]
     places = [_is_at(thing, found) for thing in wanted.things if thing.place is not None]
     once = {
         "count": _flag(wanted.count, len(seen.things)),
         "background": _flag(wanted.background, seen.background),
         "relation": math.nan if wanted.relation is None else float(_related(wanted.relation, found)),
     }
-    # Shapes without a colour may be any of those that are there and not taken by a thing that is asked for by both.
+    # A shape without a colour may be any that is present and not already matched by colour and shape.
     bare = min(all_shapes - min(all_shapes, pairs), len(wanted.bare))
     holds = pairs + bare + sum(sizes) + sum(textures) + sum(places) + sum(v for v in once.values() if v == 1)
-    stated = len(asked) + len(size) + len(texture) + len(places) + sum(not math.isnan(v) for v in once.values())
-    more = max(0, len(seen.things) - max(len(asked), wanted.count or 0)) if stated else 0
+    stated = len(requested) + len(size) + len(texture) + len(places) + sum(not math.isnan(v) for v in once.values())
+    more = max(0, len(seen.things) - max(len(requested), wanted.count or 0)) if stated else 0
     return {
         "followed": _share(holds, stated),
         "followed_strict": _share(holds, stated + more),
         "colour_shape": _share(pairs, len(wanted.things)),
         "colour_binding": _share(pairs, shapes),
         "shape_binding": _share(pairs, colours),
-        "shapes": _share(all_shapes, len(asked)),
+        "shapes": _share(all_shapes, len(requested)),
         "size": _share(sum(sizes), len(sizes)),
         "texture": _share(sum(textures), len(textures)),
         **once,
@@ -127,13 +128,13 @@ def _is_at(thing: NamedThing, found: dict[tuple[str, str], Thing]) -> bool:
     return there is not None and there.place == thing.place
 
 
-def _related(said: tuple[tuple[str, str], str, tuple[str, str]], found: dict[tuple[str, str], Thing]) -> bool:
-    a, how, b = said
+def _related(stated: tuple[tuple[str, str], str, tuple[str, str]], found: dict[tuple[str, str], Thing]) -> bool:
+    a, how, b = stated
     return a in found and b in found and a != b and relation(found[a], found[b]) == how
 
 
 def _shared(found: Sequence[object], wanted: Sequence[object]) -> int:
-    """How many of `wanted` are in `found`, as multisets."""
+    """Count the elements of `wanted` that are in `found`, as multisets."""
     return (Counter(found) & Counter(wanted)).total()
 
 

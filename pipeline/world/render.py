@@ -1,4 +1,4 @@
-"""`Scene` → pixels: anti-aliased images of any size, and their JPEG bytes."""
+"""Scene → pixels: anti-aliased images of any size, and their JPEG bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from capstan.pipeline.world.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
 OVERSAMPLE: Final = 4  # samples per pixel side, for textures
 OVERSAMPLE_EDGES: Final = 8  # the same for outlines: OpenCV fills half a sample too much
-INK: Final = 0.55  # stripes and dots have the thing's colour, this much as bright
+INK: Final = 0.55  # brightness of stripes and dots, relative to the thing's colour
 STRIPE: Final = 0.5  # period of the stripes, in radii
 DOT: Final = 0.5  # distance between dots, in radii
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The image of `scene`: uint8 RGB [size, size, 3]."""
+    """Draw `scene`: uint8 RGB [size, size, 3]."""
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
@@ -27,7 +27,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
-    """RGB [height, width, 3] → JPEG with full chroma resolution, so that small coloured things keep their edges."""
+    """Encode RGB [height, width, 3] as JPEG with full chroma resolution, so that small things keep their edges."""
     options = [
         cv2.IMWRITE_JPEG_QUALITY,
         quality,
@@ -40,13 +40,13 @@ def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
 
 
 def ink(colour: str) -> tuple[float, float, float]:
-    """RGB of the stripes and dots on a thing of this colour."""
+    """Return the RGB of stripes and dots on a thing of this colour."""
     red, green, blue = COLOURS[colour]
     return red * INK, green * INK, blue * INK
 
 
 def _paint(canvas: np.ndarray, thing: Thing) -> None:
-    """Blends one thing over the canvas, which is float32 RGB [size, size, 3]."""
+    """Blend one thing over the canvas, which is float32 RGB [size, size, 3]."""
     size = canvas.shape[0]
     # Only the pixels around the thing: top left corner and side of a square window.
     left, top = math.floor((thing.x - thing.r) * size), math.floor((thing.y - thing.r) * size)
@@ -65,7 +65,7 @@ def _paint(canvas: np.ndarray, thing: Thing) -> None:
 
 
 def outline(shape: str) -> np.ndarray:
-    """The corners of a shape inside the unit circle, y downward: float [corners, 2]."""
+    """Return the corners of a shape inside the unit circle, y downward: float [corners, 2]."""
     if shape == "circle":
         return 0.92 * _on_circle(np.arange(48) / 48)
     if shape == "square":
@@ -80,16 +80,16 @@ def outline(shape: str) -> np.ndarray:
         quarter = np.array([(-half, -reach), (half, -reach), (half, -half)])
         turns = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
         return np.concatenate([quarter @ np.array(turn).reshape(2, 2) for turn in turns])
-    raise ValueError(f"no shape {shape!r}")
+    raise ValueError(f"unknown shape {shape!r}")
 
 
 def _on_circle(turns: np.ndarray) -> np.ndarray:
-    """Points on the unit circle, in turns from the topmost point."""
+    """Return points on the unit circle, given in turns from the topmost point."""
     return np.stack([np.sin(2 * np.pi * turns), -np.cos(2 * np.pi * turns)], axis=-1)
 
 
 def _coverage(side: int, corners: np.ndarray) -> np.ndarray:
-    """How much of each pixel a polygon covers: float32 [side, side] in [0, 1]; corners in pixels."""
+    """Return the share of each pixel that a polygon covers: float32 [side, side] in [0, 1]; corners in pixels."""
     fraction_bits = 8
     fine = np.zeros((side * OVERSAMPLE_EDGES, side * OVERSAMPLE_EDGES), np.uint8)
     points = (corners * OVERSAMPLE_EDGES - 0.5) * (1 << fraction_bits)  # OpenCV's integer coordinates are pixel centres
@@ -98,14 +98,14 @@ def _coverage(side: int, corners: np.ndarray) -> np.ndarray:
 
 
 def _marks(texture: str, side: int, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """How much of each pixel is ink: float32 [side, side] in [0, 1]."""
+    """Return the share of each pixel that is ink: float32 [side, side] in [0, 1]."""
     grid = (np.arange(side * OVERSAMPLE, dtype=np.float32) + 0.5) / OVERSAMPLE
     x, y = (grid - centre[0]) / radius, (grid - centre[1]) / radius
-    if texture == "striped":  # vertical, a stripe of ink in the middle
+    if texture == "striped":  # vertical, with a stripe of ink in the middle
         row = (np.abs(x / STRIPE - np.round(x / STRIPE)) < 0.24).astype(np.float32)
         return np.broadcast_to(row.reshape(side, OVERSAMPLE).mean(axis=1), (side, side))
     if texture == "dotted":
         dx, dy = x / DOT - np.round(x / DOT), y / DOT - np.round(y / DOT)
         dots = (dx[None, :] ** 2 + dy[:, None] ** 2 < 0.33**2).astype(np.float32)
         return cv2.resize(dots, (side, side), interpolation=cv2.INTER_AREA)
-    raise ValueError(f"no texture {texture!r}")
+    raise ValueError(f"unknown texture {texture!r}")

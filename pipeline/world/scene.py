@@ -1,8 +1,8 @@
-"""(seed, index, vocabulary) → `Scene`: the truth about one image of the captioned world.
+"""(seed, index, vocabulary) → `Scene`: the truth about one image.
 
 Lengths and places are fractions of the image's side, x to the right and y downward. Scenes are drawn so that every
 statement about them holds by a margin: things neither touch nor leave the image, a thing's place is never between two
-words, and of two things it is never in doubt whether they stand beside or above each other.
+words, and it is never in doubt whether two things are next to or above each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BACKGROUNDS: Final[Mapping[str, Colour]] = {
     "brown": (95, 60, 35),
 }
 SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
-TEXTURES: Final = ("plain", "striped", "dotted")  # the last two are only seen at 64 pixels and more
+TEXTURES: Final = ("plain", "striped", "dotted")  # the last two are visible at 64 pixels and more
 SIZES: Final[Mapping[str, tuple[float, float]]] = {"small": (0.15, 0.17), "large": (0.23, 0.26)}  # radius, from–to
 
 PLACES: Final = (  # rows from the top, each from left to right
@@ -47,7 +47,7 @@ PLACES: Final = (  # rows from the top, each from left to right
     ("on the left", "in the centre", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-RELATIONS: Final[Mapping[str, str]] = {  # relation → the same the other way round
+RELATIONS: Final[Mapping[str, str]] = {  # relation → its inverse
     "left of": "right of",
     "right of": "left of",
     "above": "below",
@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one image; `things` go from left to right, those in one column from the top down."""
+    """The truth about one image; `things` are ordered from left to right, within a column from the top down."""
 
     index: int
     seed: int
@@ -96,7 +96,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What may appear in a world's images."""
+    """Everything that may appear in a world's images."""
 
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
@@ -106,9 +106,9 @@ class Vocabulary:
 
 
 def vocabulary(world: WorldSource) -> Vocabulary:
-    """The vocabulary that a recipe's `source.world` asks for.
+    """Return the vocabulary of a recipe's `source.world`.
 
-    Raises: RecipeError, if it names something unknown or too little to tell its things apart.
+    Raises: RecipeError if it names something unknown, or too few colours and shapes to tell things apart.
     """
     if world.min_objects > world.max_objects:
         raise RecipeError(
@@ -128,33 +128,33 @@ def vocabulary(world: WorldSource) -> Vocabulary:
     return chosen
 
 
-def _known(field: str, asked: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    if asked is None:
+def _known(field: str, requested: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if requested is None:
         return known
-    unknown = [name for name in asked if name not in known]
-    if unknown or not asked or len(set(asked)) < len(asked):
-        problem = f"does not know {', '.join(unknown)}" if unknown else "must name each at most once, and at least one"
+    unknown = [name for name in requested if name not in known]
+    if unknown or not requested or len(set(requested)) < len(requested):
+        problem = f"unknown: {', '.join(unknown)}" if unknown else "must name at least one, and none twice"
         raise RecipeError(f"source.world.{field}", problem, f"choose from {', '.join(known)}")
-    return tuple(asked)
+    return tuple(requested)
 
 
 def dice(*parts: int | str) -> random.Random:
-    """A source of chance that depends on `parts` only.
+    """Return a random generator that depends on `parts` only.
 
-    Only its `random()` is used here: Python promises that this method's numbers stay the same on every platform and in
-    every later version.
+    Only its `random()` is used here: Python guarantees that this method's numbers stay the same on every platform and
+    in every later version.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 def pick(chance: random.Random, items: Sequence[Item]) -> Item:
-    """One of `items`, each as likely."""
+    """Return one of `items`, all equally likely."""
     return items[int(chance.random() * len(items))]
 
 
 def pick_share(chance: random.Random, shares: Mapping[str, float]) -> str | None:
-    """A name drawn with its share; None for what the shares leave over to 1."""
+    """Return a name drawn by its share; None for the remainder to 1."""
     drawn = chance.random()
     for name, share in shares.items():
         drawn -= share
@@ -164,7 +164,7 @@ def pick_share(chance: random.Random, shares: Mapping[str, float]) -> str | None
 
 
 def draw_scene(seed: int, index: int, vocab: Vocabulary) -> Scene:
-    """Scene number `index` of the world `seed`; the same on every machine."""
+    """Draw scene number `index` of the world `seed`; the same on every machine."""
     chance = dice("scene", seed, index)
     background = pick(chance, list(BACKGROUNDS))
     count = vocab.min_objects + int(chance.random() * (vocab.max_objects - vocab.min_objects + 1))
@@ -183,7 +183,7 @@ def draw_scene(seed: int, index: int, vocab: Vocabulary) -> Scene:
 
 
 def _texture(chance: random.Random, textures: Sequence[str]) -> str:
-    """Half of the things are plain, where plain is allowed."""
+    """Draw a texture: half of the things are plain if plain is allowed."""
     others = [texture for texture in textures if texture != "plain"]
     if not others or ("plain" in textures and chance.random() < 0.5):
         return "plain"
@@ -191,9 +191,9 @@ def _texture(chance: random.Random, textures: Sequence[str]) -> str:
 
 
 def _layout(chance: random.Random, count: int) -> list[tuple[str, float, float, float]]:
-    """(size, x, y, r) for each thing, drawn again until all margins are kept."""
+    """Draw (size, x, y, r) for each thing, repeating until all margins are kept."""
     for attempt in itertools.count():
-        if attempt % 50 == 0:  # not every choice of sizes fits into the image
+        if attempt % 50 == 0:  # not every choice of sizes fits in the image
             sizes = [pick(chance, list(SIZES)) for _ in range(count)]
         spots: list[tuple[str, float, float, float]] = []
         for size in sizes:
@@ -208,7 +208,7 @@ def _layout(chance: random.Random, count: int) -> list[tuple[str, float, float, 
 
 
 def _coordinate(chance: random.Random, r: float) -> float:
-    """A coordinate well inside the first, second or third third, for a thing of radius r."""
+    """Draw a coordinate well inside the first, second or last third, for a thing of radius r."""
     low, high = pick(chance, [(r + EDGE, 0.37), (0.45, 0.55), (0.63, 1 - r - EDGE)])
     return _between(chance, low, high)
 
@@ -222,7 +222,7 @@ def _third(coordinate: float) -> int:
 
 
 def _clear(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
-    """Whether things at (x, y, r) keep apart, stand in different places and are plainly beside or above each other."""
+    """Return whether things at (x, y, r) are apart, in different places, and clearly next to or above each other."""
     dx, dy = abs(a[0] - b[0]), abs(a[1] - b[1])
     apart = math.hypot(dx, dy) >= a[2] + b[2] + GAP
     places = (_third(a[0]), _third(a[1])) != (_third(b[0]), _third(b[1]))
@@ -230,7 +230,7 @@ def _clear(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """Where `a` is, seen from `b`: the larger of the two distances decides."""
+    """Return where `a` is, seen from `b`: the larger of the two distances decides."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"

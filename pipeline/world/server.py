@@ -1,7 +1,8 @@
-"""The captioned world as a web site on loopback, in a process of its own, with everything that the web does wrong.
+"""The captioned world as a web site on loopback, defects included.
 
 GET /<world>/<index>.jpg → the image, drawn on request, or one of `DEFECTS`; GET /robots.txt allows everything.
-The same address always gives the same bytes. The process ends with the one that started it, however that ends.
+The same URL always returns the same bytes. The server is a process of its own, which ends with the process that started
+it, however that ends.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from capstan.pipeline.world.table import world_name
 ROBOTS: Final = "User-agent: *\nAllow: /\n"
 TINY: Final = 16  # pixels, both sides
 _PAGE: Final = "<!DOCTYPE html><html><head><title>{0}</title></head><body><p>{0}</p></body></html>\n"
-_CHECK_S: Final = 0.5  # how often the site looks whether its parent lives
+_CHECK_S: Final = 0.5  # how often the server checks that its parent is alive
 
 
 class Site:
-    """Serves a world while it is entered: `with Site(world) as site: ... site.address`.
+    """Context manager that serves a world: `with Site(world) as site: ... site.address`.
 
     Raises (on entering): RecipeError for a vocabulary that cannot be drawn, CapstanError if the server does not start.
     """
@@ -46,11 +47,11 @@ class Site:
 
     @property
     def address(self) -> str:
-        """Where it listens: "127.0.0.1:PORT"."""
+        """Host and port that it listens on: "127.0.0.1:PORT"."""
         return f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> Site:
-        # -P: a folder named capstan where the user stands must not be taken for this package.
+        # -P: a folder named capstan in the working directory must not be taken for this package.
         command = [
             sys.executable,
             "-P",
@@ -86,8 +87,10 @@ class Site:
 
 
 def main() -> None:
-    """Print the port, then serve until the parent has gone. Arguments: PARENT_PID WORLD_JSON."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent says when to stop
+    """Print the port, then serve until the parent has exited. Arguments: PARENT_PID WORLD_JSON."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal; the parent decides when to stop
     cv2.setNumThreads(1)
     asyncio.run(_serve(WorldSource.model_validate_json(sys.argv[2]), parent=int(sys.argv[1])))
 
@@ -120,7 +123,7 @@ async def _serve(world: WorldSource, parent: int) -> None:
 
 
 def respond(world: WorldSource, vocab: Vocabulary, index: int) -> web.Response:
-    """What the site answers for one address."""
+    """Return the site's response for one image."""
     wrong = defect(world, index)
     if wrong == "missing":
         return _not_found()
@@ -137,7 +140,7 @@ def _not_found() -> web.Response:
 
 
 def file_bytes(world: WorldSource, vocab: Vocabulary, index: int) -> tuple[str, bytes]:
-    """(format, bytes) of the image at `index`, with whatever is wrong with it."""
+    """Return (format, bytes) of the image at `index`, defects included."""
     wrong, shown = defect(world, index), shown_index(world, index)
     if wrong == "exact_duplicate":
         return file_bytes(world, vocab, shown)
@@ -158,7 +161,7 @@ def file_bytes(world: WorldSource, vocab: Vocabulary, index: int) -> tuple[str, 
 
 
 def encode(image: np.ndarray, kind: str) -> tuple[str, bytes]:
-    """(format, bytes) of an RGB image."""
+    """Encode an RGB image; return (format, bytes)."""
     if kind == "jpeg":
         return kind, encode_jpeg(image)
     options = [cv2.IMWRITE_WEBP_QUALITY, 90] if kind == "webp" else []
@@ -168,7 +171,7 @@ def encode(image: np.ndarray, kind: str) -> tuple[str, bytes]:
 
 
 def _rotated(image: np.ndarray, quarter_turns: int) -> bytes:
-    """The image turned anticlockwise, with the EXIF orientation that tells a viewer to turn it back."""
+    """Encode the image turned anticlockwise, with the EXIF orientation that makes a viewer turn it back."""
     jpeg = encode_jpeg(np.ascontiguousarray(np.rot90(image, quarter_turns)))
     orientation = {1: 6, 2: 3, 3: 8}[quarter_turns]  # 6: show it turned clockwise by 90°
     # TIFF header (big-endian), one directory entry: tag 0x0112, type SHORT, one value; no further directory.

@@ -1,4 +1,4 @@
-"""`source.world` → the rows of the captioned world, (url, caption) for each scene; and back from a url to its truth."""
+"""`source.world` → the rows (url, caption) of the world; URL → its scene."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _URL: Final = re.compile(rf"^http://{re.escape(HOST)}/(?P<world>[^/]+)/(?P<index
 
 
 def world_name(world: WorldSource) -> str:
-    """The folder of a world's addresses: all that changes its images is in it, or in the hash at its end."""
+    """Return the folder in a world's URLs: it contains or hashes everything that changes the images."""
     images = world.model_dump(mode="json", exclude={"scenes", "captions"})
     return f"seed{world.seed}-{world.size}px-{fingerprint(images)[:8]}"
 
@@ -26,7 +26,7 @@ def url_of(world: WorldSource, index: int) -> str:
 
 
 def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
-    """One row a scene: `url`, `caption` (as `world.captions` asks), and `world_index` as a further column.
+    """Yield one row per scene: `url`, `caption` (as `world.captions` says), and `world_index` as a further column.
 
     Raises: RecipeError for a vocabulary that cannot be drawn, before the first row.
     """
@@ -42,19 +42,19 @@ def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
 
 
 def index_of_url(world: WorldSource, url: str) -> int:
-    """The index of one of this world's addresses.
+    """Return the index in one of this world's URLs.
 
-    Raises: ValueError for any other address.
+    Raises: ValueError for any other URL.
     """
     match = _URL.match(url)
     if match is None or match["world"] != world_name(world):
-        raise ValueError(f"{url} is no address of the world {world_name(world)}")
+        raise ValueError(f"{url} is not a URL of the world {world_name(world)}")
     return int(match["index"])
 
 
 def scene_of_url(world: WorldSource, url: str) -> Scene:
-    """The truth about the image at an address (for a duplicate: the scene of its original).
+    """Return the scene that the image at a URL shows (for a duplicate: the scene of its original).
 
-    Raises: ValueError for an address that is not this world's.
+    Raises: ValueError for a URL that is not this world's.
     """
     return draw_scene(world.seed, shown_index(world, index_of_url(world, url)), vocabulary(world))

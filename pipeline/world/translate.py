@@ -1,4 +1,7 @@
-"""`Scene` → its short caption in German, Spanish or French, with adjectives that agree."""
+"""Scene → its short caption in German, Spanish or French.
+
+Adjectives agree with their nouns.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ LANGUAGES: Final = ("German", "Spanish", "French")
 
 
 def translate(scene: Scene, language: str) -> str:
-    """The things' colours and shapes in one of `LANGUAGES`."""
+    """Return the things' colours and shapes in one of `LANGUAGES`."""
     if language == "German":
         return " und ".join(f"ein {_agree(thing, _GERMAN_NOUNS, _GERMAN_COLOURS)[1]}" for thing in scene.things)
     if language == "Spanish":
@@ -72,11 +75,11 @@ def translate(scene: Scene, language: str) -> str:
     if language == "French":
         nouns = [_agree(thing, _FRENCH_NOUNS, _FRENCH_COLOURS) for thing in scene.things]
         return " et ".join(f"{'un' if gender == 'm' else 'une'} {text}" for gender, text in nouns)
-    raise ValueError(f"no language {language!r}")
+    raise ValueError(f"unknown language {language!r}")
 
 
 def _agree(thing: Thing, nouns: Mapping[str, tuple[str, str]], colours: Mapping[str, str]) -> tuple[str, str]:
-    """(gender, noun with its colour); the colour stands before a German noun and after the others."""
+    """Return (gender, noun with its colour); the colour precedes a German noun and follows the others."""
     noun, gender = nouns[thing.shape]
     forms = colours[thing.colour].split("/")
     colour = forms[0] if gender == "m" else forms[-1]

@@ -1,6 +1,7 @@
-"""A drawn image as files of every kind, what is stored of them, and whether it shows what it should.
+"""A drawn image as files of every kind, and checks of the image that is stored.
 
-files/ holds what Pillow cannot write (cjpeg made them: -arithmetic, -sample 4x1,1x2,2x1, -rgb and so on, of `ramp`).
+files/ holds files that Pillow cannot write (made by cjpeg: -arithmetic,
+-sample 4x1,1x2,2x1, -rgb and so on, of `ramp`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import HealthCheck, settings
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 
 from capstan.pipeline import config
 from capstan.pipeline.image.decode import Failure, StoredImage, decode
@@ -29,6 +30,17 @@ def ramp(width: int = 96, height: int = 72) -> Image.Image:
     pixels = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 40)], axis=-1).astype(np.uint8)
     pixels[height * 20 // 72 : height * 40 // 72, width * 30 // 96 : width * 60 // 96] = (20, 40, 220)
     return Image.fromarray(pixels)
+
+
+def drawing(seed: int, size: int = 400) -> Image.Image:
+    """Return a drawing of twelve random discs; every seed draws another."""
+    rng = np.random.default_rng(seed)
+    picture = Image.new("RGB", (size, size), tuple(rng.integers(0, 256, 3)))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(12):
+        x, y, r = rng.random(3) * size
+        draw.ellipse((x - r / 4, y - r / 4, x + r / 4, y + r / 4), fill=tuple(rng.integers(0, 256, 3)))
+    return picture
 
 
 def file_of(picture: Image.Image, kind: str, **options: object) -> bytes:

@@ -213,7 +213,7 @@ def test_images_must_have_the_hash_that_their_source_says(
     ledger = {row["caption"]: row for row in Dataset(Storage(recipe.dataset)).ledger().to_pylist()}
     assert {caption for caption, row in ledger.items() if row["outcome"] == "kept"} == {"0", "1", "3", "4"}
     assert f"the source says {hashes[2]}" in ledger["2"]["detail"]
-    assert "'no hash' is no md5" in ledger["5"]["detail"]
+    assert "'no hash' is not an md5" in ledger["5"]["detail"]
     assert json.loads(ledger["1"]["extra"]) == {"checksum": hashes[1]}
 
 

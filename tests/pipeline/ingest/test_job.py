@@ -1,4 +1,4 @@
-"""A planned unit → its staged table, without Ray: what servers say must not spoil the rows beside it."""
+"""A planned unit → its staged table, without Ray: no server response may harm neighbouring rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def site() -> Iterator[Site]:
 
 
 def staged_rows(tmp_path: Path, addresses: list[str]) -> dict[str, dict[str, Any]]:
-    """The staged table of these addresses, by address."""
+    """Return the staged rows of these URLs, by URL."""
     (tmp_path / "urls.txt").write_text("".join(f"{address}\n" for address in addresses))
     recipe = Recipe.model_validate(
         {
@@ -51,7 +51,7 @@ def staged_rows(tmp_path: Path, addresses: list[str]) -> dict[str, dict[str, Any
         (b"200 OK\r\nX\xe9: a\r\n", "connect", None),
     ],
 )
-def test_no_words_of_a_server_spoil_a_unit(
+def test_no_server_response_fails_a_unit(
     tmp_path: Path, site: Site, draw: Callable[[int], bytes], answer: bytes, reason: str, detail: str | None
 ) -> None:
     async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""`build --retry`: only what failed is asked for again; the rest is carried over as it is, whatever is killed."""
+"""`build --retry`: only failed rows are fetched again; the others are carried over, whatever is killed."""
 
 import json
 import os
@@ -37,10 +37,10 @@ def test_reasons_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("timeuot", "--retry: 'timeuot' is not a reason to fail. Fix: did you mean timeout"),
+        ("timeuot", "--retry: 'timeuot' is not a failure reason. Fix: did you mean timeout"),
         ("timeout,http503", "--retry: 'http503' .*did you mean http_503"),
         ("Failed", "did you mean failed"),
-        ("qqqq", "say failed for all, or some of failed, bad_caption"),
+        ("qqqq", "use failed for all, or any of failed, bad_caption"),
         ("", "--retry: names no reason"),
     ],
 )
@@ -80,7 +80,7 @@ def failed(folder: Path) -> set[str]:
 
 
 @pytest.mark.integration
-def test_only_the_rows_that_failed_for_these_reasons_are_asked_again(
+def test_only_rows_that_failed_for_these_reasons_are_fetched_again(
     tmp_path: Path, site: Any, ray_session: Resources
 ) -> None:
     folder = tmp_path / "dataset"
@@ -106,7 +106,7 @@ def test_only_the_rows_that_failed_for_these_reasons_are_asked_again(
     assert published(folder) == published(fresh)
     site.new_asked()
 
-    for _ in range(2):  # what fails again can be tried again
+    for _ in range(2):  # rows that fail again can be retried again
         assert stages.build(recipe, retry="failed", progress=False)["failed"] == {"http_404": len(MISSING)}
         assert site.new_asked() == sorted(MISSING)
     assert published(folder) == published(fresh)
@@ -141,7 +141,7 @@ def test_measures_of_the_rows_that_stay_are_carried_over(tmp_path: Path, site: A
 
 
 @pytest.mark.integration
-def test_a_unit_whose_staged_files_are_gone_is_done_again(tmp_path: Path, site: Any, ray_session: Resources) -> None:
+def test_a_unit_without_its_staged_files_is_processed_again(tmp_path: Path, site: Any, ray_session: Resources) -> None:
     folder = tmp_path / "dataset"
     recipe = settings(folder, site)
     build(recipe)
@@ -173,7 +173,7 @@ def build(recipe: dict[str, Any], retry: str | None = None) -> dict[str, Any]:
     return stages.build(Recipe.model_validate(recipe), retry=retry, progress=False)
 
 
-def test_a_retry_that_is_killed_goes_on_and_a_plain_build_after_it_is_sound(
+def test_a_killed_retry_resumes_and_a_plain_build_after_it_is_sound(
     tmp_path: Path, site: Any, ray_session: Resources
 ) -> None:
     folder, plain = tmp_path / "dataset", tmp_path / "plain"

@@ -1,4 +1,4 @@
-"""`keep_staged: false`: staged images are freed once they are packed; what that costs, and what it never costs."""
+"""`keep_staged: false`: staged images are freed once they are packed, and nothing is lost by it."""
 
 import json
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_fewer_rows_are_packed_from_the_shards_and_more_must_be_fetched_again(ma
     assert tars(make(), "shelf") == []
     site.new_asked()
 
-    # More: said before anything is changed; fetched when asked for, and nothing else is.
+    # More: reported before anything is changed; fetched on request, and nothing else is.
     for run in (stages.select, stages.build):
         with pytest.raises(
             RecipeError, match=r"select: 4 of the rows .*keep_staged: false.*build RECIPE --retry freed"
@@ -122,10 +122,8 @@ def test_scores_are_added_from_the_shards(make: Make, site: Any) -> None:
 FREED = "freed: keep_staged: false removed its image"
 
 
-def test_what_is_cut_off_while_shards_are_packed_anew_loses_nothing(
-    make: Make, site: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As if killed with every old shard replaced by its namesake, which only the copies can make good."""
+def test_an_interrupted_repack_loses_nothing(make: Make, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if killed after every old shard was replaced by the new one of its name: only the copies can restore it."""
     build(make())
     with monkeypatch.context() as patch:
         patch.setattr("capstan.pipeline.pack.job.write_indexes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,4 +1,4 @@
-"""Models of random weights, and images of noise."""
+"""Models with random weights, and images of noise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def linear_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def noise() -> Callable[..., np.ndarray]:
-    """noise(seed) is an image like no other: uint8 [96, 96, 3]."""
+    """noise(seed) returns a unique image: uint8 [96, 96, 3]."""
 
     def make(seed: int, size: int = 96) -> np.ndarray:
         small = np.random.default_rng(seed).integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)

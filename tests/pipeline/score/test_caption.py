@@ -1,4 +1,4 @@
-"""What is measured of captions."""
+"""Caption measures."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_letters_and_repetition_are_shares() -> None:
         ("version 2.5 of the car", set()),
     ],
 )
-def test_what_is_no_caption_is_flagged(text: str, flags: set[str]) -> None:
+def test_text_that_is_not_a_caption_is_flagged(text: str, flags: set[str]) -> None:
     found = measured(text)
     assert {name for name in ("url", "email", "file", "boilerplate") if found[name]} == flags
 

@@ -1,4 +1,4 @@
-"""What is measured of images without a model."""
+"""Image measures without a model."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Scoring end to end, on images in a table: columns in the ledger, pinned and incremental; nothing built anew."""
+"""Scoring end to end, on images in a table: columns in the ledger, pinned and incremental; nothing is rebuilt."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture
 def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], ray_session: Resources) -> Make:
-    """A recipe over `count` images, every tenth of which is none; `score` as given."""
+    """Return a recipe over `count` images, every tenth of them unreadable; `score` as given."""
 
     def recipe(count: int, score: dict[str, Any], **sections: Any) -> Recipe:
         images = [b"no image" if n % 10 == 9 else draw(n) for n in range(count)]
@@ -53,7 +53,7 @@ def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], ray_session: 
 
 
 def tars(folder: Path) -> dict[str, tuple[int, str]]:
-    """Name → (when it was written, sum) of every shard."""
+    """Return name → (modification time, checksum) of every shard."""
     files = sorted((folder / "shards").glob("*.tar"))
     return {file.name: (file.stat().st_mtime_ns, sha256_of(file.read_bytes())) for file in files}
 
@@ -88,7 +88,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     of_ledger = {row["key"]: row["clip_score"] for row in ledger.to_pylist()}
     assert shard["clip_score"].to_pylist() == [of_ledger[key] for key in shard["key"].to_pylist()]
 
-    # Pinned: the metadata of ledger and shards say by what, and the embeddings are those that were scored.
+    # Pinned: the metadata of ledger and shards name the scorers, and the embeddings are those that were scored.
     pins = json.loads(pq.read_schema(next((tmp_path / "dataset" / "ledger").iterdir())).metadata[b"capstan.scores"])
     assert [pin["name"] for pin in pins] == ["clip", "aesthetic", "caption", "image"]
     assert list(pins[1]["weights"].values()) == [sha256_of(linear_head.read_bytes())]
@@ -100,7 +100,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
     length = np.linalg.norm(vectors, axis=1)
     assert length.tolist() == pytest.approx([float(r != "failed") for r in ledger["outcome"].to_pylist()], abs=1e-2)
 
-    # The same again does nothing; on one thread it gives the same bytes.
+    # Running it again does nothing; on one thread it writes the same bytes.
     before = tables(tmp_path / "dataset")
     files = {name: storage.read(name) for name in storage.names("scores")}
     storage.delete(*storage.names("scores"), *storage.names("state/score"))
@@ -110,7 +110,7 @@ def test_a_build_scores_what_it_stages_and_conditions_see_it(
 
 
 @pytest.mark.integration
-def test_scorers_are_added_later_without_building_anew(
+def test_scorers_are_added_later_without_rebuilding(
     make: Make, tmp_path: Path, clip: Path, other_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = make(30, {})
@@ -127,7 +127,7 @@ def test_scorers_are_added_later_without_building_anew(
     assert verify(Storage(str(folder))) == []
     assert set(Dataset(Storage(str(folder))).ledger()["caption_words"].to_pylist()) == {2, None}
 
-    # Another model makes other files; going back finds the former ones.
+    # Another model writes other files; returning to the first model finds its files.
     score = {"caption": {}, "clip": {"model": str(clip)}}
     build.score(make(30, score), progress=False)
     with_clip = tables(folder)
@@ -202,7 +202,7 @@ def test_a_bad_image_is_a_null_with_a_reason(
 
 
 class Moody(SampleScorer):
-    """Fails on one caption, gives no number for another, and has nothing to say of a third."""
+    """Fails on one caption, returns no number for another, and None for a third."""
 
     name: ClassVar[str] = "moody"
     sees_images: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class Moody(SampleScorer):
         return {"moody_score": [{"nan": float("nan"), "none": None}.get(sample.caption, 1.0)]}
 
 
-def test_what_a_scorer_cannot_take_is_a_null_with_a_reason(storage: Storage) -> None:
+def test_a_sample_that_a_scorer_rejects_is_a_null_with_a_reason(storage: Storage) -> None:
     assert Moody().score([Sample("x")]) == {"moody_score": [1.0]}
     captions = ["fine", "fail", "nan", "none"]
     table = {"key": captions, "caption": captions, "reason": [""] * 4}
@@ -233,10 +233,10 @@ def test_what_a_scorer_cannot_take_is_a_null_with_a_reason(storage: Storage) -> 
     [
         ({"aesthetic": {"weights": "gone.pth"}}, r"score.aesthetic.model: no CLIP gives it embeddings"),
         ({"clip": {"model": "CLIP"}, "aesthetic": {"weights": "gone.pth"}}, r"aesthetic.weights: no file .*gone.pth"),
-        ({"language": {"weights": "lid.176.bin"}}, r"score.language.weights: no file .*bring lid.176.bin"),
+        ({"language": {"weights": "lid.176.bin"}}, r"score.language.weights: no file .*copy lid.176.bin"),
     ],
 )
-def test_missing_weights_are_said_before_anything_is_fetched(
+def test_missing_weights_are_reported_before_anything_is_fetched(
     score: dict[str, Any], message: str, clip: Path, tmp_path: Path
 ) -> None:
     if "clip" in score:

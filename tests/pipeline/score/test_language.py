@@ -1,4 +1,4 @@
-"""The language of captions, by a fastText model that is trained here."""
+"""Caption language, by a fastText model trained in the test."""
 
 import contextlib
 import pickle
@@ -49,7 +49,7 @@ def test_captions_get_a_language_and_its_probability(model: Path) -> None:
 
 def test_a_missing_or_broken_model_is_named(tmp_path: Path) -> None:
     scorer = Language(LanguageScore(weights=str(tmp_path / "lid.176.bin")))
-    with pytest.raises(RecipeError, match=r"score.language.weights: no file .*Fix: bring lid.176.bin"):
+    with pytest.raises(RecipeError, match=r"score.language.weights: no file .*Fix: copy lid.176.bin"):
         _ = scorer.id
     (tmp_path / "lid.176.bin").write_bytes(b"no model")
     with pytest.raises(RecipeError, match=r"score.language.weights: cannot load"):

@@ -1,4 +1,4 @@
-"""Scores joined to what is staged, and embeddings as one array."""
+"""Scores joined to staged tables, and embeddings as one array."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_a_file_of_another_length_is_refused(storage: Storage) -> None:
         joined(storage, Staged("u", "table", "", 2, (("a", a),)), COLUMNS)
 
 
-def test_what_the_manifest_pins_gives_the_columns_back() -> None:
+def test_the_manifests_pins_restore_the_columns() -> None:
     pins = [{"id": name, "columns": {f.name: str(f.type) for f in fields}} for name, fields in COLUMNS.items()]
     assert pinned_columns(pins) == added(COLUMNS)
     assert pinned_columns([]) == []

@@ -1,4 +1,4 @@
-"""The recipe's `dedup` on rows: evaluation images from a folder, tars or tables; semantic repeats; in which order."""
+"""The recipe's `dedup` on rows: evaluation images from a folder, tars or tables; semantic repeats; their order."""
 
 import io
 import tarfile
@@ -27,7 +27,7 @@ IMAGE = config.Image(size=64)
 
 
 def measured(images: list[bytes]) -> tuple[np.ndarray, ...]:
-    """SHA-256, pHash, colours, area and batch of each."""
+    """Return SHA-256, pHash, colours, area and batch of each."""
     found = [p for p in (decode(data, IMAGE) for data in images) if isinstance(p, StoredImage)]
     return (
         np.array([bytes.fromhex(p.sha256) for p in found], "S32"),
@@ -44,7 +44,7 @@ def repeats(storage: Storage, images: list[bytes], embeddings: Any = None, **ded
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
-    """The same image, saved again."""
+    """Return the same image, re-encoded."""
     file = io.BytesIO()
     Image.open(io.BytesIO(data)).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -69,18 +69,18 @@ def evaluation(request: pytest.FixtureRequest, tmp_path: Path, draw: Draw) -> st
     return str(folder)
 
 
-def test_what_is_in_the_evaluation_set_goes_however_it_was_saved(storage: Storage, evaluation: str, draw: Draw) -> None:
+def test_copies_of_evaluation_images_are_removed(storage: Storage, evaluation: str, draw: Draw) -> None:
     images = [draw(5), again(draw(1)), draw(0), draw(5)]
     found = repeats(storage, images, decontaminate=evaluation)
     assert [REASONS[kind] for kind in found.kind] == ["", "contaminated", "contaminated", "exact"]
     assert [found.evaluation[found.kept[row]].rpartition("#")[2] for row in (1, 2)] == ["1.jpg", "0.jpg"]
-    # Only the same file, where near ones are not looked for.
+    # Without the perceptual step only identical files are found.
     exact = repeats(storage, images, decontaminate=evaluation, perceptual=None)
     assert [REASONS[kind] for kind in exact.kind] == ["", "", "contaminated", "exact"]
 
 
-def test_what_is_contaminated_is_no_original_for_others(storage: Storage, tmp_path: Path, draw: Draw) -> None:
-    """A copy of a row that goes is judged by itself."""
+def test_a_contaminated_row_is_not_an_original_for_others(storage: Storage, tmp_path: Path, draw: Draw) -> None:
+    """A copy of a removed row is judged by itself."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.jpg").write_bytes(draw(2))
     found = repeats(storage, [draw(2), draw(2), again(draw(2))], decontaminate=str(tmp_path / "one"), perceptual=None)
@@ -110,10 +110,10 @@ def test_the_evaluation_set_is_decoded_once_and_again_when_it_changes(
     [
         ({}, "dedup.decontaminate: no file at"),
         ({"a.jpg": b"\xff\xd8\xff not an image"}, "dedup.decontaminate: .*a.jpg cannot be read"),
-        ({"a.csv": b"url,caption\nhttp://x.org/a.jpg,a\n"}, "dedup.decontaminate: holds addresses"),
+        ({"a.csv": b"url,caption\nhttp://x.org/a.jpg,a\n"}, "dedup.decontaminate: holds URLs"),
     ],
 )
-def test_an_evaluation_set_that_cannot_be_read_is_said(storage: Storage, tmp_path: Path, files, message, draw) -> None:
+def test_an_unreadable_evaluation_set_is_an_error(storage: Storage, tmp_path: Path, files, message, draw) -> None:
     folder = tmp_path / "set"
     for name, data in files.items():
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Duplicates: exact against brute force, who survives, and whether planted ones are found."""
+"""Duplicates: compared with brute force, which row survives, and whether planted ones are found."""
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ def rows(batch, area, sha256, phash, exact=True, distance=4):
 
 
 def clustered(seed: int, n: int) -> np.ndarray:
-    """Hashes of which many are a few bits apart."""
+    """Return hashes, many of them a few bits apart."""
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 2**64, max(1, n // 5), dtype=np.uint64)
     hashes = base[rng.integers(0, len(base), n)]
@@ -41,14 +41,14 @@ def clustered(seed: int, n: int) -> np.ndarray:
 
 
 def looks(seed: int, n: int) -> np.ndarray:
-    """Colours of three kinds, some of them a little brighter."""
+    """Return colours of three kinds, some slightly brighter."""
     rng = np.random.default_rng(seed)
     kinds = rng.integers(20, 200, (3, COLOUR_BYTES))
     return (kinds[rng.integers(0, 3, n)] + rng.integers(0, 4, (n, 1)) * 8).astype(np.uint8)
 
 
 def brute_force(hashes: np.ndarray, colours: np.ndarray | None, distance: int, tolerance: int) -> list[int]:
-    """For each row the first kept one before it that is near, or -1."""
+    """Return for each row the first kept row before it that is near, or -1."""
     near: list[int] = []
     for row in range(len(hashes)):
         kept = np.array([before for before in range(row) if near[before] < 0], np.int64)
@@ -83,7 +83,7 @@ def test_close_pairs_are_those_of_brute_force(seed: int, n: int, distance: int) 
 def test_near_duplicates_are_those_of_brute_force(
     seed: int, n: int, distance: int, bits: int, coloured: bool, few: int
 ) -> None:
-    """Also where so many hashes differ in a few bits only that rows are cut in halves."""
+    """Also if so many hashes differ in few bits that rows are split in halves."""
     hashes = clustered(seed, n)
     hashes[: n // 2] &= np.uint64((1 << bits) - 1)
     hashes = np.random.default_rng(seed).permutation(hashes)
@@ -110,7 +110,7 @@ def test_a_few_thousand_hashes_whatever_sets_of_bits_are_compared(sets: str, mon
     assert found.kept.tolist() == brute_force(hashes, None, 4, 0)
 
 
-def test_what_a_new_batch_brings_changes_no_earlier_decision() -> None:
+def test_a_new_batch_changes_no_earlier_decision() -> None:
     hashes, area = clustered(3, 400), np.random.default_rng(3).integers(1, 5, 400)
     batch = np.repeat([0, 1], 200)
 
@@ -126,7 +126,7 @@ def test_the_larger_image_survives_then_the_smaller_key() -> None:
     assert rows([0, 0, 0], [10, 20, 20], ["a", "a", "a"], [0, 0, 0]) == ([1, -1, 1], [True, False, True])
 
 
-def test_what_an_earlier_batch_holds_survives() -> None:
+def test_rows_of_an_earlier_batch_survive() -> None:
     kept, _ = rows([1, 0], [999, 1], ["a", "a"], [0, 0])
     assert kept == [1, -1]
 
@@ -142,7 +142,7 @@ def test_each_kind_can_be_left_out(exact, distance, wanted) -> None:
 
 
 def test_sums_that_mix_to_the_same_word_are_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast sort is by a mixture; here two rows of different words share it."""
+    """Rows are sorted by a hash of their words; here two different rows share it."""
     factor = 0x9E3779B97F4A7C15
     other = ((1 * factor) ^ ((2 * factor) % 2**64)) % 2**64
     words = np.array([[1, other ^ 5], [2, 5], [1, other ^ 5]], np.uint64)
@@ -161,15 +161,15 @@ def test_a_reference_gives_the_first_that_is_near() -> None:
 
 
 def test_planted_duplicates_are_found_and_nothing_else() -> None:
-    """Precision and recall of at least 0.99, and of the hash alone far less: it sees no colour."""
+    """Precision and recall are at least 0.99, and far less with the hash alone: it sees no colour."""
     world = WorldSource(scenes=1500, size=128, seed=11)
     vocab, shown, images = vocabulary(world), [], []
     for index in range(world.scenes):
         if defect(world, index) not in ("missing", "html"):
-            picture = decode(file_bytes(world, vocab, index)[1], config.Image(size=128, min_size=32))
-            if isinstance(picture, StoredImage):
+            image = decode(file_bytes(world, vocab, index)[1], config.Image(size=128, min_size=32))
+            if isinstance(image, StoredImage):
                 shown.append(shown_index(world, index))
-                images.append(picture)
+                images.append(image)
     order = precedence(np.zeros(len(shown), np.int64), np.array([p.original_width for p in images]))
 
     def quality(colours: np.ndarray | None) -> tuple[float, float]:

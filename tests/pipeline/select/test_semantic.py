@@ -1,4 +1,4 @@
-"""Semantic duplicates: who repeats whom, the same however many cores there are, and stable as batches are added."""
+"""Semantic duplicates: first kept row, independent of the number of cores, and stable as batches are added."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from capstan.pipeline.select.semantic import find_semantic, unit
 
 
 def embeddings(seed: int, n: int, dim: int = 16) -> np.ndarray:
-    """Every third row is an earlier one with a little noise."""
+    """Return rows, every third of them an earlier row with a little noise."""
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((n, dim)).astype(np.float16)
     for row in range(2, n, 3):
@@ -35,7 +35,7 @@ def test_in_one_cluster_it_is_the_first_kept_row_that_is_near(seed: int, n: int,
         kept += [] if close else [position]
 
 
-def test_pieces_of_a_large_cluster_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_large_cluster_agree_with_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = embeddings(1, 700)
     whole = find_semantic(rows, np.arange(700), 0.95, first=700)
     monkeypatch.setattr(semantic, "_PIECE", 64)
@@ -50,7 +50,7 @@ def test_a_row_without_an_embedding_repeats_nothing() -> None:
 
 @pytest.fixture
 def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 50 rows each, so that a few hundred rows make several."""
+    """Clusters of 50 rows each, so that a few hundred rows make several."""
     monkeypatch.setattr(semantic, "CLUSTER_ROWS", 50)
 
 

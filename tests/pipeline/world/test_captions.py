@@ -1,4 +1,4 @@
-"""Words: true, regular, read back without loss; and the careless web's in the promised shares."""
+"""Captions: true, regular and read back without loss; alt texts in the promised shares."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_wording_is_the_same_on_every_machine() -> None:
     assert hashlib.blake2b(words.encode(), digest_size=8).hexdigest() == "f24139f295533cff"
 
 
-def test_descriptions_say_all() -> None:
+def test_descriptions_state_everything() -> None:
     assert short(PAIR) == "a red circle and an orange star"
     text = descriptive(PAIR)
     assert "a large red circle on the left and a small striped orange star at the top right." in text

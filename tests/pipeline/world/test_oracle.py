@@ -1,4 +1,4 @@
-"""The oracle: right on drawings, robust where images are soft, and at chance where they have nothing to say."""
+"""The oracle: right on drawings, robust on soft images, and at chance on unrelated ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_drawings_are_read(size: int, blur: float) -> None:
         assert accuracy["texture"] >= 0.95
 
 
-def test_bad_saving_and_noise_are_borne() -> None:
+def test_compression_and_noise_are_tolerated() -> None:
     noise = np.random.default_rng(0)
     scores = []
     for scene in SCENES:
@@ -42,13 +42,13 @@ def test_bad_saving_and_noise_are_borne() -> None:
     assert all(means[name] >= 0.97 for name in MEASURES), means
 
 
-def test_a_shift_of_colours_is_borne() -> None:
+def test_a_shift_of_colours_is_tolerated() -> None:
     means = aggregate([score(scene, (render(scene, 64) * 0.9 + 12).astype(np.uint8)) for scene in SCENES])
     assert means["background"] >= 0.97
     assert means["colours"] >= 0.97
 
 
-def test_touching_things_are_told_apart_by_colour() -> None:
+def test_touching_things_are_separated_by_colour() -> None:
     things = (
         Thing("red", "circle", "large", "plain", 0.3, 0.5, 0.24),
         Thing("blue", "circle", "large", "plain", 0.72, 0.5, 0.24),
@@ -57,7 +57,7 @@ def test_touching_things_are_told_apart_by_colour() -> None:
     assert [(thing.colour, thing.shape) for thing in seen.things] == [("red", "circle"), ("blue", "circle")]
 
 
-def test_each_measure_answers_its_own_question() -> None:
+def test_each_measure_is_sensitive_to_its_own_error() -> None:
     a = Thing("red", "circle", "large", "plain", 0.3, 0.5, 0.24)
     b = Thing("blue", "square", "small", "plain", 0.8, 0.5, 0.16)
     asked = Scene(0, 0, "white", (a, b))
@@ -79,7 +79,7 @@ def test_each_measure_answers_its_own_question() -> None:
     assert math.isnan(one["relation"])
 
 
-def test_two_things_of_one_colour_are_told_apart_by_shape() -> None:
+def test_two_things_of_one_colour_are_separated_by_shape() -> None:
     star = Thing("red", "star", "large", "plain", 0.3, 0.3, 0.24)
     cross = Thing("red", "cross", "small", "plain", 0.8, 0.7, 0.16)
     for things in ((star, cross), (cross, star)):
@@ -100,7 +100,7 @@ def test_chance_is_far_below_truth() -> None:
         chance(scenes[:1])
 
 
-def test_means_leave_out_what_is_undefined() -> None:
+def test_means_skip_undefined_values() -> None:
     assert aggregate([{"relation": math.nan}, {"relation": 1.0}]) == {"relation": 1.0}
     assert all(math.isnan(value) for value in aggregate([]).values())
 

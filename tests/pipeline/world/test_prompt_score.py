@@ -1,4 +1,4 @@
-"""What a prompt says is read, and held against images; what it does not say is not asked for."""
+"""Prompts are parsed and compared with images; only what a prompt states is required."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLUE = Thing("blue", "square", "small", "striped", 0.8, 0.5, 0.16)
 SCENE = Scene(0, 0, "white", (RED, BLUE))
 
 
-def test_a_description_asks_for_all_that_is_in_its_scene_and_clean_drawings_have_it() -> None:
+def test_a_description_requires_its_whole_scene_and_clean_drawings_meet_it() -> None:
     rows = [judge(read(descriptive(scene)), render(scene, 96)) for scene in SCENES]
     for name in MEASURES:
         known = [row[name] for row in rows if not math.isnan(row[name])]
@@ -40,7 +40,7 @@ def test_a_description_asks_for_all_that_is_in_its_scene_and_clean_drawings_have
         ("on a grey background there are two things: a cross, a pink star", [("pink", "star")], ("cross",), 2),
     ],
 )
-def test_what_a_prompt_says(
+def test_a_prompt_is_parsed(
     prompt: str, things: list[tuple[str, str]], bare: tuple[str, ...], count: int | None
 ) -> None:
     wanted = read(prompt)
@@ -48,19 +48,19 @@ def test_what_a_prompt_says(
     assert (wanted.bare, wanted.count) == (bare, count)
 
 
-def test_a_prompt_that_says_nothing_of_a_image_asks_for_nothing() -> None:
+def test_a_prompt_without_statements_requires_nothing() -> None:
     for text in ("some shapes", "IMG_0042.JPG", "BUY NOW!! Free shipping on all orders", ""):
         assert not read(text)
         assert all(math.isnan(value) for value in judge(read(text), render(SCENE, 64)).values())
 
 
-def test_each_measure_answers_its_own_question() -> None:
+def test_each_measure_is_sensitive_to_its_own_error() -> None:
     wanted = read(descriptive(SCENE))
     right = judge(wanted, render(SCENE, 128))
     assert all(value == 1 for value in right.values()), right
 
     def after(scene: Scene) -> set[str]:
-        """Which measures see the difference; `followed` sees each."""
+        """Return the measures that change; `followed` always does."""
         now = judge(wanted, render(scene, 128))
         assert now["followed"] < 1
         return {name for name, value in now.items() if value != right[name]} - {"followed", "followed_strict"}
@@ -78,7 +78,7 @@ def test_each_measure_answers_its_own_question() -> None:
     assert after(replace(SCENE, things=(RED, BLUE, third))) == {"count"}
 
 
-def test_things_that_nobody_asked_for_cost_only_the_strict_measure() -> None:
+def test_additional_things_lower_only_the_strict_measure() -> None:
     wanted = read("red circle clip art")
     alone, crowd = (judge(wanted, render(replace(SCENE, things=things), 128)) for things in ((RED,), (RED, BLUE)))
     assert alone["followed"] == crowd["followed"] == alone["followed_strict"] == 1
@@ -86,8 +86,8 @@ def test_things_that_nobody_asked_for_cost_only_the_strict_measure() -> None:
     assert judge(read("there are two things: a red circle"), render(SCENE, 128))["followed_strict"] == 1
 
 
-def test_bindings_are_of_what_is_there() -> None:
-    """Colours that have changed places: every shape and colour is there, no pair."""
+def test_bindings_count_only_present_things() -> None:
+    """Swapped colours: every shape and colour is present, but no pair."""
     swapped = replace(SCENE, things=(replace(RED, colour="blue"), replace(BLUE, colour="red", texture="plain")))
     found = judge(read(short(SCENE)), render(swapped, 128))
     assert (found["shapes"], found["colour_shape"], found["colour_binding"], found["shape_binding"]) == (1, 0, 0, 0)

@@ -62,7 +62,7 @@ def test_everything_that_a_scene_states_holds_by_a_margin(seed: int, index: int)
         assert relation(a, b) != "right of" or a.x > b.x
 
 
-def test_a_vocabulary_is_kept_to() -> None:
+def test_only_the_vocabulary_is_used() -> None:
     world = WorldSource(shapes=["star"], colours=["red", "blue"], textures=["plain"], min_objects=2, max_objects=2)
     scenes = [draw_scene(1, index, vocabulary(world)) for index in range(50)]
     assert all({thing.colour for thing in scene.things} == {"red", "blue"} for scene in scenes)
@@ -96,7 +96,7 @@ def test_a_world_that_cannot_be_drawn_is_the_recipes_fault(world: WorldSource, f
     assert caught.value.field == field
 
 
-def test_shares_leave_a_rest() -> None:
+def test_shares_leave_a_remainder() -> None:
     drawn = [pick_share(dice("shares", index), {"a": 0.2, "b": 0.3}) for index in range(2000)]
     assert drawn.count("a") / 2000 == pytest.approx(0.2, abs=0.03)
     assert drawn.count(None) / 2000 == pytest.approx(0.5, abs=0.04)

@@ -1,4 +1,4 @@
-"""The site over real HTTP: rows that lead to images, and everything that the web does wrong."""
+"""The site over real HTTP: rows that lead to images, and all defects."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_missing_images_are_404(site: Site) -> None:
         caught.value.close()
 
 
-def test_web_pages_stand_where_images_should(site: Site) -> None:
+def test_some_images_are_web_pages(site: Site) -> None:
     types = set()
     for index in indices("html", 8):
         response, body = fetch(site, url_of(WORLD, index))
@@ -152,7 +152,7 @@ def test_a_larger_world_only_adds_rows() -> None:
     assert list(rows(many))[:50] == list(rows(few))
 
 
-def test_captions_are_what_the_world_asks_for() -> None:
+def test_captions_follow_the_worlds_setting() -> None:
     vocab = vocabulary(WORLD)
     writers = {"alt": None, "short": short, "descriptive": descriptive}
     for kind, write in writers.items():
@@ -165,13 +165,13 @@ def test_captions_are_what_the_world_asks_for() -> None:
     assert facts(descriptive(scene_of_url(WORLD, url_of(WORLD, 0)))).count is not None
 
 
-def test_addresses_name_all_that_changes_a_image() -> None:
+def test_urls_name_everything_that_changes_an_image() -> None:
     changes = [{"seed": 9}, {"size": 32}, {"defects": False}, {"shapes": ["star"]}, {"max_objects": 2}]
     folders = {url_of(WORLD.model_copy(update=change), 0) for change in [{}, *changes]}
     assert len(folders) == len(changes) + 1
     assert url_of(WORLD.model_copy(update={"captions": "short"}), 0) == url_of(WORLD, 0)
     for url in ("http://example.org/00000001.jpg", url_of(WORLD.model_copy(update={"seed": 9}), 1)):
-        with pytest.raises(ValueError, match="no address"):
+        with pytest.raises(ValueError, match="not a URL"):
             scene_of_url(WORLD, url)
 
 
