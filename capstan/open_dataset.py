@@ -219,11 +219,12 @@ class OpenDataset:
     def _repr_html_(self) -> str:
         step = max(1, len(self) // _SHOWN)
         cards = "".join(_card(self[i], _THUMBNAIL) for i in range(0, len(self), step)[:_SHOWN])
-        counts = ", ".join(f"{escape(name)}: {count:,}" for name, count in self.counts.items())
+        outcomes = {name: count for name, count in self.counts.items() if name not in ("rows", "shards")}
+        counts = ", ".join(f"{count:,} {escape(name)}" for name, count in outcomes.items())
         layers = ", ".join(map(escape, self.layers)) or "none"
         return (
             f"<p><b>{escape(self.url)}</b>: {len(self):,} samples in {len(self.manifest.shards)} shards<br>"
-            f"rows: {counts}<br>caption layers: {layers}</p>"
+            f"{self.counts.get('rows', 0):,} rows: {counts}<br>caption layers: {layers}</p>"
             f'<div style="display:flex;flex-wrap:wrap;gap:8px">{cards}</div>'
         )
 
@@ -251,6 +252,6 @@ def _card(sample: Sample, side: int) -> str:
     image.save(data, "JPEG", quality=85)
     source = base64.b64encode(data.getvalue()).decode()
     return (
-        f'<figure style="margin:0;width:{side}px"><img src="data:image/jpeg;base64,{source}" alt="">'
+        f'<figure style="margin:0;width:{side}px"><img style="width:100%" src="data:image/jpeg;base64,{source}" alt="">'
         f'<figcaption style="font-size:small">{escape(sample.caption[:200])}</figcaption></figure>'
     )

@@ -113,6 +113,7 @@ def start_ray(resources: Resources) -> None:
     """Start Ray in this process, quietly and on loopback only, unless it runs already. RAY_ADDRESS joins a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ lines of Ray's core land on the terminal
     if not os.environ.get("RAY_ADDRESS"):
         # Ray's only switch that keeps a one-machine Ray off the network (the default on the systems in its name).
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
