@@ -57,7 +57,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     assert process.returncode == 130
     assert "run the same command again to go on" in said
     assert seconds < 30  # on a busy machine; a few seconds otherwise
-    said, _ = stop_when(start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL)
+    said, _ = stop_when(
+        start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL
+    )
     assert ".cc:" not in said, "lines of Ray's core on the terminal"
     process = start(folder)
     out, err = process.communicate(timeout=600)
