@@ -238,7 +238,7 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
             images = list(np.random.default_rng(batch).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8))
 
             def ours(images: list[np.ndarray] = images, batch: int = batch) -> list[list[int]]:
-                cache = loaded.look(images, engine.preprocessing, batch)
+                cache = loaded.encode(images, engine.preprocessing, batch)
                 written = cached(cache, range(batch), prompt, limit, loaded.tokens, engine.config.decoding, [0] * batch)
                 return [tokens for tokens, _ in written]
 

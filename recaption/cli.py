@@ -1,4 +1,4 @@
-"""The commands recaption, captions import, captions export and captions diff."""
+"""Commands recaption, captions import, captions export, captions diff"""
 
 from __future__ import annotations
 
@@ -20,31 +20,44 @@ from capstan.pipeline.cli import (
 )
 from capstan.pipeline.config import Recipe
 
-LayerHelp = "A layer's id, or `latest`."
+LayerHelp = "Layer id, or `latest`."
+
+
+def examples(*lines: str) -> str:
+    """Return the examples of a command's help page, one line each."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
 
-    @app.command()
+    @app.command(
+        epilog=examples(
+            "capstan recaption recipe.yaml --plan",
+            "capstan recaption recipe.yaml",
+            "capstan recaption recipe.yaml --set recaption.batch=64",
+        )
+    )
     def recaption(
         recipe: RecipeArgument,
         plan: Annotated[
-            bool, typer.Option("--plan", help="Show what is new, stale and reused, and an ETA; write nothing.")
+            bool, typer.Option("--plan", help="Show new, stale and reused counts and an ETA; write nothing.")
         ] = False,
         overrides: SetOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Add a layer of captions beside the shards, or complete it for new data. Goes on where it stopped."""
+        """Write or complete a caption layer.
+
+        A layer is kept next to the shards, which do not change. New data costs only the new images. An interrupted
+        run resumes.
+        """
         from capstan.recaption import job
 
         run, ready = (job.plan if plan else job.recaption), load(recipe, overrides)
         finish(concluded(lambda: run(ready)), as_json)
 
     captions = typer.Typer(
-        help="Take in caption layers, compare them, and write them into tars.",
-        no_args_is_help=True,
-        rich_markup_mode=None,
+        help="Import, compare and export caption layers.", no_args_is_help=True, rich_markup_mode=None
     )
     app.add_typer(captions, name="captions")
     _add_import_and_export(captions)
@@ -52,40 +65,58 @@ def add_commands(app: typer.Typer, load: Load) -> None:
 
 
 def _add_import_and_export(captions: typer.Typer) -> None:
-    @captions.command("import")
+    @captions.command(
+        "import",
+        epilog=examples(
+            "capstan captions import out/ds mine captions.jsonl",
+            "capstan captions import out/ds mine captions.jsonl --slot descriptive=caption",
+        ),
+    )
     def import_(
         dataset: DatasetArgument,
-        layer: Annotated[str, typer.Argument(metavar="LAYER", help="A name for the layer.")],
+        layer: Annotated[str, typer.Argument(metavar="LAYER", help="Name of the new layer.")],
         file: Annotated[
-            Path, typer.Argument(metavar="FILE", help="JSON Lines: key, url or image; and a field a slot.")
+            Path,
+            typer.Argument(
+                metavar="FILE",
+                help="JSON Lines file. Each line has one of `key`, `url` or `image`, plus one field per slot.",
+            ),
         ],
         slot: Annotated[
             list[str],
             typer.Option(
                 "--slot",
                 metavar="SLOT[=FIELD]",
-                help="A slot, and the field with its text; repeatable. Default: short, descriptive.",
+                help="Slot, and the field with its text. Repeatable. Default: short, descriptive.",
             ),
         ] = [],  # noqa: B006
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Make a layer of captions that people wrote."""
+        """Import captions from a JSON Lines file."""
         from capstan.recaption import import_captions
 
         slots = import_captions.fields(slot)
         finish(import_captions.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
 
-    @captions.command()
+    @captions.command(
+        epilog=examples(
+            "capstan captions export out/ds latest out/exported",
+            "capstan captions export out/ds 0123456789abcdef out/exported --slot short",
+        )
+    )
     def export(
         dataset: DatasetArgument,
         layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp)],
-        dest: Annotated[str, typer.Argument(metavar="DEST", help="The copy's folder or URL.")],
-        slot: Annotated[str, typer.Option("--slot", help="Whose text KEY.txt becomes.")] = "descriptive",
+        dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL of the copy.")],
+        slot: Annotated[str, typer.Option("--slot", help="Caption slot to write to KEY.txt.")] = "descriptive",
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Copy a dataset with a layer's text in the tars. Goes on where it stopped."""
+        """Copy a dataset with a layer's captions.
+
+        The copy's tars hold the layer's text. An interrupted export resumes.
+        """
         from capstan.recaption.export import export as run
         from capstan.recaption.store import find_layer
 
@@ -95,25 +126,32 @@ def _add_import_and_export(captions: typer.Typer) -> None:
 
 
 def _add_diff(captions: typer.Typer) -> None:
-    @captions.command()
+    @captions.command(
+        epilog=examples(
+            "capstan captions diff out/ds original latest",
+            "capstan captions diff out/ds latest:short latest:descriptive --sample 200",
+        )
+    )
     def diff(
         dataset: DatasetArgument,
         a: Annotated[str, typer.Argument(metavar="A", help=f"{LayerHelp} Or `original`; or LAYER:SLOT.")],
         b: Annotated[str, typer.Argument(metavar="B", help="As A.")],
-        slot: Annotated[str, typer.Option("--slot", help="Slot of the layers that name none.")] = "descriptive",
-        model: Annotated[
-            str, typer.Option("--model", help="A CLIP of open_clip by name, or a folder that holds one.")
-        ] = "ViT-B-32",
+        slot: Annotated[str, typer.Option("--slot", help="Slot for layers named without one.")] = "descriptive",
+        model: Annotated[str, typer.Option("--model", help="Name of an open_clip CLIP, or a folder.")] = "ViT-B-32",
         pretrained: Annotated[
-            str, typer.Option("--pretrained", help="open_clip's tag or a checkpoint file, for a --model by name.")
+            str, typer.Option("--pretrained", help="open_clip tag or checkpoint file for a --model given by name.")
         ] = "laion2b_s34b_b79k",
-        sample: Annotated[int, typer.Option("--sample", min=2, help="Images to compare.")] = 1000,
+        sample: Annotated[int, typer.Option("--sample", min=2, help="Number of images to compare.")] = 1000,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Compare two caption layers: CLIP score, self-retrieval, length, openers, flags; where they disagree most."""
+        """Compare two caption layers.
+
+        Compares CLIP score, self-retrieval, length, openers and flags, and shows the images on which the layers differ
+        most.
+        """
         from capstan.recaption.compare.clip import Clip
         from capstan.recaption.compare.compare import compare
 
-        place = open_dataset(dataset, overrides)
-        finish(compare(place, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)
+        storage = open_dataset(dataset, overrides)
+        finish(compare(storage, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)

@@ -1,10 +1,10 @@
-"""A dataset and a caption layer → a copy of the dataset with the layer's texts in its tars.
+"""A dataset and a layer → a copy of the dataset with the layer's captions
 
-KEY.txt and the `caption` of KEY.json become the text of one slot, or stay as they are where the layer has none; all
-texts, the original among them, go into KEY.json's `extra` under `capstan`. No member is added: open_clip and most
-training scripts read `txt` and nothing else, and Hugging Face refuses tars whose samples differ in their members.
+KEY.txt and the `caption` of KEY.json become the text of one slot, or stay the same if the layer has no text. All texts,
+including the original, go into KEY.json's `extra` under `capstan`. No tar member is added: open_clip and most training
+scripts read only `txt`, and Hugging Face refuses tars whose samples have different members.
 
-A shard is a unit: tar, table and offsets first, its marker next, the manifest last of all.
+A unit is a shard. Its tar, table and offsets are written first, then its marker; the manifest is written last.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ from capstan.recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
 ORIGINAL: Final = "original"
-_BEGUN: Final = "state/export/begun.json"  # written before all else: what is in the folder is an export's
+_STARTED: Final = "state/export/begun.json"  # written first: marks the folder as an export
 
 
 class Export(Job):
-    """Writes shards with other captions. A unit is a shard."""
+    """The job that writes shards with other captions. A unit is a shard."""
 
     name = title = "export"
 
     def __init__(self, dataset: Dataset, layer: str, slot: str, target: Storage) -> None:
         self.dataset, self.layer, self.slot, self.storage = dataset, layer, slot, target
-        self.whole = store.is_model(store.layer_recipe(dataset.storage, layer))  # people may leave samples out
+        self.whole = store.is_model(
+            store.layer_recipe(dataset.storage, layer)
+        )  # layers that people wrote may be partial
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """One piece: the shard's entry in the manifest, and how many samples have a text of the layer."""
+        """Write the shard; yield one piece: its manifest entry and the number of samples with a text of the layer."""
         name = unit.spec["shard"]
         table = self.dataset.table(name)
         if self.whole:
@@ -81,17 +83,17 @@ class Export(Job):
         return facts
 
     def _row(self, row: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-        """A sample's row with its new caption."""
+        """Return a sample's row with its new caption."""
         captions = {"layer": self.layer, "slot": self.slot, "captions": {**texts, ORIGINAL: row["caption"]}}
         extra = json.loads(row["extra"]) | {"capstan": captions}
         text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         return row | {"caption": texts.get(self.slot, row["caption"]), "extra": text}
 
     def _check(self, shard: str, table: pa.Table) -> None:
-        """Raise RecipeError where the shard holds images that the layer has not seen."""
+        """Raise RecipeError if the shard has images that the layer does not cover."""
         seen = store.pairs(store.read_rows(self.dataset.storage, self.layer, shard, ["key", "sha256"]))
         if unseen := store.pairs(table) - seen:
-            problem = f"{len(unseen):,} sample(s) of {shard} are newer than layer {self.layer}"
+            problem = f"layer {self.layer} has no captions for {len(unseen):,} newer sample(s) of {shard}"
             raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
 
     def _samples(self, shard: str, rows: list[dict[str, Any]]) -> Iterator[Sample]:
@@ -104,13 +106,13 @@ class Export(Job):
 def export(
     source: Storage, layer: str, target: Storage, *, slot: str, resources: Resources, progress: bool = True
 ) -> dict[str, Any]:
-    """Write the copy, or complete it: shards that are there and whose content stays are not written again.
+    """Write or complete the copy and return its summary. Shards that are already up to date are not rewritten.
 
-    Raises RecipeError where there is no such layer or slot, or where `target` is no export of this kind.
+    Raises RecipeError if the layer or slot does not exist, or if `target` holds something else.
     """
     dataset, known = Dataset(source), store.layer_recipe(source, layer)
     if slot not in known["slots"]:
-        raise RecipeError("--slot", f"layer {layer} has no slot {slot!r}", f"name one of {', '.join(known['slots'])}")
+        raise RecipeError("--slot", f"layer {layer} has no slot {slot!r}", f"use one of {', '.join(known['slots'])}")
     if not dataset.manifest.complete:
         raise RecipeError(source.field, f"{source.url} is incomplete", "run `capstan build` again")
     recipe = dataset.manifest.recipe | {SECTION: {"layer": layer, "slot": slot}}
@@ -122,7 +124,7 @@ def export(
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
     else:
-        target.write(_BEGUN, json.dumps(recipe[SECTION]).encode() + b"\n")
+        target.write(_STARTED, json.dumps(recipe[SECTION]).encode() + b"\n")
     hide_indexes(target)
     job.markers.forget(done.keys() - wanted)
     for entry in dataset.manifest.ledger:
@@ -157,22 +159,22 @@ def export(
 
 
 def _check_target(source: Storage, target: Storage) -> Manifest | None:
-    """The manifest of an export that is there already, if it has one. Raises RecipeError where something else is."""
+    """Return the manifest of an existing export, if any. Raises RecipeError if the target holds something else."""
     if source.url == target.url or (source.local_path() and source.local_path() == target.local_path()):
         raise RecipeError(
-            target.field, "is the dataset itself", "name another folder: tars are never rewritten in place"
+            target.field, "is the dataset itself", "choose another folder: tars are never rewritten in place"
         )
     before = read_manifest(target)
     if before is not None and SECTION not in before.recipe:
-        raise RecipeError(target.field, f"{target.url} holds another dataset", "name an empty folder")
+        raise RecipeError(target.field, f"{target.url} holds another dataset", "choose an empty folder")
     if before is None and not target.names("state/export") and (other := target.names()):
-        problem = f"{target.url} holds other files, {other[0]} among them"
-        raise RecipeError(target.field, problem, "name an empty folder, or an earlier export")
+        problem = f"{target.url} holds other files, e.g. {other[0]}"
+        raise RecipeError(target.field, problem, "choose an empty folder, or an earlier export")
     return before
 
 
 def _units(job: Export) -> list[Unit]:
-    """One unit a shard; its id has the hash of all that decides its bytes."""
+    """Return one unit per shard; its id includes a hash of everything that determines its bytes."""
     entries, storage = job.dataset.manifest.shards, job.dataset.storage
     lacking = [entry.name for entry in entries if not store.is_captioned(storage, job.layer, entry.name)]
     if lacking:

@@ -1,10 +1,10 @@
-"""Captions that people wrote, a JSON Lines file → a layer of a dataset.
+"""A JSON Lines file of captions that people wrote → a caption layer
 
     {"image": "dogs/1.jpg", "short": "a dog", "descriptive": "a brown dog asleep on a red sofa."}
 
-A line names its image by `key` (the sample's), `url` or `image`: an address as in the dataset's tables, or a file's
-path, relative to the folder of the JSON Lines file. Its captions stand in fields of the slots' names, or in those that
-`slots` names.
+A line names its image by `key` (the sample's key), `url` or `image`. The latter two are a URL as in the dataset's
+tables, or a file path relative to the folder of the JSON Lines file. Captions are in fields named after the slots, or
+in the fields that `slots` names.
 """
 
 from __future__ import annotations
@@ -22,35 +22,34 @@ from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 
 SLOTS: Final = {"short": "short", "descriptive": "descriptive"}
-NAMES: Final = ("key", "url", "image")  # fields that say which image a line is about
+NAMES: Final = ("key", "url", "image")  # fields that name a line's image
 _SLOT: Final = re.compile("[a-z][a-z0-9_-]*")
 
 
-def fields(asked: Sequence[str]) -> dict[str, str]:
-    """`SLOT` or `SLOT=FIELD`, as on the command line → slot → field; none: `SLOTS`. Raises RecipeError."""
-    found: dict[str, str] = {}
-    for text in asked:
+def fields(options: Sequence[str]) -> dict[str, str]:
+    """Parse options `SLOT` or `SLOT=FIELD` into slot → field; without any, return `SLOTS`. Raises RecipeError."""
+    parsed: dict[str, str] = {}
+    for text in options:
         slot, _, field = text.partition("=")
-        if not _SLOT.fullmatch(slot) or slot == "original" or slot in found:
-            hint = "name each slot once, as SLOT or SLOT=FIELD; `original` is the caption that came with the image"
-            raise RecipeError("--slot", f"{text!r} names no slot", hint)
-        found[slot] = field or slot
-    return found or dict(SLOTS)
+        if not _SLOT.fullmatch(slot) or slot == "original" or slot in parsed:
+            hint = "use SLOT or SLOT=FIELD, each slot once; `original` is reserved for the image's own caption"
+            raise RecipeError("--slot", f"{text!r} is not a valid slot", hint)
+        parsed[slot] = field or slot
+    return parsed or dict(SLOTS)
 
 
 def write(storage: Storage, layer: str, file: Path, slots: Mapping[str, str] = SLOTS) -> dict[str, Any]:
-    """The captions in `file` as the layer `layer`; `slots` gives the field of each slot.
+    """Write the captions in `file` as the layer `layer`; `slots` maps each slot to its field.
 
-    Gives {layer, slots, lines, images, missing}: images of the dataset that now have captions, and lines whose
-    image is not in it. Raises RecipeError for a file that does not hold what it should, and for a layer that is there
-    and holds something else.
+    Returns {layer, slots, lines, images, missing}: `images` of the dataset now have captions, `missing` lines name an
+    image that is not in it. Raises RecipeError for a malformed file, and for an existing layer with other content.
     """
     texts = dict[str, dict[str, str]]()
-    for number, name, found in _lines(file, slots):
-        if texts.setdefault(name, found) is not found:
-            problem = f"{file}:{number} names {name} again"
-            raise RecipeError("FILE", problem, "give each image's captions on one line")
-    _refuse_other(storage, layer, {slot for found in texts.values() for slot in found})
+    for number, name, captions_of in _lines(file, slots):
+        if texts.setdefault(name, captions_of) is not captions_of:
+            problem = f"{file}:{number} repeats the image {name}"
+            raise RecipeError("FILE", problem, "put all captions of an image on one line")
+    _refuse_other(storage, layer, {slot for captions_of in texts.values() for slot in captions_of})
     captions, used = dict[str, dict[str, str]](), set[str]()
     dataset = Dataset(storage)
     for shard in dataset.shard_names:
@@ -59,20 +58,20 @@ def write(storage: Storage, layer: str, file: Path, slots: Mapping[str, str] = S
                 captions[row["key"]] = texts[name]
                 used.add(name)
     if not used:
-        hint = "name images by key, or by address or path as in the column url of the dataset's tables"
-        example = f" (its first is {next(iter(texts))})" if texts else ""
-        raise RecipeError("FILE", f"{file} names no image of {storage.url}{example}", hint)
+        hint = "name images by key, or by URL or path as in the column url of the dataset's tables"
+        example = f" (the first is {next(iter(texts))})" if texts else ""
+        raise RecipeError("FILE", f"none of the images in {file} is in {storage.url}{example}", hint)
     images = store.write_given_layer(storage, layer, captions)["images"]
-    chosen = sorted({slot for found in captions.values() for slot in found})
+    chosen = sorted({slot for captions_of in captions.values() for slot in captions_of})
     return {"layer": layer, "slots": chosen, "lines": len(texts), "images": images, "missing": len(texts) - len(used)}
 
 
 def _lines(file: Path, slots: Mapping[str, str]) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """(line number, what its image is known by, slot → text) of every line that is not blank."""
+    """Yield (line number, key or URL of its image, slot → text) of every non-blank line."""
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("FILE", f"cannot read {file} ({error})", "name a JSON Lines file in UTF-8") from None
+        raise RecipeError("FILE", f"cannot read {file} ({error})", "use a JSON Lines file in UTF-8") from None
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -81,28 +80,29 @@ def _lines(file: Path, slots: Mapping[str, str]) -> Iterator[tuple[int, str, dic
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise RecipeError("FILE", f"{file}:{number} is no JSON object", "write one object a line")
+            raise RecipeError("FILE", f"{file}:{number} is not a JSON object", "write one object per line")
         names = [record[field] for field in NAMES if field in record]
         if len(names) != 1 or not isinstance(names[0], str):
-            hint = f"give exactly one of {', '.join(NAMES)}, as text"
-            raise RecipeError("FILE", f"{file}:{number} does not say which image it is about", hint)
+            hint = f"set exactly one of {', '.join(NAMES)}, as text"
+            raise RecipeError("FILE", f"{file}:{number} does not name its image", hint)
         texts = {slot: record[field] for slot, field in slots.items() if record.get(field) is not None}
         if not texts or not all(isinstance(text, str) for text in texts.values()):
-            hint = "or name the fields that do, e.g. --slot descriptive=caption"
-            raise RecipeError("FILE", f"{file}:{number} holds no text in {', '.join(slots.values())}", hint)
-        yield number, names[0] if "key" in record else _address(names[0], file), texts
+            hint = "name the fields that hold text, e.g. --slot descriptive=caption"
+            raise RecipeError("FILE", f"{file}:{number} has no text in {', '.join(slots.values())}", hint)
+        yield number, names[0] if "key" in record else _url(names[0], file), texts
 
 
-def _address(name: str, file: Path) -> str:
-    """An address as the dataset's tables have it: of a local file its absolute path."""
+def _url(name: str, file: Path) -> str:
+    """Return the URL as in the dataset's tables: for a local file its absolute path."""
     return name if "://" in name else posixpath.normpath(file.absolute().parent / name)
 
 
 def _refuse_other(storage: Storage, layer: str, slots: set[str]) -> None:
-    """Raise RecipeError where `layer` is a model's, or has other slots: it is not to change under those who use it."""
+    """Raise RecipeError if `layer` exists and a model wrote it, or it has other slots: its users rely on it."""
     if layer not in store.list_layers(storage):
         return
     recipe = store.layer_recipe(storage, layer)
     if store.is_model(recipe) or set(recipe["slots"]) != slots:
-        problem = f"{layer} is there, and " + ("a model wrote it" if store.is_model(recipe) else "has other slots")
+        why = "was generated by a model" if store.is_model(recipe) else "has other slots"
+        problem = f"layer {layer} already exists and {why}"
         raise RecipeError("LAYER", problem, "choose another name")

@@ -1,12 +1,11 @@
-"""A dataset and a recipe → a caption layer, shard by shard through the unit map.
+"""A dataset and a recipe → a caption layer, shard by shard
 
-    plan      which shards are to be done, and which of their images have captions of this recipe already
-    prepare   on CPU workers: JPEG → what the engine wants of it, only of images that lack captions
-    model     on model workers: the engine, the lint rules, and other attempts
-    commit    in the driver: one Parquet file a shard
+    plan      which shards are incomplete, and which of their images already have captions of this recipe
+    prepare   on CPU workers: JPEG → engine input, only for images without captions
+    model     on model workers: captions, lint rules, retries
+    commit    in the driver: one Parquet file per shard
 
-An image that several new shards hold is captioned for the first of them; in a second round the others take it from
-there.
+An image in several new shards is captioned for the first of them. A second pass copies its captions to the others.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from capstan.recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
 
-# What travels to a model worker at a time: whole batches, as many as stay below both.
+# Bounds of a piece sent to a model worker: as many whole batches as stay below both.
 PIECE_BYTES: Final = 8 << 20
 PIECE_BATCHES: Final = 8
 
@@ -39,7 +38,7 @@ Captions = dict[Content, dict[str, Row]]
 
 
 class RecaptionJob(units.Job):
-    """One caption layer; a unit is a shard."""
+    """The job that writes one caption layer. A unit is a shard."""
 
     def __init__(self, dataset: Dataset, engine: CaptionEngine, config: RecaptionConfig, resources: Resources) -> None:
         self.dataset, self.storage, self.engine = dataset, dataset.storage, engine
@@ -51,19 +50,19 @@ class RecaptionJob(units.Job):
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         shard, table = unit.spec["shard"], self._images(unit)
         reused, elsewhere = self._reused(unit), self._elsewhere(unit)
-        wanted = {image.content: lacking(self.slots, reused.get(image.content, {})) for image in table}
+        missing = {image.content: lacking(self.slots, reused.get(image.content, {})) for image in table}
         first = {image.content: row for row, image in reversed(list(enumerate(table)))}
-        rows = sorted(row for content, row in first.items() if wanted[content] and content not in elsewhere)
+        rows = sorted(row for content, row in first.items() if missing[content] and content not in elsewhere)
         piece = _Piece()
         for row, (_, jpeg) in zip(rows, self.dataset.read_images(shard, rows), strict=True):
             try:
-                picture = self.engine.prepare(jpeg)
-            except Exception as error:  # noqa: BLE001 - the sample boundary: a broken image is a row with a flag
-                log.warning("%s: image %s cannot be read: %s", shard, table[row].content.sha256, error)
+                engine_input = self.engine.prepare(jpeg)
+            except Exception as error:  # noqa: BLE001 - sample boundary: a broken image becomes a flagged row
+                log.warning("%s: cannot read image %s: %s", shard, table[row].content.sha256, error)
                 units.report({"failed.unreadable": 1})
                 piece.broken.append(table[row].content)
             else:
-                piece.add(table[row], wanted[table[row].content], picture)
+                piece.add(table[row], missing[table[row].content], engine_input)
             if piece.is_full(self.config.batch):
                 yield piece.wire()
                 piece = _Piece()
@@ -80,15 +79,15 @@ class RecaptionJob(units.Job):
                 Request(content.sha256, slots, original)
                 for content, slots, original in zip(piece["contents"], piece["slots"], piece["originals"], strict=True)
             ]
-            rows = self.write(piece["pictures"], requests) if requests else []
+            rows = self.write(piece["inputs"], requests) if requests else []
             units.report({"samples": len(rows), "retried": _retried(rows)})
             return {"rows": dict(zip(piece["contents"], rows, strict=True)), "broken": piece["broken"]}
 
         return apply
 
-    def write(self, pictures: Sequence[EngineInput], requests: Sequence[Request]) -> list[dict[str, Row]]:
-        """Slot → row of each image."""
-        return generate.write(self.engine, pictures, requests, self.config.lint, self.description.get("prompts", {}))
+    def write(self, inputs: Sequence[EngineInput], requests: Sequence[Request]) -> list[dict[str, Row]]:
+        """Return slot → row for each image."""
+        return generate.write(self.engine, inputs, requests, self.config.lint, self.description.get("prompts", {}))
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         table, reused = self._images(unit), self._reused(unit)
@@ -100,7 +99,7 @@ class RecaptionJob(units.Job):
             for content in unread.keys() | made.keys() | reused.keys()
         }
         rows = [
-            (Place(image.key, *image.content, slot), captions[image.content][slot].beside(image.original))
+            (Place(image.key, *image.content, slot), captions[image.content][slot].with_original(image.original))
             for image in table
             for slot in self.slots
             if slot in captions.get(image.content, {})
@@ -109,7 +108,7 @@ class RecaptionJob(units.Job):
         store.write_rows(self.storage, unit.spec["aside"] if waits else self._file(unit), rows)
         flags = Counter(flag for _, row in rows for flag in row.flags)
         return {
-            # What the shard held: another sum there means that it is to be done again.
+            # The shard's checksum: if it changes, the shard is captioned again.
             "source": "" if waits else unit.spec["source"],
             "images": len(table),
             "new": len(made),
@@ -124,45 +123,45 @@ class RecaptionJob(units.Job):
         return store.file_name(self.layer, unit.spec["shard"])
 
     def _elsewhere(self, unit: units.Unit) -> set[Content]:
-        """The unit's images that are captioned for another one."""
+        """Return the unit's images that are captioned for another unit."""
         return {Content(*content) for content in unit.spec["elsewhere"]}
 
     def _images(self, unit: units.Unit) -> list[Image]:
         return images(self.dataset, unit.spec["shard"], quoting=self.engine.uses_original)
 
     def _reused(self, unit: units.Unit) -> Captions:
-        """Content → slot → row of the captions that the unit's images have already."""
-        found: Captions = {}
+        """Return content → slot → row of the captions that the unit's images already have."""
+        reused: Captions = {}
         for row in self.storage.read_table(unit.spec["reuse"]).to_pylist() if unit.spec["reuse"] else []:
             del row["key"]
             content, slot = Content(row.pop("sha256"), row.pop("quoted")), row.pop("slot")
             lists = {name: tuple(row[name]) for name in ("flags", "discarded")}
-            found.setdefault(content, {})[slot] = Row(**{**row, **lists})
-        return found
+            reused.setdefault(content, {})[slot] = Row(**{**row, **lists})
+        return reused
 
 
 def _retried(rows: Iterable[Mapping[str, Row]]) -> int:
-    """How many captions were tried more than once."""
+    """Count the captions that took more than one attempt."""
     return sum(bool(row.discarded) for slots in rows for row in slots.values())
 
 
 class _Piece:
-    """What `prepare` has gathered so far."""
+    """A piece that `prepare` is filling."""
 
     def __init__(self) -> None:
         self.contents: list[Content] = []
-        self.slots: list[tuple[str, ...]] = []  # that are to be captioned
+        self.slots: list[tuple[str, ...]] = []  # to caption
         self.originals: list[str] = []
-        self.pictures: list[EngineInput] = []
+        self.inputs: list[EngineInput] = []
         self.broken: list[Content] = []
         self.bytes = 0
 
-    def add(self, image: Image, slots: tuple[str, ...], picture: EngineInput) -> None:
+    def add(self, image: Image, slots: tuple[str, ...], engine_input: EngineInput) -> None:
         self.contents.append(image.content)
         self.slots.append(slots)
         self.originals.append(image.original)
-        self.pictures.append(picture)
-        self.bytes += size_of(picture)
+        self.inputs.append(engine_input)
+        self.bytes += size_of(engine_input)
 
     def is_full(self, batch: int) -> bool:
         count = len(self.contents)
@@ -178,8 +177,8 @@ def _outline(job: RecaptionJob, *, sharing: bool = True) -> list[Todo]:
 
 
 def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
-    """What is to be done, and what is done. Captions that are to be kept are put aside first: committing one shard may
-    overwrite the file in which another shard's images have theirs."""
+    """Return the units, finished ones included. Captions to reuse are saved in aside/ first: committing one shard may
+    overwrite the file that holds the captions of another shard's images."""
     left, marked = {shard.entry.name for shard in todo}, job.markers.read().keys()
     work = [units.Unit(shard) for shard in job.dataset.shard_names if shard in marked - left]
     for shard in todo:
@@ -205,11 +204,11 @@ def _job(recipe: Recipe) -> RecaptionJob:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `recaption` would do; changes nothing.
+    """Return what `recaption` would do; write nothing.
 
-    Counts images: `done` in finished shards; of the others `reused` have all captions of this recipe, `new` lack some
-    (`captions` in all), and of these `stale` have captions of another model or recipe. `tokens` and `eta_s` come from
-    a timed sample: images that are captioned now, and thrown away.
+    Counts images: `done` are in finished shards. In the other shards, `reused` have all captions of this recipe and
+    `new` lack some (`captions` in total). `stale` counts the new images that have captions of another model or recipe.
+    `tokens` and `eta_s` are extrapolated from a timed sample whose captions are discarded.
     """
     job = _job(recipe)
     todo = _outline(job)
@@ -232,9 +231,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Add or complete the caption layer that the recipe describes; goes on where it was stopped.
+    """Write or complete the caption layer that the recipe describes; resumes an interrupted run.
 
-    Gives the layer's id and counts of images. Raises Quarantined when shards kept failing; the others are done then.
+    Returns the layer's id and counts of images. Raises Quarantined if shards kept failing; the others are complete.
     """
     job, start = _job(recipe), time.perf_counter()
     now, touched, waiting, quarantined = Counter[str](), set[str](), set[str](), dict[str, str]()
@@ -260,7 +259,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _sums(job: RecaptionJob, shards: set[str], names: Sequence[str]) -> Counter[str]:
-    """What the markers of these shards say, summed."""
+    """Sum the counts in the markers of these shards."""
     total = Counter[str]()
     for shard, facts in job.markers.read().items():
         if shard in shards:
@@ -269,7 +268,7 @@ def _sums(job: RecaptionJob, shards: set[str], names: Sequence[str]) -> Counter[
 
 
 def _summary(job: RecaptionJob, now: Mapping[str, int], seconds: float) -> dict[str, Any]:
-    """What the layer holds now, and what was done for it by this run."""
+    """Return the counts of the layer and of this run."""
     total = _sums(job, set(job.dataset.shard_names), ())
     return {
         "layer": job.layer,

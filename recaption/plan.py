@@ -1,7 +1,7 @@
-"""A dataset and a layer → what is left to do: which shards, and which of their images have captions already.
+"""A dataset and a layer → incomplete shards, and captions to reuse
 
-Done means (image sha256, recipe): an image that moved to another shard, or is there twice, is captioned once. Where
-prompts quote the original caption, images that came with different ones are different contents.
+Captions are identified by (image sha256, recipe): an image that moved to another shard, or occurs twice, is captioned
+once. If prompts quote the original caption, the same image with different original captions counts as different.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from capstan.recaption.store import Row
 
 log = logging.getLogger(__name__)
 
-SAMPLE_SECONDS: Final = 20.0  # that a timed sample should take at most, if one image shows how long that is
+SAMPLE_SECONDS: Final = 20.0  # upper bound for a timed sample, extrapolated from one image
 
 
 class Content(NamedTuple):
-    """What a caption is made from."""
+    """The input of a caption: an image, and the original caption if prompts quote it."""
 
     sha256: str
-    quoted: str  # store.quote of the original caption, where prompts quote it; else ""
+    quoted: str  # store.quote of the original caption if prompts quote it, else ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Image:
 
 
 def images(dataset: Dataset, shard: str, *, quoting: bool) -> list[Image]:
-    """The shard's images in its order; `quoting`: captions depend on the originals too."""
+    """Return the shard's images in its order; `quoting`: captions also depend on the original captions."""
     table = dataset.table(shard, ["key", "sha256", "caption"])
     return [
         Image(key, Content(sha256, store.quote(caption) if quoting else ""), caption)
@@ -54,17 +54,17 @@ def images(dataset: Dataset, shard: str, *, quoting: bool) -> list[Image]:
 
 @dataclass(frozen=True)
 class Todo:
-    """A shard that is to be done."""
+    """A shard without all of its captions."""
 
     entry: ShardEntry
-    wanting: dict[Content, tuple[str, ...]]  # its contents that lack captions, and in which slots
-    reused: pa.Table  # rows of its images that have captions of this recipe (store.SCHEMA)
-    elsewhere: set[Content]  # of `wanting`, those captioned for another shard, which holds them too
+    missing: dict[Content, tuple[str, ...]]  # contents without captions, and their slots
+    reused: pa.Table  # caption rows of this recipe for its images (store.SCHEMA)
+    elsewhere: set[Content]  # those of `missing` that are captioned for another shard
 
     @property
     def new(self) -> dict[Content, tuple[str, ...]]:
-        """What is captioned for this shard, in which slots."""
-        return {content: slots for content, slots in self.wanting.items() if content not in self.elsewhere}
+        """Contents to caption for this shard, and their slots."""
+        return {content: slots for content, slots in self.missing.items() if content not in self.elsewhere}
 
 
 def outline(
@@ -76,38 +76,39 @@ def outline(
     quoting: bool,
     sharing: bool = True,
 ) -> list[Todo]:
-    """The shards that lack captions for what they now hold, and what of theirs was captioned before.
+    """Return the incomplete shards, with the existing captions of their images.
 
-    `done` is what the markers say of shards. With `sharing`, an image that several shards hold is to be captioned for
-    the first of them only.
+    `done` maps finished shards to the facts in their markers. With `sharing`, an image in several shards is captioned
+    only for the first of them.
     """
-    names = dataset.storage.names(f"{store.ROOT}/{layer}")  # those that were put aside too
+    names = dataset.storage.names(f"{store.ROOT}/{layer}")  # including aside/
     entries = [entry for entry in dataset.manifest.shards if not _is_done(done.get(entry.name), entry, layer, names)]
     own = [{image.content for image in images(dataset, entry.name, quoting=quoting)} for entry in entries]
-    found = _captioned(dataset.storage, names, set[Content]().union(*own), slots)
+    captions = _captioned(dataset.storage, names, set[Content]().union(*own), slots)
     places: dict[Content, dict[str, int]] = {}
-    for place, (content, slot) in enumerate(zip(_contents(found), found["slot"].to_pylist(), strict=True)):
+    for place, (content, slot) in enumerate(zip(_contents(captions), captions["slot"].to_pylist(), strict=True)):
         places.setdefault(content, {})[slot] = place
-    todo, taken = list[Todo](), set[Content]()
+    todo, assigned = list[Todo](), set[Content]()
     for entry, wanted in zip(entries, own, strict=True):
         reused = [place for content in sorted(wanted) for place in places.get(content, {}).values()]
-        wanting = {content: lacking(slots, places.get(content, {})) for content in sorted(wanted)}
-        wanting = {content: left for content, left in wanting.items() if left}
-        todo.append(Todo(entry, wanting, found.take(pa.array(reused, pa.int64())), wanting.keys() & taken))
+        missing = {content: lacking(slots, places.get(content, {})) for content in sorted(wanted)}
+        missing = {content: left for content, left in missing.items() if left}
+        rows = captions.take(pa.array(reused, pa.int64()))
+        todo.append(Todo(entry, missing, rows, missing.keys() & assigned))
         if sharing:
-            taken |= wanting.keys()
+            assigned |= missing.keys()
     return todo
 
 
 def lacking(slots: Sequence[str], have: Collection[str]) -> tuple[str, ...]:
-    """The slots that are to be asked for."""
+    """Return the slots without a caption."""
     return tuple(slot for slot in slots if slot not in have)
 
 
 def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names: list[str]) -> bool:
-    """Whether the shard has its captions; those that an engine did not give are asked for again.
+    """Return whether the shard is complete. One with failed captions is not: they are requested again.
 
-    So are images that could not be read: why is not known, and a lack of memory or a package passes.
+    Unreadable images are retried too, since the cause may have been temporary (memory, a missing package).
     """
     if facts is None or facts["source"] != entry.sha256 or facts["failed"] or facts["unreadable"]:
         return False
@@ -115,26 +116,26 @@ def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names:
 
 
 def _captioned(storage: Storage, names: list[str], wanted: set[Content], slots: Sequence[str]) -> pa.Table:
-    """The rows in these files of contents of `wanted`: one a content and slot, as far as there are (store.SCHEMA)."""
-    found, have = [store.SCHEMA.empty_table()], set[tuple[Content, str]]()
+    """Return existing rows of contents in `wanted`: at most one per content and slot (store.SCHEMA)."""
+    tables, have = [store.SCHEMA.empty_table()], set[tuple[Content, str]]()
     for table in rows_of(storage, names, {content.sha256 for content in wanted}):
         places: dict[tuple[Content, str], int] = {}
         for place, (content, slot) in enumerate(zip(_contents(table), table["slot"].to_pylist(), strict=True)):
             if content in wanted and slot in slots and (content, slot) not in have:
                 places.setdefault((content, slot), place)
         have.update(places)
-        found.append(table.take(pa.array([places[one] for one in sorted(places)], pa.int64())))
-    return pa.concat_tables(found)
+        tables.append(table.take(pa.array([places[one] for one in sorted(places)], pa.int64())))
+    return pa.concat_tables(tables)
 
 
 def rows_of(storage: Storage, names: list[str], wanted: set[str], columns: list[str] | None = None) -> Iterator[Any]:
-    """The captions of images of `wanted` (sha256) in those of the files that are tables of captions, file by file."""
+    """Yield, for each caption table among the files, its rows of images in `wanted` (sha256)."""
     chosen = pa.array(sorted(wanted), pa.string())
     for name in names if wanted else []:
         if name.endswith(".parquet"):
             table = storage.read_table(name, columns)
-            given = pc.not_equal(table["finish"], "none")  # what could not be read or had no answer is tried again
-            yield table.filter(pc.and_(pc.is_in(table["sha256"], chosen), given))
+            captioned = pc.not_equal(table["finish"], "none")  # unreadable and failed ones are retried
+            yield table.filter(pc.and_(pc.is_in(table["sha256"], chosen), captioned))
 
 
 def _contents(table: pa.Table) -> list[Content]:
@@ -142,12 +143,12 @@ def _contents(table: pa.Table) -> list[Content]:
 
 
 def count_stale(storage: Storage, layer: str, new: set[str]) -> int:
-    """How many images of `new` (sha256) have captions of other models or recipes."""
+    """Count the images in `new` (sha256) that have captions of other models or recipes."""
     others = [other for other in store.list_layers(storage) if other != layer]
     others = [other for other in others if store.is_model(store.layer_recipe(storage, other))]
     names = [name for other in others for name in storage.names(f"{store.ROOT}/{other}")]
-    found = rows_of(storage, names, new, ["sha256", "finish"])
-    return len({sha256 for table in found for sha256 in table["sha256"].to_pylist()})
+    tables = rows_of(storage, names, new, ["sha256", "finish"])
+    return len({sha256 for table in tables for sha256 in table["sha256"].to_pylist()})
 
 
 Write = Callable[[Sequence[EngineInput], Sequence[Request]], list[dict[str, Row]]]
@@ -155,15 +156,15 @@ Write = Callable[[Sequence[EngineInput], Sequence[Request]], list[dict[str, Row]
 
 @dataclass(frozen=True)
 class Sample:
-    """Images that were captioned for an estimate, and thrown away."""
+    """Images captioned for an estimate; their captions are discarded."""
 
     images: int = 0
     captions: int = 0
     seconds: float = 0.0
-    tokens: int = 0  # in the captions kept
+    tokens: int = 0  # in the final captions, retries not counted
 
     def estimate(self, captions: int, resources: Resources) -> dict[str, Any]:
-        """What so many captions will cost on all model workers."""
+        """Return the cost of the given number of captions on all model workers."""
         if not self.captions:
             return {"tokens": 0, "eta_s": 0.0, "sample": {}}
         workers = resources.model_workers or max(1, resources.gpus or 0)
@@ -175,25 +176,25 @@ class Sample:
 
 
 def take_sample(dataset: Dataset, engine: CaptionEngine, write: Write, todo: list[Todo], batch: int) -> Sample:
-    """Caption up to a batch of the images that are new. Loading the model is not counted."""
-    images, requests = list[EngineInput](), list[Request]()
-    for image, request in _new_images(dataset, engine, todo):
-        images.append(image)
+    """Caption up to a batch of the new images and time it, without loading the model."""
+    inputs, requests = list[EngineInput](), list[Request]()
+    for engine_input, request in _new_images(dataset, engine, todo):
+        inputs.append(engine_input)
         requests.append(request)
-        if len(images) >= batch:
+        if len(inputs) >= batch:
             break
-    if not images:
+    if not inputs:
         return Sample()
-    write(images[:1], requests[:1])  # loads the model
+    write(inputs[:1], requests[:1])  # loads the model
     start = time.perf_counter()
-    write(images[:1], requests[:1])
+    write(inputs[:1], requests[:1])
     single = time.perf_counter() - start
-    count = max(1, min(len(images), int(SAMPLE_SECONDS / single)))
+    count = max(1, min(len(inputs), int(SAMPLE_SECONDS / single)))
     start = time.perf_counter()
-    rows = write(images[:count], requests[:count])
+    rows = write(inputs[:count], requests[:count])
     seconds = time.perf_counter() - start
-    made = [row for slots in rows for row in slots.values()]
-    return Sample(count, len(made), seconds, sum(row.tokens for row in made))
+    captions = [row for slots in rows for row in slots.values()]
+    return Sample(count, len(captions), seconds, sum(row.tokens for row in captions))
 
 
 def _new_images(dataset: Dataset, engine: CaptionEngine, todo: list[Todo]) -> Iterator[tuple[EngineInput, Request]]:
@@ -202,9 +203,9 @@ def _new_images(dataset: Dataset, engine: CaptionEngine, todo: list[Todo]) -> It
         rows = sorted({image.content: row for row, image in enumerate(table) if image.content in new}.values())
         for row, (_, jpeg) in zip(rows, dataset.read_images(shard.entry.name, rows), strict=True):
             try:
-                picture = engine.prepare(jpeg)
-            except Exception as error:  # noqa: BLE001 - the sample boundary: `recaption` will flag it
-                log.warning("%s: an image cannot be read: %s", shard.entry.name, error)
+                engine_input = engine.prepare(jpeg)
+            except Exception as error:  # noqa: BLE001 - sample boundary: `recaption` will flag it
+                log.warning("%s: cannot read an image: %s", shard.entry.name, error)
                 continue
             content = table[row].content
-            yield picture, Request(content.sha256, new[content], table[row].original)
+            yield engine_input, Request(content.sha256, new[content], table[row].original)

@@ -1,7 +1,7 @@
-"""Encoded image → the square of uint8 pixels that a captioner's vision tower sees, or an image of bounded size.
+"""Encoded image → uint8 pixels for a vision tower, or an image of bounded size
 
-`read` does on the CPU, without torch, what open_clip's evaluation transform does before its scaling to floats, so that
-the workers which decode stay light and what travels to the model is a quarter of the size.
+`read` does on the CPU, without torch, what open_clip's evaluation transform does before it scales to floats: CPU
+workers stay light, and a quarter of the bytes travels to the model.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ __all__ = [
     "within",
 ]
 
-QUALITY: Final = 95  # of JPEGs that are encoded anew
+QUALITY: Final = 95  # of re-encoded JPEGs
 
 
 def read(data: bytes, how: Preprocessing) -> np.ndarray:
-    """An encoded image as uint8 RGB [height, width, 3]. Raises OSError or SyntaxError where it cannot be decoded."""
+    """Decode an image to uint8 RGB [height, width, 3]. Raises OSError or SyntaxError if it cannot be decoded."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(fit(image.convert("RGB"), how))
 
 
 def within(data: bytes, side: int | None) -> np.ndarray:
-    """An encoded image as uint8 RGB, in its own proportions, its longer side at most `side` pixels (None: as it is).
+    """Decode an image to uint8 RGB [height, width, 3], shrunk to a longer side of at most `side` pixels (None: as is).
 
-    Raises OSError or SyntaxError where it cannot be decoded.
+    Proportions are kept. Raises OSError or SyntaxError if it cannot be decoded.
     """
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(_reduced(image.convert("RGB"), side))
 
 
 def encoded_within(data: bytes, side: int | None) -> bytes:
-    """`data` itself where it is a JPEG that fits into `side` pixels, else such a JPEG. Raises as `within` does."""
+    """Return `data` if it is a JPEG of at most `side` pixels, else re-encode it as one. Raises as `within` does."""
     with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")  # decodes all of it: what is broken is found here
+        rgb = image.convert("RGB")  # decodes the whole image, so damage is found here
         if image.format == "JPEG" and (side is None or max(image.size) <= side):
             return data
         file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Slot → what a model is asked for, or the words that its caption continues.
+"""Slot → prompt: an instruction, or the words that a caption continues
 
-Every text has a version, which grows with each change that is meant; both are part of a layer's id, so that a changed
-prompt makes a new layer and never a mixed one. A recipe's `recaption.prompts` goes before all that is written here.
+Every text has a version number, raised with each intended change. Text and version are part of a layer's id, so a
+changed prompt makes a new layer, never a mixed one. A recipe's `recaption.prompts` overrides the texts here.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from typing import Final
 
 from capstan.pipeline.errors import RecipeError
 
-ORIGINAL: Final = "{original}"  # in a prompt: the caption that came with the image
+ORIGINAL: Final = "{original}"  # placeholder in a prompt for the image's original caption
 
 # Engine coca -----------------------------------------------------------------------------------------------------
 
-# For models trained on web captions: openings after which short and long captions are found there. Such a model writes
-# the DALL-E 3 paper's descriptive synthetic captions only after fine-tuning on some.
+# For models trained on web captions: openings that precede short and long captions there. Such a model writes the
+# DALL-E 3 paper's descriptive synthetic captions only after fine-tuning on examples of them.
 OPENINGS: Final[Mapping[str, str]] = {
     "short": "a photo of",
     "descriptive": "a detailed picture, in which one can see",
 }
 
-# For models that are to be fine-tuned: a name that cannot be mistaken for a caption's own words.
+# For models to be fine-tuned: a prefix that cannot be mistaken for a caption's own words.
 PREFIXES: Final[Mapping[str, str]] = {
     "short": "short:",
     "descriptive": "descriptive:",
 }
 
-# Engines that converse -------------------------------------------------------------------------------------------
+# Chat engines -------------------------------------------------------------------------------------------
 
 VERSION: Final = 1  # of the instructions below
 
 # The first two are the DALL-E 3 paper's two kinds of synthetic caption: main subject only; and surroundings,
-# background, text in the image, style, colours. `fused` keeps the names and facts that only the original knows, as
-# CapsFusion does (Yu et al. 2023, arXiv:2310.20550).
+# background, text in the image, style and colours. `fused` keeps names and facts found only in the original caption,
+# as CapsFusion does (Yu et al. 2023, arXiv:2310.20550).
 INSTRUCTIONS: Final[Mapping[str, str]] = {
     "short": (
         "Write one short caption of this picture that names its main subject and nothing else. "
@@ -55,43 +55,43 @@ INSTRUCTIONS: Final[Mapping[str, str]] = {
 
 
 def choose(slots: Sequence[str], recipe: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """Slot → prompt: the recipe's, else that of `own`: the model's, or those written here for its kind.
+    """Return slot → prompt: the recipe's, else the one in `own` (the model's, or the defaults for its kind).
 
-    Raises: RecipeError, if a slot has none, or two slots have the same and would get the same captions.
+    Raises RecipeError if a slot has no prompt, or if two slots share one and would get the same captions.
     """
     prompts: dict[str, str] = {}
     for slot in slots:
-        found = recipe.get(slot, own.get(slot))
-        if found is None:
+        prompt = recipe.get(slot, own.get(slot))
+        if prompt is None:
             known = ", ".join(sorted(own))
-            hint = f"use slots of {known}, or write recaption.prompts.{slot}"
+            hint = f"use slots among {known}, or set recaption.prompts.{slot}"
             raise RecipeError("recaption.slots", f"the model has no prompt for {slot!r}", hint)
-        twin = next((other for other, text in prompts.items() if text == found), None)
+        twin = next((other for other, text in prompts.items() if text == prompt), None)
         if twin is not None:
-            problem = f"{twin} and {slot} have the same prompt, {found!r}, and would get the same captions"
-            raise RecipeError("recaption.prompts", problem, "give them different prompts, or ask for one slot")
-        prompts[slot] = found
+            problem = f"{twin} and {slot} have the same prompt, {prompt!r}, and would get the same captions"
+            raise RecipeError("recaption.prompts", problem, "set different prompts, or use one slot")
+        prompts[slot] = prompt
     return prompts
 
 
 def instruct(slots: Sequence[str], recipe: Mapping[str, str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Slot → instruction for engines that converse, and slot → version of those written here (0: the recipe's own)."""
+    """Return slot → instruction for chat engines, and slot → version (0 for the recipe's own prompts)."""
     prompts = choose(slots, recipe, INSTRUCTIONS)
     return prompts, {slot: 0 if slot in recipe else VERSION for slot in slots}
 
 
 def quote(prompt: str, original: str) -> str:
-    """A prompt with the original caption in its place; on one line, so that it cannot pose as another part of it."""
+    """Return the prompt with the original caption inserted, on one line, so that it cannot pose as an instruction."""
     return prompt.replace(ORIGINAL, " ".join(original.split()))
 
 
 def quote_original(prompts: Mapping[str, str]) -> bool:
-    """Whether one of the prompts wants the original caption."""
+    """Return whether any prompt quotes the original caption."""
     return any(ORIGINAL in text for text in prompts.values())
 
 
 def refuse_original(prompts: Mapping[str, str], why: str) -> None:
-    """Raises RecipeError where a prompt wants the original caption of an engine that cannot take it."""
+    """Raise RecipeError if a prompt quotes the original caption, for engines that do not support it."""
     for slot, text in prompts.items():
         if ORIGINAL in text:
             hint = f"remove {ORIGINAL}, or use engine transformers or openai"

@@ -1,14 +1,14 @@
-"""The caption store: captions are layers beside the shards, and never rewrite one.
+"""The caption store: layers of captions next to the shards
 
-    captions/<layer id>/shard-000000.parquet    a row an image and slot, in the shard's order (SCHEMA)
-    captions/<layer id>/recipe.json             what made the layer; published last: without it a layer is not listed
-    captions/<layer id>/aside/                  while a run is under way: captions that are moving to another shard
+    captions/<layer id>/shard-000000.parquet    one row per image and slot, in the shard's order (SCHEMA)
+    captions/<layer id>/recipe.json             the layer's settings; written last: without it a layer is not listed
+    captions/<layer id>/aside/                  during a run: captions that are moving to another shard
 
-A layer's id is a hash of everything that can change a caption, so that a new prompt makes a new layer and the same
-recipe always adds to the same one. What a model wrote is never lost: `raw` and `discarded` hold all of it.
+Shards are never rewritten. A layer's id is a hash of everything that can change a caption: a new prompt makes a new
+layer, and the same recipe always adds to the same one. All model output is kept, in `raw` and `discarded`.
 
-Whoever takes images out of a dataset needs to know only this: every table below captions/ has a column `key`, and is
-still a layer's table without some of its rows.
+Code that removes images from a dataset relies on one rule: every table below captions/ has a column `key`, and stays
+valid when rows are removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from capstan.pipeline.storage import Storage
 from capstan.recaption.lint import linter
 
 ROOT: Final = "captions"
-GIVEN: Final = "given"  # the engine of layers that no model wrote
+GIVEN: Final = "given"  # the engine name of layers that people wrote
 
 _STRINGS: Final = pa.list_(pa.field("item", pa.string(), nullable=False))
 SCHEMA: Final = pa.schema(
@@ -38,23 +38,25 @@ SCHEMA: Final = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),  # of the image's source bytes, as in the shard's table
         pa.field("slot", pa.string(), nullable=False),
-        pa.field("quoted", pa.string(), nullable=False),  # `quote` of the caption that the prompt quoted; "" if none
-        pa.field("raw", pa.string(), nullable=False),  # as the model wrote it
+        pa.field(
+            "quoted", pa.string(), nullable=False
+        ),  # `quote` of the original caption if the prompt quoted it, else ""
+        pa.field("raw", pa.string(), nullable=False),  # the model's output
         pa.field("text", pa.string(), nullable=False),  # cleaned, or the original (flag `original`); "": no caption
         pa.field("tokens", pa.int32(), nullable=False),
-        pa.field("finish", pa.string(), nullable=False),  # lint.Finish
+        pa.field("finish", pa.string(), nullable=False),  # linter.Finish
         pa.field("seed", pa.int64(), nullable=False),
-        pa.field("flags", _STRINGS, nullable=False),  # of lint.reasons(); sorted
-        pa.field("discarded", _STRINGS, nullable=False),  # raw texts of other attempts, in the order of attempts
+        pa.field("flags", _STRINGS, nullable=False),  # keys of linter.reasons(), or a failure's reason; sorted
+        pa.field("discarded", _STRINGS, nullable=False),  # raw texts of the other attempts, in order
     ]
 )
 
-SAID: Final = ["key", "sha256", "slot", "text", "flags"]  # what readers of captions need
+TEXT_COLUMNS: Final = ["key", "sha256", "slot", "text", "flags"]  # what readers of captions need
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the store keeps of one image and slot beside its key."""
+    """The caption of one image and slot, without its key."""
 
     raw: str
     text: str
@@ -65,26 +67,26 @@ class Row:
     discarded: tuple[str, ...] = ()
 
     @classmethod
-    def written(cls, raw: str, tokens: int, finish: linter.Finish, seed: int, linted: linter.Linted) -> Row:
-        """A caption that is kept, whatever its flags."""
+    def of_caption(cls, raw: str, tokens: int, finish: linter.Finish, seed: int, linted: linter.Linted) -> Row:
+        """Return the row of a caption, whatever its flags."""
         return cls(raw, linted.text, tokens, finish, seed, linted.flags)
 
     @classmethod
     def missing(cls, *flags: str) -> Row:
-        """In place of a caption where there is none yet: the image cannot be decoded, or the engine did not answer."""
+        """Return the row for a missing caption: the image cannot be decoded, or the engine returned no caption."""
         return cls("", "", 0, "none", 0, tuple(sorted(flags)))
 
-    def replaced(self) -> Row:
-        """The row of a caption that is not good enough: the original is to stand in."""
+    def as_original(self) -> Row:
+        """Return the row of a rejected caption, flagged to be replaced by the original."""
         return replace(self, flags=tuple(sorted({*self.flags, linter.ORIGINAL})))
 
-    def beside(self, original: str) -> Row:
-        """The row as it stands for an image that came with the caption `original`."""
+    def with_original(self, original: str) -> Row:
+        """Return the row with the text `original` if it is flagged to be replaced by the original."""
         return replace(self, text=original) if linter.ORIGINAL in self.flags else self
 
 
 def layer_id(engine: Mapping[str, Any], settings: linter.Settings) -> str:
-    """The layer of an engine that describes itself so, under these settings: 16 hexadecimal digits."""
+    """Return the id of the layer of an engine description and lint settings: 16 hexadecimal digits."""
     return fingerprint({"engine": dict(engine), "lint": _lint(settings)})
 
 
@@ -93,20 +95,22 @@ def _lint(settings: linter.Settings) -> dict[str, Any]:
 
 
 def quote(original: str) -> str:
-    """Names the caption that a prompt quoted: 32 hexadecimal digits."""
+    """Return a hash of the caption that a prompt quoted: 32 hexadecimal digits."""
     return make_key(original)
 
 
 def is_model(recipe: Mapping[str, Any]) -> bool:
-    """Whether a model wrote the layer of this recipe.json: captions that people gave do not grow stale."""
+    """Return whether a model wrote the layer of this recipe.json. Captions that people wrote never become stale."""
     return bool(recipe["engine"]["engine"] != GIVEN)
 
 
 def file_name(layer: str, shard: str) -> str:
+    """Return the name of the file with a shard's captions."""
     return f"{ROOT}/{layer}/{shard}.parquet"
 
 
 def aside(layer: str) -> str:
+    """Return the name of the folder for captions that are moving to another shard."""
     return f"{ROOT}/{layer}/aside"
 
 
@@ -114,75 +118,77 @@ def aside(layer: str) -> str:
 
 
 def list_layers(storage: Storage) -> list[str]:
-    """Ids of the dataset's published layers, the oldest first."""
+    """Return the ids of the dataset's published layers, oldest first."""
     recipes = [name for name in storage.names(ROOT) if name.count("/") == 2 and name.endswith("/recipe.json")]
     numbered = [(json.loads(storage.read(name))["number"], name.split("/")[1]) for name in recipes]
     return [layer for _, layer in sorted(numbered)]
 
 
 def latest_layer(storage: Storage) -> str | None:
-    """The layer that was published last, or None where there is none."""
+    """Return the layer that was published last, or None."""
     layers = list_layers(storage)
     return layers[-1] if layers else None
 
 
 def find_layer(storage: Storage, name: str) -> str:
-    """The id of the layer `name`, which may be `latest`. Raises RecipeError where there is none."""
+    """Return the id of the layer `name`, which may be `latest`. Raises RecipeError if it does not exist."""
     layer = latest_layer(storage) if name == "latest" else name
     return str(layer_recipe(storage, layer or name)["layer"])
 
 
 def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
-    """What made a layer: {layer, number, slots, lint: {...}, engine: {...}}. Raises RecipeError where there is none."""
+    """Return a layer's recipe.json: {layer, number, slots, lint, engine}. Raises RecipeError if it does not exist."""
     name = f"{ROOT}/{layer}/recipe.json"
     if not storage.exists(name):
         known = ", ".join(list_layers(storage)) or "none"
-        hint = f"run `capstan recaption`, or name one of its layers: {known}"
+        hint = f"run `capstan recaption`, or use one of its layers: {known}"
         raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", hint)
     return dict(json.loads(storage.read(name)))
 
 
 def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | None = None) -> pa.Table:
-    """A shard's captions (SCHEMA). Raises FileNotFoundError where it has not been captioned yet."""
+    """Return a shard's captions (SCHEMA). Raises FileNotFoundError if it has not been captioned yet."""
     return storage.read_table(file_name(layer, shard), columns)
 
 
 def rows_of_shard(storage: Storage, layer: str, shard: str, images: pa.Table | None = None) -> pa.Table:
-    """The layer's rows (columns `SAID`) of what a shard holds now; `pictures`: its table, or `key` and `sha256` of it.
+    """Return the layer's rows (`TEXT_COLUMNS`) of the images now in a shard.
 
-    A caption is of one image: where its key has another one now, it is left out. A model's captions are in the file
-    of the shard's name, which `capstan recaption` keeps true; those that people gave stay where they were written,
-    whatever is packed anew, and are looked for in all of the layer's files.
+    `images`: the shard's table, or its columns `key` and `sha256`.
 
-    Raises FileNotFoundError where a model has not captioned the shard yet.
+    A caption belongs to one image: if its key now has another image, it is left out. A model's captions are in the
+    file of the shard's name, which `capstan recaption` keeps up to date. Captions that people wrote stay in the file
+    where they were written even if shards are repacked, so all of the layer's files are searched.
+
+    Raises FileNotFoundError if a model has not captioned the shard yet.
     """
     if images is None:
         images = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
     name = file_name(layer, shard)
     if not _is_given(storage, layer):
-        return _rows_of(images, storage.read_table(name, SAID))
+        return _rows_of(images, storage.read_table(name, TEXT_COLUMNS))
     names = storage.names(f"{ROOT}/{layer}")
-    own = [_rows_of(images, storage.read_table(name, SAID))] if name in names else []
+    own = [_rows_of(images, storage.read_table(name, TEXT_COLUMNS))] if name in names else []
     left = images["key"]
     if own:
         left = left.filter(pc.invert(pc.is_in(left, own[0]["key"].combine_chunks())))
     others = [other for other in names if other.endswith(".parquet") and other != name]
     if len(left) and others:
-        # The bounds spare reading files of other keys: shards are sorted by key, and Parquet says where a column ends.
+        # The bounds skip files of other keys: shards are sorted by key, and Parquet stores each column's range.
         bounds, key = pc.min_max(left), pc.field("key")
         wanted = (key >= bounds["min"]) & (key <= bounds["max"]) & key.isin(left.combine_chunks())
-        own.append(_rows_of(images, storage.dataset(others, SCHEMA).to_table(SAID, filter=wanted)))
-    return pa.concat_tables(own) if own else SCHEMA.empty_table().select(SAID)
+        own.append(_rows_of(images, storage.dataset(others, SCHEMA).to_table(TEXT_COLUMNS, filter=wanted)))
+    return pa.concat_tables(own) if own else SCHEMA.empty_table().select(TEXT_COLUMNS)
 
 
 def _rows_of(images: pa.Table, rows: pa.Table) -> pa.Table:
-    """The rows that are of one of the images: by key and sha256."""
+    """Return the rows whose key and sha256 are those of an image."""
     keys, sums = (images[name].combine_chunks() for name in ("key", "sha256"))
     return rows.filter(pc.equal(rows["sha256"], sums.take(pc.index_in(rows["key"].combine_chunks(), keys))))
 
 
 def texts_of(rows: pa.Table) -> dict[str, dict[str, str]]:
-    """Key → slot → text of such rows. Images and slots for which the layer has none of its own are left out."""
+    """Return key → slot → text. Slots without a caption of the layer's own are left out."""
     captions: dict[str, dict[str, str]] = {}
     columns = (rows[name].to_pylist() for name in ("key", "slot", "text", "flags"))
     for key, slot, text, flags in zip(*columns, strict=True):
@@ -192,34 +198,34 @@ def texts_of(rows: pa.Table) -> dict[str, dict[str, str]]:
 
 
 def read_layer(storage: Storage, layer: str, shard: str, images: pa.Table | None = None) -> dict[str, dict[str, str]]:
-    """Key → slot → text of a shard's captions: `texts_of` its `rows_of_shard`."""
+    """Return key → slot → text of a shard's captions: `texts_of` its `rows_of_shard`."""
     return texts_of(rows_of_shard(storage, layer, shard, images))
 
 
 def check_layer(storage: Storage, layer: str, shard: str, images: pa.Table) -> None:
-    """Raise RecipeError unless a model's layer is of the shard as it is now, with these `pictures` (key, sha256).
+    """Raise RecipeError unless a model's layer covers the shard's current `images` (key, sha256).
 
-    A layer that people gave may lack any.
+    A layer that people wrote may be partial.
     """
     if _is_given(storage, layer):
         return
     if not storage.exists(file_name(layer, shard)):
-        problem = f"layer {layer} has no captions of {shard}"
+        problem = f"layer {layer} has no captions for {shard}"
     elif pairs(read_rows(storage, layer, shard, ["key", "sha256"])) == pairs(images):
         return
     else:
-        problem = f"the captions of {shard} in layer {layer} are of an earlier version of that shard"
-    hint = "run `capstan recaption` again: only images without captions cost anything"
+        problem = f"the captions of {shard} in layer {layer} belong to an earlier version of that shard"
+    hint = "run `capstan recaption` again; it captions only the images without captions"
     raise RecipeError("train.data.layer", problem, hint)
 
 
 def pairs(table: pa.Table) -> set[tuple[str, str]]:
-    """Key and sha256 of a table's rows: which images they are of."""
+    """Return the (key, sha256) pairs of a table's rows."""
     return set(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
 
 
 def is_captioned(storage: Storage, layer: str, shard: str) -> bool:
-    """Whether the shard has had its turn: by a model; what people did not caption they left out."""
+    """Return whether the shard is captioned. A layer that people wrote may be partial, so it always is."""
     return _is_given(storage, layer) or storage.exists(file_name(layer, shard))
 
 
@@ -233,7 +239,7 @@ def _is_given(storage: Storage, layer: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Whose caption a row is."""
+    """The image and slot of a row."""
 
     key: str
     sha256: str
@@ -253,7 +259,7 @@ def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -
 def publish(
     storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: linter.Settings
 ) -> None:
-    """List the layer from now on. Does nothing for one that is listed."""
+    """Publish the layer: write its recipe.json, unless it exists."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):
         return
     before = list_layers(storage)
@@ -269,26 +275,26 @@ def publish(
 
 
 def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
-    """Captions that people wrote, key → slot → text, as a layer like any other, under a name of your choice.
+    """Write captions that people wrote, key → slot → text, as the layer `layer`.
 
-    Gives {images, missing}: how many were found in the dataset, how many keys of `captions` are not in it.
+    Returns {images, missing}: the number of images that got captions, and of keys that are not in the dataset.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", layer):
-        raise RecipeError("layer", f"{layer!r} is no name for a layer", "use lower-case letters, digits, - and _")
+        raise RecipeError("layer", f"{layer!r} is not a valid layer name", "use lower-case letters, digits, - and _")
     dataset, settings = Dataset(storage), linter.Settings(retries=0, language=None)
     slots = sorted({slot for texts in captions.values() for slot in texts})
-    found = 0
+    images = 0
     for shard in dataset.shard_names:
         rows: list[tuple[Place, Row]] = []
         table = dataset.table(shard, ["key", "sha256"])
         for key, sha256 in zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True):
             texts = captions.get(key, {})
-            found += bool(texts)
+            images += bool(texts)
             for slot in (slot for slot in slots if slot in texts):
                 linted = linter.lint(texts[slot], "given", settings, slot=slot)
-                rows.append((Place(key, sha256, "", slot), Row.written(texts[slot], 0, "given", 0, linted)))
+                rows.append((Place(key, sha256, "", slot), Row.of_caption(texts[slot], 0, "given", 0, linted)))
         write_rows(storage, file_name(layer, shard), rows)
     publish(storage, layer, slots, {"engine": GIVEN}, settings)
     own = {f"{ROOT}/{layer}/recipe.json", *(file_name(layer, shard) for shard in dataset.shard_names)}
-    storage.delete(*(name for name in storage.names(f"{ROOT}/{layer}") if name not in own))  # of shards that were
-    return {"images": found, "missing": len(captions) - found}
+    storage.delete(*(name for name in storage.names(f"{ROOT}/{layer}") if name not in own))  # of former shards
+    return {"images": images, "missing": len(captions) - images}

@@ -1,8 +1,8 @@
-"""A short prompt → a prompt in the style of the captions that a text-to-image model was trained on.
+"""Short prompt → prompt in the style of a model's training captions
 
-A model of descriptive captions draws less well from short prompts, which it has hardly seen: the DALL-E 3 paper
-(appendix C) lets a language model expand them to between 15 and 80 words. Here the bounds, and examples of the style,
-are those of the layer that the model was trained on; any engine that writes text does the writing.
+A model trained on descriptive captions does worse on short prompts, which are rare in its training data. The DALL-E 3
+paper (appendix C) therefore expands prompts to 15 to 80 words with a language model. Here the word limits and the style
+examples come from the layer that the model was trained on. Any engine that writes text can do the expansion.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ log = logging.getLogger(__name__)
 VERSION: Final = 1  # of the instruction below
 TRIES: Final = 3
 EXAMPLES: Final = 3
-_TOKENS_A_WORD: Final = 2  # rather too many than too few
-_MOST: Final = 0.9  # share of captions from which on a habit is a habit
+_TOKENS_PER_WORD: Final = 2  # a generous estimate
+_MOST: Final = 0.9  # share of captions that makes a habit part of the style
 
 
 @dataclass(frozen=True)
 class Style:
-    """How captions are written."""
+    """The style of a set of captions."""
 
-    words: tuple[int, int, int] = (15, 40, 80)  # of the shortest tenth, the middle one, the longest tenth
-    lower_case: bool = False  # whether nearly all begin without a capital
-    full_stop: bool = True  # whether nearly all end with one
+    words: tuple[int, int, int] = (15, 40, 80)  # 10th, 50th and 90th percentile of the length
+    lower_case: bool = False  # whether nearly all start with a lower-case letter
+    full_stop: bool = True  # whether nearly all end with a full stop
     examples: tuple[str, ...] = field(default=())
 
     @classmethod
     def of(cls, captions: Iterable[str]) -> Style:
-        """Measured on captions; the paper's bounds where there are none."""
+        """Measure the style of captions; without any, return the paper's bounds."""
         texts = [text for caption in captions if (text := " ".join(caption.split()))]
         if not texts:
             return PAPER
         lengths = np.array([len(text.split()) for text in texts])
         low, middle, high = (round(float(share)) for share in np.percentile(lengths, [10, 50, 90]))
-        # One short, one middling, one long: by their length's distance, the first of those alike.
+        # One short, one medium, one long: the caption whose length is nearest, the first on a tie.
         places = [int(np.abs(lengths - share).argmin()) for share in np.percentile(lengths, [25, 50, 75])]
         return cls(
             words=(max(1, low), max(1, middle), max(1, high)),
@@ -56,15 +56,15 @@ class Style:
 
     @classmethod
     def read(cls, facts: dict[str, Any]) -> Style:
-        """What `facts` gave."""
+        """Return the style that `facts` described."""
         return cls(**{**facts, "words": tuple(facts["words"]), "examples": tuple(facts["examples"])})
 
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the style as plain data."""
         return asdict(self)
 
     def fits(self, text: str) -> bool:
-        """Whether a text is about as long as such captions are."""
+        """Return whether a text has about the length of these captions."""
         low, _, high = self.words
         return low / 2 <= len(text.split()) <= high * 1.5
 
@@ -73,7 +73,7 @@ PAPER: Final = Style()
 
 
 def instruct(prompt: str, style: Style) -> str:
-    """What a text engine is told."""
+    """Return the instruction for a text engine."""
     low, middle, high = style.words
     lines = [
         "Turn the request below into the description of a picture that shows what it asks for. Write as somebody who "
@@ -91,38 +91,42 @@ def instruct(prompt: str, style: Style) -> str:
 
 
 def text_engine(config: RecaptionConfig) -> TextEngine:
-    """The engine of a recipe's section `recaption`, for text. Raises RecipeError where it writes none.
+    """Return the engine of a recipe's section `recaption`, for text. Raises RecipeError if it cannot write text.
 
-    It draws whatever the section says of decoding, so that a second try differs from the first.
+    It always samples, whatever `decoding` says, so that a second attempt differs from the first.
     """
     engine = make(config.model_copy(update={"decoding": config.decoding.model_copy(update={"method": "top_p"})}))
     if not isinstance(engine, TextEngine):
-        problem = f"engine {config.engine} continues captions of pictures and cannot be told to expand a prompt"
-        raise RecipeError("recaption.engine", problem, "name engine transformers or openai")
+        problem = f"engine {config.engine} only continues captions of images and cannot expand prompts"
+        raise RecipeError("recaption.engine", problem, "use engine transformers or openai")
     return engine
 
 
 def expand(engine: TextEngine, prompts: Sequence[str], style: Style, seed: int = 0) -> list[str]:
-    """Prompts in the style of captions, one each; the same for the same seed, whatever else is expanded beside.
+    """Expand each prompt in the style of captions. The result depends on prompt and seed, not on the other prompts.
 
-    One that is not about as long as the style's captions is written anew, `TRIES` times at most; then the last stands.
-    Raises CapstanError where an engine writes nothing.
+    A text of the wrong length is written again, in at most `TRIES` attempts; the last one is then used with a warning.
+    Raises CapstanError if the engine writes nothing.
     """
     texts, reasons = [""] * len(prompts), [""] * len(prompts)
     left = list(range(len(prompts)))
     for attempt in range(TRIES):
-        asked = [instruct(prompts[place], style) for place in left]
+        instructions = [instruct(prompts[place], style) for place in left]
         seeds = [seed_of(seed, prompts[place], "upsample", attempt) for place in left]
-        answers = engine.write(asked, seeds=seeds, max_tokens=style.words[2] * _TOKENS_A_WORD)
+        answers = engine.write(instructions, seeds=seeds, max_tokens=style.words[2] * _TOKENS_PER_WORD)
         for place, answer in zip(left, answers, strict=True):
             texts[place] = clean(answer.raw).strip('"“”') or texts[place]
-            reasons[place] = answer.reason or "it wrote nothing"
+            reasons[place] = answer.reason or "the answer was empty"
         left = [place for place in left if not style.fits(texts[place])]
         if not left:
             break
     for place in left:
         if not texts[place]:
-            raise CapstanError(f"upsample: no text for {prompts[place]!r} ({reasons[place]}); try again, or without it")
+            raise CapstanError(
+                f"upsample: no text for {prompts[place]!r} ({reasons[place]}); try again, or omit --upsample"
+            )
         words = len(texts[place].split())
-        log.warning("upsample: %d words for %r, where captions have %s to %s", words, prompts[place], *style.words[::2])
+        log.warning(
+            "upsample: %d words for %r; the training captions have %s to %s", words, prompts[place], *style.words[::2]
+        )
     return texts

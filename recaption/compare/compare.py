@@ -1,10 +1,10 @@
-"""Two caption layers → what tells them apart, on a sample of the dataset's images.
+"""Two caption layers → a comparison on a sample of the dataset's images
 
     captions/diff-A-B.json    the numbers
-    captions/diff-A-B.html    the same for people, self-contained
-    captions/diff-A-B.png     the images on which the two disagree most
+    captions/diff-A-B.html    a self-contained page
+    captions/diff-A-B.png     the images on which the two differ most
 
-Keys are hashes, so the first images in key order are a random sample, and the same one in every comparison.
+Keys are hashes, so the first images in key order are a random sample. It is the same in every comparison.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from capstan.recaption.lint import linter
 ORIGINAL: Final = "original"
 DEFAULT_SLOT: Final = "descriptive"
 NEIGHBOURS: Final = 9
-DISAGREEMENTS: Final = 8  # shown for each side
+DISAGREEMENTS: Final = 8  # images shown per side
 
 
 @dataclass
 class Side:
-    """One of the two: a slot of a layer, or the original captions."""
+    """One side of the comparison: a slot of a layer, or the original captions."""
 
     layer: str | None
     slot: str
-    flags: Counter[str] = field(default_factory=Counter)  # over all captions that were looked at
-    looked: int = 0
-    without: int = 0  # images for which the layer has no caption of its own
+    flags: Counter[str] = field(default_factory=Counter)  # over all captions read
+    captions: int = 0
+    without: int = 0  # images without a caption of the layer's own
 
     @property
     def name(self) -> str:
@@ -49,36 +49,37 @@ class Side:
         return self.layer if self.slot == DEFAULT_SLOT else f"{self.layer}.{self.slot}"
 
     def texts(self, storage: Storage, shard: str, table: pa.Table) -> dict[str, str]:
-        """Key → caption of a shard, of whose table key, sha256 and caption are given. Counts flags."""
+        """Return key → caption for a shard; count flags. `table` has the shard's key, sha256 and caption."""
         originals = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
         if self.layer is None:
-            found = {key: text for key, text in originals.items() if text}
+            texts = {key: text for key, text in originals.items() if text}
             flags = [linter.lint(text, "given").flags for text in originals.values()]
         else:
             rows = store.rows_of_shard(storage, self.layer, shard, table)
             flags = [tuple(row["flags"]) for row in rows.to_pylist() if row["slot"] == self.slot]
-            found = {key: texts[self.slot] for key, texts in store.texts_of(rows).items() if self.slot in texts}
-        self.looked += len(flags)
-        self.without += len(originals.keys() - found.keys())
+            slots_of = store.texts_of(rows)
+            texts = {key: slots[self.slot] for key, slots in slots_of.items() if self.slot in slots}
+        self.captions += len(flags)
+        self.without += len(originals.keys() - texts.keys())
         self.flags.update(flag for these in flags for flag in these)
-        return found
+        return texts
 
 
 def side_of(storage: Storage, name: str, slot: str) -> Side:
-    """`original`, a layer's id or `latest`, or one of these with a slot: LAYER:SLOT. Raises RecipeError."""
+    """Parse `original`, a layer's id or `latest`, the latter two optionally as LAYER:SLOT. Raises RecipeError."""
     name, _, own = name.partition(":")
     if name == ORIGINAL:
         return Side(None, "")
     layer, slot = store.find_layer(storage, name), own or slot
     slots = store.layer_recipe(storage, layer)["slots"]
     if slot not in slots:
-        raise RecipeError("--slot", f"layer {layer} has no slot {slot!r}", f"name one of {', '.join(slots)}")
+        raise RecipeError("--slot", f"layer {layer} has no slot {slot!r}", f"use one of {', '.join(slots)}")
     return Side(layer, slot)
 
 
 @dataclass
 class Sampled:
-    """Images that both sides have captions for."""
+    """Sampled images with captions of both sides."""
 
     jpegs: list[bytes] = field(default_factory=list)
     texts: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
@@ -87,26 +88,26 @@ class Sampled:
 def compare(
     storage: Storage, a: str, b: str, *, slot: str = DEFAULT_SLOT, clip: Clip, sample: int = 1000
 ) -> dict[str, Any]:
-    """Publish the comparison; gives its numbers and where it lies.
+    """Publish the comparison; return its numbers and the URLs of its files.
 
-    An image that is in the dataset several times counts once; one for which a side has no caption of its own is
-    counted as `without`, and is left out of the scores. Raises RecipeError where less than two are left.
+    An image that occurs several times in the dataset counts once. If a side has no caption of its own for an image,
+    the image counts as `without` and is not scored. Raises RecipeError if fewer than two images are left.
     """
     dataset = Dataset(storage)
     sides = side_of(storage, a, slot), side_of(storage, b, slot)
     if sides[0].name == sides[1].name:
-        raise RecipeError("B", f"is {sides[0].name}, as A is", "name two layers, or two slots as LAYER:SLOT")
+        raise RecipeError("B", f"{sides[0].name} is also A", "choose two layers, or two slots as LAYER:SLOT")
     sampled, images = Sampled(), list[Embeddings]()
     for jpegs, texts in _sample(dataset, sides, sample):
         sampled.jpegs += jpegs
-        for all_texts, some in zip(sampled.texts, texts, strict=True):
-            all_texts += some
+        for all_texts, batch in zip(sampled.texts, texts, strict=True):
+            all_texts += batch
         images.append(clip.images(jpegs))
     if len(sampled.jpegs) < 2:
-        raise RecipeError("A", "less than two images have captions of A and of B", "complete both layers first")
-    seen = np.concatenate(images)
-    near = metrics.neighbours(seen, min(NEIGHBOURS, len(seen) - 1))
-    judged = [_judge(clip, seen, near, texts) for texts in sampled.texts]
+        raise RecipeError("A", "fewer than two images have captions of both A and B", "complete both layers first")
+    embedded = np.concatenate(images)
+    near = metrics.neighbours(embedded, min(NEIGHBOURS, len(embedded) - 1))
+    judged = [_judge(clip, embedded, near, texts) for texts in sampled.texts]
     result = _result(sides, sampled, judged, near.shape[1], clip.name)
     return result | _publish(storage, sides, sampled, judged, result)
 
@@ -114,7 +115,7 @@ def compare(
 def _sample(
     dataset: Dataset, sides: tuple[Side, Side], count: int
 ) -> Iterator[tuple[list[bytes], tuple[list[str], list[str]]]]:
-    """JPEGs and both sides' captions, shard by shard."""
+    """Yield JPEGs and both sides' captions, shard by shard."""
     seen = set[str]()
     for shard in dataset.shard_names:
         layers = [side.layer for side in sides if side.layer is not None]
@@ -136,17 +137,17 @@ def _sample(
 
 @dataclass(frozen=True)
 class Judged:
-    """How one side's captions fit their images."""
+    """Scores of one side's captions."""
 
-    mean: metrics.Floats  # [images], CLIP score of the chunks
+    mean: metrics.Floats  # [images], mean CLIP score of a caption's chunks
     least: metrics.Floats
     recall: float
 
 
 def _judge(clip: Clip, images: Embeddings, near: Any, texts: Sequence[str]) -> Judged:
     parts = [metrics.chunks(text, clip.fits) for text in texts]
-    owner = np.repeat(np.arange(len(texts)), [len(some) for some in parts])
-    embedded = clip.texts([part for some in parts for part in some])
+    owner = np.repeat(np.arange(len(texts)), [len(chunks) for chunks in parts])
+    embedded = clip.texts([part for chunks in parts for part in chunks])
     mean, least = metrics.scores(images, embedded, owner)
     return Judged(mean, least, metrics.recall(images, metrics.whole(embedded, owner, len(texts)), near))
 
@@ -170,7 +171,7 @@ def _result(
 def _numbers(side: Side, texts: list[str], judged: Judged) -> dict[str, Any]:
     return {
         "name": side.name,
-        "captions": side.looked,
+        "captions": side.captions,
         "without": side.without,
         "clip_mean": round(float(judged.mean.mean()), 3),
         "clip_min": round(float(judged.least.mean()), 3),
@@ -178,14 +179,14 @@ def _numbers(side: Side, texts: list[str], judged: Judged) -> dict[str, Any]:
         "words": metrics.lengths(texts),
         "openers": metrics.openers(texts),
         "style": metrics.style(texts),
-        "flags": {flag: round(count / side.looked, 4) for flag, count in sorted(side.flags.items())},
+        "flags": {flag: round(count / side.captions, 4) for flag, count in sorted(side.flags.items())},
     }
 
 
 def _publish(
     storage: Storage, sides: tuple[Side, Side], sampled: Sampled, judged: Sequence[Judged], result: dict[str, Any]
 ) -> dict[str, str]:
-    """Numbers, contact sheet and page; gives their addresses."""
+    """Write numbers, contact sheet and page; return their URLs."""
     margin = judged[0].mean - judged[1].mean
     order = np.argsort(-margin, kind="stable").tolist()
     half = min(DISAGREEMENTS, len(order) // 2)

@@ -1,7 +1,7 @@
-"""Captions, and embeddings of them and of their images → numbers that compare captions. Pure functions.
+"""Captions and embeddings → numbers that compare captions
 
-Standard CLIPs see 77 tokens and judge only the first of a long caption, so captions are scored sentence by sentence:
-the mean tells how well a caption fits, the minimum whether it says something that is not there.
+Standard CLIPs read 77 tokens and judge only the start of a long caption, so captions are scored sentence by sentence.
+The mean measures how well a caption fits; the minimum reveals statements about things that are not in the image.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from capstan.recaption.lint.rules import words
 
 Floats = npt.NDArray[np.float32]
 
-_ROWS: Final = 1024  # of a matrix of similarities at a time
+_ROWS: Final = 1024  # of a similarity matrix at a time
 OPENER_WORDS: Final = 3
 _OPENERS_SHOWN: Final = 5
 
 
 def chunks(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """The text's sentences; those that do not fit in as few parts as do.
+    """Split a text into sentences, and sentences that do not fit into as few parts as possible.
 
     >>> chunks("a cat. a dog and a bird sit there", lambda text: len(text.split()) <= 4)
     ['a cat.', 'a dog and a', 'bird sit there']
@@ -45,9 +45,9 @@ def chunks(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def scores(images: Floats, texts: Floats, owner: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Mean and minimum, over each image's chunks, of 100 × the cosine of image and chunk.
+    """Return the mean and minimum [N] over each image's chunks of 100 × the cosine of image and chunk.
 
-    `pictures` [N, D]; `texts` [M, D]; `owner` [M] is the image that each chunk is of, and each has one at least.
+    `images` [N, D]; `texts` [M, D]; `owner` [M] is each chunk's image number. Every image has at least one chunk.
     """
     cosine = 100 * (images[owner] * texts).sum(-1)
     count = np.bincount(owner, minlength=len(images))
@@ -58,14 +58,14 @@ def scores(images: Floats, texts: Floats, owner: npt.NDArray[np.int64]) -> tuple
 
 
 def whole(texts: Floats, owner: npt.NDArray[np.int64], count: int) -> Floats:
-    """One embedding [count, D] a caption: the mean of its chunks', of length 1."""
+    """Return one unit-length embedding per caption [count, D]: the mean of its chunks."""
     total = np.zeros((count, texts.shape[1]), np.float32)
     np.add.at(total, owner, texts)
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
 
 
 def wins(a: Floats, b: Floats) -> dict[str, Any]:
-    """How often a is above b, a tie counting half, with Wilson's 95% interval."""
+    """Return how often a is above b, counting ties as half, with Wilson's 95% interval."""
     n, won = len(a), float((a > b).sum() + (a == b).sum() / 2)
     rate, z = won / n, 1.96
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -74,7 +74,7 @@ def wins(a: Floats, b: Floats) -> dict[str, Any]:
 
 
 def neighbours(images: Floats, count: int) -> npt.NDArray[np.int64]:
-    """Each image's `count` nearest others [N, count], by cosine: those that are hardest to tell from it."""
+    """Return each image's `count` nearest neighbours [N, count] by cosine: the hardest to distinguish from it."""
     near = np.empty((len(images), count), np.int64)
     for start in range(0, len(images), _ROWS):
         similar = images[start : start + _ROWS] @ images.T
@@ -85,7 +85,7 @@ def neighbours(images: Floats, count: int) -> npt.NDArray[np.int64]:
 
 
 def recall(images: Floats, captions: Floats, near: npt.NDArray[np.int64]) -> float:
-    """The share of captions that are closer to their own image than to each of its neighbours; ties are shared out.
+    """Return the share of captions closer to their own image than to each of its neighbours; ties count in part.
 
     Chance is 1 / (1 + neighbours).
     """
@@ -97,14 +97,14 @@ def recall(images: Floats, captions: Floats, near: npt.NDArray[np.int64]) -> flo
 
 
 def lengths(texts: Sequence[str]) -> dict[str, float]:
-    """Words a caption."""
+    """Return the mean and percentiles of words per caption."""
     counts = np.array([len(text.split()) for text in texts])
     p10, p50, p90 = np.percentile(counts, [10, 50, 90]).tolist()
     return {"mean": round(float(counts.mean()), 2), "p10": p10, "p50": p50, "p90": p90}
 
 
 def openers(texts: Sequence[str]) -> dict[str, Any]:
-    """How various the first three words are: entropy in bits, what it could be at most, and the commonest."""
+    """Return the diversity of the first three words: entropy in bits, its maximum, and the commonest openers."""
     counted = Counter(" ".join(words(text)[:OPENER_WORDS]) for text in texts)
     shares = np.array(list(counted.values())) / len(texts)
     return {
@@ -115,7 +115,7 @@ def openers(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def style(texts: Sequence[str]) -> dict[str, float]:
-    """Shares of what text-to-image models are known to overfit: case, and the full stop at the end."""
+    """Return shares of habits that text-to-image models overfit: lower case, and a full stop at the end."""
     lower = sum(text == text.lower() for text in texts)
     stops = sum(text.rstrip().endswith(".") for text in texts)
     return {"lower_case": round(lower / len(texts), 4), "full_stop": round(stops / len(texts), 4)}

@@ -1,10 +1,10 @@
-"""Images → captions by an open_clip CoCa: a name with a tag or checkpoint, or a folder that Capstan trained.
+"""Engine coca: an open_clip CoCa by name, checkpoint or folder
 
-    folder/  open_clip_config.json  open_clip_model.safetensors     what open_clip's `local-dir:` schema reads
-             bpe.txt.gz             the merges of its own vocabulary, where it has one
+    folder/  open_clip_config.json  open_clip_model.safetensors     the format of open_clip's `local-dir:` schema
+             bpe.txt.gz             the merges of its own vocabulary, if it has one
              capstan.json           {"slots": {"short": prompt, ...}}
 
-The image is encoded once for all slots; slots differ only in the words that their captions continue.
+An image is encoded once for all slots. Slots differ only in the words that their captions continue.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 BPE_FILE: Final = "bpe.txt.gz"
 SLOTS_FILE: Final = "capstan.json"
 
-VERSION: Final = 2  # of this engine's own arithmetic; part of a layer's id
-KEPT: Final = 20  # positions that stretching leaves as they are
+VERSION: Final = 2  # of this engine's computation; part of a layer's id
+KEPT: Final = 20  # position embeddings that interpolation leaves unchanged
 
 
 class CocaEngine:
-    """A `CaptionEngine`; pickles as its settings, without weights."""
+    """The engine; pickled without weights."""
 
     uses_original = False
 
     def __init__(self, config: RecaptionConfig, *, workers: int = 1) -> None:
         self.config = config
-        # Absolute, since workers may stand elsewhere.
+        # Absolute, since workers may have another working directory.
         self.folder = product_folder(Path(config.model).absolute())
         self.weights = self.folder / WEIGHTS_FILE if self.folder else None  # None: one of open_clip's tags
         if config.pretrained and Path(config.pretrained).is_file():
             self.weights = Path(config.pretrained).absolute()
         elif config.pretrained and self.folder:
-            problem = f"{config.pretrained!r} is no file, and {self.folder} has weights of its own"
-            raise RecipeError("recaption.pretrained", problem, "name a checkpoint file, or leave it out")
+            problem = f"{config.pretrained!r} is not a file, and {self.folder} has its own weights"
+            raise RecipeError("recaption.pretrained", problem, "use a checkpoint file, or remove the key")
         if self.folder is None:
             self.architecture, config_of = _by_name(config.model, config.pretrained)
             own: Mapping[str, str] = {}
@@ -65,7 +65,7 @@ class CocaEngine:
         except ValueError as error:
             raise RecipeError("recaption.model", str(error), "use another model") from None
         self.prompts = prompts.choose(config.slots, config.prompts, own or prompts.OPENINGS)
-        prompts.refuse_original(self.prompts, "engine coca continues its prompts and cannot be told anything")
+        prompts.refuse_original(self.prompts, "engine coca continues its prompts and takes no instructions")
         self._description: dict[str, Any] | None = None
         self._loaded: _Loaded | None = None
 
@@ -117,13 +117,13 @@ class CocaEngine:
         how, found = self.config.decoding, [dict[str, Caption]() for _ in requests]
         if attempt:
             how = how.model_copy(update={"method": "top_p"})
-        cache = loaded.look(images, self.preprocessing, self.config.batch)
+        cache = loaded.encode(images, self.preprocessing, self.config.batch)
         for slot, (prompt, limit) in loaded.slots.items():
             rows = [row for row, request in enumerate(requests) if slot in request.slots]
             if not rows:
                 continue
-            drawn = how.method == "top_p"
-            seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) if drawn else 0 for row in rows]
+            sampled = how.method == "top_p"
+            seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) if sampled else 0 for row in rows]
             if how.method == "beam":
                 written = search(cache, rows, prompt, limit, loaded.tokens, how)
             else:
@@ -135,7 +135,7 @@ class CocaEngine:
 
     @property
     def vocabulary(self) -> Path | None:
-        """The merges of the model's own vocabulary; None where it has CLIP's."""
+        """The file with the merges of the model's own vocabulary; None if it uses CLIP's."""
         own = self.folder / BPE_FILE if self.folder else None
         return own if own and own.is_file() else None
 
@@ -146,7 +146,7 @@ class CocaEngine:
 
 
 class _Loaded:
-    """What a model worker holds: the model on its device, the tokenizer and the slots' prompts as tokens."""
+    """The state of a model worker: the model on its device, the tokenizer, and the slots' prompts as tokens."""
 
     def __init__(self, engine: CocaEngine) -> None:
         import torch
@@ -168,8 +168,8 @@ class _Loaded:
         self.slots = {slot: self._prompt(engine, slot) for slot in config.slots}
         log.info("%s loaded on %s, %s", config.model, self.device, config.precision or "fp32")
 
-    def look(self, images: Sequence[EngineInput], how: preprocess.Preprocessing, batch: int) -> CachedCoca:
-        """Encode uint8 images [height, width, 3]; where shapes must stay, `batch` of them, the last one repeated."""
+    def encode(self, images: Sequence[EngineInput], how: preprocess.Preprocessing, batch: int) -> CachedCoca:
+        """Encode uint8 images [height, width, 3]. The last one is repeated to fill a batch of constant shape."""
         import torch
 
         from capstan.recaption.engines.coca_decoding import CachedCoca, padded
@@ -180,25 +180,26 @@ class _Loaded:
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (how.mean, how.std))
         _, image_tokens = self.model.visual(((x.float() / 255 - mean) / std).to(self.dtype))
         cache = CachedCoca(self.model)
-        cache.look(image_tokens)
+        cache.set_images(image_tokens)
         return cache
 
     def _prompt(self, engine: CocaEngine, slot: str) -> tuple[list[int], int]:
-        """A slot's prompt as tokens, and how many tokens may follow it."""
+        """Return a slot's prompt as tokens, and the number of tokens that may follow it."""
         text = engine.prompts[slot]
         prompt = self.tokenizer.encode(text)
         room = self.context - 1 - len(prompt)
         if room < 1 or self.tokens.pad in prompt:
-            problem = f"{text!r} fills the model's context" if room < 1 else f"{text!r} holds the model's padding token"
-            raise RecipeError(f"recaption.prompts.{slot}", problem, "use other, or fewer, words")
+            problem = (
+                f"{text!r} fills the model's context" if room < 1 else f"{text!r} contains the model's padding token"
+            )
+            raise RecipeError(f"recaption.prompts.{slot}", problem, "use other or fewer words")
         return prompt, min(room, engine.config.max_tokens or room)
 
 
 def _stretch(text: Any, context: int) -> None:
-    """Give a text tower positions for `context` tokens: its own where they suffice, else stretched ones.
+    """Interpolate a text tower's position embeddings to `context` tokens, if it has fewer.
 
-    Captions beyond the own context are what such a model makes of places that it was never trained at: fine-tune it
-    there if you can.
+    The model was not trained at the new positions: fine-tune it on long captions if you can.
     """
     import torch
 
@@ -207,14 +208,14 @@ def _stretch(text: Any, context: int) -> None:
         return
     table = stretched(text.positional_embedding.data, context)
     text.positional_embedding = torch.nn.Parameter(table, requires_grad=False)
-    log.warning("positions stretched from %d to %d tokens (recaption.context)", own, context)
+    log.warning("position embeddings interpolated from %d to %d tokens (recaption.context)", own, context)
 
 
 def stretched(table: torch.Tensor, context: int) -> torch.Tensor:
-    """Positions [own + 1, W], the class token's last → [context + 1, W], for a context that is longer than the own.
+    """Interpolate position embeddings [own + 1, W], the class token's last, to [context + 1, W]; context > own.
 
-    The first positions stay as they are, since every caption uses them and they are learnt best; those after them are
-    interpolated to reach as far as asked (Long-CLIP: Zhang et al. 2024, arXiv:2403.15378).
+    The first `KEPT` positions are unchanged, since every caption uses them and they are trained best (Long-CLIP: Zhang
+    et al. 2024, arXiv:2403.15378).
     """
     import torch
 
@@ -227,43 +228,43 @@ def stretched(table: torch.Tensor, context: int) -> torch.Tensor:
 
 
 def product_folder(path: Path) -> Path | None:
-    """The folder that holds the model: `path` itself, or product/ in it where it is a run; None where there is none."""
+    """Return the model's folder: `path`, or its product/ if `path` is a run; None if neither is one."""
     return next((folder for folder in (path, path / "product") if (folder / CONFIG_FILE).is_file()), None)
 
 
 def _by_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """(architecture, preprocessing, slots' prompts) of a model in a folder."""
+    """Return (architecture, preprocessing, slots' prompts) of a model in a folder. Raises RecipeError."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         slots = folder / SLOTS_FILE
         own = json.loads(slots.read_text(encoding="utf-8"))["slots"] if slots.is_file() else {}
         return config["model_cfg"], config.get("preprocess_cfg", {}), own
     except (KeyError, ValueError) as error:
-        hint = "name a folder that open_clip or `capstan train` wrote"
+        hint = "use a folder written by open_clip or `capstan train`"
         raise RecipeError("recaption.model", f"cannot read the model in {folder} ({error!r})", hint) from None
 
 
 def _by_name(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(architecture, preprocessing) of one of open_clip's models."""
+    """Return (architecture, preprocessing) of one of open_clip's models. Raises RecipeError."""
     import open_clip
 
     known = [model for model in open_clip.list_models() if model.startswith("coca_")]
     if name not in known:
-        hint = f"name a folder with {CONFIG_FILE}, or one of {', '.join(known)}"
-        raise RecipeError("recaption.model", f"no folder and no CoCa of open_clip is named {name!r}", hint)
+        hint = f"use a folder with {CONFIG_FILE}, or one of {', '.join(known)}"
+        raise RecipeError("recaption.model", f"{name!r} is neither a folder nor a CoCa of open_clip", hint)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
         problem = "is missing" if pretrained is None else f"{pretrained!r} is neither a file nor a tag of {name}"
-        raise RecipeError("recaption.pretrained", problem, f"name a checkpoint file, or one of {', '.join(tags)}")
+        raise RecipeError("recaption.pretrained", problem, f"use a checkpoint file, or one of {', '.join(tags)}")
     tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained) if pretrained in tags else {}
     return open_clip.get_model_config(name), tag
 
 
 def _check(architecture: Mapping[str, Any], config: RecaptionConfig) -> None:
-    """Refuse what cannot be decoded here."""
+    """Raise RecipeError if the architecture cannot be decoded with the cache."""
     text = architecture.get("text_cfg", {})
     if "multimodal_cfg" not in architecture:
-        raise RecipeError("recaption.model", f"{config.model} writes no captions: it is not a CoCa", "name a CoCa")
+        raise RecipeError("recaption.model", f"{config.model} is not a CoCa and cannot write captions", "use a CoCa")
     custom = {
         "block_type",
         "qk_norm",
@@ -275,12 +276,12 @@ def _check(architecture: Mapping[str, Any], config: RecaptionConfig) -> None:
     }
     causal = text.get("embed_cls") and not text.get("hf_model_name") and not text.get("no_causal_mask")
     if not causal or any(text.get(name) for name in custom):
-        problem = f"{config.model} has another text tower than CoCa's own, which cannot be decoded with a cache"
-        raise RecipeError("recaption.model", problem, "name a CoCa with its own text tower, e.g. coca_ViT-L-14")
+        problem = f"{config.model} has a text tower that cannot be decoded with a cache"
+        raise RecipeError("recaption.model", problem, "use a CoCa with open_clip's own text tower, e.g. coca_ViT-L-14")
 
 
 def _load(engine: CocaEngine) -> Any:
-    """The model with its weights, fp32 on the CPU."""
+    """Return the model with its weights, fp32 on the CPU. Raises RecipeError."""
     import open_clip
     from open_clip.coca_model import CoCa
     from safetensors import SafetensorError
@@ -292,7 +293,7 @@ def _load(engine: CocaEngine) -> Any:
             return open_clip.create_model(name, pretrained=tag)
         except (RuntimeError, OSError) as error:
             problem = f"cannot load the weights {tag} of {name} ({_first_line(error)})"
-            hint = "fetch the weights where the hub can be reached, or name a checkpoint file"
+            hint = "download the weights on a machine that reaches the hub, or use a checkpoint file"
             raise RecipeError("recaption.pretrained", problem, hint) from None
     architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
     model = CoCa(**architecture)
@@ -300,7 +301,9 @@ def _load(engine: CocaEngine) -> Any:
         open_clip.load_checkpoint(model, str(file))
     except (RuntimeError, OSError, SafetensorError) as error:
         problem = f"cannot load {file} ({_first_line(error)})"
-        raise RecipeError("recaption.model", problem, "name its own architecture") from None
+        raise RecipeError(
+            "recaption.model", problem, "use the architecture that the checkpoint was trained with"
+        ) from None
     return model
 
 
@@ -309,7 +312,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file. Raises RecipeError where it cannot be read."""
+    """Return the SHA-256 of a file. Raises RecipeError if it cannot be read."""
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

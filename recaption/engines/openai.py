@@ -1,10 +1,10 @@
-"""Images → captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, transformers serve, hosted.
+"""Engine openai: any server with OpenAI's chat completions API
 
-Requests go out side by side, a bounded number of them, at the pace that the limits allow. What can heal is asked again;
-what does not heal is a caption with a reason, and the run goes on. What is the user's to mend ends the run: a key or
-model that the server does not know, and a server that is not there, or refuses whatever it is asked, from the start.
+vLLM, SGLang, transformers serve and hosted services. Requests run concurrently, in bounded number and within the rate
+limits. Transient failures are retried; other failures become captions with a reason, and the run continues. Mistakes in
+the recipe end the run: an unknown key or model, and a server that is unreachable or rejects every request.
 
-Whether the same request gets the same answer is the server's affair: each request carries its own seed.
+Each request carries its own seed. Whether a server returns the same answer to the same request is up to the server.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = 1  # of what is sent; part of a layer's id
+VERSION: Final = 1  # of the request format; part of a layer's id
 
-_IMAGE_TOKENS: Final = 1000  # of a prompt, until the server says how many it were
-_LETTERS_A_TOKEN: Final = 4
-_SEED_BITS: Final = 31  # servers differ in how large a seed they take; all take this
+_IMAGE_TOKENS: Final = 1000  # estimate for a prompt's image, until the server reports usage
+_LETTERS_PER_TOKEN: Final = 4
+_SEED_BITS: Final = 31  # all servers accept seeds of this size
 
-# Answers that name a mistake in the recipe: asking again, or asking for another image, is of no use.
+# Statuses of mistakes in the recipe: neither a retry nor another image helps.
 _MISTAKES: Final = {
-    401: ("server.key_env", "the server refuses the key", "set the variable to a valid key"),
+    401: ("server.key_env", "the server rejects the key", "set the variable to a valid key"),
     403: ("server.key_env", "the key may not use this model", "use another key, or another model"),
-    404: ("model", "the server does not know the model, or this address", "check recaption.model and server.url"),
+    404: ("model", "the server does not know the model or this URL", "check recaption.model and server.url"),
 }
-_HEALING: Final = frozenset({408, 409, 425, 429})  # and 5xx
+_TRANSIENT: Final = frozenset({408, 409, 425, 429})  # and 5xx
 
 Body = dict[str, Any]
 
 
 class OpenAIEngine:
-    """A `CaptionEngine` and `TextEngine`; pickles as its settings, without the key."""
+    """The engine, also for text; pickled without the key."""
 
     def __init__(self, config: RecaptionConfig, *, workers: int = 1) -> None:
-        assert config.server.url is not None, "RecaptionConfig sees to it"
+        assert config.server.url is not None, "validated by RecaptionConfig"
         self.config, self.server = config, config.server
-        self.address = config.server.url.rstrip("/") + "/chat/completions"
+        self.endpoint = config.server.url.rstrip("/") + "/chat/completions"
         self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
-        # Each worker keeps to its share of the limits.
+        # Each worker has an equal share of the limits.
         self.requests = RateLimiter(None if (limit := self.server.requests_per_minute) is None else limit / workers)
         self.tokens = RateLimiter(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
-        self._answers = False  # whether the server has answered yet as it should
-        self._said: dict[str, str] = {}  # reason of a failure → what was said at the first one
+        self._works = False  # whether the server has returned a caption
+        self._messages: dict[str, str] = {}  # reason of a failure → the first message
 
     @property
     def uses_original(self) -> bool:
@@ -70,7 +70,7 @@ class OpenAIEngine:
         return {
             "engine": "openai",
             "version": VERSION,
-            "weights": f"{self.config.model}@{self.config.pretrained or 'unnamed'}",  # a server shows no more of them
+            "weights": f"{self.config.model}@{self.config.pretrained or 'unnamed'}",  # servers do not identify them
             **chat_settings(self.config, self.prompts, self.versions),
             "extra": self.server.extra,
         }
@@ -91,15 +91,15 @@ class OpenAIEngine:
                 text = prompts.quote(self.prompts[slot], request.original)
                 bodies.append(self._body(text, how, seed, image))
                 places.append((row, slot))
-        found = [dict[str, Caption]() for _ in requests]
-        for (row, slot), caption in zip(places, self._ask(bodies), strict=True):
-            found[row][slot] = caption
-        return found
+        captions = [dict[str, Caption]() for _ in requests]
+        for (row, slot), caption in zip(places, self._send(bodies), strict=True):
+            captions[row][slot] = caption
+        return captions
 
     def write(self, prompts: Sequence[str], *, seeds: Sequence[int], max_tokens: int) -> list[Caption]:
         how = self.config.decoding
-        asked = zip(prompts, seeds, strict=True)
-        return self._ask([self._body(text, how, seed, None, max_tokens) for text, seed in asked])
+        pairs = zip(prompts, seeds, strict=True)
+        return self._send([self._body(text, how, seed, None, max_tokens) for text, seed in pairs])
 
     def _body(self, text: str, how: Decoding, seed: int, image: bytes | None, max_tokens: int | None = None) -> Body:
         content: list[Body] = [{"type": "text", "text": text}]
@@ -109,32 +109,32 @@ class OpenAIEngine:
         messages: list[Body] = [{"role": "user", "content": content}]
         if self.config.system:
             messages.insert(0, {"role": "system", "content": self.config.system})
-        drawn = how.method == "top_p"
+        sampled = how.method == "top_p"
         body = {
             "model": self.config.model,
             "messages": messages,
             "max_tokens": max_tokens or self.config.max_tokens or MAX_TOKENS,
-            "temperature": how.temperature if drawn else 0.0,
-            "top_p": how.top_p if drawn else 1.0,
+            "temperature": how.temperature if sampled else 0.0,
+            "top_p": how.top_p if sampled else 1.0,
             "seed": seed >> (63 - _SEED_BITS),
         }
         return {name: value for name, value in (body | self.server.extra).items() if value is not None}
 
-    def _ask(self, bodies: Sequence[Body]) -> list[Caption]:
-        return asyncio.run(self._ask_all(bodies)) if bodies else []
+    def _send(self, bodies: Sequence[Body]) -> list[Caption]:
+        return asyncio.run(self._send_all(bodies)) if bodies else []
 
-    async def _ask_all(self, bodies: Sequence[Body]) -> list[Caption]:
+    async def _send_all(self, bodies: Sequence[Body]) -> list[Caption]:
         aiohttp = need("aiohttp", "openai")
         key = os.environ.get(self.server.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        room = asyncio.Semaphore(self.server.concurrency)
+        slots = asyncio.Semaphore(self.server.concurrency)
         timeout = aiohttp.ClientTimeout(total=self.server.timeout_s)
         connector = aiohttp.TCPConnector(limit=self.server.concurrency)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
 
             async def one(body: Body) -> Caption:
-                async with room:
-                    return await self._ask_one(session, body)
+                async with slots:
+                    return await self._send_one(session, body)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -142,46 +142,48 @@ class OpenAIEngine:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the others were cancelled
             answers = [task.result() for task in tasks]
-            if not self._answers:
+            if not self._works:
                 await self._refuse_mistake(session, {caption.reason for caption in answers})
         return answers
 
     async def _refuse_mistake(self, session: aiohttp.ClientSession, reasons: set[str]) -> None:
-        """Raise RecipeError where all of the first requests failed for one reason that does not heal.
+        """Raise RecipeError if all of the first requests failed for one permanent reason.
 
-        A request about a plain image tells whether theirs are at fault: in later runs those that a server refuses may
-        come alone.
+        A request with a plain image shows whether their images are the cause: a later run may consist of the images
+        that the server refuses.
         """
         reason, *others = reasons
         number = reason.removeprefix("http_")
         status = int(number) if number.isdigit() else 0
-        lasts = not others and (reason == "connect" or (status and not _heals(status)))
+        lasts = not others and (reason == "connect" or (status and not _is_transient(status)))
         if lasts:
             text = prompts.quote(next(iter(self.prompts.values())), "")
             again, *_ = await self._exchange(session, self._body(text, self.config.decoding, 0, _plain_image()))
             lasts = again == reason
-        self._answers = not lasts
+        self._works = not lasts
         if lasts and not status:
-            problem = f"{self.server.url} cannot be reached ({self._said[reason]})"
-            raise RecipeError("recaption.server.url", problem, "start the server, or correct the address")
+            problem = f"{self.server.url} cannot be reached ({self._messages[reason]})"
+            raise RecipeError("recaption.server.url", problem, "start the server, or correct the URL")
         if lasts:
-            problem = f"the server refuses whatever it is asked (HTTP {status}: {self._said[reason]})"
-            hint = "correct the recipe; server.extra adds fields and, with null, takes them away: {max_tokens: null}"
+            problem = f"the server rejects every request (HTTP {status}: {self._messages[reason]})"
+            hint = (
+                "correct the recipe; server.extra adds request fields and removes those set to null: {max_tokens: null}"
+            )
             raise RecipeError("recaption.server", problem, hint)
 
     def _note(self, reason: str, text: str) -> None:
-        """Log what was said at the first failure of a kind."""
-        if reason not in self._said:
-            self._said[reason] = self._quotable(text)
-            log.warning("%s: %s: %s (further ones are counted only)", self.address, reason, self._said[reason])
+        """Log the first failure of a kind."""
+        if reason not in self._messages:
+            self._messages[reason] = self._quotable(text)
+            log.warning("%s: %s: %s (further ones are only counted)", self.endpoint, reason, self._messages[reason])
 
     def _quotable(self, text: str) -> str:
-        """The beginning of what a server said, on one line and without the key."""
+        """Return the beginning of a server's message, on one line and without the key."""
         key = os.environ.get(self.server.key_env)
         return " ".join((text.replace(key, "…") if key else text).split())[:200]
 
-    async def _ask_one(self, session: aiohttp.ClientSession, body: Body) -> Caption:
-        """The answer to one request, or a caption with the reason why there is none."""
+    async def _send_one(self, session: aiohttp.ClientSession, body: Body) -> Caption:
+        """Return the answer to one request, or a caption with the reason why there is none."""
         retries = Retries(self.server.retries)
         while True:
             expected = _expected_tokens(body)
@@ -197,26 +199,26 @@ class OpenAIEngine:
     async def _exchange(
         self, session: aiohttp.ClientSession, body: Body
     ) -> tuple[str, tuple[Caption, int] | None, float | None]:
-        """One request: (reason, caption and all tokens that it took, seconds to wait at least); reason "": an answer.
+        """Send one request; return (reason, (caption, tokens used), minimum wait in seconds); reason "": success.
 
-        A wait of None: asking again is of no use.
+        A wait of None means that a retry is pointless.
         """
         import aiohttp
 
         try:
-            async with session.post(self.address, json=body) as response:
+            async with session.post(self.endpoint, json=body) as response:
                 if response.status in _MISTAKES:
                     raise self._mistake(response.status, await response.text())
                 if response.status >= 400:
                     self._note(reason := f"http_{response.status}", await response.text(errors="replace"))
-                    return reason, None, retry_after(response.headers) if _heals(response.status) else None
+                    return reason, None, retry_after(response.headers) if _is_transient(response.status) else None
                 answer = await response.json(content_type=None)
         except TimeoutError:
             return "timeout", None, 0.0
         except (aiohttp.ClientError, OSError) as error:
             self._note("connect", str(error))
             return "connect", None, 0.0
-        except ValueError:  # no JSON, or no text
+        except ValueError:  # not JSON, or not text
             return "malformed", None, 0.0
         try:
             return "", _read(answer, _seed(body)), None
@@ -230,41 +232,41 @@ class OpenAIEngine:
         return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {self._quotable(text)})", hint)
 
 
-def _heals(status: int) -> bool:
-    return status in _HEALING or status >= 500
+def _is_transient(status: int) -> bool:
+    return status in _TRANSIENT or status >= 500
 
 
 def _plain_image() -> bytes:
-    """A grey square that no server finds too small or too large."""
+    """Return a grey square of a size that every server accepts."""
     file = io.BytesIO()
     Image.new("RGB", (224, 224), (128, 128, 128)).save(file, "JPEG")
     return file.getvalue()
 
 
 def _read(answer: Any, seed: int) -> tuple[Caption, int]:
-    """(the caption in a server's answer, all tokens that it took; 0: not said). Raises KeyError and the like."""
+    """Return (caption, tokens used; 0: unknown) of a server's answer. Raises KeyError and the like."""
     choice = answer["choices"][0]
     usage = answer.get("usage") or {}
     text, finish = choice["message"].get("content"), choice.get("finish_reason")
     tokens = int(usage.get("completion_tokens") or 0)
     total = int(usage.get("total_tokens") or 0)
-    if isinstance(text, list):  # some servers answer in parts
+    if isinstance(text, list):  # some servers return a list of parts
         text = "".join(part.get("text", "") for part in text)
     ends = {"stop": "end", "length": "length", None: "end"}
     if finish not in ends or text is None:
         why = storable(str(finish)) if finish not in ends else "empty"
         return Caption(storable(str(text or "")), tokens, "none", seed, why), total
     finished: Any = ends[finish]
-    # JSON may spell half a character (\ud83d), which no table can hold.
+    # JSON may contain half a character (\ud83d), which tables cannot store.
     return Caption(storable(str(text)).strip(), tokens, finished, seed), total
 
 
 def _expected_tokens(body: Body) -> int:
-    """Of prompt and answer, before the server has said; rather too many than too few."""
+    """Estimate the tokens of prompt and answer, generously, before the server reports them."""
     parts = [part for message in body["messages"] for part in _parts(message["content"])]
     letters = sum(len(part.get("text", "")) for part in parts)
-    seen = _IMAGE_TOKENS * any("image_url" in part for part in parts)
-    return seen + letters // _LETTERS_A_TOKEN + int(body.get("max_tokens") or MAX_TOKENS)
+    image = _IMAGE_TOKENS * any("image_url" in part for part in parts)
+    return image + letters // _LETTERS_PER_TOKEN + int(body.get("max_tokens") or MAX_TOKENS)
 
 
 def _parts(content: str | list[Body]) -> list[Body]:

@@ -1,4 +1,4 @@
-"""When a server may be asked again: limits a minute, what it says of waiting, and growing waits after failures."""
+"""Rate limits, Retry-After, and waits that grow after failures"""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Final
 
 FIRST_WAIT_S: Final = 0.5  # doubled with each failure
 LONGEST_WAIT_S: Final = 60.0
-LONGEST_ASKED_S: Final = 600.0  # a server that asks for a longer wait is not waited for so long
+LONGEST_RETRY_AFTER_S: Final = 600.0  # a longer Retry-After is cut to this
 
 
 class RateLimiter:
-    """Lets through so much a minute, evenly, and nothing before `hold` is over; in one process."""
+    """A rate limit within one process: evenly spaced, and paused by `hold`."""
 
     def __init__(self, per_minute: float | None) -> None:
         self.per_minute = per_minute
-        self._free = 0.0  # time.monotonic() from which on the next may go
+        self._free = 0.0  # time.monotonic() at which the next may start
         self._held_until = 0.0
-        self._held_s = 0.0  # in all: how much later goes what had its turn before
+        self._held_s = 0.0  # total time by which the queue was moved back
 
     async def wait(self, amount: float) -> None:
-        """Return when `amount` may go."""
+        """Wait until `amount` may be sent."""
         start, held_s = max(time.monotonic(), self._free, self._held_until), self._held_s
         if self.per_minute is not None:
             self._free = start + amount * 60 / self.per_minute
@@ -32,12 +32,12 @@ class RateLimiter:
             await asyncio.sleep(left)
 
     def correct(self, amount: float) -> None:
-        """So much more (or less) went than was waited for."""
+        """Account for `amount` more (or less) than was waited for."""
         if self.per_minute is not None:
             self._free += amount * 60 / self.per_minute
 
     def hold(self, seconds: float) -> None:
-        """Nothing goes for so long: the whole queue moves back, and keeps its distances."""
+        """Pause for the given number of seconds: the whole queue moves back and keeps its spacing."""
         now = time.monotonic()
         if (longer := now + seconds - max(now, self._held_until)) > 0:
             self._held_until = now + seconds
@@ -46,41 +46,41 @@ class RateLimiter:
 
 
 class Retries:
-    """Of one request: at most `most`, with waits that double and vary, and are as long as the server asks for."""
+    """The retries of one request: at most `most`, with jittered waits that double, and at least Retry-After."""
 
     def __init__(self, most: int) -> None:
         self.left, self.wait_s = most, FIRST_WAIT_S
 
-    async def again(self, asked_s: float | None, *paces: RateLimiter) -> bool:
-        """Wait before asking again; False where that is of no use (`asked_s` is None) or was done often enough.
+    async def again(self, retry_after_s: float | None, *limiters: RateLimiter) -> bool:
+        """Wait before the next attempt; return False if there is none: no retries left, or `retry_after_s` is None.
 
-        What the server asks for (`asked_s` > 0) holds all of its requests, wherever in `paces` they wait.
+        A server's Retry-After (`retry_after_s` > 0) pauses all requests in the queues of `limiters`.
         """
-        if asked_s is None or not self.left:
+        if retry_after_s is None or not self.left:
             return False
-        for pace in paces if asked_s else ():
-            pace.hold(asked_s)
-        # Full jitter (Brooker 2015): clients that failed together do not come back together.
-        await asyncio.sleep(asked_s + random.uniform(0, self.wait_s))
+        for limiter in limiters if retry_after_s else ():
+            limiter.hold(retry_after_s)
+        # Full jitter (Brooker 2015): clients that failed at the same time do not retry at the same time.
+        await asyncio.sleep(retry_after_s + random.uniform(0, self.wait_s))
         self.left, self.wait_s = self.left - 1, min(2 * self.wait_s, LONGEST_WAIT_S)
         return True
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that an answer asks to be waited (RFC 9110, 10.2.3: seconds or a date); 0 where it says nothing."""
+    """Return a response's Retry-After in seconds (RFC 9110, 10.2.3: seconds or a date); 0 if absent or invalid."""
     if milliseconds := headers.get("retry-after-ms"):
         return _bounded(milliseconds, 1e-3)
-    said = headers.get("Retry-After", "")
-    if said and not said.strip().replace(".", "", 1).isdigit():
+    value = headers.get("Retry-After", "")
+    if value and not value.strip().replace(".", "", 1).isdigit():
         try:
-            return min(max(0.0, parsedate_to_datetime(said).timestamp() - time.time()), LONGEST_ASKED_S)
+            return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), LONGEST_RETRY_AFTER_S)
         except ValueError:
             return 0.0
-    return _bounded(said or "0", 1.0)
+    return _bounded(value or "0", 1.0)
 
 
 def _bounded(number: str, unit: float) -> float:
     try:
-        return min(max(0.0, float(number) * unit), LONGEST_ASKED_S)
+        return min(max(0.0, float(number) * unit), LONGEST_RETRY_AFTER_S)
     except ValueError:
         return 0.0

@@ -1,8 +1,8 @@
-"""Images → captions by any image-text-to-text model of transformers: from a folder, or by its name on the hub.
+"""Engine transformers: any image-text-to-text model, by folder or hub name
 
-The model's own chat template and processor make its inputs. A caption depends on its own image and prompt only:
-prompts are padded on the left to a length that follows from their own length, captions of other lengths are made in
-other batches, and batches have shapes in which a row is computed alike whatever is beside it (see decode.py).
+Inputs are made by the model's own chat template and processor. A caption depends on its own image and prompt only:
+prompts are padded on the left to a multiple of `BUCKET` tokens, prompts of different padded lengths run in different
+batches, and batches have shapes in which a row does not depend on the other rows (see coca_decoding.py).
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request,
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = 1  # of this engine's own arithmetic; part of a layer's id
-BUCKET: Final = 32  # tokens: prompts are padded to whole multiples of so many
+VERSION: Final = 1  # of this engine's computation; part of a layer's id
+BUCKET: Final = 32  # tokens: prompts are padded to a multiple of this
 
-# What of a model's folder can change a caption; the rest (readme files, training state) is not looked at.
+# Files of a model's folder that can change a caption; others (readme, training state) are ignored.
 _KINDS: Final = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 
 Message = dict[str, Any]
 
 
 class TransformersEngine:
-    """A `CaptionEngine` and `TextEngine`; pickles as its settings, without weights."""
+    """The engine, also for text; pickled without weights."""
 
     def __init__(self, config: RecaptionConfig, *, workers: int = 1) -> None:
         self.config = config
         self.folder = Path(config.model).absolute() if Path(config.model).is_dir() else None
         if self.folder is None and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
-            hint = "name a folder that save_pretrained wrote, or a model on the hub, e.g. org/name"
-            raise RecipeError("recaption.model", f"no folder {config.model}", hint)
+            hint = "use a folder written by save_pretrained, or a hub name, e.g. org/name"
+            raise RecipeError("recaption.model", f"folder {config.model} does not exist", hint)
         if self.folder is not None and not (self.folder / "config.json").is_file():
-            hint = "name a folder that save_pretrained wrote"
-            raise RecipeError("recaption.model", f"{self.folder} holds no config.json", hint)
+            hint = "use a folder written by save_pretrained"
+            raise RecipeError("recaption.model", f"{self.folder} has no config.json", hint)
         self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
         self._description: dict[str, Any] | None = None
         self._loaded: _Loaded | None = None
@@ -60,7 +60,7 @@ class TransformersEngine:
             self._description = {
                 "engine": "transformers",
                 "version": VERSION,
-                "weights": _digests(self.folder) if self.folder else name,  # processor and chat template are among them
+                "weights": _digests(self.folder) if self.folder else name,  # includes processor and chat template
                 **chat_settings(self.config, self.prompts, self.versions),
                 "precision": self.config.precision or "auto",
             }
@@ -72,23 +72,25 @@ class TransformersEngine:
     def caption(
         self, images: Sequence[EngineInput], requests: Sequence[Request], *, attempt: int = 0
     ) -> list[dict[str, Caption]]:
-        found = [dict[str, Caption]() for _ in requests]
+        captions = [dict[str, Caption]() for _ in requests]
         how = self.config.decoding
         if attempt:
             how = how.model_copy(update={"method": "top_p"})
         for slot, prompt in self.prompts.items():
             rows = [row for row, request in enumerate(requests) if slot in request.slots]
-            conversations = [self._ask(prompts.quote(prompt, requests[row].original), images[row]) for row in rows]
+            conversations = [
+                self._conversation(prompts.quote(prompt, requests[row].original), images[row]) for row in rows
+            ]
             seeds = [seed_of(how.seed, requests[row].sha256, slot, attempt) for row in rows]
             for row, caption in zip(rows, self._answer(conversations, seeds, how), strict=True):
-                found[row][slot] = caption
-        return found
+                captions[row][slot] = caption
+        return captions
 
     def write(self, prompts: Sequence[str], *, seeds: Sequence[int], max_tokens: int) -> list[Caption]:
-        conversations = [self._ask(prompt) for prompt in prompts]
+        conversations = [self._conversation(prompt) for prompt in prompts]
         return self._answer(conversations, seeds, self.config.decoding, max_tokens)
 
-    def _ask(self, text: str, image: EngineInput | None = None) -> list[Message]:
+    def _conversation(self, text: str, image: EngineInput | None = None) -> list[Message]:
         from PIL import Image
 
         content: list[Message] = [{"type": "text", "text": text}]
@@ -103,13 +105,13 @@ class TransformersEngine:
         loaded = self._loaded = self._loaded or _Loaded(self)
         limit, answers = max_tokens or self.config.max_tokens or MAX_TOKENS, list[Caption]()
         for first in range(0, len(conversations), self.config.batch):
-            part = slice(first, first + self.config.batch)
-            answers += loaded.answer(conversations[part], seeds[part], how, limit)
+            batch = slice(first, first + self.config.batch)
+            answers += loaded.answer(conversations[batch], seeds[batch], how, limit)
         return answers
 
 
 class _Loaded:
-    """What a model worker holds: the model on its device, its processor, and the chat template."""
+    """The state of a model worker: the model on its device and its processor."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         transformers = need("transformers", "transformers")
@@ -132,17 +134,17 @@ class _Loaded:
             self.model = auto.from_pretrained(
                 **where,
                 dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-                attn_implementation="sdpa" if cuda else "eager",  # sdpa on the CPU: sums depend on threads
+                attn_implementation="sdpa" if cuda else "eager",  # sdpa on the CPU depends on the number of threads
             )
         except ImportError as error:
             raise MissingExtra("recaption.model", _first_line(error), "transformers") from None
         except (OSError, ValueError) as error:
-            hint = "name a folder that save_pretrained wrote, or an image-text-to-text model on the hub"
+            hint = "use a folder written by save_pretrained, or an image-text-to-text model on the hub"
             raise RecipeError("recaption.model", f"cannot load {config.model} ({_first_line(error)})", hint) from None
         self.model.to(self.device).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if getattr(self.processor, "chat_template", None) is None:
-            hint = "name an instruction-tuned model"
+            hint = "use an instruction-tuned model"
             raise RecipeError("recaption.model", f"{config.model} has no chat template", hint)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -154,24 +156,24 @@ class _Loaded:
     def answer(
         self, conversations: Sequence[list[Message]], seeds: Sequence[int], how: Decoding, limit: int
     ) -> list[Caption]:
-        """One answer a conversation of what the model makes of it: batches of prompts of like length."""
+        """Return one answer per conversation. Prompts of equal padded length form a batch."""
         import torch
 
         answers: dict[int, Caption] = {}
         with torch.inference_mode():
             whole = self._inputs(self._filled(conversations))
-            groups = _alike(whole["attention_mask"][: len(conversations)].sum(1).tolist())
+            groups = _by_length(whole["attention_mask"][: len(conversations)].sum(1).tolist())
             for rows in groups:
                 chosen = self._filled([conversations[row] for row in rows])
                 inputs = whole if len(groups) == 1 else self._inputs(chosen)
-                its_seeds = [seeds[row] for row in rows]
-                lines = self._generate(inputs, [*its_seeds, *[0] * (len(chosen) - len(rows))], how, limit)
-                for row, seed, line in zip(rows, its_seeds, lines, strict=False):
+                row_seeds = [seeds[row] for row in rows]
+                lines = self._generate(inputs, [*row_seeds, *[0] * (len(chosen) - len(rows))], how, limit)
+                for row, seed, line in zip(rows, row_seeds, lines, strict=False):
                     answers[row] = self._caption(line, seed if how.method == "top_p" else 0)
         return [answers[row] for row in range(len(conversations))]
 
     def _filled(self, conversations: Sequence[list[Message]]) -> list[list[Message]]:
-        """As many conversations as a batch has rows: the last is repeated."""
+        """Repeat the last conversation to fill a batch."""
         from capstan.recaption.engines.coca_decoding import padded
 
         count = len(conversations)
@@ -179,10 +181,10 @@ class _Loaded:
         return [*conversations, *[conversations[-1]] * (total - count)]
 
     def _inputs(self, conversations: Sequence[list[Message]]) -> dict[str, Any]:
-        """What the model takes, on its device; padded on the left, to whole multiples of BUCKET."""
-        pictures = [_image(messages) for messages in conversations]
-        if any(image is not None for image in pictures) and not self.sees:
-            problem, hint = "the model takes no images", "name an image-text-to-text model"
+        """Return the model's inputs on its device, padded on the left to a multiple of BUCKET."""
+        images = [_image(messages) for messages in conversations]
+        if any(image is not None for image in images) and not self.sees:
+            problem, hint = "the model takes no images", "use an image-text-to-text model"
             raise RecipeError("recaption.model", problem, hint)
         texts = [
             self.processor.apply_chat_template(
@@ -190,36 +192,36 @@ class _Loaded:
             )
             for messages in conversations
         ]
-        # Templates write the start token themselves, where the model wants one.
+        # The chat template already contains the start token if the model needs one.
         start = self.tokenizer.bos_token
         special = not (start and texts[0].startswith(start))
         text_kwargs = {"padding": True, "padding_side": "left", "pad_to_multiple_of": BUCKET, "return_tensors": "pt"}
         text_kwargs["add_special_tokens"] = special
-        if all(image is None for image in pictures):
+        if all(image is None for image in images):
             inputs = self.tokenizer(texts, **text_kwargs)
         else:
-            inputs = self.processor(text=texts, images=[[image] for image in pictures], **text_kwargs)
+            inputs = self.processor(text=texts, images=[[image] for image in images], **text_kwargs)
         return {
             name: tensor.to(self.device, self.model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
 
     def _generate(self, inputs: Any, seeds: Sequence[int], how: Decoding, limit: int) -> list[list[int]]:
-        """New tokens of each row."""
+        """Return the new tokens of each row."""
         start = inputs["input_ids"].shape[1]
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if how.method == "beam":
             settings |= {"num_beams": how.beams, "length_penalty": how.length_penalty, "early_stopping": False}
-        drawing = [_Drawing(seeds, how, start, limit)] if how.method == "top_p" else []
-        made = self.model.generate(
+        sampling = [_Sampler(seeds, how, start, limit)] if how.method == "top_p" else []
+        output = self.model.generate(
             **inputs,
             **settings,
             max_new_tokens=limit,
-            logits_processor=drawing,
+            logits_processor=sampling,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=sorted(self.ends),
         )
-        return [line[start:] if len(line) > start else [] for line in made.tolist()]
+        return [line[start:] if len(line) > start else [] for line in output.tolist()]
 
     def _caption(self, line: list[int], seed: int) -> Caption:
         length = next((place for place, token in enumerate(line) if token in self.ends), len(line))
@@ -227,16 +229,16 @@ class _Loaded:
         return Caption(text, length, "end" if length < len(line) else "length", seed)
 
 
-class _Drawing:
-    """A logits processor that draws each row's next token with the row's own random numbers.
+class _Sampler:
+    """A logits processor that samples each row's next token with the row's own random numbers.
 
-    transformers draws from the one generator of the process, so that a caption would depend on all before it.
+    transformers samples from the process-wide generator, which would make a caption depend on all earlier ones.
     """
 
     def __init__(self, seeds: Sequence[int], how: Decoding, start: int, limit: int) -> None:
-        from capstan.recaption.engines.coca_decoding import chances_of
+        from capstan.recaption.engines.coca_decoding import uniforms
 
-        self.chances, self.how, self.start = chances_of(seeds, limit), how, start
+        self.chances, self.how, self.start = uniforms(seeds, limit), how, start
 
     def __call__(self, ids: Any, scores: Any) -> Any:
         import torch
@@ -248,8 +250,8 @@ class _Drawing:
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Prompts' lengths in tokens → their numbers, those together that are padded to the same length."""
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Group row numbers by the padded length of their prompts; `lengths` in tokens."""
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         groups.setdefault(-(-length // BUCKET), []).append(row)
@@ -257,24 +259,24 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _image(messages: Sequence[Message]) -> Any:
-    """The image in a conversation, or None."""
+    """Return the image in a conversation, or None."""
     parts = [part for message in messages for part in message["content"]]
     return next((part["image"] for part in parts if part["type"] == "image"), None)
 
 
 def _flat(messages: Sequence[Message]) -> list[Message]:
-    """Messages as language models' templates want them: text in place of parts."""
+    """Return messages with plain text instead of parts, as templates of language models expect."""
     return [{**message, "content": " ".join(part["text"] for part in message["content"])} for message in messages]
 
 
 def _digests(folder: Path) -> Mapping[str, str]:
-    """File → SHA-256 of what is in a model's folder."""
-    found = {}
+    """Return file → SHA-256 of a model's folder."""
+    digests = {}
     for file in sorted(folder.iterdir()):
         if file.suffix in _KINDS and file.is_file():
             with file.open("rb") as opened:
-                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
 
 
 def _first_line(error: Exception) -> str:

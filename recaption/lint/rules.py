@@ -1,6 +1,6 @@
-"""lint_rules.yaml → rules, each of which says whether it applies to a caption.
+"""lint_rules.yaml → rules that check captions
 
-A kind of rule is a class here; which rules there are, and with which words and limits, is the file's.
+Each kind of rule is a class here. The file defines the rules, with their words and limits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from capstan.pipeline.config import Section, validate
 
 FILE: Final = "lint_rules.yaml"
 
-Action = Literal["note", "retry", "original"]  # lint_rules.yaml says what they mean
-ACTIONS: Final[tuple[Action, ...]] = get_args(Action)  # the hardest last
+Action = Literal["note", "retry", "original"]  # explained in lint_rules.yaml
+ACTIONS: Final[tuple[Action, ...]] = get_args(Action)  # by increasing severity
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
@@ -31,20 +31,20 @@ _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
 
 @dataclass(frozen=True)
 class Caption:
-    """What a rule is asked about."""
+    """The caption that rules check."""
 
     raw: str
-    text: str  # cleaned, and cut to whole sentences where the model was cut off
-    pieces: Sequence[str]  # the text's words as the tokenizer parts them: each digit of a number for itself, or not
+    text: str  # cleaned, and cut to whole sentences if the model was cut off
+    pieces: Sequence[str]  # the text's words, with digits as the tokenizer separates them
     slot: str = ""
     prompt: str = ""
-    language: str | None = None  # that it should be in
-    cut: bool = False  # by the token limit
-    whole: bool = True  # not within its first sentence
+    language: str | None = None  # the required one
+    cut: bool = False  # cut by the token limit
+    whole: bool = True  # False: cut within its first sentence
 
     @cached_property
     def length(self) -> float:
-        """Words. Where a script sets no spaces between them, some number of its letters stands for one."""
+        """Number of words. In a script without spaces, a fixed number of letters counts as a word."""
         letters = load().letters
         spread = "".join(f" {c}" if c.isalpha() and script(c) in letters else c for c in self.text)
         return sum(1 / letters.get(script(word[0]), 1) for word in spread.split())
@@ -57,7 +57,7 @@ class _Rule(Section, ABC):
 
     @abstractmethod
     def applies(self, caption: Caption) -> bool:
-        """Whether this is wrong with a caption."""
+        """Return whether the caption has this problem."""
 
 
 class Empty(_Rule):
@@ -76,8 +76,8 @@ class NoEnd(_Rule):
 
 class Unfinished(_Rule):
     kind: Literal["unfinished"]
-    last_words: dict[str, list[str]]  # of each language
-    named_by: list[str]  # words after which a last word is a name
+    last_words: dict[str, list[str]]  # per language
+    named_by: list[str]  # words after which the last word is a name
     last_marks: list[str]
 
     def applies(self, caption: Caption) -> bool:
@@ -98,8 +98,8 @@ class Loop(_Rule):
     def applies(self, caption: Caption) -> bool:
         if re.search(rf"(\S)\1{{{self.signs - 1}}}", caption.text):
             return True
-        said = Counter(tuple(words(part)) for part in re.split(r"[.!?]", caption.text))
-        again = any(count >= self.sentences for sentence, count in said.items() if len(sentence) >= 4)
+        counts = Counter(tuple(words(part)) for part in re.split(r"[.!?]", caption.text))
+        again = any(count >= self.sentences for sentence, count in counts.items() if len(sentence) >= 4)
         row = in_a_row(caption.text.split(), self.words, self.times)
         return again or row or in_a_row(caption.pieces, self.words, self.pieces)
 
@@ -122,8 +122,8 @@ class Prompt(_Rule):
     def applies(self, caption: Caption) -> bool:
         if any(_compiled(pattern).search(caption.raw) for pattern in self.patterns):
             return True
-        asked, said = (_runs(words(text), self.overlap) for text in (caption.prompt, caption.text))
-        return not asked.isdisjoint(said)
+        prompt, text = (_runs(words(text), self.overlap) for text in (caption.prompt, caption.text))
+        return not prompt.isdisjoint(text)
 
 
 class InLanguage(_Rule):
@@ -141,15 +141,15 @@ class InLanguage(_Rule):
         strange = sum(count for name, count in scripts.items() if name not in own.scripts)
         if strange >= self.letters and strange > self.share * scripts.total():
             return True
-        said = set(words(text))
-        small = {name: len(said & language.small) for name, language in languages.items()}
+        found = set(words(text))
+        small = {name: len(found & language.small) for name, language in languages.items()}
         mine = small.pop(caption.language)
         return bool(own.words) and max(small.values(), default=0) >= max(self.words, 2 * mine + 1)
 
 
 class Words(_Rule):
     kind: Literal["words"]
-    least: dict[str, int] = Field(default={})  # words a slot; `other` stands for slots that are not named
+    least: dict[str, int] = Field(default={})  # slot → words; `other` applies to slots that are not listed
     most: dict[str, int] = Field(default={})
 
     def applies(self, caption: Caption) -> bool:
@@ -175,22 +175,22 @@ class Language(Section):
 class Rules(Section):
     rules: list[Rule]
     languages: dict[str, Language]
-    letters: dict[str, Annotated[float, Field(ge=1)]]  # script without spaces between words → letters a word
+    letters: dict[str, Annotated[float, Field(ge=1)]]  # script without spaces between words → letters per word
 
     def content(self) -> dict[str, Any]:
-        """What decides; not how it is explained."""
+        """Return the rules without their reasons."""
         return self.model_dump(mode="json", exclude={"rules": {"__all__": {"reason"}}})
 
 
 @cache
 def load() -> Rules:
-    """The rules that Capstan comes with."""
+    """Return Capstan's rules."""
     text = resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8")
     return validate(Rules, yaml.safe_load(text), FILE)
 
 
 def words(text: str) -> list[str]:
-    """The words, lower-case, without marks.
+    """Return the words in lower case, without punctuation.
 
     >>> words("A dog's ball, red.")
     ['a', "dog's", 'ball', 'red']
@@ -198,15 +198,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def in_a_row(said: Sequence[str], longest: int = 8, times: int = 3) -> bool:
-    """Whether some run of up to `longest` words stands `times` times in a row.
+def in_a_row(sequence: Sequence[str], longest: int = 8, times: int = 3) -> bool:
+    """Return whether a run of up to `longest` words occurs `times` times in a row.
 
     >>> in_a_row("a cat on a mat on a mat on a mat".split())
     True
     """
     for length in range(1, longest + 1):
-        run = 0  # words in a row that equal the word `length` before
-        for before, word in zip(said, said[length:], strict=False):
+        run = 0  # consecutive words that equal the word `length` before them
+        for before, word in zip(sequence, sequence[length:], strict=False):
             run = run + 1 if word == before else 0
             if run >= length * (times - 1):
                 return True
@@ -215,7 +215,7 @@ def in_a_row(said: Sequence[str], longest: int = 8, times: int = 3) -> bool:
 
 @cache
 def script(letter: str) -> str:
-    """The script that a letter belongs to, as the first word of its Unicode name.
+    """Return a letter's script: the first word of its Unicode name.
 
     >>> script("a"), script("я")
     ('LATIN', 'CYRILLIC')
@@ -228,5 +228,5 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def _runs(said: Sequence[str], length: int) -> set[tuple[str, ...]]:
-    return {tuple(said[start : start + length]) for start in range(len(said) - length + 1)}
+def _runs(sequence: Sequence[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(sequence[start : start + length]) for start in range(len(sequence) - length + 1)}

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks OpenAI's chat completions, and misbehaves as it is told to."""
+"""A server on loopback that speaks OpenAI's chat completions, and misbehaves on request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = tuple[int, dict[str, str], Any]  # status, headers, JSON or text
 
 @dataclass
 class ChatServer:
-    """`misbehave(body, tries)` gives an answer in place of a caption, or None; `tries` counts requests like this."""
+    """`misbehave(body, tries)` returns an answer instead of a caption, or None; `tries` counts identical requests."""
 
     url: str = ""
     misbehave: Callable[[Body, int], Answer | None] = lambda body, tries: None

@@ -1,4 +1,4 @@
-"""A caption engine that says what a test wants it to say, by image, slot and attempt."""
+"""A caption engine that returns scripted captions by image, slot and attempt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def said(raw: str, attempt: int = 0) -> Caption:
 
 @dataclass
 class ScriptedEngine:
-    """Implements recaption.engines.CaptionEngine; `asked` is everything that it was asked, in order."""
+    """Implements recaption.engines.CaptionEngine; `asked` records all requests in order."""
 
     say: Say
     uses_original: bool = False

@@ -97,7 +97,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(tmp_path: Path) -> Callable[..., Storage]:
     """build([[0, 1], [2]]) writes a dataset of two shards with those images; again, it replaces the dataset.
 
-    An image whose number is negative is no image.
+    An image with a negative number is not an image.
     """
 
     def make(shards: Shards, folder: str = "ds") -> Storage:

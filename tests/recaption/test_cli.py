@@ -1,4 +1,4 @@
-"""`captions export` and `captions diff`: one JSON object on stdout, exit code 2 for what users can mend."""
+"""`captions export` and `captions diff`: one JSON object on stdout, exit code 2 for what users can fix."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_tries_are_bounded_and_then_the_original_stands_in() -> None:
     assert asked == 3
     assert row.flags == ("loop", "original")
     assert (row.raw, row.discarded) == (LOOP, (LOOP + " a", ""))
-    assert row.beside("what came with it").text == "what came with it"
+    assert row.with_original("what came with it").text == "what came with it"
 
 
 def test_without_retries_it_is_flagged_at_once() -> None:
@@ -50,7 +50,7 @@ def test_the_least_bad_is_kept_and_of_equals_the_first() -> None:
     row, _ = row_of(LOOP, opener, "this image depicts a cat on a mat")
     assert (row.text, row.flags) == (opener, ("opener",))
     assert row.discarded == (LOOP, "this image depicts a cat on a mat")
-    assert row.beside("what came with it").text == opener
+    assert row.with_original("what came with it").text == opener
 
 
 def test_what_stands_before_the_cut_is_kept() -> None:

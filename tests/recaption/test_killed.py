@@ -130,7 +130,7 @@ recaption(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), progress=Fa
 
 
 def live_on_ray(file: Path, seconds: float) -> bool:
-    """A run in processes of its own, all of them killed after so many seconds; whether it ended before."""
+    """Run in separate processes, kill all of them after `seconds`, and return whether the run had ended before."""
     log = file.with_suffix(".log").open("wb")
     with log, subprocess.Popen([sys.executable, "-c", LIFE, str(file)], stderr=log, start_new_session=True) as process:
         try:
@@ -147,7 +147,7 @@ def test_ten_kills_at_random_moments_on_ray(
     captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Driver, Ray and workers are killed together, at moments drawn from the whole time that a run takes; each time the
-    run goes on, and whenever it comes to its end, images change and move."""
+    run resumes, and whenever it ends, images change and move."""
     chance, torn = random.Random(7), Storage(str(tmp_path / "torn"))
     file = tmp_path / "recipe.json"
     file.write_text(recipe_of(captioner, torn, batch=2).model_dump_json())

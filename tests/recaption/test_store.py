@@ -22,7 +22,7 @@ SHA256 = [sha256_of(image(number)) for number in range(5)]
 
 
 def row(raw: str, tokens: int, finish: linter.Finish, seed: int) -> Row:
-    return Row.written(raw, tokens, finish, seed, linter.lint(raw, finish, parted=True))
+    return Row.of_caption(raw, tokens, finish, seed, linter.lint(raw, finish, parted=True))
 
 
 def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> None:
@@ -31,7 +31,10 @@ def test_rows_come_back_as_they_were_written(build: Callable[..., Storage]) -> N
         (Place(KEY[0], SHA256[0], "", "short"), row("a dog .", 3, "end", 17)),
         (Place(KEY[0], SHA256[0], "", "descriptive"), row("a brown dog . on", 5, "length", 18)),
         (Place(KEY[1], SHA256[1], "", "short"), Row.missing(linter.UNREADABLE)),
-        (Place(KEY[1], SHA256[1], "", "descriptive"), row("b b b b", 4, "end", 19).replaced().beside("alt 1")),
+        (
+            Place(KEY[1], SHA256[1], "", "descriptive"),
+            row("b b b b", 4, "end", 19).as_original().with_original("alt 1"),
+        ),
     ]
     store.write_rows(storage, name, rows)
     table = store.read_rows(storage, "layer", "shard-000000")
@@ -93,7 +96,7 @@ def test_given_captions_are_a_layer_like_any_other(build: Callable[..., Storage]
     rows = store.read_rows(storage, "given", "shard-000000").to_pylist()
     assert {row["finish"] for row in rows} == {"given"}
     assert len(rows[0]["sha256"]) == 64
-    with pytest.raises(RecipeError, match="no name"):
+    with pytest.raises(RecipeError, match="not a valid layer name"):
         store.write_given_layer(storage, "../up", captions)
 
 
@@ -122,7 +125,7 @@ def test_what_people_wrote_follows_its_images_wherever_they_are_packed(build: Ca
     captions = {key: {"short": f"dog {key}", "descriptive": f"a dog, {key}."} for key in KEY[:4]}
     store.write_given_layer(storage, "given", captions)
     before = {name: storage.read(name) for name in storage.names(store.ROOT)}
-    build([[0, 2], [4], [1, 3]])  # packed anew, with one that is new
+    build([[0, 2], [4], [1, 3]])  # repacked with one new image
     assert store.read_layer(storage, "given", "shard-000000") == {key: captions[key] for key in (KEY[0], KEY[2])}
     assert store.read_layer(storage, "given", "shard-000001") == {}
     assert store.read_layer(storage, "given", "shard-000002") == {key: captions[key] for key in (KEY[1], KEY[3])}
@@ -142,7 +145,7 @@ def test_a_caption_is_of_one_image(build: Callable[..., Storage]) -> None:
     images = storage.read_table("shards/shard-000000.parquet", ["key", "sha256"])
     store.check_layer(storage, "given", "shard-000000", images)  # people may leave samples out
     as_if_a_model_wrote_it(storage, "given")
-    with pytest.raises(RecipeError, match="shard-000000 in layer given are of an earlier version"):
+    with pytest.raises(RecipeError, match="shard-000000 in layer given belong to an earlier version"):
         store.check_layer(storage, "given", "shard-000000", images)
     others = storage.read_table("shards/shard-000001.parquet", ["key", "sha256"])
     store.check_layer(storage, "given", "shard-000001", others)

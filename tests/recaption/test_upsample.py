@@ -58,7 +58,7 @@ def test_the_engine_is_told_prompt_bounds_and_style(server: ChatServer) -> None:
     assert body["max_tokens"] == 20
 
 
-def test_the_same_seed_gives_the_same_text_whatever_is_beside(server: ChatServer) -> None:
+def test_the_same_seed_gives_the_same_text_in_any_batch(server: ChatServer) -> None:
     engine, style = text_engine(config(server)), Style(words=(1, 2, 3))
     together = expand(engine, ["a dog", "a cat", "a cow"], style)
     assert len(set(together)) == 3
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_text_whatever_is_beside(server: ChatServer
     assert expand(engine, ["a cow"], style, seed=1) != together[2:]
 
 
-def test_a_text_of_another_length_is_written_anew_with_another_seed(
+def test_a_text_of_another_length_is_written_again_with_another_seed(
     server: ChatServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     lengths = iter([1, 100, 6, 1, 1, 1])
@@ -86,5 +86,5 @@ def test_no_text_is_an_error_that_says_why(server: ChatServer) -> None:
 
 
 def test_an_engine_that_cannot_be_told_anything_is_refused(captioner: Path) -> None:
-    with pytest.raises(RecipeError, match="name engine transformers or openai"):
+    with pytest.raises(RecipeError, match="use engine transformers or openai"):
         text_engine(RecaptionConfig(model=str(captioner)))

@@ -116,7 +116,7 @@ def test_the_original_and_slots_can_be_compared(layers: Storage) -> None:
     assert (found["b"]["words"]["mean"], found["b"]["words"]["p50"]) == (11.0, 11.0)
     with pytest.raises(RecipeError, match="descriptive, short"):
         run(layers, "right:long", "wrong")
-    with pytest.raises(RecipeError, match="as A is"):
+    with pytest.raises(RecipeError, match="is also A"):
         run(layers, "right", "right:descriptive")
     with pytest.raises(RecipeError, match="right, wrong, vague"):
         run(layers, "none", "right")

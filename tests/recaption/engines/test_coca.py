@@ -83,7 +83,7 @@ def test_cached_logits_are_open_clips_own_to_the_last_digits(captioner: Path) ->
     tokens = torch.randint(1, 512, (16, 20))
     whole = coca(images, tokens, output_labels=False)["logits"]
     cache = CachedCoca(coca)
-    cache.look(coca.visual(images)[1])
+    cache.set_images(coca.visual(images)[1])
     assert cache.start(20, range(16)) == 16
     stepwise = [cache.step(tokens[:, :4])] + [cache.step(tokens[:, n : n + 1]) for n in range(4, 20)]
     torch.testing.assert_close(torch.stack(stepwise, 1), whole[:, 3:], rtol=1e-4, atol=1e-4)
@@ -91,14 +91,14 @@ def test_cached_logits_are_open_clips_own_to_the_last_digits(captioner: Path) ->
 
 @torch.inference_mode()
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_logits_are_the_same_to_the_last_bit_whatever_is_beside_a_image(captioner: Path, threads: int) -> None:
+def test_logits_are_the_same_to_the_last_bit_in_any_batch(captioner: Path, threads: int) -> None:
     """Not only the tokens: what they are chosen by."""
     coca = model_of(engine(captioner))
     tokens = torch.randint(1, 512, (20, 9), generator=torch.Generator().manual_seed(0))
 
     def logits(chosen: list[int]) -> torch.Tensor:
         cache, fill = CachedCoca(coca), [chosen[-1]] * (-len(chosen) % GROUP)
-        cache.look(coca.visual(scaled([IMAGES[number] for number in chosen + fill]))[1])
+        cache.set_images(coca.visual(scaled([IMAGES[number] for number in chosen + fill]))[1])
         rows, new = cache.start(9, range(len(chosen))), tokens[chosen + fill]
         assert rows == len(new)
         steps = [cache.step(new[:, :3])] + [cache.step(new[:, n : n + 1]) for n in range(3, 9)]
@@ -116,7 +116,7 @@ def test_logits_are_the_same_to_the_last_bit_whatever_is_beside_a_image(captione
 
 @pytest.mark.parametrize("method", DECODINGS)
 def test_captions_do_not_depend_on_the_batch(captioner: Path, method: str) -> None:
-    """Other batch sizes, other companions, another order, other slots beside: the same caption for each image."""
+    """Other batch sizes, other companions, another order, other slots: the same caption for each image."""
     decoding = DECODINGS[method]
     expected = engine(captioner, batch=20, decoding=decoding).caption(IMAGES, REQUESTS)
     assert len({captions["short"].raw for captions in expected}) > 10, "the test needs captions that differ"
@@ -177,7 +177,7 @@ def test_beam_search_finds_what_a_plain_one_finds(captioner: Path) -> None:
     images = scaled(IMAGES[:16])
     how = Decoding(method="beam", beams=beams)
     cache = CachedCoca(coca)
-    cache.look(coca.visual(images)[1])
+    cache.set_images(coca.visual(images)[1])
     found = search(cache, range(16), prompt, limit, TOKENS, how)
     assert {ended for _, ended in found} == {True, False}, "the test needs both"
 
@@ -243,7 +243,7 @@ def test_nucleus_sampling_draws_from_the_nucleus_in_proportion() -> None:
 
 @pytest.mark.parametrize("method", ["greedy", "beam"])
 def test_ended_captions_leave_the_batch(captioner: Path, method: str) -> None:
-    """The batch shrinks as captions end, and each goes on as it was."""
+    """The batch shrinks as captions end, and the others are unchanged."""
     coca, sizes = model_of(engine(captioner)), list[int]()
 
     class Watched(CachedCoca):
@@ -253,7 +253,7 @@ def test_ended_captions_leave_the_batch(captioner: Path, method: str) -> None:
 
     def lengths(images: list[np.ndarray]) -> list[int]:
         cache, fill = Watched(coca), images[-1:] * (-len(images) % GROUP)
-        cache.look(coca.visual(scaled(images + fill))[1])
+        cache.set_images(coca.visual(scaled(images + fill))[1])
         how = Decoding.model_validate({"method": method, "beams": 2})
         rows = range(len(images))
         if method == "beam":
@@ -297,7 +297,7 @@ def test_engine_travels_without_its_weights(captioner: Path) -> None:
     assert pickle.loads(sent).caption(IMAGES[:8], REQUESTS[:8]) == captions
 
 
-def test_what_cannot_work_is_said_with_the_field_and_the_mend(captioner: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_said_with_the_field_and_the_fix(captioner: Path, tmp_path: Path) -> None:
     def refused(field: str, **recipe: Any) -> str:
         with pytest.raises(RecipeError) as caught:
             engine(captioner, **recipe).caption(IMAGES[:1], REQUESTS[:1])
@@ -317,10 +317,10 @@ def test_what_cannot_work_is_said_with_the_field_and_the_mend(captioner: Path, t
     shutil.copytree(captioner, empty)
     (empty / "open_clip_model.safetensors").unlink()
     assert "No such file" in refused("recaption.model", model=str(empty))
-    assert "laion2b.pt' is no file" in refused("recaption.pretrained", pretrained=str(tmp_path / "laion2b.pt"))
+    assert "laion2b.pt' is not a file" in refused("recaption.pretrained", pretrained=str(tmp_path / "laion2b.pt"))
 
 
-def test_a_hub_that_cannot_be_reached_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_the_users_to_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each shard would be tried three times, and put into quarantine."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     coca = CocaEngine(RecaptionConfig(model="coca_ViT-B-32", pretrained="laion2b_s13b_b90k"))

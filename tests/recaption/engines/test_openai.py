@@ -160,8 +160,8 @@ def test_what_a_server_refuses_from_the_start_ends_the_run(
     with pytest.raises(RecipeError, match=r"recaption\.server: .*HTTP 400.*Unsupported parameter.*max_tokens: null"):
         engine(server).caption(IMAGES, REQUESTS)
     assert caplog.text.count("Unsupported parameter: 'max_tokens' (…)") == 1
-    mended = engine(server, limits={"extra": {"max_tokens": None}})
-    assert all(caption.finish == "end" for found in mended.caption(IMAGES, REQUESTS) for caption in found.values())
+    corrected = engine(server, limits={"extra": {"max_tokens": None}})
+    assert all(caption.finish == "end" for found in corrected.caption(IMAGES, REQUESTS) for caption in found.values())
 
 
 def test_images_that_a_server_refuses_do_not_end_the_run(server: ChatServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,7 +284,7 @@ def test_recipes_that_cannot_work(server: ChatServer) -> None:
             engine(server, **wrong)
     with pytest.raises(ValueError, match=r"server\.url"):
         RecaptionConfig(engine="openai")
-    with pytest.raises(ValueError, match=r"localhost:8000/v1 begins with neither http:// nor https://"):
+    with pytest.raises(ValueError, match=r"localhost:8000/v1 does not start with http:// or https://"):
         engine(ChatServer(url="localhost:8000/v1"))
 
 

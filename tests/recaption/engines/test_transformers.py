@@ -116,7 +116,7 @@ def test_the_models_own_generate_gives_the_same_tokens(llava: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["llava", "qwen"])
-def test_padding_beside_longer_prompts_changes_no_caption(
+def test_padding_next_to_longer_prompts_changes_no_caption(
     model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of one to sixty words in one batch give what each gives alone, and what it gives with no padding at all.
@@ -141,7 +141,7 @@ def test_padding_beside_longer_prompts_changes_no_caption(
     assert len({caption.raw for caption in expected}) > 1, "the test needs captions that differ"
     alone = [made.caption([image], [one])[0]["descriptive"] for image, one in zip(images, asked, strict=True)]
     assert together() == alone == expected
-    monkeypatch.setattr(transformers, "_alike", lambda lengths: [list(range(len(lengths)))])
+    monkeypatch.setattr(transformers, "_by_length", lambda lengths: [list(range(len(lengths)))])
     assert together() == expected
     # And the test can tell: captions are others once the model takes padding for words.
     inputs = transformers._Loaded._inputs
@@ -230,12 +230,12 @@ def test_travels_without_weights_and_its_images_are_bounded(llava: Path) -> None
         made.prepare(jpeg(5)[:600])
 
 
-def test_what_cannot_work_is_said_with_the_field_and_the_mend(
+def test_what_cannot_work_is_said_with_the_field_and_the_fix(
     llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match=r"no folder \./nowhere"):
+    with pytest.raises(RecipeError, match=r"folder \./nowhere does not exist"):
         engine(Path("./nowhere"), model="./nowhere")
-    with pytest.raises(RecipeError, match=r"holds no config\.json"):
+    with pytest.raises(RecipeError, match=r"has no config\.json"):
         engine(tmp_path)
     with pytest.raises(RecipeError, match="no prompt for 'poem'"):
         engine(llava, slots=["poem"], prompts={})

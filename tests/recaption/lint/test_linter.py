@@ -53,7 +53,7 @@ def test_clean(raw: str, text: str) -> None:
         "क्\u200dष और क्\u200cष, می\u200cخواهم, 👨\u200d👩\u200d👧",
     ],
 )
-def test_only_what_clips_tokenizer_wrote_is_set_anew(text: str) -> None:
+def test_only_what_clips_tokenizer_wrote_is_changed(text: str) -> None:
     assert clean(text) == text
     assert linter.lint(text, "end").text == text
     assert clean(text.replace(" ", " \x00\n")) == text
@@ -140,7 +140,7 @@ def test_what_models_are_known_to_write(text: str, flag: str) -> None:
         "a sign with the letter a",
     ],
 )
-def test_what_a_image_may_show_is_no_fault(text: str) -> None:
+def test_what_an_image_may_show_is_not_a_fault(text: str) -> None:
     assert not flags(text)
 
 
