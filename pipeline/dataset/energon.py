@@ -1,13 +1,14 @@
-"""Shards' tables → the index that Megatron-Energon reads: the offsets are known, so no tar is opened again.
+"""Shard tables → the indexes that Megatron-Energon reads
 
-    shards/NAME.tar.idx       where each sample begins and the last one ends: 64-bit little-endian byte offsets
-    .nv-meta/index.sqlite     samples and their parts by key: what Energon needs for random access and for joins
-    .nv-meta/index.uuid       which content this is
+    shards/NAME.tar.idx       where each sample starts and the last one ends: 64-bit little-endian byte offsets
+    .nv-meta/index.sqlite     samples and their parts by key, for random access and joins
+    .nv-meta/index.uuid       identifies the content
     .nv-meta/dataset.yaml     how a sample becomes a CaptioningSample
     .nv-meta/split.yaml       all shards are for training
-    .nv-meta/.info.json       samples a shard; without it Energon sees no dataset
+    .nv-meta/.info.json       samples per shard; without it Energon finds no dataset
 
-Names and layout are those of Energon 7.4; a test opens a dataset with its reader and compares with its own indexer.
+Offsets are known from the tables, so no tar is opened again. Names and layout are those of Energon 7.4; a test opens a
+dataset with its reader and compares with its own indexer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ NAMES = (INFO, INDEX, *(f"{FOLDER}/{name}" for name in ("index.uuid", "split.yam
 _COLUMNS = ["key", "caption", "offset", "size", "json_size"]
 _PAGE_BYTES = 4096
 _CACHE_KIB = 16_384
-_SQLITE_VERSION = 3_040_001  # written into every index, so that its bytes do not tell which library made it
+_SQLITE_VERSION = 3_040_001  # written into every index, so that its bytes do not depend on the library version
 
 _TABLES = (
     "CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE,"
@@ -59,7 +60,7 @@ Row = tuple[Any, ...]
 
 
 class Layout(NamedTuple):
-    """Where samples lie in their tar, in bytes: first header, the three parts' data and sizes, and the end."""
+    """Byte positions of samples in their tar: first header; offset and size of each of the three parts; end."""
 
     start: Numbers
     jpg: tuple[Numbers, Numbers]
@@ -69,7 +70,7 @@ class Layout(NamedTuple):
 
 
 def layout(table: pa.Table) -> Layout:
-    """Where the samples of a shard's table lie."""
+    """Return the positions of the samples of a shard's table."""
     columns = (table["offset"], table["size"], table["json_size"], pc.binary_length(table["caption"]))
     offset, size, json_size, txt_size = (np.asarray(column, dtype=np.int64) for column in columns)
     json_offset = offset + _padded(size) + BLOCK
@@ -83,13 +84,16 @@ def _padded(size: Numbers) -> Numbers:
 
 
 def tar_index(table: pa.Table) -> bytes:
-    """shards/NAME.tar.idx of a shard's table."""
+    """Return the content of shards/NAME.tar.idx for a shard's table."""
     places = layout(table)
     return np.concatenate([places.start, places.end[-1:]]).astype("<u8").tobytes()
 
 
 def metadata(manifest: Manifest) -> dict[str, bytes]:
-    """All of .nv-meta/ but the SQLite index, `.info.json` last. Nothing if there is no shard: Energon refuses that."""
+    """Return the files of .nv-meta/ except the SQLite index, `.info.json` last.
+
+    Nothing if there is no shard: Energon refuses empty datasets.
+    """
     if not manifest.shards:
         return {}
     names = [entry.tar for entry in manifest.shards]
@@ -108,16 +112,16 @@ def metadata(manifest: Manifest) -> dict[str, bytes]:
 
 
 def _identity(manifest: Manifest) -> uuid.UUID:
-    """Changes with the content of any shard, and only then."""
+    """Return an id that changes if, and only if, the content of a shard does."""
     shards = json.dumps([[entry.name, entry.sha256] for entry in manifest.shards])
     return uuid.uuid5(uuid.NAMESPACE_OID, shards)
 
 
 def write_sqlite(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> None:
-    """Write index.sqlite to the local file `path`; the same shards give the same bytes.
+    """Write index.sqlite to the local file `path`; equal shards give equal bytes.
 
-    Rows pass through shard by shard: memory does not grow with the dataset. SQLite sorts its indexes on disk.
-    Raises OSError where the disk is full.
+    Rows are processed shard by shard, so memory does not grow with the dataset. SQLite sorts its indexes on disk.
+    Raises OSError if the disk is full.
     """
     try:
         _fill(path, storage, shards)
@@ -126,7 +130,7 @@ def write_sqlite(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> 
             raise OSError(errno.ENOSPC, str(error)) from error
         raise
     with path.open("r+b") as file:
-        file.seek(96)  # where the header names the library's version
+        file.seek(96)  # the library's version in the header
         file.write(_SQLITE_VERSION.to_bytes(4, "big"))
 
 
@@ -147,14 +151,14 @@ def _fill(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> None:
 
 
 def sqlite_agrees(path: Path, storage: Storage, shards: Sequence[ShardEntry]) -> bool:
-    """Whether index.sqlite at the local file `path` says what the shards' tables say."""
+    """Return whether index.sqlite at the local file `path` agrees with the shards' tables."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as db:
         try:
             samples, parts = (
                 db.execute(f"SELECT * FROM {name} ORDER BY rowid") for name in ("samples", "sample_parts")
             )
-            for some_samples, some_parts in _rows(storage, shards):
-                for cursor, rows in ((samples, some_samples), (parts, some_parts)):
+            for sample_rows, part_rows in _rows(storage, shards):
+                for cursor, rows in ((samples, sample_rows), (parts, part_rows)):
                     expected = list(rows)
                     if cursor.fetchmany(len(expected)) != expected:
                         return False
@@ -164,7 +168,7 @@ def sqlite_agrees(path: Path, storage: Storage, shards: Sequence[ShardEntry]) ->
 
 
 def _rows(storage: Storage, shards: Sequence[ShardEntry]) -> Iterator[tuple[Iterable[Row], Iterable[Row]]]:
-    """The rows of `samples` and of `sample_parts`, a shard at a time."""
+    """Yield the rows of `samples` and of `sample_parts`, one shard at a time."""
     tables = ahead(lambda entry: storage.read_table(entry.table, _COLUMNS), shards)
     for shard, table in enumerate(tables):
         places, rows = layout(table), range(len(table))

@@ -1,8 +1,10 @@
-"""Finished shards → the files by which other tools find them, each the same for the same shards.
+"""Finished shards → index files for other tools
 
-sizes.json, shards/sizes.json     samples a tar: open_clip looks beside the tars, datacomp's tools too
+sizes.json, shards/sizes.json     samples per tar, for open_clip (which looks next to the tars) and datacomp's tools
 wids.json                         webdataset's index of shards for random access
-.nv-meta/                         Megatron-Energon's (pipeline.energon)
+.nv-meta/                         Megatron-Energon's indexes (see energon.py)
+
+Equal shards give equal files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from capstan.pipeline.storage.local import scratch
 
 
 def indexes(manifest: Manifest) -> dict[str, bytes]:
-    """Name → content of every index that follows from the manifest alone."""
+    """Return name → content of every index that the manifest alone determines."""
     sizes = json.dumps({f"{entry.name}.tar": entry.samples for entry in manifest.shards}, indent=1).encode()
     shards = [{"url": entry.tar, "nsamples": entry.samples, "filesize": entry.bytes} for entry in manifest.shards]
     wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "capstan", "shardlist": shards}
@@ -30,11 +32,11 @@ def indexes(manifest: Manifest) -> dict[str, bytes]:
 
 
 def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
-    """Publish all indexes of `manifest`'s shards; gives name → SHA-256."""
+    """Publish all indexes of the manifest's shards; return name → SHA-256."""
     sums: dict[str, str] = {}
     if manifest.shards:
         with scratch() as folder:
-            path = folder / "index.sqlite"  # SQLite needs a disk; a bucket gets the finished file
+            path = folder / "index.sqlite"  # SQLite needs a disk; the finished file is uploaded to a bucket
             energon.write_sqlite(path, storage, manifest.shards)
             with path.open("rb") as file:
                 sums[energon.INDEX] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -46,6 +48,6 @@ def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
 
 
 def hide_indexes(storage: Storage) -> None:
-    """Remove all indexes, Energon's first: who reads by them must not see shards that are being replaced."""
+    """Remove all indexes, Energon's first: readers that use them must not see shards that are being replaced."""
     for name in (*energon.NAMES, "shards/sizes.json", "sizes.json", "wids.json"):
         storage.delete(name)

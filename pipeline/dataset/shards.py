@@ -1,8 +1,10 @@
-"""Samples → tar shards, and finished shards → samples: the dataset folder as docs/formats.md describes it.
+"""Tar shards, dataset.json and tables: written and read
 
-write_samples           samples → one WebDataset tar, always the same bytes for the same samples
-Manifest                dataset.json: what a dataset holds; what it does not list does not exist for readers
+write_samples           samples → one WebDataset tar; equal samples give equal bytes
+Manifest                dataset.json: the content of a dataset; files that it does not list do not exist for readers
 Dataset                 a finished dataset: its tables, and its images by byte range, without scanning a tar
+
+docs/formats.md describes the dataset folder.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is said of it. `key` has no dot and no slash; `fields` becomes KEY.json, `caption` KEY.txt.
+    """An image with its caption and fields. `key` has no dot and no slash.
 
-    All samples of a dataset have the same `fields` keys and no nulls, since readers take the schema from the first few.
-    Staged samples are images only: no `fields`, no `caption`.
+    `fields` becomes KEY.json, `caption` KEY.txt. All samples of a dataset have the same keys in `fields`, and no nulls,
+    since readers take the schema from the first samples. Staged samples are images only: no `fields`, no `caption`.
     """
 
     key: str
@@ -39,7 +41,7 @@ class Sample:
 
 
 class Place(NamedTuple):
-    """Where a sample lies in its tar, in bytes: its JPEG's data, and the size of its JSON, which follows at once."""
+    """The position of a sample in its tar, in bytes: its JPEG's data, and the size of its JSON, which comes next."""
 
     offset: int
     size: int
@@ -47,13 +49,13 @@ class Place(NamedTuple):
 
 
 class Digest(Protocol):
-    """What `hashlib` gives: grows with `update`."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: bytes, /) -> None: ...
 
 
 BLOCK = 512  # bytes: a member is a header of one block, and its data in whole blocks
-_RECORD = 10_240  # bytes: a tar ends with two empty blocks and is filled up to a multiple of this
+_RECORD = 10_240  # bytes: a tar ends with two empty blocks and is padded to a multiple of this
 
 # A regular file's header with mode 0644 and owner 0, without name (100 bytes), size and checksum.
 _OWNER = b"0000644\0" + b"0000000\0" * 2
@@ -63,7 +65,7 @@ _FIXED_SUM = sum(_OWNER + _TIME + _KIND) + 8 * ord(" ")
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The USTAR header of a member: every field but name and size is fixed, whatever the version of Python."""
+    """Return the USTAR header of a member; every field but name and size is constant, on any version of Python."""
     raw, octal = name.encode("ascii"), b"%011o\0" % size
     assert len(raw) <= 100, name
     assert size < 8**11, name
@@ -72,14 +74,15 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def tar_end(position: int) -> bytes:
-    """What follows the last member, which ends at `position`."""
+    """Return the padding after the last member, which ends at `position`."""
     return bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
 
 
 def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[Place]:
     """Write `samples` to the local file `path`: KEY.jpg, KEY.json, KEY.txt, adjacent and in this order.
 
-    The bytes depend on the samples alone. `digest`, if given, takes in the tar's bytes as they are written.
+    Returns the samples' positions. The bytes depend on the samples alone. `digest`, if given, is updated with the tar's
+    bytes as they are written.
     """
     places: list[Place] = []
     position = 0
@@ -105,7 +108,7 @@ def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None =
 
 
 def write_tar(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[tuple[int, int]]:
-    """`write_samples` that gives (offset, size) of each JPEG in the tar, in bytes."""
+    """Write `samples` as `write_samples` does; return (offset, size) of each JPEG in the tar, in bytes."""
     return [(place.offset, place.size) for place in write_samples(path, samples, digest)]
 
 
@@ -114,7 +117,7 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:
-    """`fields` as JSON that is the same for the same fields: keys as they stand, compact, UTF-8."""
+    """Return `fields` as compact JSON in UTF-8, with keys in their given order: equal fields give equal bytes."""
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "replace")
 
@@ -124,8 +127,10 @@ class _Entry(BaseModel):
 
 
 class ShardEntry(_Entry):
-    """A shard: shards/NAME.tar (its `bytes` and `sha256`), NAME.parquet (`table_sha256`) and NAME.tar.idx, whose
-    content follows from the table."""
+    """A shard: shards/NAME.tar (`bytes` and `sha256`), NAME.parquet (`table_sha256`) and NAME.tar.idx.
+
+    The content of the index follows from the table.
+    """
 
     name: str
     samples: int
@@ -159,11 +164,11 @@ class LedgerEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """dataset.json. `recipe` holds the sections that decide what is in the dataset, `recipe_hash` is their hash.
+    """dataset.json. `recipe` holds the sections that decide the content of the dataset, `recipe_hash` their hash.
 
-    `selection` changes with anything that decides which rows are kept and what is staged of them; `complete` is False
-    while shards are being rewritten. `indexes` are the other readers' files with their SHA-256. In the file all this is
-    followed by `seal`, the SHA-256 of what stands before it.
+    `selection` is a hash of everything that decides which rows are kept and how they are staged; `complete` is False
+    while shards are being rewritten. `indexes` lists the index files for other tools with their SHA-256. The file ends
+    with `seal`, the SHA-256 of all fields before it.
     """
 
     format_version: int = FORMAT_VERSION
@@ -176,11 +181,11 @@ class Manifest(_Entry):
     shards: list[ShardEntry] = []
     ledger: list[LedgerEntry] = []
     indexes: dict[str, str] = {}
-    scores: list[dict[str, Any]] = []  # what pins the scorers whose columns the tables have (pipeline.score.store.pins)
+    scores: list[dict[str, Any]] = []  # identifies the scorers of the tables' columns (pipeline.score.store.pins)
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
-    """The manifest of the dataset at `storage`, or None where there is none.
+    """Return the manifest of the dataset at `storage`, None if there is no dataset.
 
     Raises CapstanError for a manifest that this version cannot read.
     """
@@ -203,7 +208,7 @@ def write_manifest(storage: Storage, manifest: Manifest) -> None:
 
 
 def seal_holds(data: bytes) -> bool:
-    """Whether dataset.json is, to the byte, what was written."""
+    """Return whether the bytes of dataset.json are those that were written."""
     try:
         fields = json.loads(data)
     except ValueError:
@@ -219,7 +224,7 @@ def _sealed(fields: dict[str, Any]) -> bytes:
 
 
 class Dataset:
-    """A finished dataset for readers. Raises RecipeError where there is none. Can be pickled to workers."""
+    """A finished dataset for readers. Can be pickled to workers. Raises RecipeError if there is none."""
 
     def __init__(self, storage: Storage) -> None:
         storage.check_reachable()
@@ -233,16 +238,16 @@ class Dataset:
         return [entry.name for entry in self.manifest.shards]
 
     def table(self, shard: str, columns: list[str] | None = None) -> pa.Table:
-        """The shard's samples in tar order (records.SHARD_SCHEMA)."""
+        """Return the table of a shard's samples in tar order (records.SHARD_SCHEMA)."""
         return self.storage.read_table(f"shards/{shard}.parquet", columns)
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:
-        """One row for every input row (records.LEDGER_SCHEMA)."""
+        """Return the ledger: one row for every input row (records.LEDGER_SCHEMA)."""
         tables = [self.storage.read_table(entry.table, columns) for entry in self.manifest.ledger]
         return pa.concat_tables(tables)
 
     def read_images(self, shard: str, rows: Sequence[int] | None = None) -> Iterator[tuple[str, bytes]]:
-        """(key, JPEG bytes) of the shard's samples, or of the given rows of its table, in the order given."""
+        """Yield (key, JPEG bytes) of the shard's samples, or of the given rows of its table, in the given order."""
         table = self.table(shard, ["key", "offset", "size"])
         if rows is not None:
             table = table.take(pa.array(rows, pa.int64()))
@@ -256,5 +261,5 @@ class Dataset:
 
 
 def sha256_of(data: bytes) -> str:
-    """SHA-256 as hexadecimal digits."""
+    """Return the SHA-256 sum in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

@@ -2,5 +2,5 @@
 
 resolver, robots: which hosts and paths may be requested
 client: one URL
-fetcher: many at once, rate-limited per host
+fetcher: many at once, with limits per host
 """

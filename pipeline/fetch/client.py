@@ -1,12 +1,11 @@
-"""One address → the bytes behind it, or one reason why not: robots.txt, request, redirects, body, further attempts.
+"""One URL → its body, or a reason: redirects, limits, retries
 
-The bounds that hold are described in `capstan.pipeline.fetch.fetcher`, which drives many of these at once.
+The limits are described in `capstan.pipeline.fetch.fetcher`, which runs many of these at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import random
 import re
 import socket
@@ -24,23 +23,24 @@ from yarl import URL
 from capstan.pipeline import config
 from capstan.pipeline.fetch import robots
 from capstan.pipeline.fetch.resolver import PrivateAddress, check_literal
+from capstan.pipeline.retry_after import retry_after
 
 _MAX_REDIRECTS: Final = 8
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_HEALING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-# A query of legal characters only (RFC 3986, 3.4); any other must be escaped before it is sent.
+_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# A query that holds legal characters only (RFC 3986, 3.4); any other must be escaped before it is sent.
 _AS_IT_IS: Final = re.compile(r"^[^?#]*\?((?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+)(?:#|\Z)")
 _LONGEST_PAUSE_S: Final = 60.0
-_MOST_MEMBERS: Final = 64  # of a gzip body; each costs a copy of what follows it
+_MOST_MEMBERS: Final = 64  # in a gzip body; each costs a copy of the data after it
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
 _RULES_LAST_S: Final = 24 * 3600.0  # RFC 9309, 2.4
 _FAILURES_LAST_S: Final = 60.0
-_RULES_BYTES: Final = 64 * 1024**2  # a worker's; of some 30,000 sites with 60 rules each, or 90,000 without any
+_RULES_BYTES: Final = 64 * 1024**2  # per worker: about 30,000 sites with 60 rules each, or 90,000 without any
 _LOST_BEFORE_RULES: Final = frozenset({"dns", "connect", "tls", "timeout", "private_address", "truncated"})
 
 
 class FetchError(Exception):
-    """Why an attempt gave nothing; whether another may; and how long the host asked us to wait first."""
+    """Why an attempt failed, whether another one may succeed, and how long the host asked us to wait first."""
 
     def __init__(
         self, reason: str, detail: str = "", *, is_retryable: bool = False, pause_s: float | None = None
@@ -50,7 +50,7 @@ class FetchError(Exception):
 
 
 class RobotsCache:
-    """What the robots.txt of many origins said, each for a time. Those not asked for longest are forgotten first."""
+    """The rules of many origins' robots.txt, each kept for a limited time. The least recently used go first."""
 
     def __init__(self, most_bytes: int = _RULES_BYTES) -> None:
         self._most, self._size = most_bytes, 0
@@ -59,14 +59,14 @@ class RobotsCache:
         )  # until, monotonic seconds
 
     def get(self, origin: str) -> robots.Rules | FetchError | None:
-        """None: nothing, or nothing any more."""
-        if (found := self._known.get(origin)) is None:
+        """Return the rules of an origin; None if they are unknown or too old."""
+        if (entry := self._known.get(origin)) is None:
             return None
-        if found[0] < time.monotonic():
+        if entry[0] < time.monotonic():
             self._forget(origin)
             return None
         self._known.move_to_end(origin)
-        return found[1]
+        return entry[1]
 
     def put(self, origin: str, rules: robots.Rules | FetchError, last_s: float) -> None:
         self._forget(origin)
@@ -80,17 +80,17 @@ class RobotsCache:
         return len(self._known)
 
     def _forget(self, origin: str) -> None:
-        if (found := self._known.pop(origin, None)) is not None:
-            self._size -= self._cost(found[1])
+        if (entry := self._known.pop(origin, None)) is not None:
+            self._size -= self._cost(entry[1])
 
     @staticmethod
     def _cost(rules: robots.Rules | FetchError) -> int:
-        """Bytes, about: those of the objects around the text, too."""
+        """Return roughly how many bytes the rules occupy, including the objects around the text."""
         return 700 + (len(rules.detail) if isinstance(rules, FetchError) else rules.size)
 
 
 class _Deadline:
-    """Seconds that are left of an exchange; they run only inside `async with`, which may be entered again."""
+    """The seconds left for an attempt. They run only inside `async with`, which may be entered again."""
 
     def __init__(self, seconds: float) -> None:
         self._left = seconds
@@ -108,7 +108,7 @@ class _Deadline:
 
 
 class _Host:
-    """How one host wants to be treated: so many requests at once, and none before a moment that it named."""
+    """The limits for one host: a number of simultaneous requests, and no request before a time that it named."""
 
     def __init__(self, at_once: int) -> None:
         self.slots = asyncio.Semaphore(at_once)
@@ -119,17 +119,17 @@ class _Host:
         self._resume_at, self._reason = max(self._resume_at, time.monotonic() + seconds), reason
 
     async def ready(self) -> None:
-        """Wait for the end of the pause. Raises Failed where that is too long to wait for."""
+        """Wait for the end of the pause. Raises FetchError if that is too far away."""
         while (left := self._resume_at - time.monotonic()) > 0:
             if left > _LONGEST_PAUSE_S:
-                raise FetchError(self._reason, f"the host asked to be left alone for another {left:.0f} s")
+                raise FetchError(self._reason, f"the host asked for a pause of another {left:.0f} s")
             await asyncio.sleep(left)
 
 
 class HttpClient:
-    """What rows that are fetched together share: the session, how hosts want to be treated, what robots.txt said.
+    """The state that rows fetched together share: the session, the hosts' limits, and the rules of robots.txt.
 
-    `rules` outlives the exchange; `fixed` hosts are exempt from the rule against private addresses.
+    `rules` outlives the client; `fixed` hosts are exempt from the rule against private addresses.
     """
 
     def __init__(
@@ -145,47 +145,47 @@ class HttpClient:
         self._backoff_s, self._fixed = backoff_s, fixed
         self._token = robots.product_token(fetch.user_agent)
         self._hosts: dict[str, _Host] = {}
-        self._asking: dict[str, asyncio.Task[robots.Rules | FetchError]] = {}
+        self._requesting: dict[str, asyncio.Task[robots.Rules | FetchError]] = {}
 
     async def body_of(self, url: str) -> bytes:
-        """The unpacked body, never empty. Raises Failed with the reason."""
-        return await self._persist(_parse(url))
+        """Return the unpacked body, never empty. Raises FetchError with the reason."""
+        return await self._fetch_body(_parse(url))
 
     def close(self) -> None:
-        """No row is in flight any more: stop asking for their robots.txt."""
-        for asking in list(self._asking.values()):
-            asking.cancel()
+        """Stop requesting robots.txt. No row may be in flight."""
+        for task in list(self._requesting.values()):
+            task.cancel()
 
-    async def _persist(self, url: URL, *, for_robots: bool = False) -> bytes:
-        """The body, after as many attempts as are worth it. Raises Failed with the last one's reason."""
+    async def _fetch_body(self, url: URL, *, for_robots: bool = False) -> bytes:
+        """Return the body, after retries if they can help. Raises FetchError with the last attempt's reason."""
         attempt = 0
         while True:
             try:
                 return await self._attempt(url, for_robots)
             except FetchError as why:
-                asked = why.pause_s or 0.0
-                if not why.is_retryable or attempt == self._fetch.retries or asked > _LONGEST_PAUSE_S:
+                pause_s = why.pause_s or 0.0
+                if not why.is_retryable or attempt == self._fetch.retries or pause_s > _LONGEST_PAUSE_S:
                     raise
-                await asyncio.sleep(max(asked, self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)))
+                await asyncio.sleep(max(pause_s, self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)))
             attempt += 1
 
     async def _attempt(self, url: URL, for_robots: bool) -> bytes:
-        """One exchange: follow redirects up to a body."""
+        """Make one attempt: follow redirects to a body and return it."""
         deadline = _Deadline(self._fetch.timeout_s)
         for _ in range(_MAX_REDIRECTS + 1):
             if self._fetch.robots and not for_robots:
                 await self._obey_robots_txt(url)
             try:
-                found = await self._request(url, deadline, for_robots)
+                result = await self._request(url, deadline, for_robots)
             except (aiohttp.ClientError, OSError, PrivateAddress, ValueError) as error:
                 raise _explain(error, self._fetch.timeout_s) from None
-            if isinstance(found, bytes):
-                return found
-            url = found
+            if isinstance(result, bytes):
+                return result
+            url = result
         raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
 
     async def _request(self, url: URL, deadline: _Deadline, for_robots: bool) -> bytes | URL:
-        """One request: the body, or the address that it redirects to."""
+        """Make one request; return the body, or the URL that it redirects to."""
         name = url.host or ""
         if name not in self._fixed and not self._fetch.allow_private:
             check_literal(name)
@@ -205,9 +205,9 @@ class HttpClient:
                 return await _body(response, limit, cut=for_robots)
 
     def _refused(self, response: aiohttp.ClientResponse, host: _Host) -> FetchError:
-        """A status that is not 200. A Retry-After holds for all requests to the host."""
-        pause = _retry_after(response.headers.get("Retry-After", ""))
-        reason, is_retryable = f"http_{response.status}", response.status in _HEALING
+        """Return the error for a status other than 200. A Retry-After applies to all requests to the host."""
+        pause = retry_after(response.headers.get("Retry-After", ""))
+        reason, is_retryable = f"http_{response.status}", response.status in _TRANSIENT
         if is_retryable and pause is not None:
             host.pause(pause, reason)
         return FetchError(reason, response.reason or "", is_retryable=is_retryable, pause_s=pause)
@@ -215,43 +215,43 @@ class HttpClient:
     # robots.txt --------------------------------------------------------------------------------------------------
 
     async def _obey_robots_txt(self, url: URL) -> None:
-        """Raise Failed unless the robots.txt of the address's origin allows it, or while it cannot be known."""
+        """Raise FetchError unless the robots.txt of the URL's origin allows it; also if that cannot be read."""
         origin = str(url.origin())
         rules = self._rules.get(origin)
         if rules is None:
-            if origin not in self._asking:  # rows of one origin ask once, together
-                self._asking[origin] = asyncio.create_task(self._ask(origin))
-                self._asking[origin].add_done_callback(lambda _: self._asking.pop(origin))
-            rules = await asyncio.shield(self._asking[origin])
+            if origin not in self._requesting:  # all rows of an origin share one request
+                self._requesting[origin] = asyncio.create_task(self._read_robots_txt(origin))
+                self._requesting[origin].add_done_callback(lambda _: self._requesting.pop(origin))
+            rules = await asyncio.shield(self._requesting[origin])
         if isinstance(rules, FetchError):
             raise FetchError(rules.reason, rules.detail)
         if not rules.allows(url.raw_path_qs):
             raise FetchError("robots", f"robots.txt of {origin}")
 
-    async def _ask(self, origin: str) -> robots.Rules | FetchError:
+    async def _read_robots_txt(self, origin: str) -> robots.Rules | FetchError:
         rules: robots.Rules | FetchError
         try:
-            body = await self._persist(URL(origin) / "robots.txt", for_robots=True)
+            body = await self._fetch_body(URL(origin) / "robots.txt", for_robots=True)
             rules = robots.parse(body.decode("utf-8", "replace"), self._token)
         except FetchError as why:
             if why.reason in _LOST_BEFORE_RULES:
                 rules = FetchError(why.reason, f"robots.txt: {why.detail}")
             elif why.reason == "http_429" or why.reason.startswith("http_5"):
                 rules = FetchError("robots", f"robots.txt answered {why.reason}")
-            else:  # there is none that can be read: http_404, empty, endless redirects
+            else:  # there is no robots.txt: http_404, empty, endless redirects
                 rules = robots.ALL_ALLOWED
         last = _FAILURES_LAST_S if isinstance(rules, FetchError) else _RULES_LAST_S
         self._rules.put(origin, rules, last)
         return rules
 
 
-# Addresses, headers, bodies, errors ----------------------------------------------------------------------------------
+# URLs, bodies, errors ------------------------------------------------------------------------------------------------
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
-    """An http or https address with a host; its query stays as it is spelled, for signatures hang on that.
+    """Return an http or https URL with a host. Its query is kept as written, since signatures depend on it.
 
-    Raises Failed(`bad_url`).
+    Raises FetchError(`bad_url`).
     """
     try:
         url = URL(text.strip())
@@ -263,25 +263,15 @@ def _parse(text: str, base: URL | None = None) -> URL:
                 scheme=url.scheme, authority=url.raw_authority, path=url.raw_path, query_string=query, encoded=True
             )
         if url.scheme not in ("http", "https") or not url.host or url.port == 0:
-            raise ValueError("not an http or https address")
+            raise ValueError("not an http or https URL")
     except (ValueError, TypeError) as error:  # UnicodeError is a ValueError
         origin = "" if base is None else f"redirected from {base} to "
         raise FetchError("bad_url", f"{origin}{text[:200]!r}: {error}") from None
     return url
 
 
-def _retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date; RFC 9110, 10.2.3), or None."""
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
-    """The unpacked body. Over `limit` bytes it fails, or is `cut` there."""
+    """Return the unpacked body. If it has over `limit` bytes it fails, or is `cut` there."""
     stated = response.content_length
     if stated is not None and stated > limit and not cut:
         raise FetchError("too_large_bytes", f"{stated} bytes stated")
@@ -303,19 +293,19 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
 
 
 def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:
-    """Undo one Content-Encoding (RFC 9110, 8.4.1), never making more than `limit` bytes."""
+    """Undo one Content-Encoding (RFC 9110, 8.4.1); never produce more than `limit` bytes."""
     if packing == "identity" or not data:
         return data
     if packing not in ("gzip", "x-gzip", "deflate"):
         raise FetchError("unsupported", f"Content-Encoding: {packing}")  # was not offered
     bare = packing == "deflate" and (data[0] & 0x0F != 8 or int.from_bytes(data[:2], "big") % 31 != 0)
     out = b""
-    for _ in range(_MOST_MEMBERS):  # of which gzip may have several, one after another
+    for _ in range(_MOST_MEMBERS):  # gzip may have several members, one after another
         member = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
         try:
             out += member.decompress(data, limit + 1 - len(out))
         except zlib.error as error:
-            if out:  # after whole members: padding
+            if out:  # padding after whole members
                 break
             raise FetchError("corrupt", f"Content-Encoding: {packing}: {error}") from None
         if len(out) > limit:
@@ -335,7 +325,7 @@ def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:
 
 
 def _explain(error: Exception, timeout_s: float) -> FetchError:
-    """What aiohttp, the system or the resolver raised, as a reason."""
+    """Return an error of aiohttp, the system or the resolver as a FetchError."""
     detail = f"{type(error).__name__}: {error}"
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(error, PrivateAddress):

@@ -1,20 +1,20 @@
-"""Addresses → the bytes behind them, or one reason each why there are none. Many at once, politely, never without end.
+"""Many URLs → bodies or reasons: concurrent, limited per host
 
-For each row: robots.txt → request → redirects → capped body, tried again where that can help. What bounds a row:
+Each row passes robots.txt, request, redirects and a capped body, and is retried if that can help. The limits of a row:
 
-- an attempt has one deadline, `timeout_s`, over the whole exchange: DNS, connecting, TLS, every redirect, the body.
-  Only waiting for a free slot of `per_host`, for a pause that the host asked for, and for its robots.txt (which has the
-  same deadline of its own) do not count;
-- `retries` further attempts, with exponential backoff and jitter, after what can heal: timeouts, broken connections,
-  cut bodies, 429 and some 5xx. Retry-After is honoured for the whole host, by the worker that
-  was told, for the rows of its unit; one of over a minute ends the row;
-- a body of over `max_bytes`, stated, received or unpacked, is given up at once;
-- `per_host` and `concurrency` are a worker's: a cluster of n workers may send n times as many;
+- an attempt has one deadline, `timeout_s`, for everything: DNS, connecting, TLS, every redirect, the body. Waiting for
+  a free slot of `per_host`, for a pause that the host asked for, and for its robots.txt (which has the same deadline of
+  its own) does not count;
+- up to `retries` further attempts, with exponential backoff and jitter, after transient failures: timeouts, broken
+  connections, cut bodies, 429 and some 5xx. Retry-After applies to the whole host, in the worker that received it, for
+  the rows of its unit; one of over a minute ends the row;
+- a body of over `max_bytes`, as stated, received or unpacked, is abandoned at once;
+- `per_host` and `concurrency` apply per worker: a cluster of n workers may send n times as many requests;
 - at most `concurrency` rows are in flight or waiting to be taken, so memory stays bounded.
 
-robots.txt: 4xx means that all is allowed; 429 and 5xx forbid (RFC 9309, 2.3.1); a host that cannot be reached fails
-its rows with that reason. What it said holds for a day, and is remembered in at most 64 MiB a worker. X-Robots-Tag is
-obeyed too. `robots: false` turns both off.
+robots.txt: 4xx means that everything is allowed; 429 and 5xx forbid everything (RFC 9309, 2.3.1); if a host cannot be
+reached, its rows fail with that reason. Rules are kept for a day, in at most 64 MiB per worker. X-Robots-Tag is obeyed
+too. `robots: false` turns both off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from capstan.pipeline.fetch.resolver import Resolver
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What became of one address: `data`, or None and one of `records.REASONS` with a detail for people."""
+    """The outcome of one URL: `data`, or None and one of `records.REASONS` with a detail for people."""
 
     url: str
     data: bytes | None
@@ -44,7 +44,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches many addresses. Keep one a worker: it remembers hosts' robots.txt between calls, in bounded memory.
+    """Fetches many URLs. Keep one per worker: it caches hosts' robots.txt between calls, in bounded memory.
 
     `resolve` maps host → "ip:port" on this machine, like curl --resolve; such hosts are exempt from the rule against
     private addresses. `backoff_s` is the first pause before another attempt; it doubles.
@@ -58,7 +58,7 @@ class Fetcher:
         self._rules = RobotsCache()
 
     async def fetch_all(self, urls: Sequence[str]) -> AsyncIterator[tuple[int, Fetched]]:
-        """(index into `urls`, what became of it) for every address, in the order in which they complete."""
+        """Yield (index into `urls`, outcome) for every URL, in the order in which they complete."""
         done: asyncio.Queue[tuple[int, Fetched] | None] = asyncio.Queue()
         credit = asyncio.Semaphore(self.fetch.concurrency)
         pump = asyncio.create_task(self._pump(urls, done.put_nowait, credit))
@@ -67,13 +67,13 @@ class Fetcher:
             while (item := await done.get()) is not None:
                 yield item
                 credit.release()
-            await pump  # raises what ended it early
+            await pump  # raises the error that ended it early
         finally:
             pump.cancel()
             await asyncio.wait([pump])
 
     def fetch_many(self, urls: Sequence[str]) -> Iterator[tuple[int, Fetched]]:
-        """`fetch_all` for code that is not asynchronous: the network runs in a thread while the caller works."""
+        """Yield the same as `fetch_all`, for synchronous code: the network runs in a thread while the caller works."""
         done: queue.SimpleQueue[tuple[int, Fetched] | BaseException | None] = queue.SimpleQueue()
         network = _Network(self, urls, done)
         network.start()
@@ -84,7 +84,7 @@ class Fetcher:
                     raise item
                 yield item
                 taken += 1
-                if taken == together or done.empty():  # to wake the other thread costs more than the rest of a row
+                if taken == together or done.empty():  # waking the other thread costs more than the rest of a row
                     network.release(taken)
                     taken = 0
         finally:
@@ -93,11 +93,11 @@ class Fetcher:
     async def _pump(
         self, urls: Sequence[str], emit: Callable[[tuple[int, Fetched]], None], credit: asyncio.Semaphore
     ) -> None:
-        """Start a row whenever there is credit; whoever takes a result gives its credit back."""
-        async with self._open() as exchange, asyncio.TaskGroup() as rows:
+        """Start a row whenever there is credit; taking a result returns its credit."""
+        async with self._open() as client, asyncio.TaskGroup() as rows:
 
             async def row(index: int, url: str) -> None:
-                emit((index, await _row(exchange, url)))
+                emit((index, await _row(client, url)))
 
             for index, url in enumerate(urls):
                 await credit.acquire()
@@ -116,23 +116,23 @@ class Fetcher:
                     "Accept": "image/*,*/*;q=0.8",
                     "Accept-Encoding": "gzip, deflate",
                 },
-                cookie_jar=aiohttp.DummyCookieJar(),  # no row may change what another gets
+                cookie_jar=aiohttp.DummyCookieJar(),  # no row may change another's response
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # deadlines are kept here
-                auto_decompress=False,  # so that unpacking is capped, too
+                auto_decompress=False,  # so that unpacking is capped too
                 max_field_size=65_536,
             ) as session:
-                exchange = HttpClient(session, fetch, self._rules, backoff_s=self.backoff_s, fixed=self.resolve)
+                client = HttpClient(session, fetch, self._rules, backoff_s=self.backoff_s, fixed=self.resolve)
                 try:
-                    yield exchange
+                    yield client
                 finally:
-                    exchange.close()
+                    client.close()
         finally:
             await resolver.close()
 
 
-async def _row(exchange: HttpClient, url: str) -> Fetched:
+async def _row(client: HttpClient, url: str) -> Fetched:
     try:
-        return Fetched(url, await exchange.body_of(url))
+        return Fetched(url, await client.body_of(url))
     except FetchError as why:
         return Fetched(url, None, why.reason, why.detail)
     except Exception as error:  # noqa: BLE001 - the row boundary: one bad row must not end the unit
@@ -140,7 +140,7 @@ async def _row(exchange: HttpClient, url: str) -> Fetched:
 
 
 class _Network(threading.Thread):
-    """The event loop of `fetch_many`: puts results, and at the end None or what went wrong, into `done`."""
+    """The event loop of `fetch_many`: puts results into `done`, and at the end None or an error."""
 
     def __init__(self, fetcher: Fetcher, urls: Sequence[str], done: queue.SimpleQueue) -> None:
         super().__init__(name="capstan-fetch", daemon=True)
@@ -156,7 +156,7 @@ class _Network(threading.Thread):
             try:
                 runner.run(self._main())
             except asyncio.CancelledError:
-                pass  # `stop` was called: nobody listens any more
+                pass  # `stop` was called: nothing reads the results
             except Exception as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 end = error
         self._done.put(end)
@@ -167,7 +167,7 @@ class _Network(threading.Thread):
             await self._fetcher._pump(self._urls, self._done.put, self._credit)
 
     def release(self, count: int) -> None:
-        """So many results were taken."""
+        """Return the credit of `count` results that were taken."""
 
         def give_back() -> None:
             for _ in range(count):
@@ -176,7 +176,7 @@ class _Network(threading.Thread):
         self._call(give_back)
 
     def stop(self) -> None:
-        """End what is still in flight and wait for the thread."""
+        """Cancel all rows in flight and wait for the thread."""
         self._stopped = True
         self._call(lambda: self._task.cancel() if self._task else None)
         self.join()

@@ -1,7 +1,7 @@
-"""Host names → addresses that may be connected to: never the reader's own machine or network unless that is allowed.
+"""Host name → IP addresses, refusing private ones
 
-The check is made on the very addresses that the connection then uses, so a name that resolves differently a moment
-later (DNS rebinding) gains nothing.
+Requests never reach this machine or its network unless that is allowed. The check is made on the very addresses that
+the connection then uses, so a name that resolves differently a moment later (DNS rebinding) gains nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PrivateAddress(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IPv4 or IPv6 address is on the public internet, also where it wraps another one.
+    """Return whether an IPv4 or IPv6 address, and any address embedded in it, is on the public internet.
 
     Private, loopback, link-local, shared (CGNAT), multicast, reserved, documentation and unspecified ranges are not.
 
@@ -46,7 +46,7 @@ def is_public(address: str) -> bool:
 
 
 def check_literal(host: str) -> None:
-    """Raise PrivateAddress if `host` is itself an address (such a host is never looked up) and not a public one."""
+    """Raise PrivateAddress if `host` is itself an IP address (and so is never looked up) and not a public one."""
     try:
         public = is_public(host.rstrip("."))
     except ValueError:
@@ -56,7 +56,7 @@ def check_literal(host: str) -> None:
 
 
 class Resolver(AbstractResolver):
-    """Looks each name up once and keeps the answer: the system's resolver in threads, checked for private addresses.
+    """Looks up each name once, by the system's resolver in threads, and refuses private addresses.
 
     `fixed` maps host → "ip:port" on this machine (like curl --resolve) and is exempt from the check.
     """
@@ -69,15 +69,18 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Addresses to connect to. Raises PrivateAddress if one of them is private, OSError if there are none."""
+        """Return the addresses to connect to.
+
+        Raises PrivateAddress if one of them is private, OSError if there are none.
+        """
         if host in self._fixed:
             address, _, fixed_port = self._fixed[host].rpartition(":")
             return [_result(host, address.strip("[]"), int(fixed_port))]
         if host not in self._answers:
             self._answers[host] = asyncio.create_task(self._look_up(host))
-        addresses = await asyncio.shield(self._answers[host])  # one waiter's deadline is not the others'
+        addresses = await asyncio.shield(self._answers[host])  # one waiter's deadline must not cancel the others
         if isinstance(addresses, OSError):
-            if addresses.errno == socket.EAI_AGAIN:  # may heal: the next attempt asks again
+            if addresses.errno == socket.EAI_AGAIN:  # transient: the next attempt looks it up again
                 self._answers.pop(host, None)
             raise addresses
         private = [address for address in addresses if not self._allow_private and not is_public(address)]
@@ -86,15 +89,15 @@ class Resolver(AbstractResolver):
         return [_result(host, address, port) for address in addresses]
 
     async def _look_up(self, host: str) -> list[str] | OSError:
-        """Distinct addresses, the preferred first, or the error as a value: there may be no waiter left to raise to."""
+        """Return distinct addresses, preferred first; or the error, since nobody may be waiting for it any longer."""
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
-        except UnicodeError as error:  # no name that DNS could hold, e.g. a label of 64 letters
+            addresses = await loop.run_in_executor(self._threads, _getaddrinfo, host)
+        except UnicodeError as error:  # not a valid DNS name, e.g. a label of 64 letters
             return OSError(socket.EAI_NONAME, str(error))
         except OSError as error:
             return error
-        return found or OSError(socket.EAI_NONAME, "no address")
+        return addresses or OSError(socket.EAI_NONAME, "no address")
 
     async def close(self) -> None:
         for answer in self._answers.values():
@@ -103,8 +106,8 @@ class Resolver(AbstractResolver):
 
 
 def _getaddrinfo(host: str) -> list[str]:
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 def _result(host: str, address: str, port: int) -> ResolveResult:

@@ -1,4 +1,4 @@
-"""What a site asks of robots: the text of robots.txt and X-Robots-Tag headers → may this image be taken?"""
+"""robots.txt and X-Robots-Tag → whether an image may be fetched"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-# What a site says to keep an image out of training data (noai, noimageai) or out of any index of images.
+# Directives that keep an image out of training data (noai, noimageai) or out of any index of images.
 _FORBIDDING: Final = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _WITH_VALUE: Final = frozenset({"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"})
 _TOKEN: Final = re.compile(r"[A-Za-z_*][A-Za-z0-9_.-]*")
@@ -17,7 +17,7 @@ _ASCII: Final = "".join(map(chr, range(0x21, 0x7F)))
 
 
 def product_token(user_agent: str) -> str:
-    """The name by which robots.txt addresses a user agent.
+    """Return the name that robots.txt uses for a user agent.
 
     >>> product_token("capstan/0.1 (image-text dataset builder)")
     'capstan'
@@ -28,10 +28,10 @@ def product_token(user_agent: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Patterns:
-    """Path patterns, longest first, in two texts of lines: a string each would take five times the memory.
+    """Path patterns, longest first, as lines of two strings: one string per pattern would take five times the memory.
 
-    `prefixes` have no wildcard. `wild` alternates the longest literal piece of a pattern, which a path must hold
-    whatever else it holds, and the pattern.
+    `prefixes` have no wildcard. `wild` alternates the longest literal part of a pattern, which a matching path must
+    contain, and the pattern.
     """
 
     prefixes: str
@@ -48,7 +48,7 @@ class _Patterns:
         return cls("\n".join(prefixes), "\n".join(wild))
 
     def longest(self, path: str) -> int:
-        """The length of the longest pattern that matches, 0 if none does."""
+        """Return the length of the longest pattern that matches, 0 if none does."""
         best = next((len(prefix) for prefix in self.prefixes.split("\n") if path.startswith(prefix)), 0)
         if self.wild:
             lines = self.wild.split("\n")
@@ -60,19 +60,21 @@ class _Patterns:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules of one robots.txt that concern us."""
+    """The rules of one robots.txt that apply to this user agent."""
 
     forbidden: _Patterns
     allowed: _Patterns
 
     @classmethod
     def of(cls, rules: Iterable[tuple[bool, str]]) -> Rules:
-        """From (allow?, path pattern)."""
+        """Return the rules given as (allow?, path pattern)."""
         rules = list(rules)
         return cls(*(_Patterns.of(pattern for allow, pattern in rules if allow == kind) for kind in (False, True)))
 
     def allows(self, path: str) -> bool:
-        """Whether `path` (with its query) may be fetched: the longest match decides, Allow at a tie (RFC 9309, 2.2.2).
+        """Return whether `path` (with its query) may be fetched.
+
+        The longest match decides; at a tie, Allow wins (RFC 9309, 2.2.2).
 
         >>> Rules.of([(False, "/private"), (True, "/private/open")]).allows("/private/open/a.jpg")
         True
@@ -85,7 +87,7 @@ class Rules:
 
     @property
     def size(self) -> int:
-        """Characters that are held."""
+        """The number of characters in memory."""
         return sum(len(part.prefixes) + len(part.wild) for part in (self.forbidden, self.allowed))
 
 
@@ -93,11 +95,11 @@ ALL_ALLOWED: Final = Rules.of([])
 
 
 def parse(text: str, token: str) -> Rules:
-    """The rules for the robot `token` in a robots.txt: of all groups that name it, else of those for `*`.
+    """Return the rules of a robots.txt for the robot `token`: of all groups that name it, else of those for `*`.
 
-    Lines that make no sense are passed over, as RFC 9309 asks (2.2.4).
+    Invalid lines are skipped, as RFC 9309 requires (2.2.4).
     """
-    groups: dict[str, list[tuple[bool, str]]] = {}  # of `token` and `*` only: a file may name thousands of others
+    groups: dict[str, list[tuple[bool, str]]] = {}  # for `token` and `*` only: a file may name thousands of others
     agents: set[str] = set()
     in_rules = True
     for line in text.removeprefix("\ufeff").splitlines():
@@ -106,7 +108,7 @@ def parse(text: str, token: str) -> Rules:
         if not colon:
             continue
         if name == "user-agent":
-            if in_rules:  # rules came before: a new group begins
+            if in_rules:  # rules came before: a new group starts
                 agents, in_rules = set(), False
             agent = product_token(value)
             if agent in (token, "*"):
@@ -122,7 +124,7 @@ def parse(text: str, token: str) -> Rules:
 
 
 def _normal(path: str) -> str:
-    """One spelling for each path: non-ASCII escaped, escapes in capitals, needless ones undone (RFC 9309, 2.2.2)."""
+    """Return a path's normal form: non-ASCII escaped, escapes upper-case, needless ones undone (RFC 9309, 2.2.2)."""
 
     def undo(escape: re.Match[str]) -> str:
         letter = chr(int(escape.group(1), 16))
@@ -132,7 +134,10 @@ def _normal(path: str) -> str:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """`*` is any run of characters, a `$` at the end anchors. In linear time: a site writes the pattern, not we."""
+    """Return whether `pattern` matches: `*` is any run of characters, `$` at the end anchors.
+
+    Takes linear time, since patterns come from strangers.
+    """
     anchored = pattern.endswith("$")
     first, *others = pattern.removesuffix("$").split("*")
     if not path.startswith(first):
@@ -156,9 +161,9 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def forbidden_by(headers: Iterable[str], token: str) -> str:
-    """The first directive in X-Robots-Tag headers that keeps the robot `token` from taking the image, or "".
+    """Return the first X-Robots-Tag directive that forbids the robot `token` to use the image, or "".
 
-    A directive may be meant for one robot: `otherbot: noai, noindex` concerns only otherbot.
+    A directive may be meant for one robot: `otherbot: noai, noindex` applies only to otherbot.
 
     >>> forbidden_by(["nofollow, noai"], "capstan"), forbidden_by(["otherbot: noai"], "capstan")
     ('noai', '')

@@ -1,4 +1,4 @@
-"""Where rows come from, and how the images that lie in files are read."""
+"""Recipe source → rows and units; image files → bytes"""
 
 from capstan.pipeline.source.image_reader import read_images
 from capstan.pipeline.source.reader import SourceReader

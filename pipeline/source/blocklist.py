@@ -1,10 +1,11 @@
-"""What must not be in a dataset: keys, addresses, domains, SHA-256 sums; given by the recipe, or left by takedowns.
+"""Keys, URLs, domains and SHA-256 sums that must not be in a dataset
 
-    removed/blocklist.json             the name of the list that holds now
-    removed/blocklist-<hash>.parquet   kind, value: one row an entry, sorted
+    removed/blocklist.json             the name of the current list
+    removed/blocklist-<hash>.parquet   kind, value: one row per entry, sorted
 
-Addresses and domains are kept as digests: a list of what was removed must not tell it. An address is the same with http
-and https, in any case of the host's letters, and with any #fragment. A domain stands for all its subdomains.
+Entries come from the recipe and from takedowns. URLs and domains are kept as digests, so that the list does not reveal
+what was removed. http and https, upper and lower case in the host name, and any #fragment make no difference to a URL.
+A domain includes all its subdomains.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from capstan.pipeline.storage import Storage, find_files, open_file, parquet_byt
 FOLDER: Final = "removed"
 _POINTER: Final = f"{FOLDER}/blocklist.json"
 _SCHEMA: Final = pa.schema([pa.field("kind", pa.string(), False), pa.field("value", pa.string(), False)])
-_ADDRESS: Final = re.compile(r"^\s*https?://(?:[^/?#@]*@)?([^/?#:]*)(?::(\d+))?([^#]*)", re.IGNORECASE)
+_URL: Final = re.compile(r"^\s*https?://(?:[^/?#@]*@)?([^/?#:]*)(?::(\d+))?([^#]*)", re.IGNORECASE)
 _DOMAIN: Final = re.compile(r"[^\s/@:?#]+\.[^\s/@:?#]+|localhost")
 
 
 @dataclass(frozen=True)
 class Blocklist:
-    """`keys` and `sha256` as they are; `urls` and `domains` as `url_digest` and `domain_digest` make them."""
+    """`keys` and `sha256` as they are; `urls` and `domains` as returned by `url_digest` and `domain_digest`."""
 
     keys: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
@@ -50,11 +51,11 @@ class Blocklist:
 
     @property
     def digest(self) -> str:
-        """Changes with any entry."""
+        """A hash that changes with any entry."""
         return fingerprint([sorted(getattr(self, kind)) for kind in KINDS]) if self else ""
 
     def hits(self, keys: Iterable[str], urls: Iterable[str], sha256: Iterable[str]) -> list[bool]:
-        """Which rows it names. Their columns: key, address, and sum or ""."""
+        """Return, for each row, whether the list names it. Columns: key, URL, and SHA-256 or ""."""
         named = [key in self.keys or sum_ in self.sha256 for key, sum_ in zip(keys, sha256, strict=True)]
         if self.urls or self.domains:
             named = [hit or self._names(url) for hit, url in zip(named, urls, strict=True)]
@@ -67,7 +68,7 @@ class Blocklist:
         return any(domain_digest(".".join(labels[at:])) in self.domains for at in range(len(labels)))
 
     def without(self, planned: pa.Table) -> pa.Table:
-        """Planned rows (PLAN_SCHEMA): of those that are named only the key is left."""
+        """Return planned rows (PLAN_SCHEMA) with only the key left in those that the list names."""
         if not self:
             return planned
         columns = (planned[name].to_pylist() for name in ("key", "url", "hash"))
@@ -78,7 +79,7 @@ KINDS: Final = tuple(field.name for field in fields(Blocklist))
 
 
 def scrub_planned(planned: pa.Table, removed: Sequence[bool]) -> pa.Table:
-    """PLAN_SCHEMA: of the rows that are `removed` only the key is left, and `hash` says so."""
+    """Return planned rows (PLAN_SCHEMA) with only the key left in those that are `removed`; `hash` marks them."""
     if not any(removed):
         return planned
     mask = pa.array(removed, pa.bool_())
@@ -93,37 +94,37 @@ def scrub_planned(planned: pa.Table, removed: Sequence[bool]) -> pa.Table:
 
 
 def is_removed(planned: dict[str, object]) -> bool:
-    """Whether a planned row is one that was scrubbed."""
+    """Return whether a planned row was scrubbed."""
     return planned["hash"] == REMOVED and not planned["url"]
 
 
-# Addresses -----------------------------------------------------------------------------------------------------------
+# URLs ----------------------------------------------------------------------------------------------------------------
 
 
 def host_of(url: str) -> str:
-    """The host of an http or https address, "" for anything else.
+    """Return the host of an http or https URL, "" for anything else.
 
     >>> host_of("HTTPS://me@Images.Example.org:8080/a.jpg")
     'images.example.org'
     """
-    match = _ADDRESS.match(url)
+    match = _URL.match(url)
     return _host(match[1]) if match else ""
 
 
 def url_digest(url: str) -> str:
-    """32 hexadecimal digits, the same for addresses that are the same.
+    """Return 32 hexadecimal digits, the same for equivalent URLs.
 
     >>> url_digest("http://Example.org/a?b#c") == url_digest("https://example.org:443/a?b")
     True
     """
-    if match := _ADDRESS.match(url):
+    if match := _URL.match(url):
         port = f":{match[2]}" if match[2] and match[2] not in ("80", "443") else ""
         url = f"//{_host(match[1])}{port}{match[3].rstrip() or '/'}"
     return _digest(f"url {url}")
 
 
 def domain_digest(domain: str) -> str:
-    """32 hexadecimal digits for a host's name."""
+    """Return 32 hexadecimal digits for a host name."""
     return _digest(f"domain {_host(domain)}")
 
 
@@ -139,32 +140,34 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-# Lists that people write ---------------------------------------------------------------------------------------------
+# Lists written by users ----------------------------------------------------------------------------------------------
 
 
 def read_lists(lists: config.Blocklist, options: Callable[[str], str]) -> Blocklist:
-    """The files that `lists` names: an entry a line; empty lines and those that begin with # are left out.
+    """Read the files that `lists` names: one entry per line; empty lines and those that start with # are skipped.
 
-    Raises RecipeError for one that cannot be read, and for a line that is no such entry; `options` names the field.
+    Raises RecipeError for a file that cannot be read and for a line that is not an entry of its kind; `options` returns
+    the field to name.
     """
-    found = {}
+    entries = {}
     for kind in KINDS:
         path = getattr(lists, kind)
         if path is not None:
             field = options(kind)
             (file,) = find_files(path, {}, field=field)[:1]
-            found[kind] = _entries(file.path, kind, field, file.stamp, file.size)
-    return Blocklist(**found)
+            entries[kind] = _entries(file.path, kind, field, file.stamp, file.size)
+    return Blocklist(**entries)
 
 
 @functools.lru_cache(maxsize=16)
 def _entries(path: str, kind: str, field: str, stamp: str, size: int) -> frozenset[str]:
-    """`stamp` and `size` are for the cache only: workers ask for every unit."""
+    """Read one list. `stamp` and `size` are for the cache only: workers call this for every unit."""
     try:
         with open_file(path, {}) as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, StorageError) as error:
-        raise RecipeError(field, f"cannot read {path} ({error})", "name a UTF-8 text file, an entry a line") from None
+        hint = "name a UTF-8 text file with one entry per line"
+        raise RecipeError(field, f"cannot read {path} ({error})", hint) from None
     return frozenset(entry for _, entry in _parsed(text, path, kind, field))
 
 
@@ -175,7 +178,7 @@ def _parsed(text: str, path: str, kind: str, field: str) -> Iterator[tuple[int, 
         if line and not line.startswith("#"):
             entry = parse(line)
             if entry is None:
-                raise RecipeError(field, f"{path}, line {number}: {line[:60]!r} is no {wanted}", "correct the line")
+                raise RecipeError(field, f"{path}, line {number}: {line[:60]!r} is not a {wanted}", "correct the line")
             yield number, entry
 
 
@@ -190,22 +193,22 @@ def _domain(line: str) -> str | None:
 
 _PARSERS: Final[dict[str, tuple[Callable[[str], str | None], str]]] = {
     "keys": (_hex(32), "key of 32 hexadecimal digits"),
-    "urls": (url_digest, "address"),
+    "urls": (url_digest, "URL"),
     "domains": (_domain, "domain"),
-    "sha256": (_hex(64), "SHA-256 of 64 hexadecimal digits"),
+    "sha256": (_hex(64), "SHA-256 sum of 64 hexadecimal digits"),
 }
 
 
-# The dataset's own ---------------------------------------------------------------------------------------------------
+# The dataset's own list ----------------------------------------------------------------------------------------------
 
 
 def blocked(recipe: Recipe, storage: Storage) -> Blocklist:
-    """What the recipe names and what was removed from the dataset."""
+    """Return the entries of the recipe together with those of takedowns."""
     return read_lists(recipe.blocklist, lambda kind: f"blocklist.{kind}") | read_removed(storage)
 
 
 def read_removed(storage: Storage) -> Blocklist:
-    """What was removed from the dataset at `storage`."""
+    """Return the entries that takedowns left in the dataset at `storage`."""
     try:
         name = json.loads(storage.read(_POINTER))["list"]
     except FileNotFoundError:
@@ -214,7 +217,7 @@ def read_removed(storage: Storage) -> Blocklist:
 
 
 def add_removed(storage: Storage, more: Blocklist) -> None:
-    """From now on `more` is blocked, too."""
+    """Add `more` to the dataset's list."""
     whole = read_removed(storage) | more
     rows = [(kind, value) for kind in KINDS for value in sorted(getattr(whole, kind))]
     table = pa.Table.from_pylist([dict(zip(_SCHEMA.names, row, strict=True)) for row in rows], _SCHEMA)
@@ -227,7 +230,7 @@ def add_removed(storage: Storage, more: Blocklist) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _read(url: str, name: str, hidden: _Hidden) -> Blocklist:
-    """A list by its name, which has its content's hash: workers ask for every unit."""
+    """Read a list by its name, which holds its content's hash. Cached, since workers call this for every unit."""
     table = hidden.storage.read_table(name)
     kinds, values = table["kind"].to_pylist(), table["value"].to_pylist()
     return Blocklist(**{kind: frozenset(v for k, v in zip(kinds, values, strict=True) if k == kind) for kind in KINDS})
@@ -235,7 +238,7 @@ def _read(url: str, name: str, hidden: _Hidden) -> Blocklist:
 
 @dataclass(frozen=True, eq=False)
 class _Hidden:
-    """A storage that does not count among what a result is cached by."""
+    """A storage that is not part of a cache key."""
 
     storage: Storage
 

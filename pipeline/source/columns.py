@@ -1,6 +1,6 @@
-"""Columns of a source's tables → the columns of a plan: text, JSON and keys, a whole column at a time.
+"""Source columns → plan columns: text, JSON and keys
 
-What `records.make_key` gives for one row, `make_keys` gives for all rows of a table at once; the two agree.
+Work is done a whole column at a time. `make_keys` returns for a table what `records.make_key` returns for each row.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from capstan.pipeline.records import PLAN_SCHEMA, make_key
 
-_ESCAPED = r'["\\\x00-\x1f]'  # what JSON does not take as it is (RFC 8259, section 7)
+_ESCAPED = r'["\\\x00-\x1f]'  # characters that JSON must escape (RFC 8259, section 7)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One input row, before it has a key. As PLAN_SCHEMA; `url` is also what a row of a folder or a tar is known by."""
+    """One input row, without its key. Fields as in PLAN_SCHEMA; `url` also identifies a row of a folder or a tar."""
 
     url: str = ""
     caption: str = ""
@@ -36,8 +36,10 @@ class Row:
 
     @property
     def key(self) -> str:
-        """By the file it lies in; or by its bytes and caption; or by its address and caption. A row that has none of
-        these (it will fail with a reason) is known by all that it has."""
+        """The key: of the file that holds the image; or of its bytes and caption; or of its URL and caption.
+
+        A row that has none of these (it will fail with a reason) is identified by all that it has.
+        """
         if self.file:
             return make_key("file", self.url)
         if self.image:
@@ -48,12 +50,12 @@ class Row:
 
 
 def of_rows(rows: Sequence[Row]) -> pa.Table:
-    """Rows as a table of PLAN_SCHEMA."""
+    """Return rows as a table of PLAN_SCHEMA."""
     return pa.table({name: [getattr(row, name) for row in rows] for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
 
 
-def of_addresses(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) -> pa.Table:
-    """Rows with an address, given as text columns without nulls, as a table of PLAN_SCHEMA."""
+def of_urls(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) -> pa.Table:
+    """Return rows that have a URL as a table of PLAN_SCHEMA. All columns are text without nulls."""
     keys = make_keys(url, caption)
     for index in pc.indices_nonzero(pc.equal(url, "")).to_pylist():
         keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
@@ -64,14 +66,14 @@ def of_addresses(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Ar
 
 
 def make_keys(*parts: pa.Array) -> list[str]:
-    """`records.make_key` of each row of these text columns."""
+    """Return `records.make_key` of each row of these text columns."""
     pieces = [piece for part in parts for piece in (_lengths(part), part.cast(pa.binary()))]
     messages = pc.binary_join_element_wise(*pieces, pa.scalar(b"", pa.binary()))
     return [blake2b(message, digest_size=16).hexdigest() for message in messages.to_pylist()]
 
 
 def _lengths(text: pa.Array) -> pa.Array:
-    """The bytes in each cell as 8-byte big-endian numbers."""
+    """Return the number of bytes in each cell as 8-byte big-endian numbers."""
     numbers = pc.binary_length(text).to_numpy(zero_copy_only=False).astype(">u8")
     fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(text), [None, pa.py_buffer(numbers.tobytes())])
     return fixed.cast(pa.binary())
@@ -81,7 +83,7 @@ def _lengths(text: pa.Array) -> pa.Array:
 
 
 def text_of(value: Any) -> str:
-    """A cell as text: nothing is "", bytes are UTF-8. What cannot be UTF-8 becomes question marks."""
+    """Return a cell as text: None as "", bytes decoded as UTF-8. Anything that is not UTF-8 becomes question marks."""
     if value is None:
         return ""
     if isinstance(value, bytes):
@@ -94,8 +96,11 @@ NO_TEXT: Final = "unreadable_caption"
 
 
 def caption_of(record: dict[str, Any], name: str) -> str:
-    """Takes the caption out of a record of JSON. A list, an object or a truth value is none: it stands in the record as
-    NO_TEXT, by which its row will fail, and is given as JSON, so that it has a key of its own."""
+    """Remove the caption from a JSON record and return it.
+
+    A list, an object or a boolean is not a caption: it is kept in the record as NO_TEXT, which makes its row fail, and
+    returned as JSON, so that the row has a key of its own.
+    """
     value = record.pop(name, None)
     if isinstance(value, list | dict | bool):
         record[NO_TEXT] = value
@@ -104,7 +109,7 @@ def caption_of(record: dict[str, Any], name: str) -> str:
 
 
 def has_no_text(extra: str) -> bool:
-    """Whether the caption of a row with this `extra` was none.
+    """Return whether the caption of a row with this `extra` was not text.
 
     >>> has_no_text('{"unreadable_caption":["a","b"]}'), has_no_text('{"n":1}')
     (True, False)
@@ -113,7 +118,7 @@ def has_no_text(extra: str) -> bool:
 
 
 def as_text(column: pa.Array) -> pa.StringArray:
-    """`text_of` each cell."""
+    """Return `text_of` each cell."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         return as_text(column.dictionary_decode())
@@ -121,21 +126,21 @@ def as_text(column: pa.Array) -> pa.StringArray:
         return pc.fill_null(column.cast(pa.string()), "")
     if not _is_text(kind) and not _is_bytes(kind):
         return pa.array([text_of(value) for value in column.to_pylist()], pa.string())
-    try:  # Parquet's strings are taken as they are by Arrow's reader, also where they are not UTF-8
+    try:  # Arrow's Parquet reader does not check that strings are UTF-8
         return pc.fill_null(column.cast(pa.binary()).cast(pa.string()), "")
     except pa.ArrowInvalid:
         return pa.array([text_of(value) for value in column.cast(pa.binary()).to_pylist()], pa.string())
 
 
 def as_hash(column: pa.Array) -> pa.StringArray:
-    """Checksums as hexadecimal text, also where the cells hold their raw bytes."""
+    """Return checksums as hexadecimal text, also if the cells hold their raw bytes."""
     if _is_bytes(column.type):
         return pa.array([value.hex() if value else "" for value in column.to_pylist()], pa.string())
     return pc.utf8_trim_whitespace(as_text(column))
 
 
 def is_nested(kind: pa.DataType) -> bool:
-    """Whether cells are lists, structs, maps or the like: there is no one way to write them as text."""
+    """Return whether cells are lists, structs, maps or the like: there is no single way to write them as text."""
     return bool(pa.types.is_nested(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
 
@@ -152,7 +157,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def as_objects(columns: Mapping[str, pa.Array], count: int) -> pa.StringArray:
-    """A JSON object for each of `count` rows, with the columns' names as its keys, sorted."""
+    """Return a JSON object for each of `count` rows, with the columns' names as its keys, sorted."""
     if not columns:
         return pa.repeat("{}", count)
     pieces: list[Any] = []
@@ -162,7 +167,7 @@ def as_objects(columns: Mapping[str, pa.Array], count: int) -> pa.StringArray:
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON with sorted keys. What JSON does not know is written as text, bytes in base64, NaN as null."""
+    """Return compact JSON with sorted keys. Bytes are written in base64, NaN as null, other non-JSON types as text."""
     try:
         text = _ENCODER.encode(value)
     except ValueError:
@@ -180,7 +185,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null in place of NaN and the infinities, at any depth."""
+    """Return `value` with None in place of NaN and the infinities, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -189,7 +194,7 @@ def _finite(value: Any) -> Any:
 
 
 def _as_json(column: pa.Array) -> pa.StringArray:
-    """Each cell as JSON text; the same as `to_json`, by columns where that is faster."""
+    """Return each cell as JSON text: the same as `to_json`, but by columns where that is faster."""
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
         return pc.fill_null(column.cast(pa.string()), "null")

@@ -1,8 +1,8 @@
-"""Rows in any order → rows by key, each key once: a bucket sort on the local disk, in bounded memory.
+"""Rows in any order → rows sorted by key, each key once, in bounded memory
 
-Keys are hashes, so they fill their range evenly: rows are cut into slices by the first bits of their key, and a few
-neighbouring slices at a time are sorted in memory. Each run of rows that filled the memory is one file, in which a
-slice is a record batch.
+A bucket sort on the local disk. Keys are hashes, so they fill their range evenly: rows are split into slices by the
+first bits of their key, and a few neighbouring slices at a time are sorted in memory. Each time the memory is full its
+rows become a run: one file, in which each slice is a record batch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ _SLICE_BITS: Final = 10
 _SLICES: Final = 1 << _SLICE_BITS
 _RAW_KEY: Final = pa.binary(KEY_BYTES)
 _RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
-_ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # which of the rows with one key stays, whatever came first
+_ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # the least row of a key is kept
 
-Known = Callable[[bytes], Iterable[pa.Array]]  # bound → the raw keys below it that were not given yet, in blocks
+Known = Callable[[bytes], Iterable[pa.Array]]  # bound → the raw keys below it that were not returned yet, in blocks
 
 
 class ExternalKeySort:
-    """Sorts rows of PLAN_SCHEMA through files in the folder `scratch`. `rows` were added; `repeats` (once all are
-    sorted) of them have the key of another."""
+    """Sorts rows of PLAN_SCHEMA through files in the folder `scratch`.
+
+    `rows` is the number of rows added; `repeats` (once all are sorted) the number of those with another row's key.
+    """
 
     def __init__(self, scratch: Path) -> None:
         self.rows = self.repeats = 0
@@ -50,7 +52,7 @@ class ExternalKeySort:
             self._spill()
 
     def sorted(self, known: Known) -> Iterator[pa.Table]:
-        """Tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
+        """Yield tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
         for group, bound in self._groups():
             rows = group.combine_chunks()
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
@@ -65,7 +67,7 @@ class ExternalKeySort:
                 yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
 
     def _spill(self) -> None:
-        """What is held becomes a run."""
+        """Write the rows in memory as a run."""
         rows = pa.concat_tables(self._held).combine_chunks()
         self._held, self._held_bytes = [], 0
         first_bits = _bytes(rows["key"].combine_chunks()).view(">u2")[:: KEY_BYTES // 2] >> (16 - _SLICE_BITS)
@@ -82,7 +84,7 @@ class ExternalKeySort:
         self._runs.append(run)
 
     def _groups(self) -> Iterator[tuple[pa.Table, bytes]]:
-        """Rows that are sorted together, group by group, each with the bound that its keys lie below."""
+        """Yield the rows to sort together, group by group, each with an upper bound of its keys."""
         if not self._runs:
             if self._held:
                 yield pa.concat_tables(self._held), _bound(_SLICES)
@@ -104,7 +106,7 @@ class ExternalKeySort:
 
 
 def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
-    """Hexadecimal keys as 16 bytes each."""
+    """Return hexadecimal keys as 16 bytes each."""
     text = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     raw = b""
     if len(text):
@@ -116,20 +118,20 @@ def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
 
 
 def hex_keys(keys: pa.ChunkedArray) -> pa.Array:
-    """The inverse of `raw_keys`."""
+    """Return raw keys as hexadecimal text: the inverse of `raw_keys`."""
     text = _bytes(keys.combine_chunks()).tobytes().hex().encode()
     offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
     return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
 
 
 def _bytes(keys: Any) -> npt.NDArray[np.bytes_]:
-    """Raw keys as numpy's S16, without a copy."""
+    """Return raw keys as numpy's S16, without a copy."""
     start = keys.offset * KEY_BYTES
     return np.frombuffer(keys.buffers()[1], f"S{KEY_BYTES}", len(keys), start) if len(keys) else np.zeros(0, "S16")
 
 
 def _bound(slice_: int) -> bytes:
-    """The least key of the slice, or for the one after the last a value above all keys."""
+    """Return the least key of the slice; for the slice after the last, a value above all keys."""
     if slice_ == _SLICES:
         return b"\xff" * (KEY_BYTES + 1)
     return (slice_ << (16 - _SLICE_BITS)).to_bytes(2, "big") + bytes(KEY_BYTES - 2)

@@ -1,4 +1,7 @@
-"""Folders of images, and WebDataset tars → rows. The images stay where they are; a row says where its bytes lie."""
+"""Image folders and WebDataset tars → rows
+
+The images stay where they are; a row holds the position of their bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,88 +20,93 @@ from capstan.pipeline.source.tar_index import Member, members
 from capstan.pipeline.storage.listing import SourceFile
 
 IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
-_BESIDE = frozenset([".txt", ".json"])  # what says something of the image of the same name
+_SIDECARS = frozenset([".txt", ".json"])  # files that describe the image of the same name
 
 Open = Callable[[str], Any]
 ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
-_AT_ONCE = 256  # images whose neighbours are read together,
-_AT_ONCE_BYTES = 8 << 20  # and bytes of these
+_BATCH_IMAGES = 256  # images whose sidecars are read together,
+_BATCH_BYTES = 8 << 20  # and bytes of these sidecars
 
 
 def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> Iterator[Row]:
-    """Images with NAME.txt or NAME.json beside them; .txt has the caption, .json the caption and other fields. What
-    shares a name is in one of the lists."""
+    """Yield a row for each image. NAME.txt holds its caption; NAME.json the caption and other fields.
+
+    Files that share a name must be in the same batch of `files`. Raises RecipeError if there is no image.
+    """
     anything = False
-    for some in files:
-        images = [file for file in some if PurePosixPath(file.path).suffix.lower() in IMAGES]
+    for batch in files:
+        images = [file for file in batch if PurePosixPath(file.path).suffix.lower() in IMAGES]
         anything = anything or bool(images)
-        for part in _parts(images, _named(some)):
+        for part in _parts(images, _named(batch)):
             yield from _images(part, source, read)
     if not anything:
         kinds = ", ".join(sorted(IMAGES))
-        raise RecipeError("source.path", f"no image at {source.path}", f"name a folder with files of {kinds}")
+        raise RecipeError("source.path", f"no image at {source.path}", f"name a folder that contains {kinds} files")
 
 
 def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
-    """What may lie beside an image, by its name with a suffix in small letters; it itself may be in any."""
+    """Return the sidecars by their names with a lower-case suffix; in the folder it may have any case."""
     found: dict[str, SourceFile] = {}
     for file in files:
         stem, suffix = _split(file.path)
         small = suffix.lower()
-        if small in _BESIDE and (small == suffix or stem + small not in found):
+        if small in _SIDECARS and (small == suffix or stem + small not in found):
             found[stem + small] = file
     return found
 
 
-_Beside = tuple[SourceFile | None, SourceFile | None]  # an image's NAME.txt and NAME.json, where they are
+_Sidecars = tuple[SourceFile | None, SourceFile | None]  # an image's NAME.txt and NAME.json, if there are any
 
 
-def _parts(images: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterator[list[tuple[SourceFile, _Beside]]]:
-    """Images with what lies beside them, some at a time, bounded in number and bytes."""
-    part: list[tuple[SourceFile, _Beside]] = []
+def _parts(images: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterator[list[tuple[SourceFile, _Sidecars]]]:
+    """Yield lists of images with their sidecars, bounded in number and bytes."""
+    part: list[tuple[SourceFile, _Sidecars]] = []
     size = 0
     for image in images:
-        beside = _beside(image, named)
-        more = sum(file.size for file in beside if file)
-        if part and (len(part) == _AT_ONCE or size + more > _AT_ONCE_BYTES):
+        sidecars = _sidecars(image, named)
+        more = sum(file.size for file in sidecars if file)
+        if part and (len(part) == _BATCH_IMAGES or size + more > _BATCH_BYTES):
             yield part
             part, size = [], 0
-        part.append((image, beside))
+        part.append((image, sidecars))
         size += more
     if part:
         yield part
 
 
-def _images(part: list[tuple[SourceFile, _Beside]], source: Source, read: ReadAll) -> Iterator[Row]:
-    content = read([file for _, beside in part for file in beside if file])
-    for image, beside in part:
-        text, said = (content[file.path] if file else None for file in beside)
-        record = _json_object(said or b"{}")
+def _images(part: list[tuple[SourceFile, _Sidecars]], source: Source, read: ReadAll) -> Iterator[Row]:
+    content = read([file for _, sidecars in part for file in sidecars if file])
+    for image, sidecars in part:
+        text, fields = (content[file.path] if file else None for file in sidecars)
+        record = _json_object(fields or b"{}")
         caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
         yield _row(image.path, caption, image.path, 0, image.size, record, source)
 
 
-def _beside(image: SourceFile, named: Mapping[str, SourceFile]) -> _Beside:
+def _sidecars(image: SourceFile, named: Mapping[str, SourceFile]) -> _Sidecars:
     stem = _split(image.path)[0]
     return named.get(f"{stem}.txt"), named.get(f"{stem}.json")
 
 
 def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-    """The samples of a tar: KEY.jpg (or another image) with KEY.txt and KEY.json beside it."""
+    """Yield a row for each sample of a tar: KEY.jpg (or another image) with KEY.txt and KEY.json.
+
+    Raises RecipeError for a file that is compressed, is not a tar, or is cut.
+    """
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
-        apart, seen = _Apart(file.path), set[bytes]()
+        detached, seen = _Detached(file.path), set[bytes]()
         try:
             for _, group in itertools.groupby(members(stream), key=lambda member: _first_split(member.name)[0]):
                 for sample in _samples(list(group)):
-                    yield from _sample(sample, stream, file, source, apart, seen)
+                    yield from _sample(sample, stream, file, source, detached, seen)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
 
 
 def _refuse_packed(file: SourceFile, magic: bytes) -> None:
-    """Images are read by byte range, which a compressed file does not allow."""
+    """Raise RecipeError for a compressed tar: images are read by byte range, which compression does not allow."""
     for start, command in _PACKED.items():
         if magic.startswith(start):
             problem = f"{file.path} is compressed, and images in tars are read in place"
@@ -109,10 +117,10 @@ _PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip
 
 
 def _samples(group: list[Member]) -> list[list[Member]]:
-    """Members that share their name up to its first dot → samples: one, as in KEY.jpg, KEY.seg.png, KEY.txt.
+    """Split members that share their name up to its first dot into samples.
 
-    Where no member is named just KEY and an image's suffix, the keys hold dots themselves, and end at the last one.
-    Where an image's name comes again, so does its sample.
+    Usually they are one sample, as in KEY.jpg, KEY.seg.png, KEY.txt. If no member is named just KEY and an image's
+    suffix, the keys contain dots and end at the last one. If an image's name is repeated, its sample is too.
     """
     if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
         return [group] if len({member.name for member in group}) == len(group) else _parted(group)
@@ -120,8 +128,10 @@ def _samples(group: list[Member]) -> list[list[Member]]:
 
 
 def _parted(group: list[Member]) -> list[list[Member]]:
-    """A group in which names are there twice → a new sample begins with each name that the one before has, if a
-    image's are among them."""
+    """Split a group in which names are repeated: a sample ends where one of its names would come again.
+
+    If only names of files other than images are repeated, the group is one sample.
+    """
     images = [member.name for member in group if _split(member.name)[1].lower() in IMAGES]
     if len(set(images)) == len(images):
         return [group]
@@ -133,26 +143,28 @@ def _parted(group: list[Member]) -> list[list[Member]]:
     return samples
 
 
-class _Apart:
-    """Looks for captions that do not lie beside their image, as in a tar of a.jpg, b.jpg, a.txt, b.txt: read sample
-    by sample, all would be lost. Holds a hash of each name that lacks .txt or .json, and of each of these alone."""
+class _Detached:
+    """Detects captions that are not adjacent to their image, as in a tar of a.jpg, b.jpg, a.txt, b.txt.
+
+    Read sample by sample, all of them would be lost. Holds a hash of each image's name that lacks .txt or .json, and of
+    each .txt or .json that has no image.
+    """
 
     def __init__(self, tar: str) -> None:
         self._tar = tar
-        self._lacking, self._alone = ({suffix: set[bytes]() for suffix in _BESIDE} for _ in range(2))
+        self._lacking, self._alone = ({suffix: set[bytes]() for suffix in _SIDECARS} for _ in range(2))
 
     def check(self, stem: str, suffixes: set[str], *, image: bool) -> None:
-        """Note a sample and which of _BESIDE it has. Raises RecipeError where what it lacks lies elsewhere."""
-        noted = _BESIDE - suffixes if image else suffixes
+        """Record which sidecars a sample has. Raises RecipeError if one that it lacks is elsewhere in the tar."""
+        noted = _SIDECARS - suffixes if image else suffixes
         here, there = (self._lacking, self._alone) if image else (self._alone, self._lacking)
         name = _hash(stem)
         for suffix in noted:
             here[suffix].add(name)
             if name in there[suffix]:
-                problem = (
-                    f"{stem}{suffix} stands apart from its image in {self._tar}, so that its caption would be lost"
-                )
-                raise RecipeError("source.path", problem, "unpack the tar, and pack it by name: tar --sort=name -cf …")
+                problem = f"{stem}{suffix} is not next to its image in {self._tar}, so its caption would be lost"
+                hint = "unpack the tar, then pack it sorted by name: tar --sort=name -cf …"
+                raise RecipeError("source.path", problem, hint)
 
 
 def _hash(name: str) -> bytes:
@@ -160,30 +172,30 @@ def _hash(name: str) -> bytes:
 
 
 def _sample(
-    sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, apart: _Apart, seen: set[bytes]
+    sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, detached: _Detached, seen: set[bytes]
 ) -> Iterator[Row]:
-    image, caption, record, beside = None, "", dict[str, Any](), set[str]()
+    image, caption, record, sidecars = None, "", dict[str, Any](), set[str]()
     split = _first_split if any(_first_split(member.name)[1].lower() in IMAGES for member in sample) else _split
     for member in sample:
         suffix = split(member.name)[1].lower()
         if suffix in IMAGES and image is None:
             image = member
-        elif suffix in _BESIDE:
-            beside.add(suffix)
+        elif suffix in _SIDECARS:
+            sidecars.add(suffix)
             stream.seek(member.offset)
             data = stream.read(member.size)
             if suffix == ".json":
                 record = _json_object(data)
             else:
                 caption = data.decode("utf-8", "replace").strip()
-    if image is None or beside != _BESIDE:
-        apart.check(split(sample[0].name)[0], beside, image=image is not None)
+    if image is None or sidecars != _SIDECARS:
+        detached.check(split(sample[0].name)[0], sidecars, image=image is not None)
     if image is None:
         return
     caption = _caption(caption or None, record, source)
     url = text_of(f"{file.path}#{image.name}")
     name = _hash(url)
-    if name in seen:  # another image of this name: the first has the key that it would have alone
+    if name in seen:  # the first image of a name keeps the key that it would have alone
         url += f"@{image.offset}"
     seen.add(name)
     yield _row(url, caption, file.path, image.offset, image.size, record, source)
@@ -195,7 +207,7 @@ def _row(url: str, caption: str, file: str, offset: int, length: int, record: di
 
 
 def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:
-    """What NAME.txt says, or without one (None) NAME.json, from which it is taken out."""
+    """Return the text of NAME.txt or, if there is none (None), the caption in NAME.json; remove it from the latter."""
     if text is None:
         return caption_of(record, source.caption)
     record.pop(source.caption, None)
@@ -203,7 +215,7 @@ def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A name up to its last dot, which all files of a sample share, and from there on.
+    """Split a name at its last dot: the part that all files of a sample share, and the suffix.
 
     >>> _split("a/b.c.jpg"), _split("a.b/c")
     (('a/b.c', '.jpg'), ('a.b/c', ''))
@@ -213,7 +225,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _first_split(name: str) -> tuple[str, str]:
-    """A name up to the first dot of its last part, and from there on.
+    """Split a name at the first dot of its last part.
 
     >>> _first_split("a.b/c.seg.png")
     ('a.b/c', '.seg.png')

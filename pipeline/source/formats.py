@@ -1,5 +1,7 @@
-"""What the names of a source's files say → which of them are read, and as what. Nothing is read twice: where names do
-not settle what is meant, the source is refused. Nothing is left out without a word: what is, is logged.
+"""File names of a source → which files are read, and in which format
+
+Nothing is read twice: if the names do not decide which files are meant, the source is refused. Files that are left out
+are logged.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ _SUFFIXES: Final = {
     ".tgz": _TAR,  # which is refused, with its reason
     **dict.fromkeys(IMAGES, _IMAGE),
 }
-# Beside tables of any format: what is no table, as its name says. In no text that is read by lines, but perhaps in JSON
-# Lines, is there a .json; and tars and Parquet files have their suffix wherever others beside them have.
+# Files next to tables whose names show that they are not tables. A .json file can be JSON Lines, but no other text that
+# is read by lines. Tars and Parquet files have their suffix if the files next to them do.
 _NO_TABLE: Final = re.compile(
     r"[._].*|.*\.(idx|index|md|rst|html|ya?ml|crc|sqlite|uuid|bin|lock|py|ipynb|pdf)", re.IGNORECASE
 )
-# Texts for people, not of addresses. They stand in many folders of tables.
+# Texts for people, not lists of URLs. Many folders of tables contain them.
 _ABOUT: Final = re.compile(
     r"(read.?me|licen[cs]e|notice|copying|authors|citation|credits|changelog|changes|contributing)\b.*\.txt",
     re.IGNORECASE,
@@ -41,7 +43,7 @@ _ABOUT: Final = re.compile(
 
 
 def kind_of(path: str) -> str:
-    """One of the formats, "image", or "" where the name does not tell.
+    """Return one of the formats, "image", or "" if the name does not show it.
 
     >>> kind_of("a.csv.gz"), kind_of("b.TAR"), kind_of("c.png"), kind_of("README.txt"), kind_of("d")
     ('csv', 'webdataset', 'image', '', '')
@@ -55,22 +57,26 @@ def kind_of(path: str) -> str:
 
 
 class FormatGuess:
-    """The `first` file of each kind ("": of none) that one `path` of the source names; `formats` are all that the names
-    alone tell."""
+    """The formats of the files at one `path` of the source.
+
+    `first` is the first file of each kind ("" for files of no kind); `formats` every kind that a name alone shows.
+    """
 
     def __init__(self, path: str) -> None:
         self.path, self.first, self.formats = path, dict[str, str](), set[str]()
 
     def note(self, files: list[SourceFile]) -> None:
-        """Take in a batch of pipeline.listing."""
+        """Add a batch of files."""
         for kind, file in _by_name(files):
             self.first.setdefault(kind, file.path)
         self.formats |= {kind_of(file.path) for file in files}
 
 
 def _by_name(files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
-    """(kind, file) of each. NAME.parquet beside NAME.tar is of none: it says of the tar's samples what they say
-    themselves, as img2dataset's and Capstan's own do."""
+    """Yield (kind, file) for each file.
+
+    NAME.parquet next to NAME.tar has no kind: as img2dataset and Capstan write it, it repeats the content of the tar.
+    """
     tars = {stem_of(file.path) for file in files if file.path.lower().endswith(".tar")}
     for file in files:
         kind = kind_of(file.path) or ("txt" if file.named and file.path.lower().endswith(".txt") else "")
@@ -79,37 +85,37 @@ def _by_name(files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
 
 
 class FormatPolicy:
-    """Which files of a source are read, and as what; `pictures`: as a folder of images.
+    """Decides which files of a source are read, and in which format; `images`: as a folder of images.
 
-    Raises RecipeError where several kinds lie together and the recipe does not say which it means.
+    Raises RecipeError if several kinds are mixed and the recipe does not say which one it means.
     """
 
-    def __init__(self, source: Source, found: Iterable[FormatGuess]) -> None:
-        found = list(found)
+    def __init__(self, source: Source, guesses: Iterable[FormatGuess]) -> None:
+        guesses = list(guesses)
         self._format = source.format
-        self._kinds = {kind: path for kinds in reversed(found) for kind, path in kinds.first.items()}
-        self._formats = {kind for kinds in found for kind in kinds.formats}
+        self._kinds = {kind: path for guess in reversed(guesses) for kind, path in guess.first.items()}
+        self._formats = {kind for guess in guesses for kind in guess.formats}
         self.images = source.format == "folder" or (source.format == "auto" and _IMAGE in self._kinds)
         if source.format == "auto":
-            self._refuse_tables_beside_images()
-            for kinds in found:
-                _refuse_mixed(kinds)
+            self._refuse_tables_with_images()
+            for guess in guesses:
+                _refuse_mixed(guess)
 
-    def _refuse_tables_beside_images(self) -> None:
-        """Whichever is read, the other would be left out."""
+    def _refuse_tables_with_images(self) -> None:
+        """Raise RecipeError if there are both: whichever is read, the other would be left out."""
         tables = [path for kind, path in self._kinds.items() if kind in (*TABLES, _TAR) and kind != "txt"]
         if tables and _IMAGE in self._kinds:
             problem = f"holds tables ({tables[0]}) and images ({self._kinds[_IMAGE]})"
-            hint = "name the tables with a glob, or say format: folder for the images"
+            hint = "name the tables with a glob, or set source.format: folder for the images"
             raise RecipeError("source.path", problem, hint)
 
     def of(self, files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
-        """(format, file) of each file in a batch; the format is "" for one that is left out."""
+        """Yield (format, file) for each file in a batch; the format is "" for a file that is left out."""
         for kind, file in _by_name(files):
-            yield kind if self._format == "auto" else self._asked(file), file
+            yield kind if self._format == "auto" else self._requested(file), file
 
-    def _asked(self, file: SourceFile) -> str:
-        """The format that the recipe asks for, unless the file was not named itself, and others fit it better."""
+    def _requested(self, file: SourceFile) -> str:
+        """Return the recipe's format; "" if the user did not name this file and other files fit that format better."""
         others = not file.named and self._format in self._formats
         kind, name = kind_of(file.path), file.path.rpartition("/")[2].lower()
         no_table = _NO_TABLE.fullmatch(name) or (self._format != "jsonl" and name.endswith(".json"))
@@ -117,10 +123,10 @@ class FormatPolicy:
         return "" if others and kind != self._format and (kind or no_table) else self._format
 
 
-def _refuse_mixed(kinds: FormatGuess) -> None:
-    """The same rows in two formats would be read twice."""
-    tables = [kinds.first[kind] for kind in (_TAR, *TABLES) if kind in kinds.first]
-    if len(tables) > 1 and _IMAGE not in kinds.first:
-        problem = f"{kinds.path} holds tables of several kinds ({tables[0]}, {tables[1]})"
-        hint = "name those that are meant with a glob (or a list of globs), or say their kind in source.format"
+def _refuse_mixed(guess: FormatGuess) -> None:
+    """Raise RecipeError for tables of several formats: they may hold the same rows, which would be read twice."""
+    tables = [guess.first[kind] for kind in (_TAR, *TABLES) if kind in guess.first]
+    if len(tables) > 1 and _IMAGE not in guess.first:
+        problem = f"{guess.path} holds tables of several kinds ({tables[0]}, {tables[1]})"
+        hint = "name the intended files with a glob (or a list of globs), or set source.format"
         raise RecipeError("source.path", problem, hint)

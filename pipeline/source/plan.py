@@ -1,12 +1,12 @@
-"""Rows of the source → units of work: without repeats, sorted by key, cut into units. The order is made once, here.
+"""Source rows → units: repeats dropped, sorted by key
 
     state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
     state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
     state/plan/batch-0000/batch.json                  the batch: its units; written last
-    state/plan/source.json                            the source as it was planned last, so that planning can be skipped
+    state/plan/source.json                            the source as last planned, so that planning can be skipped
 
-Rows whose key an earlier batch holds are dropped; the others make a new batch. Nothing that exists moves. Of rows that
-are blocked (pipeline.blocklist) only the key is planned.
+Rows whose key is in an earlier batch are dropped; the others become a new batch. Existing batches never change. Only
+the key is planned of rows that are blocked (see blocklist.py). The order of samples is decided here, once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
-UNIT_BYTES = 256 << 20  # of embedded images in a unit
-_KEYS_BYTES = 1 << 20  # of an earlier batch's keys read at once
+UNIT_BYTES = 256 << 20  # embedded images of a unit
+_KEYS_BYTES = 1 << 20  # keys of an earlier batch read at once
 _WRITERS = 2
 _SMALL_BYTES = 16 << 20
 _SOURCE = "state/plan/source.json"
@@ -64,7 +64,7 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class Plan:
-    """All units of all batches in order; `read` rows of the source as it is now, `repeats` of them with a key twice."""
+    """All units of all batches, in order. The current source has `read` rows; `repeats` of them repeat a key."""
 
     units: list[PlannedUnit]
     read: int
@@ -80,9 +80,9 @@ def _keys_of(batch: int) -> str:
 
 
 def read_plan(storage: Storage) -> Plan:
-    """The plan as it stands in `storage`, without looking at the source."""
+    """Return the plan in `storage`, without reading the source."""
     units: list[PlannedUnit] = []
-    for batch in itertools.count():  # by name: a listing would show every unit's table, too
+    for batch in itertools.count():  # by name: a listing would return every unit's table too
         try:
             written = json.loads(storage.read(_batch_name(batch)))
         except FileNotFoundError:
@@ -97,7 +97,7 @@ def _batch_name(batch: int) -> str:
 
 
 def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
-    """Add a batch for the rows of the source that no batch holds yet, and give the whole plan.
+    """Add a batch for the source's rows that no batch holds yet; return the whole plan.
 
     Raises RecipeError for a source that cannot be read.
     """
@@ -128,13 +128,13 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
 
 
 class _Known:
-    """The keys of earlier batches, read in order and in blocks: they are asked for up to ever higher bounds."""
+    """The keys of earlier batches, read in order and in blocks; each call must have a higher bound."""
 
     def __init__(self, storage: Storage, batches: list[int]) -> None:
         self._batches = [_Keys(storage, batch) for batch in batches]
 
     def __call__(self, bound: bytes) -> Iterator[pa.Array]:
-        """Raw keys below `bound` that were not given yet, block by block."""
+        """Yield the raw keys below `bound` that were not yielded yet, block by block."""
         for batch in self._batches:
             for block in batch.below(bound):
                 size = len(block) // KEY_BYTES
@@ -150,7 +150,7 @@ class _Keys:
             self._size = storage.size(self._name)
         except FileNotFoundError:
             problem = f"{storage.url} was planned by an older Capstan"
-            raise RecipeError("dataset", problem, "name a new folder, or remove this one") from None
+            raise RecipeError("dataset", problem, "choose a new folder, or remove this one") from None
 
     def below(self, bound: bytes) -> Iterator[bytes]:
         while True:
@@ -170,7 +170,7 @@ class _Keys:
 def _write_batch(
     tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
 ) -> list[PlannedUnit]:
-    """Write the units, several small ones at a time, and then their keys."""
+    """Write the units, several small ones at a time, then their keys."""
     units: list[PlannedUnit] = []
     keys = scratch / "keys.bin"
     with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
@@ -190,14 +190,14 @@ def _write_batch(
 
 
 def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:
-    """No column but `file` says the same twice, so that dictionaries would only cost time."""
+    """Write a unit's table. Only `file` repeats values; for other columns dictionaries would only cost time."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", compression_level=1, use_dictionary=["file"])
     storage.write(unit.table, buffer.getvalue())
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Tables of `rows` rows (the last may have fewer), or fewer where embedded images fill UNIT_BYTES before."""
+    """Yield tables of `rows` rows each: fewer in the last one, and if embedded images fill UNIT_BYTES first."""
     held: list[pa.Table] = []
     count = size = 0
     for table in tables:

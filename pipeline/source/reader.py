@@ -1,11 +1,12 @@
-"""`source` of the recipe → tables of rows: url, caption, where the image lies, and the other columns as JSON.
+"""The recipe's `source` → tables of rows, whatever the format
 
-Nothing here looks at pixels, and memory does not grow with the source, but with one tar's samples.
-
-    parquet csv tsv jsonl txt     rows with an address, or (parquet) with embedded bytes; text also as .gz .zst .bz2 .xz
-    folder                        images with NAME.txt or NAME.json beside them
+    parquet csv tsv jsonl txt     rows with a URL, or (parquet) with embedded images; text also as .gz .zst .bz2 .xz
+    folder                        images with NAME.txt or NAME.json next to them
     webdataset                    tars of KEY.jpg, KEY.txt, KEY.json
     world                         the captioned world that Capstan draws itself
+
+A row has a URL, a caption, the position of its image, and the other columns as JSON. No pixels are read here. Memory
+does not grow with the source, but with the samples of one tar.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from capstan.pipeline.storage.listing import Batches, SourceFile, in_batches
 
 log = logging.getLogger(__name__)
 
-_BATCH_ROWS = 4096  # of a folder or a tar in a table,
+_BATCH_ROWS = 4096  # rows of a folder or a tar in a table,
 _BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
     "parquet": tables.parquet,
@@ -48,20 +49,20 @@ _TABLES: dict[str, Reader] = {
 class SourceReader:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
 
-    The files of one folder or glob on a disk are listed anew when they are needed, and not held. Raises RecipeError for
-    a source that is not there.
+    The files of one folder or glob on a disk are listed each time they are needed, not held. Raises RecipeError for a
+    source that does not exist.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.source is None:
-            raise RecipeError("source", "is missing", "say where the rows come from")
+            raise RecipeError("source", "is missing", "set source.path to the files that hold the rows")
         self.source, self._recipe = recipe.source, recipe
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
         self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
         self.signature = self._signature()
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
+        """Yield all rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
 
         Raises RecipeError for a file that cannot be read.
         """
@@ -73,50 +74,50 @@ class SourceReader:
             yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
             return
         read, left, first = 0, 0, ""
-        for kind, file in (pair for some in self._files() for pair in choice.of(some)):
+        for kind, file in (pair for batch in self._files() for pair in choice.of(batch)):
             if kind:
                 read += 1
                 yield from _guarded(self._read(kind, file), file.path)
             else:
                 left, first = left + 1, first or file.path
         if not read:
-            hint = f"say one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
+            hint = f"set it to one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
             raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
         if left:
-            log.warning("source: %d files that hold no rows by their names are left out: %s …", left, first)
+            log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
 
     def _files(self) -> Batches:
-        """All files, in batches. What lies in a bucket, or under several paths, is listed once and held."""
+        """Return all files, in batches. Those in a bucket, or at several paths, are listed once and held."""
         if self.source.format == "world":
             return iter(())
         if len(self._paths) == 1 and "://" not in self._paths[0]:
             return self._listed(self._paths[0])
         if not self._gathered:
-            found = {file.path: file for path in self._paths for file in self._asked_for(path)}
-            self._gathered = list(found.values())
+            files = {file.path: file for path in self._paths for file in self._requested(path)}
+            self._gathered = list(files.values())
         return in_batches(self._gathered)
 
-    def _asked_for(self, path: str) -> list[SourceFile]:
-        """The files of one of several paths. Parquet files that it names without the tars beside them are meant."""
-        files = [file for some in self._listed(path) for file in some]
+    def _requested(self, path: str) -> list[SourceFile]:
+        """Return the files of one of several paths. Parquet files at a path without tars count as named by the user."""
+        files = [file for batch in self._listed(path) for file in batch]
         if "webdataset" in self._kinds[path].formats:
             return files
         return [replace(file, named=True) if kind_of(file.path) == "parquet" else file for file in files]
 
     def _listed(self, path: str) -> Batches:
         kinds = FormatGuess(path)
-        for some in list_files(path, options_of(path, self._recipe)):
-            kinds.note(some)
-            yield some
+        for batch in list_files(path, options_of(path, self._recipe)):
+            kinds.note(batch)
+            yield batch
         self._kinds[path] = kinds
 
     def _signature(self) -> str:
-        """16 hexadecimal digits of the recipe's source and its files' paths, sizes and stamps."""
+        """Return 16 hexadecimal digits: a hash of the recipe's source and its files' paths, sizes and stamps."""
         digest = hashlib.blake2b(digest_size=8)
         settings = json.dumps(self.source.model_dump(mode="json", exclude={"storage"}), sort_keys=True)
         digest.update(settings.encode())
-        for some in self._files():
-            digest.update(json.dumps([(file.path, file.size, file.stamp) for file in some]).encode())
+        for batch in self._files():
+            digest.update(json.dumps([(file.path, file.size, file.stamp) for file in batch]).encode())
         return digest.hexdigest()
 
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
@@ -126,25 +127,25 @@ class SourceReader:
 
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
         spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
-        found = {}
+        content = {}
         for number, data in read_images(spans, self._recipe):
             if isinstance(data, CapstanError):
                 raise data
             if isinstance(data, Exception):
                 raise OSError(f"{files[number].path}: {data}")
-            found[files[number].path] = data
-        return found
+            content[files[number].path] = data
+        return content
 
     def _open(self, path: str, *, ahead: bool = True) -> Any:
         return open_file(path, options_of(path, self._recipe), ahead=ahead)
 
 
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
-    """What a reader gives; what it stumbles over is told as the user's to mend."""
+    """Yield the reader's tables; re-raise read errors as RecipeError."""
     try:
         yield from tables_
     except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, csv.Error) as error:
-        hint = "check that it is whole, or leave it out of the source"
+        hint = "check that it is complete, or leave it out of the source"
         raise RecipeError("source.path", f"{path} cannot be read ({error})", hint) from None
 
 

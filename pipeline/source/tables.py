@@ -1,8 +1,7 @@
-"""Files of rows → tables of PLAN_SCHEMA: Parquet, CSV, TSV, JSON Lines, text files of addresses. Streamed, in bounded
-memory; text also as .gz, .zst, .bz2 and .xz.
+"""Parquet, CSV, TSV, JSON Lines and text files → tables of rows
 
-Work is done by columns wherever it can be; what does not fit (ragged lines, lines that are not JSON, text that is not
-UTF-8) is done one by one, and becomes a row all the same.
+Files are streamed in bounded memory; text may be compressed as .gz, .zst, .bz2 or .xz. Work is done by columns where
+possible. Ragged lines, lines that are not JSON and text that is not UTF-8 are processed one by one; each becomes a row.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from capstan.pipeline.source.columns import (
     as_text,
     caption_of,
     is_nested,
-    of_addresses,
     of_rows,
+    of_urls,
     text_of,
     to_json,
 )
@@ -42,8 +41,8 @@ from capstan.pipeline.storage.listing import SourceFile
 BATCH_ROWS = 1 << 15
 IMAGE_ROWS = 1 << 8
 BATCH_BYTES = 16 << 20
-BLOCK_BYTES = 4 << 20  # of text read at once
-CELL_BYTES = 128 << 10  # a longer cell of CSV is taken for a quote that was never closed
+BLOCK_BYTES = 4 << 20  # text read at once
+CELL_BYTES = 128 << 10  # a longer CSV cell is treated as an unclosed quote
 UNPACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
 Open = Callable[..., Any]
@@ -51,7 +50,10 @@ Reader = Callable[[SourceFile, Source, Open], Iterator[pa.Table]]
 
 
 def unpacked(stream: Any, path: str) -> Any:
-    """`stream`, decompressed as the name says. What is cut or damaged raises OSError, EOFError or LZMAError."""
+    """Return `stream`, decompressed according to the suffix of `path`.
+
+    Reading it raises OSError, EOFError or LZMAError if the data is cut or damaged.
+    """
     codec = UNPACKED.get(PurePosixPath(path.lower()).suffix)
     if codec is None:
         return stream
@@ -61,12 +63,12 @@ def unpacked(stream: Any, path: str) -> Any:
 
 
 def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
-    with open_(file.path, ahead=False) as stream:  # columns lie far from each other
+    with open_(file.path, ahead=False) as stream:  # columns are far from each other
         try:
             buffer = 8 << 20 if "://" in file.path else 1 << 20  # a column; without one, whole row groups are held
             table = pq.ParquetFile(stream, buffer_size=buffer, pre_buffer=False)
         except pa.ArrowInvalid as error:
-            hint = "name a Parquet file, or say what it is in source.format"
+            hint = "name a Parquet file, or set source.format"
             raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", hint) from None
         _check_columns(source, table.schema_arrow.names, file)
         _check_caption(source, table.schema_arrow, file)
@@ -74,26 +76,28 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
             batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS)
         ):
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-            yield _with_images(columns, source) if source.image else _with_addresses(columns, len(batch), source)
+            yield _with_images(columns, source) if source.image else _with_urls(columns, len(batch), source)
 
 
 def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
-    """As many rows as BATCH_BYTES hold, by the largest rows that the file says it has; `most` at most, since what is
-    repeated in a column counts once there."""
+    """Return the number of rows that fit in BATCH_BYTES, from the file's largest mean row size; at most `most`.
+
+    The mean can be too small: a value that is repeated in a column counts once.
+    """
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(most, int(BATCH_BYTES / max(1, row_bytes))))
 
 
-def _with_addresses(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
+def _with_urls(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
     hash_ = as_hash(columns[source.hash]) if source.hash else pa.repeat("", count)
     rest = {name: column for name, column in columns.items() if name not in (source.url, source.caption)}
     url, caption = as_text(columns[source.url]), as_text(columns[source.caption])
-    return of_addresses(url, caption, as_objects(rest, count), hash_)
+    return of_urls(url, caption, as_objects(rest, count), hash_)
 
 
 def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
-    """Rows with embedded images: cells of bytes, or Hugging Face's {bytes, path}, whose path goes to `extra`."""
+    """Return rows with embedded images: cells of bytes, or Hugging Face's {bytes, path}, whose path goes to `extra`."""
     assert source.image is not None
     cells = columns.pop(source.image).to_pylist()
     count = len(cells)
@@ -109,13 +113,13 @@ def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
 
 
 def _embedded(cell: Any) -> bytes:
-    """The bytes in a cell; b"" where there are none: it fails as `empty`."""
+    """Return the bytes in a cell; b"" if there are none: the row will fail as `empty`."""
     value = cell.get("bytes") if isinstance(cell, Mapping) else cell
     return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
 
 
 def separated(delimiter: str) -> Reader:
-    """A reader of CSV with this delimiter: quoted as in RFC 4180, the first line names the columns."""
+    """Return a reader of CSV with this delimiter: quoted as in RFC 4180; the first line names the columns."""
 
     def read(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
         _refuse_images(source, file)
@@ -126,10 +130,10 @@ def separated(delimiter: str) -> Reader:
         with unpacked(open_(file.path), file.path) as stream:
             first = True
             for batch in _batches(stream, delimiter, len(names), ragged, file):
-                rows = batch.slice(1) if first else batch  # without the names
+                rows = batch.slice(1) if first else batch  # the header
                 first = False
                 columns = dict(zip(names, map(as_text, rows.columns), strict=True))
-                yield _with_addresses(columns, len(rows), source)
+                yield _with_urls(columns, len(rows), source)
                 yield from _ragged(ragged, names, delimiter, source)
             yield from _ragged(ragged, names, delimiter, source)
 
@@ -137,7 +141,7 @@ def separated(delimiter: str) -> Reader:
 
 
 def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: SourceFile) -> Iterator[pa.RecordBatch]:
-    """All lines as columns of text; those without `count` cells go to `ragged` as they are."""
+    """Yield all lines as columns of text; those without `count` cells are appended to `ragged` unchanged."""
 
     def set_aside(row: Any) -> str:
         ragged.append(row.text)
@@ -146,7 +150,7 @@ def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: S
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     raw = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
     valid = pa.TransformInputStream(raw, lambda data: utf8.decode(data, final=not data).encode())
-    unclosed = "look for a quote that is not closed"
+    unclosed = "check the file for a quote that is not closed"
     try:
         for batch in pyarrow.csv.open_csv(
             valid,
@@ -162,19 +166,21 @@ def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: S
 
 
 def _ragged(waiting: list[str], names: list[str], delimiter: str, source: Source) -> Iterator[pa.Table]:
-    """Lines with too few cells (the others are empty) or too many (they are left out). Arrow's threads may be adding to
-    those that are `waiting`."""
+    """Yield the lines with too few cells (missing ones are empty) or too many (extra ones are dropped).
+
+    Arrow's threads may still be adding to `waiting`.
+    """
     lines = waiting[:]
     del waiting[: len(lines)]
     if not lines:
         return
     cells = [row + [""] * len(names) for row in csv.reader(lines, delimiter=delimiter)]
     columns = {name: pa.array([row[place] for row in cells], pa.string()) for place, name in enumerate(names)}
-    yield _with_addresses(columns, len(cells), source)
+    yield _with_urls(columns, len(cells), source)
 
 
 def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
-    """Lines that are no JSON objects become rows that fail as bad_url, in plain sight."""
+    """Read JSON Lines. A line that is not a JSON object becomes a row that fails as bad_url."""
     _refuse_images(source, file)
     with _lines(unpacked(open_(file.path), file.path)) as lines:
         checked = False
@@ -192,7 +198,7 @@ _UNREADABLE = "unreadable_line"
 
 def _records(lines: list[str]) -> list[dict[str, Any]]:
     try:
-        records = json.loads(f"[{','.join(lines)}]")  # one call is much faster than one a line
+        records = json.loads(f"[{','.join(lines)}]")  # one call is much faster than one per line
         if len(records) == len(lines) and all(isinstance(record, dict) for record in records):
             return list(records)
     except (ValueError, RecursionError):
@@ -216,7 +222,7 @@ def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
     for record in records:
         record.pop(source.url, None)
     columns = [url, caption, [to_json(record) for record in records], hashes]
-    return of_addresses(*(pa.array(column, pa.string()) for column in columns))
+    return of_urls(*(pa.array(column, pa.string()) for column in columns))
 
 
 def txt(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
@@ -226,36 +232,37 @@ def txt(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
             url = pc.utf8_trim_whitespace(pa.array(block, pa.string()))
             url = url.filter(pc.not_equal(url, ""))
             nothing = pa.repeat("", len(url))
-            yield of_addresses(url, nothing, pa.repeat("{}", len(url)), nothing)
+            yield of_urls(url, nothing, pa.repeat("{}", len(url)), nothing)
 
 
 def _lines(stream: Any, newline: str | None = None) -> io.TextIOWrapper:
-    """UTF-8, with or without a byte order mark; closes `stream` when closed."""
+    """Return a UTF-8 reader that skips a byte order mark; closing it closes `stream`."""
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=newline)
 
 
 def _refuse_images(source: Source, file: SourceFile) -> None:
     if source.image:
-        raise RecipeError("source.image", f"{file.path} cannot hold embedded images", "only Parquet can; remove it")
+        hint = "remove source.image: only Parquet can hold images"
+        raise RecipeError("source.image", f"{file.path} cannot hold embedded images", hint)
 
 
 def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:
-    """Raise RecipeError for a column that the recipe names and the table has not."""
+    """Raise RecipeError for a column that the recipe names and the table does not have."""
     wanted: list[tuple[str, str | None]] = [("image", source.image) if source.image else ("url", source.url)]
     wanted += [("caption", source.caption), ("hash", source.hash)]
     for key, column in wanted:
         if column is not None and column not in names:
             near = _nearest(column, names)
-            hint = f"did you mean {near}?" if near else "name one of its columns"
+            hint = f"did you mean {near}?" if near else "set it to one of these columns"
             columns = ", ".join(names[:20])
             raise RecipeError(f"source.{key}", f"no column {column!r} in {file.path} (it has: {columns})", hint)
 
 
 def _check_caption(source: Source, schema: pa.Schema, file: SourceFile) -> None:
-    """Raise RecipeError where the captions are no texts."""
-    kind = schema.field(schema.get_all_field_indices(source.caption)[-1]).type  # of two of a name the last is read
+    """Raise RecipeError if the captions are not text."""
+    kind = schema.field(schema.get_all_field_indices(source.caption)[-1]).type  # of repeated names the last is read
     if is_nested(kind):
-        hint = "name a column of text, or write one with the caption that is meant"
+        hint = "name a column of text, or add one that holds the intended caption"
         raise RecipeError("source.caption", f"{source.caption!r} in {file.path} holds {kind}, not text", hint)
 
 

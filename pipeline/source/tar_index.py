@@ -1,5 +1,7 @@
-"""A tar → its files: where each one's bytes lie. What WebDataset writers write is read here, several times as fast as
-`tarfile` does; what is out of the ordinary is left to `tarfile`. Unlike that, it never takes damage for the end.
+"""Tar → the position of each file's bytes
+
+Headers as WebDataset writers write them are read here, several times as fast as `tarfile` does; anything unusual is
+left to `tarfile`. Unlike `tarfile`, it never takes damage for the end of the archive.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from capstan.pipeline.source.columns import text_of
 BLOCK: Final = tarfile.BLOCKSIZE
 _ZEROS: Final = bytes(BLOCK)
 _NAME_BYTES: Final = 100
-_RECORD: Final = re.compile(r"\d+ [\w.]+=[^\n]*\n\Z")  # of an extended header
+_RECORD: Final = re.compile(r"\d+ [\w.]+=[^\n]*\n\Z")  # a record of an extended header
 _FILE: Final = (tarfile.REGTYPE, tarfile.AREGTYPE)
-# What extended headers may say of a file instead of its own header. They also tell times and owners, which nobody asks.
-_TELLING: Final = (b"path=", b"size=", b"linkpath=", b"GNU.", b"hdrcharset=")
+# Fields of extended headers that replace those of a file's own header. Times and owners do not matter here.
+_REPLACING: Final = (b"path=", b"size=", b"linkpath=", b"GNU.", b"hdrcharset=")
 
 
 class Member(NamedTuple):
@@ -30,9 +32,9 @@ class Member(NamedTuple):
 
 
 def members(stream: BinaryIO) -> Iterator[Member]:
-    """The files of an uncompressed tar, in order; `stream` may be read elsewhere meanwhile.
+    """Yield the files of an uncompressed tar, in order; the caller may seek in `stream` between two of them.
 
-    Raises tarfile.ReadError where it is no tar, is damaged or is cut.
+    Raises tarfile.ReadError if it is not a tar, is damaged or is cut.
     """
     at, end = 0, stream.seek(0, 2)
     while at + BLOCK <= end:
@@ -41,7 +43,7 @@ def members(stream: BinaryIO) -> Iterator[Member]:
         if header == _ZEROS:
             return
         kind, name, size = _plain(header)
-        if not kind or (kind == tarfile.XHDTYPE and _tells(stream.read(size))):
+        if not kind or (kind == tarfile.XHDTYPE and _replaces(stream.read(size))):
             member, at = _by_tarfile(stream, at)
         else:
             member = Member(name, at + BLOCK, size) if kind in _FILE else None
@@ -53,8 +55,11 @@ def members(stream: BinaryIO) -> Iterator[Member]:
 
 
 def is_of(before: bytes, name: str, size: int) -> bool:
-    """Whether `before`, the one or two blocks that lie before a file's bytes, say that it is called `name` (as text_of
-    gives it) and has `size` bytes. Names that the header cannot hold stand in the block before it."""
+    """Return whether a file in a tar has this name (as returned by `text_of`) and size.
+
+    `before` is the one or two blocks before the file's bytes: its header, and the block that holds a name which does
+    not fit in a header.
+    """
     header, longer = before[-BLOCK:], before[:-BLOCK].rstrip(b"\0")
     kind, found, length = _plain(header)
     if not kind:
@@ -67,23 +72,23 @@ def is_of(before: bytes, name: str, size: int) -> bool:
         return False
     if text_of(found) == name:
         return True
-    longer = longer.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a letter that began in the block before
-    said = text_of(longer.decode("utf-8", "surrogateescape"))
-    if " path=" in said:  # POSIX's extended header
-        return f" path={name}\n" in said
-    if fits(name) or not said:
+    longer = longer.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a letter that started in the block before
+    record = text_of(longer.decode("utf-8", "surrogateescape"))
+    if " path=" in record:  # POSIX's extended header
+        return f" path={name}\n" in record
+    if fits(name) or not record:
         return False
     # GNU's long name, or its end; or an extended header of several blocks, of which only the last was read
-    return name.endswith(said.removesuffix("\n")) or _RECORD.search(said) is not None
+    return name.endswith(record.removesuffix("\n")) or _RECORD.search(record) is not None
 
 
 def fits(name: str) -> bool:
-    """Whether every writer puts this name into a file's own header."""
+    """Return whether every writer puts this name into a file's own header."""
     return name.isascii() and len(name) <= _NAME_BYTES
 
 
 def _plain(header: bytes) -> tuple[bytes, str, int]:
-    """Type, name and size of a file or an extended header (POSIX.1-2001, ustar); the type is b"" for anything else."""
+    """Return type, name and size of a file or extended header (POSIX.1-2001, ustar); type b"" for anything else."""
     kind, digits = header[156:157], header[124:136].rstrip(b" \0")
     known = header[257:262] == b"ustar" and (kind in _FILE or kind == tarfile.XHDTYPE) and digits.isdigit()
     name, prefix = header[:_NAME_BYTES].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
@@ -93,20 +98,20 @@ def _plain(header: bytes) -> tuple[bytes, str, int]:
         size = -1
     if size < 0:
         return b"", "", 0
-    if prefix and header[257:263] == tarfile.POSIX_MAGIC[:6]:  # GNU has other fields there
+    if prefix and header[257:263] == tarfile.POSIX_MAGIC[:6]:  # GNU tar stores other fields there
         name = prefix + b"/" + name
     return kind, name.decode("utf-8", "surrogateescape"), size
 
 
-def _tells(extended: bytes) -> bool:
-    return any(key in extended for key in _TELLING)
+def _replaces(extended: bytes) -> bool:
+    return any(key in extended for key in _REPLACING)
 
 
 def _checksum_holds(header: bytes) -> bool:
-    """Whether it is the sum of all bytes of the header, its own field taken as spaces. Compared modulo 65521, since the
-    lower half of Adler-32 is such a sum plus 1 (RFC 1950), and had much sooner than by `sum`.
+    """Return whether the header's checksum is the sum of its bytes, with the checksum field itself taken as spaces.
 
-    Raises ValueError where it is no octal number.
+    Compared modulo 65521: the lower half of Adler-32 is such a sum plus 1 (RFC 1950), and much faster than `sum`.
+    Raises ValueError if the checksum is not an octal number.
     """
     field = header[148:156]
     stated = field.strip(b" \0")
@@ -115,7 +120,7 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _by_tarfile(stream: Any, start: int) -> tuple[Member | None, int]:
-    """The file whose header is at `start` (None for a folder or a link), and where the next header is."""
+    """Return the file whose header is at `start` (None for a folder or a link), and the offset of the next header."""
     stream.seek(start)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         found = tar.firstmember  # type: ignore[attr-defined] # read on opening, with all its extended headers

@@ -1,8 +1,8 @@
-"""Folders of finished files, local or in a bucket: the one door to fsspec.
+"""Storage: folders of finished files, on a disk or in a bucket
 
-Everything written appears under its final name whole or not at all: locally by a temporary name, fsync and rename;
-in a bucket because an object exists only once its upload has completed. Nothing here relies on conditional puts or on
-listing being more than eventually right about *other* writers.
+This is the only module that imports fsspec. Everything written appears under its final name whole or not at all:
+locally by a temporary name, fsync and rename; in a bucket because an object exists only once its upload has completed.
+Nothing here relies on conditional puts, or on listings that show *other* writers' files at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from capstan.pipeline.storage.listing import Batches, SourceFile, file_at, in_ba
 from capstan.pipeline.storage.local import PARTIAL, Local
 from capstan.pipeline.storage.remote import Remote, stamp
 
-_AT_ONCE = 32  # objects in flight where many small ones are read or removed
+_AT_ONCE = 32  # objects in flight when many small ones are read or removed
 
 T = TypeVar("T")
 
@@ -34,9 +34,9 @@ T = TypeVar("T")
 class Storage:
     """A folder at `url`; names are relative to it, with forward slashes. Can be pickled to workers.
 
-    `field` is the recipe's field that the URL came from; errors that the user can mend name it. All that is done here
-    raises FileNotFoundError for a file that is not there, DiskFull where a disk is, and StorageError for a bucket that
-    does not do as asked.
+    `field` is the recipe's field that the URL came from; errors that the user can fix name it. Every method raises
+    FileNotFoundError for a file that does not exist, DiskFull for a full disk, and StorageError for a bucket on which
+    the operation fails.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None, *, field: str = "dataset") -> None:
@@ -55,7 +55,7 @@ class Storage:
         return f"Storage({self.url!r})"
 
     def folder(self, name: str) -> Storage:
-        """The folder `name` inside this one."""
+        """Return the folder `name` inside this one."""
         return Storage(f"{self.url}/{name}", self.options, field=self.field)
 
     def _path(self, name: str) -> str:
@@ -65,7 +65,7 @@ class Storage:
         return path.removeprefix(self._root.rstrip("/") + "/")
 
     def local_path(self, name: str = "") -> Path | None:
-        """Where `name` lies on this machine's disk, or None in a bucket."""
+        """Return the path of `name` on this machine's disk; None for a bucket."""
         return Path(self._path(name)) if isinstance(self._files, Local) else None
 
     # Reading -----------------------------------------------------------------------------------------------------
@@ -74,35 +74,35 @@ class Storage:
         return self._files.exists(self._path(name))
 
     def size(self, name: str) -> int:
-        """Size of a file in bytes."""
+        """Return the size of a file in bytes."""
         return self._files.size(self._path(name))
 
     def read(self, name: str) -> bytes:
         return self._files.read(self._path(name))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file, which must have them."""
+        """Return bytes [start, stop) of a file, which must have them."""
         return self._files.read_range(self._path(name), start, stop)
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Small files by name, many at once from a bucket."""
+        """Return small files by name; from a bucket many are read at once."""
         names = list(names)
         return dict(zip(names, self._each(self.read, names), strict=True))
 
     def open(self, name: str) -> BinaryIO:
-        """A seekable reader over a finished file."""
+        """Return a seekable reader of a finished file."""
         return self._files.open(self._path(name))
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of all finished files at any depth below `folder`, sorted, relative to this storage."""
+        """Return the names of all finished files at any depth below `folder`, sorted, relative to this storage."""
         return sorted(self._name(path) for path in self._files.find(self._path(folder)))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(self.read(name))).read(columns=columns)
 
     def dataset(self, names: list[str], schema: pa.Schema) -> Any:
-        """Parquet files of one schema as a dataset to scan, without opening them now."""
-        import pyarrow.dataset as ds  # brings pandas along, which takes a second to load
+        """Return Parquet files of one schema as a dataset to scan, without opening them now."""
+        import pyarrow.dataset as ds  # imports pandas, which takes a second to load
 
         fs = self._files.arrow() if isinstance(self._files, Remote) else None
         return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=fs)
@@ -122,11 +122,14 @@ class Storage:
         self.write(name, parquet_bytes(table))
 
     def delete(self, *names: str) -> None:
-        """Remove files, those that are there."""
+        """Remove files; those that do not exist are ignored."""
         self._each(lambda name: self._files.delete(self._path(name)), names)
 
     def sweep(self) -> int:
-        """Remove what killed writers left under temporary names, unless they may still run; gives how many files."""
+        """Remove temporary files of writers that were killed; return how many.
+
+        Those of writers that may still run are kept.
+        """
         return self._files.sweep(self._root)
 
     def _each(self, action: Callable[[str], T], names: Iterable[str]) -> list[T]:
@@ -136,16 +139,16 @@ class Storage:
             return list(pool.map(action, names))
 
     def check_reachable(self) -> None:
-        """Raise RecipeError unless it can be asked for a file, whether that is there or not."""
+        """Raise RecipeError unless a file can be looked up, whether it exists or not."""
         try:
             self.exists("dataset.json")
         except (OSError, StorageError) as error:
-            said = error.problem if isinstance(error, StorageError) else str(error)
-            hint = "check the address, the bucket, its permissions, storage.endpoint_url and credentials"
-            raise RecipeError(self.field, f"cannot reach {self.url} ({said})", hint) from None
+            message = error.problem if isinstance(error, StorageError) else str(error)
+            hint = "check the URL, the bucket, its permissions, storage.endpoint_url and credentials"
+            raise RecipeError(self.field, f"cannot reach {self.url} ({message})", hint) from None
 
     def check_writable(self) -> None:
-        """Raise RecipeError unless a file can be written here, read back and removed; DiskFull if there is no room."""
+        """Raise RecipeError unless a file can be written here, read back and removed; DiskFull if there is no space."""
         name = f"{PARTIAL}check-{uuid.uuid4().hex}"
         try:
             self.write(name, b"capstan")
@@ -154,52 +157,53 @@ class Storage:
         except DiskFull:
             raise
         except (OSError, StorageError) as error:
-            cause, said = (error.__cause__, error.problem) if isinstance(error, StorageError) else (error, str(error))
+            message = error.problem if isinstance(error, StorageError) else str(error)
+            cause = error.__cause__ if isinstance(error, StorageError) else error
             if isinstance(cause, PermissionError):
-                problem, hint = "no permission to write to", "grant it, or name another place"
+                problem, hint = "no permission to write to", "grant it, or choose another folder"
             else:
-                problem, hint = "cannot write to", "check the address, the bucket, storage.endpoint_url and credentials"
-            raise RecipeError(self.field, f"{problem} {self.url} ({said})", hint) from None
+                problem, hint = "cannot write to", "check the URL, the bucket, storage.endpoint_url and credentials"
+            raise RecipeError(self.field, f"{problem} {self.url} ({message})", hint) from None
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as Parquet (zstd); the same table gives the same bytes."""
+    """Return a table as Parquet (zstd); equal tables give equal bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
 def find_files(path: str, options: Mapping[str, Any], *, field: str = "source.path") -> list[SourceFile]:
-    """The files that `path` names: a file, a glob, or all files in a folder at any depth; sorted by path.
+    """Return the files that `path` names: a file, a glob, or all files in a folder at any depth; sorted by path.
 
-    Raises RecipeError naming `field` where there is nothing, or where it cannot be read.
+    Raises RecipeError naming `field` if there is no file, or if the path cannot be read.
     """
-    found = (file for some in list_files(path, options, field=field) for file in some)
-    return sorted(found, key=lambda file: file.path)
+    files = (file for batch in list_files(path, options, field=field) for file in batch)
+    return sorted(files, key=lambda file: file.path)
 
 
 def list_files(path: str, options: Mapping[str, Any], *, field: str = "source.path") -> Batches:
-    """The same in batches; on a disk memory does not grow with the folder's size, but for one folder's names."""
+    """Yield the same files in batches; on a disk, memory holds the names of one folder at a time."""
     hint = "check the path, the bucket and its permissions"
     try:
         fs, root = _file_system(path, options)
-    except Exception as error:  # noqa: BLE001 - some file systems connect at once, with errors of their clients' own
+    except Exception as error:  # noqa: BLE001 - some file systems connect here, with errors of their clients' own
         raise RecipeError(field, f"cannot read {path} ({error})", hint) from None
     anything = False
     try:
-        for some in _on_disk(root) if isinstance(fs, LocalFileSystem) else _in_bucket(Remote(fs, hint), root):
-            anything = anything or bool(some)
-            yield some
+        for batch in _on_disk(root) if isinstance(fs, LocalFileSystem) else _in_bucket(Remote(fs, hint), root):
+            anything = anything or bool(batch)
+            yield batch
     except StorageError as error:
         raise RecipeError(field, f"cannot {error.action} ({error.problem})", hint) from None
-    except (OSError, ValueError) as error:  # no such bucket, say, or a glob like a**b
+    except (OSError, ValueError) as error:  # e.g. no such bucket, or a glob like a**b
         raise RecipeError(field, f"cannot read {path} ({error})", hint) from None
     if not anything:
-        raise RecipeError(field, f"no file at {path}", "check the path; globs like data/*.parquet are welcome")
+        raise RecipeError(field, f"no file at {path}", "check the path; it may be a glob like data/*.parquet")
 
 
 def _on_disk(root: str) -> Batches:
-    """fsspec itself calls a link neither a file nor a folder."""
+    """List a path without fsspec, for which a link is neither a file nor a folder."""
     if Path(root).is_dir():
         yield from walk(root)
     elif Path(root).exists():
@@ -214,18 +218,18 @@ def _in_bucket(remote: Remote, root: str) -> Batches:
     try:
         info = remote.info(root)
     except FileNotFoundError:
-        found = {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
+        infos = {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
     else:
-        found = {root: info} if info["type"] == "file" else remote.details(root)
+        infos = {root: info} if info["type"] == "file" else remote.details(root)
     files = [
         SourceFile(remote.fs.unstrip_protocol(name), int(info["size"] or 0), stamp(info), name == root)
-        for name, info in found.items()
+        for name, info in infos.items()
     ]
     return in_batches(files)
 
 
 def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> BinaryIO:
-    """A reader over a user's file; `ahead` makes it fetch more than is asked for, for reading from front to back."""
+    """Return a reader of a user's file; `ahead` makes it fetch more than is requested, for sequential reading."""
     if here := on_disk(path):
         return Local().open(here)
     files, root = _connect(path, options)
@@ -233,10 +237,10 @@ def open_file(path: str, options: Mapping[str, Any], *, ahead: bool = True) -> B
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, Any]) -> list[bytes | Exception]:
-    """Bytes [start, stop) of users' files on one file system, as (URL, start, stop): many are asked for at once.
+    """Return bytes [start, stop) of users' files on one file system, given as (URL, start, stop).
 
-    A range that cannot be read is its own row's trouble, and its error stands in its place. Raises where the file
-    system cannot be opened at all: no row is to blame for a package that is missing.
+    Many ranges are requested at once. If one cannot be read, its error is returned in its place: only its row fails.
+    Raises if the file system cannot be opened at all: a missing package is not the fault of a row.
     """
 
     def read(range_: tuple[str, int, int]) -> bytes | Exception:
@@ -252,19 +256,19 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]], options: Mapping[str, An
 
 
 def _connect(url: str, options: Mapping[str, Any]) -> tuple[Local | Remote, str]:
-    """What does the work for a URL, and the path in it."""
+    """Return the file system of a URL and the path in it."""
     fs, root = _file_system(url, options)
     if isinstance(fs, LocalFileSystem):
         return Local(), root
-    hint = "check that the storage answers, and run the same command again: it goes on"
+    hint = "check that the storage answers, then run the same command again: it resumes"
     return Remote(fs, hint), root
 
 
 def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it.
+    """Return the fsspec file system of a URL and the path in it.
 
-    Listings are never cached, since workers write too. S3: servers other than Amazon's answer a range with the checksum
-    of the whole object, which botocore then refuses; what Capstan writes is checked by its own SHA-256.
+    Listings are never cached, since workers write too. S3: servers other than Amazon's send the checksum of the whole
+    object with a range, which botocore then refuses; Capstan checks its own files by SHA-256.
     """
     s3 = url.startswith(("s3://", "s3a://"))
     if "://" in url and not url.startswith(("file://", "local://")):
@@ -273,12 +277,12 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         config = {
             "response_checksum_validation": "when_required",
             "request_checksum_calculation": "when_required",
-            "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request; see pipeline.retry
+            "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request; see retry.py
         }
         options = {**options, "config_kwargs": config | options.get("config_kwargs", {})}
     fs, root = url_to_fs(url, **options)
     if s3:
-        fs.retries = 2  # of one page or body; s3fs's own 5 would multiply with those of the layers above and below
+        fs.retries = 2  # of one page or body; s3fs's default of 5 would multiply with the other layers' retries
     return fs, root
 
 

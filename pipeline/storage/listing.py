@@ -1,4 +1,7 @@
-"""A disk's files, folder by folder: links are followed, and memory holds the names of one folder at a time."""
+"""List a disk's files in batches
+
+Links are followed, and memory holds the names of one folder at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 log = logging.getLogger(__name__)
 
-_MOST = 1000  # files in a batch, a few more where many share a name
+_MOST = 1000  # files in a batch; more if many share a name
 
 T = TypeVar("T")
 
@@ -23,7 +26,9 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """A user's file: its path (see `as_text`) or URL, size in bytes, and a stamp that changes when its content does.
-    `named` by the user itself, not found in a folder or by a glob."""
+
+    `named`: the user named the file itself, not a folder or a glob that contains it.
+    """
 
     path: str
     size: int
@@ -31,62 +36,61 @@ class SourceFile:
     named: bool = False
 
 
-Batches = Iterator[list[SourceFile]]  # files of one folder that share their name up to its last dot are in one batch
+Batches = Iterator[list[SourceFile]]  # files of a folder that share their name up to the last dot are in one batch
 
 
 def walk(
     folder: str, depth: int | None = None, _above: frozenset[tuple[int, int]] = frozenset(), _root: str = ""
 ) -> Batches:
-    """The files in `folder`, and in folders down to `depth` (1: in this one alone; None: at any).
+    """Yield the files in `folder` and its subfolders down to `depth` (1: this folder only; None: any depth).
 
-    A link to a folder above it is not entered, nor, where all depths are read, to one that is read anyway, nor a folder
-    that must not be read; all are logged.
+    Not entered, but logged: links to a folder above them; if all depths are read, links to a folder that is read
+    anyway; and folders without read permission.
     """
     _root = _root or os.path.realpath(folder)
     names, folders = list[str](), list[str]()
     try:
         info = Path(folder).stat()
         if (info.st_dev, info.st_ino) in _above:
-            log.warning("source: %s leads back to a folder above it, and is not entered", folder)
+            log.warning("source: %s links to a folder above it and is not entered", folder)
             return
         if depth is None and _above and Path(folder).is_symlink() and _lies_in(os.path.realpath(folder), _root):
-            log.warning("source: %s leads to a folder that is read anyway, and is not entered", folder)
+            log.warning("source: %s links to a folder that is read anyway and is not entered", folder)
             return
         with os.scandir(folder) as entries:
             for entry in entries:
                 (folders if _is_folder(entry) else names).append(entry.name)
     except OSError as error:
-        log.warning("source: %s is left out (%s)", folder, error.strerror or error)
+        log.warning("source: skipped %s (%s)", folder, error.strerror or error)
         return
     base = folder.rstrip("/")
     names.sort()
     names.sort(key=stem_of)
-    for some in _cut(names, stem_of):
-        yield [file for name in some if (file := file_at(f"{base}/{name}"))]
+    for batch in _cut(names, stem_of):
+        yield [file for name in batch if (file := file_at(f"{base}/{name}"))]
     if depth != 1:
         for name in sorted(folders):
             yield from walk(f"{base}/{name}", depth and depth - 1, _above | {(info.st_dev, info.st_ino)}, _root)
 
 
 def matching(pattern: re.Pattern[str], folder: str, depth: int | None) -> Batches:
-    """The files in `folder`, down to `depth`, whose whole path `pattern` matches."""
-    for some in walk(folder, depth) if Path(folder).is_dir() else ():
-        if found := [file for file in some if pattern.match(on_disk(file.path) or "")]:
-            yield found
+    """Yield the files in `folder`, down to `depth`, whose whole path `pattern` matches."""
+    for batch in walk(folder, depth) if Path(folder).is_dir() else ():
+        if matches := [file for file in batch if pattern.match(on_disk(file.path) or "")]:
+            yield matches
 
 
 def file_at(path: str, *, named: bool = False) -> SourceFile | None:
-    """None for what is no file. A link that leads nowhere is one: reading it says so."""
+    """Return the file at `path`; None if it is not a file. A broken link counts as a file: reading it will fail."""
     try:
-        info = os.stat(path)  # noqa: PTH116 - asked for every file: a Path takes longer than the disk
+        info = os.stat(path)  # noqa: PTH116 - called for every file: a Path takes longer than the disk
     except OSError:
         return SourceFile(as_text(path), 0, "", named) if Path(path).is_symlink() else None
     return SourceFile(as_text(path), info.st_size, str(info.st_mtime), named) if stat.S_ISREG(info.st_mode) else None
 
 
 def as_text(path: str) -> str:
-    """`path`; or, where its bytes are not UTF-8, a URL in which they are percent-encoded (RFC 8089), so that tables and
-    JSON can hold it.
+    """Return `path`; if it is not UTF-8, a URL with percent-encoded bytes (RFC 8089), which tables and JSON can hold.
 
     >>> as_text("/caf\\udce9 1.jpg"), as_text("/café 1.jpg")
     ('file:///caf%E9%201.jpg', '/café 1.jpg')
@@ -99,7 +103,7 @@ def as_text(path: str) -> str:
 
 
 def on_disk(path: str) -> str | None:
-    """The inverse of `as_text`; None where a SourceFile is not on this machine."""
+    """Return the path of a SourceFile: the inverse of `as_text`; None if it is not on this machine."""
     if path.startswith("file://"):
         return os.fsdecode(unquote_to_bytes(path.removeprefix("file://")))
     return None if "://" in path else path
@@ -112,29 +116,29 @@ def _lies_in(path: str, root: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
 def in_batches(files: Iterable[SourceFile]) -> Batches:
-    """Files of any folders, in batches as `walk` gives them."""
+    """Yield files of any folders in batches like those of `walk`."""
     return _cut(sorted(files, key=lambda file: (stem_of(file.path), file.path)), lambda file: stem_of(file.path))
 
 
 def _cut(items: list[T], stem: Callable[[T], str]) -> Iterator[list[T]]:
-    """Lists of about _MOST sorted items, never cut between two of one stem."""
-    some: list[T] = []
+    """Yield lists of about _MOST sorted items; items of one stem are never separated."""
+    batch: list[T] = []
     for _, same in itertools.groupby(items, key=stem):
-        some += same
-        if len(some) >= _MOST:
-            yield some
-            some = []
-    if some:
-        yield some
+        batch += same
+        if len(batch) >= _MOST:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def stem_of(name: str) -> str:
-    """A name up to its last dot.
+    """Return a name up to its last dot.
 
     >>> stem_of("a.b/c.d.jpg"), stem_of("a.b/c")
     ('a.b/c.d', 'a.b/c')

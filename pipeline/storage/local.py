@@ -1,7 +1,8 @@
-"""Finished files on a disk of this machine: published by a temporary name, fsync and rename.
+"""Local files: published by temporary name, fsync and rename
 
-A writer that is killed leaves its temporary file, `.partial-OWNER-PID-ID-NAME`; `sweep` removes those whose writer is
-gone. OWNER tells machines (and containers) that share a disk apart. Scratch folders are named and removed likewise.
+A writer that is killed leaves its temporary file, `.partial-OWNER-PID-ID-NAME`; `sweep` removes those whose writer has
+ended. OWNER identifies the machine or container, since several can share a disk. Scratch folders are named and removed
+the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import BinaryIO
 
 from capstan.pipeline.errors import DiskFull
 
-PARTIAL = ".partial-"  # begins every temporary name; never listed
+PARTIAL = ".partial-"  # prefix of every temporary name; never listed
 _SCRATCH = "capstan-scratch-"
 _OLD_S = 24 * 3600.0  # a temporary file of another machine is abandoned after this time
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -49,7 +50,7 @@ class Local:
         return Path(path).open("rb")
 
     def find(self, folder: str) -> list[str]:
-        """All finished files at any depth."""
+        """Return all finished files at any depth."""
         return [f"{root}/{name}" for root, names in _walk(folder) for name in names if not name.startswith(PARTIAL)]
 
     def write(self, path: str, data: bytes) -> None:
@@ -60,7 +61,7 @@ class Local:
 
     def put(self, source: Path, path: str) -> None:
         with _publish(Path(path), source.stat().st_size) as partial:
-            shutil.move(source, partial)  # a rename where both lie on one disk
+            shutil.move(source, partial)  # a rename if both are on one disk
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -68,7 +69,7 @@ class Local:
         Path(path).unlink(missing_ok=True)
 
     def sweep(self, folder: str) -> int:
-        """Remove the temporary files of writers that are gone; gives how many."""
+        """Remove the temporary files of writers that have ended; return how many."""
         left = [Path(root, name) for root, names in _walk(folder) for name in names if name.startswith(PARTIAL)]
         abandoned = [path for path in left if _is_abandoned(path)]
         for path in abandoned:
@@ -77,26 +78,29 @@ class Local:
 
 
 def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> DiskFull | None:
-    """The error to show if `error` says that the disk of `folder` is full; `needed` is in bytes, if it is known."""
+    """Return the error to show if `error` means that the disk of `folder` is full, else None.
+
+    `needed` is the size of the next file in bytes, if known.
+    """
     if error.errno not in _FULL:
         return None
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    at_least = f"at least {_megabytes(max(needed - free, 1))} more" if needed else "room"
+    at_least = f"at least {_megabytes(max(needed - free, 1))} more" if needed else "space"
     return DiskFull(
         f"write to {folder}",
         f"{os.strerror(error.errno or errno.ENOSPC)}: {_megabytes(free)} free"
         + (f", the next file has {_megabytes(needed)}" if needed else ""),
-        f"make {at_least} on the disk at {_mount(folder)} and run the same command again: it goes on",
+        f"free {at_least} on the disk at {_mount(folder)} and run the same command again: it resumes",
     )
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for temporary files that is removed at the end, or after a kill by the next process that asks for one.
+    """Return a folder for temporary files. It is removed at the end; after a kill, by the next process that needs one.
 
-    Raises DiskFull where its disk is.
+    Raises DiskFull if its disk is full.
     """
     _sweep_scratch()
     with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{owner()}-{os.getpid()}-") as name:
@@ -110,20 +114,20 @@ def scratch() -> Iterator[Path]:
 
 @functools.cache
 def _sweep_scratch() -> None:
-    """Once a process: remove what killed ones left."""
+    """Remove the folders of killed processes, once per process."""
     for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         if _has_ended(path.name.removeprefix(_SCRATCH)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def partial_of(target: Path) -> Path:
-    """A temporary name beside `target`, by which `sweep` knows whether its writer, this process, still runs."""
+    """Return a temporary name next to `target`, by which `sweep` knows whether its writer, this process, still runs."""
     return target.with_name(f"{PARTIAL}{owner()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
 
 
 @contextlib.contextmanager
 def _publish(target: Path, size: int) -> Iterator[Path]:
-    """A temporary name beside `target` that becomes `target` on success and vanishes on failure."""
+    """Return a temporary name next to `target` that becomes `target` on success and is removed on failure."""
     partial = partial_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ def _publish(target: Path, size: int) -> Iterator[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Its process on this machine has ended; or it is so old that no process can be at it."""
+    """Return whether its process on this machine has ended, or it is too old to be in use."""
     if _has_ended(path.name.removeprefix(PARTIAL)):
         return True
     try:
@@ -148,7 +152,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _has_ended(name: str) -> bool:
-    """Whether OWNER-PID-… names a process of this machine that is no more."""
+    """Return whether OWNER-PID-… names a process of this machine that has ended."""
     where, pid, *_ = [*name.split("-"), ""]
     return where == owner() and pid.isdigit() and not is_alive(int(pid))
 
@@ -165,7 +169,7 @@ def is_alive(pid: int) -> bool:
 
 @functools.cache
 def owner() -> str:
-    """Eight digits for where a process number means the same process: this machine, since it started, or container."""
+    """Return eight digits that identify where process ids are valid: this machine since its boot, or this container."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # Linux only
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]

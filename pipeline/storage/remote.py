@@ -1,7 +1,7 @@
-"""Objects in a bucket, or on any other file system that fsspec knows: every operation retried, every read measured.
+"""Objects in a bucket: operations retried, lengths checked
 
-A body may end early without any error (a proxy in between, a server that fell over); so a read is always for a length
-that is known, and what comes back shorter counts as a failure like any other.
+Works on any file system that fsspec supports. A body may end early without any error (a proxy in between, a server that
+crashed), so every read has a known length, and a shorter result is a failure like any other.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ T = TypeVar("T")
 
 
 class Remote:
-    """The operations of a `Storage` on full paths of `fs`, an fsspec file system. `hint` is what errors advise."""
+    """The operations of a `Storage` on full paths of `fs`, an fsspec file system. `hint` is the advice in errors."""
 
     def __init__(self, fs: Any, hint: str) -> None:
-        self.fs, self._mend = fs, hint
+        self.fs, self._hint = fs, hint
 
     def _try(self, verb: str, path: str, action: Callable[[], T]) -> T:
-        return retry_call(action, f"{verb} {self.fs.unstrip_protocol(path)}", self._mend)
+        return retry_call(action, f"{verb} {self.fs.unstrip_protocol(path)}", self._hint)
 
     def info(self, path: str) -> Mapping[str, Any]:
-        """What the file system says of a file or a folder: at least `type`; `size` may be None (a web server)."""
+        """Return the file system's facts on a file or a folder: at least `type`; `size` may be None (a web server)."""
         return dict(self._try("look up", path, lambda: self.fs.info(path)))
 
     def exists(self, path: str) -> bool:
@@ -71,20 +71,23 @@ class Remote:
         def read() -> bytes:
             data = bytes(self._bounded("cat_file", stop - start, path, start=start, end=stop))
             if len(data) != stop - start:
-                raise TruncatedRead(f"{len(data)} bytes came instead of {stop - start}")
+                raise TruncatedRead(f"{len(data)} bytes received instead of {stop - start}")
             return data
 
         return self._try("read", path, read)
 
     def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
-        """A seekable reader that reads far `ahead` or little; where a web server gives no ranges, of a copy on disk."""
+        """Return a seekable reader that reads far `ahead` or little.
+
+        If a web server does not support ranges, it reads a copy on disk.
+        """
         info = self.info(path)
         if info.get("size") is None or ("http" in self.fs.protocol and not info.get("partial")):
             return self._try("read", path, lambda: self._copied(path))
         return io.BufferedReader(_Ranges(self, path, int(info["size"])), _READ_AHEAD_BYTES if ahead else _READ_BYTES)  # type: ignore[return-value]
 
     def _copied(self, path: str) -> BinaryIO:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 - handed on, and gone when closed
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - returned to the caller; closing removes it
         with self.fs.open(path, "rb") as body:
             shutil.copyfileobj(body, copy, _READ_AHEAD_BYTES)
         copy.seek(0)
@@ -94,7 +97,7 @@ class Remote:
         return list(self.details(folder))
 
     def details(self, folder: str) -> dict[str, Mapping[str, Any]]:
-        """What the file system says of all files at any depth."""
+        """Return the file system's facts on all files at any depth."""
 
         def find() -> dict[str, Mapping[str, Any]]:
             self.fs.invalidate_cache()
@@ -109,7 +112,7 @@ class Remote:
         self._try("write", path, lambda: self._bounded("pipe_file", len(data), path, data))
 
     def put(self, source: Path, path: str) -> None:
-        """Large files go as parallel parts, each of which is repeated on its own."""
+        """Upload a local file. Large ones are sent as parallel parts, each retried on its own."""
         size = source.stat().st_size
         self._try("write", path, lambda: self._bounded("put_file", size, str(source), path))
 
@@ -118,11 +121,11 @@ class Remote:
             self._try("remove", path, lambda: self.fs.rm_file(path))
 
     def sweep(self, folder: str) -> int:
-        """Nothing is left of an upload that was cut off, but parts that only the bucket's lifecycle rules see."""
+        """Do nothing: an interrupted upload leaves no object, only parts for the bucket's lifecycle rules to remove."""
         return 0
 
     def _bounded(self, method: str, size: int, *arguments: Any, **options: Any) -> Any:
-        """A transfer of `size` bytes, given up when it takes too long. An upload that stalls has no other bound."""
+        """Transfer `size` bytes; give up if it takes too long. An upload that stalls has no other limit."""
         if not self.fs.async_impl:
             return getattr(self.fs, method)(*arguments, **options)
 
@@ -133,7 +136,7 @@ class Remote:
         return asyncio.run_coroutine_threadsafe(transfer(), self.fs.loop).result()
 
     def arrow(self) -> PyFileSystem:
-        """The same for Arrow's readers."""
+        """Return the same file system for Arrow's readers."""
         return PyFileSystem(_Arrow(self))
 
 
@@ -174,5 +177,5 @@ class _Arrow(FSSpecHandler):  # type: ignore[misc]
 
 
 def stamp(info: Mapping[str, Any]) -> str:
-    """A local file's time of change, a bucket's ETag, or whatever the file system has instead."""
+    """Return a local file's modification time, a bucket's ETag, or the file system's equivalent."""
     return str(next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "updated") if key in info), ""))

@@ -1,8 +1,8 @@
-"""What fails at a remote storage → tried again if it can heal, else one error that names the object and the mend.
+"""Retry remote operations after transient failures
 
-Three layers, each for what the one below cannot see. The SDK repeats a single request (pipeline.storage asks botocore
-for three tries); the file system repeats one page or one body; `retry_call` repeats the whole operation, which alone
-can tell that a body is shorter than its object, and it is the only layer that every file system has.
+There are three layers, each for failures that the one below cannot see. The SDK repeats a single request (storage sets
+botocore to three tries); the file system repeats one page or one body; `retry_call` repeats the whole operation. It
+alone can detect that a body is shorter than its object, and it is the only layer that every file system has.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from capstan.pipeline.errors import StorageError
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-FIRST_WAIT_S = 0.5  # doubles from attempt to attempt; the wait is drawn between half of it and all of it
+FIRST_WAIT_S = 0.5  # doubles with each attempt; the actual wait is between half of it and all of it
 DEADLINE_S = 90.0  # no attempt starts later than this after the first
 
-# Of an answer with an error code: what heals although its status is not one of a server in trouble.
-_HEALING_CODES = {
+# Error codes that are transient although their HTTP status does not show it.
+_TRANSIENT_CODES = {
     "BadDigest",
     "IncompleteBody",
     "InternalError",
-    "NoSuchUpload",  # the answer to a completed upload was lost, and it is completed once more
+    "NoSuchUpload",  # the response to a completed upload was lost, and the upload is completed again
     "RequestTimeout",
     "ServiceUnavailable",
     "SlowDown",
     "XAmzContentSHA256Mismatch",
 }
-_HEALING_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
 _FINAL = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _NETWORK = (ConnectionError, TimeoutError, asyncio.IncompleteReadError, http.client.HTTPException, EOFError)
 _NETWORK_ERRNO = {errno.EIO, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EBUSY}
-# aiohttp's and botocore's names, without their packages: the network, and answers that were cut in the middle.
+# aiohttp's and botocore's names, without importing them: network failures and responses that were cut.
 _CLIENT_ERRORS = {"ClientConnectionError", "ClientPayloadError"}
 _CLIENT_ERRORS |= {"ConnectionError", "HTTPClientError", "ResponseParserError"}
 
@@ -47,14 +47,14 @@ T = TypeVar("T")
 
 
 class TruncatedRead(ConnectionError):
-    """Fewer bytes came than the object has."""
+    """Fewer bytes were received than the object has."""
 
 
 def retry_call(action: Callable[[], T], what: str, hint: str) -> T:
-    """`action()`, tried again with growing, jittered waits while what it raises can heal.
+    """Return `action()`, retried with growing, jittered waits while its errors are transient.
 
-    `what` says what is being done, with the object's full name. Raises FileNotFoundError as it is, and StorageError
-    for everything else once no try is left.
+    `what` describes the operation, with the object's full name. Raises FileNotFoundError unchanged, and StorageError
+    for every other error once no attempt is left.
     """
     start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
@@ -74,34 +74,36 @@ def retry_call(action: Callable[[], T], what: str, hint: str) -> T:
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same operation may succeed a moment later."""
+    """Return whether the same operation may succeed a moment later."""
     if isinstance(error, _FINAL):
         return False
     if isinstance(error, _NETWORK) or not _CLIENT_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
         return True
     code, status = _answer(error)
     if code or status:
-        return code in _HEALING_CODES or status in _HEALING_STATUS
+        return code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS
     return isinstance(error, OSError) and error.errno in _NETWORK_ERRNO
 
 
 def is_unavailable(error: StorageError) -> bool:
-    """Whether the storage did not answer, so that what is there may be read another day; not so a body that stays
-    shorter than it should be: that file has changed."""
+    """Return whether the storage did not answer, so that the file may be readable later.
+
+    A body that stays too short does not count: that file has changed.
+    """
     cause = error.__cause__
     return cause is not None and is_retryable(cause) and not isinstance(cause, TruncatedRead)
 
 
 def described(error: BaseException) -> str:
-    """What went wrong, on one line, with the server's status and code where it answered."""
+    """Return an error's message on one line, with the server's status and code if it answered."""
     text = " ".join(str(error).split()) or type(error).__name__
     code, status = _answer(error)
-    said = [str(word) for word in (status, code) if word and str(word) not in text]
-    return " ".join([*said, text])
+    words = [str(word) for word in (status, code) if word and str(word) not in text]
+    return " ".join([*words, text])
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
-    """The error code and HTTP status of a server's answer, ("", 0) where there was none."""
+    """Return the error code and HTTP status of a server's response, ("", 0) if there was none."""
     for seen in (error, error.__cause__):
         response = getattr(seen, "response", None)
         if isinstance(response, dict):  # botocore's

@@ -24,7 +24,7 @@ from capstan.pipeline.records import storable
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
 from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
-from capstan.recaption.engines.rate_limit import RateLimiter, Retries, retry_after
+from capstan.recaption.engines.rate_limit import RateLimiter, Retries, requested_wait
 
 if TYPE_CHECKING:
     import aiohttp
@@ -211,7 +211,7 @@ class OpenAIEngine:
                     raise self._mistake(response.status, await response.text())
                 if response.status >= 400:
                     self._note(reason := f"http_{response.status}", await response.text(errors="replace"))
-                    return reason, None, retry_after(response.headers) if _is_transient(response.status) else None
+                    return reason, None, requested_wait(response.headers) if _is_transient(response.status) else None
                 answer = await response.json(content_type=None)
         except TimeoutError:
             return "timeout", None, 0.0

@@ -6,8 +6,9 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from typing import Final
+
+from capstan.pipeline.retry_after import retry_after
 
 FIRST_WAIT_S: Final = 0.5  # doubled with each failure
 LONGEST_WAIT_S: Final = 60.0
@@ -66,21 +67,8 @@ class Retries:
         return True
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Return a response's Retry-After in seconds (RFC 9110, 10.2.3: seconds or a date); 0 if absent or invalid."""
-    if milliseconds := headers.get("retry-after-ms"):
-        return _bounded(milliseconds, 1e-3)
-    value = headers.get("Retry-After", "")
-    if value and not value.strip().replace(".", "", 1).isdigit():
-        try:
-            return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), LONGEST_RETRY_AFTER_S)
-        except ValueError:
-            return 0.0
-    return _bounded(value or "0", 1.0)
-
-
-def _bounded(number: str, unit: float) -> float:
-    try:
-        return min(max(0.0, float(number) * unit), LONGEST_RETRY_AFTER_S)
-    except ValueError:
-        return 0.0
+def requested_wait(headers: Mapping[str, str]) -> float:
+    """Return the seconds that a response asks to wait before the next request; 0 if it names none."""
+    if milliseconds := retry_after(headers.get("retry-after-ms", "")):
+        return min(milliseconds / 1000, LONGEST_RETRY_AFTER_S)
+    return min(retry_after(headers.get("Retry-After", "")) or 0.0, LONGEST_RETRY_AFTER_S)

@@ -49,7 +49,7 @@ def write_table(path: Path) -> None:
 
 
 def packed(path: Path, how: str) -> Path:
-    """`path` compressed as `how` says, beside it."""
+    """`path` compressed as `how` says, next to it."""
     pack: dict[str, Callable[[bytes], bytes]] = {
         "gz": gzip.compress,
         "zst": lambda data: pa.compress(data, "zstd", asbytes=True),

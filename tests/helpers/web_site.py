@@ -70,7 +70,7 @@ class Site:
             self.at_once -= 1
 
     def raw(self, handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> int:
-        """The port of a server that speaks no HTTP by itself: `handle` does as it likes with the connection."""
+        """The port of a server that does not speak HTTP itself: `handle` controls the connection."""
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:

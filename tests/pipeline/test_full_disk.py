@@ -82,7 +82,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         assert done.returncode == 1, done.stderr
         assert error.startswith(f"error: cannot write to {place}/dataset/")
         assert "No space left on device" in error
-        assert f"MB more on the disk at {place} and run the same command again: it goes on" in error
+        assert f"MB more on the disk at {place} and run the same command again: it resumes" in error
         assert "Traceback" not in done.stderr
         assert not (place / "dataset" / "dataset.json").exists()
         assert not list(place.rglob(f"{PARTIAL}*"))

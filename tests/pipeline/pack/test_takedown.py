@@ -258,9 +258,9 @@ def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, r
 @pytest.mark.parametrize(
     ("lists", "entry", "message"),
     [
-        ("keys", "12", "--keys: .*line 3: '12' is no key"),
-        ("sha256", "zz", "--sha256: .*is no SHA-256"),
-        ("domains", "not a domain", "--domains: .*is no domain"),
+        ("keys", "12", "--keys: .*line 3: '12' is not a key"),
+        ("sha256", "zz", "--sha256: .*is not a SHA-256"),
+        ("domains", "not a domain", "--domains: .*is not a domain"),
         ("urls", "", "remove: names no entry"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Images in folders and tars, here and in a bucket: where they lie, and reading them there."""
+"""Images in folders and tars, here and in a bucket: where they are, and reading them in place."""
 
 import os
 from collections.abc import Iterator
@@ -10,14 +10,13 @@ from source_files import MEMBERS, packed, recipe, rows, urls_and_captions, write
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.source import SourceReader, folders, read_images
-from capstan.pipeline.source import reader as reader
+from capstan.pipeline.source import SourceReader, folders, read_images, reader
 from capstan.pipeline.source.image_reader import Span, TooLarge, span_of
 from capstan.pipeline.storage import Storage
 
 
 def images(found: list[dict[str, Any]], where: Recipe) -> list[bytes | Exception]:
-    """What lies where the rows say, in their order."""
+    """Return the images of the rows, in their order."""
     spans = [span_of(row, number) for number, row in enumerate(found)]
     return [data for _, data in sorted(read_images(spans, where), key=lambda answer: answer[0])]
 
@@ -30,7 +29,7 @@ def write_folder(path: Path) -> None:
     (path / "sub" / "b.json").write_text('{"caption": "a dog", "licence": "cc0"}')
 
 
-def test_a_folder_of_images_with_captions_beside_them(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_captions_next_to_them(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder")
     found = rows(tmp_path / "folder")
     assert [row["caption"] for row in found] == ["a cat", "a dog"]
@@ -67,26 +66,26 @@ def test_captions_may_have_suffixes_in_capitals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["folder", "t.tar"])
-def test_large_texts_beside_images_are_held_a_few_at_a_time(
+def test_large_texts_next_to_images_are_held_a_few_at_a_time(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "_AT_ONCE_BYTES", 10_000)
+    monkeypatch.setattr(folders, "_BATCH_BYTES", 10_000)
     monkeypatch.setattr(reader, "_BATCH_BYTES", 10_000)
     (tmp_path / "folder").mkdir()
     members = [(f"{n}.{suffix}", b"x" * 4000) for n in range(10) for suffix in ("jpg", "txt")]
     for name, data in members:
         (tmp_path / "folder" / name).write_bytes(data)
     write_tar(tmp_path / "t.tar", members)
-    asked: list[int] = []
+    requested: list[int] = []
 
     def counted(spans: list[Span], *rest: Any) -> Iterator[tuple[int, bytes | Exception]]:
-        asked.append(sum(span.length for span in spans))
+        requested.append(sum(span.length for span in spans))
         return read_images(spans, *rest)
 
-    monkeypatch.setattr(reader, "read_pictures", counted)
+    monkeypatch.setattr(reader, "read_images", counted)
     found = list(SourceReader(recipe(tmp_path / place)).tables())
-    assert sum(asked) == (40_000 if place == "folder" else 0)
-    assert max([0, *asked]) <= 10_000
+    assert sum(requested) == (40_000 if place == "folder" else 0)
+    assert max([0, *requested]) <= 10_000
     assert [len(table) for table in found] == [3, 3, 3, 1]
 
 
@@ -124,7 +123,7 @@ def test_keys_with_dots_are_taken_for_what_they_are(tmp_path: Path) -> None:
 )
 def test_a_tar_in_which_captions_lie_apart_from_their_images_is_refused(tmp_path: Path, order: str) -> None:
     write_tar(tmp_path / "t.tar", [(name, b"{}") for name in order.split()])
-    with pytest.raises(RecipeError, match=r"source\.path: \S+ stands apart from its image in .*t\.tar.*--sort=name"):
+    with pytest.raises(RecipeError, match=r"source\.path: \S+ is not next to its image in .*t\.tar.*--sort=name"):
         rows(tmp_path / "t.tar")
 
 
@@ -151,14 +150,14 @@ def test_names_in_a_tar_that_differ_in_what_is_no_text_are_told_apart(tmp_path: 
     assert images(found, recipe(tmp_path)) == [b"e", b"f"]
 
 
-def test_texts_without_a_image_and_images_without_texts_are_in_order(tmp_path: Path) -> None:
+def test_texts_without_an_image_and_images_without_texts_are_in_order(tmp_path: Path) -> None:
     names = ["a.jpg", "b.txt", "c.jpg", "c.txt", "d.json", "e.jpg", "e.json", "e.json", "c/a.txt"]
     write_tar(tmp_path / "t.tar", [(name, b"{}") for name in names])
     assert [row["url"].rpartition("#")[2] for row in rows(tmp_path / "t.tar")] == ["a.jpg", "c.jpg", "e.jpg"]
 
 
 @pytest.mark.parametrize("text", [None, b"one"])
-def test_captions_in_json_beside_a_image_that_are_no_text(tmp_path: Path, text: bytes | None) -> None:
+def test_captions_in_json_next_to_an_image_that_are_no_text(tmp_path: Path, text: bytes | None) -> None:
     members = [("a.jpg", b"JPEG"), ("a.json", b'{"caption": ["one", "two"]}'), *([("a.txt", text)] if text else [])]
     (tmp_path / "folder").mkdir()
     for name, data in members:
@@ -170,7 +169,7 @@ def test_captions_in_json_beside_a_image_that_are_no_text(tmp_path: Path, text: 
         assert row["caption"] == ("one" if text else '["one","two"]')
 
 
-def test_tables_beside_images_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
+def test_tables_next_to_images_are_refused_unless_one_of_them_is_named(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet")
     (tmp_path / "preview.png").write_bytes(b"PNG")
     with pytest.raises(RecipeError, match=r"source\.path: holds tables .*t\.parquet.* and images .*preview\.png"):
@@ -203,7 +202,7 @@ def test_the_same_sources_in_a_bucket(tmp_path: Path, bucket: dict[str, Any]) ->
                 assert images(found, where) == images(local, recipe(tmp_path))
 
 
-def test_a_image_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_read(tmp_path: Path) -> None:
     for n in range(100):
         (tmp_path / f"{n:03}.jpg").write_bytes(bytes([n]) * 10)
     found = rows(tmp_path)
@@ -220,7 +219,7 @@ def test_a_image_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: P
     assert answers[99] == b"c" * 10
 
 
-def test_a_image_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
+def test_an_image_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
     for name in ("cut.jpg", "grown.jpg"):
         (tmp_path / name).write_bytes(b"cut")
     found = rows(tmp_path)
@@ -233,7 +232,7 @@ def test_a_image_of_a_folder_is_read_as_it_is_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["ä.jpg", "b.jpg"], ["a" * 150 + ".jpg", "b" * 150 + ".jpg"]])
-def test_a_tar_that_was_written_anew_gives_no_image_of_another(tmp_path: Path, names: list[str]) -> None:
+def test_a_tar_that_was_rewritten_gives_no_image_of_another(tmp_path: Path, names: list[str]) -> None:
     members = [(name, name.encode()[:5]) for name in names]
     write_tar(tmp_path / "t.tar", members)
     found = rows(tmp_path / "t.tar")

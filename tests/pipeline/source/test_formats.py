@@ -1,4 +1,4 @@
-"""A folder in which several kinds of files lie: nothing is read twice, and what is left out is told."""
+"""A folder in which several kinds of files lie: nothing is read twice, and skipped files are logged."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ from capstan.pipeline.source import SourceReader
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """What img2dataset writes: each tar's samples once more in a table of the same name."""
+    """A folder as img2dataset writes it: a table next to each tar repeats its samples."""
     write_tar(tmp_path / "00000.tar", MEMBERS)
     write_table(tmp_path / "00000.parquet")
     (tmp_path / "00000_stats.json").write_text("{}")
@@ -21,12 +21,12 @@ def tars(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("settings", [{}, {"format": "webdataset"}])
-def test_tables_beside_tars_of_their_name_are_not_rows_again(
+def test_tables_next_to_tars_of_their_name_are_not_rows_again(
     tars: Path, settings: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert [caption for _, caption in urls_and_captions(rows(tars, **settings))] == ["a cat", "a dog"]
-    assert "2 files that hold no rows by their names are left out" in caplog.text
+    assert "skipped 2 files whose names are not those of tables" in caplog.text
     assert len(rows(tars / "*.parquet")) == len(rows(tars, format="parquet")) == 3
     both = {"path": [str(tars / "00000.tar"), str(tars / "00000.parquet")]}
     where = Recipe.model_validate({"dataset": "unused", "source": both})

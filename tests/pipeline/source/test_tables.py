@@ -18,7 +18,7 @@ from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.records import PLAN_SCHEMA, make_key
 from capstan.pipeline.source import SourceReader, tables
-from capstan.pipeline.source.columns import as_objects, of_addresses, to_json
+from capstan.pipeline.source.columns import as_objects, of_urls, to_json
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.tsv", "t.jsonl"])
@@ -99,7 +99,7 @@ def test_other_columns_become_json_that_reads_back(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=6))
 def test_columns_give_what_single_rows_give(cells: list[tuple[str, str]]) -> None:
     left, right = (pa.array([cell[side] for cell in cells], pa.string()) for side in (0, 1))
-    keys = of_addresses(left, right, as_objects({}, len(cells)), right)["key"].to_pylist()
+    keys = of_urls(left, right, as_objects({}, len(cells)), right)["key"].to_pylist()
     assert keys == [make_key(url, text) if url else make_key("row", text, "{}") for url, text in cells]
     objects = as_objects({"b": left, "a": right}, len(cells)).to_pylist()
     assert objects == [to_json({"b": first, "a": second}) for first, second in cells]
@@ -269,7 +269,7 @@ def test_an_address_in_a_table_never_names_a_local_file(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ({"path": "none.parquet"}, "source.path: no file at"),
-        ({"path": "none*.csv"}, "source.path: no file at .*globs"),
+        ({"path": "none*.csv"}, "source.path: no file at .*glob"),
         ({"path": "t.parquet", "url": "URI"}, "source.url: no column 'URI'.*did you mean url"),
         ({"path": "t.parquet", "caption": "captoin"}, "source.caption: .*did you mean caption"),
         ({"path": "t.parquet", "image": "image"}, "source.image: no column 'image'"),
@@ -285,15 +285,15 @@ def test_an_address_in_a_table_never_names_a_local_file(tmp_path: Path) -> None:
         ({"path": "t.tar.gz"}, "source.path: .*is compressed.*gunzip t.tar.gz"),
         ({"path": "t.tgz"}, "source.path: .*is compressed.*gunzip t.tgz"),
         ({"path": "cut.tar"}, "source.path: .*cut.tar is not a tar, or is cut"),
-        ({"path": "cut.csv.gz"}, "source.path: .*cut.csv.gz cannot be read.*check that it is whole"),
-        ({"path": "cut.jsonl.zst"}, "source.path: .*cut.jsonl.zst cannot be read.*check that it is whole"),
-        ({"path": "cut.txt.xz"}, "source.path: .*cut.txt.xz cannot be read.*check that it is whole"),
-        ({"path": "wrong.txt.gz"}, "source.path: .*wrong.txt.gz cannot be read.*check that it is whole"),
+        ({"path": "cut.csv.gz"}, "source.path: .*cut.csv.gz cannot be read.*check that it is complete"),
+        ({"path": "cut.jsonl.zst"}, "source.path: .*cut.jsonl.zst cannot be read.*check that it is complete"),
+        ({"path": "cut.txt.xz"}, "source.path: .*cut.txt.xz cannot be read.*check that it is complete"),
+        ({"path": "wrong.txt.gz"}, "source.path: .*wrong.txt.gz cannot be read.*check that it is complete"),
         ({"path": "quote.csv"}, "source.path: .*quote.csv has a cell of over .*quote that is not closed"),
         ({"path": "bare", "format": "folder"}, "source.path: no image at .*name a folder"),
     ],
 )
-def test_errors_name_the_field_and_the_mend(tmp_path: Path, source: dict[str, str], message: str) -> None:
+def test_errors_name_the_field_and_the_fix(tmp_path: Path, source: dict[str, str], message: str) -> None:
     for name in ("t.parquet", "t.jsonl", "t.csv"):
         write_table(tmp_path / name)
     (tmp_path / "t.xyz").write_text("nothing in particular" * 100)

@@ -188,7 +188,7 @@ def test_sources_of_any_fsspec_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = read_ranges([(found[0].path, 0, 1), (found[0].path, 0, 20)], {})
     assert good == b"0"
     assert isinstance(bad, StorageError)
-    assert re.match(r"cannot read memory:///sources/a.txt \(10 bytes came instead of 20", str(bad))
+    assert re.match(r"cannot read memory:///sources/a.txt \(10 bytes received instead of 20", str(bad))
 
 
 class Refused(Exception):

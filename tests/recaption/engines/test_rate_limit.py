@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from capstan.recaption.engines import rate_limit
-from capstan.recaption.engines.rate_limit import RateLimiter, Retries
+from capstan.recaption.engines.rate_limit import LONGEST_RETRY_AFTER_S, RateLimiter, Retries, requested_wait
 
 
 class Clock:
@@ -73,3 +73,9 @@ def test_what_a_server_asks_for_holds_every_queue(clock: Clock) -> None:
     assert gone(clock, tokens, 1) == [5]
     clock.now = 100.0
     assert gone(clock, requests, 1) == [5]
+
+
+def test_a_server_is_not_waited_for_without_limit() -> None:
+    assert requested_wait({"Retry-After": "86400"}) == LONGEST_RETRY_AFTER_S
+    assert requested_wait({"retry-after-ms": "250", "Retry-After": "9"}) == 0.25
+    assert requested_wait({}) == 0.0
