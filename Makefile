@@ -1,5 +1,10 @@
 # `make demo` and `make test` each do all their own set-up; they share one .venv in this folder.
-PYTHON ?= python3.11
+#
+# The Python: `python3` if it is one that Capstan supports, as its packages are then likely in pip's cache; else the newest
+# that is found. Each is tried, since version managers leave commands on the PATH that do not run.
+WORKS = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c '$(WORKS)' 2> /dev/null && echo $$python && break; done),$(error Capstan needs Python 3.11, 3.12 or 3.13))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
@@ -11,19 +16,19 @@ STAMP := $(VENV)/.capstan-installed
 demo: $(STAMP)
 	$(BIN)/capstan demo
 
-# Three caption blends and their ceiling, three seeds each: two hours. It goes on where it was stopped.
+# Three caption blends and an upper bound, three seeds each: two hours. Resumes where it stopped.
 experiment: $(STAMP)
 	$(BIN)/capstan experiment world
 
-# By file, since a file's tests share what is dear to start; in order, so that the longest does not come last.
+# By file, since a file's tests share what is slow to start; in order, so that the longest does not come last.
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Several nodes and a bucket, lost on the way and spoilt: minutes each, so apart from the other tests.
+# Several nodes and a bucket, lost or damaged on the way: minutes each, so apart from the other tests.
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -m cluster
 
-# Twenty kills, full disks, schedulers, whole runs: what no change breaks every day.
+# Twenty kills, full disks, schedulers, whole runs: too slow for every change.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
@@ -71,7 +76,7 @@ bench-submit: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python benchmarks/train.py
 
-# The tree of docs/architecture.md, from the first line of every docstring.
+# Write the tree of docs/architecture.md, from the first line of every docstring.
 architecture: $(STAMP)
 	$(BIN)/python tests/helpers/source_tree.py
 
@@ -83,7 +88,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Made once, and made anew when what is to be installed changes. The stamp comes last: a set-up that was cut off is redone.
+# Made once, and again when pyproject.toml or constraints.txt change. The stamp comes last, so an interrupted set-up is redone.
 $(STAMP): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""`capstan init`: a commented recipe to start from."""
+"""`capstan init`: a commented starter recipe"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ storage: {}                      # fsspec options, e.g. {endpoint_url: "http://1
 # 1. capstan build recipe.yaml -------------------------------------------------------------------------------------
 source:
   path: urls.parquet             # a file, glob, folder or URL; or a list of them
-  url: url                       # column with the address
+  url: url                       # column with the URL
   caption: caption               # column with the caption
 fetch: {concurrency: 64, per_host: 8, timeout_s: 20, retries: 2}
 image: {size: 512, resize: keep_ratio, quality: 95, min_size: 64}
@@ -41,22 +41,22 @@ train:
   steps: 100000
   batch: 256
   precision: bf16
-  data: {blend: {descriptive: 0.95, original: 0.05}}   # what a step sees of each image
-  engine: {zero: 2, workers: 1}  # workers: one a GPU
+  data: {blend: {descriptive: 0.95, original: 0.05}}   # how often each caption is drawn
+  engine: {zero: 2, workers: 1}  # workers: one per GPU
   diffusion:
     autoencoder: ./out/autoencoder     # a run of `model: autoencoder`, or any diffusers AutoencoderKL
 """
 
 
 def write_starter(folder: Path) -> Path:
-    """Write recipe.yaml into `folder`; never over an existing one."""
+    """Write recipe.yaml into `folder` and return its path. Raises RecipeError if there is one already."""
     path = folder / "recipe.yaml"
     if path.exists():
-        raise RecipeError("DIR", f"{path} exists already", "name another folder, or move the file away")
+        raise RecipeError("DIR", f"{path} already exists", "choose another folder, or move the file away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(STARTER, encoding="utf-8")
     except OSError as error:
         problem = f"cannot write {path} ({error.strerror})"
-        raise RecipeError("DIR", problem, "name a folder that you may write") from None
+        raise RecipeError("DIR", problem, "choose a folder that you can write to") from None
     return path

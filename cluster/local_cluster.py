@@ -1,10 +1,10 @@
-"""A Ray cluster of several nodes on one machine, each a process tree of its own: what a rehearsal and the tests run on.
+"""A Ray cluster of several nodes on one machine, for rehearsals and tests
 
     Nodes(folder) ─▶ start_head() ─▶ start_worker(cpus, gpus, labels) … kill(node) … ─▶ close()
 
-It listens on loopback only and asks every client for a token, which lies in a file that only its owner can read; the
-environment of processes carries the file's name. `python -m capstan.cluster.local_cluster N` waits until a cluster
-has N nodes.
+Each node is a process tree of its own. The cluster listens on loopback only and requires a token of every client. The
+token is in a file that only its owner can read; processes get the file's name in their environment.
+`python -m capstan.cluster.local_cluster N` waits until a cluster has N nodes.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _START_S = 120.0
 _LOOK_EVERY_S = 0.2
 _STORE_BYTES = 160 << 20  # shared memory of each node
 _LOOPBACK = "127.0.0.1"
-_KEEP_TO_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # its name tells of where it is the default
+_KEEP_TO_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # named after the systems on which it is the default
 
 
 class Nodes:
-    """The nodes of one cluster; a context that ends them all. `folder` gets their logs and the token."""
+    """The nodes of one cluster; a context manager that ends them all. `folder` holds their logs and the token."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.token_file = folder, folder / "token"
         self.port = self.dashboard_port = 0
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self.temps: list[str] = []  # Ray's own folders, one a node as on machines of their own
+        self.temps: list[str] = []  # Ray's own folders, one per node as on separate machines
 
     @property
     def address(self) -> str:
-        """Where Ray Jobs are sent."""
+        """The URL of the dashboard, to which Ray Jobs are sent."""
         return f"http://{_LOOPBACK}:{self.dashboard_port}"
 
     def driver_env(self) -> dict[str, str]:
-        """What a process needs in its environment to join."""
+        """Return the environment variables with which a process joins the cluster."""
         return self.auth_env() | {"RAY_ADDRESS": f"{_LOOPBACK}:{self.port}", _KEEP_TO_LOOPBACK: "0"}
 
     def auth_env(self) -> dict[str, str]:
-        """What every process of the cluster, and every client, needs in its environment."""
+        """Return the environment variables that every process of the cluster and every client needs."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "RAY_USAGE_STATS_ENABLED": "0"}
 
     def start_head(self, *, cpus: int = 0, env: Mapping[str, str] | None = None) -> None:
@@ -74,7 +74,7 @@ class Nodes:
         labels: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Add a worker node and wait until it has joined; gives what `kill` takes."""
+        """Add a worker node, wait until it has joined, and return its process, for `kill`."""
         options = [f"--address={_LOOPBACK}:{self.port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         if labels:
             options.append("--labels=" + ",".join(f"{name}={value}" for name, value in labels.items()))
@@ -92,7 +92,9 @@ class Nodes:
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         command += [f"--object-store-memory={_STORE_BYTES}", "--include-log-monitor=false", "--disable-usage-stats"]
         name = f"node-{len(self.temps)}"
-        self.temps.append(tempfile.mkdtemp(prefix="capstan-ray-"))  # short: sockets in it have 107 characters at most
+        self.temps.append(
+            tempfile.mkdtemp(prefix="capstan-ray-")
+        )  # short: paths of sockets have at most 107 characters
         everything = os.environ | self.auth_env() | dict(env)
         with (self.folder / f"{name}.log").open("ab") as log:
             node = subprocess.Popen(
@@ -108,18 +110,18 @@ class Nodes:
         return node
 
     def alive(self) -> list[dict[str, Any]]:
-        """What the head says of each node that is alive; nothing while it does not answer."""
+        """Return the head's description of each live node; an empty list while it does not answer."""
         request = urllib.request.Request(f"{self.address}/nodes?view=summary")
         request.add_header("Authorization", f"Bearer {self.token_file.read_text()}")
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                nodes = json.load(answer)["data"]["summary"]
+            with urllib.request.urlopen(request, timeout=10) as response:
+                nodes = json.load(response)["data"]["summary"]
         except (OSError, ValueError, KeyError):
             return []
         return [node for node in nodes if node["raylet"].get("state") == "ALIVE"]
 
     def _wait_for(self, name: str, node: subprocess.Popen[bytes]) -> None:
-        """Until the node `name` is alive. Raises CapstanError if that takes too long, or it ends."""
+        """Wait until the node `name` is alive. Raises CapstanError if that takes too long or the process ends."""
         started = time.monotonic()
         while name not in (known["raylet"].get("nodeName") for known in self.alive()):
             if node.poll() is not None or time.monotonic() - started > _START_S:
@@ -128,11 +130,11 @@ class Nodes:
             time.sleep(_LOOK_EVERY_S)
 
     def pids(self) -> list[int]:
-        """All processes of the cluster."""
+        """Return the ids of all processes of the cluster."""
         return [pid for node in self._nodes for pid in _tree(node.pid)]
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """End a node and all that runs on it at once, as when its machine is taken away."""
+        """Kill a node and everything that runs on it at once, as when its machine is lost."""
         for pid in _tree(node.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -156,14 +158,14 @@ class Nodes:
 
 
 def free_port() -> int:
-    """A port of loopback on which nobody listens now."""
+    """Return a port of loopback on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 def _tree(root: int) -> list[int]:
-    """A process and all its descendants, the root first."""
+    """Return the ids of a process and all its descendants, the root first."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -172,28 +174,28 @@ def _tree(root: int) -> list[int]:
             except (OSError, IndexError):
                 continue
             children.setdefault(parent, []).append(int(entry.name))
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
+    tree = [root]
+    for pid in tree:
+        tree += children.get(pid, [])
+    return tree
 
 
 def _ray_start(options: list[str]) -> None:
-    """`ray start`, of which all servers listen on loopback.
+    """Run `ray start` so that all its servers listen on loopback.
 
-    Ray has no switch for that with several nodes: it takes 127.0.0.1 for a mistake and looks for the machine's address,
-    and the variable by which its processes keep to loopback forbids a second node to its command.
+    Ray has no option for that with several nodes: it replaces 127.0.0.1 by the machine's address, and the variable that
+    keeps its processes on loopback makes its command refuse a second node.
     """
     from ray._private import services
     from ray.scripts import scripts
 
     services.resolve_ip_for_localhost = lambda host: host
-    os.environ[_KEEP_TO_LOOPBACK] = "0"  # read anew by the processes that are started
+    os.environ[_KEEP_TO_LOOPBACK] = "0"  # read by the processes that are started from here
     scripts.cli(["start", *options])
 
 
 def _wait_until_joined(count: int, patience_s: float = 600.0) -> int:
-    """Until the cluster of RAY_ADDRESS has `count` nodes; gives an exit code."""
+    """Wait until the cluster of RAY_ADDRESS has `count` nodes, and return an exit code."""
     import ray
 
     ray.init(log_to_driver=False, logging_level="ERROR")

@@ -1,18 +1,20 @@
-"""Where Capstan keeps what belongs to a user and to no dataset: settings, and notes of what was submitted."""
+"""The user's own folders: settings, and records of submitted jobs"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import platformdirs
+
 
 def config_folder() -> Path:
-    """The user's settings: $XDG_CONFIG_HOME/capstan, or ~/.config/capstan."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "capstan"
+    """Return the folder of the user's settings: ~/.config/capstan, or as $XDG_CONFIG_HOME says."""
+    return platformdirs.user_config_path("capstan")
 
 
 def state_folder() -> Path:
-    """Notes of jobs: $CAPSTAN_STATE, or $XDG_STATE_HOME/capstan, or ~/.local/state/capstan."""
-    if named := os.environ.get("CAPSTAN_STATE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "capstan"
+    """Return the folder of job records: $CAPSTAN_STATE, or ~/.local/state/capstan, or as $XDG_STATE_HOME says."""
+    if folder := os.environ.get("CAPSTAN_STATE"):
+        return Path(folder)
+    return platformdirs.user_state_path("capstan")

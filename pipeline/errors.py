@@ -42,7 +42,7 @@ class MissingExtra(RecipeError):
     """An optional part was requested and its package is not installed."""
 
     def __init__(self, field: str, package: str, extra: str) -> None:
-        super().__init__(field, f"needs the package {package}", f"pip install 'capstan[{extra}]'")
+        super().__init__(field, f"needs the package {package}", f"pip install 'capstan-t2i[{extra}]'")
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str, str]]:
         return RecipeError, (self.field, self.problem, self.hint)

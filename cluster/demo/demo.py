@@ -1,7 +1,7 @@
-"""`capstan demo`: the whole chain in order on a captioned world that Capstan draws itself, one progress line a stage.
+"""`capstan demo`: every stage, in order, on a captioned world that Capstan draws
 
-Every stage is the same call as its own command would make, on a recipe that lies in the demo's folder; each goes on
-where it stopped, and so does the demo. It ends with the grid of images drawn from prompts, and report.html.
+Each stage makes the same call as its own command, on a recipe in the demo's folder, and prints one progress line. Each
+resumes where it stopped, and so does the demo. It ends with the grid of images drawn from prompts and report.html.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from capstan.pipeline.world.captions import descriptive, short
 from capstan.pipeline.world.table import scene_of_url
 from capstan.recaption.store import write_given_layer
 
-SCENES = 256  # unseen scenes on which the model is measured
+SCENES = 256  # unseen scenes on which the model is evaluated
 
-Stage = tuple[str, Callable[[], dict[str, Any]]]  # what it does, in words, and what does it
+Stage = tuple[str, Callable[[], dict[str, Any]]]  # title, function
 
 
 def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Run what is not yet done; gives the paths of the grid and of the report, and what was measured.
+    """Run the stages that are not done yet. Return the paths of the grid and the report, and the measures.
 
     `quick`: a few images and steps, to see that everything runs on this machine.
     """
@@ -42,25 +42,25 @@ def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
 
 
 def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[str] = ()) -> dict[str, Any]:
-    """Run named stages in order, a line each on the terminal, and say where the results of `show` are; gives all."""
+    """Run named stages in order, print a line for each, then the results named in `show`. Return all results."""
     storage = Storage(str(folder), field="DIR")
     storage.check_writable()
     summary: dict[str, Any] = {}
     started = time.monotonic()
     with _log_to(folder / log) as terminal:
         for number, (title, stage) in enumerate(stages, 1):
-            with _line(f"{number}/{len(stages)} {title}", terminal) as say:
+            with _line(f"{number}/{len(stages)} {title}", terminal) as conclude:
                 result = stage()
-                say(result.pop("said"))
+                conclude(result.pop("outcome"))
                 summary |= result
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min{'; look at' if show else ''}", file=sys.stderr)
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min{'; see' if show else ''}", file=sys.stderr)
     for name in show:
         print(f"  {summary[name]}", file=sys.stderr)
     return summary
 
 
 class Demo:
-    """The stages, in order. Each gives {"said": one line, ...}."""
+    """The stages, in order. Each returns {"outcome": one line, ...}."""
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.scenes = folder, 16 if quick else SCENES
@@ -79,7 +79,7 @@ class Demo:
         ]
 
     def recipe(self, name: str) -> Recipe:
-        """The recipe `name`, as it stands in the demo's folder for whoever wants to run or change it."""
+        """Write the recipe `name` into the demo's folder, where users can run or change it, and return it."""
         path = self.folder / "recipes" / f"{name}.yaml"
         text = yaml.safe_dump(self.recipes[name], sort_keys=False, allow_unicode=True)
         Storage(str(path.parent), field="DIR").write(path.name, text.encode())
@@ -90,12 +90,12 @@ class Demo:
 
         built = build(self.recipe(name), progress=False)
         if built["quarantined"]:
-            raise CapstanError(f"{name}: units were quarantined: {built['quarantined']}; run the demo again")
+            raise CapstanError(f"{name}: units were quarantined: {built['quarantined']}. Fix: run the demo again")
         counts = built["counts"]
-        return {"said": f"{counts['rows']:,} rows → {counts['kept']:,} images"}
+        return {"outcome": f"{counts['rows']:,} rows → {counts['kept']:,} images"}
 
     def _build_labelled(self) -> dict[str, Any]:
-        """The labelled images, and their captions as a layer."""
+        """Build the labelled images, and write their captions as a layer."""
         result, recipe = self._build("labelled"), self.recipe("labelled")
         captions = true_captions(recipe)
         write_given_layer(Storage(recipe.dataset), recipes.LABELLED_LAYER, captions)
@@ -103,7 +103,7 @@ class Demo:
         return result
 
     def _learn_vocabulary(self, labelled: list[str]) -> None:
-        """The captioner's vocabulary, of the web's captions and the labelled ones."""
+        """Train the captioner's vocabulary on the web's captions and the labelled ones."""
         from capstan.training.data.tokenizer import Tokenizer
 
         web = Dataset(Storage(self.recipe("web").dataset))
@@ -112,24 +112,25 @@ class Demo:
         Tokenizer.train(labelled, recipes.VOCABULARY).save(self.folder / recipes.TOKENIZER)
 
     def train(self, name: str) -> dict[str, Any]:
+        """Train the model of the recipe `name`."""
         from capstan.training.launch import train
 
         trained = train(self.recipe(name))
-        return {"said": f"{trained['steps']:,} steps, loss {trained['loss']:.4g}"}
+        return {"outcome": f"{trained['steps']:,} steps, loss {trained['loss']:.4g}"}
 
     def _recaption(self) -> dict[str, Any]:
         from capstan.recaption.job import recaption
 
         written = recaption(self.recipe("recaption"), progress=False)
         self.recipes["diffusion"]["train"]["data"] = {"layer": written["layer"]}
-        return {"said": f"{written['images']:,} images captioned", "layer": written["layer"]}
+        return {"outcome": f"{written['images']:,} images captioned", "layer": written["layer"]}
 
     def _encode(self) -> dict[str, Any]:
         from capstan.training.encode import encode
 
         encoded = encode(self.recipe("diffusion"), progress=False)
         self.recipes["diffusion"]["train"]["data"]["latents"] = encoded["encoder"]
-        return {"said": f"latents {encoded['encoder']}"}
+        return {"outcome": f"latents {encoded['encoder']}"}
 
     def _evaluate(self) -> dict[str, Any]:
         from capstan.training.evaluate import evaluate
@@ -140,18 +141,18 @@ class Demo:
             measured = json.loads(known.read_text())
         else:
             measured = evaluate(run, count=self.scenes)
-        said = ", ".join(f"{name} {entry['value']:.2f}" for name, entry in measured["measures"].items())
-        return {"said": said, "measures": measured["measures"], "grid": str(run / "evaluation.png")}
+        outcome = ", ".join(f"{name} {entry['value']:.2f}" for name, entry in measured["measures"].items())
+        return {"outcome": outcome, "measures": measured["measures"], "grid": str(run / "evaluation.png")}
 
     def _report(self) -> dict[str, Any]:
         from capstan.cluster.demo.report import write_demo_report
 
         path = write_demo_report(self.folder, {name: self.recipe(name) for name in self.recipes})
-        return {"said": str(path), "report": str(path)}
+        return {"outcome": str(path), "report": str(path)}
 
 
 def true_captions(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Key → slot → what is true of the image, for every image of a captioned world."""
+    """Return key → slot → true caption, for every image of a captioned world."""
     assert recipe.source is not None
     assert recipe.source.world is not None
     dataset, captions = Dataset(Storage(recipe.dataset)), {}
@@ -165,25 +166,25 @@ def true_captions(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _line(title: str, terminal: TextIO) -> Iterator[Callable[[str], None]]:
-    """One line a stage: what runs, and once it is done, what came of it and how long it took."""
+    """Print one line per stage: its title while it runs, then its outcome and how long it took."""
     from rich.console import Console
 
     console = Console(file=terminal, highlight=False)
-    said: list[str] = []
+    outcome: list[str] = []
     started = time.monotonic()
     status = console.status(title) if console.is_terminal else contextlib.nullcontext()
     if not console.is_terminal:
         console.print(f"{title} …", soft_wrap=True)
     with status:
-        yield said.append
-    console.print(f"{title}: {said[0]} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
+        yield outcome.append
+    console.print(f"{title}: {outcome[0]} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _log_to(path: Path) -> Iterator[TextIO]:
-    """What the stages log, and what libraries write to stderr, goes into a file instead of between the progress lines.
+    """Send log lines, and what libraries write to stderr, to a file instead of between the progress lines.
 
-    Gives the stderr that was there before, for these lines.
+    Yields the original stderr, for these lines.
     """
     root = logging.getLogger()
     before, log = root.handlers[:], path.open("a", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""`capstan experiment world`: the experiment on caption blends from nothing, on a captioned world that Capstan draws.
+"""`capstan experiment world`: the caption experiment from scratch, on drawn images
 
-The demo's own stages make images, captioner, captions, autoencoder and latents. Then a CLIP is trained that judges
-and nothing else, and `capstan experiment blend` trains and measures the arms. Every stage goes on where it stopped.
+The demo's own stages make images, captioner, captions, autoencoder and latents. Then a CLIP is trained that only
+evaluates, and `capstan experiment blend` trains and evaluates the arms. Every stage resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from capstan.pipeline.storage import Storage
 from capstan.recaption.store import write_given_layer
 from capstan.training.experiment.config import MAIN, TRUTH
 
-# Three arms and their ceiling × three seeds: on two idle cores about an hour and a half, after twenty minutes for what
-# comes before them.
+# Three arms and an upper bound × three seeds: about an hour and a half on two idle cores, after twenty minutes for the
+# stages before them.
 STEPS: Final = [750, 1500, 2250, 3000]
 SEEDS: Final = [0, 1, 2]
 PROMPTS: Final = 192
 
 
 def run_experiment(folder: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Run what is not yet done; gives what was found and the path of the report."""
+    """Run the stages that are not done yet. Return the findings and the path of the report."""
     from capstan.training.experiment.run import run_blend
 
     world = _World(folder, quick)
@@ -33,34 +33,34 @@ def run_experiment(folder: Path, *, quick: bool = False) -> dict[str, Any]:
 
 
 class _World:
-    """The demo's stages up to the latents, and what the experiment needs beside them."""
+    """The demo's stages up to the latents, and those that only the experiment needs."""
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.demo = folder, Demo(folder, quick)
         self.demo.recipes |= experiment_recipes(folder, self.demo.recipes, quick=quick)
-        made = dict(self.demo.stages)
-        before = list(made)[: list(made).index("train the diffusion model")]
+        stages = dict(self.demo.stages)
+        before = list(stages)[: list(stages).index("train the diffusion model")]
         at = before.index("recaption the web's images")
         self.stages: list[Stage] = [
-            *((title, made[title]) for title in before[:at]),
-            ("write down what is true", self._truth),  # before the captioner's layer, which is then the latest
-            *((title, made[title]) for title in before[at:]),
-            ("train the CLIP that judges", lambda: self.demo.train("scorer")),
+            *((title, stages[title]) for title in before[:at]),
+            ("write true captions", self._truth),  # before the captioner's layer, which is then the latest
+            *((title, stages[title]) for title in before[at:]),
+            ("train the CLIP that evaluates", lambda: self.demo.train("scorer")),
         ]
 
     def recipe(self) -> Recipe:
-        """The experiment's, once the stages are done: with the layer and the latents that they made."""
+        """Return the experiment's recipe, with the layer and the latents that the stages made."""
         self.demo.recipes["experiment"]["train"]["data"] = self.demo.recipes["diffusion"]["train"]["data"]
         return self.demo.recipe("experiment")
 
     def _truth(self) -> dict[str, Any]:
         web = self.demo.recipe("web")
         written = write_given_layer(Storage(web.dataset), TRUTH, true_captions(web))
-        return {"said": f"{written['images']:,} images"}
+        return {"outcome": f"{written['images']:,} images"}
 
 
 def experiment_recipes(folder: Path, demo: dict[str, dict[str, Any]], *, quick: bool) -> dict[str, dict[str, Any]]:
-    """The recipes that the demo does not have, on its datasets."""
+    """Return the recipes that the demo does not have, on its datasets."""
     web = {key: value for key, value in demo["web"].items() if key != "train"}
     labelled = {key: value for key, value in demo["labelled"].items() if key != "train"}
     blends = {"arms": [*MAIN, "truth95"], "seeds": SEEDS, "steps": STEPS, "prompts": PROMPTS}
@@ -78,9 +78,9 @@ def experiment_recipes(folder: Path, demo: dict[str, dict[str, Any]], *, quick: 
 
 
 def scorer(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
-    """A CLIP on labelled images and what is true of them, by the captioner family's contrastive loss alone.
+    """Return the section of a CLIP on labelled images, trained by the captioner family's contrastive loss alone.
 
-    It shares the captioner's shape, and neither its weights nor its loss.
+    It has the captioner's architecture, but shares neither its weights nor its loss.
     """
     return base | {
         "run": str(folder / "scorer"),
@@ -97,7 +97,7 @@ def scorer(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def arm(folder: Path) -> dict[str, Any]:
-    """The demo's diffusion model at a constant rate, so that any step can be a run's last.
+    """Return the section of the demo's diffusion model at a constant rate, so that any step can be the last.
 
     One process of one thread: two arms then share two cores, and neither waits for the other.
     """

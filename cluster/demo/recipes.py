@@ -1,8 +1,8 @@
-"""The demo's recipes: a small captioned world and models that two cores can fit in minutes.
+"""The demo's recipes: a small captioned world, models that two cores train in minutes
 
-Two datasets are built. `web` is what a careless web would give: alt texts for captions, and everything wrong with
-images. `labelled` stands for the few thousand images for which somebody wrote good captions, short and descriptive;
-the captioner is fine-tuned on them (Betker et al. 2023, "Improving Image Generation with Better Captions", section 2).
+Two datasets are built. `web` imitates a crawl: alt texts as captions, and every defect that images have. `labelled`
+stands for the few thousand images for which people wrote good captions, short and descriptive; the captioner is fine-
+tuned on them (Betker et al. 2023, "Improving Image Generation with Better Captions", section 2).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _COCA: Final = {
     "vision": {"image_size": 32, "patch_size": 4, "width": 64, "head_width": 16, "layers": 4, "queries": 0},
     "text": {"context_length": 64, "width": 64, "heads": 4, "layers": 1, "decoder_layers": 2},
 }
-# A vocabulary of the web's captions alone would cut descriptions into crumbs: it is learnt on both.
+# A vocabulary of the web's captions alone would split descriptions into fragments, so it is trained on both.
 TOKENIZER: Final = "tokenizer"
 VOCABULARY: Final = 1024
 # Two processes of one thread each train faster on two cores than one process of two threads. Ray Train launches the
-# longest run; for the others its start-up, 10 s more than that of plain processes, would be a tenth of their time.
+# longest run; in the others its start-up, 10 s more than that of plain processes, would be a tenth of the time.
 _ENGINE: Final = {"strategy": "deepspeed", "zero": 2, "workers": 2, "launcher": "local"}
 _UNSHARDED: Final = {**_ENGINE, "zero": 0}  # a million parameters are not worth sharding: 10 to 20% faster than stage 2
 
 
 def recipes(folder: Path, *, quick: bool = False) -> dict[str, dict[str, Any]]:
-    """Name → recipe, in the order in which they run; all paths lie below `folder`.
+    """Return name → recipe, in the order in which they run; all paths are below `folder`.
 
-    `quick` has few images and steps: it shows that everything runs, and learns next to nothing.
+    `quick`: few images and steps, to show that everything runs; the models learn next to nothing.
     """
     made = _recipes(folder)
     for recipe in made.values() if quick else ():
@@ -92,7 +92,7 @@ def _train(model: str, run: Path, **keys: Any) -> dict[str, Any]:
 
 
 def _precision() -> str:
-    """bf16 where the processor computes in it; where it only imitates it, a step takes 2.5 times as long as in fp32."""
+    """Return bf16 if the processor supports it natively; emulated, a step takes 2.5 times as long as in fp32."""
     import torch
 
     native = torch.cuda.is_available() or any(
@@ -106,7 +106,7 @@ def _coca(folder: Path) -> dict[str, Any]:
 
 
 def captioner_base(folder: Path) -> dict[str, Any]:
-    """Pre-training on web captions, with both of CoCa's losses."""
+    """Return the section for pre-training on web captions, with both of CoCa's losses."""
     return _train(
         "captioner",
         folder / "captioner-base",
@@ -122,7 +122,7 @@ def captioner_base(folder: Path) -> dict[str, Any]:
 
 
 def captioner(folder: Path) -> dict[str, Any]:
-    """Fine-tuning on short and descriptive captions, with the caption loss alone."""
+    """Return the section for fine-tuning on short and descriptive captions, with the caption loss alone."""
     return _train(
         "captioner",
         folder / "captioner",
@@ -141,7 +141,7 @@ def captioner(folder: Path) -> dict[str, Any]:
 
 
 def autoencoder(folder: Path) -> dict[str, Any]:
-    """32 × 32 pixels → 8 × 8 × 4 latents."""
+    """Return the section of the autoencoder: 32 × 32 pixels → 8 × 8 × 4 latents."""
     return _train(
         "autoencoder",
         folder / "autoencoder",
@@ -168,7 +168,10 @@ def autoencoder(folder: Path) -> dict[str, Any]:
 
 
 def diffusion(folder: Path) -> dict[str, Any]:
-    """Text → latents: 95% descriptive, 5% original captions. The demo adds the layer and the latents once made."""
+    """Return the section of the diffusion model: 95% descriptive, 5% original captions.
+
+    The demo adds the layer and the latents once they exist.
+    """
     return _train(
         "diffusion",
         folder / "diffusion",
@@ -183,12 +186,12 @@ def diffusion(folder: Path) -> dict[str, Any]:
             "unet": {
                 "block_out_channels": [32, 64],
                 "layers_per_block": 1,
-                "attention": [True, True],  # at 4 × 4 too: a quarter more time a step
+                "attention": [True, True],  # at 4 × 4 too: a quarter more time per step
                 "heads": 2,
                 "norm_num_groups": 4,  # groups of 8 channels: a lower loss at equal steps than groups of 2
             },
             "text": {"vocab_size": 1024, "length": 50, "width": 64, "layers": 2, "heads": 4},
-            "flow": {"mean": 0.5},  # noisier times, at which it is decided what is where and in which colour
+            "flow": {"mean": 0.5},  # noisier times, which decide what is where and in which colour
             "sampling": {"steps": 15, "guidance": 2.0},
         },
         engine={**_UNSHARDED, "launcher": "ray"},

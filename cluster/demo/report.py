@@ -1,4 +1,4 @@
-"""The demo's report.html: funnel, captions beside each other, loss curves, the grid, and the oracle's measures."""
+"""The demo's report.html: funnel, captions, loss curves, the grid, the measures"""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from capstan.pipeline.world.table import scene_of_url
 from capstan.recaption.store import read_layer
 
 _SHOWN: Final = 12  # images with their captions
-_COMPARED: Final = 1500  # captions held against the truth
+_COMPARED: Final = 1500  # captions compared with the truth
 _RUNS: Final = ("captioner-base", "captioner", "autoencoder", "diffusion")
 
 
 def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
-    """Publish report.html in the demo's folder; gives its path."""
+    """Write report.html into the demo's folder and return its path."""
     web = recipes["web"]
     dataset = Dataset(Storage(web.dataset))
     assert web.source is not None
@@ -35,8 +35,8 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
     made = page.Page(
         "Capstan demo",
         page.paragraph(
-            "Captioned web images in, a text-to-image model out: every stage below really ran, on images that "
-            "Capstan draws itself, so that each can be held against the truth."
+            "Captioned web images in, a text-to-image model out. Every stage below really ran, on images that "
+            "Capstan draws itself, so each can be compared with the truth."
         ),
     )
     evaluation = json.loads((folder / "diffusion" / "evaluation.json").read_text())
@@ -53,29 +53,29 @@ def write_demo_report(folder: Path, recipes: Mapping[str, Recipe]) -> Path:
 
 
 def _funnel(dataset: Dataset) -> list[Html]:
-    """What became of the rows, and why some failed."""
+    """Return the funnel and the failures."""
     with Rows(dataset.storage) as rows:
         steps = funnel(dataset.manifest.funnel, rows.conditions)
         return [steps, page.heading("Failures"), *failures(rows, choose(rows))]
 
 
 def _followed(evaluation: dict[str, Any]) -> Html:
-    """The oracle's measures beside chance, the ceiling that the autoencoder sets, and the oracle's own accuracy."""
+    """Return the oracle's measures, with chance, the autoencoder's upper bound, and the oracle's own accuracy."""
     clean = evaluation["oracle"]
     rows = [
         [name.replace("_", " + "), entry["value"], entry["chance"], entry["ceiling"], clean.get(name)]
         for name, entry in evaluation["measures"].items()
     ]
-    header = ["measure", "pictures", "chance", "through the autoencoder", "oracle on clean drawings"]
+    header = ["measure", "images", "chance", "through the autoencoder", "oracle on clean drawings"]
     remark = (
         f"{evaluation['scenes']} unseen descriptions, one image each. The oracle is a parser of drawings. Chance is "
-        "what images of other scenes score; relation counts only if both things are found."
+        "the score of images of other scenes; a relation counts only if both objects are found."
     )
     return Html(page.note(remark) + page.table(header, rows))
 
 
 def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[Html]:
-    """Original beside short and descriptive captions, and how often the latter are true."""
+    """Return original, short and descriptive captions side by side, and how often they are true."""
     shown: list[tuple[bytes, dict[str, str]]] = []
     originals, written = list[dict[str, float]](), list[dict[str, float]]()
     for shard in dataset.shard_names:
@@ -84,22 +84,22 @@ def _captions(dataset: Dataset, world: WorldSource, layer: str) -> list[Html]:
         for row in rows[: max(0, _COMPARED - len(written))]:
             scene = scene_of_url(world, row["url"])
             originals.append(compare(facts(row["caption"]), scene))
-            # Where no caption was good enough, the original stands in.
+            # If no caption was good enough, the original is used instead.
             text = captions.get(row["key"], {}).get("descriptive", row["caption"])
             written.append(compare(facts(text), scene))
         wanted = range(min(len(rows), max(0, _SHOWN - len(shown))))
         for row, (key, jpeg) in zip(rows, dataset.read_images(shard, wanted), strict=False):
             texts = captions.get(key, {})
-            slots = {slot: texts.get(slot, "– the original stands in –") for slot in ("short", "descriptive")}
+            slots = {slot: texts.get(slot, "(original used instead)") for slot in ("short", "descriptive")}
             shown.append((jpeg, {"original": row["caption"]} | slots))
     before, after = oracle.aggregate(originals), oracle.aggregate(written)
-    table = page.table(["stated rightly", "original", "descriptive"], [[n, before[n], after[n]] for n in after])
-    remark = f"Held against the truth for {len(written):,} images; a caption that says nothing of it counts as wrong."
+    table = page.table(["stated correctly", "original", "descriptive"], [[n, before[n], after[n]] for n in after])
+    remark = f"Compared with the truth for {len(written):,} images; a caption that does not mention it counts as wrong."
     return [page.note(remark), table, page.cards(shown)]
 
 
 def _curve(folder: Path, run: str) -> Html:
-    """A run's loss by step."""
+    """Return the curve of a run's loss by step."""
     records = [json.loads(line) for line in (folder / run / "log.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
     return plots.curves(run, {"loss": (steps, [record["loss"] for record in records])})

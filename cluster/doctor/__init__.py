@@ -1,4 +1,4 @@
-"""`capstan doctor`: looks at the machine, a recipe and a target before they are needed; every finding with its mend."""
+"""`capstan doctor`: machine, recipe and target → findings, each problem with its fix"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capstan.cluster.targets.base import Target
 
 
 def examine(recipe: Path | None = None, target: Target | None = None, overrides: Sequence[str] = ()) -> list[Finding]:
-    """Everything that doctor looks at, in the order in which a run would need it."""
+    """Return all findings, in the order in which a run would need what was checked."""
     findings = [*python_and_packages(), *cores_memory_disk(), *accelerators(), *extension_locks(), *open_files()]
     findings += ports(_metrics_port(recipe, overrides))
     if recipe is not None:
@@ -32,11 +32,11 @@ def _metrics_port(recipe: Path | None, overrides: Sequence[str]) -> int | None:
     try:
         return load(recipe, overrides).resources.metrics_port if recipe is not None else None
     except CapstanError:
-        return None  # the recipe's own finding says so
+        return None  # reported by the recipe's own finding
 
 
 def show(findings: list[Finding]) -> None:
-    """One line a finding on stderr; the mend below what is not well."""
+    """Print one line per finding on stderr, and below a problem how to fix it."""
     for finding in findings:
         print(f"{'ok  ' if finding.ok else 'FIX '} {finding.name}: {finding.seen}", file=sys.stderr)
         if not finding.ok:

@@ -1,4 +1,4 @@
-"""How large what a recipe makes will be: bytes on disk, bytes of a GPU."""
+"""Estimates of what a recipe needs: bytes on disk, bytes of GPU memory"""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, Final
 from capstan.pipeline.config import Recipe
 from capstan.training.config import TrainConfig, family_class
 
-# Bytes of a JPEG per pixel at a quality, from photographs; between them it is interpolated.
+# Quality → bytes of a JPEG per pixel, measured on photographs; interpolated in between.
 _JPEG: Final = ((75, 0.16), (85, 0.24), (90, 0.31), (95, 0.46), (100, 1.1))
 _ASPECT: Final = 1.35  # longer side to shorter side, typically
 _COPIES: Final = 2.1  # staged images and shards, and their tables
-_KEPT_ROWS: Final = 0.6  # of the web's rows; addresses die
+_KEPT_ROWS: Final = 0.6  # of web rows; many URLs are dead
 
 
 def disk_bytes(recipe: Recipe, rows: int) -> int:
-    """What building a dataset of so many rows takes, at its largest."""
+    """Return the most bytes that building a dataset of the given number of rows takes."""
     side, image = recipe.image.size, recipe.image
     pixels = side * side * (_ASPECT if image.resize == "keep_ratio" else 1.0)
     if image.resize == "none":
@@ -35,7 +35,10 @@ def _jpeg_bytes(quality: int) -> float:
 
 
 def parameters(train: TrainConfig) -> int | None:
-    """Trainable parameters of the recipe's model, without making it; None where only its weights' files tell."""
+    """Return the number of trainable parameters of the recipe's model, without allocating it.
+
+    None if only the files of its weights tell.
+    """
     import torch
 
     with torch.device("meta"):
@@ -44,7 +47,7 @@ def parameters(train: TrainConfig) -> int | None:
 
 
 def _model(train: TrainConfig) -> list[Any] | None:
-    """The parameters, without memory behind them."""
+    """Return the parameters of the model, on the current device."""
     settings = train.settings
     if train.model == "diffusion":
         return _denoiser(settings)
@@ -74,10 +77,10 @@ def _denoiser(settings: Any) -> list[Any] | None:
 
 
 def state_bytes(train: TrainConfig, count: int) -> int:
-    """Bytes of a worker's weights, gradients, optimizer and average for so many parameters; activations come on top.
+    """Return the bytes per worker of weights, gradients, optimizer and average for `count` parameters.
 
-    ZeRO 1 shares the optimizer's part (and the average) between workers, 2 the gradients too, 3 the weights too
-    (Rajbhandari et al. 2020, figure 1). All are kept in fp32.
+    Activations come on top. ZeRO 1 shares the optimizer's part (and the average) between workers, 2 the gradients
+    too, 3 the weights too (Rajbhandari et al. 2020, figure 1). All are kept in fp32.
     """
     zero = train.engine.zero if train.engine.strategy == "deepspeed" else 0
     workers = train.engine.least

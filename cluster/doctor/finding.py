@@ -1,4 +1,4 @@
-"""One thing that doctor looked at."""
+"""The result of one check of doctor"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is well, what was seen, and what to do about it."""
+    """What was checked, whether it is fine, what was found, and how to fix it."""
 
     name: str
     ok: bool
@@ -20,7 +20,7 @@ class Finding:
 
 
 def size(count: float) -> str:
-    """Bytes in words.
+    """Return a number of bytes for people.
 
     >>> size(3 * 2**30), size(5e6)
     ('3.0 GiB', '4.8 MiB')

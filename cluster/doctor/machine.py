@@ -1,4 +1,4 @@
-"""The machine: cores, memory, disk, open files, ports, and locks that a killed build left."""
+"""Checks of the machine: cores, memory, disk, open files, ports, stale build locks"""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ _RAY_PORTS: Final = {6379: "Ray's head", 8265: "its dashboard"}
 
 
 def cores_memory_disk() -> Iterator[Finding]:
+    """Check the machine's size."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cores", True, str(len(os.sched_getaffinity(0))))
-    yield Finding("memory", memory >= 6 * _GIB, size(memory), "8 GiB are what the demo is made for")
+    yield Finding("memory", memory >= 6 * _GIB, size(memory), "use a machine with at least 8 GiB")
     free = shutil.disk_usage(Path.cwd()).free
-    yield Finding("disk", free >= 5 * _GIB, f"{size(free)} free here", "free some space")
+    yield Finding("disk", free >= 5 * _GIB, f"{size(free)} free here", "free at least 5 GiB")
     shared = Path("/dev/shm")
     if shared.is_dir():
         room = shutil.disk_usage(shared).free
-        hint = "give the container more (docker run --shm-size=4g); Ray's objects lie there"
+        hint = "enlarge it (docker run --shm-size=4g); Ray keeps its objects there"
         yield Finding("shared memory", room >= _GIB // 4, f"{size(room)} free", hint)
 
 
 def open_files() -> Iterator[Finding]:
+    """Check how many files a process may have open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = "no limit" if hard == resource.RLIM_INFINITY else f"{hard:,}"
     enough = soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES
-    hint = f"ulimit -n 65536 (at most {most} here), or LimitNOFILE= of the service"
-    yield Finding("open files", enough, f"{soft:,} at once, at most {most}", hint)
+    hint = f"run `ulimit -n 65536` (at most {most} here), or set LimitNOFILE= of the service"
+    yield Finding("open files", enough, f"limit {soft:,}, at most {most}", hint)
 
 
 def ports(metrics_port: int | None = None) -> Iterator[Finding]:
-    """Whether processes can listen on loopback; `ray start` uses well-known ports, which others may hold."""
+    """Check the port of the recipe's metrics; report whether the well-known ports of `ray start` are free."""
     if metrics_port is not None:
-        hint = f"end what listens there (`ss -ltnp 'sport = :{metrics_port}'`), or name another"
+        hint = f"stop the process that listens there (`ss -ltnp 'sport = :{metrics_port}'`), or set another port"
         free = _is_free(metrics_port)
         yield Finding("resources.metrics_port", free, f"{metrics_port} is {'free' if free else 'taken'}", hint)
     taken = [f"{port} ({what})" for port, what in _RAY_PORTS.items() if not _is_free(port)]
@@ -63,7 +65,7 @@ def _is_free(port: int) -> bool:
 
 
 def extension_locks() -> Iterator[Finding]:
-    """A build of a torch extension that was killed leaves a lock on which every later run waits for ever."""
+    """Look for the lock of a killed build of a torch extension, on which every later run waits forever."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     locks = [lock for lock in sorted(root.glob("**/lock")) if _is_stale(lock)] if root.exists() else []
     seen = ", ".join(str(lock) for lock in locks) or "no stale lock"
@@ -71,7 +73,7 @@ def extension_locks() -> Iterator[Finding]:
 
 
 def _is_stale(lock: Path) -> bool:
-    """No compiler runs, or it is older than any build takes."""
+    """Return whether no compiler is running, or the lock is older than any build takes."""
     if time.time() - lock.stat().st_mtime > _BUILD_S:
         return True
     running = subprocess.run(["ps", "-eo", "comm="], capture_output=True, text=True, check=False).stdout.split()

@@ -1,4 +1,4 @@
-"""Python, the packages' versions, and what torch was built for."""
+"""Checks of Python, of the packages' versions, and of what torch was built for"""
 
 from __future__ import annotations
 
@@ -9,33 +9,43 @@ from pathlib import Path
 from typing import Any, Final
 
 from capstan.cluster.doctor.finding import Finding, size
+from capstan.pipeline import extras
 
-PACKAGES: Final = (
-    *("torch", "torchvision", "ray", "accelerate", "deepspeed", "diffusers", "transformers"),
-    *("open_clip_torch", "webdataset", "s3fs", "pyarrow", "duckdb"),
-)
+# Distributions of the core and, by extra, of the optional parts.
+CORE: Final = ("ray", "s3fs", "pyarrow", "duckdb")
+OPTIONAL: Final = {
+    extras.RECAPTION: ("torch", "torchvision", "transformers", "open_clip_torch"),
+    extras.TRAIN: ("accelerate", "deepspeed", "diffusers"),
+}
 # Package → (first, last, what is wrong with these, which to install).
 _BAD: Final = {
-    "deepspeed": ((0, 17, 6), (0, 18, 2), "this one computes wrong ZeRO-2 gradients", "deepspeed>=0.19.6"),
+    "deepspeed": ((0, 17, 6), (0, 18, 2), "this version computes wrong ZeRO-2 gradients", "deepspeed>=0.19.6"),
 }
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
+_MISSING: Final = "not installed"
 
 
 def python_and_packages() -> Iterator[Finding]:
-    """Versions against what is known to work."""
+    """Compare versions with those known to be bad. Packages of extras may be missing; a recipe may need them."""
     version = sys.version.split()[0]
-    yield Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11 or newer")
-    for package in PACKAGES:
-        try:
-            seen = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, False, "not installed", "pip install -c constraints.txt -e .")
-            continue
-        yield judged(package, seen)
+    yield Finding("python", (3, 11) <= sys.version_info[:2] <= (3, 13), version, "use Python 3.11, 3.12 or 3.13")
+    for package in CORE:
+        yield _installed(package, "pip install --force-reinstall capstan-t2i")
+    for extra, packages in OPTIONAL.items():
+        for package in packages:
+            found = _installed(package, "")
+            yield Finding(package, True, f"{_MISSING} (extra {extra})") if found.seen == _MISSING else found
+
+
+def _installed(package: str, hint: str) -> Finding:
+    try:
+        return judged(package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(package, False, _MISSING, hint)
 
 
 def judged(package: str, version: str) -> Finding:
-    """Whether this version of a package is one that is known to be bad."""
+    """Return whether this version of a package is known to be bad."""
     first, last, wrong, wanted = _BAD.get(package, ((), (), "", ""))
     bad = bool(first) and first <= _numbers(version) <= last
     return Finding(package, not bad, version, f"pip install '{wanted}': {wrong}" if bad else "")
@@ -46,14 +56,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """torch, CUDA and NCCL; the GPUs and their memory."""
+    """Check torch, CUDA and NCCL, the GPUs and their memory; nothing if torch is not installed."""
+    if extras.missing(extras.RECAPTION) == "torch":
+        return
     import torch
 
     built = torch.version.cuda
     usable = torch.cuda.is_available()
     if _DRIVER.exists() and not usable:
-        problem = f"there is an NVIDIA driver, and torch {torch.__version__} (CUDA {built}) cannot use it"
-        hint = "install a torch that was built for CUDA, and a driver new enough for it: see `nvidia-smi`"
+        problem = f"there is an NVIDIA driver, but torch {torch.__version__} (CUDA {built}) cannot use it"
+        hint = "install a torch built for CUDA, and a driver new enough for it: see `nvidia-smi`"
         yield Finding("cuda", False, problem, hint)
     else:
         yield Finding("cuda", True, f"torch built for CUDA {built or '–'}, {'in use' if usable else 'no GPU'}")
@@ -64,7 +76,7 @@ def accelerators() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        hint = "end the other processes on it (`nvidia-smi` names them)"
+        hint = "stop the other processes on it (`nvidia-smi` lists them)"
         yield Finding(f"gpu {number}", free > 0.8 * total, f"{facts.name}, {size(free)} of {size(total)} free", hint)
 
 

@@ -1,4 +1,4 @@
-"""A recipe against this machine: its storage, the room it needs, its shards, its model."""
+"""Checks of a recipe on this machine: extras, storage, disk space, shards, model"""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from capstan.cluster.doctor.clock_skew import clock_against
 from capstan.cluster.doctor.estimates import disk_bytes, parameters, state_bytes
 from capstan.cluster.doctor.finding import Finding, size
 from capstan.cluster.recipe import load
+from capstan.pipeline import extras
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage, find_files
 from capstan.training.config import TrainConfig
 
-_ACTIVATIONS: Final = 0.4  # of a GPU's memory is left to activations and fragments
+_ACTIVATIONS: Final = 0.4  # share of a GPU's memory that is left for activations and fragmentation
 
 
 def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Finding]:
-    """Everything that a run of the recipe would need, in the order in which it would need it."""
+    """Check what a run of the recipe needs, in the order in which it needs it."""
     try:
         recipe = load(path, overrides)
     except CapstanError as error:
         yield _failed("recipe", error)
         return
     yield Finding("recipe", True, str(path))
+    yield from _extras(recipe)
     storage = Storage(recipe.dataset, recipe.storage)
     if recipe.dataset.startswith("s3://"):
         endpoint = recipe.storage.get("endpoint_url") or "https://s3.amazonaws.com"
@@ -47,18 +49,37 @@ def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Findi
     yield from _model(recipe)
 
 
+def needed_extras(recipe: Recipe) -> Iterator[str]:
+    """Yield the extras that the recipe's sections need."""
+    score = recipe.score
+    if recipe.recaption is not None or any((score.clip, score.aesthetic, score.nsfw, score.watermark)):
+        yield extras.RECAPTION
+    if recipe.train is not None:
+        yield extras.TRAIN
+    if score.language is not None:
+        yield "language"
+
+
+def _extras(recipe: Recipe) -> Iterator[Finding]:
+    """Check that the extras that the recipe's sections need are installed."""
+    for extra in needed_extras(recipe):
+        package = extras.missing(extra)
+        seen = "installed" if package is None else f"needs the package {package}"
+        yield Finding(f"extra {extra}", package is None, seen, f"pip install 'capstan-t2i[{extra}]'")
+
+
 def _failed(name: str, error: CapstanError) -> Finding:
     problem = getattr(error, "problem", None)
     return Finding(
         name,
         False,
         f"{getattr(error, 'field', name)}: {problem}" if problem else str(error),
-        getattr(error, "mend", "see above"),
+        getattr(error, "hint", "see above"),
     )
 
 
 def _room(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
-    """Disk space against what the dataset is expected to take."""
+    """Compare free disk space with the expected size of the dataset."""
     rows, where = rows_of(recipe), storage.local_path()
     if rows is None or where is None or read_manifest(storage) is not None:
         return
@@ -66,12 +87,12 @@ def _room(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
         where = where.parent
     needed, free = disk_bytes(recipe, rows), shutil.disk_usage(where).free
     seen = f"{size(free)} free; about {size(needed)} for {rows:,} rows at {recipe.image.size} pixels"
-    hint = "name a dataset on a larger disk or in a bucket, or a smaller image.size or image.quality"
+    hint = "put the dataset on a larger disk or in a bucket, or reduce image.size or image.quality"
     yield Finding("room for the dataset", free > 1.1 * needed, seen, hint)
 
 
 def rows_of(recipe: Recipe) -> int | None:
-    """Rows of the source, where that is known without reading it."""
+    """Return the number of rows of the source, or None if it is not known without reading them."""
     source = recipe.source
     if source is None:
         return None
@@ -85,13 +106,13 @@ def rows_of(recipe: Recipe) -> int | None:
         known = all(file.endswith(".parquet") for file in files)
         return sum(pq.read_metadata(file).num_rows for file in files) if known else None
     except (OSError, RecipeError, pa.ArrowInvalid):
-        return None  # building says what is wrong with the source
+        return None  # `capstan build` reports what is wrong with the source
 
 
 def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
-    """Shards against ranks × loader threads: each is to have a tar of its own to read."""
+    """Compare the number of shards with ranks × loader threads: each should have a tar of its own to read."""
     manifest = read_manifest(storage)
-    if recipe.train is None or manifest is None or not manifest.shards:
+    if recipe.train is None or manifest is None or not manifest.shards or extras.missing(extras.TRAIN) is not None:
         return
     train = TrainConfig.from_recipe(recipe)
     samples = sum(entry.samples for entry in manifest.shards) - train.data.holdout
@@ -105,8 +126,8 @@ def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
-    """The model's state against the memory of the smallest GPU."""
-    if recipe.train is None:
+    """Compare the model's state with the memory of the smallest GPU."""
+    if recipe.train is None or extras.missing(extras.TRAIN) is not None:
         return
     import torch
 
@@ -115,7 +136,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     if count is None:
         return
     needed = state_bytes(train, count)
-    seen = f"{count / 1e6:,.1f} million parameters, {size(needed)} a worker before activations"
+    seen = f"{count / 1e6:,.1f} million parameters, {size(needed)} per worker before activations"
     if not torch.cuda.is_available():
         yield Finding("model", True, seen)
         return

@@ -1,4 +1,4 @@
-"""A target of clusters.yaml: whether it can be reached, its token, its clock, and that it has the same Ray."""
+"""Checks of a target of clusters.yaml: commands, connection, token, clock, Ray's version"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOOLS: Final[dict[type[Target], tuple[str, ...]]] = {
 
 
 def target_findings(target: Target) -> Iterator[Finding]:
-    """What a submit to `target` would need."""
+    """Check what a submit to `target` needs."""
     for tool in _TOOLS.get(type(target), ()):
         found = shutil.which(tool)
         yield Finding(f"{target.name}: {tool}", found is not None, found or "not on the PATH", f"install {tool}")
@@ -33,7 +33,7 @@ def target_findings(target: Target) -> Iterator[Finding]:
         yield from _ray(target)
     if isinstance(target, Slurm):
         folder = Path(target.folder)
-        hint = "make it, on a disk that all nodes share"
+        hint = "create it, on a disk that all nodes share"
         yield Finding(f"{target.name}: folder", folder.is_dir(), str(folder), hint)
     if isinstance(target, KubeRay):
         yield same_ray(target.name, target.ray_version or importlib.metadata.version("ray"))
@@ -47,14 +47,14 @@ def _ray(target: RayJobs) -> Iterator[Finding]:
             f"{target.name}: cluster", False, str(error).partition(". Fix: ")[0], str(error).partition("Fix: ")[2]
         )
         return
-    yield Finding(f"{target.name}: cluster", True, f"{target.address} answers and takes the token")
+    yield Finding(f"{target.name}: cluster", True, f"{target.address} answers and accepts the token")
     yield same_ray(target.name, theirs)
     if (clock := clock_against(f"{target.address}/api/version", f"{target.name}: clock")) is not None:
         yield clock
 
 
 def same_ray(name: str, theirs: str) -> Finding:
-    """Ray's client and cluster speak the same protocol only in the same version."""
+    """Compare the cluster's version of Ray with this one: client and cluster must be the same."""
     ours = importlib.metadata.version("ray")
-    hint = f"pip install ray=={theirs} here, or {ours} there"
+    hint = f"run `pip install ray=={theirs}` here, or install {ours} there"
     return Finding(f"{name}: Ray's version", ours == theirs, f"{theirs} there, {ours} here", hint)

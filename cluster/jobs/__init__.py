@@ -1,5 +1,5 @@
-"""`capstan submit` and `capstan jobs`: a command and a target → a job there.
+"""A command and a target → a job there: `capstan submit` and `capstan jobs`
 
 clusters_file: clusters.yaml → targets
-store, submit, cli: records of jobs, submission, the commands
+store, submit, cli: job records, submission, the commands
 """

@@ -1,4 +1,4 @@
-"""The commands submit and jobs."""
+"""The commands submit and jobs"""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from capstan.pipeline.cli import JsonOption, finish
 from capstan.pipeline.errors import CapstanError
 
 ClustersOption = Annotated[
-    Path | None, typer.Option("--clusters", metavar="FILE", help="In place of clusters.yaml and the user's own.")
+    Path | None,
+    typer.Option(
+        "--clusters",
+        metavar="FILE",
+        help="Use this file instead of ./clusters.yaml or ~/.config/capstan/clusters.yaml.",
+    ),
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id or how it begins; or `last`.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, the start of it, or `last`.")]
 
-jobs = typer.Typer(help="What was submitted: list, status, logs, stop.", no_args_is_help=True, rich_markup_mode=None)
+jobs = typer.Typer(help="List and manage submitted jobs.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -27,37 +32,43 @@ def add_commands(app: typer.Typer) -> None:
 
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Any capstan command.")],
-    to: Annotated[str, typer.Option("--to", metavar="NAME", help="A target of clusters.yaml.")] = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Repeat its output, end with its exit code.")] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Although the recipe's last job still runs.")] = False,
+    to: Annotated[str, typer.Option("--to", metavar="NAME", help="Target in clusters.yaml.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the job's output and exit with its exit code.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Submit even if the recipe's previous job is still running.")
+    ] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", hidden=True)] = False,  # the former name of --force
     clusters: ClustersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a command on a cluster: `capstan submit --to NAME -- build recipe.yaml`."""
+    """Run a capstan command on a target of clusters.yaml. The recipe is sent along.
+
+    The target `local`, this machine, needs no clusters.yaml: the command then runs in the background.
+    """
     from capstan.cluster.jobs import submit as work
     from capstan.cluster.jobs.clusters_file import find_target
 
     target = find_target(to, clusters)
     if dry_run:
-        order, _, _ = work.plan(target, command)
-        documents = target.documents(order)
+        job, _, _ = work.plan(target, command)
+        documents = target.documents(job)
         if as_json:
-            finish({"job": order.id, "target": to, "documents": documents}, as_json)
+            finish({"job": job.id, "target": to, "documents": documents}, as_json)
             return
         for name, text in documents.items():
             typer.echo(f"# --- {name}\n{text}")
         return
-    note = work.submit(target, command, anyway=anyway)
-    summary: dict[str, Any] = {"job": note.id, "target": to}
+    record = work.submit(target, command, force=force or anyway)
+    summary: dict[str, Any] = {"job": record.id, "target": to}
     if not wait:
-        print(f"submitted; see `capstan jobs logs -f {note.id}`", file=sys.stderr)
+        print(f"submitted; see `capstan jobs logs -f {record.id}`", file=sys.stderr)
         finish(summary, as_json)
         return
     try:
-        state = work.wait(note)
+        state = work.wait(record)
     except KeyboardInterrupt:
-        print(f"\n{note.id} goes on; see `capstan jobs logs -f {note.id}`", file=sys.stderr)
+        print(f"\n{record.id} is still running; see `capstan jobs logs -f {record.id}`", file=sys.stderr)
         raise
     finish({**summary, "status": state.status, "exit_code": state.code, "message": state.message}, as_json)
     if state.code:
@@ -66,10 +77,10 @@ def submit(
 
 @jobs.command("list")
 def list_jobs(as_json: JsonOption = False) -> None:
-    """All jobs that were submitted from here, the latest first."""
-    from capstan.cluster.jobs.store import listed
+    """List all jobs that were submitted from this machine, the latest first."""
+    from capstan.cluster.jobs.store import job_rows
 
-    rows = list(listed())
+    rows = list(job_rows())
     if as_json:
         finish({"jobs": rows}, as_json)
         return
@@ -81,36 +92,36 @@ def list_jobs(as_json: JsonOption = False) -> None:
 
 @jobs.command()
 def status(job: JobArgument = "last", as_json: JsonOption = False) -> None:
-    """How a job is."""
+    """Show a job's status, queried from its cluster."""
     from capstan.cluster.jobs.store import find, state_of
 
-    note = find(job)
-    state = state_of(note)
-    told = {"job": note.id, "target": note.target, "status": state.status, "exit_code": state.exit_code}
-    finish({**told, "message": state.message, "command": " ".join(note.arguments)}, as_json)
+    record = find(job)
+    state = state_of(record)
+    summary = {"job": record.id, "target": record.target, "status": state.status, "exit_code": state.exit_code}
+    finish({**summary, "message": state.message, "command": " ".join(record.arguments)}, as_json)
 
 
 @jobs.command()
 def logs(
     job: JobArgument = "last",
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing until the job ends.")] = False,
 ) -> None:
-    """What a job wrote."""
+    """Print the output of a job."""
     from capstan.cluster.jobs.store import find
 
-    note = find(job)
-    for text in note.open().logs(note.handle, follow=follow):
+    record = find(job)
+    for text in record.open().logs(record.handle, follow=follow):
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
 @jobs.command()
 def stop(job: JobArgument, as_json: JsonOption = False) -> None:
-    """Ask a job to end. What is finished is kept: the same command goes on."""
+    """Ask a job to stop. Finished work is kept; submit the same command again to resume."""
     from capstan.cluster.jobs.store import find, state_of
 
-    note = find(job)
-    if state_of(note).is_final:
-        raise CapstanError(f"{note.id} has ended already")
-    note.open().stop(note.handle)
-    finish({"job": note.id, "target": note.target, "asked_to_stop": True}, as_json)
+    record = find(job)
+    if state_of(record).is_final:
+        raise CapstanError(f"{record.id} has already ended")
+    record.open().stop(record.handle)
+    finish({"job": record.id, "target": record.target, "asked_to_stop": True}, as_json)

@@ -1,10 +1,10 @@
-"""clusters.yaml → named targets.
+"""clusters.yaml → named targets
 
     lab:   {kind: ray, address: "http://127.0.0.1:8265", token_file: ~/.ray/auth_token}
     night: {kind: slurm, folder: /shared/jobs, nodes: 4, gpus: 8}
 
-It is read from --clusters, $CAPSTAN_CLUSTERS, ./clusters.yaml, or the user's config folder: the first that is there.
-A target `local`, this machine, is always there.
+The file is the first that exists of --clusters, $CAPSTAN_CLUSTERS, ./clusters.yaml and clusters.yaml in the user's
+config folder. A target `local`, this machine, always exists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCAL = "local"
 
 
 def read_targets(file: Path | None = None) -> dict[str, Target]:
-    """All targets by name. Raises RecipeError for a file that is wrong anywhere."""
+    """Return all targets by name. Raises RecipeError for any mistake in the file."""
     path = find_file(file)
     raw = _read(path) if path is not None else {}
     targets = {name: make_target(name, settings) for name, settings in raw.items()}
@@ -36,7 +36,7 @@ def read_targets(file: Path | None = None) -> dict[str, Target]:
 
 
 def find_target(name: str, file: Path | None = None) -> Target:
-    """The target `name`. Raises RecipeError where there is none."""
+    """Return the target `name`. Raises RecipeError if it does not exist."""
     targets = read_targets(file)
     if name not in targets:
         near = difflib.get_close_matches(name, targets, n=1)
@@ -47,7 +47,7 @@ def find_target(name: str, file: Path | None = None) -> Target:
 
 
 def find_file(file: Path | None = None) -> Path | None:
-    """The clusters.yaml that is in force, or None."""
+    """Return the path of the clusters.yaml in use, or None."""
     named = file or (Path(os.environ["CAPSTAN_CLUSTERS"]) if os.environ.get("CAPSTAN_CLUSTERS") else None)
     if named is not None:
         return named
@@ -56,13 +56,13 @@ def find_file(file: Path | None = None) -> Path | None:
 
 
 def make_target(name: str, settings: Any) -> Target:
-    """Validated settings → a target."""
+    """Return the target with these settings. Raises RecipeError for a mistake in them."""
     if not isinstance(settings, Mapping):
         raise RecipeError(name, "must be a mapping of keys to values", "write e.g. {kind: ray, address: ...}")
     kind = settings.get("kind")
     if kind not in KINDS:
         hint = f"use one of {', '.join(KINDS)}"
-        raise RecipeError(f"{name}.kind", "is missing" if kind is None else f"no kind {kind!r}", hint)
+        raise RecipeError(f"{name}.kind", "is missing" if kind is None else f"{kind!r} is not a kind of target", hint)
     refuse_secrets({key: value for key, value in settings.items() if key != "secrets"}, name)
     target = validate(KINDS[kind], settings, name)
     return target.model_copy(update={"name": name})
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError("clusters", f"cannot read {path} ({error.strerror})", "name a readable file") from None
+        raise RecipeError("clusters", f"cannot read {path} ({error.strerror})", "choose a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise RecipeError("clusters", f"{path} is not valid YAML: {problem}", "correct the line it names") from None

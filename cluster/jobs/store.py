@@ -1,9 +1,9 @@
-"""What was submitted: one note a job, in the user's state folder, by which it is found again.
+"""Records of submitted jobs, one JSON file per job in the user's state folder
 
     jobs/<id>.json   {id, target, settings, arguments, recipe, dataset, submitted, handle, ended}
 
-A note holds the target's settings as they were, so that a job is reached although clusters.yaml has changed since. How
-a job is, is always asked of its cluster; only how it ended is kept.
+A record holds the target's settings as they were at submission, so that a job can be reached after clusters.yaml has
+changed. A job's status is always queried from its cluster; only its final state is stored.
 """
 
 from __future__ import annotations
@@ -23,82 +23,88 @@ from capstan.pipeline.storage import Storage
 
 
 @dataclass(frozen=True)
-class Note:
-    """A job that was submitted."""
+class JobRecord:
+    """A submitted job."""
 
     id: str
     target: str
     settings: dict[str, Any]
     arguments: list[str]
-    recipe: str  # the file's absolute path, "" for a command without one
+    recipe: str  # absolute path of the file, "" for a command without a recipe
     dataset: str
     submitted: float  # seconds since the epoch
     handle: Handle
     ended: dict[str, Any] | None = None  # its final State
 
     def open(self) -> Target:
+        """Return the target that the job was sent to."""
         return make_target(self.target, self.settings)
 
 
-def keep(note: Note) -> None:
-    """Write a note down."""
-    _storage().write(f"{note.id}.json", json.dumps(asdict(note), indent=1).encode())
+def save(record: JobRecord) -> None:
+    """Write a record."""
+    _storage().write(f"{record.id}.json", json.dumps(asdict(record), indent=1).encode())
 
 
-def notes() -> list[Note]:
-    """All notes, the latest last."""
+def records() -> list[JobRecord]:
+    """Return all records, the latest last."""
     storage = _storage()
-    found = [Note(**json.loads(storage.read(name))) for name in storage.names() if name.endswith(".json")]
-    return sorted(found, key=lambda note: note.submitted)
+    found = [JobRecord(**json.loads(storage.read(name))) for name in storage.names() if name.endswith(".json")]
+    return sorted(found, key=lambda record: record.submitted)
 
 
-def find(job: str) -> Note:
-    """The note of a job, by its id or by the only one that begins so; `last` is the latest.
+def find(job: str) -> JobRecord:
+    """Return the record of a job, by its id or an unambiguous start of it; `last` is the latest.
 
-    Raises RecipeError where there is none.
+    Raises RecipeError if there is none, or several.
     """
-    known = notes()
+    known = records()
     if job == "last" and known:
         return known[-1]
-    chosen = [note for note in known if note.id == job] or [note for note in known if note.id.startswith(job)]
+    chosen = [record for record in known if record.id == job] or [
+        record for record in known if record.id.startswith(job)
+    ]
     if len(chosen) != 1:
-        problem = f"no job {job!r}" if not chosen else f"{job!r} begins the ids of {len(chosen)} jobs"
+        problem = f"no job {job!r}" if not chosen else f"{job!r} is the start of {len(chosen)} job ids"
         raise RecipeError("JOB", problem, "see `capstan jobs list`")
     return chosen[0]
 
 
-def state_of(note: Note) -> State:
-    """How the job is; asked of its cluster unless it is known to have ended. Raises CapstanError if that is silent."""
-    if note.ended is not None:
-        return State(**note.ended)
-    state = note.open().state(note.handle)
+def state_of(record: JobRecord) -> State:
+    """Return the job's state, queried from its cluster unless it has ended.
+
+    Raises CapstanError if the cluster does not answer.
+    """
+    if record.ended is not None:
+        return State(**record.ended)
+    state = record.open().state(record.handle)
     if state.is_final and state.status != "lost":
-        keep(replace(note, ended=asdict(state)))
+        save(replace(record, ended=asdict(state)))
     return state
 
 
-def still_running(recipe: Path) -> Note | None:
-    """The last job of this recipe, if it has not ended as far as its cluster says."""
-    mine = [note for note in notes() if note.recipe == str(recipe.resolve())]
+def still_running(recipe: Path) -> JobRecord | None:
+    """Return the last job of this recipe if it may still be running."""
+    mine = [record for record in records() if record.recipe == str(recipe.resolve())]
     if not mine or mine[-1].ended is not None:
         return None
     try:
         return None if state_of(mine[-1]).is_final else mine[-1]
     except CapstanError:
-        return mine[-1]  # a cluster that does not answer may well be working
+        return mine[-1]  # a cluster that does not answer may still be running it
 
 
-def listed() -> Iterator[dict[str, Any]]:
-    """A row for each job, the latest first; a cluster that does not answer is `unknown`."""
-    for note in reversed(notes()):
+def job_rows() -> Iterator[dict[str, Any]]:
+    """Yield a row per job, the latest first. The status is `unknown` if the cluster does not answer."""
+    for record in reversed(records()):
         try:
-            state = state_of(note)
-            told: tuple[str, int | None] = state.status, state.exit_code
+            state = state_of(record)
+            status: tuple[str, int | None] = state.status, state.exit_code
         except CapstanError:
-            told = "unknown", None
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(note.submitted))
-        command = " ".join(note.arguments)
-        row = {"job": note.id, "target": note.target, "status": told[0], "exit_code": told[1]}
+            status = "unknown", None
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.submitted))
+        command = " ".join(record.arguments)
+        row = {"job": record.id, "target": record.target, "status": status[0], "exit_code": status[1]}
         yield {**row, "submitted": when, "command": command}
 
 

@@ -1,8 +1,8 @@
-"""A capstan command and a target → a job there.
+"""A capstan command and a target → a job there
 
-arguments ──order──▶ Order: an id, the arguments as they are there, the recipe's bytes
-          ──check──▶ what would only fail there is said here: the recipe, paths of this machine, a job that runs
-          ──submit─▶ Note ──wait──▶ its output here, its exit code
+arguments ──plan──▶ JobSpec: an id, the arguments as used there, the recipe's bytes
+          ──check─▶ errors that would otherwise only appear there: the recipe, local paths, a job that still runs
+          ──submit▶ JobRecord ──wait──▶ the job's output here, its exit code
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from capstan.cluster.jobs.store import Note, keep, state_of, still_running
+from capstan.cluster.jobs.store import JobRecord, save, state_of, still_running
 from capstan.cluster.recipe import load
-from capstan.cluster.targets.base import Order, State, Target
+from capstan.cluster.targets.base import JobSpec, State, Target
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.secrets import refuse_secrets
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
 _ASK_EVERY_S: Final = 1.0
-_ASK_AGAIN: Final = 60  # so many unanswered questions in a row end the waiting
+_ASK_AGAIN: Final = 60  # unanswered queries in a row after which waiting ends
 
 
-def plan(target: Target, arguments: Sequence[str]) -> tuple[Order, Path | None, Recipe | None]:
-    """What is to be run on `target`, with the recipe that it names, if it names one.
+def plan(target: Target, arguments: Sequence[str]) -> tuple[JobSpec, Path | None, Recipe | None]:
+    """Return what to run on `target`, with the path and content of the recipe in `arguments`, if there is one.
 
-    Raises RecipeError for what cannot work there.
+    Raises RecipeError for anything that cannot work there.
     """
     if not arguments or arguments[0] in _HERE_ONLY or arguments[0].startswith("-"):
         raise RecipeError(
-            "COMMAND", "is not a command that can run elsewhere", "write e.g. `submit -- build recipe.yaml`"
+            "COMMAND", "is not a command that can run elsewhere", "use e.g. `submit -- build recipe.yaml`"
         )
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -49,49 +49,54 @@ def plan(target: Target, arguments: Sequence[str]) -> tuple[Order, Path | None, 
     if recipe is not None and target.elsewhere:
         _refuse_paths_of_this_machine(recipe, target)
     stem = recipe_file.stem if recipe_file else "job"
-    order = Order(_new_id(arguments[0], stem), list(arguments))
-    return (_packed(order, files, target) if target.elsewhere else order), recipe_file, recipe
+    job = JobSpec(_new_id(arguments[0], stem), list(arguments))
+    return (_packed(job, files, target) if target.elsewhere else job), recipe_file, recipe
 
 
-def submit(target: Target, arguments: Sequence[str], *, anyway: bool = False) -> Note:
-    """Start the command on `target`; gives the note that was kept of it.
+def submit(target: Target, arguments: Sequence[str], *, force: bool = False) -> JobRecord:
+    """Start the command on `target` and return its record.
 
-    Raises RecipeError where the recipe's last job still runs, unless `anyway`.
+    Raises RecipeError if the recipe's last job may still be running, unless `force`.
     """
-    order, recipe_file, recipe = plan(target, arguments)
-    running = still_running(recipe_file) if recipe_file is not None and not anyway else None
+    job, recipe_file, recipe = plan(target, arguments)
+    running = still_running(recipe_file) if recipe_file is not None and not force else None
     if running is not None:
-        problem = f"job {running.id} of this recipe still runs on {running.target}"
-        raise RecipeError("RECIPE", problem, f"wait for it, `capstan jobs stop {running.id}`, or --anyway")
-    note = Note(
-        id=order.id,
+        problem = f"job {running.id} of this recipe is still running on {running.target}"
+        raise RecipeError(
+            "RECIPE", problem, f"wait for it, stop it with `capstan jobs stop {running.id}`, or use --force"
+        )
+    record = JobRecord(
+        id=job.id,
         target=target.name,
         settings=target.model_dump(mode="json", exclude={"name"}),
         arguments=list(arguments),
         recipe=str(recipe_file.resolve()) if recipe_file else "",
         dataset=recipe.dataset if recipe else "",
         submitted=time.time(),
-        handle=target.send(order),
+        handle=target.send(job),
     )
-    keep(note)
-    return note
+    save(record)
+    return record
 
 
-def wait(note: Note) -> State:
-    """Repeat the job's output on stderr until it ends; gives how it ended. A cluster may be silent for a while."""
-    target, silent = note.open(), 0
+def wait(record: JobRecord) -> State:
+    """Stream the job's output to stderr until it ends, and return its final state.
+
+    A cluster that does not answer for a while is queried again. Raises CapstanError if that lasts.
+    """
+    target, silent = record.open(), 0
     try:
-        _await_start(note)
-        for text in target.logs(note.handle, follow=True):
+        _await_start(record)
+        for text in target.logs(record.handle, follow=True):
             sys.stderr.write(text)
             sys.stderr.flush()
     except RecipeError:
         raise
     except CapstanError as error:
-        print(f"{error}; waiting for {note.id} without its output", file=sys.stderr)
+        print(f"{error}; waiting for {record.id} without its output", file=sys.stderr)
     while True:
         try:
-            state = state_of(note)
+            state = state_of(record)
             silent = 0
         except RecipeError:
             raise
@@ -105,26 +110,26 @@ def wait(note: Note) -> State:
         time.sleep(_ASK_EVERY_S)
 
 
-def _await_start(note: Note) -> None:
-    while state_of(note).status == "pending":
+def _await_start(record: JobRecord) -> None:
+    while state_of(record).status == "pending":
         time.sleep(_ASK_EVERY_S)
 
 
 def _overrides(arguments: Sequence[str]) -> list[str]:
-    """The values of --set among the arguments."""
+    """Return the values of --set among the arguments."""
     found = [arguments[n + 1] for n, argument in enumerate(arguments[:-1]) if argument == "--set"]
     return found + [argument.removeprefix("--set=") for argument in arguments if argument.startswith("--set=")]
 
 
 def _new_id(command: str, stem: str) -> str:
-    """An id that Kubernetes, Slurm and Ray all take: command, recipe, time, four random digits."""
+    """Return an id that Kubernetes, Slurm and Ray all accept: command, recipe, time, four random digits."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{command[:10]}-{stem[:12]}".lower()).strip("-")
     return f"{words}-{time.strftime('%y%m%d%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def _packed(order: Order, files: list[int], target: Target) -> Order:
-    """The files that the arguments name travel along, and are named there as they lie."""
-    arguments, content = list(order.arguments), dict[str, bytes]()
+def _packed(job: JobSpec, files: list[int], target: Target) -> JobSpec:
+    """Return the job with the files that its arguments name, and the arguments as the files are named there."""
+    arguments, content = list(job.arguments), dict[str, bytes]()
     folder = getattr(target, "working_dir", None)
     for number in files:
         path = Path(arguments[number])
@@ -132,27 +137,27 @@ def _packed(order: Order, files: list[int], target: Target) -> Order:
             arguments[number] = _inside(path, Path(folder))
             continue
         if content.get(path.name, path.read_bytes()) != path.read_bytes():
-            raise RecipeError("COMMAND", f"names two files {path.name}", "give one of them another name")
+            raise RecipeError("COMMAND", f"names two files {path.name}", "rename one of them")
         content[path.name], arguments[number] = path.read_bytes(), path.name
-    return Order(order.id, arguments, content)
+    return JobSpec(job.id, arguments, content)
 
 
 def _inside(path: Path, folder: Path) -> str:
     try:
         return str(path.resolve().relative_to(folder.resolve()))
     except ValueError:
-        raise RecipeError("working_dir", f"{path} does not lie in {folder}", "move it there") from None
+        raise RecipeError("working_dir", f"{path} is not in {folder}", "move it there") from None
 
 
 def _refuse_paths_of_this_machine(recipe: Recipe, target: Target) -> None:
-    """Relative folders would be looked for, and lost, on whichever node the command runs."""
-    places: dict[str, Any] = {"dataset": recipe.dataset}
+    """Raise RecipeError for relative paths: they would mean other folders on whichever node runs the command."""
+    paths: dict[str, Any] = {"dataset": recipe.dataset}
     if recipe.source is not None:
         sources = recipe.source.path
-        places["source.path"] = sources[0] if isinstance(sources, list) and sources else sources
+        paths["source.path"] = sources[0] if isinstance(sources, list) and sources else sources
     if recipe.train is not None:
-        places["train.run"] = recipe.train.get("run")
-    for field, place in places.items():
-        if isinstance(place, str) and "://" not in place and not place.startswith("/"):
-            problem = f"{place} is relative to a folder of this machine, which {target.name} does not see"
-            raise RecipeError(field, problem, "name a bucket, or an absolute path on a disk that all its nodes share")
+        paths["train.run"] = recipe.train.get("run")
+    for field, path in paths.items():
+        if isinstance(path, str) and "://" not in path and not path.startswith("/"):
+            problem = f"{path} is relative to a folder on this machine, which {target.name} cannot see"
+            raise RecipeError(field, problem, "use a bucket, or an absolute path on a disk that all its nodes share")

@@ -1,4 +1,4 @@
-"""Where commands can run: kind → its file."""
+"""Targets on which commands can run: kind → class"""
 
 from typing import Final
 

@@ -1,9 +1,9 @@
-"""Machines of AWS by Ray's own cluster launcher: a YAML file for `ray up`, and jobs through a tunnel to its head.
+"""Target for AWS: machines started by Ray's cluster launcher, jobs through a tunnel
 
     FOLDER/<cluster>.yaml   the launcher's file; `ray down` on it ends the cluster and its costs
 
-Nodes reach buckets by the role of their instance profile. Ray's token is copied from this machine's file to the nodes'
-by the launcher over ssh; it stands in no file that is written here. The dashboard listens on the head's loopback.
+Nodes reach buckets by the role of their instance profile. The launcher copies Ray's token from this machine to the
+nodes over ssh; no file written here holds it. The dashboard listens on the head's loopback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field
 
 from capstan.cluster.local_cluster import free_port
-from capstan.cluster.targets.base import Handle, Machine, Order, State, Target, run_tool
+from capstan.cluster.targets.base import Handle, JobSpec, Machine, State, Target, run_tool
 from capstan.cluster.targets.ray_jobs import RayJobs
 from capstan.cluster.user_dirs import state_folder
 from capstan.pipeline.errors import CapstanError, RecipeError
@@ -33,7 +33,7 @@ _TOKEN: Final = "~/.ray/auth_token"
 
 
 class Instances(Machine):
-    """A kind of node: an EC2 instance type, and how many of it."""
+    """A kind of node: an EC2 instance type, and the range of how many there are."""
 
     type: str
     disk_gib: Annotated[int, Field(ge=8)] = 200
@@ -46,20 +46,20 @@ class Aws(Target):
     head: Instances = Instances(type="m6i.xlarge")
     workers: Instances = Instances(type="m6i.4xlarge", max=4, spot=True)
     gpu_workers: Instances | None = None
-    image: str | None = None  # a container image with Capstan installed; null: `setup` installs it
+    image: str | None = None  # an image built from the Dockerfile; null: `setup` installs Capstan
     ami: str | None = None  # null: Ray's choice for the region
-    instance_profile: str | None = None  # ARN of the profile by which nodes may reach the bucket
+    instance_profile: str | None = None  # ARN of the profile that gives nodes access to the bucket
     ssh_user: str = "ubuntu"
-    setup: list[str] = Field(default=[])  # shell commands on every node; null image: that install Capstan
-    idle_minutes: Annotated[float, Field(gt=0)] = 10  # after which a worker is given back
+    setup: list[str] = Field(default=[])  # shell commands on every node; without an image they install Capstan
+    idle_minutes: Annotated[float, Field(gt=0)] = 10  # after which an idle worker is terminated
     token_file: str = _TOKEN
 
     @property
     def _cluster(self) -> str:
         return self.cluster or f"capstan-{self.name or 'aws'}"
 
-    def documents(self, order: Order) -> dict[str, str]:
-        return {"cluster.yaml": self._launcher(), **self._jobs("http://127.0.0.1:8265").documents(order)}
+    def documents(self, job: JobSpec) -> dict[str, str]:
+        return {"cluster.yaml": self._launcher(), **self._jobs("http://127.0.0.1:8265").documents(job)}
 
     def _launcher(self) -> str:
         kinds = {"head": self.head, "cpu": self.workers} | ({"gpu": self.gpu_workers} if self.gpu_workers else {})
@@ -103,7 +103,7 @@ class Aws(Target):
             node["ImageId"] = self.ami
         if self.instance_profile:
             node["IamInstanceProfile"] = {"Arn": self.instance_profile}
-        if name == "head":  # runs drivers, and no work: it is the one node that must not go
+        if name == "head":  # runs drivers and no work: it is the one node that must not be lost
             return {"resources": {"CPU": 0}, "node_config": node}
         if kind.spot:
             node["InstanceMarketOptions"] = {"MarketType": "spot"}
@@ -114,19 +114,19 @@ class Aws(Target):
     # With `ray up` and a tunnel ---------------------------------------------------------------------------------------
 
     def _jobs(self, address: str) -> RayJobs:
-        """The cluster as seen through a tunnel."""
+        """Return the cluster as a target at `address`, the local end of a tunnel."""
         return RayJobs(name=self.name, address=address, token_file=self.token_file, env=self.env)
 
-    def send(self, order: Order) -> Handle:
+    def send(self, job: JobSpec) -> Handle:
         if not Path(self.token_file).expanduser().exists():
-            hint = "make one with `ray get-auth-token --generate`"
-            raise RecipeError(f"{self.name}.token_file", f"there is no {self.token_file}", hint)
+            hint = "create one with `ray get-auth-token --generate`"
+            raise RecipeError(f"{self.name}.token_file", f"{self.token_file} does not exist", hint)
         folder = state_folder() / "aws"
         Storage(str(folder)).write(f"{self._cluster}.yaml", self._launcher().encode())
         file = str(folder / f"{self._cluster}.yaml")
         run_tool([*_RAY, "up", file, "--yes", "--no-config-cache"], field="kind")
         with self._tunnel(file) as jobs:
-            return {"file": file, **jobs.send(order)}
+            return {"file": file, **jobs.send(job)}
 
     def state(self, handle: Handle) -> State:
         with self._tunnel(handle["file"]) as jobs:
@@ -142,7 +142,7 @@ class Aws(Target):
 
     @contextlib.contextmanager
     def _tunnel(self, file: str) -> Iterator[RayJobs]:
-        """A port of this machine's loopback that leads to the head's dashboard while the context is open."""
+        """Yield the cluster, reached through a local port that leads to the head's dashboard."""
         port = free_port()
         command = [*_RAY, "dashboard", file, f"--port={port}"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as tunnel:

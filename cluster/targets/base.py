@@ -1,10 +1,10 @@
-"""What a target is: a place where a capstan command can run, and what can be asked of the job there.
+"""Interface of a target: a place where capstan commands run as jobs
 
-    Order (a command and its files) ──documents──▶ what would be sent, as text      --dry-run
-                                    ──send──▶ handle, plain data by which the job is found again
-                                              state(handle) · logs(handle) · stop(handle)
+    JobSpec (a command and its files) ──documents──▶ what would be sent, as text      --dry-run
+                                      ──send──▶ handle, plain data that identifies the job
+                                                state(handle) · logs(handle) · stop(handle)
 
-A handle and everything in `documents` is written to disk and shown, so nothing in them may be secret.
+Handles and documents are written to disk and shown, so they must not hold secrets.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STOPPED: Final = 130  # the exit code of an interrupted command
 
 
 @dataclass(frozen=True)
-class Order:
-    """A capstan command to run elsewhere: its arguments, and the files that they name (name → content)."""
+class JobSpec:
+    """A capstan command to run on a target: its arguments, and the files that they name (name → content)."""
 
     id: str
     arguments: list[str]
@@ -40,13 +40,13 @@ class Order:
 
     @property
     def command(self) -> str:
-        """Which capstan command: build, recaption, train, ..."""
+        """The capstan command: build, recaption, train, ..."""
         return self.arguments[0]
 
 
 @dataclass(frozen=True)
 class State:
-    """How a job is. `exit_code` is known once it has ended; `message` says why, where the cluster does."""
+    """Status of a job. `exit_code` is known once it has ended; `message` is the cluster's reason, if it has one."""
 
     status: Status
     exit_code: int | None = None
@@ -58,25 +58,25 @@ class State:
 
     @property
     def code(self) -> int:
-        """The exit code of a command that waited for this job."""
+        """The exit code for a command that waited for this job."""
         if self.exit_code is not None:
             return self.exit_code
         return {"succeeded": 0, "stopped": STOPPED}.get(self.status, 1)
 
 
 def ended(exit_code: int) -> State:
-    """The state of a job whose command ended with `exit_code`."""
+    """Return the state of a job whose command ended with `exit_code`."""
     if exit_code in (STOPPED, -2, -15, 143):
         return State("stopped", STOPPED)
     return State("succeeded" if exit_code == 0 else "failed", exit_code)
 
 
 class Target(Section, ABC):
-    """The settings of one target, and what is done with them."""
+    """Settings of one target, and the operations on it."""
 
     name: str = ""  # as in clusters.yaml
-    env: dict[str, str] = Field(default={})  # environment variables of the command; nothing secret
-    elsewhere: ClassVar[bool] = True  # on machines that do not see this one's files
+    env: dict[str, str] = Field(default={})  # environment variables of the command; no secrets
+    elsewhere: ClassVar[bool] = True  # whether it runs on machines that cannot see this one's files
 
     @field_validator("env")
     @classmethod
@@ -85,35 +85,35 @@ class Target(Section, ABC):
         return env
 
     @abstractmethod
-    def documents(self, order: Order) -> dict[str, str]:
-        """Exactly what `send` would send, by name."""
+    def documents(self, job: JobSpec) -> dict[str, str]:
+        """Return exactly what `send` would send, by name."""
 
     @abstractmethod
-    def send(self, order: Order) -> Handle:
-        """Start the job. Raises CapstanError where that did not work."""
+    def send(self, job: JobSpec) -> Handle:
+        """Start the job and return its handle. Raises CapstanError on failure."""
 
     @abstractmethod
     def state(self, handle: Handle) -> State:
-        """How the job is now. Raises CapstanError where the cluster does not answer."""
+        """Return the job's current state. Raises CapstanError if the cluster does not answer."""
 
     @abstractmethod
     def logs(self, handle: Handle, *, follow: bool) -> Iterator[str]:
-        """What the command wrote so far, in pieces; with `follow` until it ends."""
+        """Yield the command's output so far, in pieces; with `follow`, until it ends."""
 
     @abstractmethod
     def stop(self, handle: Handle) -> None:
-        """Ask the job to end; what is finished is kept, and the same command goes on."""
+        """Ask the job to stop. Finished work is kept; the same command resumes it."""
 
 
 class Machine(Section):
-    """A kind of node that may come and go: how large it is, and how many there are of it."""
+    """A kind of node: its size, and the range of how many there are."""
 
     cpus: Annotated[int, Field(ge=1)] = 4
     memory_gib: Annotated[int, Field(ge=1)] = 16
     gpus: Annotated[int, Field(ge=0)] = 0
     min: Annotated[int, Field(ge=0)] = 0
     max: Annotated[int, Field(ge=0)] = 1
-    spot: bool = False  # machines that may be taken back at any time
+    spot: bool = False  # machines that may be reclaimed at any time
 
     @field_validator("max")
     @classmethod
@@ -126,23 +126,25 @@ class Machine(Section):
 def run_tool(
     command: Sequence[str], *, field: str, stdin: str | None = None, env: Mapping[str, str] | None = None
 ) -> str:
-    """stdout of a scheduler's command. Raises RecipeError where it is not installed, CapstanError where it fails."""
+    """Return stdout of a scheduler's command. Raises RecipeError if it is not installed, CapstanError if it fails."""
     require_tool(command[0], field)
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[-500:]
-        raise CapstanError(f"{shlex.join(command)} ended with {done.returncode}: {said}")
+        output = " ".join((done.stderr or done.stdout).split())[-500:]
+        raise CapstanError(f"{shlex.join(command)} ended with {done.returncode}: {output}")
     return done.stdout
 
 
 def require_tool(tool: str, field: str) -> None:
-    """Raise RecipeError unless the command `tool` is there."""
+    """Raise RecipeError unless the command `tool` is on the PATH."""
     if shutil.which(tool) is None:
-        raise RecipeError(field, f"needs the command {tool}, which is not on the PATH", f"install {tool}, or add it")
+        raise RecipeError(
+            field, f"needs the command {tool}, which is not on the PATH", f"install {tool}, or add its folder to PATH"
+        )
 
 
 def follow_tool(command: Sequence[str], *, field: str) -> Iterator[str]:
-    """The lines of stdout of a command that may go on writing for long."""
+    """Yield the lines of stdout of a long-running command."""
     require_tool(command[0], field)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stdout is not None
@@ -153,6 +155,6 @@ def follow_tool(command: Sequence[str], *, field: str) -> Iterator[str]:
                 process.terminate()
 
 
-def capstan_line(order: Order, program: str = "capstan") -> str:
-    """The command as a line for a shell."""
-    return f"{program} {shlex.join(order.arguments)}"
+def capstan_line(job: JobSpec, program: str = "capstan") -> str:
+    """Return the command as a line for a shell."""
+    return f"{program} {shlex.join(job.arguments)}"

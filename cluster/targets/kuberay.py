@@ -1,11 +1,13 @@
-"""Kubernetes with the KubeRay operator: a RayJob that has a cluster of its own for its time, and goes with it.
+"""Target for Kubernetes with the KubeRay operator: a RayJob with its own cluster
 
     ConfigMap <id>   the recipe, mounted at /capstan
     RayJob <id>      a head that runs the command and no work; CPU workers and GPU workers, each between min and max
 
-Secrets are named, never held: `secrets` maps variables to keys of Kubernetes secrets. The operator makes the token that
-Ray's own servers ask for (authOptions; KubeRay 1.5 or newer). Worker pods may be taken back at any time: what they
-were at is done again elsewhere.
+`image` is built from the Dockerfile: its target `gpu`, or `cpu` where no pod trains or captions.
+
+Secrets are referenced, never stored: `secrets` maps variables to keys of Kubernetes secrets. The operator creates the
+token that Ray's own servers require (authOptions; KubeRay 1.5 or newer). Worker pods may be reclaimed at any time:
+their unfinished work is repeated elsewhere.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pydantic import Field, model_validator
 from capstan.cluster.targets.base import (
     STOPPED,
     Handle,
+    JobSpec,
     Machine,
-    Order,
     State,
     Status,
     Target,
@@ -34,7 +36,7 @@ from capstan.cluster.targets.base import (
 )
 from capstan.pipeline.config import Section
 
-_FOLDER: Final = "/capstan"  # where the recipe lies in the head's pod
+_FOLDER: Final = "/capstan"  # where the recipe is mounted in the head's pod
 _SHM: Final = "dshm"
 _STATUS: Final[dict[str, Status]] = {
     "": "pending",
@@ -49,14 +51,14 @@ _SPOT_TAINTS: Final[list[dict[str, Any]]] = [
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
     {"key": "capstan/spot", "operator": "Exists", "effect": "NoSchedule"},
 ]
-# Asked by python, which every image of Capstan has, unlike wget.
-_ASK: Final = "import urllib.request as u; assert b'success' in u.urlopen('http://127.0.0.1:{}', timeout=3).read()"
-_RAYLET: Final = _ASK.format("52365/api/local_raylet_healthz")
-_GCS: Final = _ASK.format("8265/api/gcs_healthz")
+# In Python, which every image of Capstan has, unlike wget.
+_PROBE: Final = "import urllib.request as u; assert b'success' in u.urlopen('http://127.0.0.1:{}', timeout=3).read()"
+_RAYLET: Final = _PROBE.format("52365/api/local_raylet_healthz")
+_GCS: Final = _PROBE.format("8265/api/gcs_healthz")
 
 
 class Volume(Section):
-    """Something that every pod mounts at `path`: one of a claim, a secret or a config map, by its name."""
+    """A volume that every pod mounts at `path`: a claim, a secret or a config map, by its name."""
 
     path: Annotated[str, Field(pattern="^/")]
     claim: str | None = None
@@ -67,7 +69,7 @@ class Volume(Section):
     @model_validator(mode="after")
     def _is_one(self) -> Volume:
         if sum(source is not None for source in (self.claim, self.secret, self.config_map)) != 1:
-            raise ValueError("name one of claim, secret or config_map")
+            raise ValueError("set exactly one of claim, secret and config_map")
         return self
 
     def source(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Volume(Section):
 
 
 class Spot(Section):
-    """How spot nodes are told apart in this Kubernetes cluster."""
+    """Taints and labels of spot nodes in this Kubernetes cluster."""
 
     tolerations: list[dict[str, Any]] = Field(default=_SPOT_TAINTS)
     node_selector: dict[str, str] = Field(default={})
@@ -87,7 +89,7 @@ class Spot(Section):
 
 class KubeRay(Target):
     kind: Literal["kuberay"] = "kuberay"
-    image: str  # with Capstan installed
+    image: str  # built from the Dockerfile, or another with Capstan installed
     namespace: str = "default"
     context: str | None = None  # kubectl's; null: the current one
     ray_version: str | None = None  # of the image; null: as installed here
@@ -100,28 +102,28 @@ class KubeRay(Target):
         default={}
     )  # variable: secret/key
     volumes: dict[str, Volume] = Field(default={})
-    service_account: str | None = None  # with its role, the way to a bucket without any secret
+    service_account: str | None = None  # its role gives access to a bucket without any secret
     node_selector: dict[str, str] = Field(default={})
-    keep_s: Annotated[int, Field(ge=0)] = 600  # the cluster stays so long after the end, to look at it
+    keep_s: Annotated[int, Field(ge=0)] = 600  # seconds for which the cluster is kept after the end, for inspection
     deadline_s: Annotated[int, Field(ge=1)] | None = None
-    retries: Annotated[int, Field(ge=0)] = 2  # in a new cluster, after a head was lost: the command goes on
+    retries: Annotated[int, Field(ge=0)] = 2  # in a new cluster, after a head was lost: the command resumes
 
-    def documents(self, order: Order) -> dict[str, str]:
-        objects = [self._config_map(order), self._ray_job(order)]
+    def documents(self, job: JobSpec) -> dict[str, str]:
+        objects = [self._config_map(job), self._ray_job(job)]
         return {"rayjob.yaml": yaml.safe_dump_all(objects, sort_keys=False)}
 
-    def _config_map(self, order: Order) -> dict[str, Any]:
-        texts = {name: content.decode("utf-8") for name, content in order.files.items()}
-        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": self._metadata(order), "data": texts}
+    def _config_map(self, job: JobSpec) -> dict[str, Any]:
+        texts = {name: content.decode("utf-8") for name, content in job.files.items()}
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": self._metadata(job), "data": texts}
 
-    def _metadata(self, order: Order) -> dict[str, Any]:
-        labels = {"app.kubernetes.io/managed-by": "capstan", "capstan/command": order.command}
-        return {"name": order.id, "namespace": self.namespace, "labels": labels}
+    def _metadata(self, job: JobSpec) -> dict[str, Any]:
+        labels = {"app.kubernetes.io/managed-by": "capstan", "capstan/command": job.command}
+        return {"name": job.id, "namespace": self.namespace, "labels": labels}
 
-    def _ray_job(self, order: Order) -> dict[str, Any]:
+    def _ray_job(self, job: JobSpec) -> dict[str, Any]:
         groups = [("cpu", self.workers)] + ([("gpu", self.gpu_workers)] if self.gpu_workers else [])
         spec: dict[str, Any] = {
-            "entrypoint": shlex.join(["bash", "-c", f"cd {_FOLDER} && exec {capstan_line(order)}"]),
+            "entrypoint": shlex.join(["bash", "-c", f"cd {_FOLDER} && exec {capstan_line(job)}"]),
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": self.keep_s,
@@ -134,14 +136,14 @@ class KubeRay(Target):
                 "headGroupSpec": {
                     "serviceType": "ClusterIP",  # reached from inside the cluster only
                     "rayStartParams": {"num-cpus": "0"},
-                    "template": self._pod("ray-head", self.head, order),
+                    "template": self._pod("ray-head", self.head, job),
                 },
                 "workerGroupSpecs": [self._group(name, machine) for name, machine in groups],
             },
         }
         if self.deadline_s is not None:
             spec["activeDeadlineSeconds"] = self.deadline_s
-        return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": self._metadata(order), "spec": spec}
+        return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": self._metadata(job), "spec": spec}
 
     def _group(self, name: str, machine: Machine) -> dict[str, Any]:
         return {
@@ -153,9 +155,9 @@ class KubeRay(Target):
             "template": self._pod("ray-worker", machine, None),
         }
 
-    def _pod(self, name: str, machine: Machine, order: Order | None) -> dict[str, Any]:
-        """A pod template; that of the head (which has an `order`) has the recipe."""
-        is_head = order is not None
+    def _pod(self, name: str, machine: Machine, job: JobSpec | None) -> dict[str, Any]:
+        """Return a pod template; that of the head, which has a `job`, mounts the recipe."""
+        is_head = job is not None
         mounts: list[dict[str, Any]] = [{"name": _SHM, "mountPath": "/dev/shm"}]
         volumes: list[dict[str, Any]] = [
             {"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, machine.memory_gib // 3)}Gi"}}
@@ -163,8 +165,8 @@ class KubeRay(Target):
         for volume, settings in self.volumes.items():
             volumes.append({"name": volume, **settings.source()})
             mounts.append({"name": volume, "mountPath": settings.path, **_read_only(settings)})
-        if order is not None:
-            volumes.append({"name": "recipe", "configMap": {"name": order.id}})
+        if job is not None:
+            volumes.append({"name": "recipe", "configMap": {"name": job.id}})
             mounts.append({"name": "recipe", "mountPath": _FOLDER})
         size: dict[str, str] = {"cpu": str(machine.cpus), "memory": f"{machine.memory_gib}Gi"}
         if machine.gpus:
@@ -208,32 +210,32 @@ class KubeRay(Target):
         context = ["--context", self.context] if self.context else []
         return ["kubectl", *context, "--namespace", self.namespace, *arguments]
 
-    def send(self, order: Order) -> Handle:
-        run_tool(self._kubectl("apply", "-f", "-"), field="kind", stdin=self.documents(order)["rayjob.yaml"])
-        return {"rayjob": order.id}
+    def send(self, job: JobSpec) -> Handle:
+        run_tool(self._kubectl("apply", "-f", "-"), field="kind", stdin=self.documents(job)["rayjob.yaml"])
+        return {"rayjob": job.id}
 
     def state(self, handle: Handle) -> State:
         found = run_tool(
             self._kubectl("get", "rayjob", handle["rayjob"], "--ignore-not-found", "-o", "json"), field="kind"
         )
         if not found.strip():
-            return State("lost", message="there is no such RayJob any more")
-        told = json.loads(found).get("status") or {}
-        status, message = _STATUS.get(told.get("jobStatus", ""), "pending"), told.get("message", "")
-        deployment = told.get("jobDeploymentStatus", "")
+            return State("lost", message="the RayJob no longer exists")
+        reported = json.loads(found).get("status") or {}
+        status, message = _STATUS.get(reported.get("jobStatus", ""), "pending"), reported.get("message", "")
+        deployment = reported.get("jobDeploymentStatus", "")
         if deployment in ("Suspended", "Suspending"):
             return State("stopped", STOPPED)
         if deployment == "Failed":
             status = "failed"
         elif status == "failed" and deployment in ("Retrying", "Running"):
-            return State("running", message="it is tried again in a new cluster")
+            return State("running", message="it is being retried in a new cluster")
         code = _exit_code(message) if status == "failed" else (0 if status == "succeeded" else None)
         if code == STOPPED or status == "stopped":
             return State("stopped", STOPPED)
         return State(status, code, message.partition("last available logs")[0].strip().rstrip(","))
 
     def logs(self, handle: Handle, *, follow: bool) -> Iterator[str]:
-        # The operator's submitter, a Kubernetes job with the RayJob's name, repeats what the command writes.
+        # The operator's submitter, a Kubernetes job with the RayJob's name, prints the command's output.
         command = self._kubectl("logs", f"job/{handle['rayjob']}", *(["--follow"] if follow else []))
         yield from follow_tool(command, field="kind")
 
@@ -246,13 +248,13 @@ def _read_only(volume: Volume) -> dict[str, bool]:
     return {"readOnly": True} if volume.read_only or volume.claim is None else {}
 
 
-def _probe(questions: list[str], failures: int) -> dict[str, Any]:
-    asked = "\n".join(questions)
+def _probe(checks: list[str], failures: int) -> dict[str, Any]:
+    code = "\n".join(checks)
     timing = {"initialDelaySeconds": 10, "periodSeconds": 10, "timeoutSeconds": 10, "failureThreshold": failures}
-    return {"exec": {"command": ["python", "-c", asked]}, **timing}
+    return {"exec": {"command": ["python", "-c", code]}, **timing}
 
 
 def _exit_code(message: str) -> int | None:
-    """The command's exit code, from what Ray says of a job that failed."""
+    """Return the command's exit code, from Ray's message about a failed job; None if it has none."""
     found = re.search(r"exit code (\d+)", message)
     return int(found[1]) if found else None

@@ -1,9 +1,9 @@
-"""This machine: the command runs as a process of its own, which goes on when the terminal is closed.
+"""Target for this machine: a background process that outlives its terminal
 
-    FOLDER/<id>/log.txt      what it writes
+    FOLDER/<id>/log.txt      the command's output
     FOLDER/<id>/ended.json   its exit code; written last, by the small supervisor that started it
 
-With `workers` it has a Ray cluster of several nodes for its time, all on this machine: a rehearsal for a real one.
+With `workers`, the command gets a Ray cluster of several nodes, all on this machine: a rehearsal for a real one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from capstan.cluster.local_cluster import Nodes
-from capstan.cluster.targets.base import Handle, Order, State, Target, capstan_line, ended
+from capstan.cluster.targets.base import Handle, JobSpec, State, Target, capstan_line, ended
 from capstan.cluster.user_dirs import state_folder
 from capstan.pipeline.storage import Storage
 
@@ -32,19 +32,21 @@ _LOOK_EVERY_S = 0.2
 
 class Local(Target):
     kind: Literal["local"] = "local"
-    workers: Annotated[int, Field(ge=0)] = 0  # Ray worker nodes beside a head; 0: Ray inside the command's process
+    workers: Annotated[int, Field(ge=0)] = (
+        0  # Ray worker nodes in addition to a head; 0: Ray inside the command's process
+    )
     cpus: Annotated[int, Field(ge=1)] = 1  # of each worker node
     elsewhere: ClassVar[bool] = False
 
-    def documents(self, order: Order) -> dict[str, str]:
+    def documents(self, job: JobSpec) -> dict[str, str]:
         nodes = f"# on a head and {self.workers} worker nodes of {self.cpus} CPUs\n" if self.workers else ""
         variables = "".join(f"{name}={shlex.quote(value)} " for name, value in sorted(self.env.items()))
-        return {"command": f"{nodes}cd {shlex.quote(str(Path.cwd()))}\n{variables}{capstan_line(order)}\n"}
+        return {"command": f"{nodes}cd {shlex.quote(str(Path.cwd()))}\n{variables}{capstan_line(job)}\n"}
 
-    def send(self, order: Order) -> Handle:
-        folder = state_folder() / "local" / order.id
+    def send(self, job: JobSpec) -> Handle:
+        folder = state_folder() / "local" / job.id
         folder.mkdir(parents=True)
-        work = {"arguments": order.arguments, "workers": self.workers, "cpus": self.cpus}
+        work = {"arguments": job.arguments, "workers": self.workers, "cpus": self.cpus}
         (folder / "work.json").write_text(json.dumps(work))
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -65,7 +67,7 @@ class Local(Target):
         if alive:
             return State("running")
         return State(
-            "lost", message="its process has gone without an exit code: the machine was restarted, or it was killed"
+            "lost", message="its process is gone and left no exit code: it was killed, or the machine was restarted"
         )
 
     def logs(self, handle: Handle, *, follow: bool) -> Iterator[str]:
@@ -84,7 +86,7 @@ class Local(Target):
 
 
 def _born(pid: int) -> str:
-    """When a process was started, in the kernel's ticks: with it a number that is used again is told apart."""
+    """Return the start time of a process in the kernel's ticks, which tells a reused process id apart."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -102,7 +104,7 @@ def _alive(handle: Handle) -> bool:
 
 
 def supervise(folder: Path) -> int:
-    """Run the command of FOLDER/work.json and keep its exit code. A SIGTERM is handed on to it."""
+    """Run the command of FOLDER/work.json, write and return its exit code. SIGTERM is passed on to the command."""
     work = json.loads((folder / "work.json").read_text())
     stopped = False
 

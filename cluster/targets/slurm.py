@@ -1,11 +1,15 @@
-"""Slurm: an sbatch script that starts Ray over the allocation, runs the command on its first node, and ends Ray.
+"""Target for Slurm: an sbatch script that runs the command on a Ray cluster
 
     FOLDER/<id>/job.sh, the recipe    what was sent
-    FOLDER/<id>/log.txt               what the command writes
+    FOLDER/<id>/log.txt               the command's output
     FOLDER/<id>/exit-code             written last
 
-FOLDER lies on a disk that all nodes share. Ray's token is made by the script in the job's folder, for its owner only;
-the dashboard is not started, and the command talks to Ray from inside the allocation.
+The script starts Ray on all nodes of the allocation, runs the command on the first one, and stops Ray. Its `setup`
+activates an environment with capstan-t2i; sites with containers run an image built from the Dockerfile by an option of
+sbatch, e.g. `options: [--container-image=...]`.
+
+FOLDER is on a disk that all nodes share. The script creates Ray's token in the job's folder, readable by its owner
+only. The dashboard is not started; the command reaches Ray from inside the allocation.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
-from capstan.cluster.targets.base import STOPPED, Handle, Order, State, Target, capstan_line, ended, run_tool
+from capstan.cluster.targets.base import STOPPED, Handle, JobSpec, State, Target, capstan_line, ended, run_tool
 
 _LOOK_EVERY_S = 1.0
 
@@ -30,7 +34,7 @@ cd {folder}
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
 unset RAY_ADDRESS
 
-# However this ends, the exit code is written down: the command's; 130 if told to stop, 1 if Ray did not start.
+# The exit code is always written: the command's, 130 if stopped, 1 if Ray did not start.
 code=1
 finish() {{
   trap - EXIT TERM INT
@@ -76,19 +80,21 @@ code=$ended
 
 class Slurm(Target):
     kind: Literal["slurm"] = "slurm"
-    folder: str  # on a disk that all nodes share; the jobs' own folders lie in it
+    folder: str  # on a disk that all nodes share; holds a folder per job
     nodes: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[int, Field(ge=1)] = 8  # of each node
     gpus: Annotated[int, Field(ge=0)] = 0  # of each node
     memory_gib: Annotated[int, Field(ge=1)] | None = None
-    hours: Annotated[float, Field(gt=0)] = 24  # after which Slurm ends it
+    hours: Annotated[float, Field(gt=0)] = 24  # the time limit
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    options: list[Annotated[str, Field(pattern="^--[a-z]")]] = Field(default=[])  # more of sbatch's, as they are
-    setup: list[str] = Field(default=[])  # lines of shell: modules to load, an environment to activate
-    python: str = "python"
-    grace_s: Annotated[int, Field(ge=10)] = 120  # before the time is up, the command is told to save and stop
+    options: list[Annotated[str, Field(pattern="^--[a-z]")]] = Field(
+        default=[]
+    )  # further options of sbatch, passed on unchanged
+    setup: list[str] = Field(default=[])  # shell lines: modules to load, an environment to activate
+    python: str = "python"  # with Capstan installed
+    grace_s: Annotated[int, Field(ge=10)] = 120  # before the time limit, the command is asked to save and stop
 
     @field_validator("folder")
     @classmethod
@@ -102,17 +108,17 @@ class Slurm(Target):
     @classmethod
     def _is_one_line(cls, value: list[str] | str | None) -> list[str] | str | None:
         if "\n" in "".join(value or ""):
-            raise ValueError("must not hold line breaks")
+            raise ValueError("must not contain line breaks")
         return value
 
-    def documents(self, order: Order) -> dict[str, str]:
-        texts = {name: content.decode("utf-8", "replace") for name, content in order.files.items()}
-        return {"job.sh": self._script(order), **texts}
+    def documents(self, job: JobSpec) -> dict[str, str]:
+        texts = {name: content.decode("utf-8", "replace") for name, content in job.files.items()}
+        return {"job.sh": self._script(job), **texts}
 
-    def _script(self, order: Order) -> str:
-        folder = f"{self.folder}/{order.id}"
-        wanted: dict[str, object] = {
-            "job-name": order.id,
+    def _script(self, job: JobSpec) -> str:
+        folder = f"{self.folder}/{job.id}"
+        options_by_name: dict[str, object] = {
+            "job-name": job.id,
             "nodes": self.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": self.cpus,
@@ -126,7 +132,7 @@ class Slurm(Target):
             "gpus-per-node": self.gpus or None,
             "mem": f"{self.memory_gib}G" if self.memory_gib else None,
         }
-        options = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value is not None]
+        options = [f"#SBATCH --{name}={value}" for name, value in options_by_name.items() if value is not None]
         options += [f"#SBATCH {option}" for option in self.options]
         exports = [f"export {name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
         body = _SCRIPT.format(
@@ -135,19 +141,19 @@ class Slurm(Target):
             cpus=self.cpus,
             gpus=self.gpus,
             python=self.python,
-            command=capstan_line(order, f"{self.python} -m capstan"),
+            command=capstan_line(job, f"{self.python} -m capstan"),
         )
         return "\n".join(["#!/usr/bin/env bash", *options, body])
 
     # With Slurm's commands --------------------------------------------------------------------------------------------
 
-    def send(self, order: Order) -> Handle:
-        folder = Path(self.folder) / order.id
+    def send(self, job: JobSpec) -> Handle:
+        folder = Path(self.folder) / job.id
         folder.mkdir(parents=True, mode=0o700)
-        for name, text in self.documents(order).items():
+        for name, text in self.documents(job).items():
             (folder / name).write_text(text, encoding="utf-8")
-        said = run_tool(["sbatch", "--parsable", str(folder / "job.sh")], field="kind")
-        return {"slurm_id": said.strip().split(";")[0], "folder": str(folder)}
+        answer = run_tool(["sbatch", "--parsable", str(folder / "job.sh")], field="kind")
+        return {"slurm_id": answer.strip().split(";")[0], "folder": str(folder)}
 
     def state(self, handle: Handle) -> State:
         file = Path(handle["folder"]) / "exit-code"
@@ -162,9 +168,9 @@ class Slurm(Target):
             return State("running")
         if queued == "CANCELLED":
             return State("stopped", STOPPED)
-        if file.exists():  # it ended between the two questions
+        if file.exists():  # it ended between the two queries
             return ended(int(file.read_text()))
-        return State("lost", message=f"Slurm says {queued or 'nothing'}, and no exit code was left")
+        return State("lost", message=f"Slurm reports {queued or 'nothing'}, and there is no exit code")
 
     def logs(self, handle: Handle, *, follow: bool) -> Iterator[str]:
         path, place = Path(handle["folder"]) / "log.txt", 0

@@ -9,6 +9,7 @@ from typing import Final
 
 import pyarrow as pa
 
+from capstan.pipeline import extras
 from capstan.pipeline.config import ClipScore, HeadScore, Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.score.caption import CaptionMeasures
@@ -37,6 +38,9 @@ def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
 def scorers(recipe: Recipe) -> list[Scorer]:
     """Create the recipe's scorers, pinned. Raises RecipeError if weights are missing or do not fit."""
     score, made = recipe.score, list[Scorer]()
+    for name in ("clip", *HEADS):
+        if getattr(score, name) is not None:
+            extras.require(extras.RECAPTION, f"score.{name}")
     if score.clip is not None:
         made.append(ClipSimilarity(_clip_model(score.clip)))
         if score.clip.embeddings:

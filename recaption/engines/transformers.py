@@ -114,7 +114,7 @@ class _Loaded:
     """The state of a model worker: the model on its device and its processor."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        transformers = need("transformers", "transformers")
+        transformers = need("transformers", "recaption")
         import torch
 
         transformers.utils.logging.disable_progress_bar()

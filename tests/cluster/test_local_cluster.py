@@ -253,7 +253,7 @@ def test_a_running_job_is_seen_followed_and_stopped(cluster: Cluster, folder: Pa
     job = json.loads(capstan(*command, env=cluster.env).stdout)["job"]
     again = capstan(*command, env=cluster.env)
     assert again.returncode == 2
-    assert f"job {job} of this recipe still runs on nodes" in again.stderr
+    assert f"job {job} of this recipe is still running on nodes" in again.stderr
     waiting = time.monotonic()
     while not place.count("state/ingest*/done/*.json"):
         assert time.monotonic() - waiting < 120
@@ -261,7 +261,7 @@ def test_a_running_job_is_seen_followed_and_stopped(cluster: Cluster, folder: Pa
     assert json.loads(capstan("jobs", "status", job, "--json", env=cluster.env).stdout)["status"] == "running"
     assert capstan("jobs", "stop", job, env=cluster.env).returncode == 0
     followed = capstan("jobs", "logs", "-f", job, env=cluster.env)
-    assert "run the same command again to go on" in followed.stdout
+    assert "run the same command again to resume" in followed.stdout
     assert json.loads(capstan("jobs", "status", job, "--json", env=cluster.env).stdout)["exit_code"] == 130
     assert not (place.dataset / "dataset.json").exists()
 
@@ -275,7 +275,7 @@ def test_the_cluster_asks_for_its_token_and_listens_on_loopback_only(cluster: Cl
         "submit", "--to", "nodes", "--clusters", str(folder / "wrong.yaml"), "--", "verify", "s3://b/x", env=cluster.env
     )
     assert refused.returncode == 2
-    assert "does not take the token" in refused.stderr
+    assert "rejects the token" in refused.stderr
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
     ours = {str(pid) for pid in cluster.nodes.pids()}
     open_to_all = [
@@ -299,7 +299,7 @@ def test_no_secret_is_written_down_or_shown(cluster: Cluster, folder: Path, s3: 
     from capstan.cluster.targets.ray_jobs import RayJobs
 
     target = RayJobs(name="nodes", address=cluster.nodes.address, token_file=str(cluster.nodes.token_file))
-    with target._asking() as client:
+    with target._client() as client:
         told = " ".join(str(info) for info in client.list_jobs())
     assert "capstan" in told
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.nodes.pids()]

@@ -55,7 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     process = start(folder)
     said, seconds = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
     assert process.returncode == 130
-    assert "run the same command again to go on" in said
+    assert "run the same command again to resume" in said
     assert seconds < 30  # on a busy machine; a few seconds otherwise
     said, _ = stop_when(
         start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL

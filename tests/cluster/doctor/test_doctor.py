@@ -217,7 +217,7 @@ def test_a_target_that_does_not_answer() -> None:
 def test_another_version_of_ray() -> None:
     finding = same_ray("lab", "2.9.0")
     assert not finding.ok
-    assert "pip install ray==2.9.0 here" in finding.hint
+    assert "pip install ray==2.9.0` here" in finding.hint
 
 
 def test_doctor_says_it_all_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from capstan.cluster.cli import run
-from capstan.cluster.jobs.store import find, notes, state_of
+from capstan.cluster.jobs.store import find, records, state_of
 from capstan.cluster.targets.local import Local
 
 
@@ -26,9 +26,9 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.delenv("CAPSTAN_CLUSTERS", raising=False)
     monkeypatch.chdir(tmp_path)
     yield
-    for note in notes():
-        if not state_of(note).is_final:
-            note.open().stop(note.handle)
+    for record in records():
+        if not state_of(record).is_final:
+            record.open().stop(record.handle)
 
 
 @pytest.fixture
@@ -71,22 +71,22 @@ def test_a_recipe_whose_job_runs_is_not_submitted_again(recipe: Path, capsys: py
     job = last_line(capsys)["job"]
     assert run(["submit", "--", "build", str(recipe)]) == 2  # the job starts python and torch: it lives for a second
     err = capsys.readouterr().err
-    assert f"job {job} of this recipe still runs on local" in err
+    assert f"job {job} of this recipe is still running on local" in err
     assert f"capstan jobs stop {job}" in err
     assert run(["jobs", "stop", job]) == 0
     while not state_of(find(job)).is_final:
         time.sleep(0.05)
     assert run(["submit", "--wait", "--", "build", str(recipe)]) == 2
-    assert len(notes()) == 2
+    assert len(records()) == 2
 
 
 def test_a_job_that_is_gone_without_an_exit_code_is_lost(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "--json", "--", "build", str(recipe)]) == 0
-    note = find(last_line(capsys)["job"])
-    os.killpg(note.handle["pid"], 9)
-    while Local(name="local").state(note.handle).status == "running":
+    record = find(last_line(capsys)["job"])
+    os.killpg(record.handle["pid"], 9)
+    while Local(name="local").state(record.handle).status == "running":
         time.sleep(0.02)
-    assert state_of(note).status == "lost"
+    assert state_of(record).status == "lost"
     assert run(["submit", "--wait", "--", "build", str(recipe)]) == 2  # and it stands in nobody's way
 
 
@@ -101,15 +101,15 @@ def test_a_dry_run_prints_and_sends_nothing(recipe: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "entrypoint: capstan build recipe.yaml" in out
     assert "dataset: s3://bucket/ds" in out
-    assert notes() == []
+    assert records() == []
     assert run(["submit", "--to", "lab", "--", "build", str(recipe)]) == 1
     assert "cannot reach http://127.0.0.1:9" in capsys.readouterr().err
-    assert notes() == []
+    assert records() == []
 
 
 WRONG = [
     (["submit", "--to", "lap", "--", "build", "recipe.yaml"], "did you mean lab?"),
-    (["submit", "--to", "lab", "--", "build", "recipe.yaml"], "is relative to a folder of this machine"),
+    (["submit", "--to", "lab", "--", "build", "recipe.yaml"], "is relative to a folder on this machine"),
     (["submit", "--", "submit", "--", "build"], "not a command that can run elsewhere"),
     (["submit", "--", "build", "recipe.yaml", "--set", "storage.secret=abc"], "storage.secret: is a secret"),
     (["submit", "--", "build", "recipe.yaml", "--set", "imgae.size=3"], "did you mean image?"),
@@ -126,7 +126,7 @@ def test_what_cannot_work_there_is_said_here(
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
-    assert notes() == []
+    assert records() == []
 
 
 def test_files_travel_by_name_and_are_not_mixed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_a_job_outlives_its_terminal(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "capstan", "submit", "--json", "--", "build", str(recipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         job = json.loads(process.communicate()[0].splitlines()[-1])["job"]
-    note = find(job)
-    while not (state := state_of(note)).is_final:
+    record = find(job)
+    while not (state := state_of(record)).is_final:
         time.sleep(0.1)
     assert (state.status, state.code) == ("failed", 2)

@@ -17,10 +17,10 @@ import yaml
 from kuberay_schema import check_ray_job
 
 from capstan.cluster.jobs.clusters_file import find_target, make_target, read_targets
-from capstan.cluster.targets.base import Order
+from capstan.cluster.targets.base import JobSpec
 from capstan.pipeline.errors import CapstanError, RecipeError
 
-ORDER = Order(
+JOB = JobSpec(
     "build-mine-261124201512-3f2a", ["build", "mine.yaml", "--set", "select=[]"], {"mine.yaml": b"dataset: s3://b/x\n"}
 )
 KUBERAY = {
@@ -48,7 +48,7 @@ RAY = {"kind": "ray", "address": "http://127.0.0.1:8265"}
 
 
 def ray_job(**settings: Any) -> dict[str, Any]:
-    text = make_target("k", KUBERAY | settings).documents(ORDER)["rayjob.yaml"]
+    text = make_target("k", KUBERAY | settings).documents(JOB)["rayjob.yaml"]
     config_map, job = yaml.safe_load_all(text)
     assert config_map["data"] == {"mine.yaml": "dataset: s3://b/x\n"}
     assert "&id" not in text
@@ -138,7 +138,7 @@ def shellcheck(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     "changes", [{}, {"nodes": 1, "gpus": 0, "setup": []}, {"env": {"A": "it's"}, "folder": "/a b/c"}]
 )
 def test_an_sbatch_script_passes_shellcheck(changes: dict[str, Any], tmp_path: Path) -> None:
-    script = make_target("s", SLURM | changes).documents(ORDER)["job.sh"]
+    script = make_target("s", SLURM | changes).documents(JOB)["job.sh"]
     done = shellcheck(script, tmp_path)
     assert done.returncode == 0, done.stdout
     assert shellcheck(script + "\nfor x in $*; do rm $x; done\n", tmp_path).returncode != 0
@@ -151,13 +151,13 @@ def test_an_sbatch_script_passes_shellcheck(changes: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"image": None, "setup": ["pip install capstan"]}, {"gpu_workers": None, "ami": "ami-1"}]
+    "changes", [{}, {"image": None, "setup": ["pip install capstan-t2i"]}, {"gpu_workers": None, "ami": "ami-1"}]
 )
 def test_a_launcher_file_passes_rays_validator(changes: dict[str, Any]) -> None:
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    text = make_target("a", AWS | changes).documents(ORDER)["cluster.yaml"]
+    text = make_target("a", AWS | changes).documents(JOB)["cluster.yaml"]
     config = yaml.safe_load(text)
     validate_config(prepare_config(copy.deepcopy(config)))
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
@@ -175,7 +175,7 @@ def test_what_would_be_sent_names_the_command_and_no_token(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary-token")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
-    text = "\n".join(make_target("t", settings).documents(ORDER).values())
+    text = "\n".join(make_target("t", settings).documents(JOB).values())
     assert "build mine.yaml" in text
     assert "canary" not in text
 
@@ -183,11 +183,11 @@ def test_what_would_be_sent_names_the_command_and_no_token(
 def test_requirements_are_pinned(tmp_path: Path) -> None:
     file = tmp_path / "requirements.txt"
     file.write_text("webdataset==1.0.2  # shards\n\nopen_clip_torch==3.3.0\n")
-    job = yaml.safe_load(make_target("r", RAY | {"requirements": str(file)}).documents(ORDER)["job.yaml"])
+    job = yaml.safe_load(make_target("r", RAY | {"requirements": str(file)}).documents(JOB)["job.yaml"])
     assert job["runtime_env"]["pip"] == ["webdataset==1.0.2", "open_clip_torch==3.3.0"]
     file.write_text("webdataset>=1.0\n")
     with pytest.raises(RecipeError, match="no exact version"):
-        make_target("r", RAY | {"requirements": str(file)}).documents(ORDER)
+        make_target("r", RAY | {"requirements": str(file)}).documents(JOB)
 
 
 WRONG = [
@@ -269,8 +269,8 @@ for _ in $(seq "$(cat seconds)"); do sleep 0.1; done; exit 3""",
 
 def slurm_job(folder: Path, tenths: int) -> tuple[Any, Any]:
     target = make_target("s", {"kind": "slurm", "folder": str(folder / "jobs"), "python": "work"})
-    order = Order(ORDER.id, ORDER.arguments, {**ORDER.files, "seconds": str(tenths).encode()})
-    return target, target.send(order)
+    job = JobSpec(JOB.id, JOB.arguments, {**JOB.files, "seconds": str(tenths).encode()})
+    return target, target.send(job)
 
 
 def test_a_slurm_job_ends_with_its_commands_exit_code(one_node_slurm: Path) -> None:
@@ -308,7 +308,7 @@ case "$*" in *apply*) cat > applied.yaml;; *"get rayjob"*) cat status.json;; *lo
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     target = make_target("k", KUBERAY | {"context": "prod"})
-    handle = target.send(ORDER)
+    handle = target.send(JOB)
     check_ray_job(list(yaml.safe_load_all((tmp_path / "applied.yaml").read_text()))[1])
     answers = [
         ({}, "pending", 1),
@@ -341,4 +341,4 @@ case "$*" in *apply*) cat > applied.yaml;; *"get rayjob"*) cat status.json;; *lo
 def test_a_missing_scheduler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RecipeError, match="needs the command kubectl"):
-        make_target("k", KUBERAY).send(ORDER)
+        make_target("k", KUBERAY).send(JOB)

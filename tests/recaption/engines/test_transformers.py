@@ -249,5 +249,5 @@ def test_what_cannot_work_is_said_with_the_field_and_the_fix(
         engine(broken).write(["x"], seeds=[0], max_tokens=1)
 
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'capstan\[transformers\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'capstan-t2i\[recaption\]'"):
         engine(llava).write(["x"], seeds=[0], max_tokens=1)
