@@ -30,7 +30,12 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Files of the core's floors that import torch as they are loaded, and are loaded by parts of an extra only.
-OF_EXTRAS = {"recaption/engines/coca.py", "recaption/engines/coca_decoding.py", "recaption/engines/beam_search.py"}
+OF_EXTRAS = {
+    "capstan/torch_batches.py",
+    "recaption/engines/coca.py",
+    "recaption/engines/coca_decoding.py",
+    "recaption/engines/beam_search.py",
+}
 
 
 def names(requirements: list[str]) -> set[str]:
