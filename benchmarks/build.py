@@ -1,12 +1,12 @@
-"""`capstan build` beside img2dataset 1.47 and beside the bare decode-resize-encode loop: CPU and wall clock an image.
+"""`capstan build` compared with img2dataset 1.47 and with a bare decode-resize-encode loop: CPU and time per image.
 
     python benchmarks/build.py [--photos 20000] [--repeats 3] [--only http|tars|copy|memory]
 
-One nginx on loopback serves the same photos to both; img2dataset runs in a virtual environment of its own (made once in
-the work folder). Runs are interleaved, medians are shown. Start-up is measured by a run over a few photos and shown
-apart: the figures an image are (whole run - start-up) / (photos - few). CPU seconds are those of all processes that a
-command starts; nginx's are not among them. The floor is one process that decodes (scaled), resizes and encodes the same
-bytes from memory, by simplejpeg and OpenCV, as Capstan shrinks.
+One nginx on loopback serves the same photos to both. img2dataset runs in a virtual environment of its own, made once in
+the work folder. Runs alternate, and medians are shown. Start-up is measured by a run over a few photos and shown
+separately: figures per image are (whole run - start-up) / (photos - few). CPU seconds are those of all processes that a
+command starts, without nginx. The floor is one process that decodes (scaled), resizes and encodes the same bytes from
+memory with simplejpeg and OpenCV, as Capstan does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from photos import make_photos, served
 
 from capstan.pipeline.image.resize import shrink
 
-FEW = 1000  # photos of the run that measures start-up: enough that no worker is done before the other has started
+FEW = 1000  # photos of the start-up run: enough that no worker finishes before the other has started
 CAPSTAN = [sys.executable, "-m", "capstan"]
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"256 center_crop": (256, "center_crop"), "512 keep_ratio": (512, "keep_ratio")}
@@ -43,7 +43,7 @@ SETTINGS = {"256 center_crop": (256, "center_crop"), "512 keep_ratio": (512, "ke
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a whole run, and of what each further photo adds."""
+    """The cost of start-up, and of each further photo, in seconds."""
 
     startup_wall: float
     startup_cpu: float
@@ -73,9 +73,7 @@ def main() -> None:
     work, count = arguments.work.resolve(), arguments.photos
     paths = make_photos(work / "photos", count)
     size = sum(path.stat().st_size for path in paths)
-    print(
-        f"{count:,} photos, {size / count / 1000:.0f} kB in the mean; medians of {arguments.repeats} interleaved runs"
-    )
+    print(f"{count:,} photos, {size / count / 1000:.0f} kB on average; medians of {arguments.repeats} interleaved runs")
     parts = {"http": over_http, "tars": from_tars, "copy": as_they_are, "memory": memory}
     for name, part in parts.items():
         if arguments.only in (None, name):
@@ -86,7 +84,7 @@ def main() -> None:
 
 
 def capstan(work: Path, source: dict, size: int, resize: str, count: int) -> Run:
-    """Build a new dataset of `count` photos. There are two units at least, one for each worker."""
+    """Build a new dataset of `count` photos. It has at least two units, one per worker."""
     dataset = work / "dataset"
     shutil.rmtree(dataset, ignore_errors=True)
     recipe = {
@@ -94,7 +92,7 @@ def capstan(work: Path, source: dict, size: int, resize: str, count: int) -> Run
         "source": source,
         "fetch": {"allow_private": True, "per_host": 64},
         "image": {"size": size, "resize": resize},
-        "dedup": {"exact": True, "perceptual": None},  # the photos are made of few: all would be near duplicates
+        "dedup": {"exact": True, "perceptual": None},  # all photos derive from a few, so all would be near duplicates
         "unit": {"rows": min(2500, count // 2)},
     }
     path = work / "recipe.yaml"
@@ -124,7 +122,7 @@ def img2dataset(work: Path, table: Path, size: int, resize: str, count: int) -> 
 
 
 def _other_python(work: Path) -> Path:
-    """The Python of img2dataset's own environment, made if it is not there."""
+    """Return the Python of img2dataset's own environment, which is made if missing."""
     python = work / "img2dataset-env" / "bin" / "python"
     if not (python.parent / "img2dataset").exists():
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
@@ -133,7 +131,7 @@ def _other_python(work: Path) -> Path:
 
 
 def floor(paths: list[Path], size: int, resize: str, sample: int = 2000) -> float:
-    """CPU seconds an image of the bare loop over bytes that are in memory."""
+    """Return the CPU seconds per image of the bare loop over bytes in memory."""
     cv2.setNumThreads(1)
     data = [path.read_bytes() for path in random.Random(0).sample(paths, min(sample, len(paths)))]
     start = _cpu_s()
@@ -170,8 +168,8 @@ def over_http(work: Path, paths: list[Path], repeats: int) -> None:
             bare = statistics.median(floor(paths, size, resize) for _ in range(repeats))
             _show(f"HTTP, {name}", found, bare)
             a, b = found["capstan"], found["img2dataset"]
-            print(f"  CPU {a.cpu / b.cpu:.2f} of img2dataset's (asked: 0.33), wall clock {a.wall / b.wall:.2f} (0.50)")
-            print(f"  CPU {a.cpu / bare:.2f} × the floor (asked: 1.35)", flush=True)
+            print(f"  CPU {a.cpu / b.cpu:.2f} of img2dataset's (goal: 0.33), wall clock {a.wall / b.wall:.2f} (0.50)")
+            print(f"  CPU {a.cpu / bare:.2f} × the floor (goal: 1.35)", flush=True)
 
 
 def from_tars(work: Path, paths: list[Path], repeats: int) -> None:
@@ -182,11 +180,11 @@ def from_tars(work: Path, paths: list[Path], repeats: int) -> None:
         found = _interleaved({"capstan": ours}, len(paths), repeats)
         bare = statistics.median(floor(paths, size, resize) for _ in range(repeats))
         _show(f"local tars, {name}", found, bare)
-        print(f"  CPU {found['capstan'].cpu / bare:.2f} × the floor (asked: 1.20)")
+        print(f"  CPU {found['capstan'].cpu / bare:.2f} × the floor (goal: 1.20)")
 
 
 def as_they_are(work: Path, paths: list[Path], repeats: int) -> None:
-    """Tars whose images fit already, beside `cp` of the same bytes."""
+    """Compare packing of tars whose images already fit with `cp` of the same bytes."""
     few, whole = (_tars(work / "tars" / str(number), paths[:number]) for number in (FEW, len(paths)))
     size = sum(path.stat().st_size for path in whole.iterdir())
     ours, copies = [], []
@@ -200,19 +198,19 @@ def as_they_are(work: Path, paths: list[Path], repeats: int) -> None:
         subprocess.run(["cp", "-r", str(whole), str(target)], check=True)
         copies.append(time.monotonic() - start)
     a, b = statistics.median(ours), statistics.median(copies)
-    print(f"\npictures that fit, from tars, {size / 1e9:.2f} GB, without start-up")
+    print(f"\nimages that already fit, from tars, {size / 1e9:.2f} GB, without start-up")
     print(f"  capstan {a:.1f} s, {size / a / 1e6:,.0f} MB/s · cp {b:.1f} s, {size / b / 1e6:,.0f} MB/s")
-    print(f"  {b / a:.2f} of the speed of cp (asked: 0.60)")
+    print(f"  {b / a:.2f} of the speed of cp (goal: 0.60)")
 
 
 def memory(work: Path, paths: list[Path], repeats: int) -> None:
-    """Peak memory of all processes together for as many rows as there are photos, and for ten times as many."""
+    """Measure the peak memory of all processes for as many rows as photos, and for ten times as many."""
     print("\nmemory of all processes together (sum of proportional set sizes, peak), 256 center_crop")
     with served(work / "photos", work / "nginx") as site:
         for times in (1, 10):
             urls = [f"{site}/{path.parent.name}/{path.name}?{turn}" for turn in range(times) for path in paths]
             run = capstan(work, {"path": str(_url_table(work, urls))}, 256, "center_crop", len(urls))
-            print(f"  {len(urls):>9,} rows: {run.memory / 2**30:.2f} GiB (asked: under 2.5, flat)", flush=True)
+            print(f"  {len(urls):>9,} rows: {run.memory / 2**30:.2f} GiB (goal: under 2.5, flat)", flush=True)
 
 
 def _interleaved(kinds: dict[str, Callable[[int], Run]], count: int, repeats: int) -> dict[str, Cost]:
@@ -249,7 +247,7 @@ def _url_table(work: Path, urls: list[str]) -> Path:
 
 
 def _tars(folder: Path, paths: list[Path]) -> Path:
-    """The photos as WebDataset tars in `folder`, made if they are not there."""
+    """Return the photos as WebDataset tars in `folder`, which are made if missing."""
     done = folder / ".done"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)

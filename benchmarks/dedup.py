@@ -1,12 +1,15 @@
-"""Duplicates at scale: seconds and peak memory, exactness, and how well planted ones are found.
+"""Duplicates at scale: seconds and peak memory, exactness, precision and recall on planted ones.
 
     python benchmarks/dedup.py [--rows 10000000] [--only random|crowded|exact|semantic|world|photos]
 
-Each part runs in a process of its own, so that its peak memory is its own. `random`: hashes at random with near ones
-among them. `crowded`: what the web holds, too: equal hashes, flat images, templates with other words in them.
-`exact`: the outcome against comparing every row with every kept one. `semantic`: a million embeddings, and what
-clusters miss.
-`world`: the captioned world's planted duplicates. `photos`: photographs saved again, smaller, or of other brightness.
+Each part runs in a process of its own, which has its own peak memory.
+
+random     random hashes, with near ones among them
+crowded    also what the web holds: equal hashes, flat images, templates with other words in them
+exact      the outcome against a comparison of every row with every kept one
+semantic   a million embeddings, and what clusters miss
+world      the captioned world's planted duplicates
+photos     photographs saved again, smaller, or with another brightness
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def main() -> None:
 
 
 def random_hashes(n: int, seed: int = 0) -> np.ndarray:
-    """A twentieth of the rows lies at most 4 bits from another."""
+    """Return random hashes; a twentieth are at most 4 bits from another."""
     rng = np.random.default_rng(seed)
     hashes = rng.integers(0, 2**64, n, dtype=np.uint64)
     near = rng.choice(n, n // 20, replace=False)
@@ -75,7 +78,7 @@ def random_hashes(n: int, seed: int = 0) -> np.ndarray:
 
 
 def flipped(hashes: np.ndarray, rng: np.random.Generator, bits: int, low: int = 0, high: int = 64) -> np.ndarray:
-    """With up to `bits` of the bits [low, high) changed."""
+    """Return the hashes with up to `bits` of the bits [low, high) changed."""
     hashes = hashes.copy()
     for _ in range(bits):
         bit = rng.integers(low, high, len(hashes), dtype=np.uint64)
@@ -84,8 +87,11 @@ def flipped(hashes: np.ndarray, rng: np.random.Generator, bits: int, low: int = 
 
 
 def crowded_hashes(n: int, seed: int = 0) -> np.ndarray:
-    """A tenth of the rows are flat images with hash 0, a tenth repeat one of 1,000 hashes, a tenth are one template
-    with 20 bits that say what is written in it, and a tenth are 200 templates with some bits changed."""
+    """Return hashes that crowd together.
+
+    A tenth of the rows are flat images with hash 0, a tenth repeat one of 1,000 hashes, a tenth are one template with
+    20 bits for the words in it, and a tenth are 200 templates with some bits changed.
+    """
     rng = np.random.default_rng(seed)
     hashes, tenth = random_hashes(n, seed), n // 10
     hashes[:tenth] = 0
@@ -97,7 +103,7 @@ def crowded_hashes(n: int, seed: int = 0) -> np.ndarray:
 
 
 def some_colours(hashes: np.ndarray, seed: int = 0) -> np.ndarray:
-    """uint8 [n, COLOUR_BYTES] of 64 looks, which near hashes share or not."""
+    """Return uint8 [n, COLOUR_BYTES] of 64 palettes, which near hashes may share."""
     rng = np.random.default_rng(seed)
     looks = rng.integers(0, 256, (64, COLOUR_BYTES), dtype=np.uint8)
     return looks[rng.integers(0, 64, len(hashes))]
@@ -139,7 +145,7 @@ def exact_part(arguments: argparse.Namespace) -> None:
 
 
 def brute_force(hashes: np.ndarray, colours: np.ndarray | None) -> np.ndarray:
-    """Each row against every kept one before it."""
+    """Compare each row with every kept one before it."""
     near, kept, count = np.full(len(hashes), -1), np.zeros(len(hashes), np.int64), 0
     held = np.zeros_like(hashes)
     for row, own in enumerate(hashes):
@@ -177,11 +183,11 @@ def semantic_part(arguments: argparse.Namespace) -> None:
             some = kept[start_row : start_row + 50_000]
             close = (unit(rows[left]) @ unit(rows[some]).T >= threshold) & (some[None, :] < left[:, None])
             missed += int(close.any(axis=1).sum())
-        print(f"  recall {found / max(found + missed, 1):.4f} of what lies near a kept row, on {len(sample):,} rows")
+        print(f"  recall {found / max(found + missed, 1):.4f} of rows near a kept row, on {len(sample):,} rows")
 
 
 def _fill(rows: np.ndarray, topics: int = 5000) -> np.ndarray:
-    """Embeddings of `topics` kinds; a tenth of the rows are an earlier row with a little noise. Gives those rows."""
+    """Return embeddings of `topics` kinds, and the tenth of the rows that repeat an earlier row with a little noise."""
     rng = np.random.default_rng(0)
     n, dim = rows.shape
     centres = rng.standard_normal((topics, dim), np.float32)
@@ -232,15 +238,15 @@ def _measure(world: WorldSource, start: int) -> list[tuple[int, str, int, str, i
     found, vocab = [], vocabulary(world)
     for index in range(start, min(start + 500, world.scenes)):
         if defect(world, index) not in ("missing", "html"):
-            picture = decode(file_bytes(world, vocab, index)[1], config.Image())
-            if isinstance(picture, StoredImage):
-                area = picture.original_width * picture.original_height
-                found.append((shown_index(world, index), picture.sha256, picture.phash, picture.colours, area))
+            image = decode(file_bytes(world, vocab, index)[1], config.Image())
+            if isinstance(image, StoredImage):
+                area = image.original_width * image.original_height
+                found.append((shown_index(world, index), image.sha256, image.phash, image.colours, area))
     return found
 
 
 def photos_part(arguments: argparse.Namespace) -> None:
-    """Of photographs (and quarters of them) from scikit-image and scikit-learn: how many are told to be near."""
+    """Measure how many changed photographs (and quarters of them) are found to be near their original."""
     from PIL import Image, ImageEnhance
 
     def changes(photo: Image.Image) -> dict[str, bytes]:
@@ -267,7 +273,7 @@ def photos_part(arguments: argparse.Namespace) -> None:
             by_hash = (first.phash ^ other.phash).bit_count() <= (SETTINGS.perceptual or 0)
             agree = near_duplicates.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
             near.setdefault(change, []).append((by_hash, by_hash and bool(agree)))
-    print(f"  {len(photos)} photographs, distance {SETTINGS.perceptual}; recall by the hash, and by hash and colours")
+    print(f"  {len(photos)} photographs, distance {SETTINGS.perceptual}; recall by hash, and by hash and colours")
     for change, hits in near.items():
         by_hash, both = np.array(hits).mean(axis=0)
         print(f"  {change:18} {by_hash:.3f} {both:.3f}")
@@ -295,9 +301,9 @@ def _saved(photo, kind: str, quality: int) -> bytes:
 
 
 def _decoded(data: bytes) -> StoredImage:
-    picture = decode(data, config.Image(min_size=16))
-    assert isinstance(picture, StoredImage)
-    return picture
+    image = decode(data, config.Image(min_size=16))
+    assert isinstance(image, StoredImage)
+    return image
 
 
 def _unpacked(colours) -> np.ndarray:

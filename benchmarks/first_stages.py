@@ -2,12 +2,11 @@
 
     python benchmarks/first_stages.py [--minutes 10] [--threads 1] [--model autoencoder vqgan] [--folder DIR]
 
-Drawings of 64 × 64 pixels; a KL autoencoder and a VQGAN of the same size, both 4× smaller along a side, both with a
-discriminator in the last two fifths of their steps. First it is measured how much CPU time a step takes, without and
-with it; the run then has as many steps as the minutes hold on as many idle cores as there are threads, so that a
-machine that is shared makes the run longer, and not worse. What `capstan evaluate` does measures it on scenes of
-another seed, and puts a grid of drawings and their reconstructions into each run's folder. A run that was begun in
---folder is gone on with.
+Drawings of 64 × 64 pixels. A KL autoencoder and a VQGAN of the same size, with latents 4× smaller along a side, both
+with a discriminator in the last two fifths of their steps. First the CPU time of a step is measured, with and without
+the discriminator. The run then has as many steps as fit into the minutes on idle cores, one per thread, so that a
+shared machine makes the run longer and not worse. `capstan evaluate` measures it on scenes of another seed and writes a
+grid of drawings and reconstructions into each run's folder. A run that was started in --folder resumes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 
 import yaml
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # where recaption.py is no floor, but another benchmark
+sys.path.remove(str(Path(__file__).resolve().parent))  # this folder has a recaption.py of its own
 
 from capstan.pipeline.config import Recipe
 from capstan.training.evaluate import evaluate
@@ -34,15 +33,15 @@ from capstan.training.trainer import fit
 ROOT = Path(__file__).resolve().parents[1]
 CAPSTAN = Path(sys.executable).with_name("capstan")
 SIZE, BATCH, SCENES = 64, 16, 4000
-PLAIN = 0.6  # share of the steps before the discriminator comes in
-FEW, MORE = 5, 25  # steps that are made to see what one takes
+PLAIN = 0.6  # share of the steps before the discriminator starts
+FEW, MORE = 5, 25  # steps that measure the time of one
 
 SHAPE = {
     "block_out_channels": [16, 32, 64],
     "layers_per_block": 1,
-    "norm_num_groups": 2,  # groups of two channels would take away what a colour is: 0.8 dB at 200 steps
+    "norm_num_groups": 2,  # groups of two channels lose colour: 0.8 dB at 200 steps
     "mid_attention": False,
-    "reconstruction": "l2",  # what PSNR counts: 2.6 dB more at 200 steps than absolute and edge differences
+    "reconstruction": "l2",  # what PSNR measures: 2.6 dB better at 200 steps than absolute and edge differences
 }
 DISCRIMINATOR = {"weight": 0.5, "channels": 16, "layers": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def measured(folder: Path, model: str, arguments: argparse.Namespace) -> dict[str, str]:
-    """A row of the table."""
+    """Return a row of the table."""
     base, path, run = built(folder), folder / f"{model}.json", folder / model
     if not path.exists():
         count = steps(folder, base, model, arguments)
@@ -94,7 +93,7 @@ def measured(folder: Path, model: str, arguments: argparse.Namespace) -> dict[st
 
 
 def trained(folder: Path, model: str, recipe: Recipe) -> None:
-    """Train to the end; what it takes is noted, also where it is stopped on the way."""
+    """Train to the end and record the CPU time, also of runs that were stopped."""
     begun, note = time.process_time(), spent(folder, model)
     summary = fit(recipe)
     parts = json.loads(note.read_text()) if note.exists() else []
@@ -108,12 +107,12 @@ def spent(folder: Path, model: str) -> Path:
 
 
 def steps(folder: Path, base: dict[str, Any], model: str, arguments: argparse.Namespace) -> int:
-    """How many steps the minutes hold, by the CPU time of a few more of them."""
+    """Return how many steps fit into the minutes, by the CPU time of a few steps."""
 
     def seconds(count: int, start: int) -> float:
         run = folder / f"{model}-{count}-{start}"
         section_ = section(model, run, count, start, arguments.threads)
-        shutil.rmtree(run, ignore_errors=True)  # of a time before: a finished run is not trained again
+        shutil.rmtree(run, ignore_errors=True)  # an earlier measurement: a finished run is not trained again
         begun = time.process_time()
         if fit(Recipe.model_validate(base | {"train": section_}))["stopped"]:
             sys.exit(130)
@@ -122,12 +121,12 @@ def steps(folder: Path, base: dict[str, Any], model: str, arguments: argparse.Na
     seconds(FEW, 2)  # the first run of a process also loads libraries
     few = seconds(FEW, MORE)
     plain, opposed = ((seconds(MORE, start) - few) / (MORE - FEW) for start in (MORE, FEW))
-    print(f"{model}: {plain:.3f} CPU s a step, {opposed:.3f} s with the discriminator", file=sys.stderr)
+    print(f"{model}: {plain:.3f} CPU s per step, {opposed:.3f} s with the discriminator", file=sys.stderr)
     return max(1, int(arguments.minutes * 60 * arguments.threads / (PLAIN * plain + (1 - PLAIN) * opposed)))
 
 
 def built(folder: Path) -> dict[str, Any]:
-    """The recipe of the dataset, which is there when this returns."""
+    """Build the dataset if it is missing; return its recipe."""
     world = {"scenes": SCENES, "size": SIZE, "captions": "descriptive", "defects": False}
     base = {
         "dataset": str(folder / "ds"),
@@ -144,7 +143,7 @@ def built(folder: Path) -> dict[str, Any]:
 
 
 def section(model: str, run: Path, count: int, start: int, threads: int) -> dict[str, Any]:
-    """`train` for so many steps, with the discriminator from step `start` on."""
+    """Return the section `train` for this many steps, with the discriminator from step `start` on."""
     return {
         "model": model,
         "run": str(run),

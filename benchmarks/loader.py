@@ -1,14 +1,14 @@
-"""Capstan's loader alone against webdataset, over the same local tars, with the same decode and as many workers.
+"""Capstan's loader compared with webdataset, on the same local tars, with the same decoding and number of workers.
 
     python benchmarks/loader.py [--samples 4000] [--size 256] [--workers 1 2] [--rounds 5] [--only speed|restart|share]
 
-speed     images/s from the first batch on, and CPU time, each run in a process of its own, taking turns; the ratio is
+speed     images/s from the first batch on, and CPU time. Runs alternate, each in a process of its own; the ratio is
           that of the medians. webdataset: shuffled shards, a buffer of 1000 samples, decoding in processes of torch's
-          DataLoader, each making whole batches. Capstan: its exact order, on threads. Both give uint8 [B, 3, S, S] and
-          captions.
+          DataLoader, each making whole batches. Capstan: its exact order, on threads. Both yield uint8 [B, 3, S, S]
+          and captions.
 restart   seconds to the first batch at sample 1,000,000 of an epoch, and at sample 0, in a dataset of two million
-          samples (its rows share a thousand images); and whether a run that was cut and gone on with is the run
-share     what of a sample's time is spent outside of decoding, where threads wait for each other
+          samples (its rows share a thousand images); and whether a resumed run equals an uninterrupted one
+share     how much of a sample's time is spent outside of decoding, where threads wait for each other
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def write_dataset(folder: Path, shards: list[list[bytes]], rows: int | None = None) -> None:
-    """A finished dataset of these images; with `rows` each shard's table repeats them up to so many rows."""
+    """Write a finished dataset of these images; with `rows` each shard's table repeats them to that many rows."""
     storage, entries = Storage(str(folder)), []
     (folder / "shards").mkdir(parents=True)
     for number, jpegs in enumerate(shards):
@@ -119,7 +119,7 @@ def size_of(jpeg: bytes) -> tuple[int, int]:
 
 
 def stored(path: Path) -> bytes:
-    """A photograph as a build with `image: {size: 512}` stores it."""
+    """Return a photograph as a build with `image: {size: 512}` stores it."""
     pixels = cv2.imread(str(path))
     scale = STORED / min(pixels.shape[:2])
     if scale < 1:
@@ -134,7 +134,7 @@ def photos(arguments: argparse.Namespace, count: int) -> Iterator[bytes]:
 
 
 def made(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made if it is not there whole."""
+    """Return `folder`, made if it is missing or incomplete."""
     if not (folder / "dataset.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         make(folder)
@@ -150,7 +150,7 @@ def speed_dataset(arguments: argparse.Namespace) -> Path:
 
 
 def restart_dataset(arguments: argparse.Namespace) -> Path:
-    """One real shard under many names: hard links."""
+    """Write one real shard under many names, as hard links."""
 
     def make(folder: Path) -> None:
         write_dataset(folder, [list(photos(arguments, IMAGES))], ROWS)
@@ -206,7 +206,7 @@ def run_webdataset(arguments: argparse.Namespace, workers: int) -> tuple[float, 
 
 
 def rate(batches: Any, images: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
-    """Images/s from the first batch to the last, and CPU milliseconds an image of this process and its workers."""
+    """Return images/s from the first batch to the last, and CPU ms per image of this process and its workers."""
     cpu, count, first, start = cpu_s(), 0, 0, 0.0
     for batch in batches:
         count += len(images(batch))
@@ -217,7 +217,7 @@ def rate(batches: Any, images: Callable[[Any], torch.Tensor]) -> tuple[float, fl
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and of those of its children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -259,13 +259,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def open_kind(folder: Path, name: str) -> TrainingData | MixedData:
-    """The samples of one of KINDS."""
+    """Return the samples of one of KINDS."""
     data = open_data(folder, **KINDS[name])
     return data if name != "two datasets" else MixedData([data, open_data(folder)], ["a", "b"], [0.8, 0.2], 0)
 
 
 def run_restart(arguments: argparse.Namespace, kind: int) -> list[float]:
-    """Seconds from nothing to the first batch, at the far place and at the beginning; imports are not counted."""
+    """Measure the seconds to the first batch, in the middle and at the beginning, without imports."""
     name = list(KINDS)[kind]
     seconds = []
     for place in (PLACE, 0):
@@ -292,7 +292,7 @@ def restart(arguments: argparse.Namespace) -> None:
     for name in KINDS:
         keys = [keys_of(open_kind(folder, name), *cut) for cut in ((PLACE // BATCH, 40), (PLACE // BATCH, 15))]
         rest = keys_of(open_kind(folder, name), PLACE // BATCH + 15, 25)
-        print(f"  {name}: cut and gone on with equals the run: {keys[0] == keys[1] + rest}")
+        print(f"  {name}: resumed equals uninterrupted: {keys[0] == keys[1] + rest}")
 
 
 def keys_of(data: TrainingData | MixedData, start: int, count: int) -> list[str]:
@@ -304,7 +304,7 @@ def keys_of(data: TrainingData | MixedData, start: int, count: int) -> list[str]
 
 
 def run_share(arguments: argparse.Namespace, _: int) -> list[float]:
-    """Milliseconds a sample on one thread: all, and all but decoding."""
+    """Measure the milliseconds per sample on one thread, with and without decoding."""
     data = open_data(speed_dataset(arguments))
     for number in range(BATCH):
         data.at(number)
@@ -320,9 +320,7 @@ def run_share(arguments: argparse.Namespace, _: int) -> list[float]:
 def share(arguments: argparse.Namespace) -> None:
     runs = [in_process(arguments, "share", 0) for _ in range(arguments.rounds)]
     whole, rest = (statistics.median(values) for values in zip(*runs, strict=True))
-    print(
-        f"\nshare: {whole:.2f} ms a sample on one thread, {rest:.3f} ms of it to find and read it ({rest / whole:.1%})"
-    )
+    print(f"\nshare: {whole:.2f} ms per sample on one thread, {rest:.3f} ms to find and read it ({rest / whole:.1%})")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"speed": speed, "restart": restart, "share": share}

@@ -1,8 +1,8 @@
-"""A command → its wall-clock seconds, the CPU seconds and the memory of it and of everything that it starts.
+"""A command → the wall-clock seconds, CPU seconds and memory of all processes that it starts.
 
-Ray's workers are no children of the driver for long, so nothing that waits for children sees their CPU time. Every
-process that a command starts inherits one variable of its environment; by that they are found in /proc, several times
-a second, until the last of them has gone.
+Ray's workers do not stay children of the driver, so waiting for children does not count their CPU time. Every process
+that a command starts inherits one environment variable. By this mark they are found in /proc, several times per second,
+until the last one has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MEMORY_EVERY_S = 1.0  # reading a process's share of memory costs milliseconds
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took. `memory` is the peak of the sum of all its processes' proportional set sizes, in bytes."""
+    """The cost of a command. `memory` is the peak of the sum of all its processes' proportional set sizes, in bytes."""
 
     wall_s: float
     cpu_s: float
@@ -57,7 +57,7 @@ def measure(
 
 
 class _Watch(threading.Thread):
-    """Looks at all processes that carry the mark, until none is left after `finish`."""
+    """A thread that watches all processes with the mark, until none is left after `finish`."""
 
     def __init__(self, mark: str, memory: bool) -> None:
         super().__init__(name="measure", daemon=True)
@@ -87,7 +87,7 @@ class _Watch(threading.Thread):
             time.sleep(_EVERY_S)
 
     def _look(self) -> list[int]:
-        """Note the CPU time of every marked process; gives their pids."""
+        """Record the CPU time of every marked process; return their pids."""
         alive = []
         for entry in os.scandir("/proc"):
             if not entry.name.isdigit():
@@ -98,12 +98,12 @@ class _Watch(threading.Thread):
                 if known in self._other:
                     continue
                 if known not in self._cpu and self._mark not in Path(entry.path, "environ").read_bytes():
-                    # A process between fork and exec shows its parent's environment: ask again while it is young.
+                    # A process between fork and exec shows its parent's environment: look again while it is young.
                     if time.clock_gettime(time.CLOCK_BOOTTIME) - known[1] / _TICK > 2:
                         self._other.add(known)
                     continue
             except (OSError, IndexError):
-                continue  # it ended just now, or is the kernel's
+                continue  # it has just ended, or belongs to the kernel
             self._cpu[known] = (int(fields[11]) + int(fields[12])) / _TICK
             if fields[0] != "Z":
                 alive.append(known[0])
@@ -111,7 +111,7 @@ class _Watch(threading.Thread):
 
 
 def _share(pid: int) -> int:
-    """A process's proportional set size in bytes, 0 if it has gone."""
+    """Return a process's proportional set size in bytes, 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

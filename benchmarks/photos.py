@@ -1,8 +1,8 @@
-"""Photos for the benchmarks, made from those that come with scikit-image and scikit-learn; and nginx that serves them.
+"""Photos for the benchmarks, made from those of scikit-image and scikit-learn, and an nginx that serves them.
 
-Each is a random part of a photo, perhaps mirrored, a little brighter or darker, with a little noise, at a size whose
-square root of area is log-normal around 740 pixels, saved by one of several JPEG qualities: in sizes of pixels and
-bytes they are what a crawl of the web gives (about 105 kB each).
+Each is a random part of a photo, perhaps mirrored, with slightly changed brightness and a little noise. The square
+root of its area is log-normal around 740 pixels, and it is saved with one of several JPEG qualities. In pixels and
+bytes they resemble a crawl of the web (about 105 kB each).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PER_FOLDER = 1000
 
 
 def make_photos(folder: Path, count: int) -> list[Path]:
-    """`count` JPEGs in `folder` (NNN/NNNNNN.jpg); those that are there already stay."""
+    """Write `count` JPEGs to `folder` (NNN/NNNNNN.jpg); existing ones stay."""
     paths = [folder / f"{number // PER_FOLDER:03d}" / f"{number:06d}.jpg" for number in range(count)]
     missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
     if missing:
@@ -67,7 +67,7 @@ def _part(photo: np.ndarray, aspect: float, random: np.random.Generator) -> np.n
 
 @cache
 def _originals() -> list[np.ndarray]:
-    """BGR photographs of the installed packages."""
+    """Return the BGR photographs of the installed packages."""
     import skimage.data
     import sklearn.datasets
 
@@ -78,7 +78,7 @@ def _originals() -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def served(folder: Path, scratch: Path) -> Iterator[str]:
-    """The address on loopback at which nginx serves `folder` while the block runs."""
+    """Yield the loopback URL at which nginx serves `folder`."""
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     if not Path(nginx).exists():
         raise SystemExit("nginx is missing: apt-get install nginx-light")

@@ -1,9 +1,9 @@
-"""Planning a large table: rows a second, and the memory of all processes together.
+"""Planning a large table: rows/s, and the memory of all processes together.
 
     python benchmarks/plan.py [--rows 10000000]
 
-Writes a Parquet table of (url, caption, two more columns) into a temporary folder and plans it in a process of its own;
-then again, unchanged; then with 1% of new rows.
+Writes a Parquet table of (url, caption, two more columns) to a temporary folder and plans it in a process of its own,
+then again unchanged, then with 1% of new rows.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def main() -> None:
         table, dataset = Path(folder) / "rows.parquet", Path(folder) / "dataset"
         write_table(table, rows)
         idle = peak_of(["-c", "import capstan.pipeline.source.plan"])[1]
-        print(
-            f"table: {rows:,} rows, {table.stat().st_size / MIB:,.0f} MiB; a process that does nothing: {idle:,.0f} MiB"
-        )
+        print(f"table: {rows:,} rows, {table.stat().st_size / MIB:,.0f} MiB; an idle process: {idle:,.0f} MiB")
         print(f"{'':<22}{'rows':>12}{'seconds':>10}{'CPU s':>8}{'rows/s':>14}{'peak MiB':>10}  batches")
         measure("planned", rows, table, dataset)
         measure("again, unchanged", rows, table, dataset)
@@ -66,7 +64,7 @@ def measure(what: str, rows: int, table: Path, dataset: Path) -> None:
 
 
 def write_table(path: Path, rows: int) -> None:
-    """Rows as they are in the large public tables: addresses of about 70 characters, captions of about 60."""
+    """Write rows like those of large public tables: URLs of about 70 characters, captions of about 60."""
     schema = pa.schema(
         [("url", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("licence", pa.string())]
     )
@@ -87,7 +85,7 @@ def write_table(path: Path, rows: int) -> None:
 
 
 def peak_of(arguments: list[str]) -> tuple[str, float]:
-    """Run Python; gives its stdout, and the largest sum of the resident memory of its process tree in MiB."""
+    """Run Python; return its stdout, and the peak resident memory of its process tree in MiB."""
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     peak = 0.0
 

@@ -1,11 +1,11 @@
-"""How long `capstan build` takes when nothing is to do: a finished dataset of many units, on disk and in a bucket.
+"""The time of `capstan build` when nothing is left to do: a finished dataset of many units, on disk and in a bucket.
 
     python benchmarks/rebuild.py [--units 10000] [--runs 3] [--folder DIR] [--no-bucket]
 
-The dataset is a real one: one row a unit, planned, ingested, selected and packed by the code that `build` runs. Only
-Ray is left out while ingesting, since its overhead would take a quarter of an hour: `prepare`, `commit` and `mark` are
-called in a pool of processes, and the `build` that follows finds all units committed, selects and packs. The bucket is
-the same folder behind `rclone serve s3`.
+The dataset is a real one with one row per unit, planned, ingested, selected and packed by the code of `build`. Only
+Ray is left out of ingesting, since its overhead would take a quarter of an hour: `prepare`, `commit` and `mark` are
+called in a pool of processes. The following `build` finds all units committed, selects and packs. The bucket is the
+same folder behind `rclone serve s3`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--units", type=int, default=10_000)
     options.add_argument("--runs", type=int, default=3)
-    options.add_argument("--folder", type=Path, help="keep the dataset here, and use the one that lies here")
+    options.add_argument("--folder", type=Path, help="keep the dataset here, and reuse it")
     options.add_argument("--no-bucket", action="store_true")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="capstan-rebuild-") as scratch:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make(folder: Path, units: int) -> dict[str, Any]:
-    """A finished dataset of `units` units below `folder`, unless it is there already; gives its recipe."""
+    """Make a finished dataset of `units` units below `folder`, unless it exists; return its recipe."""
     dataset = folder / "bucket" / "dataset"
     recipe = {
         "dataset": str(dataset),
@@ -98,12 +98,12 @@ def _set(job: Ingest) -> None:
 
 
 def _ingest(unit: Unit) -> None:
-    """What the unit map does with a unit, without Ray."""
+    """Do what the unit map does with a unit, without Ray."""
     _job.markers.mark(unit.id, _job.commit(unit, list(_job.prepare(unit))))
 
 
 def rebuild(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run `capstan build`; gives its summary, and the `process` seconds."""
+    """Run `capstan build`; return its summary, and the seconds of the `process`."""
     file = folder / "recipe.json"  # JSON is YAML
     file.write_text(json.dumps(recipe))
     start = time.monotonic()
@@ -125,7 +125,7 @@ def show(where: str, runs: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def bucket(folder: Path) -> Iterator[dict[str, Any]]:
-    """`folder` behind a real S3 server on loopback; gives the recipe's `storage`."""
+    """Serve `folder` by a real S3 server on loopback; yield the recipe's `storage`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -136,7 +136,7 @@ def bucket(folder: Path) -> Iterator[dict[str, Any]]:
     )
     try:
         storage = {**KEYS, "endpoint_url": f"http://{address}"}
-        Storage("s3://bucket/dataset", storage).exists("dataset.json")  # waits for the server, as it tries again
+        Storage("s3://bucket/dataset", storage).exists("dataset.json")  # retries until the server is up
         yield storage
     finally:
         server.terminate()

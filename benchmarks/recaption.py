@@ -1,14 +1,14 @@
-"""Captioning: how true captions become, decoding with a key-value cache, and how busy the model workers are.
+"""Captioning: how true captions are, the speed of cached decoding, and how busy the model workers are.
 
-    python benchmarks/recaption.py accuracy   captioners trained on the captioned world, two from one base; what they
-                                              say of unseen images against the truth, beside chance
+    python benchmarks/recaption.py accuracy   captioners trained on the captioned world, two from one base: their
+                                              captions of unseen images against the truth, and chance
     python benchmarks/recaption.py decode     coca_ViT-B-32's sizes with random weights, 76 tokens, greedy: images/s of
                                               both, and whether the tokens are the same
-    python benchmarks/recaption.py busy       a whole `capstan recaption` over drawn JPEGs of 512 px: which share of
-                                              the time between its first and last image the model worker computes
+    python benchmarks/recaption.py busy       a whole `capstan recaption` over drawn JPEGs of 512 px: the share of the
+                                              time between its first and last image that the model worker computes
 
-open_clip's loop is that of its `generate` (which does not start under transformers 5): text tower and decoder over the
-whole caption for every new token, the image's tokens kept.
+open_clip's loop is that of its `generate`, which does not start under transformers 5: text tower and decoder over the
+whole caption for every new token, with the image's tokens kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENS = 76  # start token included: coca_ViT-B-32's context
 PROMPT = "a photo of"
 
 
-# How true captions become ---------------------------------------------------------------------------------------------
+# How true captions are ------------------------------------------------------------------------------------------------
 
 SCENES, UNSEEN = 12_500, 500
 WORLD = {"size": 32, "textures": ["plain"], "scenes": SCENES, "defects": False}  # all colours and shapes
@@ -45,7 +45,7 @@ BUDGET_S = 1800  # 15 minutes of two cores
 
 
 def captioners(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → section `train`: both losses on what the web writes; from there short captions, and descriptions."""
+    """Return name → section `train`: both losses on web captions; from there short captions, and descriptions."""
 
     coca = {**COCA, "text": {**COCA["text"], "tokenizer": str(folder / "tokenizer")}}
 
@@ -60,7 +60,7 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
         }
         shared |= {"schedule": "cosine", "final_lr": 0.02, "betas": [0.9, 0.98], "ema": 0.99, "log_every": 50}
         shared |= {"checkpoint": {"every": 500}}
-        shared["engine"] = {"zero": 0, "workers": 2, "launcher": "local"}  # nothing worth sharding
+        shared["engine"] = {"zero": 0, "workers": 2, "launcher": "local"}  # too small to shard
         return shared | keys | {"data": {"holdout": UNSEEN, **keys["data"]}}
 
     def tuned(slot: str, steps: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def captioners(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def accuracy(folder: Path) -> dict[str, Any]:
-    """Train, caption unseen images, and hold what the captions state against the scenes."""
+    """Train, caption unseen images, and compare the captions' statements with the scenes."""
     from capstan.pipeline.build import build
     from capstan.pipeline.config import Recipe
     from capstan.pipeline.dataset.shards import Dataset
@@ -105,7 +105,7 @@ def accuracy(folder: Path) -> dict[str, Any]:
     scenes = {row["key"]: scene_of_url(recipe.source.world, row["url"]) for row in rows}
     texts = {key: {"short": short(scene), "descriptive": descriptive(scene)} for key, scene in scenes.items()}
     write_given_layer(dataset.storage, LAYER, texts)
-    # Learnt on the web's captions alone, the vocabulary would cut descriptions into crumbs.
+    # Learnt on web captions alone, the vocabulary would split descriptions into fragments.
     words = [row["caption"] for row in rows] + [text for slots in texts.values() for text in slots.values()]
     Tokenizer.train(words + 100 * list(PREFIXES.values()), VOCABULARY).save(folder / "tokenizer")
     results: dict[str, Any] = {"pictures": len(scenes) - UNSEEN, "unseen": UNSEEN, "steps": {}}
@@ -124,9 +124,9 @@ def accuracy(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _cpu_s_added(file: Path, name: str) -> Iterator[None]:
-    """Add to `file` the CPU seconds, user and system, of the processes that were started meanwhile and have ended.
+    """Add to `file` the CPU seconds, user and system, of processes that start and end within the block.
 
-    However the block ends: a training that is stopped goes on with the next run, and has cost what it has cost.
+    They count however the block ends: a stopped training resumes with the next run.
     """
 
     def used() -> float:
@@ -144,7 +144,7 @@ def _cpu_s_added(file: Path, name: str) -> Iterator[None]:
 
 
 def _captions(model: Path, slot: str, keys: Sequence[str], jpegs: Sequence[bytes]) -> list[str]:
-    """What the engine writes, as a recaptioning job would be given it."""
+    """Return the engine's captions, as a recaptioning job would get them."""
     from capstan.recaption.config import RecaptionConfig
     from capstan.recaption.engines import Request, make
 
@@ -154,11 +154,11 @@ def _captions(model: Path, slot: str, keys: Sequence[str], jpegs: Sequence[bytes
 
 
 def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict[str, Any]:
-    """Measure → (share of captions that state it rightly, what the captions of other images get).
+    """Return measure → (share of captions that are right, share that other images' captions would get).
 
-    `relation` counts where both things that it names are there, `relation_of_all` over all images of several things.
-    Chance is then the best that one word for all images gets; and, knowing which of the two is listed first (things
-    are listed from left to right), the best that one word for each order gets.
+    `relation` counts captions whose two things are both present, `relation_of_all` all images of several things. Its
+    chance is the best score of one word for all images, and of one word for each order of mention: things are listed
+    from left to right.
     """
     from capstan.pipeline.world import oracle
     from capstan.pipeline.world.captions import compare, facts
@@ -180,7 +180,7 @@ def _measured(captions: Sequence[str], scenes: Sequence[Any], slot: str) -> dict
 
 
 def _relation(read: Any, scene: Any) -> tuple[str, str, bool] | None:
-    """(relation as stated, as it is, whether the first named is listed first) if it is stated of two things there."""
+    """Return (stated relation, true one, whether the first named is listed first) if both things are present."""
     from capstan.pipeline.world.scene import relation
 
     things = {(thing.colour, thing.shape): thing for thing in scene.things}
@@ -197,7 +197,7 @@ def _relation(read: Any, scene: Any) -> tuple[str, str, bool] | None:
 
 
 def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
-    """A folder with a model of that name's sizes and random weights."""
+    """Write a folder with a model of this name's sizes and random weights."""
     import open_clip
     import torch
     from open_clip.coca_model import CoCa
@@ -206,7 +206,7 @@ def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
     torch.manual_seed(0)
     architecture = open_clip.get_model_config(name)
     model = CoCa(**{key: value for key, value in architecture.items() if key != "custom_text"})
-    # open_clip leaves it as it finds it. So large that the likeliest token is likelier by far: ties would be decided by
+    # open_clip does not initialise it. Large, so that the likeliest token leads by far: ties would be decided by
     # rounding, and the two loops round differently.
     torch.nn.init.normal_(model.text_decoder.text_projection, std=1.0)
     folder.mkdir(parents=True)
@@ -217,7 +217,7 @@ def random_captioner(folder: Path, name: str = "coca_ViT-B-32") -> Path:
 
 
 def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Images/s of both loops at each batch size, encoding of the images included."""
+    """Print images/s of both loops at each batch size, the encoding of images included."""
     import torch
 
     from capstan.recaption.config import RecaptionConfig
@@ -252,7 +252,7 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
                 "open_clip_images_per_s": round(batch / plain_s, 4),
                 "cached_images_per_s": round(batch / cached_s, 4),
                 "ratio": round(plain_s / cached_s, 2),
-                "cpu_ratio": round(plain_cpu_s / cached_cpu_s, 2),  # what is left to trust on a machine that is shared
+                "cpu_ratio": round(plain_cpu_s / cached_cpu_s, 2),  # the least disturbed, on a shared machine
                 "same_tokens": found == expected,
                 "mean_tokens": float(np.mean([len(tokens) for tokens in found])),
             }
@@ -261,14 +261,14 @@ def decode(batches: Sequence[int], repeats: int) -> dict[str, Any]:
 
 
 def _load(engine: Any) -> Any:
-    """The engine's model, loaded without captioning anything."""
+    """Return the engine's model, loaded without captioning anything."""
     from capstan.recaption.engines.coca import _Loaded
 
     return _Loaded(engine)
 
 
 def _best(run: Any, repeats: int) -> tuple[float, float, Any]:
-    """Of the shortest of `repeats` runs, seconds by the clock and of the CPU; and what the last gave."""
+    """Return the wall-clock and CPU seconds of the shortest of `repeats` runs, and the last result."""
     times = []
     for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
@@ -278,7 +278,7 @@ def _best(run: Any, repeats: int) -> tuple[float, float, Any]:
 
 
 def _plain(loaded: Any, engine: Any, pictures: list[np.ndarray], prompt: list[int], limit: int) -> list[list[int]]:
-    """Greedy captions as open_clip's loop makes them."""
+    """Return greedy captions by open_clip's loop."""
     import torch
 
     mean, std = (torch.tensor(v)[:, None, None] for v in (engine.preprocessing.mean, engine.preprocessing.std))
@@ -304,7 +304,7 @@ def _plain(loaded: Any, engine: Any, pictures: list[np.ndarray], prompt: list[in
 
 
 class TimedEngine:
-    """An engine that writes down from when to when it captioned: a line a call, [start, stop] in seconds."""
+    """An engine that records when it captioned: one line per call, [start, stop] in seconds."""
 
     uses_original = False
 
@@ -326,7 +326,7 @@ class TimedEngine:
 
 
 def busy(images: int, max_tokens: int, side: int) -> dict[str, Any]:
-    """The model worker's share of computing, while one CPU worker reads and decodes; loading is not counted."""
+    """Print the model worker's share of computing while one CPU worker reads and decodes, without loading."""
     from capstan.pipeline.build import build
     from capstan.pipeline.config import Recipe
     from capstan.recaption import job
@@ -362,7 +362,7 @@ def busy(images: int, max_tokens: int, side: int) -> dict[str, Any]:
 
 
 def _decoding_rate(recipe: Any, engine: Any) -> float:
-    """Images a second that one core reads and decodes."""
+    """Return the images/s that one core reads and decodes."""
     from capstan.pipeline.dataset.shards import Dataset
     from capstan.pipeline.storage import Storage
 
@@ -377,14 +377,14 @@ def _decoding_rate(recipe: Any, engine: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["accuracy", "decode", "busy"])
-    parser.add_argument("--folder", help="accuracy: where dataset and models stay; it goes on where it stopped")
+    parser.add_argument("--folder", help="accuracy: keep dataset and models here, and resume")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16])
-    parser.add_argument("--repeats", type=int, default=3, help="of the cached loop; the shortest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of the cached loop; the shortest counts")
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--side", type=int, default=512)
     asked = parser.parse_args()
-    # This file bears a package's name: neither here nor on Ray's workers is its folder to be searched for modules.
+    # This file has a package's name: keep its folder off the module search path, also on Ray's workers.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     if asked.part == "accuracy":
         with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""CLIP scoring: how long the model waits for images, and what decoding and the model cost together and apart.
+"""CLIP scoring: how long the model waits for images, and the cost of decoding and model, together and apart.
 
-    python benchmarks/score.py [--pictures 2000] [--model ViT-B-32] [--batch 64]
+    python benchmarks/score.py [--images 2000] [--model ViT-B-32] [--batch 64]
 
 A CLIP of this architecture with random weights scores drawn images of 512 × 384 pixels through the unit map, on all
-cores and on a GPU if there is one. Waiting is the share of the time between the first batch and the last in which a
-model worker had none, the first batch (a warm-up) left out. CPU seconds are those of all processes; a run over few
-images is taken off, which leaves what each further one costs.
+cores and on a GPU if there is one. Waiting is the share of the time between the first and the last batch in which a
+model worker had none, without the first batch (a warm-up). CPU seconds are those of all processes. A run over few
+images is subtracted, which leaves the cost of each further one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class Timed(ModelScoreJob):
-    """Notes when each model worker began and ended each batch."""
+    """A model that records when each batch started and ended."""
 
     def model(self) -> Callable[[Piece], Piece]:
         apply, log = super().model(), Path(self.storage.url) / f"times-{os.getpid()}.jsonl"
@@ -59,7 +59,7 @@ class Timed(ModelScoreJob):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--run", nargs=2, metavar=("FOLDER", "WHAT"), help=argparse.SUPPRESS)
@@ -78,16 +78,16 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     more = arguments.images - few
 
     def cpu_ms(what: str) -> float:
-        """CPU milliseconds of each further image."""
+        """Return the CPU milliseconds of each further image."""
         taken = [run(folder / str(size), what).cpu_s for size in (few, arguments.images)]
         return (taken[1] - taken[0]) / more * 1e3
 
     decode, model, whole = cpu_ms("decode"), cpu_ms("model"), cpu_ms("job")
     waited, rate = waiting(folder / str(arguments.images))
     print(f"{arguments.model}, batches of {arguments.batch}, {arguments.images:,} images, {CORES} cores, {device()}")
-    print(f"  decoding alone {decode:.1f} ms CPU an image · the model alone {model:.1f} ms")
-    print(f"  both as a job  {whole:.1f} ms, {whole / (decode + model):.2f} × their sum (asked: 1.15)")
-    print(f"  the model waited {waited:.1%} of the time (asked: under 5%) · {rate:.1f} pictures/s")
+    print(f"  decoding alone {decode:.1f} ms CPU per image · the model alone {model:.1f} ms")
+    print(f"  both as a job  {whole:.1f} ms, {whole / (decode + model):.2f} × their sum (goal: 1.15)")
+    print(f"  the model waited {waited:.1%} of the time (goal: under 5%) · {rate:.1f} images/s")
 
 
 def device() -> str:
@@ -101,7 +101,7 @@ def run(folder: Path, what: str) -> Any:
 
 
 def part(folder: Path, what: str) -> None:
-    """In a process of its own: decode, or apply the model to what is decoded, or both as the job that they are."""
+    """Decode, or apply the model to decoded images, or run both as a job; in a process of its own."""
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
     storage, scorers = Storage(recipe.dataset), registry.scorers(recipe)
     units = [Staged(**unit) for unit in json.loads((folder / "units.json").read_text())]
@@ -129,7 +129,7 @@ def part(folder: Path, what: str) -> None:
 
 
 def waiting(folder: Path) -> tuple[float, float]:
-    """(share of the time in which model workers had no batch, images a second), once warm."""
+    """Return (share of the time in which model workers had no batch, images/s), once warm."""
     idle = busy = images = 0.0
     spans = []
     for log in (folder / "ds").glob("times-*.jsonl"):
@@ -143,7 +143,7 @@ def waiting(folder: Path) -> tuple[float, float]:
 
 
 def make(folder: Path, images: int, model: str, batch: int) -> None:
-    """Staged units, and a recipe with a CLIP of random weights."""
+    """Write staged units, and return a recipe with a CLIP of random weights."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -171,7 +171,7 @@ def make(folder: Path, images: int, model: str, batch: int) -> None:
 
 
 def draw(seed: int) -> bytes:
-    """A JPEG of 512 × 384 with as much detail as photographs have: about 60 kB."""
+    """Return a JPEG of 512 × 384 with as much detail as photographs have: about 60 kB."""
     random = np.random.default_rng(seed)
     rough = cv2.resize(random.integers(0, 256, (24, 32, 3), dtype=np.uint8), (512, 384), interpolation=cv2.INTER_CUBIC)
     fine = random.normal(0, 6, (384, 512, 1))

@@ -1,9 +1,9 @@
-"""`capstan select --dry-run` over a large ledger: seconds, CPU, and the memory of all processes together.
+"""`capstan select --dry-run` on a large ledger: seconds, CPU, and the memory of all processes together.
 
     python benchmarks/selection.py [--rows 10000000] [--work FOLDER]
 
-Writes staged tables, scores and markers as a build leaves them (random keys, hashes and measures; one row in fifty
-repeats another's image), once for each number of rows, then asks: conditions alone, sampling steps too, and both
+Writes staged tables, scores and markers as a build leaves them (random keys, hashes and measurements; one row in fifty
+repeats another's image), once for each number of rows. Then it selects by conditions alone, with sampling steps, and
 with duplicates.
 """
 
@@ -78,7 +78,7 @@ def settings(dataset: Path) -> dict[str, Any]:
 
 
 def write_ledger(dataset: Path, rows: int) -> None:
-    """What a build of `rows` rows leaves, images apart."""
+    """Write what a build of `rows` rows leaves, except images."""
     recipe = Recipe.model_validate(settings(dataset))
     storage, scorers = Storage(str(dataset)), registry.scorers(recipe)
     job, random = Ingest(recipe, storage), np.random.default_rng(0)
@@ -103,11 +103,11 @@ def write_ledger(dataset: Path, rows: int) -> None:
 
 
 def unit_table(random: np.random.Generator, unit: str, low: float, high: float, count: int) -> pa.Table:
-    """STAGED_SCHEMA: rows with keys in [low, high) of their range, sorted."""
+    """Return a STAGED_SCHEMA table: rows with keys in [low, high) of their range, sorted."""
     first = np.sort(random.integers(int(low * 2**63), int(high * 2**63), count)).astype(">u8")
     keys = [f"{a:016x}{b:016x}" for a, b in zip(first.tolist(), random.integers(0, 2**62, count).tolist(), strict=True)]
     image = random.integers(0, 2**63, count, dtype=np.uint64)
-    image[random.random(count) < 0.02] = random.integers(0, 1000)  # seen elsewhere, too
+    image[random.random(count) < 0.02] = random.integers(0, 1000)  # the same image elsewhere
     side = random.integers(100, 2000, (2, count))
     failed = random.random(count) < 0.2
     number = pa.array(random.integers(0, 50_000, count)).cast(pa.string())
@@ -119,7 +119,7 @@ def unit_table(random: np.random.Generator, unit: str, low: float, high: float, 
         "detail": pa.repeat("", count),
         "sha256": ["" if bad else f"{p:064x}" for p, bad in zip(image.tolist(), failed.tolist(), strict=True)],
         "phash": image,
-        "colours": [base64.b64encode(p.to_bytes(8) * 6).decode() for p in image.tolist()],  # alike where the hash is
+        "colours": [base64.b64encode(p.to_bytes(8) * 6).decode() for p in image.tolist()],  # equal if the hash is
         "extra": pa.repeat('{"licence":"cc0"}', count),
         "unit": pa.repeat(unit, count),
         "width": side[0] // 2,

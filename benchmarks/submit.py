@@ -1,4 +1,4 @@
-"""What each layer between a command and its work costs, stage by stage: seconds by the wall clock.
+"""The cost of each layer between a command and its work, by stage: wall-clock seconds.
 
     plain           capstan STAGE recipe.yaml
     local           capstan submit --wait                       a process of its own, watched
@@ -6,7 +6,7 @@
 
     python benchmarks/submit.py [--scenes 600] [--repeats 3]
 
-The images are drawn, so that nothing waits for a network; the cluster is started before the clock.
+The images are drawn, so that nothing waits for a network. The cluster starts before the clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cluster")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from small_captioner import write_captioner  # noqa: E402
 
@@ -73,7 +73,7 @@ def main() -> None:
     options.add_argument("--scenes", type=int, default=600)
     options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cluster")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     with tempfile.TemporaryDirectory() as name, Nodes(Path(name) / "ray") as nodes:
         folder = Path(name)
         env = os.environ | {"PYTHONPATH": paths, "CAPSTAN_STATE": str(folder / "state"), "OMP_NUM_THREADS": "1"}
@@ -81,12 +81,12 @@ def main() -> None:
         nodes.start_head(env=env)
         nodes.start_worker(cpus=2, env=env)
         target = {"kind": "ray", "address": nodes.address, "token_file": str(nodes.token_file)}
-        target |= {"program": f"{sys.executable} -m capstan.cluster.cli", "env": {"PYTHONPATH": paths}}
+        target |= {"program": f"{sys.executable} -m capstan", "env": {"PYTHONPATH": paths}}
         (folder / "clusters.yaml").write_text(yaml.safe_dump({"local-cluster": target}))
         env["CAPSTAN_CLUSTERS"] = str(folder / "clusters.yaml")
         taken: dict[tuple[str, str], list[float]] = {}
         for repeat in range(chosen.repeats):
-            for layer, prefix in LAYERS.items():  # in turn, so that a busy moment does not fall on one of them alone
+            for layer, prefix in LAYERS.items():  # alternating, so that a busy moment does not affect only one of them
                 path = recipe(folder, f"{layer}-{repeat}", captioner, chosen.scenes)
                 for stage in STAGES:
                     taken.setdefault((stage, layer), []).append(seconds([*prefix, stage, str(path)], env))

@@ -1,12 +1,12 @@
-"""A training step: Capstan's against the loop that everyone writes, and what each switch brings.
+"""A training step: Capstan compared with the usual loop, and the effect of each switch.
 
     python benchmarks/train.py [--rounds 3] [--steps 10] [--batch 4]
 
-Three runs of the same UNet on the same images take turns, each in a process of its own: the loop of diffusers'
-train_text_to_image with Accelerate (below: `plain`), Capstan encoding images on the fly, Capstan with latents ahead.
-The UNet and the autoencoder have Stable Diffusion's shapes: on a CPU an eighth of their width, on a GPU all of it
-(860 M parameters, 256 pixels, bf16). What counts are the ratios of images a second, and of CPU seconds an image.
-On a GPU the table of switches and the MFU come after.
+Three runs of the same UNet on the same images alternate, each in a process of its own: the loop of diffusers'
+train_text_to_image with Accelerate (below: `plain`), Capstan encoding images on the fly, Capstan with precomputed
+latents. The UNet and the autoencoder have Stable Diffusion's shapes: an eighth of their width on a CPU, all of it on a
+GPU (860 M parameters, 256 pixels, bf16). The results are ratios of images/s, and of CPU seconds per image. On a GPU the
+table of switches and the MFU follow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import simplejpeg
 import torch
 import yaml
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # where recaption.py is no floor, but another benchmark
+sys.path.remove(str(Path(__file__).resolve().parent))  # this folder has a recaption.py of its own
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
@@ -41,10 +41,10 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Vocabulary, draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE, IMAGES, WARM = 256, 256, 3  # pixels a side, samples, steps that are not measured
-KINDS = ("plain", "capstan", "latents ahead")
+SIZE, IMAGES, WARM = 256, 256, 3  # pixels per side, samples, steps that are not measured
+KINDS = ("plain", "capstan", "precomputed latents")
 ON_GPU = torch.cuda.is_available()
-SHARE = 1 if ON_GPU else 8  # the models' width is Stable Diffusion's divided by this
+SHARE = 1 if ON_GPU else 8  # Stable Diffusion's width is divided by this
 UNET = {
     "block_out_channels": [320 // SHARE, 640 // SHARE, 1280 // SHARE, 1280 // SHARE],
     "layers_per_block": 2,
@@ -56,7 +56,7 @@ HEADS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40 if ON_GPU else 10, help="measured, after the first three")
+    parser.add_argument("--steps", type=int, default=40 if ON_GPU else 10, help="measured steps, after the first three")
     parser.add_argument("--batch", type=int, default=64 if ON_GPU else 4)
     parser.add_argument("--run", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
     parser.add_argument("--set", dest="section", default="{}", help=argparse.SUPPRESS)
@@ -71,7 +71,7 @@ def main() -> None:
         if ON_GPU:
             switches(folder, arguments)
         else:
-            print("no GPU here: the MFU and the table of switches are for `python benchmarks/train.py` on one")
+            print("no GPU: run `python benchmarks/train.py` on one for the MFU and the table of switches")
 
 
 # The comparison ------------------------------------------------------------------------------------------------------
@@ -87,21 +87,21 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     print(f"{where}, {SIZE} pixels, batches of {arguments.batch}, {arguments.steps} steps, {arguments.rounds} rounds")
     for kind in KINDS:
         rate, cpu = (statistics.median(one[name] for one in taken[kind]) for name in ("images_per_s", "cpu_s"))
-        print(f"  {kind:14} {rate:8.2f} images/s · {cpu * 1e3:8.1f} ms CPU an image")
-    for ours, theirs, asked in (("capstan", "plain", "1.0"), ("latents ahead", "capstan", "1.4")):
+        print(f"  {kind:20} {rate:8.2f} images/s · {cpu * 1e3:8.1f} ms CPU per image")
+    for ours, theirs, asked in (("capstan", "plain", "1.0"), ("precomputed latents", "capstan", "1.4")):
         faster = ratio(taken[ours], taken[theirs], "images_per_s")
         cheaper = ratio(taken[theirs], taken[ours], "cpu_s")
-        print(f"  {ours} / {theirs}: {faster} × the images/s (asked: {asked}) · by CPU seconds {cheaper} ×")
+        print(f"  {ours} / {theirs}: {faster} × the images/s (goal: {asked}) · by CPU seconds {cheaper} ×")
 
 
 def ratio(these: list[dict[str, float]], those: list[dict[str, float]], name: str) -> str:
-    """Median of the rounds' ratios, and their range."""
+    """Return the median of the rounds' ratios, and their range."""
     ratios = sorted(a[name] / b[name] for a, b in zip(these, those, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def run(folder: Path, kind: str, arguments: argparse.Namespace, section: dict[str, Any]) -> dict[str, float]:
-    """One run in a process of its own."""
+    """Run one kind in a process of its own."""
     command = [sys.executable, __file__, "--run", str(folder), kind, "--set", json.dumps(section)]
     command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -111,18 +111,18 @@ def run(folder: Path, kind: str, arguments: argparse.Namespace, section: dict[st
 
 
 def switches(folder: Path, arguments: argparse.Namespace) -> None:
-    """Each switch on top of those before it."""
+    """Print the effect of each switch on top of those before it."""
     steps: list[tuple[str, str, dict[str, Any]]] = [
         ("fp32", "capstan", {}),
         ("bf16", "capstan", {"precision": "bf16"}),
         ("channels_last", "capstan", {"engine": {"channels_last": True}}),
         ("compile", "capstan", {"engine": {"compile": True}}),
-        ("latents ahead", "latents ahead", {}),
-        ("text ahead", "latents ahead", {"data": {"text_states": "auto"}}),
-        ("checkpointing", "latents ahead", {"engine": {"checkpointing": True}}),
+        ("precomputed latents", "precomputed latents", {}),
+        ("text ahead", "precomputed latents", {"data": {"text_states": "auto"}}),
+        ("checkpointing", "precomputed latents", {"engine": {"checkpointing": True}}),
     ]
     section: dict[str, Any] = {}
-    print(f"{'switch':16} {'images/s':>9} {'×':>5} {'MFU':>6} {'memory':>9}")
+    print(f"{'switch':20} {'images/s':>9} {'×':>5} {'MFU':>6} {'memory':>9}")
     before = None
     for name, kind, more in steps:
         engine = section.get("engine", {}) | more.get("engine", {})
@@ -130,7 +130,7 @@ def switches(folder: Path, arguments: argparse.Namespace) -> None:
         seen = run(folder, kind, arguments, section)
         gain = "" if before is None else f"{seen['images_per_s'] / before:.2f}"
         mfu = f"{seen['mfu']:.1%}" if "mfu" in seen else "?"
-        print(f"{name:16} {seen['images_per_s']:9.1f} {gain:>5} {mfu:>6} {seen['memory_gib']:7.1f} GiB")
+        print(f"{name:20} {seen['images_per_s']:9.1f} {gain:>5} {mfu:>6} {seen['memory_gib']:7.1f} GiB")
         before = seen["images_per_s"]
 
 
@@ -138,7 +138,7 @@ def switches(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 class Clock:
-    """Notes when each step ended, and how much CPU time this process and its children had taken; up to step `last`."""
+    """A record of when each step ended, and of the CPU time of this process and its children, up to step `last`."""
 
     def __init__(self, last: int) -> None:
         self.last = last
@@ -163,7 +163,7 @@ def work(folder: Path, kind: str, steps: int, batch: int, section: dict[str, Any
         plain(folder, clock, batch, section.get("precision", "fp32"))
         print(json.dumps(clock.rates(batch)))
         return
-    if kind == "latents ahead":
+    if kind == "precomputed latents":
         data = {"latents": (folder / "encoder").read_text()} | section.get("data", {})
         section = section | {"data": data}
     seen = capstan(folder, clock, batch, section)
@@ -171,7 +171,7 @@ def work(folder: Path, kind: str, steps: int, batch: int, section: dict[str, Any
 
 
 def capstan(folder: Path, clock: Clock, batch: int, section: dict[str, Any]) -> dict[str, Any]:
-    """A run by its recipe; gives the last record of its log."""
+    """Run a recipe; return the last record of its log."""
     from capstan.training.monitoring.metrics_logger import MetricsLogger
     from capstan.training.trainer import fit
 
@@ -189,7 +189,7 @@ def capstan(folder: Path, clock: Clock, batch: int, section: dict[str, Any]) -> 
 
 
 def recipe_of(folder: Path, run_folder: Path, steps: int, batch: int, section: dict[str, Any]) -> Recipe:
-    """What `plain` does, as a recipe."""
+    """Return the recipe of what `plain` does."""
     diffusion = {
         "autoencoder": str(folder / "vae"),
         "unet": UNET | {"heads": HEADS},
@@ -206,7 +206,7 @@ def recipe_of(folder: Path, run_folder: Path, steps: int, batch: int, section: d
 
 
 def plain(folder: Path, clock: Clock, batch: int, precision: str) -> None:
-    """The loop of diffusers' examples/text_to_image/train_text_to_image.py, with its EMA, on the same decoding."""
+    """Run the loop of diffusers' examples/text_to_image/train_text_to_image.py, with its EMA, on the same decoding."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
@@ -268,7 +268,7 @@ def repeated(loader: Any) -> Iterator[Any]:
 
 
 class Images(torch.utils.data.Dataset):
-    """Files of a folder with their captions, decoded as Capstan does."""
+    """A folder's images with their captions, decoded as Capstan does."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.files = sorted((folder / "files").glob("*.jpg"))
@@ -289,7 +289,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def make(folder: Path) -> None:
-    """The same images as a dataset and as files, the models, and the latents."""
+    """Write the same images as a dataset and as files, the models, and the latents."""
     samples = []
     (folder / "files").mkdir()
     for number in range(IMAGES):
@@ -329,7 +329,7 @@ def write_dataset(folder: Path, samples: list[Sample]) -> None:
 
 
 def make_models(folder: Path, captions: list[str]) -> None:
-    """Of random weights: the autoencoder, and the text encoder with its tokenizer."""
+    """Write the autoencoder, and the text encoder with its tokenizer, with random weights."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
