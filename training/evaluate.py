@@ -29,9 +29,9 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
-from capstan.training.metrics.metric import Metric, alone, judges_of, undisturbed
-from capstan.training.metrics.oracle import Follows
-from capstan.training.metrics.samples import EvalSet, Scenes, subjects_of, world_of
+from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept, single_worker
+from capstan.training.metrics.oracle import OracleScore
+from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
 from capstan.training.product import find_product, kind_of, read_facts
 from capstan.training.sample import grid, open_sampler
 
@@ -114,7 +114,7 @@ def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, c
     folders = (product, *product.parents[:3])
     pinned = next((f / "pinned.json" for f in folders if (f / "pinned.json").is_file()), None)
     layer = json.loads(pinned.read_text()).get("layer") if pinned else None
-    return subjects_of(recipe, train, layer, count, "--count")
+    return make_eval_set(recipe, train, layer, count, "--count")
 
 
 def _judges(
@@ -129,7 +129,7 @@ def _judges(
         if name in measures and asked[name] is None:
             hint = "add --clip MODEL" if name == "clip" else "add --features FILE"
             raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", hint)
-    return judges_of(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
+    return make_metrics(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
 
 
 # Diffusion -----------------------------------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ def _diffusion(
     for judge in judges:
         judged = functools.partial(_judged, judge, subjects, batch=batch, device=sampler.pipeline.device)
         value, ceiling = judged(numbers, images), judged(numbers, through)
-        if isinstance(judge, Follows) and isinstance(subjects, Scenes):
+        if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))
             trust = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
-            chance = judged(others, images) if judge.knows_prompts else {}
+            chance = judged(others, images) if judge.uses_prompts else {}
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": ceiling[name]}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
@@ -174,10 +174,10 @@ def _judged(
     judge: Metric, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray, *, batch: int, device: torch.device
 ) -> dict[str, float]:
     """What a judge says of images for the prompts of these numbers."""
-    with undisturbed(device), judge.ready(device):
+    with random_state_kept(device), judge.ready(device):
         for start in range(0, len(numbers), batch):
             judge.add(subjects, numbers[start : start + batch], images[start : start + batch])
-        return judge.result(alone)
+        return judge.result(single_worker)
 
 
 def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
-from capstan.training.models.diffusion.schedulers import SamplerName, switch
+from capstan.training.models.diffusion.schedulers import SamplerName, set_sampler
 from capstan.training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerNam
     pipeline = DiffusionPipeline.from_pretrained(product)
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
-        switch(pipeline, sampler)
+        set_sampler(pipeline, sampler)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Sampler(pipeline, **({"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})))
 

@@ -1,10 +1,10 @@
-"""An experiment's recipe → the recipes of its runs: arms that differ by their captions alone.
+"""An experiment's recipe → the recipes of its runs, which differ only by captions.
 
-    train.run/start/s0          a run of one step at no rate: the weights and vocabulary that all arms of seed 0 share
-    train.run/arms/original-s0  an ordinary run that begins there; `recipe.yaml` in it is what `capstan train` takes
+    train.run/start/s0          a run of one step at almost no learning rate: the shared start of all arms of seed 0
+    train.run/arms/original-s0  an ordinary run that starts from it; its `recipe.yaml` works with `capstan train`
 
-A vocabulary learnt from one arm's captions would be another one for each arm, and would cut the others' prompts into
-crumbs: it is learnt from all captions of the layer and the original ones, so that arms can still be added.
+The vocabulary is shared, learnt from the original captions and all captions of the layer. Learnt from the captions of
+one arm, it would split the other arms' prompts into many tokens, and no arm could be added later.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ class Trial:
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
-    """All runs, seed by seed, so that every arm is seen once before any is seen twice."""
+    """Yield all runs, seed by seed, so that every arm runs once before any runs twice."""
     for seed in config.seeds:
         for arm in config.arms:
             yield Trial(arm, seed)
 
 
 def layers(recipe: Recipe, config: ExperimentConfig, train: TrainConfig, pinned: str | None) -> dict[str, str | None]:
-    """Arm → the id of its caption layer; `pinned` is what "latest" meant when the experiment began.
+    """Return arm → the id of its caption layer; `pinned` is the layer that "latest" meant when the experiment started.
 
     Raises RecipeError for a layer or a slot that the dataset does not have.
     """
-    storage, found = Storage(recipe.dataset, recipe.storage), dict[str, str | None]()
+    storage, ids = Storage(recipe.dataset, recipe.storage), dict[str, str | None]()
     for name, arm in config.arms.items():
         layer = arm.layer or pinned or train.data.layer
         if layer is None and set(arm.shares) != {ORIGINAL}:
-            hint = f"name the arm's own (experiment.arms.{name}.layer)"
-            raise RecipeError("train.data.layer", f"is null, and the arm {name} shows its captions", hint)
+            hint = f"set a caption layer there, or experiment.arms.{name}.layer"
+            raise RecipeError("train.data.layer", f"is null, but the arm {name} uses its captions", hint)
         try:
-            found[name] = None if layer is None else find_layer(storage, Data(layer=layer, blend=arm.shares))
+            ids[name] = None if layer is None else find_layer(storage, Data(layer=layer, blend=arm.shares))
         except RecipeError as error:
-            where = "blend" if error.field.endswith("blend") else "layer"
-            raise RecipeError(f"experiment.arms.{name}.{where}", error.problem, error.hint) from None
-    return found
+            key = "blend" if error.field.endswith("blend") else "layer"
+            raise RecipeError(f"experiment.arms.{name}.{key}", error.problem, error.hint) from None
+    return ids
 
 
 def trial_folder(folder: Path, trial: Trial) -> Path:
@@ -71,7 +71,7 @@ def start_folder(folder: Path, seed: int) -> Path:
 
 
 def start_recipe(recipe: Recipe, slots: Sequence[str], layer: str | None, folder: Path, seed: int) -> Recipe:
-    """The run from which all arms of a seed begin, on all captions alike. Its step is too small to change a weight."""
+    """Return the recipe of the run that all arms of a seed start from. Its one step is too small to change a weight."""
     changed: dict[str, Any] = {
         "run": str(start_folder(folder, seed)),
         "seed": seed,
@@ -86,9 +86,9 @@ def start_recipe(recipe: Recipe, slots: Sequence[str], layer: str | None, folder
 def arm_recipe(
     recipe: Recipe, arm: Arm, layer: str | None, folder: Path, trial: Trial, steps: int | None = None
 ) -> Recipe:
-    """The recipe of one run, up to `steps` (the recipe's own, by default).
+    """Return the recipe of one run, up to `steps` (default: the recipe's own).
 
-    Of `train` it changes the run's folder, the seed, where it starts, and of `data` the layer and the blend.
+    Changes `run`, `seed`, `init`, `data.layer`, `data.blend` and the upload folder of `train`.
     """
     assert recipe.train is not None
     start = recipe.train.get("init") or str(start_folder(folder, trial.seed))
@@ -103,7 +103,7 @@ def arm_recipe(
 
 
 def _copy(recipe: Recipe, name: str) -> dict[str, Any]:
-    """A run's own place in the bucket of `train.checkpoint.upload`, where the recipe names one."""
+    """Return `checkpoint` with the run's own upload folder, if the recipe sets `train.checkpoint.upload`."""
     assert recipe.train is not None
     settings = recipe.train.get("checkpoint") or {}
     if not settings.get("upload"):
@@ -112,7 +112,7 @@ def _copy(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def _with(recipe: Recipe, changed: dict[str, Any]) -> Recipe:
-    """The recipe without the experiment, and with other values in `train`; those in `train.data` one by one."""
+    """Return the recipe without `experiment`, with the changed values in `train`; `train.data` is merged key by key."""
     assert recipe.train is not None
     train = recipe.train | changed | {"data": (recipe.train.get("data") or {}) | changed["data"]}
     return recipe.model_copy(update={"train": train, "experiment": None})

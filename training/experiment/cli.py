@@ -1,4 +1,4 @@
-"""The commands below `capstan experiment`; the floor above adds its own."""
+"""Command `capstan experiment blend`; cluster/ adds `world` to the same group."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, co
 
 
 def experiments(load: Load) -> typer.Typer:
-    """The group of commands; `load` reads and validates a recipe file with its overrides."""
+    """Return the group `experiment`; `load` reads and validates a recipe file with its overrides."""
     group = typer.Typer(
-        help="Train several models that differ in one thing, and say which is better.",
+        help="Compare models that differ in one thing.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
 
     @group.command()
     def blend(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Train one model for each caption blend of the recipe's section experiment, measure how they follow prompts,
-        and write a report. Goes on where it stopped."""
+        """Compare caption blends by prompt following.
+
+        Trains one model per arm and seed of the recipe's section experiment, measures prompt following and writes a
+        report. Run the same command again to resume. Example: capstan experiment blend recipe.yaml
+        """
         from capstan.training.experiment.run import run_blend
 
         ready = load(recipe, overrides)

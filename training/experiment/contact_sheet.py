@@ -1,4 +1,4 @@
-"""The same prompts drawn by each arm, side by side, as one PNG: a row a prompt, a column an arm."""
+"""Images of several arms → one PNG: one row per prompt, one column per arm."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Final
 
 import numpy as np
 
-_CELL, _MOST = 112, 160  # pixels of an image, at least and at most
-_TEXT: Final = 300  # pixels of the column of prompts
-_LINES: Final = 9  # of a prompt, at most
+_SMALLEST, _LARGEST = 112, 160  # pixels per side of an image
+_TEXT: Final = 300  # pixels, width of the prompt column
+_LINES: Final = 9  # per prompt, at most
 _FONT: Final = 14  # pixels
 _MARGIN: Final = 10  # pixels
 
 
 def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) -> bytes:
-    """(prompt, column → image uint8 [side, side, 3] or None), the same columns in each row → PNG."""
+    """Return a PNG of rows (prompt, column → image uint8 [side, side, 3] or None); all rows have the same columns."""
     from PIL import Image, ImageDraw, ImageFont
 
     columns = list(rows[0][1])
     side = next(image.shape[0] for _, images in rows for image in images.values() if image is not None)
-    cell = side * -(-_CELL // side) if side < _CELL else min(side, _MOST)
+    cell = side * -(-_SMALLEST // side) if side < _SMALLEST else min(side, _LARGEST)
     font = ImageFont.load_default(size=_FONT)
     letters = int((_TEXT - _MARGIN) / font.getlength("n"))
     line = _FONT + 4
@@ -38,8 +38,8 @@ def side_by_side(rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]]) ->
         pen.text((_MARGIN, top), "\n".join(lines), fill="black", font=font, spacing=4)
         for number, image in enumerate(images.values()):
             if image is not None:
-                drawn = Image.fromarray(np.ascontiguousarray(image)).resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(drawn, (_MARGIN + _TEXT + number * (cell + _MARGIN), top))
+                scaled = Image.fromarray(np.ascontiguousarray(image)).resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(scaled, (_MARGIN + _TEXT + number * (cell + _MARGIN), top))
         top += height
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)

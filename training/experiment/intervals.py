@@ -1,13 +1,13 @@
-"""Values of seeds and prompts → means with intervals, and differences of arms. Pure functions.
+"""Values by seed and prompt → means and differences with 95% intervals.
 
-Every arm is measured with the same seeds on the same prompts, so values are a matrix [seeds, prompts], nan where a
-measure is not defined. Both are samples of what might have been: the bootstrap draws seeds and prompts, each on its own
-(Owen 2007, "The pigeonhole bootstrap", which errs on the wide side). Of n it draws n − 1, whose means spread as the
-mean of n does (Rao & Wu 1988); n of n would spread too little, by a third in variance with three seeds.
+Pure functions. Every arm is measured with the same seeds on the same prompts, so values are a matrix [seeds, prompts],
+nan where a measure is not defined. Seeds and prompts are both samples, so the bootstrap resamples each independently
+(Owen 2007, "The pigeonhole bootstrap", which is conservative). Of n it draws n − 1, whose mean varies as the mean of n
+does (Rao & Wu 1988); drawing n would underestimate the variance, by a third with three seeds.
 
-Percentiles of so few seeds are still those of a normal distribution: they are stretched about the mean by Student's t
-over the normal quantile (as in Hesterberg 2015, "What teachers should know about the bootstrap"), with Satterthwaite's
-degrees of freedom: 2 where three seeds are all that varies, many where it is the prompts.
+With few seeds, bootstrap percentiles are as narrow as those of a normal distribution. They are widened about the mean
+by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What teachers should know about the bootstrap"),
+with Satterthwaite's degrees of freedom: 2 if only three seeds vary, many if only the prompts do.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_Z: Final = 1.959964  # of the normal distribution, 97.5%
+_Z: Final = 1.959964  # 97.5% quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval; nan where nothing is defined, and low = high = nan for a single seed and prompt."""
+    """A mean and its 95% interval; nan if nothing is defined; low = high = nan for a single seed and prompt."""
 
     mean: float
     low: float
@@ -38,19 +38,19 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def facts(self) -> list[float | None]:
-        """[mean, low, high], null for nan."""
+        """Return [mean, low, high], with None for nan."""
         return [None if math.isnan(value) else round(value, 4) for value in (self.mean, self.low, self.high)]
 
 
 def interval(values: Floats, draws: int = 2000, seed: int = 0) -> Interval:
-    """The mean over all defined values [S, P], and where it might as well be."""
+    """Return the mean over all defined values [S, P], with its interval."""
     return _interval(values, _resampled(values, draws, seed))
 
 
 def difference(a: Floats, b: Floats, draws: int = 2000, seed: int = 0) -> Interval:
-    """mean(a) − mean(b), both [S, P] of the same seeds and prompts, which are drawn for both together.
+    """Return mean(a) − mean(b), both [S, P] of the same seeds and prompts, which are resampled for both together.
 
-    Only where both are defined: a measure of things that are there is of other things for another arm.
+    Uses only the entries defined for both: some measures are defined only for things present in an arm's image.
     """
     either = np.isnan(a) | np.isnan(b)
     a, b = np.where(either, math.nan, a), np.where(either, math.nan, b)
@@ -72,7 +72,7 @@ def _stretched(middle: float, means: Floats, freedom: float) -> Interval:
 
 
 def _resampled(values: Floats, draws: int, seed: int) -> Floats:
-    """Means of the values under `draws` choices of seeds and prompts [draws]; the same choices for the same shape."""
+    """Return the means [draws] under resampled seeds and prompts; the same resampling for the same shape."""
     rows, columns = _choices(values.shape, draws, seed)
     known = ~np.isnan(values)
     total = ((rows @ np.where(known, values, 0.0)) * columns).sum(1)
@@ -84,7 +84,7 @@ def _resampled(values: Floats, draws: int, seed: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _choices(shape: tuple[int, int], draws: int, seed: int) -> tuple[Floats, Floats]:
-    """How often each seed [draws, S] and each prompt [draws, P] is drawn, n − 1 of n; a single one always is."""
+    """Return how often each seed [draws, S] and each prompt [draws, P] is drawn, n − 1 of n (1 of 1)."""
     chance = np.random.default_rng(seed)
     rows, columns = (
         chance.multinomial(max(1, count - 1), [1 / count] * count, size=draws).astype(np.float64) for count in shape
@@ -93,7 +93,7 @@ def _choices(shape: tuple[int, int], draws: int, seed: int) -> tuple[Floats, Flo
 
 
 def _freedom(values: Floats) -> float:
-    """Satterthwaite's degrees of freedom of the mean, from the spread of seeds' means and of prompts' means."""
+    """Return Satterthwaite's degrees of freedom of the mean, from the variances of seed means and prompt means."""
     parts = []
     for axis, count in ((1, values.shape[0]), (0, values.shape[1])):
         known = (~np.isnan(values)).sum(axis)
@@ -117,7 +117,7 @@ def _centred(values: Floats) -> Floats:
 
 @cache
 def student(freedom: float) -> float:
-    """The 97.5% quantile of Student's t: where its density, added up from 0, reaches 0.475.
+    """Return the 97.5% quantile of Student's t, where its density integrated from 0 reaches 0.475.
 
     >>> [round(student(n), 2) for n in (2, 10, 1e6)]
     [4.3, 2.23, 1.96]

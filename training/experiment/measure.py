@@ -1,9 +1,9 @@
-"""A product and prompts → images → numbers, one a prompt: what the oracle finds, and what a CLIP thinks of it.
+"""A product and prompts → images → one value per prompt, by oracle and CLIP.
 
-    measured/<trial>/step-000500.json   {step, seconds, images, values: {set: {measure: [a number a prompt]}}}
+    measured/<trial>/step-000500.json   {step, seconds, pictures, values: {set: {measure: [one value per prompt]}}}
     measured/<trial>/<set>.png          the first images of a set at the last step, side by side
 
-A number is null where a measure is not defined for a prompt: a prompt of one thing asks for no relation.
+A value is null if the measure is not defined for a prompt: a prompt of one thing has no relation.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from capstan.training.experiment.prompts import Prompt, Prompts
 from capstan.training.sample import Sampler
 
 CLIP_MEASURES: Final = ("clip_mean", "clip_min")
-SHOWN: Final = 8  # images a set that are kept
-_OTHERS: Final = 5  # images of other prompts that chance is measured on
+SHOWN: Final = 8  # images kept per set
+_OTHERS: Final = 5  # other prompts whose images give the chance level
 
-Values = dict[str, dict[str, list[float | None]]]  # set → measure → one a prompt
+Values = dict[str, dict[str, list[float | None]]]  # set → measure → one per prompt
 
 
 def open_scorer(scorer: Scorer | None) -> Clip | None:
-    """The CLIP that judges. Raises RecipeError."""
+    """Open the CLIP that scores images, or return None. Raises RecipeError."""
     if scorer is None:
         return None
     try:
         return Clip(scorer.model, scorer.pretrained)
-    except RecipeError as error:  # it names an option of `captions diff`
+    except RecipeError as error:  # its field is an option of `captions diff`
         name = "pretrained" if error.field == "--pretrained" else "model"
         raise RecipeError(f"experiment.scorer.{name}", error.problem, error.hint) from None
 
 
 def measure(sampler: Sampler, prompts: Prompts, clip: Clip | None, batch: int = 64) -> tuple[Values, dict[str, Any]]:
-    """Draw each set and judge it: the values, and the images of each set, uint8 [N, H, W, 3]."""
+    """Generate and score the images of each set; return the values and the images by set, uint8 [N, H, W, 3]."""
     values, images = Values(), {}
-    for name, asked in prompts.items():
-        texts = [prompt.drawn or prompt.text for prompt in asked]
-        images[name] = sampler.draw(texts, [prompt.seed for prompt in asked], batch=batch)
-        values[name] = judged(asked, images[name], clip)
+    for name, of_set in prompts.items():
+        texts = [prompt.drawn or prompt.text for prompt in of_set]
+        images[name] = sampler.draw(texts, [prompt.seed for prompt in of_set], batch=batch)
+        values[name] = score_images(of_set, images[name], clip)
     return values, images
 
 
-def judged(prompts: Sequence[Prompt], images: np.ndarray, clip: Clip | None) -> dict[str, list[float | None]]:
-    """Measure → one value a prompt, of images [N, H, W, 3]."""
+def score_images(prompts: Sequence[Prompt], images: np.ndarray, clip: Clip | None) -> dict[str, list[float | None]]:
+    """Return measure → one value per prompt, for images [N, H, W, 3]."""
     columns: dict[str, list[float | None]] = {}
     wanted = [prompt.wanted for prompt in prompts if prompt.wanted is not None]
     if len(wanted) == len(prompts):
-        rows = [prompt_score.judge(asked, image) for asked, image in zip(wanted, images, strict=True)]
+        rows = [prompt_score.judge(one, image) for one, image in zip(wanted, images, strict=True)]
         columns = {name: [_plain(row[name]) for row in rows] for name in prompt_score.MEASURES}
     if clip is not None:
         mean, least = clip_scores(clip, images, [prompt.text for prompt in prompts])
@@ -70,7 +70,7 @@ def judged(prompts: Sequence[Prompt], images: np.ndarray, clip: Clip | None) -> 
 
 
 def clip_scores(clip: Clip, images: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """100 × the cosine of each image and its text's sentences: the mean over them, and the least."""
+    """Return 100 × the cosine of each image and its text's sentences: the mean over them, and the minimum."""
     parts = [chunks(text, clip.fits) for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
     return scores(
@@ -81,45 +81,46 @@ def clip_scores(clip: Clip, images: np.ndarray, texts: Sequence[str]) -> tuple[n
 
 
 def references(prompts: Prompts, clip: Clip | None) -> dict[str, Values]:
-    """What true images score (`truth`), and images of other prompts (`chance`); nothing where there is none."""
-    found: dict[str, Values] = {"truth": {}, "chance": {}}
-    for name, asked in prompts.items():
-        there = [prompt.image for prompt in asked if prompt.image is not None]
-        if len(there) < len(asked):
+    """Return scores of true images (`truth`) and of images of other prompts (`chance`), for sets with true images."""
+    values: dict[str, Values] = {"truth": {}, "chance": {}}
+    for name, of_set in prompts.items():
+        true_images = [prompt.image for prompt in of_set if prompt.image is not None]
+        if len(true_images) < len(of_set):
             continue
-        images = np.stack(there)
-        found["truth"][name] = judged(asked, images, clip)
-        shifts = range(1, min(_OTHERS, len(asked) - 1) + 1)
-        others = [judged(asked, np.roll(images, shift, axis=0), clip) for shift in shifts]
-        found["chance"][name] = {m: [_mean([o[m][i] for o in others]) for i in range(len(asked))] for m in others[0]}
-    return found
+        images = np.stack(true_images)
+        values["truth"][name] = score_images(of_set, images, clip)
+        shifts = range(1, min(_OTHERS, len(of_set) - 1) + 1)
+        others = [score_images(of_set, np.roll(images, shift, axis=0), clip) for shift in shifts]
+        count = range(len(of_set))
+        values["chance"][name] = {m: [_mean([other[m][i] for other in others]) for i in count] for m in others[0]}
+    return values
 
 
 def with_upsampled(prompts: Prompts, name: str, of: str, drawn: Sequence[str]) -> Prompts:
-    """The sets, and one more: those of the set `of`, drawn from other texts."""
+    """Return the sets plus the set `name`: the prompts of the set `of`, with the expanded texts `drawn`."""
     return prompts | {name: [replace(prompt, drawn=text) for prompt, text in zip(prompts[of], drawn, strict=True)]}
 
 
-class Kept:
+class Measurements:
     """The measurements of an experiment, in its folder."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
     def read(self, trial: str, step: int) -> dict[str, Any] | None:
-        """What was measured, or None where nothing was yet."""
+        """Return a measurement, or None if it does not exist yet."""
         name = self._name(trial, step)
         return dict(json.loads(self.storage.read(name))) if self.storage.exists(name) else None
 
     def write(self, trial: str, step: int, facts: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
-        """Publish a measurement; last, since with it all is there."""
+        """Publish a measurement: the images first, as the JSON file marks it as complete."""
         for name, images in pictures.items():
             row = np.concatenate(list(images[:SHOWN]), axis=1)
             self.storage.write(f"measured/{trial}/{name}.png", _png(row))
         self.storage.write(self._name(trial, step), json.dumps(facts).encode() + b"\n")
 
     def images(self, trial: str, name: str) -> list[np.ndarray]:
-        """The first images of a set at the last step; none where there are none yet."""
+        """Return the first images of a set at the last step; empty if there are none yet."""
         path = f"measured/{trial}/{name}.png"
         if not self.storage.exists(path):
             return []
@@ -133,7 +134,7 @@ class Kept:
 
 
 class Clock:
-    """Seconds of a `with` block."""
+    """A timer of a `with` block: `seconds`, after it."""
 
     def __enter__(self) -> Clock:
         self._since, self.seconds = time.monotonic(), 0.0

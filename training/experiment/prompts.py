@@ -1,11 +1,13 @@
-"""A recipe → the prompts that arms are held to: two sets, as in the DALL-E 3 paper (section 3.1).
+"""A recipe → two sets of evaluation prompts.
 
-    original      captions as they come with images
+As in the DALL-E 3 paper (section 3.1):
+
+    original      captions as found with images
     descriptive   descriptions of images
 
-On the captioned world both are of scenes that no dataset holds; a careless web writes the first, and of these only
-those count which are English and say something that can be looked for in an image. The descriptions are true. Of any
-other dataset they are the captions of the samples held out (`train.data.holdout`), and the second are the captioner's.
+On the captioned world both are of scenes that are in no dataset. Original captions are used if they are English and
+mention something that can be checked in an image; descriptions are true. For any other dataset the prompts are captions
+of held-out samples (`train.data.holdout`); their descriptions are written by the captioner.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ from capstan.training.config import TrainConfig
 from capstan.training.experiment.config import ExperimentConfig
 
 SETS: Final = ("original", "descriptive")
-UPSAMPLED: Final = "upsampled"  # the first set, drawn from prompts that were expanded, and held to what was asked for
-_UNSEEN: Final = 8_641_000_001  # added to the world's seed: none that a dataset or `capstan evaluate` draws from
-_MEANT: Final = ("fragment", "partial", "honest")  # kinds of alt text that are of the image, and English
+UPSAMPLED: Final = "upsampled"  # the first set with expanded prompts; images are scored against the original ones
+_UNSEEN: Final = 8_641_000_001  # added to the world's seed: no dataset and no `capstan evaluate` uses the sum
+_MEANT: Final = ("fragment", "partial", "honest")  # kinds of alt text that are English and describe the image
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the seed of its noise, and on the captioned world what it asks for and the image that it is of."""
+    """A prompt and the seed of its noise; on the captioned world also its contents and its true image."""
 
-    text: str  # what an image is held to
+    text: str  # the text that images are scored against
     seed: int
-    drawn: str | None = None  # what the model is given in its place; null: `text`
+    drawn: str | None = None  # the expanded text that the model gets; None: `text`
     wanted: Wanted | None = None
     image: np.ndarray | None = None  # uint8 [side, side, 3]
 
@@ -50,21 +52,21 @@ Prompts = dict[str, list[Prompt]]  # set → prompts
 
 
 def prompt_sets(recipe: Recipe, config: ExperimentConfig, train: TrainConfig, layer: str | None) -> Prompts:
-    """Both sets, `config.prompts` each. Raises RecipeError where the dataset gives none."""
+    """Return both sets, `config.prompts` prompts each. Raises RecipeError if the dataset has too few."""
     if (world := world_of(recipe)) is not None:
         return {name: list(itertools.islice(_of_world(world, name), config.prompts)) for name in SETS}
     return _held_out(recipe, train, layer, config.prompts)
 
 
 def world_of(recipe: Recipe) -> WorldSource | None:
-    """The captioned world that the recipe's dataset is of, or None for any other."""
+    """Return the captioned world that the dataset is generated from, or None for any other dataset."""
     if recipe.source is None or recipe.source.format != "world":
         return None
     return recipe.source.world or WorldSource()
 
 
 def source_of(recipe: Recipe) -> dict[str, Any] | None:
-    """What decides which prompts of the captioned world are asked; None for any other dataset."""
+    """Return the settings that determine the captioned world's prompts; None for any other dataset."""
     world = world_of(recipe)
     return None if world is None else world.model_dump(mode="json")
 
@@ -81,12 +83,12 @@ def _of_world(world: WorldSource, name: str) -> Iterator[Prompt]:
 
 
 def _held_out(recipe: Recipe, train: TrainConfig, layer: str | None, count: int) -> Prompts:
-    """The captions of the dataset's last samples, which `train.data.holdout` keeps from training."""
+    """Return captions of the dataset's last samples, which `train.data.holdout` excludes from training."""
     if train.data.holdout < count:
-        problem = f"holds back {train.data.holdout} samples, and {count} prompts are to come from them"
-        raise RecipeError("train.data.holdout", problem, f"write holdout: {count}, or lower experiment.prompts")
+        problem = f"is {train.data.holdout}, but {count} prompts are needed from held-out samples"
+        raise RecipeError("train.data.holdout", problem, f"set holdout: {count}, or lower experiment.prompts")
     if layer is None:
-        raise RecipeError("train.data.layer", "is null: there are no descriptive prompts", "name a caption layer")
+        raise RecipeError("train.data.layer", "is null, so there are no descriptive prompts", "set a caption layer")
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
     rows: list[dict[str, Any]] = []
     for shard in reversed(dataset.shard_names):
@@ -97,6 +99,6 @@ def _held_out(recipe: Recipe, train: TrainConfig, layer: str | None, count: int)
             break
     rows = rows[-train.data.holdout :][:count]
     if lacking := sum("descriptive" not in row for row in rows):
-        problem = f"layer {layer} describes all but {lacking} of the samples held out: it cannot give {count} prompts"
-        raise RecipeError("experiment.prompts", problem, "name another layer, or fewer prompts")
+        problem = f"layer {layer} has no description of {lacking} of the {len(rows)} held-out samples needed"
+        raise RecipeError("experiment.prompts", problem, "use another layer, or fewer prompts")
     return {name: [Prompt(row[name], number) for number, row in enumerate(rows)] for name in SETS}

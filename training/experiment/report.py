@@ -1,8 +1,8 @@
-"""Results → report.html (one file, as all of Capstan's pages), results.json, and figures for documents.
+"""Results → report.html (self-contained), results.json, and figures.
 
-figures/curves.svg          the primary measure by step, the main arms, both sets of prompts
+figures/curves.svg          the primary measure by step, for the main arms and both sets of prompts
 figures/differences.svg     differences of arms with their intervals
-figures/pictures.png        the same prompts drawn by each arm
+figures/pictures.png        images of the same prompts by each arm
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from capstan.training.experiment.arms import Trial
 from capstan.training.experiment.config import MAIN
 from capstan.training.experiment.contact_sheet import side_by_side
 from capstan.training.experiment.intervals import Interval
-from capstan.training.experiment.measure import Kept
+from capstan.training.experiment.measure import Measurements
 from capstan.training.experiment.prompts import SETS, UPSAMPLED, Prompts
 from capstan.training.experiment.results import Difference, Results
 
 REPORT: Final = "report.html"
-_ASKED: Final = ("distinct", "trained_on", "kept")
-_ROWS: Final = 4  # prompts of each set that are shown
+_STATISTICS: Final = ("distinct", "trained_on", "kept")
+_ROWS: Final = 4  # prompts shown per set
 _MEANS: Final = {
-    "followed": "of all that a prompt says (things, their size, pattern and place, count, background, relation), the "
-    "share that is so",
-    "followed_strict": "the same, where each thing beyond those that are asked for is one more that is not so",
-    "colour_shape": "of the coloured shapes that are asked for, the share that is there",
-    "colour_binding": "of the things whose shape is there, the share in the right colour",
-    "shape_binding": "of the things whose colour is there, the share in the right shape",
-    "shapes": "of the shapes that are asked for, in whatever colour, the share that is there",
-    "size": "of the things that are there, the share of the size that is said",
-    "texture": "of the things that are there, the share with the pattern that is said",
-    "count": "whether there are as many things as the prompt says",
-    "background": "whether the background is as said",
-    "relation": "whether both things are there and stand to each other as said",
-    "clip_mean": "CLIP score: 100 × the cosine of image and sentence, the mean over a prompt's sentences",
-    "clip_min": "the same, of the sentence that fits least",
+    "followed": "share of a prompt's statements (things, their size, pattern and place, count, background, relation) "
+    "that the image satisfies",
+    "followed_strict": "the same; each thing that the prompt does not mention counts as one more failed statement",
+    "colour_shape": "share of the coloured shapes in the prompt that are in the image",
+    "colour_binding": "of the things whose shape is in the image, the share with the right colour",
+    "shape_binding": "of the things whose colour is in the image, the share with the right shape",
+    "shapes": "share of the shapes in the prompt that are in the image, in any colour",
+    "size": "of the things in the image, the share with the right size",
+    "texture": "of the things in the image, the share with the right pattern",
+    "count": "whether the number of things is right",
+    "background": "whether the background is right",
+    "relation": "whether both things are in the image and their relation is right",
+    "clip_mean": "CLIP score: 100 × the cosine of image and sentence, averaged over the prompt's sentences",
+    "clip_min": "the same, for the sentence that fits worst",
 }
 
 
-def write_report(storage: Storage, results: Results, kept: Kept, prompts: Prompts) -> str:
-    """Publish results.json, the figures and, last, report.html; gives its path."""
+def write_report(storage: Storage, results: Results, measurements: Measurements, prompts: Prompts) -> str:
+    """Publish results.json, the figures and, last, report.html; return its path."""
     storage.write("results.json", json.dumps(results.facts(), indent=1, ensure_ascii=False).encode() + b"\n")
-    images = _images(results, kept, prompts)
+    images = _images(results, measurements, prompts)
     for name, data in _figures(results, images).items():
         storage.write(f"figures/{name}", data)
     storage.write(REPORT, _page(results, images).html().encode())
@@ -57,28 +57,28 @@ def write_report(storage: Storage, results: Results, kept: Kept, prompts: Prompt
 
 
 def _page(results: Results, images: bytes | None) -> page.Page:
-    ended = ", ".join(f"{arm} {len(seeds)}" for arm, seeds in results.seeds.items())
+    finished = ", ".join(f"{arm} {len(seeds)}" for arm, seeds in results.seeds.items())
     made = page.Page(
         "Which captions make a model follow prompts?",
         page.paragraph(
-            "One recipe, trained once for each arm and seed. Arms see the same images in the same order from the "
-            "same first weights; only the captions differ, by the share that the loader draws from each kind."
+            "One recipe is trained once per arm and seed. Arms see the same images in the same order and start from "
+            "the same weights. They differ only in the share of captions that the loader draws from each kind."
         ),
-        page.note(f"Runs that have ended: {ended}; {results.prompts} prompts in each set."),
+        page.note(f"Finished runs: {finished}; {results.prompts} prompts per set."),
     )
-    made.section("What was found", *(page.paragraph(text) for text in results.found))
+    made.section("Findings", *(page.paragraph(text) for text in results.found))
     if len(results.arms) < 2:
         return made
     made.section("By arm", *_by_arm(results))
     made.section("Differences", *_differences(results))
     made.section("By step", *_curves(results))
     if images is not None:
-        told = "The first prompts of each set, with the same noise for every arm."
-        made.section("The same prompts", page.note(told), page.image(images, "images by prompt and arm"))
+        text = "The first prompts of each set, with the same noise for every arm."
+        made.section("Images of the same prompts", page.note(text), page.image(images, "images by prompt and arm"))
     made.section("Expanded prompts", *_expanded(results))
-    made.section("Captions that were shown", _blends(results), *_truth(results))
+    made.section("Captions used", _blends(results), *_truth(results))
     made.section("Cost", _cost(results))
-    made.section("How it was measured", *_method(results))
+    made.section("Method", *_method(results))
     return made
 
 
@@ -93,21 +93,22 @@ def _by_arm(results: Results) -> Iterable[Html]:
         rows = [[arm, *(_cell(measures[m][arm]) for m in measures)] for arm in results.arms]
         for name, sets in results.references.items():
             if part in sets:
-                what = {"truth": "(the true images)", "chance": "(images of other prompts)"}[name]
-                rows.append([what, *(page.number(sets[part].get(m)) for m in measures)])
+                label = {"truth": "(the true images)", "chance": "(images of other prompts)"}[name]
+                rows.append([label, *(page.number(sets[part].get(m)) for m in measures)])
         yield page.table(["arm", *(m.replace("_", " ") for m in measures)], rows)
 
 
 def _differences(results: Results) -> Iterable[Html]:
     yield page.note(
-        f"{results.primary.replace('_', ' ')}, on the same prompts and seeds, where it is defined for both arms. Each "
-        "interval is for itself: of twenty differences that are none, one is expected to exclude 0."
+        f"{results.primary.replace('_', ' ')}, on the same prompts and seeds, for entries defined in both arms. "
+        "Intervals are not corrected for multiple comparisons: of twenty true differences of 0, one is expected to "
+        "exclude 0."
     )
     yield page.grid(
         interval_plots.forest(f"{part} prompts", _rows(results.differences[part][results.primary]))
         for part in results.table
     )
-    yield page.heading("Every measure, the main arms")
+    yield page.heading("All measures, main arms")
     rows_of_all = [
         [part, m.replace("_", " "), *(_signed(d.value) for d in _main(results, part, m))]
         for part, measures in results.differences.items()
@@ -120,12 +121,11 @@ def _differences(results: Results) -> Iterable[Html]:
 
 
 def _main(results: Results, part: str, measure: str) -> list[Difference]:
-    found = results.differences[part][measure]
-    return [d for d in found if d.a in MAIN and d.b in MAIN]
+    return [d for d in results.differences[part][measure] if d.a in MAIN and d.b in MAIN]
 
 
-def _rows(found: Sequence[Difference]) -> list[tuple[str, float, float, float]]:
-    return [(f"{d.a} − {d.b}", d.value.mean, d.value.low, d.value.high) for d in found]
+def _rows(differences: Sequence[Difference]) -> list[tuple[str, float, float, float]]:
+    return [(f"{d.a} − {d.b}", d.value.mean, d.value.low, d.value.high) for d in differences]
 
 
 def _curves(results: Results) -> Iterable[Html]:
@@ -147,11 +147,11 @@ def _lines(
 
 def _expanded(results: Results) -> Iterable[Html]:
     if not results.expanding:
-        yield page.note("Not run: the recipe names nothing that expands prompts (experiment.upsampler).")
+        yield page.note("Not run: the recipe has no upsampler (experiment.upsampler).")
         return
     yield page.note(
-        "Original prompts as they are, and expanded into the style of the descriptive captions; both are held to what "
-        "the prompt itself says. mean [95% interval]."
+        "Original prompts without changes, and expanded into the style of the descriptive captions. Both are scored "
+        "against the original prompt. Mean [95% interval]."
     )
     for measure in results.expanding:
         yield page.heading(measure.replace("_", " "))
@@ -176,22 +176,22 @@ def _blends(results: Results) -> Html:
         for arm, blend in results.blends.items()
     ]
     remark = page.note(
-        "Where the captioner's text was not good enough, or an image has none, the original caption stands in: what "
-        "was drawn can therefore hold more originals than was asked for."
+        "If the captioner's text was rejected or is missing, the original caption is used instead. The drawn share of "
+        "original captions can therefore be higher than the requested one."
     )
-    return Html(remark + page.table(["arm", "layer", "asked for", "really drawn"], rows))
+    return Html(remark + page.table(["arm", "layer", "requested", "drawn"], rows))
 
 
 def _truth(results: Results) -> Iterable[Html]:
-    """The captioner's errors."""
+    """Yield the section on the captions' accuracy."""
     if not results.captions:
         return
     names = list(next(iter(results.captions.values())))
     rows = [[slot, *(page.number(stated[name]) for name in names)] for slot, stated in results.captions.items()]
-    yield page.heading("How true they are")
+    yield page.heading("Accuracy")
     yield page.note(
-        "Shares of what could be stated that captions state rightly; one that says nothing of it counts as wrong. "
-        "Size, texture and place are of things that are named by their right colour and shape."
+        "Share of attributes that captions state correctly; an attribute that a caption does not mention counts as "
+        "wrong. Size, texture and place refer to things named with the right colour and shape."
     )
     yield page.table(["captions", *(name.replace("_", " + ") for name in names)], rows)
 
@@ -206,31 +206,31 @@ def _cost(results: Results) -> Html:
     rows.append(["all", total[0], f"{total[1]:,.0f}", total[2], f"{rest[0]:,.0f}", rest[1]])
     header = ["arm", "runs", "training, s", "images seen", "measuring, s", "images drawn"]
     remark = page.note(
-        "Seconds of the runs' own clocks, on a machine that may have trained several at once; starting and saving are "
-        "not in them, nor is what all arms share: captioner, captions, autoencoder, latents, the CLIP that judges."
+        "Seconds are measured by each run, on a machine that may have trained several at once. They exclude start-up, "
+        "saving, and the work that all arms share: captioner, captions, autoencoder, latents, the scoring CLIP."
     )
     return Html(remark + page.table(header, rows))
 
 
 def _method(results: Results) -> Iterable[Html]:
     yield page.paragraph(
-        "Original prompts are captions as they come with images, descriptive ones describe images; the images "
-        "were not trained on. Every arm is drawn with the averaged weights of its step. What is compared first was "
-        f"chosen beforehand: {results.primary.replace('_', ' ')}. Intervals come from a bootstrap over prompts and "
-        "seeds, widened for few seeds (training/experiment/intervals.py)."
+        "Original prompts are captions as found with images; descriptive prompts describe images. The images were not "
+        "trained on. Images are generated with the averaged weights of each step. The primary measure was chosen "
+        f"beforehand: {results.primary.replace('_', ' ')}. Intervals come from a bootstrap over prompts and seeds, "
+        "widened for few seeds (training/experiment/intervals.py)."
     )
     yield page.note(
-        "Short captions repeat themselves: a prompt may be, word for word, the caption of an image that was trained "
-        "on. Expanded prompts need not name all that the prompt asks for; what is drawn is held to the prompt."
+        "Short captions repeat: a prompt can be, word for word, the caption of a training image. Expanded prompts may "
+        "not mention everything in the original prompt; images are scored against the original prompt."
     )
     yield page.table(
-        ["prompts", "distinct texts", "are captions trained on", "things asked for that they name"],
-        [[part, *(page.number(told.get(name)) for name in _ASKED)] for part, told in results.asked.items()],
+        ["prompts", "distinct texts", "share that are training captions", "share of things still named"],
+        [[part, *(page.number(values.get(name)) for name in _STATISTICS)] for part, values in results.asked.items()],
     )
     shown = {m for measures in results.table.values() for m in measures}
-    yield page.table(["measure", "what it is"], [[m.replace("_", " "), _MEANS[m]] for m in _MEANS if m in shown])
+    yield page.table(["measure", "definition"], [[m.replace("_", " "), _MEANS[m]] for m in _MEANS if m in shown])
     if "clip_mean" not in shown:
-        yield page.note("CLIP score: not run, since the recipe names no scorer (experiment.scorer).")
+        yield page.note("CLIP score: not run, because the recipe has no scorer (experiment.scorer).")
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -260,11 +260,11 @@ def _figures(results: Results, images: bytes | None) -> dict[str, bytes]:
     return made | ({"pictures.png": images} if images is not None else {})
 
 
-def _images(results: Results, kept: Kept, prompts: Prompts) -> bytes | None:
-    """The first prompts of each set by every arm with its first seed, beside the true image where there is one."""
+def _images(results: Results, measurements: Measurements, prompts: Prompts) -> bytes | None:
+    """Return a PNG of the first prompts of each set by every arm's first seed, with the true image if there is one."""
     rows = []
     for part in (*SETS, *([UPSAMPLED] if UPSAMPLED in prompts else [])):
-        drawn = {arm: kept.images(Trial(arm, seeds[0]).name, part) for arm, seeds in results.seeds.items()}
+        drawn = {arm: measurements.images(Trial(arm, seeds[0]).name, part) for arm, seeds in results.seeds.items()}
         if not drawn or not all(drawn.values()):
             continue
         for number in range(min(_ROWS, *(len(images) for images in drawn.values()))):

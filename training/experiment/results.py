@@ -1,4 +1,4 @@
-"""What was measured → means, intervals and differences by arm, and sentences that say what was found."""
+"""Measurements → means, intervals and differences by arm, and result sentences."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from capstan.training.config import TrainConfig
 from capstan.training.experiment.arms import Trial, trial_folder
 from capstan.training.experiment.config import MAIN, STANDARD, ExperimentConfig
 from capstan.training.experiment.intervals import Floats, Interval, difference, interval
-from capstan.training.experiment.measure import CLIP_MEASURES, Kept
+from capstan.training.experiment.measure import CLIP_MEASURES, Measurements
 from capstan.training.experiment.prompts import SETS, UPSAMPLED
 
-# What the order of arms is told by; chosen before anything was measured. The rest is shown beside it.
-PRIMARY: Final = ("followed", "clip_mean")  # the first that there is: on the captioned world, elsewhere
+# The measure that ranks arms, chosen before anything was measured; the others are shown next to it.
+PRIMARY: Final = ("followed", "clip_mean")  # the first one available: on the captioned world; on other datasets
 
 Numbers = dict[str, dict[str, dict[str, Interval]]]  # set → measure → arm
 
@@ -38,21 +38,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment in numbers; arms in the recipe's order, and only those of which a run has ended."""
+    """The numbers of an experiment; arms in the recipe's order, only those with a finished run."""
 
     primary: str
     points: list[int]
-    seeds: dict[str, list[int]]  # arm → seeds whose runs have ended
-    prompts: int  # in a set
+    seeds: dict[str, list[int]]  # arm → seeds of finished runs
+    prompts: int  # per set
     table: Numbers  # at the last point
     differences: dict[str, dict[str, list[Difference]]]  # set → measure → all pairs of arms, at the last point
     curves: dict[str, dict[str, dict[str, list[tuple[int, Interval]]]]]  # set → measure → arm → (step, …)
     expanding: dict[str, dict[str, Interval]]  # measure → arm → with expanded prompts − without
     references: dict[str, dict[str, dict[str, float | None]]]  # truth, chance → set → measure
-    captions: dict[str, dict[str, float | None]]  # slot → what is stated rightly, on the captioned world
-    asked: dict[str, dict[str, float]]  # set → what its prompts are like (training.experiment.captions.about_prompts)
+    captions: dict[str, dict[str, float | None]]  # slot → attribute → share stated correctly, on the captioned world
+    asked: dict[str, dict[str, float]]  # set → what its prompts are like (caption_accuracy.prompt_statistics)
     blends: dict[str, dict[str, Any]]  # arm → {layer, asked, drawn}
-    cost: dict[str, dict[str, float]]  # arm → of all its runs together
+    cost: dict[str, dict[str, float]]  # arm → sums over all its runs
     found: list[str] = field(default_factory=list)
 
     @property
@@ -60,22 +60,22 @@ class Results:
         return list(self.seeds)
 
     def facts(self) -> dict[str, Any]:
-        """As plain data: intervals are [mean, low, high]."""
+        """Return the results as plain data; intervals are [mean, low, high]."""
         facts: dict[str, Any] = _plain(asdict(self, dict_factory=_keep))
         return facts
 
 
 def gather(storage: Storage, config: ExperimentConfig, train: TrainConfig, layers: Mapping[str, str | None]) -> Results:
-    """Read all measurements of an experiment's folder. Arms of which no run has ended are left out."""
-    kept, points = Kept(storage), config.points(train)
+    """Read all measurements of an experiment's folder. Arms without a finished run are left out."""
+    measurements, points = Measurements(storage), config.points(train)
     read = {
-        (arm, seed, point): kept.read(Trial(arm, seed).name, point)
+        (arm, seed, point): measurements.read(Trial(arm, seed).name, point)
         for arm in config.arms
         for seed in config.seeds
         for point in points
     }
     seeds = {arm: [seed for seed in config.seeds if read[arm, seed, points[-1]]] for arm in config.arms}
-    seeds = {arm: found for arm, found in seeds.items() if found}
+    seeds = {arm: finished for arm, finished in seeds.items() if finished}
     values = _Values(read, seeds)
     names = values.measures(points[-1])
     table = {
@@ -107,29 +107,29 @@ def gather(storage: Storage, config: ExperimentConfig, train: TrainConfig, layer
 
 
 class _Values:
-    """(arm, seed, point) → what was measured, as matrices [seeds, prompts]."""
+    """Measurements by (arm, seed, point), as matrices [seeds, prompts]."""
 
     def __init__(self, read: Mapping[tuple[str, int, int], dict[str, Any] | None], seeds: dict[str, list[int]]) -> None:
         self._read, self._seeds = read, seeds
 
     def measures(self, point: int) -> dict[str, list[str]]:
-        """Set → measures that are defined for some of its prompts."""
-        found: dict[str, list[str]] = {}
+        """Return set → measures that are defined for some of its prompts."""
+        names: dict[str, list[str]] = {}
         for arm, seeds in self._seeds.items():
             for part, columns in self._entry(arm, seeds[0], point).items():
                 defined = [name for name, column in columns.items() if any(v is not None for v in column)]
-                found[part] = [
-                    n for n in (*prompt_score.MEASURES, *CLIP_MEASURES) if n in {*found.get(part, []), *defined}
+                names[part] = [
+                    n for n in (*prompt_score.MEASURES, *CLIP_MEASURES) if n in {*names.get(part, []), *defined}
                 ]
-        return found
+        return names
 
     def of(self, part: str, measure: str, arm: str, point: int, seeds: Sequence[int] | None = None) -> Floats:
-        """[S, P], nan where a measure is not defined."""
+        """Return values [S, P], nan where the measure is not defined."""
         rows = [self._entry(arm, seed, point)[part][measure] for seed in (self._seeds[arm] if seeds is None else seeds)]
         return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
 
     def differences(self, part: str, measure: str, point: int, draws: int) -> list[Difference]:
-        """Later arms minus earlier ones, each pair on the seeds that both have."""
+        """Return the differences of all pairs, later arm minus earlier one, on the seeds that both have."""
         found = []
         for b, a in itertools.combinations(self._seeds, 2):
             if both := [seed for seed in self._seeds[a] if seed in self._seeds[b]]:
@@ -160,7 +160,7 @@ def _curves(
 def _expanding(
     values: _Values, names: dict[str, list[str]], seeds: dict[str, list[int]], point: int, draws: int
 ) -> dict[str, dict[str, Interval]]:
-    """What expanding prompts changes, by arm."""
+    """Return measure → arm → difference that expanding prompts makes."""
     return {
         m: {
             arm: difference(values.of(UPSAMPLED, m, arm, point), values.of(SETS[0], m, arm, point), draws)
@@ -186,7 +186,7 @@ def _mean(column: Sequence[float | None]) -> float | None:
 
 
 def _blend(folder: Path, config: ExperimentConfig, arm: str, seeds: list[int], layer: str | None) -> dict[str, Any]:
-    """The blend that was asked for, and the one that was really drawn, over all seeds."""
+    """Return the requested blend and the one actually drawn, over all seeds."""
     drawn = [_records(folder, Trial(arm, seed))[-1]["blend"] for seed in seeds]
     slots = sorted({slot for blend in drawn for slot in blend})
     means = {slot: round(sum(blend.get(slot, 0.0) for blend in drawn) / len(drawn), 4) for slot in slots}
@@ -196,7 +196,7 @@ def _blend(folder: Path, config: ExperimentConfig, arm: str, seeds: list[int], l
 def _cost(
     train: TrainConfig, arm: str, seeds: list[int], read: Mapping[tuple[str, int, int], Any], points: list[int]
 ) -> dict[str, float]:
-    """Seconds in training steps (the workers' starts are not in it), images seen; seconds and images of measuring."""
+    """Return seconds in training steps (without start-up), images seen; seconds and images of measuring."""
     seconds, images = 0.0, 0
     for seed in seeds:
         before = 0
@@ -219,7 +219,7 @@ def _records(folder: Path, trial: Trial) -> list[dict[str, Any]]:
 
 
 def _keep(items: list[tuple[str, Any]]) -> Any:
-    """An `Interval` as a list, everything else as a mapping."""
+    """Return an `Interval` as a list, any other dataclass as a mapping."""
     named = dict(items)
     return Interval(**named).facts() if named.keys() == {"mean", "low", "high"} else named
 
@@ -233,53 +233,53 @@ def _plain(value: Any) -> Any:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 _SAYS: Final = {
-    "followed": "the share of what a prompt says that is so in the image",
+    "followed": "the share of a prompt's statements that the image satisfies",
     "clip_mean": "the CLIP score over sentences",
 }
 _BLENDS: Final = tuple(f"descriptive{percent}" for percent in (65, 80, 90, 95, 100))
 
 
 def sentences(results: Results) -> list[str]:
-    """What was found on each set of prompts, by the primary measure: the order, and which differences exclude 0."""
+    """Return the findings per set of prompts by the primary measure: ranking, and which differences exclude 0."""
     if len(results.arms) < 2:
-        return ["Fewer than two arms have been measured: nothing can be compared yet."]
-    said = [f"The measure is {_SAYS[results.primary]}; intervals are 95%, over prompts and {_seeds(results)}."]
+        return ["Fewer than two arms have been measured, so nothing can be compared yet."]
+    lines = [f"The measure is {_SAYS[results.primary]}; intervals are 95%, over prompts and {_seeds(results)}."]
     for part in SETS:
         values = results.table[part][results.primary]
-        said.append(f"On {part} prompts: {ranking(values)}.")
+        lines.append(f"On {part} prompts: {ranking(values)}.")
         find = _finder(results, part)
-        said += _claim(part, values, find)
-        said += _blended(part, values, find)
+        lines += _claim(part, values, find)
+        lines += _blended(part, values, find)
         if (gap := find("truth95", "descriptive95")) is not None:
-            said.append(f"True descriptions in place of the captioner's: {_by(gap)} on {part} prompts.")
+            lines.append(f"True descriptions instead of the captioner's: {_by(gap)} on {part} prompts.")
         if (strict := results.table[part].get(f"{results.primary}_strict")) is not None:
-            said.append(f"Counting things that nobody asked for against an image: {ranking(strict)}.")
+            lines.append(f"If things that the prompt does not mention count against an image: {ranking(strict)}.")
     for arm, change in results.expanding.get(results.primary, {}).items():
         if arm in MAIN:
-            said.append(f"Expanding original prompts: {_by(change)} for {arm}.")
-    said += _captions(results.captions)
+            lines.append(f"Expanding original prompts: {_by(change)} for {arm}.")
+    lines += _captions(results.captions)
     if left := [arm for arm in STANDARD if arm not in results.arms]:
-        said.append(f"Not run here: {', '.join(left)}.")
-    return said
+        lines.append(f"Not run here: {', '.join(left)}.")
+    return lines
 
 
 def _captions(stated: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """How true the two kinds of synthetic captions are: arms differ by that, too."""
-    told = [
+    """Return the accuracy of the two kinds of synthetic captions, by which arms differ too."""
+    shares = [
         f"{100 * share:.0f}% of {slot} ones"
         for slot in ("short", "descriptive")
         if (share := stated.get(slot, {}).get("colour_shape")) is not None
     ]
-    if len(told) < 2:
+    if len(shares) < 2:
         return []
     return [
-        f"The captions are a captioner's, errors included: coloured shapes are right in {' and in '.join(told)}. "
-        "Arms of short and of descriptive captions differ in that as well as in length."
+        f"The captions are a captioner's and have errors: coloured shapes are right in {' and in '.join(shares)}. "
+        "Arms with short and with descriptive captions differ in accuracy as well as in length."
     ]
 
 
 def ranking(values: Mapping[str, Interval]) -> str:
-    """The arms from the best on, with their means; what is the same as written is said to be equal."""
+    """Return the arms from best to worst, with their means; equal rounded means are joined by “=”."""
     arms = sorted(values, key=lambda arm: -values[arm].mean)
     text = ""
     for before, arm in zip([None, *arms], arms, strict=False):
@@ -296,47 +296,47 @@ def _seeds(results: Results) -> str:
 
 
 def _claim(part: str, values: Mapping[str, Interval], find: Callable[[str, str], Interval | None]) -> list[str]:
-    """The paper's: descriptive captions beat short ones, and these the web's."""
+    """Test the paper's claim: descriptive captions beat short ones, and short ones the web's."""
     if not all(arm in values for arm in MAIN):
         return []
     pairs = [("short95", "original"), ("descriptive95", "short95"), ("descriptive95", "original")]
-    steps = [(a, b, found) for a, b in pairs if (found := find(a, b)) is not None]
-    told = "; ".join(f"{a} − {b} {_by(found)}" for a, b, found in steps)
+    steps = [(a, b, gap) for a, b in pairs if (gap := find(a, b)) is not None]
+    listed = "; ".join(f"{a} − {b} {_by(gap)}" for a, b, gap in steps)
     rising = all(values[a].mean < values[b].mean for a, b in itertools.pairwise(MAIN))
-    sure = [found.low > 0 for _, _, found in steps]
+    sure = [gap.low > 0 for _, _, gap in steps]
     order = " < ".join(MAIN)
     if rising and len(steps) == len(pairs) and all(sure):
         verdict = f"The paper's order, {order}, appears on {part} prompts, and every difference excludes 0"
     elif rising:
-        verdict = f"The paper's order, {order}, appears on {part} prompts in the means, not in every difference"
+        verdict = (
+            f"The paper's order, {order}, appears on {part} prompts in the means, but not every difference excludes 0"
+        )
     else:
         verdict = f"The paper's order, {order}, does not appear on {part} prompts"
-    return [f"{verdict}: {told}."]
+    return [f"{verdict}: {listed}."]
 
 
 def _blended(part: str, values: Mapping[str, Interval], find: Callable[[str, str], Interval | None]) -> list[str]:
-    """The paper's: the more descriptive captions, the better."""
+    """Test the paper's claim: the more descriptive captions, the better."""
     there = [arm for arm in _BLENDS if arm in values]
     if len(there) < 2:
         return []
     best = max(there, key=lambda arm: values[arm].mean)
-    told = ", ".join(
-        f"{a} − {b} {_by(found)}" for b, a in itertools.pairwise(there) if (found := find(a, b)) is not None
-    )
+    listed = ", ".join(f"{a} − {b} {_by(gap)}" for b, a in itertools.pairwise(there) if (gap := find(a, b)) is not None)
     rising = all(values[a].mean <= values[b].mean for a, b in itertools.pairwise(there))
     how = "rises with the share of descriptive captions, as in the paper" if rising else f"is highest for {best}"
-    return [f"Among blends the measure {how} on {part} prompts: {told}."]
+    return [f"Among blends the measure {how} on {part} prompts: {listed}."]
 
 
 def _finder(results: Results, part: str) -> Callable[[str, str], Interval | None]:
-    """Gives a − b whichever of both comes first in the recipe."""
+    """Return a function that returns a − b, in whichever order the recipe lists them."""
     known = {(d.a, d.b): d.value for d in results.differences[part][results.primary]}
 
     def find(a: str, b: str) -> Interval | None:
         if (a, b) in known:
             return known[a, b]
-        turned = known.get((b, a))
-        return None if turned is None else Interval(-turned.mean, -turned.high, -turned.low)
+        reverse = known.get((b, a))
+        return None if reverse is None else Interval(-reverse.mean, -reverse.high, -reverse.low)
 
     return find
 
@@ -346,7 +346,7 @@ def _number(value: Interval) -> str:
 
 
 def _by(value: Interval) -> str:
-    """A difference in words.
+    """Return a difference in words.
 
     >>> _by(Interval(0.1, -0.05, 0.25))
     '+0.100 [−0.050, +0.250], which includes 0'

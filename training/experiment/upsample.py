@@ -1,8 +1,8 @@
-"""Short prompts → prompts in the style of the captions trained on (the paper's upsampling, its appendix C).
+"""Short prompts → prompts in the style of the training captions.
 
-The paper asks GPT-4. A recipe can name any engine that writes text; where there is none, `captions` takes, of the
-captions that the model was trained on, the one that shares most with the prompt: in style by its making, and right as
-far as the nearest caption is.
+The upsampling of the DALL-E 3 paper (appendix C), which uses GPT-4. A recipe can name any engine that writes text.
+Without one, `captions` returns the training caption that shares most with the prompt: it has the right style, and is as
+accurate as the nearest caption.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _SLOT = "descriptive"
 
 
 class Nearest:
-    """The caption that shares the rarest words, and pairs of neighbouring words, with a prompt.
+    """Lookup of the caption that shares the rarest words and word pairs with a prompt.
 
-    Each shared word or pair counts log(captions / captions that have it); ties are broken by a hash of both texts.
+    Each shared word or pair of neighbouring words counts log(captions / captions that have it). Ties are broken by a
+    hash of both texts.
     """
 
     def __init__(self, captions: Sequence[str]) -> None:
@@ -49,14 +50,14 @@ class Nearest:
 
 
 def _features(text: str) -> set[str]:
-    said = words(text)
-    return {*said, *map(" ".join, itertools.pairwise(said))}
+    tokens = words(text)
+    return {*tokens, *map(" ".join, itertools.pairwise(tokens))}
 
 
 def expanded(
     recipe: Recipe, config: ExperimentConfig, layer: str | None, prompts: Sequence[str], holdout: int = 0
 ) -> list[str] | None:
-    """The prompts as they are to be drawn, or None where nothing expands them. Raises RecipeError."""
+    """Return the expanded prompts, or None if the recipe has no upsampler. Raises RecipeError."""
     if config.upsampler is None:
         return None
     captions = _captions(recipe, layer, holdout)
@@ -67,10 +68,10 @@ def expanded(
 
 
 def _captions(recipe: Recipe, layer: str | None, holdout: int) -> list[str]:
-    """The layer's descriptive captions, without those of samples held out."""
+    """Return the layer's descriptive captions, without those of held-out samples."""
     shown = () if layer is None else shown_captions(recipe, layer, holdout)
-    found = [row[_SLOT] for row in shown if _SLOT in row]
-    if not found:
-        hint = "name a layer with descriptive captions, or write upsampler: null"
-        raise RecipeError("experiment.upsampler", "finds no descriptive captions in train.data.layer", hint)
-    return found
+    captions = [row[_SLOT] for row in shown if _SLOT in row]
+    if not captions:
+        hint = "use a layer with descriptive captions, or set upsampler: null"
+        raise RecipeError("experiment.upsampler", "needs descriptive captions, and train.data.layer has none", hint)
+    return captions

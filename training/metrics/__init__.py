@@ -1,8 +1,4 @@
-"""How good drawn images are: what was asked for, and judges of what came out.
+"""Generated images and their prompts → metric values.
 
-subjects.py     prompts with their true images: unseen scenes of the captioned world, or held-out samples
-judge.py        what a judge is, and the judges that a recipe names
-follows.py      the captioned world's oracle: is in the image what its prompt says?
-clip.py         CLIP score: the cosine of image and prompt
-fid.py          Fréchet inception distance of drawn and true images
+Order: samples (prompts with true images) → metric (the interface) → oracle, clip_score, fid.
 """

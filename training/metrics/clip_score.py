@@ -1,6 +1,7 @@
-"""CLIP score: the cosine of an image and its prompt (Hessel et al. 2021, CLIPScore, without its factor 2.5).
+"""CLIP score: the cosine of an image and its prompt.
 
-The model is what scoring uses too (pipeline.score.tower): any of open_clip's, from a folder or a file.
+Hessel et al. 2021, CLIPScore, without its factor 2.5. Any open_clip model works, from a folder or a file; it is loaded
+as in scoring (pipeline.score.clip_model).
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from capstan.training.metrics.samples import EvalSet
 
 
 class ClipScore(Metric):
-    """The mean over all images."""
+    """The mean CLIP score over all images."""
 
     def __init__(self, model: ClipSettings, field: str) -> None:
         self.tower, self.field = ClipModel(model.model, model.pretrained, "fp32", field), field
         self.loaded: Loaded | None = None
-        self.sums = torch.zeros(2, dtype=torch.float64)  # of the cosines, and how many
+        self.sums = torch.zeros(2, dtype=torch.float64)  # sum of the cosines; their number
 
-    def check(self, subjects: EvalSet) -> None:
+    def check(self, eval_set: EvalSet) -> None:
         if not self.tower.file.is_file():
             problem = f"{self.tower.file} is not on this machine"
-            raise RecipeError(f"{self.field}.pretrained", problem, "put it where all machines see it")
+            raise RecipeError(f"{self.field}.pretrained", problem, "copy it to a folder that all machines can read")
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
@@ -40,11 +41,11 @@ class ClipScore(Metric):
         finally:
             self.loaded = None
 
-    def add(self, subjects: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
         assert self.loaded is not None
-        seen = self.loaded.images(np.stack([self.tower.prepare(image) for image in pictures]))
-        said = self.loaded.texts(subjects.prompts(numbers))
-        cosines = torch.nn.functional.cosine_similarity(seen, said).double().cpu()
+        image_features = self.loaded.images(np.stack([self.tower.prepare(image) for image in pictures]))
+        text_features = self.loaded.texts(eval_set.prompts(numbers))
+        cosines = torch.nn.functional.cosine_similarity(image_features, text_features).double().cpu()
         self.sums += torch.stack([cosines.sum(), torch.tensor(float(len(cosines)), dtype=torch.float64)])
 
     def result(self, total: Total) -> dict[str, float]:

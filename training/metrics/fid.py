@@ -1,8 +1,9 @@
-"""Fréchet inception distance between drawn and true images (Heusel et al. 2017, TTUR, eq. 6), by torchmetrics.
+"""Fréchet inception distance of generated and true images, by torchmetrics.
 
     ‖μ − μ'‖² + Tr(Σ + Σ' − 2 (Σ Σ')^½)      of the means and covariances of a network's features
 
-Figures compare only where network and number of images are the same. Every worker adds up its share; the sums meet.
+(Heusel et al. 2017, TTUR, eq. 6.) Values are comparable only for the same network and the same number of images. Each
+worker sums its share of the images; the sums are added over the workers.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ _WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth, which torch-fideli
 
 
 class FrechetDistance(Metric):
-    """The true images' sums are kept from one evaluation to the next."""
+    """Fréchet distance; the true images' sums are kept from one evaluation to the next."""
 
-    knows_prompts: ClassVar[bool] = False
+    uses_prompts: ClassVar[bool] = False
 
     def __init__(self, settings: Fid, field: str) -> None:
         self.file, self.field = Path(settings.features), f"{field}.features"
         self.metric: Any = None
-        self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once they are known
+        self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once computed
 
-    def check(self, subjects: EvalSet) -> None:
+    def check(self, eval_set: EvalSet) -> None:
         if not self.file.is_file():
-            raise RecipeError(self.field, f"{self.file} is not on this machine", f"bring {_WEIGHTS}, and name the file")
+            raise RecipeError(
+                self.field, f"{self.file} is not on this machine", f"download {_WEIGHTS}, and set the path"
+            )
         try:
             import torch_fidelity  # noqa: F401
             import torchmetrics  # noqa: F401
@@ -56,18 +59,18 @@ class FrechetDistance(Metric):
                 metric = FrechetInceptionDistance(feature_extractor_weights_path=str(self.file), sync_on_compute=False)
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            problem = f"{self.file} holds no network that images can be given ({first})"
-            raise RecipeError(self.field, problem, f"name {_WEIGHTS}, or a TorchScript file (.pt)") from None
+            problem = f"{self.file} is not a network that takes images ({first})"
+            raise RecipeError(self.field, problem, f"use {_WEIGHTS}, or a TorchScript file (.pt)") from None
         self.metric = metric.to(device)
         try:
             yield
         finally:
             self.metric = None
 
-    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         self._update(images, real=False)
         if not self.true:
-            self._update(subjects.images(numbers, images.shape[1]), real=True)
+            self._update(eval_set.images(numbers, images.shape[1]), real=True)
 
     def _update(self, images: np.ndarray, real: bool) -> None:
         tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -79,7 +82,7 @@ class FrechetDistance(Metric):
         for kind, sums in (("real", self.true), ("fake", self._totals("fake", total))):
             for name, tensor in sums.items():
                 setattr(self.metric, f"{kind}_{name}", tensor)
-        self.metric.orig_dtype = torch.float64  # which a worker that drew nothing does not know
+        self.metric.orig_dtype = torch.float64  # unset on a worker that generated no image
         return {"fid": float(self.metric.compute())}
 
     def _totals(self, kind: str, total: Total) -> dict[str, torch.Tensor]:
@@ -89,17 +92,17 @@ class FrechetDistance(Metric):
 class _Script(torch.nn.Module):
     """A TorchScript network of uint8 images [N, 3, H, W] → features [N, F].
 
-    NVIDIA's inception-2015-12-05.pt, which clean-fid and StyleGAN use, gives them where `return_features` is asked for.
+    NVIDIA's inception-2015-12-05.pt, used by clean-fid and StyleGAN, returns them if `return_features` is set.
     """
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        with warnings.catch_warnings():  # torch would rather have another format; these files are of this one
+        with warnings.catch_warnings():  # torch warns that TorchScript is deprecated
             warnings.simplefilter("ignore")
             self.network = torch.jit.load(str(file), map_location="cpu").eval()
-        named = [argument.name for argument in self.network.forward.schema.arguments]
-        self.asked = {"return_features": True} if "return_features" in named else {}
+        arguments = [argument.name for argument in self.network.forward.schema.arguments]
+        self.options = {"return_features": True} if "return_features" in arguments else {}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.network(images, **self.asked)
+        features: torch.Tensor = self.network(images, **self.options)
         return features.flatten(1)

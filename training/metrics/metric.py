@@ -1,9 +1,9 @@
-"""What a judge of drawn images is, and those that a recipe names.
+"""Interface of a metric of generated images, and those that a recipe names.
 
-judge.check()                                     when a run begins: is all there that it needs?
-with judge.ready(device):                         its networks, loaded for one evaluation and let go after it
-    judge.add(subjects, numbers, images)        each worker its share
-    judge.result(total)                           the same on all workers; `total` sums a tensor over them
+metric.check(eval_set)                       at the start of a run: is everything there that it needs?
+with metric.ready(device):                   networks are loaded for one evaluation and released after it
+    metric.add(eval_set, numbers, images)    each worker adds its share
+    metric.result(total)                     the same on all workers; `total` sums a tensor over them
 """
 
 from __future__ import annotations
@@ -20,57 +20,57 @@ import torch
 from capstan.training.config.monitoring import Evaluate
 from capstan.training.metrics.samples import EvalSet
 
-Total = Callable[[torch.Tensor], torch.Tensor]  # a CPU tensor of one worker → the sum over all
+Total = Callable[[torch.Tensor], torch.Tensor]  # one worker's CPU tensor → the sum over all workers
 
 
 class Metric(ABC):
-    """One measure; what it has added up is forgotten when it is made ready again."""
+    """A metric; its sums are reset by `ready`."""
 
-    knows_prompts: ClassVar[bool] = True  # whether it tells images of a prompt from those of another
+    uses_prompts: ClassVar[bool] = True  # whether the value depends on the prompts
 
     @abstractmethod
-    def check(self, subjects: EvalSet) -> None:
-        """Raises RecipeError where a file, a package or the truth that it needs is missing."""
+    def check(self, eval_set: EvalSet) -> None:
+        """Raise RecipeError if a file, a package or the ground truth that it needs is missing."""
 
     @abstractmethod
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
-        """Have what it needs loaded, and nothing added up yet."""
+        """Load the networks and reset the sums."""
 
     @abstractmethod
-    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Take in what was drawn, uint8 [N, H, W, 3], for the prompts of these numbers."""
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        """Add generated images, uint8 [N, H, W, 3], for the prompts `numbers`."""
 
     @abstractmethod
     def result(self, total: Total) -> dict[str, float]:
-        """name → value, nan where nothing was defined."""
+        """Return name → value; nan where no image has a defined value."""
 
 
-def judges_of(wanted: Evaluate, field: str) -> list[Metric]:
-    """The judges of `measures`; `field` is the section's name, for errors."""
+def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
+    """Return the metrics named in `measures`; `field` is the section's name, for errors."""
     from capstan.training.metrics.clip_score import ClipScore
     from capstan.training.metrics.fid import FrechetDistance
-    from capstan.training.metrics.oracle import Follows
+    from capstan.training.metrics.oracle import OracleScore
 
-    judges: list[Metric] = []
+    metrics: list[Metric] = []
     for name in dict.fromkeys(wanted.measures):
         if name == "oracle":
-            judges.append(Follows(f"{field}.measures"))
+            metrics.append(OracleScore(f"{field}.measures"))
         elif name == "clip" and wanted.clip is not None:
-            judges.append(ClipScore(wanted.clip, f"{field}.clip"))
+            metrics.append(ClipScore(wanted.clip, f"{field}.clip"))
         elif name == "fid" and wanted.fid is not None:
-            judges.append(FrechetDistance(wanted.fid, f"{field}.fid"))
-    return judges
+            metrics.append(FrechetDistance(wanted.fid, f"{field}.fid"))
+    return metrics
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The `total` of a single worker."""
+def single_worker(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`: the `total` of a single worker."""
     return tensor
 
 
 @contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Leave all randomness and the number of threads as they were: what happens inside changes no step."""
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Restore all random generators and the number of threads on exit, so that training steps are not affected."""
     threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Whether images follow their prompts, by the captioned world's oracle: it measures, nothing in it is learned."""
+"""Prompt following, by the captioned world's oracle, which has no learned parts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from capstan.training.metrics.metric import Metric, Total
 from capstan.training.metrics.samples import EvalSet, Scenes
 
 
-class Follows(Metric):
-    """Mean of each of the oracle's measures over the images for which it is defined."""
+class OracleScore(Metric):
+    """The mean of each oracle measure over the images for which it is defined."""
 
     def __init__(self, field: str) -> None:
         self.field = field
-        self.sums = torch.zeros(2, len(oracle.MEASURES), dtype=torch.float64)  # of the values, and how many
+        self.sums = torch.zeros(2, len(oracle.MEASURES), dtype=torch.float64)  # sum of the values; their number
 
-    def check(self, subjects: EvalSet) -> None:
-        if not isinstance(subjects, Scenes):
-            problem = "oracle knows the captioned world alone, and source.format is not world"
-            raise RecipeError(self.field, problem, "leave oracle out")
+    def check(self, eval_set: EvalSet) -> None:
+        if not isinstance(eval_set, Scenes):
+            problem = "oracle works only on the captioned world, and source.format is not world"
+            raise RecipeError(self.field, problem, "remove oracle")
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
         self.sums.zero_()
         yield
 
-    def add(self, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
-        assert isinstance(subjects, Scenes)
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        assert isinstance(eval_set, Scenes)
         for number, image in zip(numbers, images, strict=True):
-            scores = oracle.score(subjects.scenes[number], image)
+            scores = oracle.score(eval_set.scenes[number], image)
             values = torch.tensor([scores[name] for name in oracle.MEASURES], dtype=torch.float64)
             self.sums += torch.stack([values.nan_to_num(), (~values.isnan()).double()])
 

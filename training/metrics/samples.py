@@ -1,4 +1,4 @@
-"""What images are drawn of while a run is measured: prompts that it does not train on, each with a true image."""
+"""Evaluation prompts that a run does not train on, each with a true image."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from capstan.training.data.dataset import TrainingData
 from capstan.training.data.transforms import square
 from capstan.training.run_data import open_storage, shares
 
-_UNSEEN: Final = 7_919_000_003  # added to the world's seed
+_UNSEEN: Final = 7_919_000_003  # added to the world's seed: no dataset is generated from the sum
 
 
 class EvalSet(ABC):
-    """Prompts by number, 0 … len − 1, and what they describe."""
+    """Prompts by number, 0 … len − 1, and the images that they describe."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -33,11 +33,11 @@ class EvalSet(ABC):
 
     @abstractmethod
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
-        """The true images, uint8 [N, side, side, 3]."""
+        """Return the true images, uint8 [N, side, side, 3]."""
 
 
 class Scenes(EvalSet):
-    """Scenes of the captioned world that no run has seen: their seed is none that a dataset is drawn from."""
+    """Scenes of the captioned world that no run has seen; their seed is never used for a dataset."""
 
     def __init__(self, world: WorldSource, count: int) -> None:
         self.world = world
@@ -56,7 +56,7 @@ class Scenes(EvalSet):
 
 
 class HeldOut(EvalSet):
-    """The samples of `train.data.holdout`, from the first on."""
+    """The first `count` samples of `train.data.holdout`."""
 
     def __init__(self, data: TrainingData, count: int) -> None:
         self.data, self.count = data, count
@@ -71,23 +71,23 @@ class HeldOut(EvalSet):
         return np.stack([square(self.data.sample(len(self.data) + number).jpeg, side) for number in numbers])
 
 
-def subjects_of(recipe: Recipe, train: TrainConfig, layer: str | None, count: int, field: str) -> EvalSet:
-    """`count` subjects: unseen scenes where the dataset is the captioned world, else held-out samples.
+def make_eval_set(recipe: Recipe, train: TrainConfig, layer: str | None, count: int, field: str) -> EvalSet:
+    """Return `count` prompts: of unseen scenes if the dataset is the captioned world, else of held-out samples.
 
-    Raises RecipeError where too few samples are held out; `field` is what asks for so many.
+    Raises RecipeError if too few samples are held out; `field` is the setting that requests `count`.
     """
     if (world := world_of(recipe)) is not None:
         return Scenes(world, count)
     if train.data.holdout < count:
-        problem = f"wants {count} samples that are not trained on, and train.data.holdout is {train.data.holdout}"
-        raise RecipeError(field, problem, f"write train.data.holdout: {count} in a new run, or ask for fewer")
-    images = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # and no latents
+        problem = f"needs {count} samples that are not trained on, and train.data.holdout is {train.data.holdout}"
+        raise RecipeError(field, problem, f"set train.data.holdout: {count} in a new run, or request fewer")
+    images = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # without latents
     dataset = Dataset(open_storage(recipe, shares(recipe, train)[0]))
     return HeldOut(TrainingData(dataset, images, train.seed, layer=layer), count)
 
 
 def world_of(recipe: Recipe) -> WorldSource | None:
-    """The captioned world that the recipe's dataset is drawn from, if it is."""
+    """Return the captioned world that the dataset is generated from, or None for any other dataset."""
     if recipe.source is None or recipe.source.format != "world":
         return None
     return recipe.source.world or WorldSource()

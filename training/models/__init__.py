@@ -1,1 +1,1 @@
-"""Model families: one folder each, named in `FAMILIES` of training/config."""
+"""Model families, one folder each; `FAMILIES` in training/config lists them."""

@@ -1,8 +1,4 @@
-"""What is seen of a run while it trains.
+"""Steps of a run → log, trackers, sample grids, evaluations, divergence check.
 
-settings.py     the recipe's section
-trackers/       TensorBoard, Weights & Biases, MLflow
-bands.py        a loss told apart by timestep
-flops.py        operations of a step, counted; what a device can do; MFU
-inloop.py       grids of samples, evaluations, and the best state
+Order: trackers → loss_by_timestep, flops → metrics_logger → divergence → validation.
 """

@@ -1,10 +1,10 @@
-"""Operations of a step, counted once for each shape of batch; what devices can do; how much of that a run uses.
+"""FLOPs of a step, counted once per batch shape; peak FLOP/s of devices; MFU.
 
     MFU = FLOPs of the steps / (seconds they took × workers × peak FLOP/s of a device)
 
-FLOPs are those of the matrix products, convolutions and attentions of the real step, forward and backward, as
-torch.utils.flop_counter counts them: a multiplication and an addition are two. The frozen parts count as far as they
-run. What gradient checkpointing computes a second time does not count (Chowdhery et al. 2022, PaLM, app. B).
+Counted are the matrix products, convolutions and attentions of the real step, forward and backward, as
+torch.utils.flop_counter counts them: a multiplication and an addition are two. Frozen parts count only for the passes
+that they run. Recomputation by gradient checkpointing does not count (Chowdhery et al. 2022, PaLM, app. B).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-# Dense TFLOP/s of (bf16 or fp16, fp32) by the makers' data sheets; the first name that is in the device's counts.
+# Dense TFLOP/s (bf16 or fp16, fp32) from the makers' data sheets; the first name contained in the device's name wins.
 PEAK_TFLOPS: Final[dict[str, tuple[float, float]]] = {
     "GB200": (2500, 80),
     "B200": (2250, 75),
@@ -47,7 +47,7 @@ PEAK_TFLOPS: Final[dict[str, tuple[float, float]]] = {
 
 
 def peak_flops(device: str, precision: str, tf32: bool = False) -> float | None:
-    """Peak FLOP/s of a device by its name, None where it is not known. Products of fp32 may be let run in TF32.
+    """Return the peak FLOP/s of a device by its name, or None if unknown; `tf32`: fp32 products run in TF32.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16"), peak_flops("NVIDIA H100 PCIe", "fp32"), peak_flops("x", "bf16")
     (989000000000000.0, 51000000000000.0, None)
@@ -60,14 +60,14 @@ def peak_flops(device: str, precision: str, tf32: bool = False) -> float | None:
 
 
 class FlopCount:
-    """FLOPs of a sample by the shape of its batch: `known`, filled as shapes are first seen."""
+    """FLOPs per sample by batch shape; `known` is filled as shapes are first seen."""
 
     def __init__(self) -> None:
         self.known: dict[str, float] = {}
 
     @contextlib.contextmanager
     def counting(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Around the forward and backward pass of `batch`; changes no result."""
+        """Count the forward and backward pass of `batch` inside the block; changes no result."""
         shape = shape_of(batch)
         if shape in self.known:
             yield
@@ -77,15 +77,15 @@ class FlopCount:
         self.known[shape] = counter.get_total_flops() / len(next(iter(batch.values())))
 
     def of(self, batch: Mapping[str, torch.Tensor]) -> float:
-        """FLOPs of this batch, whose shape was counted."""
+        """Return the FLOPs of this batch, whose shape must have been counted."""
         return self.known[shape_of(batch)] * len(next(iter(batch.values())))
 
 
 def shape_of(batch: Mapping[str, torch.Tensor]) -> str:
-    """The shape of a sample: what decides how many operations it takes.
+    """Return the shape of a sample, on which its number of operations depends.
 
     >>> shape_of({"pictures": torch.zeros(8, 3, 16, 32), "ids": torch.zeros(8, 77)})
-    'ids 77 images 3×16×32'
+    'ids 77 pictures 3×16×32'
     """
     return " ".join(f"{name} {'×'.join(map(str, tensor.shape[1:]))}" for name, tensor in sorted(batch.items())).strip()
 
@@ -94,32 +94,32 @@ def shape_of(batch: Mapping[str, torch.Tensor]) -> str:
 def _counter() -> Iterator[FlopCounterMode]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FlopCounterMode does not have")
-        # Without skip_unsupported, kernels that it has no formula for would be left out of the computation.
+        # Without skip_unsupported, kernels without a formula would not be computed at all.
         with FlopCounterMode(display=False, custom_mapping=_formulas(), skip_unsupported=True) as counter:
             yield counter
 
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """What torch.compile has fused cannot be counted: such a step runs as it was written."""
+    """Run without torch.compile: fused kernels cannot be counted."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @functools.cache
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """torch's own, which give 0 while a checkpointed part of the model is computed again."""
+    """Return torch's formulas, changed to return 0 while a checkpointed part of the model is recomputed."""
 
     def unless_again(formula: Callable[..., int]) -> Callable[..., int]:
         def count(*args: Any, **kwargs: Any) -> int:
             return 0 if _in_backward() and torch.is_grad_enabled() else formula(*args, **kwargs)
 
-        count._get_raw = True  # type: ignore[attr-defined]  # the formula takes shapes out of tensors itself
+        count._get_raw = True  # type: ignore[attr-defined]  # the formula reads shapes from tensors itself
         return count
 
     return {operator: unless_again(formula) for operator, formula in flop_registry.items()}
 
 
 def _in_backward() -> bool:
-    """Whether autograd goes backward in this thread: its own operations record no gradient, recomputed ones do."""
+    """Return whether autograd runs backward in this thread; its operations record no gradient, recomputed ones do."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -1,8 +1,8 @@
-"""What happens in the steps → log.jsonl, the trackers and a line every few seconds.
+"""Metrics of the steps → log.jsonl, the trackers and a line every few seconds.
 
-A record says, of the steps since the last one and over all workers: the means of all scalars (loss, grad_norm, the
-family's own) and of single samples' losses by timestep, images and FLOPs per second, MFU, the share of time spent
-waiting for data, the memory of the largest worker, and the caption blend so far.
+A record covers the steps since the last record, over all workers: the means of all scalars (loss, grad_norm, those of
+the family) and of per-sample losses by timestep, images and FLOPs per second, MFU, the share of time spent waiting for
+data, the memory of the largest worker, and the caption blend so far.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from capstan.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY_S = 5.0
+_PRINT_EVERY_S = 5.0
 
 Item = TypeVar("Item")
 
 
 class MetricsLogger:
-    """Collects on every worker; writes on rank 0. `start` and `log` are called on every worker."""
+    """Collector on every worker, writer on rank 0. Call `start` and `log` on every worker."""
 
     def __init__(self, engine: Engine, run: Run, name: str) -> None:
         self.engine, self.run, self.name = engine, run, name
         self.values: defaultdict[str, list[float | torch.Tensor]] = defaultdict(list)
-        self.spreads: dict[str, torch.Tensor] = {}  # name → [2, bands], see training.watch.bands
-        self.slots, self.blend = Counter[str](), Counter[str]()  # captions since the last record, and in all
+        self.spreads: dict[str, torch.Tensor] = {}  # name → [2, bands], see loss_by_timestep
+        self.slots, self.blend = Counter[str](), Counter[str]()  # captions since the last record; in total
         self.waited_s, self.steps, self.flops = 0.0, 0, 0.0
-        self.since = self.said = time.monotonic()
+        self.since = self.printed = time.monotonic()
         self.flop_count = FlopCount()
         self.peak = _peak(engine, run)
         self.trackers = Trackers()
 
     def start(self, step: int, worker: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        """Begin after `step` steps, with what `state` and `shared_state` gave then."""
+        """Start after `step` steps, from the values that `state` and `shared_state` returned then."""
         for name, values in worker.get("values", {}).items():
             self.values[name].extend(values)
         for name, sums in worker.get("spreads", {}).items():
-            if sums.shape[-1] == self.run.train.watch.bands:  # else the recipe wants other bands now
+            if sums.shape[-1] == self.run.train.watch.bands:  # else the recipe now sets other bands
                 self.spreads[name] = sums.to(self.engine.device)
         self.slots.update(worker.get("slots", {}))
         self.blend.update(shared.get("blend", {}))
@@ -61,46 +61,46 @@ class MetricsLogger:
         if self.engine.is_main:
             self.run.forget_after(step)
             self.trackers = open_trackers(self.run, step)
-        self.since = self.said = time.monotonic()
+        self.since = self.printed = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What this worker has not logged yet. Waits for the GPU."""
+        """Return the values that this worker has not logged yet. Waits for the GPU."""
         values = {name: _numbers(values) for name, values in self.values.items()}
         spreads = {name: sums.cpu() for name, sums in self.spreads.items()}
         return {"values": values, "spreads": spreads, "slots": dict(self.slots)}
 
     def shared_state(self) -> dict[str, Any]:
-        """The caption blend so far: slot → captions shown, as far as it was logged; FLOPs by shape."""
+        """Return the logged caption blend so far (slot → captions shown) and the FLOPs by shape."""
         return {"blend": dict(self.blend), "flops": dict(self.flop_count.known)}
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Hand on `items`, taking the time that is spent waiting for them."""
+        """Yield `items`, adding up the time spent waiting for them."""
         iterator = iter(items)
         while True:
-            asked = time.monotonic()
+            started = time.monotonic()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            self.waited_s += time.monotonic() - asked
+            self.waited_s += time.monotonic() - started
             yield item
 
     @contextlib.contextmanager
     def counting(self, batch: Batch) -> Iterator[None]:
-        """Around the forward and backward pass of a part of a step: what it takes is counted when its shape is new."""
+        """Wrap the forward and backward pass of a part of a step; count its FLOPs if the shape is new."""
         with self.flop_count.counting(batch):
             yield
         self.flops += self.flop_count.of(batch)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no step (drawing samples, measuring): its time is in no rate."""
-        began = time.monotonic()
+        """Wrap work that is not a step (sampling, evaluation): its time does not count in any rate."""
+        started = time.monotonic()
         yield
-        self.since += time.monotonic() - began
+        self.since += time.monotonic() - started
 
     def add(self, metrics: Metrics) -> None:
-        """What one part of a step gave; tensors stay on their device until they are logged."""
+        """Add the metrics of one part of a step; tensors stay on their device until they are logged."""
         for name, value in metrics.items():
             if isinstance(value, PerSampleLoss):
                 sums = loss_by_timestep.sums(value, self.run.train.watch.bands)
@@ -109,12 +109,12 @@ class MetricsLogger:
                 self.values[name].append(value.detach() if isinstance(value, torch.Tensor) else value)
 
     def step(self, slots: Mapping[str, int]) -> None:
-        """A step was made, with so many captions from each slot."""
+        """Count a step, with its number of captions per slot."""
         self.steps += 1
         self.slots.update(slots)
 
     def log(self, step: int, facts: Mapping[str, float]) -> None:
-        """Write the record of the steps up to `step`; `facts` stand in it as they are."""
+        """Write the record of the steps up to `step`; `facts` are copied into it."""
         mine = {"waited_s": self.waited_s, "flops": self.flops, **_memory(self.engine.device)}
         workers = self.engine.collect({**self.state(), **mine})
         for worker in workers:
@@ -124,7 +124,7 @@ class MetricsLogger:
             with self.run.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self.trackers.scalars(step, flat(record))
-            self._say(step, record)
+            self._print(step, record)
         for collected in (self.values, self.spreads, self.slots):
             collected.clear()
         self.waited_s, self.steps, self.flops, self.since = 0.0, 0, 0.0, time.monotonic()
@@ -137,7 +137,7 @@ class MetricsLogger:
             values = [value for worker in workers for value in worker["values"].get(name, [])]
             means[name] = math.fsum(values) / len(values)
         names = sorted({name for worker in workers for name in worker["spreads"]})
-        told_apart = {
+        by_timestep = {
             name: loss_by_timestep.means([worker["spreads"][name] for worker in workers if name in worker["spreads"]])
             for name in names
         }
@@ -151,13 +151,13 @@ class MetricsLogger:
                 rates[name] = max(worker[name] for worker in workers)
         shown = sum(self.blend.values())
         blend = {slot: count / shown for slot, count in sorted(self.blend.items())}
-        return {"step": step, **means, **facts, **rates, **told_apart, "blend": blend}
+        return {"step": step, **means, **facts, **rates, **by_timestep, "blend": blend}
 
-    def _say(self, step: int, record: Mapping[str, Any]) -> None:
-        """One line, but not more often than every few seconds."""
+    def _print(self, step: int, record: Mapping[str, Any]) -> None:
+        """Log one line, at most every few seconds."""
         steps, now = self.run.train.steps, time.monotonic()
-        if now - self.said >= _SAY_EVERY_S or step == steps:
-            self.said = now
+        if now - self.printed >= _PRINT_EVERY_S or step == steps:
+            self.printed = now
             logger.info("%s", progress_line(self.name, record, steps, self.run.train.batch))
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class MetricsLogger:
 
 
 def _numbers(values: list[float | torch.Tensor]) -> list[float]:
-    """Scalars as Python numbers: those of a device come over at once, not one by one."""
+    """Return scalars as Python numbers; those on a device are copied in one transfer."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if len(tensors) < len(values):
         return [float(value) for value in values]
@@ -173,15 +173,15 @@ def _numbers(values: list[float | torch.Tensor]) -> list[float]:
 
 
 def _peak(engine: Engine, run: Run) -> float | None:
-    """Peak FLOP/s of one worker's device; None for a CPU or a GPU that is not known, unless the recipe says it."""
-    said, precision = run.train.watch.peak_tflops, run.train.precision
-    if said is not None or engine.device.type != "cuda":
-        return None if said is None else said * 1e12
+    """Return the peak FLOP/s of one worker's device: the recipe's, else by GPU name; None for a CPU or unknown GPU."""
+    given, precision = run.train.watch.peak_tflops, run.train.precision
+    if given is not None or engine.device.type != "cuda":
+        return None if given is None else given * 1e12
     return peak_flops(torch.cuda.get_device_name(engine.device), precision, torch.backends.cuda.matmul.allow_tf32)
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """The most that this worker had allocated on its GPU; and its share of the machine's memory just now (PSS)."""
+    """Return this worker's peak GPU allocation and its current share of the machine's memory (PSS), in GiB."""
     memory: dict[str, float] = {}
     if device.type == "cuda":
         memory["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -193,7 +193,7 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 def progress_line(name: str, record: Mapping[str, Any], steps: int, batch: int) -> str:
-    """A record in words.
+    """Return the log line of a record.
 
     >>> record = {"step": 30, "loss": 0.25, "lr": 0.001, "images_per_s": 64.0, "data_wait": 0.015}
     >>> progress_line("diffusion", record, 120, 16)

@@ -1,13 +1,13 @@
-"""Images with the averaged weights while a run trains: sample grids, evaluations, and the best state kept.
+"""Sample grids and evaluations during training, and the best state kept.
 
     samples/step-001000.png     the same prompts and noise every time
-    evaluations.jsonl           one JSON object an evaluation: {step, count, measures: {name: value}, seconds}
-    best/step-005000/           checkpoint/ (links: no room until training drops its own) and product/, as drawn with
-    best.json                   {step, measure, count, …, value, folder}: which one; written once it is whole
+    evaluations.jsonl           one JSON object per evaluation: {step, count, measures: {name: value}, seconds}
+    best/step-005000/           checkpoint/ (hard links: no extra space until training deletes its own) and product/
+    best.json                   {step, measure, count, …, value, folder}: the best state; written after its folder
 
-The averaged model is written as the product will be, and every worker draws its share of the prompts with it: what is
-seen is what `capstan sample` gives, whatever shards the weights, and no worker waits for another to draw. Nothing here
-touches the run's randomness. What a stop cuts off is made up for when the run goes on.
+The averaged model is written in the product's format, and every worker samples its share of the prompts with it. So the
+images are those of `capstan sample`, however the weights are sharded, and no worker waits for another one to sample.
+The run's random state is not changed. Work interrupted by a stop is redone on resume.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
-from capstan.training.metrics.metric import Metric, judges_of, undisturbed
-from capstan.training.metrics.samples import EvalSet, subjects_of
+from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept
+from capstan.training.metrics.samples import EvalSet, make_eval_set
 from capstan.training.monitoring.metrics_logger import MetricsLogger
 from capstan.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-_DRAWN: Final = "drawing"  # the folder of the averaged model while it draws
+_DRAWN: Final = "drawing"  # the folder of the averaged model while it samples
 _AT_ONCE: Final = 16  # images of a grid
 
 
 class Validation:
-    """What `train.watch` asks for besides numbers of the steps; all methods are called on every worker."""
+    """The grids and evaluations of `train.watch`. Call all methods on every worker."""
 
     def __init__(
         self,
@@ -54,49 +54,49 @@ class Validation:
         layer: str | None,
         write_average: Callable[[Path], None],
     ) -> None:
-        """`write_average` publishes a product with the averaged weights; called on every worker."""
+        """Prepare prompts and metrics. `write_average` publishes a product with the averaged weights (all workers)."""
         self.train, self.engine, self.meter, self.run = train, engine, meter, Run(train)
         self.write_average = write_average
-        self.subjects: EvalSet | None = None
-        self.judges: list[Metric] = []
+        self.eval_set: EvalSet | None = None
+        self.metrics: list[Metric] = []
         self.prompts: list[str] = []
         if (samples := train.watch.samples) is not None:
             self.prompts = samples.prompts or _prompts(recipe, train, layer, samples.count)
         if (wanted := train.watch.evaluate) is not None:
             field = "train.watch.evaluate"
-            self.subjects = subjects_of(recipe, train, layer, wanted.count, f"{field}.count")
-            self.judges = judges_of(wanted, field)
-            for judge in self.judges:
-                judge.check(self.subjects)
+            self.eval_set = make_eval_set(recipe, train, layer, wanted.count, f"{field}.count")
+            self.metrics = make_metrics(wanted, field)
+            for metric in self.metrics:
+                metric.check(self.eval_set)
 
     def due(self, step: int) -> bool:
-        """Whether something may be drawn after `step` steps."""
+        """Return whether a grid or an evaluation is scheduled after `step` steps."""
         watch = self.train.watch
         return self._due(step, watch.samples) or self._due(step, watch.evaluate)
 
     def after(self, step: int, stopping: Callable[[], bool], save: Callable[[], None]) -> bool:
-        """Do what is due after `step` steps and has not been done. True: told to stop, and left it for later.
+        """Run what is due after `step` steps and not done yet. Return True if a stop was requested before it was done.
 
-        `save` writes the checkpoint of this step, if there is none yet.
+        `save` writes the checkpoint of this step unless there is one.
         """
         watch = self.train.watch
         grid, evaluation = self.left(step)
         if not grid and not evaluation:
             return False
-        with self.meter.paused(), undisturbed(self.engine.device), self._drawing() as sampler:
+        with self.meter.paused(), random_state_kept(self.engine.device), self._drawing() as sampler:
             if grid and watch.samples is not None:
                 self._draw_grid(step, watch.samples, sampler)
             if evaluation and watch.evaluate is not None:
                 values = self._measure(watch.evaluate, sampler, stopping)
                 if values is None:
                     return True
-                if watch.best is not None:  # before the record, which says that nothing is left to do
+                if watch.best is not None:  # before the record, which marks the evaluation as done
                     self._keep_if_best(step, watch.best, watch.evaluate, values["measures"], save)
                 self._record(step, watch.evaluate, values)
         return False
 
     def left(self, step: int) -> tuple[bool, ...]:
-        """Whether a grid is due after `step` steps and not there, and an evaluation; the same on all workers."""
+        """Return whether a grid, and an evaluation, is due after `step` steps and missing; same on all workers."""
         samples, evaluate = self.train.watch.samples, self.train.watch.evaluate
         return self.engine.raised(
             self._due(step, samples) and self.engine.is_main and not (self.run.folder / _grid_name(step)).exists(),
@@ -108,7 +108,7 @@ class Validation:
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[Any]:
-        """A sampler with the averaged weights on every worker."""
+        """Yield a sampler with the averaged weights, on every worker."""
         from capstan.training.sample import open_sampler
 
         folder = self.run.folder / _DRAWN
@@ -123,7 +123,7 @@ class Validation:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _mine(self, count: int) -> list[int]:
-        """This worker's share of the numbers 0 … count − 1."""
+        """Return this worker's share of the numbers 0 … count − 1."""
         return list(range(self.engine.rank, count, self.engine.world))
 
     # Samples ---------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Validation:
     def _draw(
         self, sampler: Any, prompts: list[str], seeds: list[int], wanted: Samples | Evaluate, batch: int
     ) -> np.ndarray:
-        """Images uint8 [N, H, W, 3], in the precision that training computes in."""
+        """Return images uint8 [N, H, W, 3], sampled in the precision of training."""
         with self.engine.computing():
             images: np.ndarray = sampler.draw(prompts, seeds, steps=wanted.steps, guidance=wanted.guidance, batch=batch)
         return images
@@ -153,39 +153,39 @@ class Validation:
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def _measure(self, wanted: Evaluate, sampler: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
-        """Draw and judge, each worker its share; None when told to stop on the way."""
-        assert self.subjects is not None
-        began, mine = time.monotonic(), self._mine(wanted.count)
+        """Sample and measure, each worker its share. Return None if a stop is requested."""
+        assert self.eval_set is not None
+        started, mine = time.monotonic(), self._mine(wanted.count)
         share = -(-wanted.count // self.engine.world)
-        with contextlib.ExitStack() as held:
-            for judge in self.judges:
-                held.enter_context(judge.ready(self.engine.device))
-            for start in range(0, share, wanted.batch):  # as many rounds on every worker
+        with contextlib.ExitStack() as stack:
+            for metric in self.metrics:
+                stack.enter_context(metric.ready(self.engine.device))
+            for start in range(0, share, wanted.batch):  # the same number of rounds on every worker
                 if self.engine.raised(stopping())[0]:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
-                    images = self._draw(sampler, self.subjects.prompts(numbers), numbers, wanted, wanted.batch)
-                    for judge in self.judges:
-                        judge.add(self.subjects, numbers, images)
+                    images = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch)
+                    for metric in self.metrics:
+                        metric.add(self.eval_set, numbers, images)
             measures: dict[str, float] = {}
-            for judge in self.judges:
-                measures |= judge.result(self.engine.total)
-        return {"measures": measures, "seconds": round(time.monotonic() - began, 1)}
+            for metric in self.metrics:
+                measures |= metric.result(self.engine.total)
+        return {"measures": measures, "seconds": round(time.monotonic() - started, 1)}
 
     def _record(self, step: int, wanted: Evaluate, values: dict[str, Any]) -> None:
         if not self.engine.is_main:
             return
-        told = {name: _or_none(value) for name, value in values["measures"].items()}
-        record = {"step": step, "count": wanted.count, "measures": told, "seconds": values["seconds"]}
+        measures = {name: _or_none(value) for name, value in values["measures"].items()}
+        record = {"step": step, "count": wanted.count, "measures": measures, "seconds": values["seconds"]}
         with self.run.evaluations.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        known = {f"evaluation/{name}": value for name, value in told.items() if value is not None}
+        known = {f"evaluation/{name}": value for name, value in measures.items() if value is not None}
         self.meter.trackers.scalars(step, known)
-        words = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if value is not None)
+        words = ", ".join(f"{name} {value:.4g}" for name, value in measures.items() if value is not None)
         logger.info("evaluation after step %d: %s (%.0f s)", step, words, values["seconds"])
 
     def _evaluated(self) -> set[int]:
-        """The steps after which there was an evaluation."""
+        """Return the steps that have an evaluation."""
         if not self.run.evaluations.exists():
             return set()
         return {int(json.loads(line)["step"]) for line in self.run.evaluations.read_text().splitlines()}
@@ -196,10 +196,10 @@ class Validation:
         self, step: int, best: Best, wanted: Evaluate, measures: dict[str, float], save: Callable[[], None]
     ) -> None:
         value, pointer = measures[best.measure], self.run.folder / "best.json"
-        judged = {"measure": best.measure, **wanted.terms(best.measure)}
+        terms = {"measure": best.measure, **wanted.terms(best.measure)}
         before = json.loads(pointer.read_text()) if self.engine.is_main and pointer.exists() else None
-        if before is not None and judged != {name: before.get(name) for name in judged}:
-            before = None  # the recipe has changed its mind, and the values do not compare
+        if before is not None and terms != {name: before.get(name) for name in terms}:
+            before = None  # the recipe changed, so the values are not comparable
         better = not math.isnan(value) and (before is None or best.sign * (value - before["value"]) > 0)
         if not self.engine.raised(self.engine.is_main and better)[0]:
             return
@@ -214,8 +214,8 @@ class Validation:
                 (self.run.folder / _DRAWN).rename(partial / "product")
 
             self.run.publish(folder, fill)
-            told = {"step": step, **judged, "value": value, "folder": f"best/{folder.name}"}
-            Storage(str(self.run.folder), field="train.run").write(pointer.name, json.dumps(told).encode())
+            content = {"step": step, **terms, "value": value, "folder": f"best/{folder.name}"}
+            Storage(str(self.run.folder), field="train.run").write(pointer.name, json.dumps(content).encode())
             for old in home.iterdir():
                 if old != folder:
                     shutil.rmtree(old)
@@ -223,7 +223,7 @@ class Validation:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file; a copy where the file system has no such thing."""
+    """Hard-link a file; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -235,8 +235,8 @@ def _grid_name(step: int) -> str:
 
 
 def _prompts(recipe: Recipe, train: TrainConfig, layer: str | None, count: int) -> list[str]:
-    subjects = subjects_of(recipe, train, layer, count, "train.watch.samples.prompts")
-    return subjects.prompts(range(count))
+    eval_set = make_eval_set(recipe, train, layer, count, "train.watch.samples.prompts")
+    return eval_set.prompts(range(count))
 
 
 def _or_none(value: float) -> float | None:

@@ -42,7 +42,7 @@ def main(out: Path) -> None:
         x = batch_of(step).chunk(2)[engine.rank]
         made = wrapped(x)
         reconstruction = (made - x).square().mean()
-        opposed, metrics = adversary.oppose(made, x, reconstruction, model.weight)
+        opposed, metrics = adversary.adversarial_loss(made, x, reconstruction, model.weight)
         balances.append(metrics["adversarial_weight"].detach())
         engine.backward(reconstruction + opposed, last=True)
         adversary.turn(last=True)

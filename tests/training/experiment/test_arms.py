@@ -108,5 +108,5 @@ def test_an_arm_without_its_captions_is_refused(captioned: Path) -> None:
     with pytest.raises(RecipeError, match=r"experiment\.arms\.x\.blend: .* no slot 'shrt'"):
         layers(recipe, ExperimentConfig.from_recipe(recipe), train, "written")
     none = recipe_of(captioned, data={"layer": None})
-    with pytest.raises(RecipeError, match=r"is null, and the arm short95 shows its captions"):
+    with pytest.raises(RecipeError, match=r"is null, but the arm short95 uses its captions"):
         layers(none, config, TrainConfig.from_recipe(none), None)

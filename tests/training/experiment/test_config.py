@@ -12,7 +12,7 @@ from capstan.cluster.cli import run as capstan
 from capstan.cluster.recipe import load, schema
 from capstan.training.config import TrainConfig
 from capstan.training.experiment.config import STANDARD, ExperimentConfig
-from capstan.training.experiment.run import how_many
+from capstan.training.experiment.run import runs_at_once
 
 TRAIN = {"model": "diffusion", "run": "./x", "steps": 400, "diffusion": {"autoencoder": "./ae"}}
 
@@ -45,23 +45,23 @@ def test_arms_by_name_and_of_ones_own(tmp_path: Path) -> None:
     [
         ({"arm": []}, {}, "experiment.arm: unknown key. Fix: did you mean arms?"),
         ({"arms": ["original"]}, {}, "experiment.arms: "),
-        ({"arms": ["original", "orignal"]}, {}, "knows no arm 'orignal'; name one of original, short95"),
+        ({"arms": ["original", "orignal"]}, {}, "has no standard arm 'orignal'; use one of original, short95"),
         ({"arms": ["original", "original"]}, {}, "names original twice"),
-        ({"arms": {"original": None, "mine": {"blend": {"short": 0}}}}, {}, "gives no slot any weight"),
+        ({"arms": {"original": None, "mine": {"blend": {"short": 0}}}}, {}, "all weights are 0"),
         ({"arms": {"original": None, "Mine!": {"blend": {"short": 1}}}}, {}, "experiment.arms.Mine!"),
-        ({"arms": [["original"], "short95"]}, {}, "lists names of standard arms, and ['original'] is none"),
-        ({}, {"run": "s3://bucket/x"}, "train.run: is a bucket, and an experiment keeps its measurements in a folder"),
-        ({"seeds": [1, 1]}, {}, "seeds names a seed twice"),
+        ({"arms": [["original"], "short95"]}, {}, "['original'] is not the name of a standard arm"),
+        ({}, {"run": "s3://bucket/x"}, "train.run: is a bucket, but an experiment needs a folder"),
+        ({"seeds": [1, 1]}, {}, "seeds has a seed twice"),
         ({"seeds": []}, {}, "experiment.seeds"),
-        ({"steps": [400, 200]}, {}, "steps must rise"),
-        ({"steps": [100, 200]}, {}, "experiment.steps: ends at 200, and train.steps is 400"),
-        ({"steps": [200, 400]}, {"schedule": "cosine"}, "train.schedule: cosine leads to another rate"),
+        ({"steps": [400, 200]}, {}, "steps must increase"),
+        ({"steps": [100, 200]}, {}, "experiment.steps: ends at 200, but train.steps is 400"),
+        ({"steps": [200, 400]}, {"schedule": "cosine"}, "train.schedule: cosine depends on the last step"),
         ({"prompts": 1}, {}, "experiment.prompts"),
         ({"scorer": {"pretrained": "x"}}, {}, "experiment.scorer.model: is missing"),
-        ({"upsampler": "gpt"}, {}, "experiment.upsampler: must be captions, a section like recaption"),
-        ({"upsampler": {"engine": "coca"}}, {}, "experiment.upsampler.engine: coca writes no text"),
+        ({"upsampler": "gpt"}, {}, "experiment.upsampler: must be captions, null, or a section"),
+        ({"upsampler": {"engine": "coca"}}, {}, "experiment.upsampler.engine: coca cannot expand text"),
         ({"upsampler": {"engine": "openai"}}, {}, "experiment.upsampler: server.url is missing"),
-        ({}, {"model": "autoencoder", "diffusion": {"autoencoder": "x"}}, "draws no images from prompts"),
+        ({}, {"model": "autoencoder", "diffusion": {"autoencoder": "x"}}, "cannot generate images from prompts"),
         ([], {}, "experiment"),
     ],
 )
@@ -103,4 +103,4 @@ def test_as_many_runs_at_once_as_there_is_room_for(
     engine: dict[str, Any], asked: int | None, cores: int, gpus: int, expected: int
 ) -> None:
     train = TrainConfig.from_section(TRAIN | {"engine": engine})
-    assert how_many(ExperimentConfig(parallel=asked), train, cores, gpus) == expected
+    assert runs_at_once(ExperimentConfig(parallel=asked), train, cores, gpus) == expected

@@ -14,7 +14,7 @@ from capstan.pipeline.storage import Storage
 from capstan.pipeline.world.prompt_score import read
 from capstan.training.experiment.config import Scorer
 from capstan.training.experiment.contact_sheet import side_by_side
-from capstan.training.experiment.measure import SHOWN, Kept, clip_scores, judged, open_scorer
+from capstan.training.experiment.measure import SHOWN, Measurements, clip_scores, judged, open_scorer
 from capstan.training.experiment.prompts import Prompt
 
 
@@ -55,7 +55,7 @@ def test_a_scorer_that_is_not_there_is_named_by_the_recipes_key() -> None:
 
 
 def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
-    kept = Kept(Storage(str(tmp_path)))
+    kept = Measurements(Storage(str(tmp_path)))
     assert kept.read("original-s0", 20) is None
     assert kept.pictures("original-s0", "descriptive") == []
     images = np.random.default_rng(0).integers(0, 256, (SHOWN + 3, 16, 16, 3), dtype=np.uint8)

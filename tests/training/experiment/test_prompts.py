@@ -72,7 +72,7 @@ def test_other_datasets_give_the_captions_that_are_held_out(squares: Path, tmp_p
     ]
     assert all(prompt.text.startswith("a description of") for prompt in sets["descriptive"])
     few = recipe.model_copy(update={"train": TRAIN | {"data": {"holdout": 3}}})
-    with pytest.raises(RecipeError, match=r"train\.data\.holdout: holds back 3 samples, and 6 prompts"):
+    with pytest.raises(RecipeError, match=r"train\.data\.holdout: is 3, but 6 prompts"):
         sets_of(few, "mine")
     with pytest.raises(RecipeError, match=r"train\.data\.layer: is null"):
         sets_of(recipe, None)
@@ -95,5 +95,5 @@ def test_the_nearest_caption_shares_what_is_rare() -> None:
     assert "star" in nearest("drawing of star")
     assert nearest("something else") == nearest("something else")
     assert expanded(Recipe(dataset="ds"), ExperimentConfig(), None, ["a"]) is None
-    with pytest.raises(RecipeError, match="finds no descriptive captions"):
+    with pytest.raises(RecipeError, match="needs descriptive captions"):
         expanded(Recipe(dataset="ds"), ExperimentConfig(upsampler="captions"), None, ["a"])

@@ -177,16 +177,16 @@ def test_arms_and_seeds_may_be_added_and_nothing_else_changed(recipe: Callable[.
             for step in (20, 40)
         ),
     }
-    with pytest.raises(RecipeError, match=r"train\.run: .* holds another experiment \(other: prompts\)"):
+    with pytest.raises(RecipeError, match=r"train\.run: .* holds a different experiment \(changed: prompts\)"):
         experiment.run_blend(recipe(prompts=31))
-    with pytest.raises(RecipeError, match=r"other: arms\.original"):
+    with pytest.raises(RecipeError, match=r"changed: arms\.original"):
         experiment.run_blend(recipe(arms={"original": {"blend": {"short": 1}}, "short95": None}))
     other = {"dataset": recipe().dataset, "source": {**SOURCE, "world": {**SOURCE["world"], "seed": 9}}}
-    with pytest.raises(RecipeError, match=r"other: source\)"):
+    with pytest.raises(RecipeError, match=r"changed: source\)"):
         experiment.run_blend(recipe().model_copy(update={"source": Recipe(**other).source}))
     faster = recipe()
     assert faster.train is not None
-    with pytest.raises(RecipeError, match=r"other: train"):
+    with pytest.raises(RecipeError, match=r"changed: train"):
         experiment.run_blend(faster.model_copy(update={"train": faster.train | {"lr": 1e-3}}))
 
 
@@ -195,7 +195,7 @@ def test_a_point_that_has_gone_by_unmeasured_is_not_made_up(recipe: Callable[...
     folder = Path(recipe().train["run"])
     (folder / "measured" / "original-s0" / "step-000020.json").unlink()
     (folder / "measured" / "original-s0" / "step-000040.json").unlink()
-    with pytest.raises(CapstanError, match="original-s0 has gone past step 20 without being measured there"):
+    with pytest.raises(CapstanError, match="original-s0 is past step 20 but was not measured there"):
         experiment.run_blend(recipe(seeds=[0]))
 
 
@@ -205,7 +205,7 @@ def test_without_the_world_a_clip_is_needed_before_anything_is_trained(
     asked = recipe()
     assert asked.train is not None
     elsewhere = {"source": None, "train": asked.train | {"data": {"holdout": 30}}}
-    with pytest.raises(RecipeError, match=r"experiment\.scorer: is null, and only images of the captioned world"):
+    with pytest.raises(RecipeError, match=r"experiment\.scorer: is null, but only images of the captioned world"):
         experiment.run_blend(asked.model_copy(update=elsewhere))
     assert stage.trained == []
 
@@ -221,7 +221,7 @@ def test_the_report_holds_all_that_was_asked_for(
     page = (folder / "report.html").read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == [
-        "What was found",
+        "Findings",
         "By arm",
         "Differences",
         "By step",

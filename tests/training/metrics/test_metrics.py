@@ -1,4 +1,4 @@
-"""Judges against closed forms; shares of several workers add up to one."""
+"""Metrics against closed forms; the shares of several workers add up."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid
 from capstan.training.metrics.clip_score import ClipScore
 from capstan.training.metrics.fid import FrechetDistance
-from capstan.training.metrics.metric import Metric, alone, judges_of, undisturbed
-from capstan.training.metrics.oracle import Follows
+from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept, single_worker
+from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.samples import EvalSet, Scenes
 
 CPU = torch.device("cpu")
@@ -51,11 +51,11 @@ def features(tmp_path_factory) -> Path:
     return file
 
 
-def result(judge: Metric, subjects: EvalSet, images: np.ndarray, workers: int = 1) -> dict[str, float]:
-    """What `workers` judges say together, each of every so manieth image."""
+def result(metric: Metric, eval_set: EvalSet, images: np.ndarray, workers: int = 1) -> dict[str, float]:
+    """Return the result of `workers` workers together, each with its share of the images."""
     totals: dict[int, list[torch.Tensor]] = {}
     judged = {}
-    for last in (False, True):  # first note what each would send, then answer with the sums
+    for last in (False, True):  # first collect what each would send, then return the sums
         for worker in range(workers):
             sent = 0
 
@@ -67,32 +67,32 @@ def result(judge: Metric, subjects: EvalSet, images: np.ndarray, workers: int = 
                     return tensor
                 return torch.stack(totals[sent]).sum(0)
 
-            if isinstance(judge, FrechetDistance):
-                judge.true = {}
-            with judge.ready(CPU):
-                numbers = list(range(worker, len(subjects), workers))
-                judge.add(subjects, numbers, images[numbers])
-                judged = judge.result(total)
+            if isinstance(metric, FrechetDistance):
+                metric.true = {}
+            with metric.ready(CPU):
+                numbers = list(range(worker, len(eval_set), workers))
+                metric.add(eval_set, numbers, images[numbers])
+                judged = metric.result(total)
     return judged
 
 
 def test_fid_is_the_distance_of_two_gaussians(features: Path) -> None:
     truth, drawn = Images(40, 20), Images(40, 60).made
-    judge = FrechetDistance(Fid(features=str(features)), "x")
-    judge.check(truth)
+    metric = FrechetDistance(Fid(features=str(features)), "x")
+    metric.check(truth)
     a, b = (p.reshape(40, -1, 3).mean(1).astype(np.float64) for p in (truth.made, drawn))
     product = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).astype(complex)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
     expected -= 2 * np.sqrt(product).real.sum()
-    assert result(judge, truth, drawn)["fid"] == pytest.approx(expected, rel=1e-4)
-    assert result(judge, truth, drawn, workers=3)["fid"] == pytest.approx(expected, rel=1e-4)
-    assert result(judge, truth, truth.made)["fid"] == pytest.approx(0, abs=1e-3)
+    assert result(metric, truth, drawn)["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result(metric, truth, drawn, workers=3)["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result(metric, truth, truth.made)["fid"] == pytest.approx(0, abs=1e-3)
 
 
 def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "wrong.pth").write_bytes(b"nothing")
     wrong = FrechetDistance(Fid(features=str(tmp_path / "wrong.pth")), "f")
-    with pytest.raises(RecipeError, match=r"f\.features: .*wrong\.pth holds no network"), wrong.ready(CPU):
+    with pytest.raises(RecipeError, match=r"f\.features: .*wrong\.pth is not a network"), wrong.ready(CPU):
         pass
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(RecipeError, match=r"f\.features: needs the package torchmetrics.*capstan\[fid\]"):
@@ -100,21 +100,24 @@ def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, mon
 
 
 def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
-    judge, subjects = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x"), Images(7, 20)
-    loaded = judge.tower.load("cpu")
-    seen = loaded.normalize(loaded.images(np.stack([judge.tower.prepare(p) for p in subjects.made])))
-    said = loaded.normalize(loaded.texts(subjects.prompts(range(7))))
-    expected = float((seen * said).sum(1).mean())
-    assert result(judge, subjects, subjects.made)["clip"] == pytest.approx(expected, abs=1e-5)
-    assert result(judge, subjects, subjects.made, workers=2)["clip"] == pytest.approx(expected, abs=1e-5)
+    metric, eval_set = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x"), Images(7, 20)
+    loaded = metric.tower.load("cpu")
+    images = loaded.normalize(loaded.images(np.stack([metric.tower.prepare(p) for p in eval_set.made])))
+    texts = loaded.normalize(loaded.texts(eval_set.prompts(range(7))))
+    expected = float((images * texts).sum(1).mean())
+    assert result(metric, eval_set, eval_set.made)["clip"] == pytest.approx(expected, abs=1e-5)
+    assert result(metric, eval_set, eval_set.made, workers=2)["clip"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_drawings_follow_their_own_prompts_and_not_others() -> None:
-    subjects = Scenes(WorldSource(size=64), 12)
-    drawn = subjects.images(range(12), 64)
-    own, others = result(Follows("x"), subjects, drawn), result(Follows("x"), subjects, np.roll(drawn, 1, axis=0))
+    eval_set = Scenes(WorldSource(size=64), 12)
+    drawn = eval_set.images(range(12), 64)
+    own, others = (
+        result(OracleScore("x"), eval_set, drawn),
+        result(OracleScore("x"), eval_set, np.roll(drawn, 1, axis=0)),
+    )
     assert own["colour_shape"] > 0.9 > 0.5 > others["colour_shape"]
-    assert result(Follows("x"), subjects, drawn, workers=5) == pytest.approx(own)
+    assert result(OracleScore("x"), eval_set, drawn, workers=5) == pytest.approx(own)
 
 
 def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
     clip = ClipScore(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x")
     torch.set_rng_state(state)
     torch.set_num_threads(2)
-    with undisturbed(CPU), clip.ready(CPU):
+    with random_state_kept(CPU), clip.ready(CPU):
         torch.rand(3)
         np.random.rand(3)
         assert torch.get_num_threads() == 1
@@ -135,8 +138,8 @@ def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
     torch.set_num_threads(before)
 
 
-def test_the_judges_are_those_asked_for(features: Path, tmp_path: Path) -> None:
+def test_the_metrics_are_the_requested_ones(features: Path, tmp_path: Path) -> None:
     clip = ClipSettings(model=str(write_clip(tmp_path / "clip", 0)))
     wanted = Evaluate(measures=["fid", "oracle", "clip", "fid"], clip=clip, fid=Fid(features=str(features)))
-    assert [type(judge) for judge in judges_of(wanted, "x")] == [FrechetDistance, Follows, ClipScore]
-    assert alone(torch.ones(2)).tolist() == [1, 1]
+    assert [type(metric) for metric in make_metrics(wanted, "x")] == [FrechetDistance, OracleScore, ClipScore]
+    assert single_worker(torch.ones(2)).tolist() == [1, 1]

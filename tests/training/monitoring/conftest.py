@@ -53,9 +53,9 @@ class FewFeatures(torch.nn.Module):
 
 
 @pytest.fixture(scope="session")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`clip` and `fid` of train.watch.evaluate."""
-    root = tmp_path_factory.mktemp("judges")
+    root = tmp_path_factory.mktemp("metrics")
     torch.jit.script(FewFeatures()).save(str(root / "features.pt"))
     return {"clip": {"model": str(write_clip(root / "clip", 0))}, "fid": {"features": str(root / "features.pt")}}
 

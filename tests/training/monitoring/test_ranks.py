@@ -15,9 +15,9 @@ from capstan.training.sample import sample
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_shares_are_drawn_with_the_whole_average(recipe, judges, tmp_path: Path, zero: int) -> None:
+def test_shares_are_drawn_with_the_whole_average(recipe, metrics, tmp_path: Path, zero: int) -> None:
     prompts = ["a red square", "a blue square", "a green square"]  # two for one worker, one for the other
-    measured = {"every": 2, "count": 5, "batch": 2, "measures": ["oracle", "clip", "fid"], **judges}
+    measured = {"every": 2, "count": 5, "batch": 2, "measures": ["oracle", "clip", "fid"], **metrics}
     watch = {"samples": {"every": 2, "prompts": prompts}, "evaluate": measured, "best": {"measure": "fid"}}
     engine = {"strategy": "deepspeed", "zero": zero, "workers": 2, "launcher": "local"}
     train(recipe(watch=watch, engine=engine))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from capstan.pipeline.errors import RecipeError
-from capstan.training.metrics.oracle import Follows
+from capstan.training.metrics.oracle import OracleScore
 from capstan.training.sample import grid, open_sampler, sample
 from capstan.training.trainer import fit
 
@@ -22,8 +22,8 @@ PROMPTS = ["a red square", "a blue square", "a green square"]
 ORACLE = ["background", "colours", "count", "colour_shape", "relation"]
 
 
-def all_of_it(judges: dict[str, Any], **evaluate: Any) -> dict[str, Any]:
-    measured = {"every": 2, "count": 4, "batch": 2, "measures": ["oracle", "clip", "fid"], **judges, **evaluate}
+def all_of_it(metrics: dict[str, Any], **evaluate: Any) -> dict[str, Any]:
+    measured = {"every": 2, "count": 4, "batch": 2, "measures": ["oracle", "clip", "fid"], **metrics, **evaluate}
     best = {"measure": "fid"}
     return {"samples": {"every": 2, "prompts": PROMPTS}, "evaluate": measured, "best": best, "bands": 4}
 
@@ -37,9 +37,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def watched(recipe_in, judges, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watched(recipe_in, metrics, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
-    fit(recipe_in(folder, watch=all_of_it(judges)))
+    fit(recipe_in(folder, watch=all_of_it(metrics)))
     return folder / "run"
 
 
@@ -90,17 +90,17 @@ def test_a_grid_is_what_sampling_gives(watched: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_is_heard_while_measuring_and_the_rest_made_up_for(
-    recipe, judges, watched: Path, tmp_path: Path, monkeypatch
+    recipe, metrics, watched: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    watch, run = all_of_it(judges), tmp_path / "run"
+    watch, run = all_of_it(metrics), tmp_path / "run"
     with monkeypatch.context() as patch:
-        add = Follows.add
+        add = OracleScore.add
 
-        def told_to_stop(self: Follows, *given: Any) -> None:
+        def told_to_stop(self: OracleScore, *given: Any) -> None:
             (run / "stop").touch()
             add(self, *given)
 
-        patch.setattr(Follows, "add", told_to_stop)
+        patch.setattr(OracleScore, "add", told_to_stop)
         stopped = fit(recipe(watch=watch))
     assert (stopped["steps"], stopped["stopped"]) == (2, True)
     assert not (run / "evaluations.jsonl").exists()
@@ -110,8 +110,8 @@ def test_a_stop_is_heard_while_measuring_and_the_rest_made_up_for(
     assert all(torch.equal(weights(run)[name], value) for name, value in weights(watched).items())
 
 
-def test_a_stop_at_the_last_step_leaves_nothing_out(recipe, judges, tmp_path: Path, monkeypatch) -> None:
-    watch, run = all_of_it(judges, measures=["fid"]), tmp_path / "run"
+def test_a_stop_at_the_last_step_leaves_nothing_out(recipe, metrics, tmp_path: Path, monkeypatch) -> None:
+    watch, run = all_of_it(metrics, measures=["fid"]), tmp_path / "run"
     run.mkdir()
     (run / "stop").touch()
     stopped = fit(recipe(watch=watch, steps=1))
@@ -131,11 +131,11 @@ def test_a_stop_at_the_last_step_leaves_nothing_out(recipe, judges, tmp_path: Pa
     assert open_sampler(run / json.loads((run / "best.json").read_text())["folder"])
 
 
-def test_the_best_is_of_evaluations_that_compare(recipe, judges, tmp_path: Path) -> None:
+def test_the_best_is_of_evaluations_that_compare(recipe, metrics, tmp_path: Path) -> None:
     pointer = tmp_path / "run" / "best.json"
 
     def best(steps: int, **evaluate: Any) -> int:
-        fit(recipe(watch=all_of_it(judges, measures=["fid"], **evaluate), steps=steps, schedule="constant"))
+        fit(recipe(watch=all_of_it(metrics, measures=["fid"], **evaluate), steps=steps, schedule="constant"))
         return json.loads(pointer.read_text())["step"]
 
     assert best(1) == 1
@@ -144,8 +144,8 @@ def test_the_best_is_of_evaluations_that_compare(recipe, judges, tmp_path: Path)
     assert best(3, count=3) == 3
 
 
-def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, judges, tmp_path: Path) -> None:
-    watch = {"samples": {"every": 4, "count": 2}, "evaluate": {"every": 4, "count": 4, "measures": ["clip"], **judges}}
+def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, metrics, tmp_path: Path) -> None:
+    watch = {"samples": {"every": 4, "count": 2}, "evaluate": {"every": 4, "count": 4, "measures": ["clip"], **metrics}}
     fit(recipe(source=None, watch=watch, steps=1))
     (record,) = lines(tmp_path / "run" / "evaluations.jsonl")
     assert list(record["measures"]) == ["clip"]
@@ -157,15 +157,15 @@ def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, judges
     assert np.abs(drawn - np.asarray(Image.open(png)).astype(int)).max() <= 1
 
 
-def test_what_is_missing_is_named_before_the_first_step(recipe, judges, tmp_path: Path) -> None:
+def test_what_is_missing_is_named_before_the_first_step(recipe, metrics, tmp_path: Path) -> None:
     def refused(match: str, **evaluate: Any) -> None:
-        watch = {"evaluate": {"every": 1, "count": 4, **judges, **evaluate}}
+        watch = {"evaluate": {"every": 1, "count": 4, **metrics, **evaluate}}
         with pytest.raises(RecipeError, match=match):
             fit(recipe("refused", source=None, watch=watch))
         assert not (tmp_path / "refused" / "log.jsonl").exists()
 
-    refused(r"evaluate\.measures: oracle knows the captioned world alone", measures=["oracle"])
-    refused(r"evaluate\.count: wants 5 samples .*holdout is 4", count=5)
+    refused(r"evaluate\.measures: oracle works only on the captioned world", measures=["oracle"])
+    refused(r"evaluate\.count: needs 5 samples .*holdout is 4", count=5)
     refused(
         r"fid\.features: /no/inception\.pth is not on this machine",
         measures=["fid"],

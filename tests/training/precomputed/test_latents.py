@@ -135,7 +135,7 @@ def test_training_reads_them(recipe, tmp_path):
     loss, _ = family.loss(family.model, batch, torch.Generator().manual_seed(0))
     assert torch.isfinite(loss)
     wrong = TrainConfig.from_section(section | {"data": {"layer": None, "latents": "0" * 16}})
-    with pytest.raises(RecipeError, match=f"are not of this autoencoder .* would be {encoder}"):
+    with pytest.raises(RecipeError, match=f"are of another autoencoder .* would be {encoder}"):
         DiffusionFamily.make_assets(wrong, data, tmp_path / "unused")
 
 

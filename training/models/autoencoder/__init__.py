@@ -1,7 +1,6 @@
-"""The first stage of latent diffusion: a KL autoencoder (diffusers' AutoencoderKL) from images to latents and back.
+"""Images → latents → images: diffusers' AutoencoderKL, a first stage.
 
-model.py    the trainable module, its loss, and latents brought to mean 0 and variance 1
-family.py   settings, batches and the product: a folder that `AutoencoderKL.from_pretrained` opens
+Order: model → lpips, discriminator (losses) → first_stage (shared with vqgan) → family (settings, batches, product).
 """
 
 from capstan.training.models.autoencoder.family import AutoencoderFamily, AutoencoderSettings

@@ -1,7 +1,7 @@
-"""A discriminator of patches, against which a first stage is trained: sharp where a mean would be blurred.
+"""Patch discriminator for training a first stage to sharp images.
 
-Isola et al. 2017 (pix2pix, §3.2.2: the discriminator of patches), Esser et al. 2021 (taming-transformers, eq. 6–7: the
-weight that balances its gradient with the reconstruction's), Lim & Ye 2017 (hinge loss).
+Isola et al. 2017 (pix2pix, §3.2.2: patch discriminator), Esser et al. 2021 (taming-transformers, eq. 6–7: the weight
+that balances its gradient with the reconstruction's), Lim & Ye 2017 (hinge loss).
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from capstan.pipeline.config import Section
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.family import Metrics
 
-_LARGEST: Final = 1e4  # of the adaptive weight
+_LARGEST: Final = 1e4  # upper bound of the adaptive weight
 
 
 class DiscriminatorSettings(Section):
     """`discriminator`. The defaults are taming-transformers' for ImageNet."""
 
-    start: Annotated[int, Field(ge=0)] = 10_000  # the step from which on it takes part: first there must be images
-    weight: Annotated[float, Field(gt=0)] = 0.8  # its gradient at the last layer, as a share of the reconstruction's
-    adaptive: bool = True  # false: `weight` is that of its loss itself
+    start: Annotated[int, Field(ge=0)] = (
+        10_000  # first step with the discriminator: the images must be recognisable before
+    )
+    weight: Annotated[float, Field(gt=0)] = (
+        0.8  # norm of its gradient at the last layer, relative to the reconstruction's
+    )
+    adaptive: bool = True  # false: `weight` multiplies its loss directly
     loss: Literal["hinge", "vanilla"] = "hinge"
-    channels: Annotated[int, Field(ge=1)] = 64  # of its first layer; each further one doubles them, up to 8 times
-    layers: Annotated[int, Field(ge=1)] = 3  # that halve the image: 3 judges patches of 70 pixels, 2 of 34, 1 of 16
-    lr: Annotated[float, Field(gt=0)] = 1.0  # as a share of train.lr, step by step
+    channels: Annotated[int, Field(ge=1)] = 64  # of its first layer; each further layer doubles them, up to 8 times
+    layers: Annotated[int, Field(ge=1)] = 3  # layers that halve the image: 3 see patches of 70 pixels, 2 of 34, 1 of 16
+    lr: Annotated[float, Field(gt=0)] = 1.0  # relative to train.lr at the same step
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)  # of its Adam
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images [B, 3, H, W] → logits [B, 1, h, w], one a patch, above 0 where it looks real."""
+    """Images [B, 3, H, W] → logits [B, 1, h, w], one per patch, above 0 if the patch looks real."""
 
     def __init__(self, channels: int, layers: int) -> None:
         wide = [channels * min(2**level, 8) for level in range(layers + 1)]
@@ -52,32 +56,32 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def discriminator_loss(of_real: torch.Tensor, of_made: torch.Tensor, kind: str) -> torch.Tensor:
-    """Half the sum of the mean losses on real and on made images, given their logits."""
+    """Return half the sum of the mean losses on real and on generated images, given their logits."""
     if kind == "hinge":
         return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_made).mean())
     return 0.5 * (F.softplus(-of_real).mean() + F.softplus(of_made).mean())
 
 
 def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """λ = ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 10⁻⁴) with respect to the decoder's `last` layer (taming, eq. 7)."""
+    """Return λ = ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 10⁻⁴) at the decoder's `last` layer (taming, eq. 7)."""
     (ours,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
     (theirs,) = torch.autograd.grad(adversarial, last, retain_graph=True)
     return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, _LARGEST).detach()
 
 
 class PatchAdversary(Adversary):
-    """The discriminator and its turns."""
+    """The discriminator as the autoencoder's adversary."""
 
     def __init__(self, settings: DiscriminatorSettings) -> None:
         model = PatchDiscriminator(settings.channels, settings.layers)
         super().__init__(model, start=settings.start, lr=settings.lr, betas=settings.betas)
         self.settings = settings
-        self.shown: tuple[torch.Tensor, torch.Tensor] | None = None  # made and real images, for its own turn
+        self.shown: tuple[torch.Tensor, torch.Tensor] | None = None  # generated and real images, for its own step
 
-    def oppose(
+    def adversarial_loss(
         self, made: torch.Tensor, real: torch.Tensor, reconstruction: torch.Tensor, last: torch.Tensor
     ) -> tuple[torch.Tensor, Metrics]:
-        """What the autoencoder's loss gains from `made` images being told from `real` ones [B, 3, H, W].
+        """Return the weighted adversarial loss of `made` against `real` images [B, 3, H, W], and metrics.
 
         `reconstruction` is the rest of the loss that depends on them, `last` the weight of the decoder's last layer.
         """
@@ -94,9 +98,9 @@ class PatchAdversary(Adversary):
         return weight * adversarial, {"adversarial": adversarial.detach(), "adversarial_weight": weight}
 
     def loss(self) -> tuple[torch.Tensor, Metrics]:
-        assert self.shown is not None, "a turn without work to judge"
+        assert self.shown is not None, "loss() needs images from adversarial_loss()"
         (made, real), self.shown = self.shown, None
         of_real, of_made = self.model(real), self.model(made)
         loss = discriminator_loss(of_real, of_made, self.settings.loss)
-        told_apart = ((of_real > 0).float().mean() + (of_made < 0).float().mean()) / 2
-        return loss, {"discriminator": loss.detach(), "told_apart": told_apart}
+        accuracy = ((of_real > 0).float().mean() + (of_made < 0).float().mean()) / 2
+        return loss, {"discriminator": loss.detach(), "told_apart": accuracy}

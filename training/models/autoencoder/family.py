@@ -1,6 +1,6 @@
-"""The family `autoencoder`: images of a dataset → a trained AutoencoderKL in diffusers' format.
+"""The family `autoencoder`: images → a trained AutoencoderKL of diffusers.
 
-Loss = image loss (stage.py) + kl · KL per pixel value (Rombach et al. 2022, latent diffusion, app. G).
+Loss = image loss (first_stage) + kl · KL per pixel value (Rombach et al. 2022, latent diffusion, app. G).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["AutoencoderFamily", "AutoencoderSettings", "build", "factor_of", "lo
 
 
 class AutoencoderSettings(StageSettings):
-    """`train.autoencoder`. The defaults are the shape of Stable Diffusion's autoencoder: 8× smaller, 4 channels."""
+    """`train.autoencoder`. Defaults: Stable Diffusion's autoencoder (8× smaller, 4 channels)."""
 
     kl: Annotated[float, Field(ge=0)] = 1e-6  # weight of the KL divergence per pixel value
-    log_variance: float = -6.0  # of the latents at the start; 0 is the prior's
+    log_variance: float = -6.0  # of the latents at the start; the prior's is 0
 
 
 class AutoencoderFamily(FirstStage):
-    """Fits an AutoencoderKL to the dataset's images."""
+    """The family that trains an AutoencoderKL on the dataset's images."""
 
     name: ClassVar[str] = "autoencoder"
     settings: ClassVar[type[Section]] = AutoencoderSettings
@@ -67,7 +67,7 @@ class AutoencoderFamily(FirstStage):
         return loss, {**metrics, "kl": kl.detach(), "latent_std": mean.detach().float().std()}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """An AutoencoderKL folder whose latents have mean 0 and variance 1 on the dataset's images."""
+        """Write an AutoencoderKL folder whose latents have mean 0 and variance 1 on the dataset's images."""
         vae, images = model.vae, self.measured()
         mean, std = standardise(vae, images)
         vae.save_pretrained(folder, safe_serialization=True)
@@ -76,7 +76,7 @@ class AutoencoderFamily(FirstStage):
 
 
 def build(settings: AutoencoderSettings) -> Any:
-    """A new AutoencoderKL of the settings' shape, or the one that `pretrained` names."""
+    """Return a new AutoencoderKL of the settings' shape, or the one that `pretrained` names."""
     from diffusers import AutoencoderKL
 
     if settings.pretrained is not None:
@@ -85,7 +85,7 @@ def build(settings: AutoencoderSettings) -> Any:
 
 
 def load_autoencoder(path: str, field: str) -> Any:
-    """The AutoencoderKL at `path`: a run, a product, or the vae/ of a pipeline. Raises RecipeError naming `field`.
+    """Load the AutoencoderKL at `path`: a run, a product, or the vae/ of a pipeline. Raises RecipeError naming `field`.
 
     A VQModel is refused: diffusers' StableDiffusionPipeline cannot decode with one.
     """
@@ -95,17 +95,17 @@ def load_autoencoder(path: str, field: str) -> Any:
     if (folder / "vae").is_dir():
         folder = folder / "vae"
     if class_of(folder) == "VQModel":
-        problem = f"{folder} is a VQModel, which decodes in no pipeline of diffusers that takes any prompt and size"
-        raise RecipeError(field, problem, "name an AutoencoderKL, e.g. a run of model: autoencoder")
+        problem = f"{folder} is a VQModel, which no text-to-image pipeline of diffusers can decode with"
+        raise RecipeError(field, problem, "use an AutoencoderKL, e.g. a run of model: autoencoder")
     try:
         return AutoencoderKL.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            field, f"{folder} is no AutoencoderKL ({error})", "name a folder that diffusers reads"
+            field, f"{folder} is not an AutoencoderKL ({error})", "set a folder that diffusers can load"
         ) from None
 
 
 def class_of(folder: Path) -> str:
-    """Which of diffusers' classes the folder says that it holds, or ""."""
+    """Return the diffusers class named in the folder's config.json, or ""."""
     config = folder / "config.json"
     return str(json.loads(config.read_text(encoding="utf-8")).get("_class_name", "")) if config.is_file() else ""

@@ -1,7 +1,7 @@
-"""What both first stages share: images in, images out, and what is asked of these.
+"""Settings, assets and image loss that both first stages share.
 
-    image loss   reconstruction + edges · gradient difference + perceptual · LPIPS
-    adversarial    λ · what a discriminator says of them (adversary.py), from its start on
+    image loss    reconstruction + edges · gradient difference + perceptual · LPIPS
+    adversarial   λ · loss against a discriminator (discriminator.py), from its start step on
 
 Esser et al. 2021 (VQGAN, §3.1–3.2) and Rombach et al. 2022 (latent diffusion, app. G) train with these terms.
 """
@@ -27,19 +27,19 @@ from capstan.training.models.autoencoder.discriminator import DiscriminatorSetti
 from capstan.training.models.autoencoder.lpips import Lpips, PerceptualSettings, load_lpips
 from capstan.training.models.autoencoder.model import edge_difference
 
-_IMAGES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: those that latents are measured on
+_IMAGES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: the images that latents are measured on
 
 Positive = Annotated[int, Field(ge=1)]
 
 
 class StageSettings(Section):
-    """The settings that both families of first stages have."""
+    """The settings that both first-stage families share."""
 
     pretrained: str | None = None  # start from this model (a run, a product or a diffusers folder)
     size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
-    crop: Crop = "center"  # how an image becomes square
+    crop: Crop = "center"  # how an image is made square
     flip: bool = False  # mirror half of the images
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)  # one a level
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)  # one per level
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
     norm_num_groups: Positive = 32
@@ -47,9 +47,9 @@ class StageSettings(Section):
     down_block_types: list[str] | None = None  # diffusers' names; null: DownEncoderBlock2D everywhere
     up_block_types: list[str] | None = None  # diffusers' names; null: UpDecoderBlock2D everywhere
     reconstruction: Literal["l1", "l2"] = "l1"
-    edges: Annotated[float, Field(ge=0)] = 0.0  # weight of the difference of gradients
-    perceptual: PerceptualSettings | None = None  # null: none
-    discriminator: DiscriminatorSettings | None = None  # null: none
+    edges: Annotated[float, Field(ge=0)] = 0.0  # weight of the gradient difference
+    perceptual: PerceptualSettings | None = None  # null: off
+    discriminator: DiscriminatorSettings | None = None  # null: off
     statistics: Positive = 128  # images from which the latents' scale is computed at the end
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class StageSettings(Section):
         return self
 
     def shape(self) -> dict[str, Any]:
-        """The arguments that AutoencoderKL and VQModel have in common."""
+        """Return the arguments that AutoencoderKL and VQModel have in common."""
         levels = len(self.block_out_channels)
         return {
             "down_block_types": tuple(self.down_block_types or ["DownEncoderBlock2D"] * levels),
@@ -79,20 +79,20 @@ class StageSettings(Section):
 
 
 class FirstStage(Family):
-    """A family whose model goes from images to latents and back; needs no captions."""
+    """A family whose model maps images to latents and back; needs no captions."""
 
     captions: ClassVar[bool] = False
 
     train: StageSettings
-    size: int  # of the images, both sides, pixels
-    factor: int  # pixels that a latent spans along one side
+    size: int  # pixels, both sides of the images
+    factor: int  # pixels per latent along one side
     perceptual: Lpips | None = None
     adversary: PatchAdversary | None = None
 
     @staticmethod
     @abstractmethod
     def build(settings: Any) -> Any:
-        """A new diffusers model of the settings' shape, or the one that `pretrained` names."""
+        """Return a new diffusers model of the settings' shape, or the one that `pretrained` names."""
 
     @classmethod
     def check(cls, train: TrainConfig) -> None:
@@ -100,14 +100,14 @@ class FirstStage(Family):
             refuse_without_ddp(train, f"train.{cls.name}.discriminator")
             if train.engine.compile and train.settings.discriminator.adaptive:
                 problem = (
-                    f"a compiled model goes backward once a step, and the weight of train.{cls.name}.discriminator"
+                    f"a compiled model runs backward once per step, and the weight of train.{cls.name}.discriminator"
                 )
-                hint = "remove it, or write discriminator: {adaptive: false}"
-                raise RecipeError("train.engine.compile", f"{problem} asks for its gradients before that", hint)
+                hint = "remove it, or set discriminator: {adaptive: false}"
+                raise RecipeError("train.engine.compile", f"{problem} needs its gradients before that", hint)
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """Keep the images that latents are measured on; with them, the size is decided."""
+        """Save the images that latents are measured on; this fixes the image size."""
         settings: StageSettings = train.settings
         if settings.perceptual is not None:
             load_lpips(settings.perceptual, f"train.{cls.name}.perceptual")
@@ -120,7 +120,7 @@ class FirstStage(Family):
         np.save(folder / _IMAGES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
 
     def open(self, assets: Path, config: Any) -> None:
-        """What __init__ does after `self.train` and `self.model` are set; `config` is the diffusers model's."""
+        """Finish __init__ once `self.train` and `self.model` are set; `config` is that of the diffusers model."""
         self.images = np.load(assets / _IMAGES, mmap_mode="r")
         self.size, self.factor = int(self.images.shape[1]), factor_of(config)
         self.channels = int(config.latent_channels)
@@ -131,14 +131,14 @@ class FirstStage(Family):
             self.adversary = self.rival = PatchAdversary(self.train.discriminator)
 
     def measured(self) -> torch.Tensor:
-        """The images that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
+        """Return the images that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
         return to_signed(torch.from_numpy(np.array(self.images)).permute(0, 3, 1, 2))
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         return {"pictures": batch_of(samples, self.size, crop=self.train.crop, flip=self.train.flip)}
 
     def image_loss(self, made: torch.Tensor, images: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """All that is asked of the `made` images [B, 3, H, W], given the decoder's `last` weight."""
+        """Return the loss of the `made` images [B, 3, H, W] and metrics; `last` is the decoder's last weight."""
         difference = made.float() - images
         reconstruction = difference.abs().mean() if self.train.reconstruction == "l1" else difference.square().mean()
         metrics = {
@@ -154,9 +154,9 @@ class FirstStage(Family):
             metrics["perceptual"] = perceptual.detach()
         if self.adversary is None:
             return loss, metrics
-        opposed, more = self.adversary.oppose(made, images, loss, last)
-        # Only its gradient: its value says who is ahead, and would make the loss look as if it diverged.
-        return loss + (opposed - opposed.detach()), {**metrics, **more}
+        adversarial, more = self.adversary.adversarial_loss(made, images, loss, last)
+        # Only its gradient: its value shows which side is ahead, and would make the loss look divergent.
+        return loss + (adversarial - adversarial.detach()), {**metrics, **more}
 
     def describe(self) -> dict[str, Any]:
         facts = {**super().describe(), "size": self.size, "latents": [self.channels, *[self.size // self.factor] * 2]}
@@ -166,19 +166,21 @@ class FirstStage(Family):
 
 
 def load_weights(model: torch.nn.Module, weights: Any, product: Path) -> None:
-    """Put another run's weights into `model`. Raises RecipeError where they do not fit."""
+    """Load another run's weights into `model`. Raises RecipeError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RecipeError("train.init", f"{product} has another shape ({error})", "use its settings") from None
+        raise RecipeError(
+            "train.init", f"{product} has a different shape ({error})", "use the settings of that run"
+        ) from None
 
 
 def factor_of(shape: Any) -> int:
-    """How many pixels a latent spans along one side; `shape` is a diffusers model's configuration, or the settings."""
+    """Return the pixels per latent along one side; `shape` is a diffusers configuration or the settings."""
     return int(2 ** (len(shape.block_out_channels) - 1))
 
 
 def _refuse_small(size: int, layers: int, field: str) -> None:
-    """Each layer halves the image, and two more convolutions take a pixel each."""
+    """Raise RecipeError if `layers` halvings and two more convolutions of a pixel each leave nothing of `size`."""
     if size < 3 * 2**layers:
         raise RecipeError(field, f"{layers} layers leave nothing of {size} pixels", "use fewer, e.g. layers: 1")

@@ -1,7 +1,7 @@
-"""LPIPS: how different two images look to VGG16, from weights that lie in a folder.
+"""LPIPS: perceptual distance of two images by VGG16.
 
 Zhang et al. 2018, “The unreasonable effectiveness of deep features as a perceptual metric”, eq. 1: the features after
-each of VGG16's five blocks, of length 1 over the channels, their squared difference weighted channel by channel.
+each of VGG16's five blocks, normalised over the channels; their squared difference is weighted channel by channel.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import nn
 from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 
-VGG: Final = "vgg16-397923af.pth"  # torchvision's VGG16 (IMAGENET1K_V1), under the name that it is published by
+VGG: Final = "vgg16-397923af.pth"  # torchvision's VGG16 (IMAGENET1K_V1), under its published name
 HEADS: Final = "vgg.pth"  # the linear heads, lpips/weights/v0.1/vgg.pth of the package lpips
-_ENDS: Final = (4, 9, 16, 23, 30)  # in VGG16's `features`, the place behind the last ReLU of each block
-_CHANNELS: Final = (64, 128, 256, 512, 512)  # there
+_ENDS: Final = (4, 9, 16, 23, 30)  # in VGG16's `features`, the index after the last ReLU of each block
+_CHANNELS: Final = (64, 128, 256, 512, 512)  # after each block
 
 
 class PerceptualSettings(Section):
-    """`perceptual`: the weight of LPIPS beside the reconstruction's."""
+    """`perceptual`: LPIPS as a part of the loss."""
 
     network: str  # a folder with vgg16-397923af.pth (torchvision's VGG16) and vgg.pth (LPIPS' heads for it)
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Lpips(nn.Module):
-    """LPIPS over VGG16; weights are those of torch's global generator until they are loaded."""
+    """LPIPS over VGG16, from its features and linear heads."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -40,14 +40,14 @@ class Lpips(nn.Module):
         super().__init__()
         self.features = features
         self.heads = nn.ParameterList(heads)  # each [channels], ≥ 0 as published
-        # ImageNet's mean and deviation for images in −1 … 1, as the heads were trained with.
+        # ImageNet's mean and deviation for images in −1 … 1, as in the training of the heads.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """The distance of each pair of images [B, 3, H, W] in −1 … 1: [B]."""
+        """Return the distance [B] of each pair of images [B, 3, H, W] in −1 … 1."""
         distance, begin = a.new_zeros(len(a)), 0
-        a, b = ((x - self.shift) / self.scale for x in (a, b))  # apart: the true image needs no backward pass
+        a, b = ((x - self.shift) / self.scale for x in (a, b))  # separately: the true image needs no backward pass
         for end, head in zip(_ENDS, self.heads, strict=True):
             a, b = (self.features[begin:end](x) for x in (a, b))
             difference = (_unit(a) - _unit(b)).square() * head.view(1, -1, 1, 1)
@@ -56,19 +56,19 @@ class Lpips(nn.Module):
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Features [B, C, h, w] of length 1 over the channels; where all are 0 they stay so, with a finite gradient."""
+    """Normalise features [B, C, h, w] over the channels; all-zero ones stay 0, with a finite gradient."""
     features = features.float()
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)
 
 
 def load_lpips(settings: PerceptualSettings, field: str) -> Lpips:
-    """The network whose weights lie in `settings.network`. Raises RecipeError naming `field` and the file to bring."""
+    """Load the network from `settings.network`. Raises RecipeError naming `field` and the missing file."""
     from torchvision.models import vgg16
 
     folder, field = Path(settings.network), f"{field}.network"
-    with torch.device("meta"):  # its classifier, nine tenths of the weights, is never made
+    with torch.device("meta"):  # never allocates the classifier, nine tenths of the weights
         features = vgg16(weights=None).features[: _ENDS[-1]]
-    # ReLU in place would write over the features that are compared.
+    # An in-place ReLU would overwrite the features that are compared.
     for layer in features.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False
@@ -78,21 +78,21 @@ def load_lpips(settings: PerceptualSettings, field: str) -> Lpips:
     try:
         features.load_state_dict(own, assign=True)
     except RuntimeError as error:
-        raise RecipeError(field, f"{folder / VGG} holds no VGG16 ({error})", "bring torchvision's file") from None
+        raise RecipeError(field, f"{folder / VGG} is not a VGG16 ({error})", "download torchvision's file") from None
     try:
-        lines = [
+        weights_by_block = [
             heads[f"lin{number}.model.1.weight"].float().view(width).clone() for number, width in enumerate(_CHANNELS)
         ]
     except (KeyError, RuntimeError) as error:
-        raise RecipeError(field, f"{folder / HEADS} holds no heads for VGG16 ({error})", "bring LPIPS' file") from None
-    return Lpips(features, lines)
+        raise RecipeError(field, f"{folder / HEADS} has no heads for VGG16 ({error})", "download LPIPS' file") from None
+    return Lpips(features, weights_by_block)
 
 
-def _read(path: Path, what: str, field: str) -> dict[str, torch.Tensor]:
+def _read(path: Path, description: str, field: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise RecipeError(field, f"no {path}", f"put {path.name} there ({what}), or write perceptual: null")
+        raise RecipeError(field, f"no {path}", f"copy {path.name} there ({description}), or set perceptual: null")
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RecipeError(field, f"{path} cannot be read ({error})", f"bring {path.name} anew") from None
+        raise RecipeError(field, f"{path} cannot be read ({error})", f"download {path.name} again") from None
     return weights

@@ -1,4 +1,4 @@
-"""Images → latents → images: AutoencoderKL as one trainable module, its loss, and its latents' scale.
+"""AutoencoderKL as one trainable module, its loss terms, and the latents' scale.
 
 Shapes: images [B, 3, H, W] in −1 … 1; latents [B, C, H/f, W/f] with f = 2^(levels − 1).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Reconstruction(NamedTuple):
-    """What the autoencoder makes of a batch: images, and the posterior N(mean, exp(log_variance)) of the latents."""
+    """A batch's reconstructed images and the posterior N(mean, exp(log_variance)) of its latents."""
 
     images: torch.Tensor
     mean: torch.Tensor
@@ -23,23 +23,23 @@ class Reconstruction(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKL with a forward that gives all that the loss needs."""
+    """AutoencoderKL whose forward returns everything that the loss needs."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        """Encode, draw the latent mean + std · `noise` (Kingma & Welling 2014, eq. 10), decode."""
+        """Encode, sample the latent mean + std · `noise` (Kingma & Welling 2014, eq. 10), decode."""
         posterior = self.vae.encode(images).latent_dist
         latent = posterior.mean + posterior.std * noise.to(posterior.mean)
         return Reconstruction(self.vae.decode(latent).sample, posterior.mean, posterior.logvar)
 
 
 def lower_log_variance(vae: AutoencoderKL, value: float) -> None:
-    """Let every latent start with exp(`value`) as its variance: learning begins as in a plain autoencoder.
+    """Set every latent's initial variance to exp(`value`), so that training starts as with a plain autoencoder.
 
-    With the usual start near variance 1 the decoder first has to see through noise as strong as the signal.
+    With the usual start near variance 1 the decoder's input has noise as strong as the signal.
     """
     conv, channels = vae.quant_conv, vae.config.latent_channels
     if conv is None:
@@ -50,13 +50,13 @@ def lower_log_variance(vae: AutoencoderKL, value: float) -> None:
 
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(log_variance)) ‖ N(0, 1)) in nats, summed a sample: [B] (Kingma & Welling 2014, app. B)."""
+    """Return KL(N(mean, exp(log_variance)) ‖ N(0, 1)) in nats, summed per sample [B] (Kingma & Welling 2014)."""
     mean, log_variance = mean.float(), log_variance.float()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 def edge_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of horizontal and vertical gradients, to which outlines matter more than areas.
+    """Return the mean absolute difference of horizontal and vertical gradients, which weights outlines over areas.
 
     Mathieu et al. 2016, “Deep multi-scale video prediction beyond mean square error”, eq. 6 with α = 1.
     """
@@ -65,7 +65,7 @@ def edge_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def latent_moments(vae: AutoencoderKL, images: torch.Tensor, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation [C] of the latents of `pictures`, the posterior's own variance included."""
+    """Return mean and standard deviation [C] of the latents of `images`, including the posterior's variance."""
     means, squares = [], []
     for part in images.split(batch):
         with torch.no_grad():
@@ -78,11 +78,11 @@ def latent_moments(vae: AutoencoderKL, images: torch.Tensor, batch: int = 16) ->
 
 
 def standardise(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the latents of `pictures` mean 0 and variance 1; returns the mean and deviation [C] that they had before.
+    """Change the latents of `images` to mean 0 and variance 1; return their mean and deviation [C] from before.
 
-    Each channel's shift and scale are folded into the 1×1 convolutions on both sides of the latent, so that encoding
-    and decoding give what they gave, and `scaling_factor` becomes 1: diffusers' StableDiffusionPipeline knows a factor
-    for all channels together, and no shift. A model without these convolutions gets the factor only.
+    Each channel's shift and scale are folded into the 1×1 convolutions on both sides of the latent. So encoding
+    followed by decoding is unchanged, and `scaling_factor` becomes 1: diffusers' StableDiffusionPipeline has one factor
+    for all channels, and no shift. A model without these convolutions gets only the factor.
     """
     mean, std = latent_moments(vae, images)
     if vae.quant_conv is None or vae.post_quant_conv is None:

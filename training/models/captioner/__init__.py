@@ -1,7 +1,6 @@
-"""CoCa, trained to write captions: on web captions first, then on short and descriptive ones.
+"""Images and captions → CoCa, a model that writes captions.
 
-model.py    the trainable module over open_clip's CoCa, its initialisation and its losses
-family.py   settings, batches and the product: a folder that open_clip and the recaption engine `coca` open
+Order: model (module, initialisation, losses) → initialize (`train.init`) → family (settings, batches, product).
 """
 
 from capstan.training.models.captioner.family import CaptionerFamily, CaptionerSettings

@@ -1,9 +1,9 @@
-"""The family `captioner`: a dataset's images and captions → a CoCa that writes captions.
+"""The family `captioner`: images and captions → a CoCa that writes captions.
 
 Loss = contrastive · CLIP's contrastive loss + caption · cross-entropy of the next token (CoCa, eq. 4). Pre-training
-uses both on web captions; fine-tuning on captions of a layer (`train.init`, `train.data.blend`) the second alone, as
+uses both on web captions. Fine-tuning on a caption layer (`train.init`, `train.data.blend`) uses only the second, as
 the DALL-E 3 paper does for its short and its descriptive captioner. Here one model learns both: each caption follows
-its slot's prompt, which is not itself learnt; the original captions (slot `original`) follow none.
+its slot's prompt, which is not learnt itself; original captions (slot `original`) have no prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from capstan.training.config import ORIGINAL, TrainConfig
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.family import Batch, Family, Metrics, Sample, Samples
 from capstan.training.models.captioner import initialize
-from capstan.training.models.captioner.model import IGNORED, PAD, Captioner, caption_loss, contrastive_loss, initialise
+from capstan.training.models.captioner.model import (
+    IGNORED,
+    PAD,
+    Captioner,
+    caption_loss,
+    contrastive_loss,
+    initialize_coca,
+)
 from capstan.training.product import find_product, read_facts, write_facts
 
 log = logging.getLogger(__name__)
@@ -43,7 +50,7 @@ class Vision(Section):
     width: Positive = 768
     head_width: Positive = 64
     layers: Positive = 12
-    queries: Annotated[int, Field(ge=0)] = 256  # of the attentional pooler, what the decoder sees; 0: all the patches
+    queries: Annotated[int, Field(ge=0)] = 256  # of the attentional pooler, which the decoder sees; 0: all patches
 
 
 class Text(Section):
@@ -51,7 +58,7 @@ class Text(Section):
 
     context_length: Annotated[int, Field(ge=4)] = 128  # tokens, start, prompt and end included
     vocab_size: Positive | None = None  # of a vocabulary trained on the captions; null: CLIP's own
-    tokenizer: str | None = None  # a folder with a vocabulary, as training.tokenizer writes it, in place of vocab_size
+    tokenizer: str | None = None  # a folder with a vocabulary (data.tokenizer), instead of vocab_size
     width: Positive = 512
     heads: Positive = 8
     layers: Positive = 12
@@ -59,13 +66,13 @@ class Text(Section):
 
 
 class CaptionerSettings(Section):
-    """`train.captioner`. The defaults are the shape of coca_ViT-B-32, with room for long captions."""
+    """`train.captioner`. Defaults: coca_ViT-B-32 with a longer context for long captions."""
 
     vision: Vision = Vision()
     text: Text = Text()
-    contrastive: Annotated[float, Field(ge=0)] = 1.0  # weights of the losses: CoCa's
+    contrastive: Annotated[float, Field(ge=0)] = 1.0  # weights of the losses, as in CoCa
     caption: Annotated[float, Field(ge=0)] = 2.0
-    prompts: dict[str, str] = Field(default=dict(prompts.PREFIXES))  # slot → what its captions continue
+    prompts: dict[str, str] = Field(default=dict(prompts.PREFIXES))  # slot → the prompt before its captions
 
     @model_validator(mode="after")
     def _fits(self) -> CaptionerSettings:
@@ -81,16 +88,19 @@ class CaptionerSettings(Section):
         if ORIGINAL in self.prompts or len(set(self.prompts.values())) < len(self.prompts):
             raise ValueError(f"prompts must differ between slots; {ORIGINAL} has none")
         if not self.contrastive and not self.caption:
-            raise ValueError("contrastive and caption are both 0: nothing is learnt")
+            raise ValueError("contrastive and caption are both 0; set one of them above 0")
         return self
 
     def architecture(self, vocab_size: int) -> dict[str, Any]:
-        """As open_clip writes it (`model_cfg`)."""
+        """Return the architecture in open_clip's format (`model_cfg`)."""
         text = {key: getattr(self.text, key) for key in ("context_length", "width", "heads")}
         text["vocab_size"] = vocab_size
         pooler: dict[str, Any] = {"attentional_pool": False}
         if self.vision.queries:
-            pooler = {"attentional_pool": True, "attn_pooler_queries": self.vision.queries + 1}  # the first is pooled
+            pooler = {
+                "attentional_pool": True,
+                "attn_pooler_queries": self.vision.queries + 1,
+            }  # the first one is the pooled feature
             pooler["attn_pooler_heads"] = self.text.heads
         return {
             "embed_dim": self.text.width,
@@ -102,16 +112,16 @@ class CaptionerSettings(Section):
 
 
 class CaptionerFamily(Family):
-    """Fits a CoCa, from scratch or from another one (`train.init`: its shape, vocabulary and prompts stay)."""
+    """The family that trains a CoCa, from scratch or from `train.init` (keeping its shape, vocabulary and prompts)."""
 
     name: ClassVar[str] = "captioner"
     settings: ClassVar[type[Section]] = CaptionerSettings
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """Write the architecture and the vocabulary: those of `train.init`, or by the settings and the captions.
+        """Write architecture and vocabulary: from `train.init`, else from the settings and the captions.
 
-        Raises RecipeError where the settings contradict `train.init`.
+        Raises RecipeError if the settings contradict `train.init`.
         """
         settings: CaptionerSettings = train.settings
         if train.init is not None:
@@ -130,17 +140,17 @@ class CaptionerFamily(Family):
 
     @staticmethod
     def _tokenizer(settings: CaptionerSettings, samples: Samples, prompts_: list[str]) -> Tokenizer:
-        """The given vocabulary, or one trained on the captions, or CLIP's."""
+        """Return the given vocabulary, else one trained on the captions, else CLIP's."""
         text = settings.text
         if text.tokenizer is not None:
             if not (Path(text.tokenizer) / BPE_FILE).is_file():
-                problem = f"{text.tokenizer} holds no {BPE_FILE}"
-                hint = "name a folder that training.tokenizer wrote"
+                problem = f"{text.tokenizer} has no {BPE_FILE}"
+                hint = "use a folder written by a captioner's training, or remove it"
                 raise RecipeError("train.captioner.text.tokenizer", problem, hint)
             return Tokenizer.load(Path(text.tokenizer))
         if text.vocab_size is None:
             return Tokenizer.clip()
-        # Prompts count as captions, so that they become few tokens.
+        # Prompts are added to the captions so that they become few tokens.
         return Tokenizer.train([*samples.captions(), *(prompts_ * 100)], text.vocab_size)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
@@ -155,18 +165,18 @@ class CaptionerFamily(Family):
             architecture["vision_cfg"]["image_size"], self.config.get("preprocess_cfg", {})
         )
         self.model = Captioner(architecture, self.preprocessing)
-        initialise(self.model.coca)
+        initialize_coca(self.model.coca)
 
     def start_from(self, product: Path) -> None:
         initialize.load(self.model.coca, product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        """Images uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
+        """Return images uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
         tokens = torch.full((len(samples), self.length), PAD)
         labels = torch.full((len(samples), self.length - 1), IGNORED)
         for row, sample in enumerate(samples):
             prompt = self._prompt(sample.slot)
-            # A caption that is cut loses its end: the model is not to learn that captions end in mid-sentence.
+            # A truncated caption gets no end token: the model must not learn to end in mid-sentence.
             line = [self.tokenizer.start, *prompt, *self.tokenizer.ids(sample.text), self.tokenizer.end][: self.length]
             tokens[row, : len(line)] = torch.tensor(line)
             labels[row, len(prompt) : len(line) - 1] = tokens[row, 1 + len(prompt) : len(line)]
@@ -177,30 +187,30 @@ class CaptionerFamily(Family):
         if slot == ORIGINAL:
             return []
         if slot not in self.prompts:
-            hint = f"write train.captioner.prompts.{slot}, or leave the slot out of train.data.blend"
-            raise RecipeError("train.captioner.prompts", f"has none for the slot {slot!r}", hint)
+            hint = f"set train.captioner.prompts.{slot}, or remove the slot from train.data.blend"
+            raise RecipeError("train.captioner.prompts", f"has no prompt for the slot {slot!r}", hint)
         return self.prompts[slot]
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        """In a run of several workers each contrasts the pairs of its own share of the batch."""
+        """Return loss and metrics; with several workers, each contrasts only its own share of the batch."""
         length = int((batch["tokens"] != PAD).any(0).sum())
         contrast = self.train.contrastive > 0
         image, text, scale, logits = model(batch["pictures"], batch["tokens"], length, contrast)
         labels = batch["labels"][:, : length - 1]
         caption = caption_loss(logits, labels)
-        right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
-        metrics = {"caption": caption.detach(), "token_accuracy": right.detach()}
+        accuracy = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
+        metrics = {"caption": caption.detach(), "token_accuracy": accuracy.detach()}
         loss = self.train.caption * caption
         if contrast:
             contrastive = contrastive_loss(image, text, scale)
             loss = loss + self.train.contrastive * contrastive
             metrics["contrastive"] = contrastive.detach()
-        else:  # DDP waits for every weight's gradient. Decay of the idle projections is nothing: features are made unit
+        else:  # DDP waits for every weight's gradient; weight decay of unused projections is harmless
             loss = loss + 0 * (image.sum() + text.sum() + scale.sum())
         return loss, metrics
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """What `open_clip.create_model("local-dir:FOLDER")` and the recaption engine `coca` open."""
+        """Write a folder for `open_clip.create_model("local-dir:FOLDER")` and the recaption engine `coca`."""
         from safetensors.torch import save_file
 
         weights = {name: tensor.contiguous() for name, tensor in model.coca.state_dict().items()}

@@ -1,4 +1,4 @@
-"""`train.init` of a captioner: the base's shape, vocabulary and weights, and a longer context where it is asked for."""
+"""`train.init` of a captioner: base shape, vocabulary, weights; longer context."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def inherit(product: Path, settings: CaptionerSettings) -> dict[str, Any]:
-    """The base's configuration, as open_clip writes it, with the recipe's context where that is longer.
+    """Return the base's configuration in open_clip's format, with the recipe's context length if that is longer.
 
-    Raises RecipeError where the recipe sets something that the base has otherwise: it would be passed over.
+    Raises RecipeError if the recipe sets a value that differs from the base's: it would be ignored.
     """
     config = _config(product)
     architecture = config["model_cfg"]
@@ -25,10 +25,10 @@ def inherit(product: Path, settings: CaptionerSettings) -> dict[str, Any]:
     for part in ("vision", "text"):
         section = getattr(settings, part)
         for key in sorted(section.model_fields_set & there[part].keys()):
-            asked, has = getattr(section, key), there[part][key]
-            if not (asked == has or (key == "context_length" and asked > has)):
-                hint = "leave it out" + (f", or give at least {has}" if key == "context_length" else "")
-                problem = f"is {asked}, and train.init, whose shape is kept, has {has}"
+            wanted, has = getattr(section, key), there[part][key]
+            if not (wanted == has or (key == "context_length" and wanted > has)):
+                hint = "remove it" + (f", or set at least {has}" if key == "context_length" else "")
+                problem = f"is {wanted}, but train.init, whose shape is kept, has {has}"
                 raise RecipeError(f"train.captioner.{part}.{key}", problem, hint)
     _check_vocabulary(product, settings, architecture["text_cfg"]["vocab_size"])
     if "context_length" in settings.text.model_fields_set:
@@ -39,9 +39,9 @@ def inherit(product: Path, settings: CaptionerSettings) -> dict[str, Any]:
 
 
 def load(coca: Any, product: Path) -> None:
-    """Give a CoCa the base's weights; positions are stretched where it has more of them than the base.
+    """Load the base's weights into a CoCa; positions are stretched if it has more of them than the base.
 
-    Raises RecipeError where they do not fit.
+    Raises RecipeError if they do not fit.
     """
     import open_clip
     from safetensors import SafetensorError
@@ -67,12 +67,12 @@ def _config(product: Path) -> dict[str, Any]:
 
 def _refused(product: Path, why: str) -> RecipeError:
     return RecipeError(
-        "train.init", f"{product} holds no captioner that fits ({why})", "name a captioner's run or product"
+        "train.init", f"{product} has no captioner that fits ({why})", "use the run or product of a captioner"
     )
 
 
 def _shape(architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the recipe's sections `vision` and `text` would say of a model."""
+    """Return the recipe's sections `vision` and `text` that describe an architecture."""
     from open_clip.coca_model import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg
 
     vision, text = CLIPVisionCfg(**architecture["vision_cfg"]), CLIPTextCfg(**architecture["text_cfg"])
@@ -90,16 +90,16 @@ def _shape(architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_vocabulary(product: Path, settings: CaptionerSettings, size: int) -> None:
-    """Raise RecipeError where the recipe asks for another vocabulary than the base's."""
+    """Raise RecipeError if the recipe sets a vocabulary other than the base's."""
     text = settings.text
-    if text.vocab_size is not None and text.vocab_size < size:  # it says how many words there are at most
-        problem = f"is {text.vocab_size}, and the vocabulary of train.init, which is kept, has {size}"
-        raise RecipeError("train.captioner.text.vocab_size", problem, "leave it out")
+    if text.vocab_size is not None and text.vocab_size < size:  # vocab_size is an upper bound
+        problem = f"is {text.vocab_size}, but the vocabulary of train.init, which is kept, has {size}"
+        raise RecipeError("train.captioner.text.vocab_size", problem, "remove it")
     if text.tokenizer is not None and _merges(Path(text.tokenizer)) != _merges(product):
-        problem = f"{text.tokenizer} holds another vocabulary than train.init, whose own is kept"
-        raise RecipeError("train.captioner.text.tokenizer", problem, "leave it out")
+        problem = f"{text.tokenizer} differs from the vocabulary of train.init, which is kept"
+        raise RecipeError("train.captioner.text.tokenizer", problem, "remove it")
 
 
 def _merges(folder: Path) -> list[tuple[str, str]]:
-    """Those of the vocabulary in a folder; CLIP's where it has none."""
+    """Return the merges of the vocabulary in a folder; CLIP's if it has none."""
     return (Tokenizer.load(folder) if (folder / BPE_FILE).is_file() else Tokenizer.clip()).merges

@@ -1,11 +1,7 @@
-"""Latent diffusion from text: a network that turns noise into the latents of an image that its caption describes.
+"""Captioned images → a text-to-image latent diffusion pipeline.
 
-settings.py     what a recipe may say in `train.diffusion`; presets.py, samplers.py: names in it
-text.py         captions → ids → states, by the encoders that towers.py and open_clip.py open
-backbone.py     what a network says of itself; unet.py, dit.py, mmdit.py: one each; backbones.py: which one
-model.py        network and text encoders as one trainable module
-process.py      from data to noise: what is learnt at each step, and the scheduler that walks back
-family.py       batches, loss, and the product: a folder that `DiffusionPipeline.from_pretrained` opens
+Order: presets, schedulers → config → open_clip_text, load_text_encoder → text_encoders → backbone → unet, dit, mmdit →
+registry → denoiser → objectives, process → family.
 """
 
 from capstan.training.models.diffusion.config import DiffusionSettings

@@ -1,6 +1,6 @@
-"""What a network between noise and prediction must say of itself: its diffusers class, its text slots, its pipeline.
+"""Interface of denoising networks: diffusers class, text slots, pipeline.
 
-A backbone is a file with a class derived from `Backbone`; training.diffusion.backbones says which one a recipe means.
+A backbone is a file with a class derived from `Backbone`; registry.py returns the one that a recipe names.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ _FIELD = "train.diffusion.config"
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What the network is fastened to: latents [channels, side, side], and text encoders of these widths by slot."""
+    """Latents [channels, side, side] and the text encoders' widths by slot, between which a network is built."""
 
     channels: int
     side: int
-    widths: Mapping[str, int]  # of the states
-    pooled: Mapping[str, int]  # of the projected state; 0: none
+    widths: Mapping[str, int]  # slot → width of the states
+    pooled: Mapping[str, int]  # slot → width of the projected state; 0: not used
     longest: int = 0  # latents along the longest side of any bucket
 
     @classmethod
-    def of(cls, channels: int, side: int, towers: Iterable[TextEncoder], longest: int = 0) -> LatentSpec:
-        by_name = {tower.slot.name: tower for tower in towers}
-        widths = {name: tower.width for name, tower in by_name.items()}
-        pooled = {name: tower.pooled_width for name, tower in by_name.items()}
+    def of(cls, channels: int, side: int, encoders: Iterable[TextEncoder], longest: int = 0) -> LatentSpec:
+        by_name = {encoder.slot.name: encoder for encoder in encoders}
+        widths = {name: encoder.width for name, encoder in by_name.items()}
+        pooled = {name: encoder.pooled_width for name, encoder in by_name.items()}
         return cls(channels, side, widths, pooled, longest)
 
 
 class Backbone(ABC):
-    """One kind of network. `config` is its diffusers configuration; what follows from `LatentSpec` may be left out."""
+    """A kind of network. `config` is its diffusers configuration; keys derived from `LatentSpec` may be missing."""
 
     part: ClassVar[str]  # its name in the pipeline
     slots: ClassVar[tuple[Slot, ...]]  # the pipeline's text encoders
     shifts: ClassVar[bool] = False  # whether the pipeline applies the autoencoder's shift_factor
     exact_times: ClassVar[bool] = False  # whether it takes FlowMatchEulerDiscreteScheduler
-    conditioned: ClassVar[bool] = False  # whether it is told original size, crop and size (SDXL's micro-conditions)
+    conditioned: ClassVar[bool] = False  # whether it takes original size, crop and size (SDXL's micro-conditions)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = {name: value for name, value in config.items() if not name.startswith("_")}
 
     @property
     def patch(self) -> int:
-        """Latents along a side of a patch: those of an image are whole patches."""
+        """Latents along one side of a patch; images must be whole patches."""
         return int(self.config.get("patch_size", 1))
 
     @property
     def divisor(self) -> int:
-        """By how many latents both sides of what is trained on must divide."""
+        """The number of latents that both sides of training images must be multiples of."""
         return self.patch
 
     @abstractmethod
     def network(self) -> Any:
-        """The diffusers class."""
+        """Return the diffusers class."""
 
     @abstractmethod
-    def follows(self, ends: LatentSpec) -> dict[str, Any]:
-        """The keys of the configuration that follow from `ends`."""
+    def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
+        """Return the configuration keys that follow from `spec`."""
 
     @abstractmethod
     def predict(
@@ -77,39 +77,41 @@ class Backbone(ABC):
         text: Mapping[str, torch.Tensor],
         conditions: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The network's output [B, C, h, w], called as the pipeline calls it; `text` as `TextEncoders.states` gives."""
+        """Return the network's output [B, C, h, w], called as in the pipeline; `text` is from `TextEncoders.states`."""
 
     @abstractmethod
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
-        """The diffusers pipeline of its parts by name: vae, scheduler, this network, encoders and tokenizers."""
+        """Build the diffusers pipeline from its parts by name: vae, scheduler, this network, encoders, tokenizers."""
 
-    def check(self, ends: LatentSpec) -> None:  # noqa: B027 - few need it
-        """Raises RecipeError where the network does not go with `ends`."""
+    def check(self, spec: LatentSpec) -> None:  # noqa: B027 - few backbones need it
+        """Raise RecipeError if the network does not fit `spec`."""
 
-    def initialise(self, net: nn.Module) -> None:  # noqa: B027 - UNets do not need it
-        """Make good what diffusers leaves at torch's defaults and the paper does not."""
+    def initialize(self, net: nn.Module) -> None:  # noqa: B027 - UNets do not need it
+        """Initialise weights as the paper does where diffusers leaves torch's defaults."""
 
-    def build(self, ends: LatentSpec) -> Any:
-        """A new network, drawn from torch's global generator. Raises RecipeError where the configuration is none."""
-        self.check(ends)
-        network, follows = self.network(), self.follows(ends)
+    def build(self, spec: LatentSpec) -> Any:
+        """Return a new network, initialised from torch's global generator. Raises RecipeError for bad keys."""
+        self.check(spec)
+        network, derived = self.network(), self.derived_config(spec)
         known = inspect.signature(network.__init__).parameters
         if unknown := sorted(self.config.keys() - known.keys()):
-            raise RecipeError(f"{_FIELD}.{unknown[0]}", f"is no key of {network.__name__}", "remove it")
-        for name, value in follows.items():
+            raise RecipeError(f"{_FIELD}.{unknown[0]}", f"is not a key of {network.__name__}", "remove it")
+        for name, value in derived.items():
             given = self.config.get(name)
             if given is not None and given != value and name not in ("sample_size", "out_channels"):
-                problem = f"is {given}, and the autoencoder and the text encoders make it {value}"
-                raise RecipeError(f"{_FIELD}.{name}", problem, "leave it out, or name others")
+                problem = f"is {given}, but the autoencoder and the text encoders require {value}"
+                raise RecipeError(f"{_FIELD}.{name}", problem, "remove it, or use other encoders")
         try:
-            net = network(**(self.config | follows))
+            net = network(**(self.config | derived))
         except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            raise RecipeError(_FIELD, f"{network.__name__} refuses it ({error})", "see diffusers' own pages") from None
-        self.initialise(net)
+            raise RecipeError(
+                _FIELD, f"{network.__name__} rejects it ({error})", "see the diffusers documentation"
+            ) from None
+        self.initialize(net)
         return net
 
 
 def fit_pipeline(pipeline: Any, backbone: Backbone, parts: Mapping[str, Any], **others: Any) -> Any:
-    """`pipeline` made of `parts`, with None in every text slot that is empty."""
+    """Return `pipeline` built from `parts`, with None in every empty text slot."""
     empty = {name: None for slot in backbone.slots for name in (slot.name, slot.tokenizer)}
     return pipeline(**(empty | dict(parts)), **others)

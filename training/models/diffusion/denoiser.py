@@ -1,6 +1,6 @@
-"""The denoiser: noisy latents, timesteps and text → a prediction; a backbone's network and the text encoders it trains.
+"""The trainable module: a backbone's network and its trained text encoders.
 
-Shapes: latents and prediction [B, C, h, w]; timesteps [B]; text as in training.diffusion.text; conditions [B, 6].
+Shapes: latents and prediction [B, C, h, w]; timesteps [B]; text as in text_encoders; conditions [B, 6].
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from capstan.training.models.diffusion.text_encoders import TextEncoders, states
 
 
 class Denoiser(nn.Module):
-    """The network under the name that its pipeline gives it, and the text encoders if those are trained too."""
+    """The network, under its name in the pipeline, and the text encoders if they are trained too."""
 
     def __init__(self, backbone: Backbone, net: nn.Module, text: TextEncoders) -> None:
         super().__init__()
         self.backbone = backbone
-        self.text_slots = tuple(tower.slot for tower in text.towers)
+        self.text_slots = tuple(encoder.slot for encoder in text.encoders)
         self.add_module(backbone.part, net)
-        trained = {tower.slot.name: tower.encoder for tower in text.towers} if text.own else {}
+        trained = {encoder.slot.name: encoder.encoder for encoder in text.encoders} if text.own else {}
         for slot in backbone.slots:
             self.register_module(slot.name, trained.get(slot.name))
 
@@ -39,9 +39,9 @@ class Denoiser(nn.Module):
         conditions: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`text` is ids where the text encoders are part of this module, else states.
+        """Return the prediction. `text` is ids if the text encoders are part of this module, else states.
 
-        `kept` [B, encoders]: whose states are seen at all; the others' are 0.
+        `kept` [B, encoders]: whether a sample sees an encoder's states; the others are set to 0.
         """
         states = dict(text)
         for slot in self.text_slots:
@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
         return self.backbone.predict(self.net, noisy, timesteps, states, conditions)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again on the way back rather than keep them: less memory, about a third more time."""
+        """Recompute activations in the backward pass: less memory, about a third more time."""
         self.net.enable_gradient_checkpointing()
         for slot in self.text_slots:
             if (encoder := getattr(self, slot.name)) is not None:

@@ -1,4 +1,6 @@
-"""PixArtTransformer2DModel, drawn by PixArtSigmaPipeline: a diffusion transformer that attends to T5's states.
+"""PixArt's diffusion transformer, with cross-attention to T5's states.
+
+PixArtTransformer2DModel, for PixArtSigmaPipeline.
 
 DiT (Peebles & Xie 2023) with cross-attention and one modulation for all blocks (Chen et al. 2023, PixArt-α), on texts
 of up to 300 tokens (Chen et al. 2024, PixArt-Σ).
@@ -17,7 +19,7 @@ from capstan.training.models.diffusion.text_encoders import Slot
 
 
 class DiT(Backbone):
-    """A T5; or a small CLIP of one's own, given as many tokens as the pipeline gives its T5."""
+    """Text encoders: a frozen T5, or a trained small CLIP with as many tokens as the pipeline's T5."""
 
     part = "transformer"
     slots = (Slot("text_encoder", "t5", masked=True, lower=True, length=300),)
@@ -31,27 +33,27 @@ class DiT(Backbone):
     def patch(self) -> int:
         return int(self.config.get("patch_size", 2))
 
-    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+    def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
         width = int(self.config.get("num_attention_heads", 16)) * int(self.config.get("attention_head_dim", 72))
         return {
-            "sample_size": ends.side,
-            "in_channels": ends.channels,
-            "out_channels": ends.channels,  # no learnt variance
+            "sample_size": spec.side,
+            "in_channels": spec.channels,
+            "out_channels": spec.channels,  # without a learnt variance
             "cross_attention_dim": width,
-            "caption_channels": ends.widths["text_encoder"],
-            "use_additional_conditions": False,  # as PixArt-Σ
+            "caption_channels": spec.widths["text_encoder"],
+            "use_additional_conditions": False,  # as in PixArt-Σ
         }
 
-    def initialise(self, net: nn.Module) -> None:
-        """As PixArt's: every block begins as the identity to text, and the whole predicts 0."""
-        tower: Any = net
-        initialise_transformer(net, tower.pos_embed.proj)
-        time = tower.adaln_single
+    def initialize(self, net: nn.Module) -> None:
+        """Initialise as PixArt does: every block starts as the identity to text, and the network predicts 0."""
+        inner: Any = net
+        initialize_transformer(net, inner.pos_embed.proj)
+        time = inner.adaln_single
         for linear in (time.emb.timestep_embedder.linear_1, time.emb.timestep_embedder.linear_2, time.linear):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in (tower.caption_projection.linear_1, tower.caption_projection.linear_2):
+        for linear in (inner.caption_projection.linear_1, inner.caption_projection.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
-        zero(*(block.attn2.to_out[0] for block in tower.transformer_blocks), tower.proj_out)
+        zero(*(block.attn2.to_out[0] for block in inner.transformer_blocks), inner.proj_out)
 
     def predict(
         self,
@@ -77,8 +79,8 @@ class DiT(Backbone):
         return fit_pipeline(PixArtSigmaPipeline, self, parts)
 
 
-def initialise_transformer(net: nn.Module, patches: nn.Conv2d) -> None:
-    """DiT's start (Peebles & Xie 2023, their code): matrices Xavier-uniform, biases 0, patches like a matrix."""
+def initialize_transformer(net: nn.Module, patches: nn.Conv2d) -> None:
+    """Initialise as DiT's code does (Peebles & Xie 2023): matrices and patches Xavier-uniform, biases 0."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -90,7 +92,7 @@ def initialise_transformer(net: nn.Module, patches: nn.Conv2d) -> None:
 
 
 def zero(*layers: nn.Linear) -> None:
-    """Let these layers give 0 at the start (adaLN-Zero, Peebles & Xie 2023, §3.2)."""
+    """Zero these layers' weights (adaLN-Zero, Peebles & Xie 2023, §3.2)."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:

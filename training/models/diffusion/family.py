@@ -1,4 +1,4 @@
-"""The family `diffusion`: captioned images → a text-to-image pipeline in diffusers' format.
+"""The family `diffusion`: captioned images → a diffusers pipeline.
 
 image ─frozen autoencoder─▶ latent ─process─▶ noisy latent, time ─┐
 caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ──────────┴▶ backbone ─▶ prediction; loss = squared error
@@ -41,7 +41,7 @@ _STYLE_SAMPLES = 512  # captions that the style is measured on
 
 
 class DiffusionFamily(Family):
-    """Fits a backbone (and small text encoders, unless others are given) on the latents of a frozen autoencoder."""
+    """The family that trains a backbone (and text encoders unless frozen ones are given) on latents."""
 
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
@@ -50,23 +50,23 @@ class DiffusionFamily(Family):
     @classmethod
     def check(cls, train: TrainConfig) -> None:
         if train.data.latents is not None and train.settings.crop != "center":
-            problem = "latents made ahead are of the images' middle, whatever crop says"
-            raise RecipeError("train.diffusion.crop", problem, "use crop: center, or remove train.data.latents")
+            problem = "latents are precomputed from the center of images, whatever crop is"
+            raise RecipeError("train.diffusion.crop", problem, "set crop: center, or remove train.data.latents")
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
-        """The tokenizer, learnt from the captions (or that of the model to start from), and the size of images."""
+        """Write the tokenizer (learnt from the captions, or that of `train.init`), image size and caption style."""
         settings: DiffusionSettings = train.settings
         if settings.text.pretrained is None and train.init is not None:
-            _take_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
+            _copy_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
         vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
         size, identity = measure(train, vae, samples)
-        encoder, asked = fingerprint(identity), train.data.latents
-        if asked not in (None, AUTO, encoder):
-            problem = f"{asked} are not of this autoencoder and image size (those would be {encoder})"
-            raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
+        encoder, wanted = fingerprint(identity), train.data.latents
+        if wanted not in (None, AUTO, encoder):
+            problem = f"{wanted} are of another autoencoder or image size (this one's would be {encoder})"
+            raise RecipeError("train.data.latents", problem, "run `capstan encode` and set the id that it prints")
         write_facts(folder, size=size, style=_style(samples).facts())
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
@@ -84,13 +84,13 @@ class DiffusionFamily(Family):
         sizes = sizes_of(train.data.buckets) if train.data.buckets is not None else []
         longest = max((max(size) // factor_of(self.vae.config) for size in sizes), default=self.side)
         net = self.backbone.build(
-            LatentSpec.of(int(self.vae.config.latent_channels), self.side, self.text.towers, longest)
+            LatentSpec.of(int(self.vae.config.latent_channels), self.side, self.text.encoders, longest)
         )
         self.model = Denoiser(self.backbone, net, self.text)
         self.frozen = [self.vae]
         if encoders is not None and train.data.text_states is None:
             self.frozen += encoders.modules
-        elif encoders is not None:  # made ahead: the encoders, perhaps larger than the network, keep off the GPU
+        elif encoders is not None:  # precomputed: the encoders, which can be larger than the network, stay off the GPU
             encoders.to(torch.device("cpu"))
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
         self.nothing = self.text.ids([""])  # each [1, L]
@@ -103,7 +103,7 @@ class DiffusionFamily(Family):
 
     @classmethod
     def text_encoder(cls, train: TrainConfig) -> TextEncoders | None:
-        """The frozen encoders, whose states may be made ahead; None where they are trained."""
+        """Return the frozen encoders, whose states can be precomputed; None if they are trained."""
         settings: DiffusionSettings = train.settings
         if settings.text.pretrained is None:
             return None
@@ -117,7 +117,9 @@ class DiffusionFamily(Family):
                 if module is not None:
                     module.load_state_dict(type(module).from_pretrained(product / name).state_dict())
         except (OSError, RuntimeError) as error:
-            raise RecipeError("train.init", f"{product} has another shape ({error})", "use its settings") from None
+            raise RecipeError(
+                "train.init", f"{product} has a different shape ({error})", "use the settings of that run"
+            ) from None
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch: Batch = {**self.text.ids([sample.text for sample in samples]), **states_of(samples)}
@@ -138,33 +140,33 @@ class DiffusionFamily(Family):
         text, metrics = self._text(batch, dropped), {"text_dropped": dropped.float().mean()}
         kept = None
         if self.train.drop_each is not None:
-            kept = ~drop_encoders(count, len(self.text.towers), self.train.drop_each, draw)
+            kept = ~drop_encoders(count, len(self.text.encoders), self.train.drop_each, draw)
             metrics["encoders_dropped"] = 1 - kept.float().mean()
         prediction = model(task.noisy.to(dtype), task.timesteps, text, batch.get("conditions"), kept)
         metrics["loss_by_time"] = PerSampleLoss(sample_mse(prediction.detach(), task.target), task.timesteps / STEPS)
         return weighted_mse(prediction, task.target, task.weight), metrics
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """The folder of a diffusers pipeline with the EMA's weights."""
+        """Write the folder of a diffusers pipeline with the EMA's weights."""
         parts = {"vae": self.vae.to("cpu"), "scheduler": self.process.scheduler(), self.backbone.part: model.net}
-        for tower in self.text.towers:
-            trained = getattr(model, tower.slot.name)
-            parts[tower.slot.name] = tower.encoder.to("cpu") if trained is None else trained
-            parts[tower.slot.tokenizer] = tower.tokenizer
+        for encoder in self.text.encoders:
+            trained = getattr(model, encoder.slot.name)
+            parts[encoder.slot.name] = encoder.encoder.to("cpu") if trained is None else trained
+            parts[encoder.slot.tokenizer] = encoder.tokenizer
         self.backbone.pipeline(parts).save_pretrained(folder, safe_serialization=True)
-        style = read_facts(self.assets).get("style")  # none in runs that were begun before it was measured
+        style = read_facts(self.assets).get("style")  # missing in runs started before it was measured
         facts = {"size": self.size, "sampling": self.train.sampling.model_dump(exclude={"sampler"})}
         write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
 
     def describe(self) -> dict[str, Any]:
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}
         facts[self.backbone.part] = sum(p.numel() for p in self.model.net.parameters())
-        words = {f"vocabulary{tower.slot.suffix}": len(tower.tokenizer) for tower in self.text.towers}
-        return facts | words | {"objective": self.train.objective}
+        vocabularies = {f"vocabulary{encoder.slot.suffix}": len(encoder.tokenizer) for encoder in self.text.encoders}
+        return facts | vocabularies | {"objective": self.train.objective}
 
     def _text(self, batch: Batch, dropped: torch.Tensor) -> Texts:
-        """What the model is told of the captions, those of the `dropped` rows being empty: ids, or frozen states."""
-        if self.text.towers[0].slot.states in batch:  # made ahead
+        """Return the model's text input (ids, or frozen states), with empty captions in the `dropped` rows."""
+        if self.text.encoders[0].slot.states in batch:  # precomputed
             states = {name: value for name, value in batch.items() if name.startswith("text_")}
             return _emptied(states, self._nothing(dropped.device), dropped)
         nothing = {name: value.to(dropped.device) for name, value in self.nothing.items()}
@@ -172,14 +174,14 @@ class DiffusionFamily(Family):
         return ids if self.text.own else self.text.states(ids)
 
     def _nothing(self, device: torch.device) -> Texts:
-        """The states of an empty caption, each [1, ...]."""
+        """Return the states of an empty caption, each [1, ...]."""
         if self._nothing_states is None:
             self._nothing_states = {name: value.to(device) for name, value in self.text([""]).items()}
         return self._nothing_states
 
     def _latents(self, batch: Batch, draw: torch.Generator) -> torch.Tensor:
-        """Latents [B, C, h, w] as the network sees them: drawn from the posterior, shifted, scaled; float32."""
-        if "latents" in batch:  # stored: mean and standard deviation, one after the other
+        """Return the network's latents [B, C, h, w]: sampled from the posterior, shifted, scaled; float32."""
+        if "latents" in batch:  # stored: mean, then standard deviation, along the channels
             mean, std = batch["latents"].float().chunk(2, dim=1)
         else:
             with torch.no_grad():
@@ -190,36 +192,36 @@ class DiffusionFamily(Family):
 
 
 def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
-    """The autoencoder. Raises RecipeError where the pipeline would not undo what it does to latents."""
+    """Load the autoencoder. Raises RecipeError if it normalises latents in a way that the pipeline does not undo."""
     vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
     unknown = [name for name in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(name)]
     if unknown and not (shifts and unknown == ["shift_factor"]):
-        problem = f"has a {unknown[0]}, which this network's diffusers pipeline does not apply"
-        raise RecipeError("train.diffusion.autoencoder", problem, "name an autoencoder without one")
+        problem = f"has a {unknown[0]}, which the diffusers pipeline of this network does not apply"
+        raise RecipeError("train.diffusion.autoencoder", problem, "use an autoencoder without it")
     return vae
 
 
 def _check_positions(text: TextEncoders) -> None:
-    """Raises RecipeError where ZeRO 3 would shard a CLIP's table of positions, whose shape transformers reads."""
-    for tower in text.towers:
-        shape = tower.encoder.config
+    """Raise RecipeError if ZeRO 3 would shard a CLIP's table of positions, whose shape transformers reads."""
+    for encoder in text.encoders:
+        shape = encoder.encoder.config
         if shape.max_position_embeddings * shape.hidden_size > _KEPT_WHOLE:
             problem = f"would shard the {shape.max_position_embeddings} positions of a text encoder this wide"
             raise RecipeError("train.engine.zero", problem, "use zero: 2, or a smaller train.diffusion.text.width")
 
 
-def _take_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
-    """Copy the tokenizer of a product, whose text encoders are to be trained on. Raises RecipeError."""
+def _copy_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) -> None:
+    """Copy the tokenizer of a product whose text encoders are trained further. Raises RecipeError."""
     name = next(slot.tokenizer for slot in backbone_of(settings).slots if slot.required)
     config = product / name / "tokenizer_config.json"
     if not config.is_file() or "CLIPTokenizer" not in config.read_text(encoding="utf-8"):
-        problem = f"{product} has no {name} of CLIP's kind"
-        raise RecipeError("train.init", problem, "name a run of the same network with text encoders of its own")
+        problem = f"{product} has no CLIP tokenizer in {name}"
+        raise RecipeError("train.init", problem, "use a run of the same network that trained its own text encoders")
     shutil.copytree(product / name, folder)
 
 
 def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
-    """`texts` [B, ...], with `nothing` [1, ...] in the rows that are `dropped`."""
+    """Return `texts` [B, ...] with `nothing` [1, ...] in the `dropped` rows."""
     return {
         name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), nothing[name].to(value.dtype), value)
         for name, value in texts.items()
@@ -227,7 +229,7 @@ def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
 
 
 def _style(samples: Samples) -> Style:
-    """How the captions are written that the model will see most: those of one slot."""
+    """Measure the style of the captions of the most frequent slot."""
     texts: dict[str, list[str]] = {}
     for index in range(0, len(samples), max(1, len(samples) // _STYLE_SAMPLES)):
         sample = samples.sample(index)

@@ -1,7 +1,7 @@
-"""A folder or name → a text encoder of transformers' and its tokenizer: CLIP, T5, or an open_clip tower made into one.
+"""A folder or name → a transformers text encoder (CLIP, T5) and its tokenizer.
 
-transformers    config.json, *.safetensors, and the tokenizer beside it, or in the pipeline folder around it
-open_clip       a folder with open_clip_config.json, or a name with a checkpoint; see training.diffusion.open_clip
+transformers    config.json, *.safetensors, and the tokenizer in the same folder or in the pipeline folder around it
+open_clip       a folder with open_clip_config.json, or a name with a checkpoint; see open_clip_text.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KINDS: dict[str, Kind] = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"
 
 
 def load_text_encoder(chosen: EncoderSettings, slot: str, kind: Kind, projected: bool, field: str) -> tuple[Any, Any]:
-    """(encoder, tokenizer) for a pipeline's `slot`. Raises RecipeError naming `field`.
+    """Load (encoder, tokenizer) for a pipeline's `slot`. Raises RecipeError naming `field`.
 
     CLIP: CLIPTextModel, or CLIPTextModelWithProjection if `projected`. T5: T5EncoderModel.
     """
@@ -31,24 +31,26 @@ def load_text_encoder(chosen: EncoderSettings, slot: str, kind: Kind, projected:
         from capstan.training.models.diffusion.open_clip_text import convert
 
         if kind != "clip":
-            raise RecipeError(field, f"{chosen.model} is an open_clip, and {slot} is a {kind.upper()}", _ANOTHER)
+            raise RecipeError(
+                field, f"{chosen.model} is an open_clip model, but {slot} must be a {kind.upper()}", _ANOTHER
+            )
         return convert(chosen, projected=projected, field=field)
     own = root / slot
     folder = own if own.is_dir() else root / "text_encoder" if (root / "text_encoder").is_dir() else root
     if not (folder / "config.json").is_file():
-        hint = "name a folder that transformers or open_clip reads, or {model: a name of open_clip, pretrained: …}"
+        hint = "set a folder that transformers or open_clip can load, or {model: an open_clip name, pretrained: …}"
         raise RecipeError(field, f"no text encoder at {root}", hint)
     words = folder.with_name(folder.name.replace("text_encoder", "tokenizer")) if folder != root else root
     try:
-        found = _KINDS.get(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
-        if found != kind:
-            raise RecipeError(field, f"{folder} holds no {kind.upper()}, which {slot} is", _ANOTHER)
+        stored = _KINDS.get(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
+        if stored != kind:
+            raise RecipeError(field, f"{folder} is not a {kind.upper()}, which {slot} must be", _ANOTHER)
         return _t5(folder, words) if kind == "t5" else _clip(folder, words, projected, field)
     except (OSError, ValueError) as error:
-        raise RecipeError(field, f"{folder} holds no {kind.upper()} text encoder ({error})", _ANOTHER) from None
+        raise RecipeError(field, f"{folder} is not a {kind.upper()} text encoder ({error})", _ANOTHER) from None
 
 
-_ANOTHER = "name another folder"
+_ANOTHER = "use another folder"
 
 
 def _clip(folder: Path, words: Path, projected: bool, field: str) -> tuple[Any, Any]:
@@ -56,9 +58,9 @@ def _clip(folder: Path, words: Path, projected: bool, field: str) -> tuple[Any, 
 
     chosen = CLIPTextModelWithProjection if projected else CLIPTextModel
     encoder, report = chosen.from_pretrained(folder, output_loading_info=True)
-    if report["missing_keys"]:  # transformers would draw them at random
+    if report["missing_keys"]:  # transformers would initialise them at random
         problem = f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}"
-        raise RecipeError(field, problem, "name a CLIP with its text projection" if projected else _ANOTHER)
+        raise RecipeError(field, problem, "use a CLIP with its text projection" if projected else _ANOTHER)
     return encoder, CLIPTokenizer.from_pretrained(words, model_max_length=encoder.config.max_position_embeddings)
 
 

@@ -1,7 +1,9 @@
-"""SD3Transformer2DModel, drawn by StableDiffusion3Pipeline: text and image in one attention, each with its weights.
+"""Stable Diffusion 3's transformer: joint attention over text and image.
 
-MMDiT (Esser et al. 2024, SD3, fig. 2): two CLIPs' states side by side, padded with zeros to T5's width, then T5's
-states after them; the CLIPs' pooled states side by side beside the time.
+SD3Transformer2DModel, for StableDiffusion3Pipeline.
+
+MMDiT (Esser et al. 2024, SD3, fig. 2): two CLIPs' states, concatenated and zero-padded to T5's width, followed by T5's
+states; the CLIPs' concatenated pooled states are added to the time embedding.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from torch.nn import functional as F
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
-from capstan.training.models.diffusion.dit import initialise_transformer, zero
+from capstan.training.models.diffusion.dit import initialize_transformer, zero
 from capstan.training.models.diffusion.text_encoders import Slot
 
-_T5_TOKENS = 256  # the pipeline puts as many zeros in T5's place where there is none
+_T5_TOKENS = 256  # without a T5 the pipeline uses as many zero states
 
 
 class MMDiT(Backbone):
-    """Two CLIPs with their projections, and a T5 or none; or two small CLIPs of one's own."""
+    """Text encoders: two frozen CLIPs with projections and optionally a T5, or two trained small CLIPs."""
 
     part = "transformer"
     slots = (
@@ -42,42 +44,42 @@ class MMDiT(Backbone):
     def patch(self) -> int:
         return int(self.config.get("patch_size", 2))
 
-    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+    def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
         width = int(self.config.get("num_attention_heads", 18)) * int(self.config.get("attention_head_dim", 64))
         made = {
-            "sample_size": ends.side,
-            "in_channels": ends.channels,
-            "out_channels": ends.channels,
+            "sample_size": spec.side,
+            "in_channels": spec.channels,
+            "out_channels": spec.channels,
             "caption_projection_dim": width,
-            "pooled_projection_dim": sum(ends.pooled.values()),
-            "joint_attention_dim": ends.widths.get("text_encoder_3", _clips(ends)),
+            "pooled_projection_dim": sum(spec.pooled.values()),
+            "joint_attention_dim": spec.widths.get("text_encoder_3", _clips(spec)),
         }
         if self.config.get("pos_embed_max_size") is None:
-            # Room for other shapes, up to four to one, and for all buckets.
-            made["pos_embed_max_size"] = max(2 * ends.side, ends.longest) // self.patch
+            # Allows other shapes, up to 4:1, and all buckets.
+            made["pos_embed_max_size"] = max(2 * spec.side, spec.longest) // self.patch
         return made
 
-    def check(self, ends: LatentSpec) -> None:
-        most, needed = self.config.get("pos_embed_max_size"), max(ends.side, ends.longest) // self.patch
+    def check(self, spec: LatentSpec) -> None:
+        most, needed = self.config.get("pos_embed_max_size"), max(spec.side, spec.longest) // self.patch
         if most is not None and most < needed:
-            problem = f"is {most}, and the longest side of what is trained on has {needed} patches"
-            raise RecipeError("train.diffusion.config.pos_embed_max_size", problem, "leave it out, or raise it")
-        t5 = ends.widths.get("text_encoder_3")
-        if t5 is not None and _clips(ends) > t5:
-            problem = f"T5's width {t5} is less than both CLIPs' together ({_clips(ends)}), which are padded to it"
-            raise RecipeError("train.diffusion.text.pretrained", problem, "name a wider T5, or none")
+            problem = f"is {most}, but the longest side of the training images has {needed} patches"
+            raise RecipeError("train.diffusion.config.pos_embed_max_size", problem, "remove it, or raise it")
+        t5 = spec.widths.get("text_encoder_3")
+        if t5 is not None and _clips(spec) > t5:
+            problem = f"T5's width {t5} is less than that of both CLIPs ({_clips(spec)}), which are padded to it"
+            raise RecipeError("train.diffusion.text.pretrained", problem, "use a wider T5, or none")
 
-    def initialise(self, net: nn.Module) -> None:
-        """As DiT's: every block begins as the identity (adaLN-Zero), and the whole predicts 0."""
-        tower: Any = net
-        initialise_transformer(net, tower.pos_embed.proj)
-        time = tower.time_text_embed
+    def initialize(self, net: nn.Module) -> None:
+        """Initialise as DiT does: every block starts as the identity (adaLN-Zero), and the network predicts 0."""
+        inner: Any = net
+        initialize_transformer(net, inner.pos_embed.proj)
+        time = inner.time_text_embed
         for embedder in (time.timestep_embedder, time.text_embedder):
             for linear in (embedder.linear_1, embedder.linear_2):
                 nn.init.normal_(linear.weight, std=0.02)
-        for block in tower.transformer_blocks:
+        for block in inner.transformer_blocks:
             zero(block.norm1.linear, block.norm1_context.linear)
-        zero(tower.norm_out.linear, tower.proj_out)
+        zero(inner.norm_out.linear, inner.proj_out)
 
     def predict(
         self,
@@ -105,18 +107,18 @@ class MMDiT(Backbone):
         from diffusers import StableDiffusion3Pipeline
 
         vae = parts["vae"]
-        if vae.config.shift_factor is None:  # the pipeline adds it, whatever it is
+        if vae.config.shift_factor is None:  # the pipeline adds it unconditionally
             vae.register_to_config(shift_factor=0.0)
         if "text_encoder_3" not in parts:
-            encoder, tokenizer = _silent_t5(int(parts[self.part].config.joint_attention_dim))
+            encoder, tokenizer = _zero_t5(int(parts[self.part].config.joint_attention_dim))
             parts = {**parts, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
         return fit_pipeline(StableDiffusion3Pipeline, self, parts)
 
 
-def _silent_t5(width: int) -> tuple[Any, Any]:
-    """A T5 without layers that gives zeros, as the pipeline does without one.
+def _zero_t5(width: int) -> tuple[Any, Any]:
+    """Return a T5 without layers whose states are 0, as in the pipeline without a T5.
 
-    `DiffusionPipeline.from_pretrained` opens this pipeline without a T5 only if the caller says that there is none.
+    `DiffusionPipeline.from_pretrained` opens this pipeline without a T5 only if the caller passes None for it.
     """
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -127,5 +129,5 @@ def _silent_t5(width: int) -> tuple[Any, Any]:
     return encoder, tokenizer
 
 
-def _clips(ends: LatentSpec) -> int:
-    return ends.widths["text_encoder"] + ends.widths["text_encoder_2"]
+def _clips(spec: LatentSpec) -> int:
+    return spec.widths["text_encoder"] + spec.widths["text_encoder_2"]

@@ -1,6 +1,6 @@
-"""What a diffusion model learns: clean latents, noise and time → noisy latents, target and loss weight.
+"""Diffusion objectives: latents, noise and time → noisy latents, target, weight.
 
-Pure functions, each with its paper and equation. Two families of paths from data x0 to noise ε ~ N(0, I):
+Pure functions, each with its paper and equation. Two kinds of paths from data x0 to noise ε ~ N(0, I):
 
     DDPM             x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε     t = 0 … T−1, ᾱ falling from about 1 to about 0
     rectified flow   x_t = (1−t) x0 + t ε           t in [0, 1]
@@ -23,7 +23,7 @@ Prediction = Literal["epsilon", "sample", "v_prediction"]  # diffusers' names fo
 def cumulative_alphas(
     steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, *, zero_terminal_snr: bool = False
 ) -> torch.Tensor:
-    """ᾱ [T] of the “scaled linear” schedule: √β rises linearly (Rombach et al. 2022, latent diffusion, §4).
+    """Return ᾱ [T] of the “scaled linear” schedule: √β rises linearly (Rombach et al. 2022, latent diffusion, §4).
 
     ᾱ_t = Π_{s≤t} (1 − β_s) (Ho et al. 2020, DDPM, eq. 4). The same numbers as diffusers' schedulers.
     """
@@ -33,7 +33,7 @@ def cumulative_alphas(
 
 
 def rescale_to_zero_terminal_snr(alphas: torch.Tensor) -> torch.Tensor:
-    """ᾱ [T] shifted and scaled so that ᾱ_T = 0 and ᾱ_0 is kept.
+    """Shift and scale ᾱ [T] so that ᾱ_T = 0 and ᾱ_0 is kept.
 
     Lin et al. 2023, “Common diffusion noise schedules and sample steps are flawed”, alg. 1.
     """
@@ -43,24 +43,24 @@ def rescale_to_zero_terminal_snr(alphas: torch.Tensor) -> torch.Tensor:
 
 
 def diffuse(x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """x_t = √ᾱ x0 + √(1−ᾱ) ε (Ho et al. 2020, eq. 4); `alpha` is ᾱ [B]."""
-    alpha = _beside(alpha, x0)
+    """Return x_t = √ᾱ x0 + √(1−ᾱ) ε (Ho et al. 2020, eq. 4); `alpha` is ᾱ [B]."""
+    alpha = _expand_to(alpha, x0)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 
 
 def diffusion_target(kind: Prediction, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """ε (Ho et al. 2020, eq. 14), x0, or v = √ᾱ ε − √(1−ᾱ) x0 (Salimans & Ho 2022, progressive distillation, §4)."""
+    """Return ε (Ho et al. 2020, eq. 14), x0, or v = √ᾱ ε − √(1−ᾱ) x0 (Salimans & Ho 2022, §4)."""
     if kind == "epsilon":
         return noise
     if kind == "sample":
         return x0
-    alpha = _beside(alpha, x0)
+    alpha = _expand_to(alpha, x0)
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
 
 
 def predicted_x0(kind: Prediction, prediction: torch.Tensor, noisy: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """x0 as a prediction implies it; for v: x0 = √ᾱ x_t − √(1−ᾱ) v (Salimans & Ho 2022, §4). ε needs ᾱ > 0."""
-    alpha = _beside(alpha, noisy)
+    """Return the x0 that a prediction implies; v: √ᾱ x_t − √(1−ᾱ) v (Salimans & Ho 2022, §4). ε needs ᾱ > 0."""
+    alpha = _expand_to(alpha, noisy)
     if kind == "epsilon":
         return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
     if kind == "sample":
@@ -69,7 +69,7 @@ def predicted_x0(kind: Prediction, prediction: torch.Tensor, noisy: torch.Tensor
 
 
 def min_snr_weight(kind: Prediction, alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """Loss weight [B] that clamps SNR = ᾱ/(1−ᾱ) at γ (Hang et al. 2023, Min-SNR, §3.4).
+    """Return the loss weight [B] that clamps SNR = ᾱ/(1−ᾱ) at γ (Hang et al. 2023, Min-SNR, §3.4).
 
     min(SNR, γ) for x0, divided by SNR for ε and by SNR + 1 for v; written without SNR so that ᾱ = 0 and 1 are finite.
     """
@@ -82,7 +82,7 @@ def min_snr_weight(kind: Prediction, alpha: torch.Tensor, gamma: float = 5.0) ->
 
 
 def offset_noise(noise: torch.Tensor, strength: float, draw: torch.Generator) -> torch.Tensor:
-    """Noise [B, C, ...] plus a shared value for each sample and channel, so that brightness is learnt too.
+    """Add to noise [B, C, ...] a shared value per sample and channel, so that brightness is learnt too.
 
     ε + strength · N(0, 1) of shape [B, C, 1, ...] (Guttenberg 2023, “Diffusion with offset noise”).
     """
@@ -94,35 +94,35 @@ def offset_noise(noise: torch.Tensor, strength: float, draw: torch.Generator) ->
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """x_t = (1−t) x0 + t ε, the straight path (Liu et al. 2022, rectified flow, eq. 1, time from data to noise)."""
-    time = _beside(time, x0)
+    """Return x_t = (1−t) x0 + t ε, the straight path (Liu et al. 2022, rectified flow, eq. 1, from data to noise)."""
+    time = _expand_to(time, x0)
     return (1 - time) * x0 + time * noise
 
 
 def flow_target(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dx_t/dt = ε − x0, the velocity along the straight path (Liu et al. 2022, eq. 1)."""
+    """Return dx_t/dt = ε − x0, the velocity along the straight path (Liu et al. 2022, eq. 1)."""
     return noise - x0
 
 
 def uniform_times(count: int, draw: torch.Generator) -> torch.Tensor:
-    """t [count] ~ U(0, 1)."""
+    """Draw t [count] ~ U(0, 1)."""
     return torch.rand(count, generator=draw, device=draw.device)
 
 
 def logit_normal_times(count: int, draw: torch.Generator, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
-    """t [count] = sigmoid(N(mean, std²)): the middle of the path is drawn most (Esser et al. 2024, SD3, eq. 19)."""
+    """Draw t [count] = sigmoid(N(mean, std²)), most often the middle of the path (Esser et al. 2024, SD3, eq. 19)."""
     return torch.sigmoid(mean + std * torch.randn(count, generator=draw, device=draw.device))
 
 
 def shift_times(time: torch.Tensor, shift: float) -> torch.Tensor:
-    """t' = s t / (1 + (s−1) t): more noise, for larger images (Esser et al. 2024, eq. 23 with s = √(m/n))."""
+    """Return t' = s t / (1 + (s−1) t): more noise, for larger images (Esser et al. 2024, eq. 23 with s = √(m/n))."""
     return shift * time / (1 + (shift - 1) * time)
 
 
 def resolution_shift(values: float, base: float) -> float:
-    """s = √(m/n): with it, times that suit n values an image are as noisy in one of m (Esser et al. 2024, eq. 23).
+    """Return s = √(m/n), the shift that makes images of m values as noisy as those of n (Esser et al. 2024, eq. 23).
 
-    An image of m values averages its noise away √(m/n) times better than one of n; `values` and `base` are m and n.
+    An image of m values averages out its noise √(m/n) times better than one of n; `values` and `base` are m and n.
 
     >>> resolution_shift(1024**2, 256**2)
     4.0
@@ -134,29 +134,29 @@ def resolution_shift(values: float, base: float) -> float:
 
 
 def sample_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Each sample's mean squared error [B], computed in float32."""
+    """Return each sample's mean squared error [B], computed in float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over the batch of weight [B] × each sample's mean squared error; computed in float32."""
+    """Return the mean over the batch of weight [B] × each sample's mean squared error, computed in float32."""
     error = sample_mse(prediction, target)
     return (error if weight is None else error * weight).mean()
 
 
 def drop_rows(count: int, probability: float, draw: torch.Generator) -> torch.Tensor:
-    """Mask [count] of samples that lose their caption: classifier-free guidance (Ho & Salimans 2022, alg. 1)."""
+    """Draw a mask [count] of samples without caption, for classifier-free guidance (Ho & Salimans 2022, alg. 1)."""
     return torch.rand(count, generator=draw, device=draw.device) < probability
 
 
 def drop_encoders(count: int, encoders: int, probability: float, draw: torch.Generator) -> torch.Tensor:
-    """Mask [count, encoders] of text encoders that a sample does without, each drawn by itself.
+    """Draw a mask [count, encoders] of the text encoders that a sample does not see, each independently.
 
-    All are gone with probability p^encoders: 0.463 leaves a tenth of SD3's samples without text (Esser et al. 2024).
+    All are dropped with probability p^encoders: 0.463 leaves a tenth of SD3's samples without text (Esser et al. 2024).
     """
     return torch.rand(count, encoders, generator=draw, device=draw.device) < probability
 
 
-def _beside(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B] → [B, 1, ...] with the dimensions of `like`."""
+def _expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape [B] to [B, 1, ...] with the dimensions of `like`."""
     return values.reshape(-1, *[1] * (like.dim() - 1))

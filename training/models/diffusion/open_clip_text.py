@@ -1,7 +1,8 @@
-"""An open_clip text tower → the same function as transformers' CLIP, so that a pipeline needs no code of ours.
+"""An open_clip text tower → the same function as transformers' CLIP text model.
 
-Both are the pre-norm causal transformer of Radford et al. 2021; the weights only change names. What transformers' class
-cannot compute is refused: Hugging Face towers, class tokens (CoCa), layer scale, attention both ways, other pooling.
+So a pipeline needs no code of Capstan's. Both are the pre-norm causal transformer of Radford et al. 2021; only the
+names of the weights differ. Towers that transformers' class cannot compute are refused: Hugging Face towers, class
+tokens (CoCa), layer scale, bidirectional attention, other pooling.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from capstan.pipeline.score.clip_model import BPE_FILE, ClipModel, load_model
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.models.diffusion.config import EncoderSettings
 
-_PLAIN = {  # open_clip's `text_cfg`: what must be so, where it is said
+_PLAIN = {  # the values that open_clip's `text_cfg` must have for these keys, if present
     "hf_model_name": None,
     "embed_cls": False,
     "no_causal_mask": False,
@@ -37,29 +38,31 @@ _PLAIN = {  # open_clip's `text_cfg`: what must be so, where it is said
     "scale_attn": False,
     "scale_fc": False,
 }
-_ANOTHER = "name another text encoder"
+_ANOTHER = "use another text encoder"
 
 
 def convert(chosen: EncoderSettings, *, projected: bool, field: str) -> tuple[Any, Any]:
-    """(CLIPTextModel or CLIPTextModelWithProjection, CLIPTokenizer) that do what the open_clip tower does."""
+    """Return (CLIPTextModel or CLIPTextModelWithProjection, CLIPTokenizer), equivalent to the open_clip tower."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     tower = ClipModel(chosen.model, chosen.pretrained, "fp32", field)
     shape = tower.architecture["text_cfg"]
     for name, plain in _PLAIN.items():
         if shape.get(name, plain) != plain:
-            problem = f"the text tower of {chosen.model} has {name}: {shape[name]}, which transformers' CLIP has not"
+            problem = (
+                f"the text tower of {chosen.model} has {name}: {shape[name]}, which transformers' CLIP does not support"
+            )
             raise RecipeError(field, problem, _ANOTHER)
     words = Tokenizer.clip() if tower.folder is None else _words(tower.folder)
     model = load_model(tower, "cpu")
-    source = getattr(model, "text", model)  # towers of their own are parts of it
+    source = getattr(model, "text", model)  # custom text towers are submodules
     encoder = (CLIPTextModelWithProjection if projected else CLIPTextModel)(_configuration(tower, words))
     renamed = _renamed({name: weight.detach() for name, weight in source.state_dict().items()}, projected)
     try:
         encoder.load_state_dict(renamed, strict=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise RecipeError(field, f"{chosen.model} has another text tower than CLIP's ({first})", _ANOTHER) from None
+        raise RecipeError(field, f"the text tower of {chosen.model} differs from CLIP's ({first})", _ANOTHER) from None
     return encoder.eval(), _tokenizer(words, encoder.config.max_position_embeddings)
 
 
@@ -89,7 +92,7 @@ def _configuration(tower: ClipModel, words: Tokenizer) -> Any:
 
 
 def _renamed(weights: Mapping[str, torch.Tensor], projected: bool) -> dict[str, torch.Tensor]:
-    """open_clip's text tower under the names of CLIPTextModel, or CLIPTextModelWithProjection if `projected`."""
+    """Rename open_clip's weights to those of CLIPTextModel, or CLIPTextModelWithProjection if `projected`."""
     tower = "text_model." if projected else ""
     made = {
         f"{tower}embeddings.token_embedding.weight": weights["token_embedding.weight"],
@@ -105,20 +108,20 @@ def _renamed(weights: Mapping[str, torch.Tensor], projected: bool) -> dict[str, 
         if not name.startswith("transformer.resblocks."):
             continue
         layer, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
-        part, _, what = rest.rpartition(".")
+        part, _, kind = rest.rpartition(".")
         into = f"{tower}encoder.layers.{layer}"
         if part in parts:
-            made[f"{into}.{parts[part]}.{what}"] = weight
-        elif rest.startswith("attn.in_proj_"):  # query, key and value one below the other
+            made[f"{into}.{parts[part]}.{kind}"] = weight
+        elif rest.startswith("attn.in_proj_"):  # query, key and value stacked
             for letter, third in zip("qkv", weight.chunk(3), strict=True):
                 made[f"{into}.self_attn.{letter}_proj.{rest.removeprefix('attn.in_proj_')}"] = third.contiguous()
         else:
-            made[f"{into}.{rest}"] = weight  # unknown: loading names it
+            made[f"{into}.{rest}"] = weight  # unknown: load_state_dict reports it
     return made
 
 
 def _tokenizer(words: Tokenizer, length: int) -> Any:
-    """The tower's vocabulary as transformers' CLIPTokenizer, padded with id 0 as open_clip pads."""
+    """Return the tower's vocabulary as transformers' CLIPTokenizer, padded with id 0 as in open_clip."""
     from transformers import CLIPTokenizer
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""Networks by name: diffusers' class and what of its configuration is not decided by autoencoder, text and size.
+"""Networks by name: diffusers class and configuration (`train.diffusion.preset`).
+
+Keys that follow from autoencoder, text encoders and size are not part of a preset.
 
 unet-*   Stable Diffusion 1's shape (Rombach et al. 2022)          sd15 is the original's
 sdxl-*   Stable Diffusion XL's (Podell et al. 2023, table 1)       sdxl is the original's
@@ -35,7 +37,7 @@ MMDIT: Final = "SD3Transformer2DModel"
 
 
 def configuration(name: Preset) -> dict[str, Any]:
-    """The diffusers configuration that `name` stands for, with `_class_name`."""
+    """Return the diffusers configuration of preset `name`, with `_class_name`."""
     return dict(_PRESETS[name])
 
 
@@ -52,7 +54,7 @@ def _unet(channels: tuple[int, ...], *, layers: int, heads: int) -> dict[str, An
 
 
 def _sdxl(channels: tuple[int, ...], *, layers: int, depths: tuple[int, ...], head: int) -> dict[str, Any]:
-    """`depths`: transformer blocks a level (the first has no attention); `head`: channels of an attention head."""
+    """Return an SDXL shape. `depths`: transformer blocks per level (none in the first); `head`: channels per head."""
     attends = ("CrossAttnDownBlock2D",) * (len(channels) - 1)
     return {
         "_class_name": UNET,
@@ -85,7 +87,7 @@ def _mmdit(depth: int) -> dict[str, Any]:
         "num_attention_heads": depth,
         "attention_head_dim": 64,
         "patch_size": 2,
-        "qk_norm": "rms_norm",  # keeps attention from growing without bound in bf16 (Esser et al. 2024, §5.3.2)
+        "qk_norm": "rms_norm",  # keeps attention logits bounded in bf16 (Esser et al. 2024, §5.3.2)
     }
 
 

@@ -1,6 +1,6 @@
-"""The forward process: clean latents → what the model is given and has to predict; and the way back.
+"""The forward process: clean latents → noisy latents and target; its sampler.
 
-Each process names the diffusers scheduler that undoes it, so that a product needs no code of ours to draw.
+Each process returns the diffusers scheduler that reverses it, so that sampling a product needs no code of Capstan's.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from capstan.training.models.diffusion.schedulers import STEPS, SamplerName, ddp
 
 
 class Task(NamedTuple):
-    """What one step asks of the model: noisy latents [B, C, h, w] and timesteps [B] in, `target` out."""
+    """One step's input, noisy latents [B, C, h, w] and timesteps [B], and its `target`."""
 
     noisy: torch.Tensor
-    timesteps: torch.Tensor  # whole numbers, or for flow with exact times float32
+    timesteps: torch.Tensor  # integers, or float32 for flow with exact times
     target: torch.Tensor
     weight: torch.Tensor | None  # [B]
 
 
 class Process(ABC):
-    """How noise is mixed in while training, and the scheduler that takes it out again."""
+    """A way to add noise in training, and the scheduler that removes it in sampling."""
 
     @abstractmethod
     def draw(self, latents: torch.Tensor, draw: torch.Generator) -> Task:
@@ -33,13 +33,13 @@ class Process(ABC):
 
     @abstractmethod
     def scheduler(self) -> Any:
-        """The diffusers scheduler for sampling."""
+        """Return the diffusers scheduler for sampling."""
 
 
 class Flow(Process):
-    """Rectified flow, sampled along the straight path; in images of `size` pixels a side.
+    """Rectified flow, sampled along the straight path; images have `size` pixels per side.
 
-    `exact`: the pipeline's scheduler tells the model exact times; else whole thousandths, cut off.
+    `exact`: the pipeline's scheduler passes exact times to the model; else whole thousandths, rounded down.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Flow(Process):
             time = objectives.logit_normal_times(count, draw, chosen.mean, chosen.std)
         time = objectives.shift_times(time, self.shift)
         noise = torch.randn(latents.shape, generator=draw, device=latents.device)
-        # As the scheduler will tell the model the time, so the model learns it.
+        # The same times as the scheduler passes to the model in sampling.
         timesteps = time * STEPS if self.exact else (time * STEPS).long().clamp(max=STEPS - 1)
         noisy = objectives.interpolate(latents, noise, time)
         return Task(noisy, timesteps, objectives.flow_target(latents, noise), None)
@@ -102,7 +102,7 @@ class Ddpm(Process):
 
 
 def process_of(settings: DiffusionSettings, size: int, *, exact: bool) -> Process:
-    """The process that `objective` names, for images of `size` pixels a side."""
+    """Return the process that `objective` names, for images of `size` pixels per side."""
     sampler = settings.sampling.sampler
     if settings.objective == "flow":
         return Flow(settings.flow, sampler, size=size, exact=exact)

@@ -1,4 +1,4 @@
-"""A recipe's `train.diffusion` → the backbone that it means: by preset, by a diffusers configuration, or by `unet`."""
+"""`train.diffusion` → its backbone, by preset, config or unet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from capstan.training.models.diffusion.unet import UNet, XlUNet
 
 _FIELD: Final = "train.diffusion.config"
 _CLASSES: Final = {presets.DIT: DiT, presets.MMDIT: MMDiT}  # by diffusers' names
-_PARTS: Final = ("unet", "transformer")  # where a pipeline's folder has its network
+_PARTS: Final = ("unet", "transformer")  # subfolders of a pipeline that can hold its network
 
 
 def backbone_of(settings: DiffusionSettings) -> Backbone:
-    """The network of the recipe, not built yet. Raises RecipeError where the configuration names none that is known."""
+    """Return the recipe's backbone, not built yet. Raises RecipeError if the configuration names an unknown network."""
     if settings.preset is None and settings.config is None:
         return UNet(unet.configuration(settings.unet))
     config = presets.configuration(settings.preset) if settings.preset else {}
@@ -34,8 +34,8 @@ def _by_class(config: Mapping[str, Any]) -> Backbone:
     if name == presets.UNET:
         kind = config.get("addition_embed_type")
         if kind not in (None, "text_time"):
-            problem = f"is {kind}, which no pipeline for text alone draws"
-            raise RecipeError(f"{_FIELD}.addition_embed_type", problem, "use text_time (SDXL), or none")
+            problem = f"is {kind}, which no text-to-image pipeline supports"
+            raise RecipeError(f"{_FIELD}.addition_embed_type", problem, "use text_time (SDXL), or null")
         return XlUNet({"addition_time_embed_dim": 256} | dict(config)) if kind else UNet(config)
     if name not in _CLASSES:
         hint = f"use one of {', '.join(sorted((presets.UNET, *_CLASSES)))}"
@@ -44,11 +44,11 @@ def _by_class(config: Mapping[str, Any]) -> Backbone:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """A config.json, or that of its folder, or of the network in a pipeline's folder."""
+    """Read a config.json given by its path, its folder, or the pipeline folder around it."""
     named = Path(path)
     tried = [named, named / "config.json", *(named / part / "config.json" for part in _PARTS)]
     file = next((file for file in tried if file.is_file()), None)
-    hint = "name a diffusers config.json, or a folder with one"
+    hint = "set a diffusers config.json, or a folder with one"
     if file is None:
         raise RecipeError(_FIELD, f"no configuration at {named}", hint)
     try:
@@ -56,5 +56,5 @@ def _read(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(_FIELD, f"cannot read {file} ({error})", hint) from None
     if not isinstance(config, dict):
-        raise RecipeError(_FIELD, f"{file} is no configuration", hint)
+        raise RecipeError(_FIELD, f"{file} is not a configuration", hint)
     return config

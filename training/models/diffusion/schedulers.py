@@ -1,4 +1,4 @@
-"""A path from noise to data and a sampler's name → the diffusers scheduler that walks it.
+"""Objective and sampler name → the diffusers scheduler.
 
 ddim    DDPM's path, deterministic (Song et al. 2021, DDIM, eq. 12 with σ = 0)
 dpm++   either path, DPM-Solver++ (2M) (Lu et al. 2022, alg. 2)
@@ -13,20 +13,22 @@ from capstan.pipeline.errors import RecipeError
 
 SamplerName = Literal["ddim", "dpm++", "euler"]
 
-STEPS: Final = 1000  # the timesteps 0 … 999 that the model is told are thousandths of the way to noise
+STEPS: Final = 1000  # timesteps 0 … 999 are thousandths of the way from data to noise
 
 
 def flow_scheduler(sampler: SamplerName | None, shift: float, *, exact: bool) -> Any:
-    """For rectified flow (default dpm++, or euler if `exact`), with the times shifted by `shift`.
+    """Return the scheduler for rectified flow (default dpm++, or euler if `exact`), with times shifted by `shift`.
 
-    `exact`: the pipeline takes FlowMatchEulerDiscreteScheduler, which tells the model exact times and not whole
-    thousandths. Where it does not, euler is DPM-Solver++ of order 1, which on a straight path is the same step.
+    `exact`: the pipeline takes FlowMatchEulerDiscreteScheduler, which passes exact times to the model, not whole
+    thousandths. Otherwise euler is DPM-Solver++ of order 1, which is the same step on a straight path.
+
+    Raises RecipeError for ddim.
     """
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
     sampler = sampler or ("euler" if exact else "dpm++")
     if sampler == "ddim":
-        raise RecipeError("--sampler", "ddim does not walk a flow's path", "use dpm++ or euler")
+        raise RecipeError("--sampler", "ddim is not for flow models", "use dpm++ or euler")
     if sampler == "euler" and exact:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=shift)
     return DPMSolverMultistepScheduler(
@@ -37,20 +39,23 @@ def flow_scheduler(sampler: SamplerName | None, shift: float, *, exact: bool) ->
         algorithm_type="dpmsolver++",
         solver_order=1 if sampler == "euler" else 2,
         final_sigmas_type="zero",
-        steps_offset=1,  # of no effect here; StableDiffusionPipeline warns of another value
+        steps_offset=1,  # no effect here; StableDiffusionPipeline warns about other values
     )
 
 
 def ddpm_scheduler(sampler: SamplerName | None, **schedule: Any) -> Any:
-    """For DDPM's path (default ddim); `schedule` is its noise schedule and prediction, in diffusers' names."""
+    """Return the scheduler for DDPM (default ddim); `schedule` is its noise schedule and prediction type.
+
+    Raises RecipeError for euler.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if sampler == "euler":
-        raise RecipeError("--sampler", "euler walks a flow's path, and this model learnt DDPM's", "use ddim or dpm++")
+        raise RecipeError("--sampler", "euler is for flow models, and this is a DDPM model", "use ddim or dpm++")
     common = {
         **schedule,
         "num_train_timesteps": STEPS,
-        "timestep_spacing": "trailing",  # begin at the last timestep, as Lin et al. 2023 §3.3 ask
+        "timestep_spacing": "trailing",  # starts at the last timestep (Lin et al. 2023, §3.3)
         "steps_offset": 1,
     }
     if sampler == "dpm++":
@@ -58,8 +63,8 @@ def ddpm_scheduler(sampler: SamplerName | None, **schedule: Any) -> Any:
     return DDIMScheduler(**common, clip_sample=False)
 
 
-def switch(pipeline: Any, sampler: SamplerName) -> None:
-    """Let `pipeline` draw with another sampler, along the path that its own scheduler walks. Raises RecipeError."""
+def set_sampler(pipeline: Any, sampler: SamplerName) -> None:
+    """Set another sampler on `pipeline`. Raises RecipeError if it is not for the pipeline's objective."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = pipeline.scheduler.config

@@ -1,7 +1,8 @@
-"""UNet2DConditionModel, drawn by StableDiffusionPipeline; and in SDXL's shape by StableDiffusionXLPipeline.
+"""UNet2DConditionModel for StableDiffusionPipeline and StableDiffusionXLPipeline.
 
-Rombach et al. 2022 (latent diffusion): a text encoder's states, by cross-attention. Podell et al. 2023 (SDXL): the
-states of two side by side, and beside the time the second's pooled state and the image's original size and crop.
+Rombach et al. 2022 (latent diffusion): cross-attention to a text encoder's states. Podell et al. 2023 (SDXL):
+cross-attention to the concatenated states of two encoders; the time embedding also gets the second's pooled state and
+the image's original size and crop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from capstan.training.models.diffusion.text_encoders import Slot
 
 
 def configuration(settings: UNetSettings) -> dict[str, Any]:
-    """The diffusers configuration that `train.diffusion.unet` describes."""
+    """Return the diffusers configuration that `train.diffusion.unet` describes."""
     attends = settings.attends
     return {
         "down_block_types": tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
@@ -34,7 +35,7 @@ def configuration(settings: UNetSettings) -> dict[str, Any]:
 
 
 class UNet(Backbone):
-    """Stable Diffusion's: one CLIP, whose last states are attended to."""
+    """Stable Diffusion's UNet: cross-attention to the last states of one CLIP."""
 
     part = "unet"
     slots: ClassVar[tuple[Slot, ...]] = (Slot("text_encoder"),)
@@ -44,21 +45,21 @@ class UNet(Backbone):
 
         return UNet2DConditionModel
 
-    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+    def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
         return {
-            "sample_size": ends.side,
-            "in_channels": ends.channels,
-            "out_channels": ends.channels,
-            "cross_attention_dim": sum(ends.widths.values()),
+            "sample_size": spec.side,
+            "in_channels": spec.channels,
+            "out_channels": spec.channels,
+            "cross_attention_dim": sum(spec.widths.values()),
         }
 
     @property
     def divisor(self) -> int:
         return int(2 ** (len(self.config.get("block_out_channels", range(4))) - 1))
 
-    def check(self, ends: LatentSpec) -> None:
-        if ends.side % self.divisor:
-            problem = f"cannot halve latents of {ends.side} {self.divisor.bit_length() - 1}×"
+    def check(self, spec: LatentSpec) -> None:
+        if spec.side % self.divisor:
+            problem = f"latents of side {spec.side} cannot be halved {self.divisor.bit_length() - 1} times"
             hint = "use fewer levels, or another image size"
             raise RecipeError("train.diffusion.unet.block_out_channels", problem, hint)
 
@@ -82,7 +83,7 @@ class UNet(Backbone):
 
 
 class XlUNet(UNet):
-    """SDXL's: two CLIPs, or the second alone; their states before the last layer, and the second's projected one."""
+    """SDXL's UNet: two CLIPs or only the second; penultimate states, and the second's projected state."""
 
     slots = (
         Slot("text_encoder", layer="penultimate", required=False),
@@ -90,10 +91,10 @@ class XlUNet(UNet):
     )
     conditioned = True
 
-    def follows(self, ends: LatentSpec) -> dict[str, Any]:
+    def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
         sizes = 6 * int(self.config["addition_time_embed_dim"])
-        pooled = sum(ends.pooled.values())
-        return super().follows(ends) | {"projection_class_embeddings_input_dim": pooled + sizes}
+        pooled = sum(spec.pooled.values())
+        return super().derived_config(spec) | {"projection_class_embeddings_input_dim": pooled + sizes}
 
     def predict(
         self,
@@ -103,7 +104,7 @@ class XlUNet(UNet):
         text: Mapping[str, torch.Tensor],
         conditions: torch.Tensor | None,
     ) -> torch.Tensor:
-        assert conditions is not None, "SDXL is told the image's original size and crop"
+        assert conditions is not None, "SDXL needs the image's original size and crop"
         states = torch.cat([text[slot.states] for slot in self.slots if slot.states in text], dim=-1).to(noisy.dtype)
         # text_embeds [B, P]; time_ids [B, 6]: original height and width, crop's top and left, height and width
         added = {"text_embeds": text["text_pooled_2"].to(noisy.dtype), "time_ids": conditions.to(noisy.dtype)}
@@ -115,5 +116,5 @@ class XlUNet(UNet):
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
-        # An empty prompt is encoded like any other here, in training too.
+        # Here an empty prompt is encoded like any other, as in training.
         return fit_pipeline(StableDiffusionXLPipeline, self, parts, force_zeros_for_empty_prompt=False)

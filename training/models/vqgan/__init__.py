@@ -1,7 +1,6 @@
-"""The first stage with a codebook: VQGAN (Esser et al. 2021), from images to entries of a codebook and back.
+"""Images → codebook entries → images: VQGAN, a first stage (Esser et al. 2021).
 
-model.py    the trainable module, its codebook's loss, and how much of the codebook is used
-family.py   settings, batches and the product: a folder that `VQModel.from_pretrained` opens
+Order: model (module, codebook losses, codebook use) → family (settings, batches, product).
 """
 
 from capstan.training.models.vqgan.family import VqganFamily, VqganSettings

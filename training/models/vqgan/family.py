@@ -1,6 +1,6 @@
-"""The family `vqgan`: images of a dataset → a trained VQModel in diffusers' format.
+"""The family `vqgan`: images → a trained VQModel of diffusers.
 
-Loss = image loss (training.autoencoder.stage) + codebook · (‖sg[z] − e‖² + β ‖z − sg[e]‖²), z the latents and e their
+Loss = image loss (autoencoder.first_stage) + codebook · (‖sg[z] − e‖² + β ‖z − sg[e]‖²), z the latents and e their
 codes (Esser et al. 2021, eq. 4).
 """
 
@@ -21,24 +21,24 @@ from capstan.training.models.autoencoder.first_stage import FirstStage, Positive
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
 from capstan.training.product import find_product, write_facts
 
-_BATCH = 16  # images encoded at once where all that are measured are
+_BATCH = 16  # images encoded at once
 
 
 class VqganSettings(StageSettings):
-    """`train.vqgan`. The defaults are the shape of taming-transformers' VQGAN of ImageNet: 16× smaller, 1024 codes."""
+    """`train.vqgan`. Defaults: taming-transformers' VQGAN for ImageNet (16× smaller, 1024 codes)."""
 
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 128, 256, 256, 512)
     latent_channels: Positive = 256
     codes: Annotated[int, Field(ge=2)] = 1024  # in the codebook
-    code_channels: Positive | None = None  # numbers in a code; null: latent_channels
+    code_channels: Positive | None = None  # values per code; null: latent_channels
     codebook: Annotated[float, Field(gt=0)] = 1.0  # weight of the codebook's loss
-    commitment: Annotated[float, Field(ge=0)] = 0.25  # β: of the latents' pull towards their codes, within it
-    revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the pull on codes that nothing chose; 0: none
-    start: Literal["latents", "uniform"] = "latents"  # the first codes: latents of images; or drawn around 0
+    commitment: Annotated[float, Field(ge=0)] = 0.25  # β, relative to `codebook`: pulls latents towards their codes
+    revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the loss that pulls unused codes to latents; 0: off
+    start: Literal["latents", "uniform"] = "latents"  # initial codes: latents of images, or random values around 0
 
 
 class VqganFamily(FirstStage):
-    """Fits a VQModel to the dataset's images."""
+    """The family that trains a VQModel on the dataset's images."""
 
     name: ClassVar[str] = "vqgan"
     settings: ClassVar[type[Section]] = VqganSettings
@@ -57,8 +57,8 @@ class VqganFamily(FirstStage):
     def check(cls, train: TrainConfig) -> None:
         super().check(train)
         if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
-            problem = "3 holds a part of the codebook on each worker, and every latent is compared with all of it"
-            raise RecipeError("train.engine.zero", problem, "write zero: 2, or strategy: ddp")
+            problem = "3 shards the codebook over the workers, and every latent is compared with all of it"
+            raise RecipeError("train.engine.zero", problem, "set zero: 2, or strategy: ddp")
 
     @staticmethod
     def build(settings: Any) -> Any:
@@ -77,14 +77,14 @@ class VqganFamily(FirstStage):
         made, latents, codes, indices, abandoned = model(images.to(next(model.parameters()).dtype))
         loss, metrics = self.image_loss(made, images, self.model.vq.decoder.conv_out.weight)
         codebook = codebook_loss(latents, codes, self.train.commitment)
-        # Of the pull on abandoned codes only the gradient: that they are far off is no fault of the images.
+        # Only the gradient of the revival loss: its value says nothing about the images.
         perplexity, used = usage(indices, self.codes)
         more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
         loss = loss + self.train.codebook * codebook + self.train.revival * (abandoned - abandoned.detach())
         return loss, {**metrics, **more}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """A VQModel folder; times its `scaling_factor`, the latents of the dataset's images have variance 1."""
+        """Write a VQModel folder whose `scaling_factor` brings the latents of the dataset's images to variance 1."""
         latents = self._latents(model, len(self.images))
         perplexity, used = usage(nearest(latents, model.codebook), self.codes)
         model.vq.register_to_config(scaling_factor=float(1 / latents.std()))
@@ -97,13 +97,13 @@ class VqganFamily(FirstStage):
         return super().describe() | {"codes": self.codes}
 
     def _latents(self, model: torch.nn.Module, count: int) -> torch.Tensor:
-        """Latents [N, D, h, w] of the first `count` images of those that are measured."""
+        """Return latents [N, D, h, w] of the first `count` saved images."""
         with torch.no_grad():
             return torch.cat([model.vq.encode(part).latents for part in self.measured()[:count].split(_BATCH)])
 
     def _start_from_latents(self) -> None:
-        """Let the codes be latents of the untrained encoder: codes far from all latents would never be chosen."""
-        enough = -(-4 * self.codes // (self.size // self.factor) ** 2)  # images: four latents a code to choose from
+        """Set the codes to latents of the untrained encoder: codes far from all latents would never be chosen."""
+        enough = -(-4 * self.codes // (self.size // self.factor) ** 2)  # images for four latents per code
         latents = self._latents(self.model, enough).movedim(1, -1).flatten(0, 2)
         chosen = torch.randperm(len(latents))[: self.codes]
         chosen = chosen.repeat(-(-self.codes // len(chosen)))[: self.codes]
@@ -112,7 +112,7 @@ class VqganFamily(FirstStage):
 
 
 def load_vq(path: str, field: str) -> Any:
-    """The VQModel at `path`: a run, a product, or the vqvae/ of a pipeline. Raises RecipeError naming `field`."""
+    """Load the VQModel at `path`: a run, a product, or the vqvae/ of a pipeline. Raises RecipeError naming `field`."""
     from diffusers import VQModel
 
     folder = find_product(path, field)
@@ -121,4 +121,6 @@ def load_vq(path: str, field: str) -> Any:
     try:
         return VQModel.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(field, f"{folder} is no VQModel ({error})", "name a folder that diffusers reads") from None
+        raise RecipeError(
+            field, f"{folder} is not a VQModel ({error})", "set a folder that diffusers can load"
+        ) from None

@@ -1,4 +1,4 @@
-"""Images → the nearest codes → images: diffusers' VQModel as one trainable module, and its codebook's loss.
+"""diffusers' VQModel as one trainable module, and its codebook losses.
 
 Shapes: images [B, 3, H, W] in −1 … 1; latents and codes [B, D, h, w], h = H/f with f = 2^(levels − 1); indices
 [B, h, w]; codebook [N, D].
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class Quantised(NamedTuple):
-    """What the model makes of a batch: images, latents, and the codes that stood in for these."""
+    """A batch's reconstructed images, its latents, and the codes that replaced them."""
 
     images: torch.Tensor
     latents: torch.Tensor
-    codes: torch.Tensor  # their gradient reaches the codebook, and not the encoder
+    codes: torch.Tensor  # their gradient reaches the codebook, not the encoder
     indices: torch.Tensor
-    abandoned: torch.Tensor  # scalar: how far codes that no latent chose are from the latents; see `revival_loss`
+    abandoned: torch.Tensor  # scalar: distance of unused codes from the latents, see `revival_loss`
 
 
 class Vqgan(nn.Module):
-    """VQModel with a forward that gives all that the loss needs.
+    """VQModel whose forward returns everything that the loss needs.
 
-    Its own quantiser is not called: it weighs the codebook's term, and not the commitment's, with β (a bug that it
-    keeps from taming-transformers for old models' sake).
+    VQModel's own quantiser is not used: it applies β to the codebook term instead of the commitment term (a bug kept
+    from taming-transformers for compatibility with old models).
     """
 
     def __init__(self, vq: VQModel) -> None:
@@ -42,7 +42,7 @@ class Vqgan(nn.Module):
         return self.vq.quantize.embedding.weight
 
     def forward(self, images: torch.Tensor) -> Quantised:
-        """Encode, take the nearest code for each latent, decode; the gradient passes straight through the choice."""
+        """Encode, replace each latent by its nearest code, decode; the gradient passes straight through the choice."""
         latents = self.vq.encode(images).latents
         indices, closest = choices(latents, self.codebook)
         codes = F.embedding(indices, self.codebook).movedim(-1, 1)
@@ -54,9 +54,9 @@ class Vqgan(nn.Module):
 
 
 def choices(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest code for each latent, [B, D, h, w] → [B, h, w], and for each code the nearest latent's place, [N].
+    """Return each latent's nearest code, [B, D, h, w] → [B, h, w], and each code's nearest latent, [N].
 
-    The code is the one that VQModel itself chooses; places count latents as they lie in [B, h, w].
+    Codes are those that VQModel itself chooses. Latents are given by their flat index in [B, h, w].
     """
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
         flat = latents.movedim(1, -1).float()
@@ -65,12 +65,12 @@ def choices(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor
 
 
 def nearest(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The index of the nearest code for each latent: [B, D, h, w] → [B, h, w]."""
+    """Return the index of the nearest code for each latent: [B, D, h, w] → [B, h, w]."""
     return choices(latents, codebook)[0]
 
 
 def codebook_loss(latents: torch.Tensor, codes: torch.Tensor, commitment: float) -> torch.Tensor:
-    """Codes drawn to their latents, and, weighted by β = `commitment`, latents to their codes: a mean over values.
+    """Return the mean loss that pulls codes to their latents and, weighted by β = `commitment`, latents to their codes.
 
     van den Oord et al. 2017, “Neural discrete representation learning”, eq. 3, the second and third term.
     """
@@ -81,21 +81,20 @@ def codebook_loss(latents: torch.Tensor, codes: torch.Tensor, commitment: float)
 def revival_loss(
     latents: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor, closest: torch.Tensor
 ) -> torch.Tensor:
-    """Codes that no latent of the batch chose, drawn to the latent nearest to them: a mean over the codebook's values.
+    """Return the mean loss that pulls codes unused in the batch to their nearest latent.
 
-    Without it a code that is left behind by the latents is never chosen again, and nothing moves it. Zheng & Vedaldi
-    2023, “Online clustered codebook”, put such codes on their nearest latents; as a loss it is the same on any number
-    of workers, and has no state.
+    Without it a code that falls far behind the latents is never chosen again. Zheng & Vedaldi 2023, “Online clustered
+    codebook”, move such codes to their nearest latents; a loss has no state and is the same on any number of workers.
     """
     anchors = latents.detach().movedim(1, -1).reshape(-1, codebook.shape[1])[closest].float()
-    left = torch.bincount(indices.flatten(), minlength=len(codebook)) == 0
-    return ((codebook.float() - anchors).square() * left[:, None]).mean()
+    unused = torch.bincount(indices.flatten(), minlength=len(codebook)) == 0
+    return ((codebook.float() - anchors).square() * unused[:, None]).mean()
 
 
 def usage(indices: torch.Tensor, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of a codebook of so many codes is used: (perplexity, 1 … codes; share of codes that occur, 0 … 1).
+    """Return the use of a codebook of `codes` codes: (perplexity, 1 … codes; share of codes that occur, 0 … 1).
 
-    Perplexity is exp of the entropy in nats: so many codes, used equally often, would tell as much.
+    Perplexity is exp of the entropy in nats: the number of equally frequent codes with the same entropy.
     """
     counts = torch.bincount(indices.flatten(), minlength=codes).float()
     share = counts / counts.sum()

@@ -1,4 +1,4 @@
-"""Where a run's curves and images go besides its own folder; one file a tracker, named by `train.watch.trackers`."""
+"""Curves and images → TensorBoard, MLflow, W&B; one file per tracker."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from capstan.training.run import Run
 
 
 class Tracker(Protocol):
-    """Opened on rank 0 as `Tracker(run, step)`: what it was told after `step` is told again."""
+    """A tracker, opened on rank 0 as `Tracker(run, step)`; values logged after `step` will be logged again."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after `step` steps, each under its name."""
+        """Log numbers, each under its name, after `step` steps."""
 
     def image(self, step: int, name: str, file: Path) -> None:
-        """A PNG."""
+        """Log a PNG file."""
 
     def close(self) -> None: ...
 
 
 class Trackers:
-    """All trackers of a run as one; none on workers other than rank 0."""
+    """All trackers of a run as one; empty on workers other than rank 0."""
 
     def __init__(self, opened: Sequence[Tracker] = ()) -> None:
         self.opened = list(opened)
@@ -42,7 +42,7 @@ class Trackers:
 
 
 def open_trackers(run: Run, step: int) -> Trackers:
-    """The trackers that the recipe names. Raises MissingExtra where one's package is not installed."""
+    """Open the trackers that the recipe names. Raises MissingExtra if the package of one is not installed."""
     opened: list[Any] = []
     for name in dict.fromkeys(run.train.watch.trackers):
         module = importlib.import_module(f"capstan.training.monitoring.trackers.{name}")

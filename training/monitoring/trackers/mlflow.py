@@ -1,7 +1,7 @@
-"""MLflow: the server of MLFLOW_TRACKING_URI, or where that is not set a database in the run's folder, RUN/mlflow.db.
+"""MLflow: the server of MLFLOW_TRACKING_URI, else the database RUN/mlflow.db.
 
-`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows the latter. The experiment is MLFLOW_EXPERIMENT_NAME, else
-`capstan`. RUN/mlflow.json remembers the run's id there, so that a run that goes on is the same run.
+`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows the database. The experiment is MLFLOW_EXPERIMENT_NAME,
+else `capstan`. RUN/mlflow.json holds the MLflow run's id, so that a resumed run stays one MLflow run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from capstan.training.run import Run
 
 
 class Tracker:
+    """An MLflow run."""
+
     def __init__(self, run: Run, step: int) -> None:
         try:
             import mlflow
@@ -34,17 +36,17 @@ class Tracker:
         self.id = self._find(run, artifacts)
 
     def _find(self, run: Run, artifacts: str | None) -> str:
-        """The run's id there; made at its first start."""
+        """Return the MLflow run's id, created at the first start."""
         known = run.folder / "mlflow.json"
         if known.exists():
             return str(json.loads(known.read_text())["run_id"])
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "capstan")
-        found: Any = self.client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.client.create_experiment(name, artifacts)
-        made: str = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
-        self.client.log_dict(made, run.train.identity(), "recipe.json")
-        Storage(str(run.folder)).write(known.name, json.dumps({"run_id": made}).encode())
-        return made
+        existing: Any = self.client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(name, artifacts)
+        created: str = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
+        self.client.log_dict(created, run.train.identity(), "recipe.json")
+        Storage(str(run.folder)).write(known.name, json.dumps({"run_id": created}).encode())
+        return created
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

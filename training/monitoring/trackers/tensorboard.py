@@ -1,4 +1,4 @@
-"""TensorBoard: RUN/tensorboard, for `tensorboard --logdir RUN`."""
+"""TensorBoard: event files in RUN/tensorboard (`tensorboard --logdir RUN`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from capstan.training.run import Run
 
 
 class Tracker:
+    """TensorBoard event files."""
+
     def __init__(self, run: Run, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -1,6 +1,6 @@
-"""Weights & Biases: project and entity as its own environment says (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, ...).
+"""Weights & Biases, configured by its environment variables (WANDB_PROJECT, …).
 
-Its files lie in RUN/wandb. A run that goes on is the same run there, told apart by its folder's name and path.
+Its files are in RUN/wandb. A resumed run stays one W&B run, identified by the run folder's path.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from capstan.training.run import Run
 
 
 class Tracker:
+    """A W&B run."""
+
     def __init__(self, run: Run, step: int) -> None:
         try:
             import wandb
@@ -30,7 +32,7 @@ class Tracker:
             config=run.train.identity(),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Its own counter never goes back, and a run that was killed does: so the step is a value like the others.
+        # W&B's own counter never goes back, and a killed run does: so the step is logged as a value like the others.
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 

@@ -134,11 +134,11 @@ def test_a_file_that_is_not_there_is_named(missing, named, network, data, tmp_pa
 def test_files_of_something_else_are_refused(network, tmp_path):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / VGG)
     torch.save({}, tmp_path / HEADS)
-    with pytest.raises(RecipeError, match=r"holds no VGG16"):
+    with pytest.raises(RecipeError, match=r"is not a VGG16"):
         load_lpips(PerceptualSettings(network=str(tmp_path)), "x")
     (tmp_path / VGG).unlink()
     (tmp_path / VGG).symlink_to(network / VGG)
-    with pytest.raises(RecipeError, match=r"holds no heads"):
+    with pytest.raises(RecipeError, match=r"has no heads"):
         load_lpips(PerceptualSettings(network=str(tmp_path)), "x")
     (tmp_path / HEADS).write_bytes(b"not a file of torch")
     with pytest.raises(RecipeError, match=r"cannot be read"):
@@ -188,7 +188,7 @@ def test_it_comes_in_at_its_step_and_learns_to_tell_images_apart(engine):
     for step in range(40):
         adversary.begin(step, 1e-3)
         made = last * real.flip(0) * 0.5
-        opposed, metrics = adversary.oppose(made, real, last.square().sum(), last)
+        opposed, metrics = adversary.adversarial_loss(made, real, last.square().sum(), last)
         assert all(weight.grad is None for weight in adversary.model.parameters())  # not its turn
         metrics = {**metrics, **adversary.turn(last=True)}
         if step < 2:

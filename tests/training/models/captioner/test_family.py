@@ -274,7 +274,7 @@ def test_settings_beside_a_base_must_be_its_own(family: CaptionerFamily, tmp_pat
             CaptionerFamily.make_assets(start(product, **{part: {key: value}}), Drawings(), tmp_path / "fits")
         assert caught.value.field == f"train.captioner.{part}.{key}"
     (tmp_path / "other" / "capstan.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"train\.init: .*holds no captioner"):
+    with pytest.raises(RecipeError, match=r"train\.init: .*has no captioner"):
         CaptionerFamily.make_assets(start(tmp_path / "other"), Drawings(), tmp_path / "fits")
 
 
@@ -344,7 +344,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"vision": {**SMALL["vision"], "width": 64}}, "must be text.width"),
         ({"prompts": {"original": "x"}}, "prompts"),
         ({"prompts": {"short": "x", "long": "x"}}, "differ"),
-        ({"contrastive": 0, "caption": 0}, "nothing is learnt"),
+        ({"contrastive": 0, "caption": 0}, "both 0"),
     ):
         with pytest.raises(RecipeError, match=problem):
             configure(**settings)

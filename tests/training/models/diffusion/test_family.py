@@ -179,8 +179,8 @@ def test_a_ddpm_task_is_noised_at_the_time_it_states():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"ddpm": {"prediction": "epsilon"}}, r"train\.diffusion\.ddpm: prediction epsilon says nothing"),
-        ({"ddpm": {"min_snr": 5}}, r"train\.diffusion\.ddpm: min_snr leaves the step untrained"),
+        ({"ddpm": {"prediction": "epsilon"}}, r"train\.diffusion\.ddpm: prediction epsilon has no information"),
+        ({"ddpm": {"min_snr": 5}}, r"train\.diffusion\.ddpm: min_snr leaves the pure-noise step untrained"),
         ({"ddpm": {"min_snr": 5, "prediction": "sample"}}, r"ddpm: min_snr .* use zero_terminal_snr: false"),
         ({"unet": {"block_out_channels": [8, 12], "norm_num_groups": 4, "heads": 8}}, "12 does not divide by heads"),
         ({"unet": {"block_out_channels": [8], "norm_num_groups": 4, "attention": [True, True]}}, "true or false"),
@@ -197,7 +197,9 @@ def test_wrong_settings_are_refused(settings, problem):
 
 def test_latents_that_cannot_be_halved_are_refused(make):
     deep = UNET | {"block_out_channels": [8] * 5}
-    with pytest.raises(RecipeError, match=r"train\.diffusion\.unet\.block_out_channels: cannot halve"):
+    with pytest.raises(
+        RecipeError, match=r"train\.diffusion\.unet\.block_out_channels: latents of side .* cannot be halved"
+    ):
         make(unet=deep)
 
 
@@ -209,7 +211,7 @@ def test_ids_are_those_of_our_tokenizer(make, data):
     texts = ["a red square, number 3", "", "something quite different, and much too long for this model to read it all"]
     ours = Tokenizer.train(data.captions(), 600)
     torch.testing.assert_close(family.text.ids(texts)["ids"], ours.encode(texts, 16))
-    config = family.text.towers[0].encoder.config
+    config = family.text.encoders[0].encoder.config
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (ours.vocab_size, ours.start, ours.end)
 
 

@@ -40,11 +40,11 @@ def test_sd15_is_the_default_network():
     ("section", "problem"),
     [
         ({"preset": "sd14"}, r"train\.diffusion\.preset"),
-        ({"preset": "sd15", "unet": tiny.UNET}, r"train\.diffusion: unet describes a network beside preset"),
-        ({"preset": "sd15", "config": "x"}, r"train\.diffusion: config names a whole network beside preset"),
-        ({"config": {"num_layers": 2}}, r"train\.diffusion: config does not say which network"),
-        ({"sampling": {"sampler": "ddim"}}, r"train\.diffusion: sampling\.sampler ddim does not walk"),
-        ({"text": {"pretrained": []}}, r"train\.diffusion\.text: pretrained names no encoder"),
+        ({"preset": "sd15", "unet": tiny.UNET}, r"train\.diffusion: unet and preset or config both"),
+        ({"preset": "sd15", "config": "x"}, r"train\.diffusion: config and preset both"),
+        ({"config": {"num_layers": 2}}, r"train\.diffusion: config has no _class_name"),
+        ({"sampling": {"sampler": "ddim"}}, r"train\.diffusion: sampling\.sampler ddim is not for objective flow"),
+        ({"text": {"pretrained": []}}, r"train\.diffusion\.text: pretrained is an empty list"),
     ],
 )
 def test_wrong_recipes_are_refused(section, problem):

@@ -162,7 +162,7 @@ def test_encoders_are_dropped_each_by_itself(make, squares, network):
         losses.append(loss.item())
     assert losses[0] == losses[1]
     text = family.text.states(batch)
-    alone = [torch.tensor([[n == kept for n in range(len(family.text.towers))]] * 4) for kept in (0, 1)]
+    alone = [torch.tensor([[n == kept for n in range(len(family.text.encoders))]] * 4) for kept in (0, 1)]
     conditions, noisy = batch.get("conditions"), torch.zeros(4, 4, 8, 8)
     seen = [
         told(family.model.net, lambda kept=kept: family.model(noisy, torch.ones(4), text, conditions, kept))
@@ -282,7 +282,7 @@ def test_a_sampler_for_another_path_is_refused(run_of, tmp_path, capsys):
 
     command = ["sample", str(run_of("mmdit")), "-p", CAPTION, "-o", str(tmp_path / "g.png")]
     assert capstan([*command, "--sampler", "ddim"]) == 2
-    assert "--sampler: ddim does not walk a flow's path. Fix: use dpm++ or euler" in capsys.readouterr().err
+    assert "--sampler: ddim is not for flow models. Fix: use dpm++ or euler" in capsys.readouterr().err
     assert capstan([*command, "--sampler", "dpm++"]) == 0
 
 
@@ -316,7 +316,7 @@ def test_the_size_is_that_of_the_buckets(squares, root, towers, tmp_path, run_of
     text = family.text.states(family.text.ids([CAPTION]))
     assert family.model(torch.zeros(1, 4, 8, 80), torch.tensor([500.0]), text).shape == (1, 4, 8, 80)
     small = section | {"config": tiny.TRANSFORMER | {"pos_embed_max_size": 39}}
-    with pytest.raises(RecipeError, match=r"config\.pos_embed_max_size: is 39, and the longest side .* 40 patches"):
+    with pytest.raises(RecipeError, match=r"config\.pos_embed_max_size: is 39, but the longest side .* 40 patches"):
         tiny.family_of(squares, tmp_path / "small", small, data=data)
 
 
@@ -337,9 +337,9 @@ def test_a_configuration_file_of_diffusers_names_a_network(run_of, tmp_path):
 @pytest.mark.parametrize(
     ("network", "section", "problem"),
     [
-        ("dit", {"config": {"num_layer": 2}}, r"train\.diffusion\.config\.num_layer: is no key of PixArt"),
-        ("mmdit", {"config": {"joint_attention_dim": 9}}, r"config\.joint_attention_dim: is 9, and .* make it 40"),
-        ("dit", {"config": {"norm_type": "x"}}, r"train\.diffusion\.config: PixArtTransformer2DModel refuses it"),
+        ("dit", {"config": {"num_layer": 2}}, r"train\.diffusion\.config\.num_layer: is not a key of PixArt"),
+        ("mmdit", {"config": {"joint_attention_dim": 9}}, r"config\.joint_attention_dim: is 9, but .* require 40"),
+        ("dit", {"config": {"norm_type": "x"}}, r"train\.diffusion\.config: PixArtTransformer2DModel rejects it"),
         ("sd", {"unet": {}, "config": {"_class_name": "FluxTransformer2DModel"}}, r"_class_name: no backbone 'Flux"),
         ("dit", {"size": 24}, r"train\.diffusion\.size: 24 pixels do not divide by 16"),
     ],

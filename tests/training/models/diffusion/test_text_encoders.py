@@ -97,7 +97,7 @@ def test_a_pipelines_folder_brings_all_its_encoders(tmp_path):
     for name in ("tokenizer", "tokenizer_2"):
         tiny_towers.WORDS.save(tmp_path / "p" / name)
     text = open_encoders(XlUNet.slots, TextSettings(pretrained=str(tmp_path / "p")))
-    assert [tower.slot.name for tower in text.towers] == ["text_encoder", "text_encoder_2"]
+    assert [tower.slot.name for tower in text.encoders] == ["text_encoder", "text_encoder_2"]
 
 
 def test_what_states_depend_on_is_in_their_identity(tmp_path):
@@ -119,16 +119,20 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path):
     plain = tiny_towers.save_clip(tmp_path / "plain", projected=False)
     for slots, named, problem in (
         (UNet.slots, [clip, clip], "names 2 text encoders; this network's pipeline has clip"),
-        (MMDiT.slots, [clip], r"names 1 text encoder; this network's pipeline has clip, clip, t5 \(or none\)"),
-        (UNet.slots, [t5], "holds no CLIP, which text_encoder is"),
-        (DiT.slots, [clip], "holds no T5, which text_encoder is"),
+        (MMDiT.slots, [clip], r"names 1 text encoder; this network's pipeline has clip, clip, t5 \(optional\)"),
+        (UNet.slots, [t5], "is not a CLIP, which text_encoder must be"),
+        (DiT.slots, [clip], "is not a T5, which text_encoder must be"),
         (XlUNet.slots, [clip, plain], "lacks text_projection.weight"),
         (UNet.slots, [str(tmp_path / "nothing")], "no text encoder at"),
-        (UNet.slots, [EncoderSettings(model="ViT-B-33", pretrained="x.pt")], "no model of open_clip is 'ViT-B-33'"),
+        (
+            UNet.slots,
+            [EncoderSettings(model="ViT-B-33", pretrained="x.pt")],
+            "'ViT-B-33' is neither a folder nor an open_clip model",
+        ),
         (
             UNet.slots,
             [EncoderSettings(model="ViT-L-14", pretrained="openai")],
-            "Fix: name the model ViT-L-14-quickgelu",
+            "Fix: .*ViT-L-14-quickgelu",
         ),
     ):
         with pytest.raises(RecipeError, match=problem) as refused:

@@ -171,7 +171,7 @@ def test_where_an_autoencoder_kl_is_needed_a_vq_model_is_refused(family, tmp_pat
         load_autoencoder(str(tmp_path / "vq"), "train.diffusion.autoencoder")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(RecipeError, match="is no VQModel"):
+    with pytest.raises(RecipeError, match="is not a VQModel"):
         load_vq(str(tmp_path / "other"), "train.vqgan.pretrained")
 
 
