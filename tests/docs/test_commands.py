@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,12 @@ def leaves(nav: Any) -> list[str]:
         return [nav]
     items = nav.values() if isinstance(nav, dict) else nav
     return [leaf for item in items for leaf in leaves(item)]
+
+
+def test_the_extras_in_the_docs_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (DOCS / "install.md").read_text()
+    listed = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE))))
+    assert listed == set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
+    named = {(name_of(p), extra) for p in PAGES for extra in re.findall(r"capstan-t2i\[(\w+)\]", p.read_text())}
+    assert not {(page, extra) for page, extra in named if extra not in listed}
