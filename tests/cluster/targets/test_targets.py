@@ -196,7 +196,7 @@ WRONG = [
     ({"kind": "ray", "address": "127.0.0.1:8265"}, "address", "http://127.0.0.1:8265"),
     ({"kind": "ray", "address": "http://x:1", "token": "abc"}, "token", "remove it here"),
     ({"kind": "ray", "address": "http://me:pw@x:1"}, "address", "remove it here"),
-    ({"kind": "ray", "address": "http://x:1", "env": {"HF_TOKEN": "abc"}}, "env.HF_TOKEN", "set it on the cluster"),
+    ({"kind": "ray", "address": "http://x:1", "env": {"HF_TOKEN": "abc"}}, "env.HF_TOKEN", "remove it here"),
     ({"kind": "slurm", "folder": "jobs"}, "folder", "absolute"),
     ({"kind": "slurm", "folder": "/jobs", "options": ["--x\nrm -rf"]}, "options", "line breaks"),
     ({"kind": "kuberay", "image": "x", "secrets": {"A": "the-secret-itself"}}, "secrets.A", "pattern"),
