@@ -32,7 +32,7 @@ def loaded(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _checked(raw: dict[str, Any]) -> Recipe:
-    refuse_secrets({name: raw.get(name) for name in ("dataset", "storage", "source")}, "")
+    refuse_secrets(raw, "")
     recipe = validate(Recipe, raw)
     if recipe.recaption is not None:
         validate(RecaptionConfig, recipe.recaption, "recaption")

@@ -178,6 +178,7 @@ def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASE
         raise RecipeError("--set", problem, "set only storage keys, e.g. storage.endpoint_url")
     options = validate(Recipe, {"dataset": dataset, **raw}).storage
     refuse_secrets(options, "storage")
+    refuse_secrets(dataset, field)
     storage = Storage(dataset, options, field=field)
     storage.check_reachable()
     return storage

@@ -1,32 +1,37 @@
 """Refuse credentials in recipes, targets and process arguments
 
 These are stored, shown and sent, so they must not hold secrets. Credentials come from the environment, a profile, an
-instance's role or a Kubernetes secret. A key's name decides whether it is a secret, since a value does not show it.
+instance's role or a Kubernetes secret. A value does not always show that it is a secret, so what counts is the name of
+its key; in addition, URLs, headers, shell assignments and the formats of well-known tokens are recognized.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from capstan.pipeline.errors import RecipeError
 
-# fsspec's and the clouds' names for credentials. A path to a key file is not a credential.
+# Names of credentials, word by word: HF_TOKEN, X-Api-Key and githubPat are hf token, x api key and github pat.
 _SECRET: Final = re.compile(
-    r"^(key|secret|token|password|passwd|pat|sas_token|account_key|connection_string|credential)$"
-    r"|(secret|password|passwd|access_key|api_key|apikey|private_key|auth_token|session_token|account_key|hf_token)",
+    r"\b(secrets?|passwords?|passwd|passphrase|credentials?|authorization|cookies?|apikey|connection string|conn str)\b"
+    r"|\baccess ?key"
+    r"|\b(key|token|pat|pass|pwd|sas|signature|sig)$"
+)
+_REFERS: Final = re.compile(r"\b(file|path|env|name|arn)$")  # where a secret is, not what it is
+_WORDS: Final = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
+_HARMLESS: Final = {"", "anon", "cloud", "cache", "google_default", "browser"}  # values of gcsfs' `token`
+_HEADERS: Final = {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-auth-token"}
+_HEADER: Final = re.compile(r"\s*([A-Za-z][A-Za-z-]*)\s*:\s*\S")
+_ASSIGNMENT: Final = re.compile(r"(?<![\w$-])-{0,2}([A-Za-z_][\w-]*)=(?!\$|\s|$|[\"'](?:\$|[\"']))")
+_TOKEN: Final = re.compile(
+    r"(?<![A-Za-z0-9])(sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|AIza[\w-]{35}"
+    r"|(AKIA|ASIA)[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)|^\s*(bearer|basic)\s+\S{6,}\s*$",
     re.IGNORECASE,
 )
-_REFERS: Final = re.compile(r"(_file|_path|_env|_name|_arn)$", re.IGNORECASE)
-_HARMLESS: Final = {
-    "anon",
-    "cloud",
-    "cache",
-    "google_default",
-    "browser",
-}  # harmless values of gcsfs' `token`
-_IN_URL: Final = re.compile(r"^[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]+@", re.IGNORECASE)
+_KEPT: Final = "and recipes are kept and shown"
 _HINT: Final = "remove it here and set it in the environment (AWS_ACCESS_KEY_ID, ...), a profile, or the machine's role"
 
 
@@ -35,27 +40,82 @@ def refuse_secrets(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             field = f"{where}.{name}" if where else str(name)
-            if isinstance(inner, str | int) and inner not in _HARMLESS and inner != "" and is_secret_name(str(name)):
-                raise RecipeError(field, "is a secret, and recipes are kept and shown", _HINT)
+            if is_secret_name(str(name)) and _is_given(inner):
+                raise RecipeError(field, f"is a secret, {_KEPT}", _HINT)
             refuse_secrets(inner, field)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            refuse_secrets(inner, f"{where}.{number}")
-    elif isinstance(value, str) and _IN_URL.match(value):
-        raise RecipeError(where, "has a password in its URL, and recipes are kept and shown", _HINT)
+            refuse_secrets(inner, f"{where}.{number}" if where else str(number))
+    elif isinstance(value, str) and (found := _secret_in(value)):
+        raise RecipeError(where, f"{found}, {_KEPT}", _HINT)
+
+
+def refuse_assignments(value: Any, where: str) -> None:
+    """Raise RecipeError if a string below `where`, a line of shell, sets a variable or an option to a credential.
+
+    References such as HF_TOKEN=$HF_TOKEN are accepted.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            refuse_assignments(inner, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            refuse_assignments(inner, f"{where}.{number}")
+    elif isinstance(value, str):
+        for name in _ASSIGNMENT.findall(value):
+            if is_secret_name(name):
+                raise RecipeError(where, f"sets the secret {name}, {_KEPT}", _HINT)
 
 
 def refuse_secret_names(env: Mapping[str, str], where: str) -> None:
     """Raise ValueError (for pydantic) if a name of environment variables is that of a secret."""
     for name in env:
-        if is_secret_name(name) or re.search(r"TOKEN$", name):
+        if is_secret_name(name):
             raise ValueError(f"{where}.{name} is a secret; set it on the cluster, or name a Kubernetes secret")
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a key or variable of this name holds a credential.
+    """Return whether a key, variable, header or parameter of this name holds a credential.
 
-    >>> [is_secret_name(name) for name in ("secret", "AWS_SECRET_ACCESS_KEY", "endpoint_url", "token_file", "url")]
-    [True, True, False, False, False]
+    >>> [is_secret_name(name) for name in ("secret", "AWS_SECRET_ACCESS_KEY", "X-Api-Key", "githubPat", "DB_PASS")]
+    [True, True, True, True, True]
+    >>> [is_secret_name(name) for name in ("endpoint_url", "token_file", "key_env", "max_tokens", "keys", "tokenizer")]
+    [False, False, False, False, False, False]
     """
-    return bool(_SECRET.search(name)) and not _REFERS.search(name)
+    words = _WORDS.sub(" ", name).strip().lower()
+    return bool(_SECRET.search(words)) and not _REFERS.search(words)
+
+
+def _is_given(value: Any) -> bool:
+    """Return whether a key of a secret's name holds something: null, false and gcsfs' modes are not secrets."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_given, value))
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value not in _HARMLESS
+
+
+def _secret_in(text: str) -> str:
+    """Return what kind of credential a string holds, or ""."""
+    if "://" in text and not any(character.isspace() for character in text):
+        return _secret_in_url(text)
+    header = _HEADER.match(text)
+    if header is not None and header[1].lower() in _HEADERS:
+        return f"is a header {header[1]}"
+    return "holds a token" if _TOKEN.search(text) else ""
+
+
+def _secret_in_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""  # not a URL; whoever uses it says so
+    user, at, _ = parts.netloc.rpartition("@")
+    if at and (":" in user or (user and parts.scheme.lower() in ("http", "https"))):
+        return "has a password in its URL"
+    for name in _parameters(parts.query):
+        if is_secret_name(name) or name.lower() in ("x-amz-credential", "x-goog-credential"):
+            return f"has the credential {name} in its URL"
+    return "has a token in its URL" if _TOKEN.search(url) else ""
+
+
+def _parameters(query: str) -> Iterable[str]:
+    return [part.partition("=")[0] for part in re.split("[&;]", query) if part.partition("=")[2]]

@@ -22,7 +22,7 @@ from capstan.cluster.targets.base import Target
 from capstan.cluster.user_dirs import config_folder
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.secrets import refuse_secrets
+from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
 
 LOCAL = "local"
 
@@ -63,7 +63,9 @@ def make_target(name: str, settings: Any) -> Target:
     if kind not in KINDS:
         hint = f"use one of {', '.join(KINDS)}"
         raise RecipeError(f"{name}.kind", "is missing" if kind is None else f"{kind!r} is not a kind of target", hint)
-    refuse_secrets({key: value for key, value in settings.items() if key != "secrets"}, name)
+    plain = {key: value for key, value in settings.items() if key != "secrets"}  # `secrets` has references only
+    refuse_secrets(plain, name)
+    refuse_assignments(plain, name)
     target = validate(KINDS[kind], settings, name)
     return target.model_copy(update={"name": name})
 

@@ -18,9 +18,9 @@ from typing import Any, Final
 from capstan.cluster.jobs.store import JobRecord, save, state_of, still_running
 from capstan.cluster.recipe import load
 from capstan.cluster.targets.base import JobSpec, State, Target
-from capstan.pipeline.config import Recipe
+from capstan.pipeline.config import Recipe, apply_overrides
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.secrets import refuse_secrets
+from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
 _ASK_EVERY_S: Final = 1.0
@@ -36,11 +36,9 @@ def plan(target: Target, arguments: Sequence[str]) -> tuple[JobSpec, Path | None
         raise RecipeError(
             "COMMAND", "is not a command that can run elsewhere", "use e.g. `submit -- build recipe.yaml`"
         )
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if equals:
-            section, _, key = name.rpartition(".")
-            refuse_secrets({key: value}, section)
+    refuse_secrets(apply_overrides({}, _overrides(arguments)), "")
+    refuse_secrets(list(arguments), "COMMAND")
+    refuse_assignments(list(arguments), "COMMAND")
     files = [number for number, argument in enumerate(arguments) if number and Path(argument).is_file()]
     recipe_file = next(
         (Path(arguments[number]) for number in files if arguments[number].endswith((".yaml", ".yml"))), None

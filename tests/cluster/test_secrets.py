@@ -16,6 +16,8 @@ import pytest
 import yaml
 from s3 import S3
 
+from capstan.cluster.cli import run
+from capstan.cluster.jobs.clusters_file import make_target
 from capstan.cluster.recipe import load
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.secrets import is_secret_name
@@ -43,6 +45,23 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         ({"source": {"path": "s3://b/x.parquet", "storage": {"password": CANARY}}}, "source.storage.password"),
         ({"source": {"path": ["https://me:pw@example.org/x.parquet"]}}, "source.path.0"),
         ({"dataset": "https://me:pw@example.org/ds"}, "dataset"),
+        ({"dataset": f"https://{CANARY}@example.org/ds"}, "dataset"),
+        ({"recaption": {"engine": "openai", "server": {"api_key": CANARY}}}, "recaption.server.api_key"),
+        (
+            {"recaption": {"server": {"extra": {"headers": {"X-Api-Key": CANARY}}}}},
+            "recaption.server.extra.headers.X-Api-Key",
+        ),
+        ({"recaption": {"server": {"url": f"http://x/v1?access_token={CANARY}"}}}, "recaption.server.url"),
+        ({"recaption": {"server": {"extra": [f"Authorization: Bearer {CANARY}"]}}}, "recaption.server.extra.0"),
+        ({"recaption": {"server": {"extra": {"auth": f"Bearer {CANARY}"}}}}, "recaption.server.extra.auth"),
+        ({"recaption": {"server": {"extra": {"tokens": [], "token": [CANARY]}}}}, "recaption.server.extra.token"),
+        ({"recaption": {"server": {"key_env": "sk-" + 30 * "a"}}}, "recaption.server.key_env"),
+        ({"train": {"checkpoint": {"upload": f"s3://me:{CANARY}@bucket/run"}}}, "train.checkpoint.upload"),
+        ({"train": {"watch": {"wandb": {"githubPat": CANARY}}}}, "train.watch.wandb.githubPat"),
+        ({"experiment": {"scorer": {"SERVICE_PASS": CANARY}}}, "experiment.scorer.SERVICE_PASS"),
+        ({"source": {"path": f"https://b/x.csv?X-Amz-Date=1&X-Amz-Signature={CANARY}"}}, "source.path"),
+        ({"source": {"path": f"https://a.blob.core.windows.net/c/x.csv?sv=1&sig={CANARY}"}}, "source.path"),
+        ({"unknown": {"CONNECTION_STRING": CANARY}}, "unknown.CONNECTION_STRING"),
     ],
 )
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, content: dict[str, Any], field: str) -> None:
@@ -56,6 +75,66 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, conten
 def test_what_is_no_secret_is_taken(tmp_path: Path) -> None:
     storage = {"endpoint_url": "http://x", "profile": "work", "anon": True, "token": "anon", "requester_pays": True}
     assert load(write(tmp_path, {"storage": storage})).storage == storage
+
+
+WHERE = "token = 'a' and key='b' and https = 'x'"
+
+
+def test_text_and_references_are_no_secrets(tmp_path: Path) -> None:
+    section = {"engine": "openai", "model": "m", "slots": ["short"], "prompts": {"short": "Name the key: in a word."}}
+    section |= {"server": {"url": "http://127.0.0.1:9/v1?version=2", "key_env": "MY_KEY", "tokens_per_minute": 5}}
+    content = {"recaption": section, "select": [{"name": "a", "where": WHERE}], "dataset": "sftp://me@host/ds"}
+    assert load(write(tmp_path, content)).select[0].where == WHERE
+
+
+TARGETS = [
+    ({"kind": "slurm", "folder": "/jobs", "setup": [f"export HF_TOKEN={CANARY}"]}, "night.setup.0"),
+    ({"kind": "slurm", "folder": "/jobs", "options": [f"--export=WANDB_API_KEY={CANARY}"]}, "night.options.0"),
+    ({"kind": "aws", "setup": [f"pip install x --password='{CANARY}'"]}, "night.setup.0"),
+    ({"kind": "ray", "address": "http://x:1", "program": f"env DB_PASS={CANARY} capstan"}, "night.program"),
+    ({"kind": "kuberay", "image": "i", "volumes": {"a": {"password": CANARY}}}, "night.volumes.a.password"),
+    ({"kind": "ray", "address": f"http://x:1/?token={CANARY}"}, "night.address"),
+]
+
+
+@pytest.mark.parametrize(("settings", "field"), TARGETS, ids=[field for _, field in TARGETS])
+def test_a_secret_in_a_target_is_refused_and_not_repeated(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        make_target("night", settings)
+    assert raised.value.field == field
+    assert CANARY not in str(raised.value)
+
+
+def test_a_target_may_refer_to_secrets() -> None:
+    setup = [
+        "export HF_TOKEN=$(cat ~/.hf)",
+        'export API_KEY="$KEY"',
+        "module load cuda",
+        "export PATH=/opt:$PATH",
+        "TOKEN= x",
+    ]
+    assert make_target("night", {"kind": "slurm", "folder": "/jobs", "setup": setup}).model_dump()["setup"] == setup
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "s3://b/ds", "--set", f"storage={{secret: {CANARY}}}"],
+        ["verify", f"https://me:{CANARY}@host/ds"],
+        ["verify", "s3://b/ds", f"--password={CANARY}"],
+    ],
+)
+def test_a_secret_in_a_submitted_command_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--dry-run", "--", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert CANARY not in out + err
+
+
+def test_a_password_in_a_datasets_url_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", f"https://me:{CANARY}@127.0.0.1:9/ds"]) == 2
+    err = capsys.readouterr().err
+    assert "DATASET: has a password in its URL" in err
+    assert CANARY not in err
 
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "hf_token", "api_key", "connection_string", "Password"])
