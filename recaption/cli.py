@@ -54,7 +54,10 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         from capstan.recaption import job
 
         run, ready = (job.plan if plan else job.recaption), load(recipe, overrides)
-        finish(concluded(lambda: run(ready)), as_json)
+        summary = concluded(lambda: run(ready))
+        finish(summary, as_json)
+        if not plan and (failure := job.failure_of(summary)):
+            raise failure
 
     captions = typer.Typer(
         help="Import, compare and export caption layers.", no_args_is_help=True, rich_markup_mode=None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from capstan.recaption.engines import Caption, CaptionEngine, EngineInput, Request
+from capstan.recaption.engines import CUT_BEFORE_TEXT, Caption, CaptionEngine, EngineInput, Request
+from capstan.recaption.engines.reasoning import without_reasoning
 from capstan.recaption.lint import linter
 from capstan.recaption.store import Row
 
@@ -29,11 +30,13 @@ class _Attempts:
         """Return the row of the best attempt."""
         made = [(caption, linted) for caption, linted in self.made if caption.finish != "none"]
         if not made:
-            return Row.missing(linter.FAILED, self.made[-1][0].reason or "no_reason")
+            last = self.made[-1][0]
+            return Row.failed(last.raw, last.tokens, last.reason or "no_reason", last.message)
         best = min(range(len(made)), key=lambda number: made[number][1].severity)
         caption, linted = made.pop(best)
         row = Row.of_caption(caption.raw, caption.tokens, caption.finish, caption.seed, linted)
-        row = replace(row, discarded=tuple(other.raw for other, _ in made))
+        flags = row.flags if not caption.reason else tuple(sorted({*row.flags, caption.reason}))
+        row = replace(row, flags=flags, discarded=tuple(other.raw for other, _ in made))
         return row.as_original() if linted.action == "original" else row
 
 
@@ -54,12 +57,22 @@ def write(
         made = engine.caption([images[place] for place in places], batch, attempt=attempt)
         for place, captions in zip(places, made, strict=True):
             for slot, caption in captions.items():
+                caption = _answered(caption)
                 attempts[place][slot].made.append((caption, _lint(caption, settings, slot, prompts.get(slot, ""))))
     return [{slot: these.row() for slot, these in slots.items()} for slots in attempts]
 
 
+def _answered(caption: Caption) -> Caption:
+    """Return the caption, without a text if the model was cut off before it wrote one."""
+    reasoned = caption.raw.strip() and not without_reasoning(caption.raw).strip()
+    return (
+        replace(caption, finish="none", reason=CUT_BEFORE_TEXT) if reasoned and caption.finish == "length" else caption
+    )
+
+
 def _lint(caption: Caption, settings: linter.Settings, slot: str, prompt: str) -> linter.Linted:
-    return linter.lint(caption.raw, caption.finish, settings, slot=slot, prompt=prompt, parted=caption.parted)
+    text = without_reasoning(caption.raw)
+    return linter.lint(text, caption.finish, settings, slot=slot, prompt=prompt, parted=caption.parted)
 
 
 def _pending(requests: Sequence[Request], attempts: Sequence[Mapping[str, _Attempts]]) -> Iterator[tuple[int, Request]]:

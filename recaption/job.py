@@ -19,7 +19,7 @@ from typing import Any, Final
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset
-from capstan.pipeline.errors import Quarantined
+from capstan.pipeline.errors import CapstanError, Quarantined
 from capstan.pipeline.storage import Storage
 from capstan.recaption import generate, store
 from capstan.recaption.config import RecaptionConfig
@@ -30,11 +30,19 @@ from capstan.recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
 
+MOST_FAILED: Final = 0.25  # share of a layer's captions: with more, a run ends with exit code 3
+
 # Bounds of a piece sent to a model worker: as many whole batches as stay below both.
 PIECE_BYTES: Final = 8 << 20
 PIECE_BATCHES: Final = 8
 
 Captions = dict[Content, dict[str, Row]]
+
+
+class CaptionsFailed(CapstanError):
+    """A run that finished although a large share of its captions failed."""
+
+    exit_code = 3
 
 
 class RecaptionJob(units.Job):
@@ -59,7 +67,8 @@ class RecaptionJob(units.Job):
                 engine_input = self.engine.prepare(jpeg)
             except Exception as error:  # noqa: BLE001 - sample boundary: a broken image becomes a flagged row
                 log.warning("%s: cannot read image %s: %s", shard, table[row].content.sha256, error)
-                units.report({"failed.unreadable": 1})
+                slots = len(missing[table[row].content])
+                units.report({"samples": slots, "failed.unreadable": slots})
                 piece.broken.append(table[row].content)
             else:
                 piece.add(table[row], missing[table[row].content], engine_input)
@@ -80,7 +89,7 @@ class RecaptionJob(units.Job):
                 for content, slots, original in zip(piece["contents"], piece["slots"], piece["originals"], strict=True)
             ]
             rows = self.write(piece["inputs"], requests) if requests else []
-            units.report({"samples": len(rows), "retried": _retried(rows)})
+            units.report({"samples": sum(map(len, rows)), "retried": _retried(rows), **_failures(rows)})
             return {"rows": dict(zip(piece["contents"], rows, strict=True)), "broken": piece["broken"]}
 
         return apply
@@ -143,6 +152,12 @@ class RecaptionJob(units.Job):
 def _retried(rows: Iterable[Mapping[str, Row]]) -> int:
     """Count the captions that took more than one attempt."""
     return sum(bool(row.discarded) for slots in rows for row in slots.values())
+
+
+def _failures(rows: Iterable[Mapping[str, Row]]) -> dict[str, int]:
+    """Count the captions that failed as `failed.<reason>`, for the display."""
+    flags = (flag for slots in rows for row in slots.values() if linter.FAILED in row.flags for flag in row.flags)
+    return Counter(f"failed.{flag}" for flag in flags if flag != linter.FAILED)
 
 
 class _Piece:
@@ -255,7 +270,22 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         raise Quarantined(job.name, quarantined)
     job.storage.delete(*job.storage.names(store.aside(job.layer)))
     now.update(_sums(job, touched, ("images", "reused")))
-    return _summary(job, now, time.perf_counter() - start)
+    summary = _summary(job, now, time.perf_counter() - start)
+    if problem := failure_of(summary):
+        log.warning("recaption: %s", problem)
+    return summary
+
+
+def failure_of(summary: Mapping[str, Any]) -> CaptionsFailed | None:
+    """Return the error to end with if a large share of a layer's captions failed; `summary` is that of `recaption`."""
+    flags = summary["flags"]
+    failed = summary["failed"] + flags.get(linter.UNREADABLE, 0)
+    total = summary["captions"] + failed
+    if failed <= MOST_FAILED * total:
+        return None
+    reasons = Counter({flag: n for flag, n in flags.items() if flag not in linter.known_flags() - {linter.UNREADABLE}})
+    shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common(5))
+    return CaptionsFailed(f"{failed:,} of {total:,} captions failed ({shown}); run again to retry them")
 
 
 def _sums(job: RecaptionJob, shards: set[str], names: Sequence[str]) -> Counter[str]:
@@ -280,6 +310,7 @@ def _summary(job: RecaptionJob, now: Mapping[str, int], seconds: float) -> dict[
         "retried": now["retried"],
         "unreadable": total["unreadable"],
         "failed": total["failed"],
+        "captions": total["images"] * len(job.slots) - total["failed"] - total[f"flag_{linter.UNREADABLE}"],
         "flags": {name.removeprefix("flag_"): total[name] for name in sorted(total) if name.startswith("flag_")},
         "seconds": round(seconds, 1),
         "samples_per_s": round(now["new"] / seconds, 2),

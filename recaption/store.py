@@ -41,7 +41,7 @@ SCHEMA: Final = pa.schema(
         pa.field(
             "quoted", pa.string(), nullable=False
         ),  # `quote` of the original caption if the prompt quoted it, else ""
-        pa.field("raw", pa.string(), nullable=False),  # the model's output
+        pa.field("raw", pa.string(), nullable=False),  # the model's output; for `failed` rows also a server's message
         pa.field("text", pa.string(), nullable=False),  # cleaned, or the original (flag `original`); "": no caption
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("finish", pa.string(), nullable=False),  # linter.Finish
@@ -75,6 +75,11 @@ class Row:
     def missing(cls, *flags: str) -> Row:
         """Return the row for a missing caption: the image cannot be decoded, or the engine returned no caption."""
         return cls("", "", 0, "none", 0, tuple(sorted(flags)))
+
+    @classmethod
+    def failed(cls, raw: str, tokens: int, reason: str, message: str) -> Row:
+        """Return the row of a failed caption; it keeps the partial output, else the server's message."""
+        return cls(raw or message, "", tokens, "none", 0, tuple(sorted((linter.FAILED, reason))))
 
     def as_original(self) -> Row:
         """Return the row of a rejected caption, flagged to be replaced by the original."""
@@ -217,6 +222,21 @@ def check_layer(storage: Storage, layer: str, shard: str, images: pa.Table) -> N
         problem = f"the captions of {shard} in layer {layer} belong to an earlier version of that shard"
     hint = "run `capstan recaption` again; it captions only the images without captions"
     raise RecipeError("train.data.layer", problem, hint)
+
+
+def empty_slots(storage: Storage, layer: str, slots: Iterable[str]) -> list[str]:
+    """Return those of the slots for which the layer has no caption of its own at all.
+
+    Reads the layer's files only until each slot has one: one file for a healthy layer.
+    """
+    left = {slot for slot in slots if slot != linter.ORIGINAL}
+    for name in storage.names(f"{ROOT}/{layer}"):
+        if not left:
+            break
+        if name.endswith(".parquet") and "/aside/" not in name:
+            for texts in texts_of(storage.read_table(name, TEXT_COLUMNS)).values():
+                left -= texts.keys()
+    return sorted(left)
 
 
 def pairs(table: pa.Table) -> set[tuple[str, str]]:

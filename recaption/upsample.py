@@ -17,6 +17,7 @@ import numpy as np
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.engines import TextEngine, make, seed_of
+from capstan.recaption.engines.reasoning import without_reasoning
 from capstan.recaption.lint.linter import clean
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def expand(engine: TextEngine, prompts: Sequence[str], style: Style, seed: int =
         seeds = [seed_of(seed, prompts[place], "upsample", attempt) for place in left]
         answers = engine.write(instructions, seeds=seeds, max_tokens=style.words[2] * _TOKENS_PER_WORD)
         for place, answer in zip(left, answers, strict=True):
-            texts[place] = clean(answer.raw).strip('"“”') or texts[place]
+            texts[place] = clean(without_reasoning(answer.raw)).strip('"“”') or texts[place]
             reasons[place] = answer.reason or "the answer was empty"
         left = [place for place in left if not style.fits(texts[place])]
         if not left:

@@ -17,6 +17,7 @@ from capstan.pipeline.errors import MissingExtra
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.lint.linter import Finish
 
+CUT_BEFORE_TEXT: Final = "cut_before_text"  # reason: all of max_tokens went into reasoning
 MAX_TOKENS: Final = 256  # default of recaption.max_tokens for chat engines
 
 EngineInput: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded image
@@ -39,7 +40,9 @@ class Caption:
     tokens: int  # generated tokens, without the end token
     finish: Finish  # "end": complete; "length": cut by the token limit; "none": no caption
     seed: int  # the seed of sampling; 0 if nothing was sampled
-    reason: str = ""  # finish "none": why, e.g. `http_503`, `timeout`, `content_filter`; retried by the next run
+    # finish "none": why, e.g. `http_503`, `timeout`; retried by the next run. With a text: a flag, `content_filter`
+    reason: str = ""
+    message: str = ""  # finish "none": the message of a server or library
     parted: bool = False  # decoded by CLIP's tokenizer, with spaces around punctuation and between digits
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 from PIL import Image
 
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.records import storable
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
 from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
+from capstan.recaption.engines.answers import Answer, read_answer
 from capstan.recaption.engines.rate_limit import RateLimiter, Retries, requested_wait
 
 if TYPE_CHECKING:
@@ -191,15 +191,13 @@ class OpenAIEngine:
             await self.tokens.wait(expected)
             reason, answer, wait_s = await self._exchange(session, body)
             if answer is not None:
-                self.tokens.correct(answer[1] - expected if answer[1] else 0)
-                return answer[0]
+                self.tokens.correct(answer.tokens - expected if answer.tokens else 0)
+                return answer.caption
             if not await retries.again(wait_s, self.requests, self.tokens):
                 return Caption("", 0, "none", _seed(body), reason)
 
-    async def _exchange(
-        self, session: aiohttp.ClientSession, body: Body
-    ) -> tuple[str, tuple[Caption, int] | None, float | None]:
-        """Send one request; return (reason, (caption, tokens used), minimum wait in seconds); reason "": success.
+    async def _exchange(self, session: aiohttp.ClientSession, body: Body) -> tuple[str, Answer | None, float | None]:
+        """Send one request; return (reason, answer, minimum wait in seconds); reason "": success.
 
         A wait of None means that a retry is pointless.
         """
@@ -221,7 +219,7 @@ class OpenAIEngine:
         except ValueError:  # not JSON, or not text
             return "malformed", None, 0.0
         try:
-            return "", _read(answer, _seed(body)), None
+            return "", read_answer(answer, _seed(body)), None
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
             return "malformed", None, 0.0
 
@@ -241,24 +239,6 @@ def _plain_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (224, 224), (128, 128, 128)).save(file, "JPEG")
     return file.getvalue()
-
-
-def _read(answer: Any, seed: int) -> tuple[Caption, int]:
-    """Return (caption, tokens used; 0: unknown) of a server's answer. Raises KeyError and the like."""
-    choice = answer["choices"][0]
-    usage = answer.get("usage") or {}
-    text, finish = choice["message"].get("content"), choice.get("finish_reason")
-    tokens = int(usage.get("completion_tokens") or 0)
-    total = int(usage.get("total_tokens") or 0)
-    if isinstance(text, list):  # some servers return a list of parts
-        text = "".join(part.get("text", "") for part in text)
-    ends = {"stop": "end", "length": "length", None: "end"}
-    if finish not in ends or text is None:
-        why = storable(str(finish)) if finish not in ends else "empty"
-        return Caption(storable(str(text or "")), tokens, "none", seed, why), total
-    finished: Any = ends[finish]
-    # JSON may contain half a character (\ud83d), which tables cannot store.
-    return Caption(storable(str(text)).strip(), tokens, finished, seed), total
 
 
 def _expected_tokens(body: Body) -> int:

@@ -130,6 +130,12 @@ def reasons() -> Mapping[str, str]:
     return {rule.name: rule.reason for rule in load().rules} | others
 
 
+@cache
+def known_flags() -> frozenset[str]:
+    """Return the flags that are not reasons of failures."""
+    return frozenset(reasons())
+
+
 def clean(raw: str, *, parted: bool = False) -> str:
     """Remove control characters and repeated spaces.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from in_process import run_here
 from scripted_engine import ScriptedEngine, said
 from small_dataset import image
 
+from capstan.cluster.cli import run
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import read_manifest, sha256_of, write_manifest
@@ -106,6 +108,43 @@ def test_only_the_slot_that_an_engine_failed_to_give_is_asked_for_again(scripted
     whole = {"short": "a short dog, told 1 times", "descriptive": "a descriptive dog, told 2 times"}
     assert rows("shard-000001") == rows("shard-000002") == whole
     assert plan(made)["done"] == 5
+
+
+@pytest.mark.parametrize("raw", ["<think>{}</think>\n\n{}", "{}\n</think>\n{}", "[THINK]{}[/THINK]{}"])
+def test_reasoning_is_kept_raw_and_cut_from_the_text(scripted: Any, raw: str) -> None:
+    raw = raw.format("I see a dog. Is it a dog?", "a dog on a red sofa")
+    _, made, storage = scripted(ScriptedEngine(lambda r, slot, attempt: said(raw)))
+    layer = recaption(made)["layer"]
+    (row, *_) = store.read_rows(storage, layer, "shard-000000").to_pylist()
+    assert (row["raw"], row["text"], row["flags"]) == (raw, "a dog on a red sofa", [])
+
+
+def test_a_text_that_a_filter_cut_is_kept_and_flagged(scripted: Any) -> None:
+    cut = Caption("a dog sits. it looks at", 6, "length", 0, "content_filter")
+    _, made, storage = scripted(ScriptedEngine(lambda r, slot, attempt: cut))
+    layer = recaption(made)["layer"]
+    (row, *_) = store.read_rows(storage, layer, "shard-000000").to_pylist()
+    assert (row["raw"], row["text"]) == ("a dog sits. it looks at", "a dog sits.")
+    assert row["flags"] == ["content_filter", "no_end"]
+
+
+def test_a_run_of_which_a_large_share_failed_ends_with_exit_code_3(
+    scripted: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = {sha256_of(image(n)) for n in (1, 2)}
+    none = Caption("", 0, "none", 0, "http_503")
+    _, made, _ = scripted(ScriptedEngine(lambda r, slot, attempt: none if r.sha256 in down else said("a dog")))
+    shown = Counter[str]()
+    monkeypatch.setattr(units, "report", shown.update)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(made.model_dump_json(exclude_none=True))
+    assert run(["recaption", str(file), "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["captions"] == 2
+    assert "2 of 4 captions failed (http_503 2)" in err
+    assert (shown["samples"], shown["failed.http_503"]) == (4, 2)
+    down.pop()
+    assert run(["recaption", str(file)]) == 0  # one of four: flagged, and the next run retries it
 
 
 def test_captions_that_quote_the_original_depend_on_it(scripted: Any) -> None:

@@ -151,6 +151,14 @@ def test_a_caption_is_of_one_image(build: Callable[..., Storage]) -> None:
     store.check_layer(storage, "given", "shard-000001", others)
 
 
+def test_slots_without_any_caption_are_found(build: Callable[..., Storage]) -> None:
+    storage = build([[0, 1], [2]])
+    texts = {KEY[0]: {"short": "a dog", "descriptive": "a brown dog."}}
+    store.write_given_layer(storage, "mine", texts)
+    assert store.empty_slots(storage, "mine", ["short", "descriptive", "original", "fused"]) == ["fused"]
+    assert store.empty_slots(storage, "mine", ["short", "original"]) == []
+
+
 def test_layer_id_changes_with_the_engine_the_cleaning_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     first = store.layer_id({"weights": "a"}, Settings())
     assert first == store.layer_id({"weights": "a"}, Settings())

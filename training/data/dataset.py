@@ -19,7 +19,7 @@ import numpy as np
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.recaption.store import is_model, latest_layer, layer_recipe, list_layers
+from capstan.recaption.store import empty_slots, is_model, latest_layer, layer_recipe, list_layers
 from capstan.training.config import ORIGINAL, Data
 from capstan.training.data.buckets import Size, assign, shapes, sizes_of
 from capstan.training.data.order import BucketOrder, Order, Window, hash64, without_last
@@ -191,4 +191,7 @@ def find_layer(storage: Storage, data: Data) -> str | None:
         if f"captions/{layer}/{shard}.parquet" not in written:
             hint = "run `capstan recaption` to complete it"
             raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", hint)
+    if empty := empty_slots(storage, layer, (slot for slot, weight in data.weights.items() if weight)):
+        hint = "run `capstan recaption` again (its summary lists why captions failed), or use another layer"
+        raise RecipeError("train.data.layer", f"layer {layer} has no caption in slot {', '.join(empty)}", hint)
     return layer

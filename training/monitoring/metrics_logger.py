@@ -23,6 +23,7 @@ from capstan.training.config.monitoring import flat
 from capstan.training.distributed.engine import Engine
 from capstan.training.family import Batch, Metrics, PerSampleLoss
 from capstan.training.monitoring import loss_by_timestep
+from capstan.training.monitoring.blend import blend_warning
 from capstan.training.monitoring.flops import FlopCount, peak_flops
 from capstan.training.monitoring.trackers import Trackers, open_trackers
 from capstan.training.run import Run
@@ -45,6 +46,7 @@ class MetricsLogger:
         self.waited_s, self.steps, self.flops = 0.0, 0, 0.0
         self.since = self.printed = time.monotonic()
         self.flop_count = FlopCount()
+        self.blend_warned = False
         self.peak = _peak(engine, run)
         self.trackers = Trackers()
 
@@ -92,6 +94,15 @@ class MetricsLogger:
             yield
         self.flops += self.flop_count.of(batch)
 
+    def _check_blend(self) -> None:
+        """Warn once if the captions shown are not blended as the recipe says."""
+        data = self.run.train.data
+        if data.layer is None or data.datasets is not None or self.blend_warned:
+            return
+        if warning := blend_warning(self.blend, data.weights):
+            self.blend_warned = True
+            logger.warning("train %s: %s", self.name, warning)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Wrap work that is not a step (sampling, evaluation): its time does not count in any rate."""
@@ -125,6 +136,7 @@ class MetricsLogger:
                 file.write(json.dumps(record) + "\n")
             self.trackers.scalars(step, flat(record))
             self._print(step, record)
+            self._check_blend()
         for collected in (self.values, self.spreads, self.slots):
             collected.clear()
         self.waited_s, self.steps, self.flops, self.since = 0.0, 0, 0.0, time.monotonic()

@@ -124,7 +124,9 @@ def test_what_heals_is_asked_again(server: ChatServer, fault: int | str) -> None
         ((0, {}, {}), "connect", 3),
         ((200, {}, "<html>"), "malformed", 3),
         ((200, {}, {**completion("x"), "usage": {"completion_tokens": "some"}}), "malformed", 3),
-        ((200, {}, completion("half", "content_filter")), "content_filter", 1),
+        ((200, {}, completion(None, "content_filter")), "content_filter", 1),
+        ((200, {}, completion(None, "length")), "cut_before_text", 1),
+        ((200, {}, completion("<think>a dog, or", "length")), "cut_before_text", 1),
         ((200, {}, completion(None)), "empty", 1),
     ],
 )
@@ -196,6 +198,32 @@ def test_finish_reasons_and_token_counts_are_the_servers(server: ChatServer) -> 
     server.misbehave = lambda body, tries: (200, {}, completion(" cut off ", "length", 9))
     caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.raw, caption.tokens, caption.finish) == ("cut off", 9, "length")
+
+
+@pytest.mark.parametrize(
+    "finish", ["stop", "eos_token", "eos", "stop_sequence", "end_turn", "STOP", "", None, "a word of tomorrow"]
+)
+def test_text_with_any_finish_reason_is_a_caption(server: ChatServer, finish: str | None) -> None:
+    server.misbehave = lambda body, tries: (200, {}, completion("a brown dog", finish))
+    caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
+    assert (caption.raw, caption.tokens, caption.finish, caption.reason) == ("a brown dog", 3, "end", "")
+
+
+def test_a_missing_finish_reason_is_an_end(server: ChatServer) -> None:
+    answer = completion("a brown dog")
+    del answer["choices"][0]["finish_reason"]
+    server.misbehave = lambda body, tries: (200, {}, answer)
+    assert engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"].finish == "end"
+
+
+@pytest.mark.parametrize(
+    ("finish", "flag"),
+    [("MAX_TOKENS", ""), ("max_tokens", ""), ("content_filter", "content_filter"), ("SAFETY", "content_filter")],
+)
+def test_only_a_known_cut_flags_a_text(server: ChatServer, finish: str, flag: str) -> None:
+    server.misbehave = lambda body, tries: (200, {}, completion("a dog on a", finish))
+    caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
+    assert (caption.raw, caption.finish, caption.reason) == ("a dog on a", "length", flag)
 
 
 def test_half_a_character_does_not_reach_the_tables(server: ChatServer) -> None:

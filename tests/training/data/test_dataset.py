@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from small_dataset import as_if_a_model_wrote_it
 
@@ -75,6 +76,21 @@ def test_captions_of_another_shard_are_refused(captioned: Path) -> None:
     data = open_data(captioned, Data(layer="x"), layer="x")
     with pytest.raises(RecipeError, match=r"train\.data\.layer: .* earlier version of that shard.*recaption"):
         data.sample(0)
+
+
+def test_a_layer_without_any_caption_in_a_slot_is_refused(captioned: Path) -> None:
+    storage = Storage(str(captioned))
+    for name in storage.names("captions/x"):
+        if name.endswith(".parquet"):
+            table = storage.read_table(name)
+            flags = [["failed", "http_503"]] * len(table)
+            place, field = table.schema.get_field_index("text"), table.schema.field("text")
+            table = table.set_column(place, field, [[""] * len(table)])
+            place, field = table.schema.get_field_index("flags"), table.schema.field("flags")
+            storage.write_table(name, table.set_column(place, field, pa.array(flags, field.type)))
+    with pytest.raises(RecipeError, match=r"train\.data\.layer: layer x has no caption in slot descriptive"):
+        find_layer(storage, Data(layer="x"))
+    find_layer(storage, Data(layer="x", blend={"original": 1}))
 
 
 def test_a_layer_that_lacks_slots_or_shards_is_refused_at_once(captioned: Path) -> None:
