@@ -21,7 +21,7 @@ from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
-from capstan.training.models.diffusion.schedulers import SamplerName, set_sampler
+from capstan.training.models.diffusion.schedulers import SamplerName, check_steps, set_sampler
 from capstan.training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ class Sampler:
         """Images as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
         import torch
 
+        count = self.steps if steps is None else steps
+        check_steps(self.pipeline.scheduler, count, "--steps")
         given = inspect.signature(self.pipeline.__call__).parameters
         more: dict[str, Any] = {name: False for name in _AS_TRAINED if name in given}
         if size is not None:
@@ -130,7 +132,7 @@ class Sampler:
             part = list(prompts[start : start + batch])
             result = self.pipeline(
                 part,
-                num_inference_steps=steps or self.steps,
+                num_inference_steps=count,
                 guidance_scale=self.guidance if guidance is None else guidance,
                 **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],

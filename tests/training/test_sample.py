@@ -12,6 +12,7 @@ from PIL import Image
 from capstan.pipeline.errors import RecipeError
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
+from capstan.training.models.diffusion.schedulers import most_steps
 from capstan.training.sample import grid, open_sampler, sample, style_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
@@ -88,6 +89,53 @@ def test_a_image_depends_on_prompt_and_seed_not_on_its_batch(runs):
     other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).astype(int)
     assert np.abs(together - alone).max() <= 1
     assert np.abs(together - other).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "most"),
+    [
+        ({"objective": "flow"}, "dpm++", 1000),
+        ({"objective": "flow", "flow": {"shift": 3.0}}, "dpm++", 500),  # the first whole timestep occurs twice
+        ({"objective": "flow", "flow": {"shift": 3.0}}, "euler", 500),
+        ({"objective": "ddpm"}, "ddim", 1000),
+        ({"objective": "ddpm"}, "dpm++", 1000),
+    ],
+)
+def test_steps_beyond_what_the_schedule_holds_are_refused_by_name(runs, objective, sampler, most):
+    """The most that is allowed still samples finite images; one more would fail inside diffusers, or be black."""
+    from capstan.training.models.diffusion.config import DiffusionSettings
+    from capstan.training.models.diffusion.process import process_of
+
+    settings = DiffusionSettings.model_validate({"autoencoder": "x", **objective, "sampling": {"sampler": sampler}})
+    sampler = open_sampler(runs / "run")
+    sampler.pipeline.scheduler = process_of(settings, 16, exact=False).scheduler()
+    with pytest.raises(
+        RecipeError, match=rf"^--steps: the schedule of this model has no {most + 1} steps\. Fix: .* {most} or"
+    ):
+        sampler.draw(PROMPTS[:1], [0], steps=most + 1)
+    assert most_steps(sampler.pipeline.scheduler) == most
+    scheduler, latents = sampler.pipeline.scheduler, torch.randn(1, 4, 4, 4)
+    scheduler.set_timesteps(most)
+    for timestep in scheduler.timesteps:  # with a network that predicts 0
+        latents = scheduler.step(torch.zeros_like(latents), timestep, latents).prev_sample
+    assert latents.isfinite().all()
+
+
+def test_a_recipe_with_too_many_sampling_steps_is_refused_before_the_first_step(runs):
+    from capstan.training.config import TrainConfig
+    from capstan.training.models.diffusion import DiffusionFamily
+
+    section = json.loads((runs / "run" / "recipe.json").read_text())["recipe"]["train"] | {"run": "x", "steps": 1}
+    for watch, sampling, field in (
+        ({}, {"steps": 1001}, "train.diffusion.sampling.steps"),
+        ({"samples": {"prompts": ["a"], "steps": 2000}}, {}, "train.watch.samples.steps"),
+        ({"evaluate": {"measures": ["oracle"], "steps": 1500}}, {}, "train.watch.evaluate.steps"),
+    ):
+        train = TrainConfig.from_section(
+            section | {"watch": watch, "diffusion": section["diffusion"] | {"sampling": sampling}}
+        )
+        with pytest.raises(RecipeError, match=rf"^{field}: the schedule .* Fix: use 1000 or fewer"):
+            DiffusionFamily(train, runs / "run" / "assets")
 
 
 def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, tmp_path, capsys):

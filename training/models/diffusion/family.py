@@ -29,7 +29,7 @@ from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from capstan.training.models.diffusion.process import process_of
 from capstan.training.models.diffusion.registry import backbone_of
-from capstan.training.models.diffusion.schedulers import STEPS
+from capstan.training.models.diffusion.schedulers import STEPS, check_steps
 from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
 from capstan.training.precomputed.latents import measure
 from capstan.training.precomputed.text_embeddings import states_of
@@ -93,6 +93,7 @@ class DiffusionFamily(Family):
         elif encoders is not None:  # precomputed: the encoders, which can be larger than the network, stay off the GPU
             encoders.to(torch.device("cpu"))
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
+        _check_steps(train, self.process.scheduler())
         self.nothing = self.text.ids([""])  # each [1, L]
         self._nothing_states: Texts | None = None
 
@@ -199,6 +200,15 @@ def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
         problem = f"has a {unknown[0]}, which the diffusers pipeline of this network does not apply"
         raise RecipeError("train.diffusion.autoencoder", problem, "use an autoencoder without it")
     return vae
+
+
+def _check_steps(train: TrainConfig, scheduler: Any) -> None:
+    """Raise RecipeError if a number of sampling steps of the recipe is more than the schedule allows."""
+    watch = train.watch
+    check_steps(scheduler, train.settings.sampling.steps, "train.diffusion.sampling.steps")
+    for name, section in (("samples", watch.samples), ("evaluate", watch.evaluate)):
+        if section is not None and section.steps is not None:
+            check_steps(scheduler, section.steps, f"train.watch.{name}.steps")
 
 
 def _check_positions(text: TextEncoders) -> None:

@@ -7,6 +7,8 @@ euler   rectified flow's path, in straight steps along the velocity (Liu et al. 
 
 from __future__ import annotations
 
+import bisect
+import copy
 from typing import Any, Final, Literal
 
 from capstan.pipeline.errors import RecipeError
@@ -61,6 +63,31 @@ def ddpm_scheduler(sampler: SamplerName | None, **schedule: Any) -> Any:
     if sampler == "dpm++":
         return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
     return DDIMScheduler(**common, clip_sample=False)
+
+
+def check_steps(scheduler: Any, steps: int, field: str) -> None:
+    """Raise RecipeError naming `field` if `scheduler` cannot sample in `steps` steps."""
+    most = most_steps(scheduler)
+    if steps > most:
+        raise RecipeError(field, f"the schedule of this model has no {steps} steps", f"use {most} or fewer")
+
+
+def most_steps(scheduler: Any) -> int:
+    """Return the largest number of steps that a diffusers scheduler can sample in.
+
+    It is the number of its timesteps; fewer if whole timesteps are so dense at the start (a flow with a shift) that the
+    first one occurs twice. Schedulers look up their position by the first timestep, and then run past the end.
+    """
+    timesteps = int(scheduler.config.get("num_train_timesteps", STEPS))
+    if scheduler.config.get("use_dynamic_shifting"):  # its timesteps also depend on the image's size, and are exact
+        return timesteps
+
+    def repeats(steps: int) -> bool:
+        trial = copy.deepcopy(scheduler)
+        trial.set_timesteps(steps)
+        return int((trial.timesteps == trial.timesteps[0]).sum()) > getattr(trial, "order", 1)
+
+    return bisect.bisect_left(range(1, timesteps + 1), True, key=repeats)
 
 
 def set_sampler(pipeline: Any, sampler: SamplerName) -> None:
