@@ -84,7 +84,11 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
         **published,
         **({"retried": again.rows} if reasons else {}),
         "failed": dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
-        "source": {"rows": planned.read, "repeats": planned.repeats},
+        "source": {
+            "rows": planned.read,
+            "repeats": planned.repeats,
+            **({} if planned.captions is None else {"captions": planned.captions, "unused": planned.unused}),
+        },
         "seconds": clock.laps,
         "quarantined": {**summary.quarantined, **published["quarantined"]},
     }

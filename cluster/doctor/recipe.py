@@ -18,9 +18,11 @@ from capstan.pipeline import extras
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.source.plan import survey
 from capstan.pipeline.storage import Storage, find_files
 from capstan.training.config import TrainConfig
 
+_SURVEYED: Final = 10_000  # rows of the source
 _ACTIVATIONS: Final = 0.4  # share of a GPU's memory that is left for activations and fragmentation
 
 
@@ -44,6 +46,7 @@ def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Findi
         yield _failed("dataset", error)
         return
     yield Finding("dataset", True, f"{recipe.dataset}: a file was written, read and removed")
+    yield from _source(recipe)
     yield from _room(recipe, storage)
     yield from _shards(recipe, storage)
     yield from _model(recipe)
@@ -76,6 +79,21 @@ def _failed(name: str, error: CapstanError) -> Finding:
         f"{getattr(error, 'field', name)}: {problem}" if problem else str(error),
         getattr(error, "hint", "see above"),
     )
+
+
+def _source(recipe: Recipe) -> Iterator[Finding]:
+    """Check the first rows of a source on a disk: whether they can be read, and have captions."""
+    paths = recipe.source.path if recipe.source and recipe.source.path else []
+    if not paths or any("://" in path for path in ([paths] if isinstance(paths, str) else paths)):
+        return
+    try:
+        seen = survey(recipe, _SURVEYED)
+    except CapstanError as error:
+        yield _failed("source", error)
+        return
+    text = ("the first rows: " if seen.read >= _SURVEYED else "") + seen.coverage()
+    hint = "check source.path and source.caption (see docs/sources.md), or add a recaption section"
+    yield Finding("source", bool(seen.captions) or recipe.recaption is not None, text, hint)
 
 
 def _room(recipe: Recipe, storage: Storage) -> Iterator[Finding]:

@@ -72,7 +72,8 @@ class Rows:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.manifest = read_manifest(storage)
-        self.planned = sum(unit.rows for unit in read_plan(storage).units)
+        plan = read_plan(storage)
+        self.planned, self.coverage = plan.rows, plan.coverage()
         if self.manifest is None and not self.planned:
             raise RecipeError(storage.field, f"no dataset at {storage.url}", "run `capstan build` first")
 

@@ -43,7 +43,8 @@ def report(rows: Rows) -> str:
     thumbs = thumbnails(find_images(rows, examples.shown()), _IMAGES)
     size = sum(entry.bytes for entry in rows.manifest.shards) if rows.manifest else 0
     name = rows.storage.url.rstrip("/").rpartition("/")[2] or rows.storage.url
-    made = page.Page(name, page.note(_state(rows)), sections.key_figures(rows, size))
+    notes = [page.note(text) for text in (_state(rows), rows.coverage) if text]
+    made = page.Page(name, *notes, sections.key_figures(rows, size))
     if rows.manifest and rows.finished:
         made.section("Funnel", sections.funnel(rows.manifest.funnel, rows.conditions))
     made.section("What is kept" if rows.finished else "What is staged", sections.kept(examples, thumbs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import PurePosixPath
@@ -15,30 +16,48 @@ from typing import Any, BinaryIO
 
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.source.columns import Row, caption_of, text_of, to_json
+from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_of, to_json
+from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_metadata
+from capstan.pipeline.source.samples import (
+    IMAGES,
+    JSON,
+    TEXTS,
+    TarSample,
+    first_split,
+    samples_of,
+    split,
+    unused_suffix,
+)
 from capstan.pipeline.source.tar_index import Member, members
-from capstan.pipeline.storage.listing import SourceFile
+from capstan.pipeline.storage.listing import SourceFile, is_macos_file
 
-IMAGES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
-_SIDECARS = frozenset([".txt", ".json"])  # files that describe the image of the same name
+_SIDECARS = frozenset([".txt", ".json"])  # a caption and other fields: what describes an image, under any suffix
 
 Open = Callable[[str], Any]
 ReadAll = Callable[[list[SourceFile]], dict[str, bytes]]  # files → their content, by path
+Unused = Counter[str]  # suffix → files or members of no use
 _BATCH_IMAGES = 256  # images whose sidecars are read together,
 _BATCH_BYTES = 8 << 20  # and bytes of these sidecars
 
 
-def folder(files: Iterable[list[SourceFile]], source: Source, read: ReadAll) -> Iterator[Row]:
-    """Yield a row for each image. NAME.txt holds its caption; NAME.json the caption and other fields.
+def folder(
+    files: Iterable[list[SourceFile]], source: Source, read: ReadAll, metadata: ImageMetadata | None, unused: Unused
+) -> Iterator[Row]:
+    """Yield a row for each image.
 
-    Files that share a name must be in the same batch of `files`. Raises RecipeError if there is no image.
+    NAME.txt (or .caption, .cap, .text; or NAME.jpg.txt) holds its caption; NAME.json the caption and other fields; so
+    does its row in `metadata`. Files that share a name must be in the same batch of `files`. The suffixes of files that
+    are not used are counted in `unused`. Raises RecipeError if there is no image.
     """
     anything = False
     for batch in files:
         images = [file for file in batch if PurePosixPath(file.path).suffix.lower() in IMAGES]
         anything = anything or bool(images)
+        left = {file.path for file in batch if not is_metadata(file)} - {file.path for file in images}
         for part in _parts(images, _named(batch)):
-            yield from _images(part, source, read)
+            left -= {file.path for _, sidecars in part for file in sidecars if file}
+            yield from _images(part, source, read, metadata)
+        unused.update(split(path)[1].lower() or PurePosixPath(path).name for path in left)
     if not anything:
         kinds = ", ".join(sorted(IMAGES))
         raise RecipeError("source.path", f"no image at {source.path}", f"name a folder that contains {kinds} files")
@@ -48,9 +67,9 @@ def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
     """Return the sidecars by their names with a lower-case suffix; in the folder it may have any case."""
     found: dict[str, SourceFile] = {}
     for file in files:
-        stem, suffix = _split(file.path)
+        stem, suffix = split(file.path)
         small = suffix.lower()
-        if small in _SIDECARS and (small == suffix or stem + small not in found):
+        if small in (*TEXTS, JSON) and (small == suffix or stem + small not in found):
             found[stem + small] = file
     return found
 
@@ -74,35 +93,57 @@ def _parts(images: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterato
         yield part
 
 
-def _images(part: list[tuple[SourceFile, _Sidecars]], source: Source, read: ReadAll) -> Iterator[Row]:
+def _images(
+    part: list[tuple[SourceFile, _Sidecars]], source: Source, read: ReadAll, metadata: ImageMetadata | None
+) -> Iterator[Row]:
     content = read([file for _, sidecars in part for file in sidecars if file])
     for image, sidecars in part:
         text, fields = (content[file.path] if file else None for file in sidecars)
         record = _json_object(fields or b"{}")
-        caption = _caption(None if text is None else text.decode("utf-8", "replace").strip(), record, source)
+        described = metadata.of(image.path) if metadata else None
+        caption = _caption(text, described, record, source)
         yield _row(image.path, caption, image.path, 0, image.size, record, source)
 
 
 def _sidecars(image: SourceFile, named: Mapping[str, SourceFile]) -> _Sidecars:
-    stem = _split(image.path)[0]
-    return named.get(f"{stem}.txt"), named.get(f"{stem}.json")
+    stems = (split(image.path)[0], image.path)  # NAME.txt; NAME.jpg.txt
+
+    def first(suffixes: Iterable[str]) -> SourceFile | None:
+        names = (stem + suffix for stem in stems for suffix in suffixes)
+        return next((named[name] for name in names if name in named), None)
+
+    return first(TEXTS), first([JSON])
 
 
-def webdataset(file: SourceFile, source: Source, open_: Open) -> Iterator[Row]:
-    """Yield a row for each sample of a tar: KEY.jpg (or another image) with KEY.txt and KEY.json.
+def webdataset(file: SourceFile, source: Source, open_: Open, unused: Unused) -> Iterator[Row]:
+    """Yield a row for each sample of a tar (see samples.py). Suffixes of members that are not used go to `unused`.
 
-    Raises RecipeError for a file that is compressed, is not a tar, or is cut.
+    Raises RecipeError for a file that is compressed, is not a tar, is cut, or has samples that are links.
     """
     with open_(file.path) as stream:
         _refuse_packed(file, stream.read(6))
         detached, seen = _Detached(file.path), set[bytes]()
         try:
-            for _, group in itertools.groupby(members(stream), key=lambda member: _first_split(member.name)[0]):
-                for sample in _samples(list(group)):
+            for _, group in itertools.groupby(_members(stream, file), key=lambda member: first_split(member.name)[0]):
+                for sample in samples_of(list(group)):
+                    unused.update(unused_suffix(member.name) for member in sample.left_over)
                     yield from _sample(sample, stream, file, source, detached, seen)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
+
+
+def _members(stream: BinaryIO, file: SourceFile) -> Iterator[Member]:
+    """Yield the members of a tar that may belong to samples. Raises RecipeError for one that is a link."""
+    for member in members(stream):
+        if is_macos_file(member.name):
+            continue
+        if member.link and split(member.name)[1].lower() in (*IMAGES, *TEXTS, JSON):
+            problem = f"{member.name} in {file.path} is a link to {member.link[:200]}; links in tars are not followed"
+            hint = "unpack the tar, then pack it without links: tar --dereference --hard-dereference --sort=name -cf …"
+            raise RecipeError("source.path", problem, hint)
+        if not member.link:
+            yield member
 
 
 def _refuse_packed(file: SourceFile, magic: bytes) -> None:
@@ -114,33 +155,6 @@ def _refuse_packed(file: SourceFile, magic: bytes) -> None:
 
 
 _PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz"}
-
-
-def _samples(group: list[Member]) -> list[list[Member]]:
-    """Split members that share their name up to its first dot into samples.
-
-    Usually they are one sample, as in KEY.jpg, KEY.seg.png, KEY.txt. If no member is named just KEY and an image's
-    suffix, the keys contain dots and end at the last one. If an image's name is repeated, its sample is too.
-    """
-    if any(_first_split(member.name)[1].lower() in IMAGES for member in group):
-        return [group] if len({member.name for member in group}) == len(group) else _parted(group)
-    return [list(sample) for _, sample in itertools.groupby(group, key=lambda member: _split(member.name)[0])]
-
-
-def _parted(group: list[Member]) -> list[list[Member]]:
-    """Split a group in which names are repeated: a sample ends where one of its names would come again.
-
-    If only names of files other than images are repeated, the group is one sample.
-    """
-    images = [member.name for member in group if _split(member.name)[1].lower() in IMAGES]
-    if len(set(images)) == len(images):
-        return [group]
-    samples: list[list[Member]] = [[]]
-    for member in group:
-        if any(member.name == other.name for other in samples[-1]):
-            samples.append([])
-        samples[-1].append(member)
-    return samples
 
 
 class _Detached:
@@ -172,33 +186,30 @@ def _hash(name: str) -> bytes:
 
 
 def _sample(
-    sample: list[Member], stream: BinaryIO, file: SourceFile, source: Source, detached: _Detached, seen: set[bytes]
+    sample: TarSample, stream: BinaryIO, file: SourceFile, source: Source, detached: _Detached, seen: set[bytes]
 ) -> Iterator[Row]:
-    image, caption, record, sidecars = None, "", dict[str, Any](), set[str]()
-    split = _first_split if any(_first_split(member.name)[1].lower() in IMAGES for member in sample) else _split
-    for member in sample:
-        suffix = split(member.name)[1].lower()
-        if suffix in IMAGES and image is None:
-            image = member
-        elif suffix in _SIDECARS:
-            sidecars.add(suffix)
-            stream.seek(member.offset)
-            data = stream.read(member.size)
-            if suffix == ".json":
-                record = _json_object(data)
-            else:
-                caption = data.decode("utf-8", "replace").strip()
-    if image is None or sidecars != _SIDECARS:
-        detached.check(split(sample[0].name)[0], sidecars, image=image is not None)
-    if image is None:
+    present = {".txt": sample.text, ".json": sample.record}
+    sidecars = {suffix for suffix, member in present.items() if member is not None}
+    if sample.image is None or sidecars != _SIDECARS:
+        detached.check(sample.stem, sidecars, image=sample.image is not None)
+    if sample.image is None:
         return
-    caption = _caption(caption or None, record, source)
-    url = text_of(f"{file.path}#{image.name}")
+    text, fields = (_content(member, stream) for member in (sample.text, sample.record))
+    record = _json_object(fields or b"{}")
+    caption = _caption(text, None, record, source)
+    url = text_of(f"{file.path}#{sample.image.name}")
     name = _hash(url)
     if name in seen:  # the first image of a name keeps the key that it would have alone
-        url += f"@{image.offset}"
+        url += f"@{sample.image.offset}"
     seen.add(name)
-    yield _row(url, caption, file.path, image.offset, image.size, record, source)
+    yield _row(url, caption, file.path, sample.image.offset, sample.image.size, record, source)
+
+
+def _content(member: Member | None, stream: BinaryIO) -> bytes | None:
+    if member is None:
+        return None
+    stream.seek(member.offset)
+    return stream.read(member.size)
 
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
@@ -206,33 +217,19 @@ def _row(url: str, caption: str, file: str, offset: int, length: int, record: di
     return Row(url, caption, None, file, offset, length, to_json(record), hash_)
 
 
-def _caption(text: str | None, record: dict[str, Any], source: Source) -> str:
-    """Return the text of NAME.txt or, if there is none (None), the caption in NAME.json; remove it from the latter."""
-    if text is None:
-        return caption_of(record, source.caption)
-    record.pop(source.caption, None)
-    return text
+def _caption(text: bytes | None, described: Described | None, record: dict[str, Any], source: Source) -> str:
+    """Return the caption: a text file's, else that of the folder's metadata, else that of NAME.json.
 
-
-def _split(name: str) -> tuple[str, str]:
-    """Split a name at its last dot: the part that all files of a sample share, and the suffix.
-
-    >>> _split("a/b.c.jpg"), _split("a.b/c")
-    (('a/b.c', '.jpg'), ('a.b/c', ''))
+    It is removed from `record`, into which the other fields of the metadata go.
     """
-    stem, dot, suffix = name.rpartition(".")
-    return (stem, dot + suffix) if dot and "/" not in suffix else (name, "")
-
-
-def _first_split(name: str) -> tuple[str, str]:
-    """Split a name at the first dot of its last part.
-
-    >>> _first_split("a.b/c.seg.png")
-    ('a.b/c', '.seg.png')
-    """
-    folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    return f"{folder}{slash}{stem}", dot + suffix
+    own = caption_of(record, source.caption)
+    caption = (text or b"").decode("utf-8", "replace").strip()
+    if described is not None:
+        record.update(described.fields)
+        own = described.caption
+    if caption:
+        record.pop(NO_TEXT, None)
+    return caption or own
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

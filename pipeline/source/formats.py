@@ -13,7 +13,8 @@ from typing import Final
 
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.source.folders import IMAGES
+from capstan.pipeline.source.image_metadata import is_metadata
+from capstan.pipeline.source.samples import IMAGES
 from capstan.pipeline.source.tables import UNPACKED
 from capstan.pipeline.storage.listing import SourceFile, stem_of
 
@@ -60,15 +61,25 @@ class FormatGuess:
     """The formats of the files at one `path` of the source.
 
     `first` is the first file of each kind ("" for files of no kind); `formats` every kind that a name alone shows.
+    `metadata` are files that describe the images next to them; if there are no images, they are tables.
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.first, self.formats = path, dict[str, str](), set[str]()
+        self.path, self.formats, self.metadata = path, set[str](), list[SourceFile]()
+        self._first, self._tables = dict[str, str](), dict[str, str]()
+
+    @property
+    def first(self) -> dict[str, str]:
+        return self._first if _IMAGE in self._first else self._tables | self._first
 
     def note(self, files: list[SourceFile]) -> None:
         """Add a batch of files."""
         for kind, file in _by_name(files):
-            self.first.setdefault(kind, file.path)
+            if is_metadata(file):
+                self.metadata.append(file)
+                self._tables.setdefault(kind, file.path)
+            else:
+                self._first.setdefault(kind, file.path)
         self.formats |= {kind_of(file.path) for file in files}
 
 

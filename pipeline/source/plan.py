@@ -12,6 +12,7 @@ the key is planned of rows that are blocked (see blocklist.py). The order of sam
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 import itertools
 import json
@@ -19,8 +20,9 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,15 +66,34 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class Plan:
-    """All units of all batches, in order. The current source has `read` rows; `repeats` of them repeat a key."""
+    """All units of all batches, in order.
+
+    The current source has `read` rows; `repeats` of them repeat a key, `captions` have a caption (None: planned by a
+    version that did not count them). `unused` counts by suffix the files and tar members that no row was made of.
+    """
 
     units: list[PlannedUnit]
     read: int
     repeats: int
+    captions: int | None = None
+    unused: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return sum(unit.rows for unit in self.units)
+
+    def coverage(self) -> str:
+        """Return in words how many rows have a caption, and what was not used: "" if that was not counted."""
+        if self.captions is None:
+            return ""
+        if not self.read:
+            return "the source has no rows"
+        message = f"{self.captions} of {self.read} rows have a caption"
+        common = sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))
+        if common:
+            kinds = ", ".join(suffix for suffix, _ in common[:5]) + (", …" if len(common) > 5 else "")
+            message += f"; {sum(self.unused.values())} files or tar members ({kinds}) were not used"
+        return message
 
 
 def _keys_of(batch: int) -> str:
@@ -88,8 +109,8 @@ def read_plan(storage: Storage) -> Plan:
         except FileNotFoundError:
             break
         units += [PlannedUnit(batch, number, rows) for number, rows in enumerate(written["units"])]
-    seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {"read": 0, "repeats": 0}
-    return Plan(units, seen["read"], seen["repeats"])
+    seen: dict[str, Any] = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {"read": 0, "repeats": 0}
+    return Plan(units, seen["read"], seen["repeats"], seen.get("captions"), seen.get("unused", {}))
 
 
 def _batch_name(batch: int) -> str:
@@ -104,7 +125,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     rows = SourceReader(recipe)
     seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {}
     if seen.get("signature") == rows.signature:
-        return read_plan(storage)
+        return _warned(read_plan(storage))
     before = read_plan(storage)
     unwanted = blocked(recipe, storage)
     earlier = sorted({unit.batch for unit in before.units})
@@ -113,18 +134,44 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
         scratch() as folder,
         Progress("plan", None, unit="rows", enabled=progress) as bar,
     ):
-        sort = ExternalKeySort(folder)
+        sort, captions = ExternalKeySort(folder), 0
         for table in rows.tables():
+            captions += _captions(table)
             sort.add(unwanted.without(table))
             bar.advance(len(table))
         units = _write_batch(sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder)
-    read, repeats = sort.rows, sort.repeats
+    made = Plan(before.units + units, sort.rows, sort.repeats, captions, dict(rows.unused))
     if units:
         written = json.dumps({"batch": batch, "units": [unit.rows for unit in units]})
         storage.write(_batch_name(batch), written.encode())
-    record = {"signature": rows.signature, "read": read, "repeats": repeats}
-    storage.write(_SOURCE, json.dumps(record).encode())
-    return Plan(before.units + units, read, repeats)
+    counts = {"read": made.read, "repeats": made.repeats, "captions": captions, "unused": made.unused}
+    storage.write(_SOURCE, json.dumps({"signature": rows.signature, **counts}).encode())
+    return _warned(made)
+
+
+def _warned(made: Plan) -> Plan:
+    if made.read and (made.unused or made.captions == 0):
+        log.warning("source: %s", made.coverage())
+    return made
+
+
+def survey(recipe: Recipe, most: int) -> Plan:
+    """Read about the first `most` rows of the source and count captions, without planning them.
+
+    Raises RecipeError for a source that cannot be read.
+    """
+    rows = SourceReader(recipe)
+    read = captions = 0
+    with contextlib.closing(rows.tables()) as found:
+        for table in found:
+            read, captions = read + len(table), captions + _captions(table)
+            if read >= most:
+                break
+    return Plan([], read, 0, captions, dict(rows.unused))
+
+
+def _captions(table: pa.Table) -> int:
+    return int(pc.sum(pc.not_equal(table["caption"], "")).as_py() or 0)
 
 
 class _Known:

@@ -1,8 +1,8 @@
 """The recipe's `source` → tables of rows, whatever the format
 
     parquet csv tsv jsonl txt     rows with a URL, or (parquet) with embedded images; text also as .gz .zst .bz2 .xz
-    folder                        images with NAME.txt or NAME.json next to them
-    webdataset                    tars of KEY.jpg, KEY.txt, KEY.json
+    folder                        images with NAME.txt or NAME.json next to them, or with metadata.jsonl
+    webdataset                    tars of KEY.jpg, KEY.txt, KEY.json (see samples.py)
     world                         the captioned world that Capstan draws itself
 
 A row has a URL, a caption, the position of its image, and the other columns as JSON. No pixels are read here. Memory
@@ -11,12 +11,14 @@ does not grow with the source, but with the samples of one tar.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import logging
 import lzma
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +30,12 @@ from capstan.pipeline.source import tables
 from capstan.pipeline.source.columns import Row, of_rows, to_json
 from capstan.pipeline.source.folders import folder, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
+from capstan.pipeline.source.image_metadata import FILE_NAME, ImageMetadata
 from capstan.pipeline.source.image_reader import Span, options_of, read_images
 from capstan.pipeline.source.tables import Reader
 from capstan.pipeline.storage import list_files, open_file
 from capstan.pipeline.storage.listing import Batches, SourceFile, in_batches
+from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ _TABLES: dict[str, Reader] = {
 class SourceReader:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
 
+    `unused` counts, by suffix, the files of folders and members of tars that no row was made of, once all are read.
+
     The files of one folder or glob on a disk are listed each time they are needed, not held. Raises RecipeError for a
     source that does not exist.
     """
@@ -57,11 +63,12 @@ class SourceReader:
         if recipe.source is None:
             raise RecipeError("source", "is missing", "set source.path to the files that hold the rows")
         self.source, self._recipe = recipe.source, recipe
+        self.unused = Counter[str]()
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
         self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
         self.signature = self._signature()
 
-    def tables(self) -> Iterator[pa.Table]:
+    def tables(self) -> Generator[pa.Table, None, None]:
         """Yield all rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
 
         Raises RecipeError for a file that cannot be read.
@@ -71,7 +78,7 @@ class SourceReader:
             return
         choice = FormatPolicy(self.source, self._kinds.values())
         if choice.images:
-            yield from _guarded(_in_tables(folder(self._files(), self.source, self._read_all)), str(self.source.path))
+            yield from self._folder()
             return
         read, left, first = 0, 0, ""
         for kind, file in (pair for batch in self._files() for pair in choice.of(batch)):
@@ -85,6 +92,31 @@ class SourceReader:
             raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
         if left:
             log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
+
+    def _folder(self) -> Iterator[pa.Table]:
+        described = [file for guess in self._kinds.values() for file in guess.metadata]
+        with contextlib.ExitStack() as stack:
+            metadata = None
+            if described:
+                metadata = ImageMetadata(stack.enter_context(scratch()))
+                stack.callback(metadata.close)
+                for file in described:
+                    metadata.add(file, _guarded(self._metadata(file), file.path))
+            rows = folder(self._files(), self.source, self._read_all, metadata, self.unused)
+            yield from _guarded(_in_tables(rows), str(self.source.path))
+            if metadata is not None and metadata.used < metadata.rows:
+                log.warning("source: %d rows of metadata name no image", metadata.rows - metadata.used)
+
+    def _metadata(self, file: SourceFile) -> Iterator[pa.Table]:
+        """Yield the rows of a file that describes a folder's images, with the image's name as their URL."""
+        source = self.source.model_copy(update={"url": FILE_NAME, "image": None})
+        try:
+            yield from _TABLES[kind_of(file.path)](file, source, self._open)
+        except RecipeError as error:
+            if error.field != "source.url":
+                raise
+            hint = f"add the column {FILE_NAME}, or move the file out of the folder of images"
+            raise RecipeError("source.path", error.problem, hint) from None
 
     def _files(self) -> Batches:
         """Return all files, in batches. Those in a bucket, or at several paths, are listed once and held."""
@@ -122,7 +154,7 @@ class SourceReader:
 
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
         if kind == "webdataset":
-            return _in_tables(webdataset(file, self.source, self._open))
+            return _in_tables(webdataset(file, self.source, self._open, self.unused))
         return _TABLES[kind](file, self.source, self._open)
 
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:

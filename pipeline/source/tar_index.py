@@ -6,6 +6,7 @@ left to `tarfile`. Unlike `tarfile`, it never takes damage for the end of the ar
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tarfile
 import zlib
@@ -24,15 +25,16 @@ _REPLACING: Final = (b"path=", b"size=", b"linkpath=", b"GNU.", b"hdrcharset=")
 
 
 class Member(NamedTuple):
-    """A file in a tar: `size` bytes at `offset`, both in bytes."""
+    """A file in a tar: `size` bytes at `offset`. A link to `link` has no bytes of its own."""
 
     name: str
     offset: int
     size: int
+    link: str = ""
 
 
 def members(stream: BinaryIO) -> Iterator[Member]:
-    """Yield the files of an uncompressed tar, in order; the caller may seek in `stream` between two of them.
+    """Yield the files and links of an uncompressed tar, in order; the caller may seek in `stream` between two of them.
 
     Raises tarfile.ReadError if it is not a tar, is damaged or is cut.
     """
@@ -120,11 +122,19 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _by_tarfile(stream: Any, start: int) -> tuple[Member | None, int]:
-    """Return the file whose header is at `start` (None for a folder or a link), and the offset of the next header."""
+    """Return the file or link whose header is at `start` (else None), and the offset of the next header."""
+    stream.seek(start)
+    with contextlib.suppress(tarfile.HeaderError):  # which `open` will report
+        if tarfile.nti(stream.read(BLOCK)[124:136]) < 0:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a negative size at byte {start}")
     stream.seek(start)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         found = tar.firstmember  # type: ignore[attr-defined] # read on opening, with all its extended headers
         if found is None:
             raise tarfile.ReadError(f"no header at byte {start}")
         member = Member(found.name, found.offset_data, found.size) if found.isfile() else None
+        if found.islnk() or found.issym():
+            member = Member(found.name, found.offset_data, 0, found.linkname)
+        if tar.offset <= start:
+            raise tarfile.ReadError(f"a header at byte {start} that leads back")
         return member, tar.offset

@@ -22,7 +22,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from capstan.pipeline.errors import DiskFull, RecipeError, StorageError
-from capstan.pipeline.storage.listing import Batches, SourceFile, file_at, in_batches, matching, on_disk, walk
+from capstan.pipeline.storage.listing import (
+    Batches,
+    SourceFile,
+    file_at,
+    in_batches,
+    is_macos_file,
+    matching,
+    on_disk,
+    walk,
+)
 from capstan.pipeline.storage.local import PARTIAL, Local
 from capstan.pipeline.storage.remote import Remote, stamp
 
@@ -224,6 +233,7 @@ def _in_bucket(remote: Remote, root: str) -> Batches:
     files = [
         SourceFile(remote.fs.unstrip_protocol(name), int(info["size"] or 0), stamp(info), name == root)
         for name, info in infos.items()
+        if name == root or not is_macos_file(name.removeprefix(root))
     ]
     return in_batches(files)
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _MOST = 1000  # files in a batch; more if many share a name
 
+_IMAGE_ENDS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,7 @@ class SourceFile:
     named: bool = False
 
 
-Batches = Iterator[list[SourceFile]]  # files of a folder that share their name up to the last dot are in one batch
+Batches = Iterator[list[SourceFile]]  # files of a folder that share their name (see stem_of) are in one batch
 
 
 def walk(
@@ -59,6 +61,8 @@ def walk(
             return
         with os.scandir(folder) as entries:
             for entry in entries:
+                if is_macos_file(entry.name):
+                    continue
                 (folders if _is_folder(entry) else names).append(entry.name)
     except OSError as error:
         log.warning("source: skipped %s (%s)", folder, error.strerror or error)
@@ -87,6 +91,16 @@ def file_at(path: str, *, named: bool = False) -> SourceFile | None:
     except OSError:
         return SourceFile(as_text(path), 0, "", named) if Path(path).is_symlink() else None
     return SourceFile(as_text(path), info.st_size, str(info.st_mtime), named) if stat.S_ISREG(info.st_mode) else None
+
+
+def is_macos_file(name: str) -> bool:
+    """Return whether macOS made this file for itself: ._NAME, and everything in __MACOSX.
+
+    >>> is_macos_file("a/._b.jpg"), is_macos_file("__MACOSX/a/b.jpg"), is_macos_file("a/b.jpg")
+    (True, True, False)
+    """
+    *folders, last = name.split("/")
+    return last.startswith("._") or "__MACOSX" in folders
 
 
 def as_text(path: str) -> str:
@@ -138,10 +152,15 @@ def _cut(items: list[T], stem: Callable[[T], str]) -> Iterator[list[T]]:
 
 
 def stem_of(name: str) -> str:
-    """Return a name up to its last dot.
+    """Return a name up to its last dot, or up to the last but one in NAME.jpg.txt: what an image and its texts share.
 
-    >>> stem_of("a.b/c.d.jpg"), stem_of("a.b/c")
-    ('a.b/c.d', 'a.b/c')
+    >>> stem_of("a.b/c.d.jpg"), stem_of("a.b/c"), stem_of("a/b.jpg.txt")
+    ('a.b/c.d', 'a.b/c', 'a/b')
     """
+    stem = _stem(name)
+    return _stem(stem) if stem[-5:].lower().endswith(_IMAGE_ENDS) else stem
+
+
+def _stem(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and "/" not in suffix else name

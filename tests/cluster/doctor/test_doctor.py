@@ -110,6 +110,25 @@ def test_the_room_that_a_dataset_needs(tmp_path: Path) -> None:
     assert "larger disk" in finding.hint
 
 
+@pytest.mark.parametrize(("suffix", "ok"), [("txt", True), ("prompt", False)])
+def test_a_source_without_captions(tmp_path: Path, suffix: str, ok: bool) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"JPEG")
+        (tmp_path / "in" / f"{name}.{suffix}").write_text("a caption")
+    recipe = written(tmp_path, source={"path": str(tmp_path / "in")})
+    finding = by_name(recipe_findings(recipe))["source"]
+    assert finding.ok == ok
+    expected = "2 of 2 rows have a caption" if ok else "0 of 2 rows have a caption; 2 files or tar members (.prompt)"
+    assert finding.seen.startswith(expected)
+
+
+def test_a_source_that_cannot_be_read(tmp_path: Path) -> None:
+    finding = by_name(recipe_findings(written(tmp_path, source={"path": str(tmp_path / "none.csv")})))["source"]
+    assert not finding.ok
+    assert "source.path: no file at" in finding.seen
+
+
 def test_a_damaged_table_has_no_known_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
     source = {"path": str(tmp_path / "rows.parquet")}

@@ -218,6 +218,14 @@ def test_thumbnails_stay_within_their_budget(draw: Any) -> None:
         assert image.size == (256, 192)
 
 
+def test_rows_without_captions_are_counted(copy: Storage) -> None:
+    plan = json.loads(copy.read("state/plan/source.json"))
+    copy.write("state/plan/source.json", json.dumps(plan | {"captions": 3, "unused": {".prompt": 2}}).encode())
+    write_report(copy)
+    expected = f"3 of {plan['read']} rows have a caption; 2 files or tar members (.prompt) were not used"
+    assert expected in copy.read("report.html").decode()
+
+
 def test_the_same_dataset_gives_the_same_page(copy: Storage) -> None:
     write_report(copy)
     first = copy.read("report.html")

@@ -26,7 +26,8 @@ def tar_of(form: int, files: list[tuple[str, bytes]], **fields: Any) -> bytes:
 
 
 def read(raw: bytes) -> list[tuple[str, bytes]]:
-    return [(name, raw[offset : offset + size]) for name, offset, size in members(io.BytesIO(raw))]
+    found = members(io.BytesIO(raw))
+    return [(member.name, raw[member.offset : member.offset + member.size]) for member in found]
 
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -72,13 +73,29 @@ def test_what_webdataset_writes(tmp_path: Path) -> None:
     assert read((tmp_path / "t.tar").read_bytes()) == [(name.replace("jpg", "bin"), data) for name, data in FILES]
 
 
-def test_folders_and_links_are_left_out(tmp_path: Path) -> None:
+def test_links_are_named_and_folders_left_out(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"a")
     (tmp_path / "in" / "b.jpg").symlink_to("a.jpg")
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(tmp_path / "in", "in")
-    assert read((tmp_path / "t.tar").read_bytes()) == [("in/a.jpg", b"a")]
+    with (tmp_path / "t.tar").open("rb") as file:
+        found = {member.name: (member.size, member.link) for member in members(file)}
+    assert found == {"in/a.jpg": (1, ""), "in/b.jpg": (0, "a.jpg")}
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_negative_size_is_damage(kind: bytes) -> None:
+    """It would lead back to a header before it, without end."""
+    raw = bytearray(tar_of(tarfile.GNU_FORMAT, FILES[:3]))
+    raw[1024 + 512 + 124 : 1024 + 512 + 136] = b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True)
+    raw[1024 + 512 + 156 : 1024 + 512 + 157] = kind
+    header = tarfile.TarInfo.frombuf
+    checksum = sum(raw[1536:2048]) - sum(raw[1536 + 148 : 1536 + 156]) + 8 * ord(" ")
+    raw[1536 + 148 : 1536 + 156] = b"%06o\0 " % checksum
+    assert header(bytes(raw[1536:2048]), "utf-8", "strict").size == -1024
+    with pytest.raises(tarfile.ReadError, match="negative size"):
+        read(bytes(raw))
 
 
 def test_a_tar_without_its_end_mark_is_whole() -> None:
