@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.ports import free_port
 
 _START_S = 120.0
 _LOOK_EVERY_S = 0.2
@@ -155,13 +155,6 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def free_port() -> int:
-    """Return a port of loopback on which nothing listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def _tree(root: int) -> list[int]:

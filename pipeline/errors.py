@@ -79,3 +79,13 @@ class Quarantined(CapstanError):
     def __str__(self) -> str:
         lines = [f"  {unit}: {reason}" for unit, reason in sorted(self.units.items())]
         return "\n".join([f"{self.job}: {len(lines)} unit(s) quarantined; run again to retry them", *lines])
+
+
+def first_line(reason: str | BaseException) -> str:
+    """Return the first line of a message that is not blank; of an exception without a message, its type's name.
+
+    >>> first_line("a\\nb"), first_line(ValueError()), first_line(KeyError("x"))
+    ('a', 'ValueError', "'x'")
+    """
+    name = "" if isinstance(reason, str) else type(reason).__name__
+    return next((line.strip() for line in str(reason).splitlines() if line.strip()), name)

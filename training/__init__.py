@@ -1,1 +1,1 @@
-"""Fits every model that Capstan learns; samples, evaluates and exports it."""
+"""Train every model that Capstan learns; sample, evaluate and export it."""

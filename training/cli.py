@@ -11,79 +11,109 @@ from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, co
 from capstan.pipeline.errors import RecipeError
 
 
-def _on_this_machine(run: str) -> Path:
-    from capstan.training.product import fetched
+def _local_run(run: str) -> Path:
+    from capstan.training.product import download_run
 
-    return fetched(run) if "://" in run else Path(run)
+    return download_run(run) if "://" in run else Path(run)
 
 
-_RUN_HELP = "A run folder, or the product in it; or a finished run in a bucket."
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP, parser=_on_this_machine)]
+_RUN_HELP = "A run folder, its product folder, or the URL of a finished run."
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP, parser=_local_run)]
 SamplerOption = Annotated[
     Literal["ddim", "dpm++", "euler"] | None,
-    typer.Option(help="ddim or dpm++ for a model that learnt DDPM, dpm++ or euler for flow; else the recipe's."),
+    typer.Option(help="ddim or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
 ]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
-    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
-    _add_fitting(app, load)
-    _add_drawing(app, load)
-    _add_leaving(app)
+    """Add the training commands to `app`; `load` reads and validates a recipe file with its overrides."""
+    _add_recipe_commands(app, load)
+    _add_sample(app, load)
+    _add_run_commands(app)
 
 
-def _add_fitting(app: typer.Typer, load: Load) -> None:
-    """Commands on a recipe."""
+def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
+    """Add the commands that take a recipe."""
 
     @app.command()
     def train(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Fit what the recipe's train.model names. Goes on from its last checkpoint; a finished run is left alone."""
+        """Train the model that train.model names.
+
+        Resumes from the last checkpoint. A finished run is not trained again.
+
+        Examples:
+
+            capstan train recipe.yaml
+
+            capstan train recipe.yaml --set train.steps=20000 --set train.engine.workers=4
+        """
         from capstan.training.launch import train as run
 
         finish(run(load(recipe, overrides)), as_json)
 
     @app.command()
     def encode(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Run the frozen models of train.diffusion over all images, and captions, once, ahead of training."""
+        """Precompute latents and text embeddings.
+
+        Runs the frozen autoencoder over all images, and the frozen text encoder over all captions, once before
+        training. Set train.data.latents: auto to train on them.
+
+        Example:
+
+            capstan encode recipe.yaml
+        """
         from capstan.training.encode import encode as run
 
         ready = load(recipe, overrides)
         finish(concluded(lambda: run(ready)), as_json)
 
 
-def _add_drawing(app: typer.Typer, load: Load) -> None:
+def _add_sample(app: typer.Typer, load: Load) -> None:
     @app.command()
     def sample(
         run: RunArgument,
-        prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw; repeatable.")],
-        out: Annotated[Path, typer.Option("-o", "--out", help="Where the grid goes.")] = Path("grid.png"),
-        seed: Annotated[list[int], typer.Option("--seed", help="One a prompt, or several for one prompt.")] = [],  # noqa: B006
-        negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
-        steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
-        guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="Guidance scale.")] = None,
+        prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="Prompt; repeatable.")],
+        out: Annotated[Path, typer.Option("-o", "--out", help="PNG file for the grid.")] = Path("grid.png"),
+        seed: Annotated[
+            list[int], typer.Option("--seed", help="One seed per prompt, or several for a single prompt.")
+        ] = [],  # noqa: B006
+        negative: Annotated[str | None, typer.Option("--negative", help="Negative prompt.")] = None,
+        steps: Annotated[
+            int | None, typer.Option("--steps", min=1, help="Sampling steps. Default: from the recipe.")
+        ] = None,
+        guidance: Annotated[
+            float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
+        ] = None,
         sampler: SamplerOption = None,
         size: Annotated[
             str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Pixels, e.g. 640x512.")
         ] = None,
         upsample: Annotated[
-            bool, typer.Option("--upsample", help="Expand prompts into the style of the captions trained on.")
+            bool, typer.Option("--upsample", help="Expand prompts into the style of the training captions.")
         ] = False,
         upsampler: Annotated[
             Path | None,
-            typer.Option(metavar="RECIPE", help="Expand with its recaption engine, in place of the run's own."),
+            typer.Option(metavar="RECIPE", help="Use this recipe's recaption engine instead of the run's."),
         ] = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Draw a labelled grid of images from prompts."""
+        """Generate a labelled image grid from prompts.
+
+        Examples:
+
+            capstan sample ./out/run -p "a red circle" -p "two blue squares" -o grid.png
+
+            capstan sample ./out/run -p "a red circle" --seed 1 --seed 2 --steps 50
+        """
         from capstan.recaption.config import RecaptionConfig
         from capstan.training.sample import sample as draw
         from capstan.training.sample import upsampler_of
 
-        seeds, writer = seed or None, None
+        seeds, engine = seed or None, None
         if upsampler is not None:
-            writer = RecaptionConfig.from_recipe(load(upsampler, []))
+            engine = RecaptionConfig.from_recipe(load(upsampler, []))
         elif upsample:
-            writer = upsampler_of(run)
+            engine = upsampler_of(run)
         drawn = draw(
             run,
             prompt,
@@ -94,41 +124,54 @@ def _add_drawing(app: typer.Typer, load: Load) -> None:
             guidance=guidance,
             sampler=sampler,
             size=None if size is None else _pixels(size),
-            upsampler=writer,
+            upsampler=engine,
         )
         finish(drawn, as_json)
 
 
 def _pixels(size: str) -> tuple[int, int]:
-    """`640x512` or `512` → width and height."""
+    """Return (width, height) from `640x512` or `512`."""
     sides = size.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise RecipeError("--size", f"{size!r} is no size", "write e.g. 640x512")
+        raise RecipeError("--size", f"{size!r} is not a size", "use e.g. 640x512")
     return int(sides[0]), int(sides[-1])
 
 
-def _add_leaving(app: typer.Typer) -> None:
-    """Commands on a finished run."""
+def _add_run_commands(app: typer.Typer) -> None:
+    """Add the commands that take a finished run."""
 
     @app.command()
     def evaluate(
         run: RunArgument,
-        count: Annotated[int, typer.Option("--count", min=2, help="How many unseen scenes or held-out samples.")] = 128,
+        count: Annotated[
+            int, typer.Option("--count", min=2, help="Number of unseen scenes or held-out samples.")
+        ] = 128,
         measures: Annotated[
-            str, typer.Option("--measures", help="Of images from prompts: oracle, clip, fid; by commas.")
+            str, typer.Option("--measures", help="Comma-separated metrics for generated images: oracle, clip, fid.")
         ] = "oracle",
         clip: Annotated[
-            str | None, typer.Option("--clip", metavar="MODEL", help="A CLIP: a folder, or a name of open_clip.")
+            str | None,
+            typer.Option("--clip", metavar="MODEL", help="CLIP model for clip: a folder, or an open_clip name."),
         ] = None,
         pretrained: Annotated[
-            str | None, typer.Option("--pretrained", help="Its weights: a file, or a tag of open_clip.")
+            str | None, typer.Option("--pretrained", help="Weights of the CLIP model: a file, or an open_clip tag.")
         ] = None,
         features: Annotated[
-            Path | None, typer.Option("--features", metavar="FILE", help="The network of fid: .pth or TorchScript .pt.")
+            Path | None,
+            typer.Option("--features", metavar="FILE", help="Feature network for fid: .pth or TorchScript .pt."),
         ] = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Measure a run on scenes or samples that it has not seen, each measure beside its chance level."""
+        """Measure a finished run on unseen data.
+
+        Reports each metric next to its chance level.
+
+        Examples:
+
+            capstan evaluate ./out/run
+
+            capstan evaluate ./out/run --measures clip,fid --clip ./clip --features ./inception.pth --count 1000
+        """
         from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
         from capstan.training.evaluate import evaluate as measure
 
@@ -139,12 +182,19 @@ def _add_leaving(app: typer.Typer) -> None:
     @app.command()
     def export(
         run: RunArgument,
-        folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the diffusers folder goes.")],
-        precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the diffusers pipeline to.")],
+        precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
         sampler: SamplerOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Write a folder that diffusers.DiffusionPipeline.from_pretrained opens."""
+        """Export a run as a diffusers pipeline.
+
+        diffusers.DiffusionPipeline.from_pretrained opens the folder.
+
+        Example:
+
+            capstan export ./out/run ./pipeline --precision bf16
+        """
         from capstan.training.export import export as write
 
         finish(write(run, folder, precision=precision, sampler=sampler), as_json)

@@ -1,7 +1,7 @@
-"""A recipe → latents and text states of all its samples: `capstan encode`, and what `capstan train` does first.
+"""A recipe → latents and text states of all its samples (`capstan encode`)
 
-Where the recipe's text encoder is frozen (`train.diffusion.text.pretrained`) its states are encoded too; where it is
-trained there are none. Through the unit map: what is encoded already is not encoded again.
+`capstan train` runs the same before training if the recipe says `auto`. Text states are encoded if the recipe's text
+encoder is frozen (`train.diffusion.text.pretrained`). The unit map skips shards that are already encoded.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from capstan.training.config import AUTO, TrainConfig, WeightedDataset, family_c
 from capstan.training.data.dataset import find_layer
 from capstan.training.precomputed import latents, text_embeddings
 from capstan.training.run import Run
-from capstan.training.run_data import open_storage, pin, shares
+from capstan.training.run_data import open_storage, pin, weighted_datasets
 
 Job = latents.LatentsJob | text_embeddings.TextStatesJob
 
 
 def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Encode all that has no latents, or text states, yet. Gives a summary with the latents' id, `encoder`.
+    """Encode every shard that has no latents or text states yet; return a summary with the latents' id, `encoder`.
 
-    Write that id, or `auto`, under `train.data.latents` to train on them. Raises Quarantined if some shards could not
+    Set `train.data.latents` to that id, or to `auto`, to train on them. Raises Quarantined if some shards could not
     be encoded.
     """
     train = TrainConfig.from_recipe(recipe)
-    summaries = [_images(recipe, train, share, progress) for share in shares(recipe, train)]
+    summaries = [_images(recipe, train, source, progress) for source in weighted_datasets(recipe, train)]
     if family_class(train.model).text_encoder(train) is not None:
-        for share in shares(recipe, train):
-            layer = find_layer(open_storage(recipe, share), train.data.model_copy(update={"layer": share.layer}))
-            summaries.append(_texts(recipe, train, share, layer, progress))
+        for source in weighted_datasets(recipe, train):
+            layer = find_layer(open_storage(recipe, source), train.data.model_copy(update={"layer": source.layer}))
+            summaries.append(_texts(recipe, train, source, layer, progress))
     return _sum(summaries)
 
 
 def encode_missing(recipe: Recipe, *, progress: bool = True) -> None:
-    """What `train.data.latents: auto` and `text_states: auto` ask for, before the workers start.
+    """Encode what `train.data.latents: auto` and `text_states: auto` request, before the workers start.
 
-    Captions are those of the layer that the run is pinned to, whichever is the latest by now.
+    Captions come from the layer that the run is pinned to, even if a later one exists now.
     """
     train = TrainConfig.from_recipe(recipe)
     layers = pin(recipe, train, Run(train))
-    for share, layer in zip(shares(recipe, train), layers, strict=True):
+    for source, layer in zip(weighted_datasets(recipe, train), layers, strict=True):
         if train.data.latents == AUTO:
-            _images(recipe, train, share, progress)
+            _images(recipe, train, source, progress)
         if train.data.text_states == AUTO:
-            _texts(recipe, train, share, layer, progress)
+            _texts(recipe, train, source, layer, progress)
 
 
-def _images(recipe: Recipe, train: TrainConfig, share: WeightedDataset, progress: bool) -> dict[str, Any]:
-    dataset = Dataset(open_storage(recipe, share))
-    path, identity = latents.plan(train, Dataset(open_storage(recipe, shares(recipe, train)[0])))
+def _images(recipe: Recipe, train: TrainConfig, source: WeightedDataset, progress: bool) -> dict[str, Any]:
+    dataset = Dataset(open_storage(recipe, source))
+    path, identity = latents.plan(train, Dataset(open_storage(recipe, weighted_datasets(recipe, train)[0])))
     job = latents.LatentsJob(dataset, path, identity, recipe.resources)
     return {"encoder": job.encoder, **_run(job, recipe, progress)}
 
 
 def _texts(
-    recipe: Recipe, train: TrainConfig, share: WeightedDataset, layer: str | None, progress: bool
+    recipe: Recipe, train: TrainConfig, source: WeightedDataset, layer: str | None, progress: bool
 ) -> dict[str, Any]:
-    dataset = Dataset(open_storage(recipe, share))
+    dataset = Dataset(open_storage(recipe, source))
     job = text_embeddings.TextStatesJob(dataset, train, text_embeddings.plan(train, dataset, layer), recipe.resources)
     counts = _run(job, recipe, progress)
     return {"text_states": job.encoder, "captions": counts.pop("samples"), **counts}
@@ -79,7 +79,7 @@ def _run(job: Job, recipe: Recipe, progress: bool) -> dict[str, Any]:
 
 
 def _sum(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts added up; of names the first."""
+    """Return one summary: counts added up, and the first of each name."""
     total: dict[str, Any] = {}
     for name, value in ((name, value) for summary in summaries for name, value in summary.items()):
         total[name] = total[name] + value if name in total and isinstance(value, int) else total.get(name, value)

@@ -1,11 +1,11 @@
-"""A finished run → evaluation.json: how well images follow prompts, or survive the autoencoder, each beside chance.
+"""A finished run → evaluation.json, with chance levels (`capstan evaluate`)
 
-Measured on scenes of the captioned world that no run has seen, or on held-out samples (training.measures.subjects).
+Measures unseen scenes of the captioned world, or held-out samples (training.metrics.samples).
 
-    diffusion     prompts → images → oracle, CLIP score, FID; beside them the same measures for images of other
-                  prompts (chance) and for true images that went through the autoencoder and back (ceiling)
-    autoencoder   drawings → latents → drawings: PSNR; chance is an image of the drawings' mean colour
-    vqgan         the same, and how much of its codebook the drawings use; chance is a codebook with one code in use
+    diffusion     prompts → images → oracle, CLIP score, FID. Chance: the same metrics for images of other prompts.
+                  Ceiling: the same metrics for true images that went through the autoencoder
+    autoencoder   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour
+    vqgan         the same, and codebook use. Chance: a codebook with one code in use
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SHOWN: Final = 16  # images in the grid beside evaluation.json
+_SHOWN: Final = 16  # images in evaluation.png
 
 Evaluation = dict[str, Any]
 
@@ -57,18 +57,18 @@ def evaluate(
     guidance: float | None = None,
     batch: int = 32,
 ) -> Evaluation:
-    """Measure a run on `count` unseen scenes or held-out samples; evaluation.json and .png go into its folder.
+    """Measure a run on `count` unseen scenes or held-out samples; return the summary.
 
-    `clip` and `fid` say what judges; by default what train.watch.evaluate of the run's recipe names. `world` is what
-    the run was trained on; by default what its recipe says. Gives the summary. Raises RecipeError where a file, a
-    package or the truth is missing.
+    Writes evaluation.json and evaluation.png into the run's folder. `clip` and `fid` name the judging networks
+    (default: train.watch.evaluate of the run's recipe). `world` is the captioned world that the run was trained on
+    (default: from its recipe). Raises RecipeError if a file, a package or the ground truth is missing.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
     product = find_product(run)
     kind = kind_of(product)
     if kind not in ("diffusion", "autoencoder", "vqgan"):
-        problem = f"{product} is of a kind that is not evaluated ({kind or 'unknown'})"
+        problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
         raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
     if kind != "diffusion":
         scenes = Scenes(world or _world_of(product), count).scenes
@@ -84,25 +84,27 @@ def evaluate(
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     image.save(png, format="PNG")
     storage.write("evaluation.png", png.getvalue())
-    storage.write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")  # last: with it all is there
-    logger.info("evaluate: %s", _in_words(result["measures"]))
+    storage.write(
+        "evaluation.json", json.dumps(result, indent=1).encode() + b"\n"
+    )  # last: it marks a complete evaluation
+    logger.info("evaluate: %s", _summary_line(result["measures"]))
     return result
 
 
 def _recipe_of(product: Path) -> Recipe:
-    """The recipe that a product was trained by: it, or a best state's, lies within its run."""
+    """Return the recipe of a product: recipe.json is in its run folder, up to three levels above."""
     for folder in (product, *product.parents[:3]):
         if (folder / "recipe.json").is_file():
             return Recipe.model_validate(json.loads((folder / "recipe.json").read_text())["recipe"])
     hint = "name a run folder that was trained on `format: world`"
-    raise RecipeError("RUN", f"{product} has no recipe.json beside it to tell which world it has seen", hint)
+    raise RecipeError("RUN", f"no recipe.json in {product} or its run folder, so its training data is unknown", hint)
 
 
 def _world_of(product: Path) -> WorldSource:
-    """The captioned world that the run's dataset was built from."""
+    """Return the captioned world that the run's dataset was built from."""
     if (world := world_of(_recipe_of(product))) is None:
         hint = "name a run folder that was trained on `format: world`"
-        raise RecipeError("RUN", f"{product} was not trained on the captioned world: there is no truth", hint)
+        raise RecipeError("RUN", f"{product} was not trained on the captioned world, so there is no ground truth", hint)
     return world
 
 
@@ -120,16 +122,16 @@ def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, c
 def _judges(
     recipe: Recipe | None, measures: Sequence[Measure], clip: ClipSettings | None, fid: Fid | None, count: int
 ) -> list[Metric]:
-    """What judges, by the options given or else by the run's recipe."""
-    asked: dict[str, Any] = {"measures": list(measures), "count": count}
+    """Return the metrics, set up by the options or else by the run's recipe."""
+    settings: dict[str, Any] = {"measures": list(measures), "count": count}
     section = (recipe.train if recipe is not None else None) or {}
-    said = (section.get("watch") or {}).get("evaluate") or {}
+    from_recipe = (section.get("watch") or {}).get("evaluate") or {}
     for name, given in (("clip", clip), ("fid", fid)):
-        asked[name] = said.get(name) if given is None else given.model_dump()
-        if name in measures and asked[name] is None:
+        settings[name] = from_recipe.get(name) if given is None else given.model_dump()
+        if name in measures and settings[name] is None:
             hint = "add --clip MODEL" if name == "clip" else "add --features FILE"
-            raise RecipeError("--measures", f"{name} has no model: the run's recipe names none", hint)
-    return make_metrics(validate(Evaluate, asked, "train.watch.evaluate"), "train.watch.evaluate")
+            raise RecipeError("--measures", f"{name} needs a model, and the run's recipe does not name one", hint)
+    return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate")
 
 
 # Diffusion -----------------------------------------------------------------------------------------------------------
@@ -144,36 +146,36 @@ def _diffusion(
     guidance: float | None,
     batch: int,
 ) -> tuple[Evaluation, Any]:
-    """The judges' measures of images drawn from prompts, and a grid of some."""
+    """Return the metrics of images generated from prompts, and a grid of the first of them."""
     sampler = open_sampler(product)
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
     images = sampler.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
     side = images.shape[1]
-    through = _through(sampler.pipeline.vae, subjects.images(numbers, side), batch)
+    reconstructed = _reconstruct(sampler.pipeline.vae, subjects.images(numbers, side), batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
-    trust: Evaluation = {}
+    reliability: Evaluation = {}
     for judge in judges:
-        judged = functools.partial(_judged, judge, subjects, batch=batch, device=sampler.pipeline.device)
-        value, ceiling = judged(numbers, images), judged(numbers, through)
+        judged = functools.partial(_measure, judge, subjects, batch=batch, device=sampler.pipeline.device)
+        value, ceiling = judged(numbers, images), judged(numbers, reconstructed)
         if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))
-            trust = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
+            reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
             chance = judged(others, images) if judge.uses_prompts else {}
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": ceiling[name]}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
     sampling = {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
-    result = {"measures": measures, **trust, "sampling": sampling}
+    result = {"measures": measures, **reliability, "sampling": sampling}
     return result, grid(images[:_SHOWN], prompts[:_SHOWN])
 
 
-def _judged(
+def _measure(
     judge: Metric, subjects: EvalSet, numbers: Sequence[int], images: np.ndarray, *, batch: int, device: torch.device
 ) -> dict[str, float]:
-    """What a judge says of images for the prompts of these numbers."""
+    """Return a judge's values for `images`, compared with the prompts of `numbers`."""
     with random_state_kept(device), judge.ready(device):
         for start in range(0, len(numbers), batch):
             judge.add(subjects, numbers[start : start + batch], images[start : start + batch])
@@ -181,7 +183,7 @@ def _judged(
 
 
 def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:
-    """Each measure's mean over the images for which it is defined; None where it is for none."""
+    """Return each measure's mean over the images for which it is defined; None if there are none."""
     means = oracle.aggregate([oracle.score(scene, image) for scene, image in zip(scenes, images, strict=True)])
     return {name: _or_none(mean) for name, mean in means.items()}
 
@@ -194,14 +196,14 @@ def _or_none(value: float) -> float | None:
 
 
 def _first_stage(product: Path, scenes: Sequence[Scene], *, kind: str, batch: int) -> tuple[Evaluation, Any]:
-    """PSNR of drawings that go through the autoencoder, the oracle's measures of them, and a grid of pairs."""
+    """Return PSNR and oracle measures of drawings after the autoencoder, and a grid of before and after."""
     from capstan.training.models.autoencoder.family import load_autoencoder
     from capstan.training.models.vqgan.family import load_vq
 
     vae = load_vq(str(product), "RUN") if kind == "vqgan" else load_autoencoder(str(product), "RUN")
     side = int(read_facts(product).get("size", vae.config.sample_size))
     drawn = np.stack([render(scene, side) for scene in scenes])
-    made = _through(vae, drawn, batch)
+    made = _reconstruct(vae, drawn, batch)
     flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True), drawn.shape)
     measures: Evaluation = {"psnr": {"value": _psnr(drawn, made), "chance": _psnr(drawn, flat)}}
     if kind == "vqgan":
@@ -214,7 +216,7 @@ def _first_stage(product: Path, scenes: Sequence[Scene], *, kind: str, batch: in
 
 
 def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
-    """Over all latents of the images: perplexity of the codes, and the share of the codebook that occurs."""
+    """Return the perplexity of the codes over all latents of the images, and the share of the codebook in use."""
     import torch
 
     from capstan.training.models.vqgan.model import nearest, usage
@@ -229,7 +231,7 @@ def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
 
 
 def _latents(vae: Any, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
-    """The latents of uint8 images [N, H, W, 3], batch by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
+    """Yield the latents of uint8 images [N, H, W, 3] by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
     import torch
 
     for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
@@ -238,8 +240,8 @@ def _latents(vae: Any, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]
         yield encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
 
 
-def _through(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] → encoded, decoded → uint8 [N, H, W, 3]."""
+def _reconstruct(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
+    """Encode and decode uint8 images [N, H, W, 3]; return uint8 [N, H, W, 3]."""
     import torch
 
     made = []
@@ -251,12 +253,12 @@ def _through(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over images of 10 log10(255² / MSE), in dB."""
+    """Return the mean over images of 10 log10(255² / MSE), in dB."""
     errors = ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3)).clip(min=1e-10)
     return round(float((10 * np.log10(255**2 / errors)).mean()), 3)
 
 
-def _in_words(measures: Evaluation) -> str:
+def _summary_line(measures: Evaluation) -> str:
     rows = [(name, row["value"], row["chance"]) for name, row in measures.items() if row["value"] is not None]
     return ", ".join(
         f"{name} {value:.2f}" + ("" if chance is None else f" (chance {chance:.2f})") for name, value, chance in rows

@@ -1,4 +1,4 @@
-"""A finished diffusion run → a folder that diffusers opens without any code of ours.
+"""A finished diffusion run → a folder that diffusers opens (`capstan export`)
 
 from diffusers import DiffusionPipeline
 DiffusionPipeline.from_pretrained(DIR)("a red circle").images[0]
@@ -25,17 +25,17 @@ _TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def export(
     run: str | Path, folder: str | Path, *, precision: Precision = "fp32", sampler: SamplerName | None = None
 ) -> dict[str, Any]:
-    """Write the pipeline of `run` into `folder`, whole or not at all; gives a summary.
+    """Write the pipeline of `run` into `folder`, whole or not at all; return a summary.
 
-    UNet or transformer, autoencoder and text encoders as safetensors in `precision`, tokenizers, the scheduler of the
-    recipe or of `sampler`, model_index.json. An earlier export is replaced; any other folder with something in it is
-    refused.
+    The folder holds the UNet or transformer, autoencoder and text encoders as safetensors in `precision`, the
+    tokenizers, the scheduler of the recipe or of `sampler`, and model_index.json. Replaces an earlier export. Raises
+    RecipeError if the folder holds anything else.
     """
     import torch
 
     target = Path(folder)
     if target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
-        raise RecipeError("DIR", f"{target} is not empty, and is no earlier export", "name a new folder")
+        raise RecipeError("DIR", f"{target} is not empty and is not an earlier export", "name a new folder")
     product = find_product(run)
     if target.resolve() == product.resolve():
         raise RecipeError("DIR", f"{target} is the model itself", "name another folder")
@@ -51,7 +51,7 @@ def export(
             shutil.rmtree(target)
         partial.rename(target)
     except OSError as error:
-        raise RecipeError("DIR", f"cannot write {target} ({error})", "name a folder you may write to") from None
+        raise RecipeError("DIR", f"cannot write {target} ({error})", "name a writable folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

@@ -1,10 +1,10 @@
-"""A recipe → its workers: the one door to Ray Train, and plain processes for those without Ray.
+"""A recipe → training workers, by Ray Train or as local processes
 
-    train(recipe)   engine.launcher: ray      Ray Train's TorchTrainer, one worker a GPU, or so many on the CPU
-                    engine.launcher: local    processes of this machine, with the environment that torchrun would set
+    train(recipe)   engine.launcher: ray      Ray Train's TorchTrainer: one worker per GPU, or engine.workers on CPUs
+                    engine.launcher: local    processes on this machine, with the environment that torchrun would set
 
-Either way the workers run training.trainer.fit, keep their state in the run folder, and are started again after one has
-died, from the last checkpoint. What they write into the run's train.log is repeated here while they work.
+Workers run training.trainer.fit and keep their state in the run folder. If one dies, all are restarted from the last
+checkpoint. The lines of train.log are repeated here while the workers run. Only this module uses Ray Train.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from capstan.training.config import AUTO, TrainConfig
 from capstan.training.run import Run
 from capstan.training.signals import Interrupts
 
-logger = logging.getLogger("capstan.training.launch")  # by name: a local worker runs this module as __main__
+logger = logging.getLogger("capstan.training.launch")  # not __name__: a local worker runs this module as __main__
 
-_STOPPING = "stopping: the workers save a checkpoint (once more to stop at once)"
+_STOPPING = "stopping: waiting for the workers to save a checkpoint (press Ctrl-C again to stop at once)"
 _LOOK_EVERY_S = 0.2
-_JOIN_S = 600.0  # for nodes to join a cluster that has too few
+_JOIN_S = 600.0  # for nodes to join a cluster that is too small
 
 
 class _WorkersDied(Exception):
-    """Workers ended without saying why; starting them again may help."""
+    """Workers ended without an error of their own; a restart may help."""
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Train what the recipe says; gives the summary {run, model, steps, samples, loss, product, stopped}.
+    """Train the recipe's model; return the summary {run, model, steps, samples, loss, product, stopped}.
 
-    A finished run is not trained again. Raises CapstanError, and KeyboardInterrupt when it was stopped on the way: then
-    the same call goes on from the checkpoint made at the stop.
+    A finished run is not trained again. Raises CapstanError, and KeyboardInterrupt if it was stopped: then the same
+    call resumes from the checkpoint saved at the stop.
     """
     config = TrainConfig.from_recipe(recipe)
     run = Run(config)
-    run.begin(recipe.model_dump(mode="json"))
+    run.open(recipe.model_dump(mode="json"))
     if finished := _already_finished(recipe, config, run):
         logger.info("train %s: already finished: %s", finished["model"], finished["product"])
         return finished
@@ -64,15 +64,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
             break
         except _WorkersDied as error:
             if attempt == config.engine.retries:
-                raise CapstanError(f"training: workers died {attempt + 1} times, at last: {error}") from None
-            logger.warning("training: workers died (%s); going on from the last checkpoint", error)
+                raise CapstanError(f"training: workers died {attempt + 1} times; last error: {error}") from None
+            logger.warning("training: workers died (%s); restarting from the last checkpoint", error)
     if summary["stopped"]:
         raise KeyboardInterrupt
     return summary
 
 
 def _already_finished(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any] | None:
-    """The summary of a run that is done, here or in its bucket, which then has all of it; else None."""
+    """Return the summary of a finished run (after completing its upload), or None if it is not finished."""
     if config.bucket is None:
         return run.finished()
     from capstan.training.upload import Upload
@@ -99,7 +99,7 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
 
     workers, resources = _workers(config, recipe.resources)
     scaling = ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources)
-    scratch = run.folder / ".ray-train"  # Ray Train's own notes; the state of a run is in its checkpoints
+    scratch = run.folder / ".ray-train"  # Ray Train's own files; the state of a run is in its checkpoints
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={
@@ -123,26 +123,26 @@ def _on_ray(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
 
 
 def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in each worker of Ray Train."""
+    """Train as one worker of Ray Train."""
     from capstan.training.trainer import fit
 
-    if Path(config["folder"]).is_dir():  # paths in the recipe are relative to where the command was given
+    if Path(config["folder"]).is_dir():  # the recipe's paths are relative to the command's working directory
         os.chdir(config["folder"])
-    sys.path += [entry for entry in config["path"] if entry not in sys.path]  # where a family of the user's may lie
+    sys.path += [entry for entry in config["path"] if entry not in sys.path]  # to import a user's own family
     engine = config["recipe"]["train"].setdefault("engine", {})
     engine["workers"] = config["workers"]
-    if not engine.get("threads"):  # no more of a node that is shared than was asked for
+    if not engine.get("threads"):  # use no more of a shared node than was requested
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engine["threads"] = max(1, min(cores, int(config["cpus"])))
     return fit(Recipe.model_validate(config["recipe"]))
 
 
 def _workers(config: TrainConfig, allowed: Resources) -> tuple[int, dict[str, float]]:
-    """(workers, what each takes): a GPU, or where the cluster has none (or `allowed.gpus` is 0) its share of the CPUs.
+    """Return (workers, resources of each): a GPU each, or a share of the CPUs without GPUs (or if `allowed.gpus` is 0).
 
-    Of the numbers that `engine.workers` allows and the batch can be dealt among, the largest that there is room for.
-    On a cluster that others started it waits until the least of them fit: for nodes that may be on their way, after one
-    was lost, or while an autoscaler makes them. Raises RecipeError where there is not enough.
+    Chooses the largest worker count that fits, among those that `engine.workers` allows and that divide the batch. On
+    an external cluster, waits for the smallest count to fit: nodes may be joining, after one was lost or by an
+    autoscaler. Raises RecipeError if resources do not suffice.
     """
     import ray
 
@@ -152,22 +152,22 @@ def _workers(config: TrainConfig, allowed: Resources) -> tuple[int, dict[str, fl
         gpus = 0 if allowed.gpus == 0 else sum(int(node.get("GPU", 0)) for node in nodes)
         cpus = [int(node.get("CPU", 0)) for node in nodes]
         if config.bucket == config.run and len(cpus) > 1:
-            hint = "name a folder that all nodes share, and the bucket as train.checkpoint.upload"
-            raise RecipeError("train.run", f"a bucket, and workers on {len(cpus)} nodes have no folder in common", hint)
-        if found := _largest(sizes, gpus, cpus, config.engine.threads):
-            return found
+            hint = "set train.run to a folder that all nodes share, and train.checkpoint.upload to the bucket"
+            raise RecipeError("train.run", f"is a bucket, and the workers on {len(cpus)} nodes share no folder", hint)
+        if placement := _largest(sizes, gpus, cpus, config.engine.threads):
+            return placement
         if not os.environ.get("RAY_ADDRESS") or time.monotonic() - started > _JOIN_S:
             have = f"{gpus} GPUs" if gpus else f"{sum(cpus)} CPUs"
             hint = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {sizes[-1]}"
-            raise RecipeError("train.engine.workers", f"{sizes[-1]} workers, but Ray has {have}", hint)
+            raise RecipeError("train.engine.workers", f"is {sizes[-1]}, but Ray has {have}", hint)
         if time.monotonic() - started < _LOOK_EVERY_S:
             have = f"{sum(cpus)} CPUs, {gpus} GPUs"
-            logger.info("waiting for nodes: %d workers, and the cluster has %s", sizes[-1], have)
+            logger.info("waiting for nodes: %d workers requested, the cluster has %s", sizes[-1], have)
         time.sleep(_LOOK_EVERY_S)
 
 
 def _largest(sizes: list[int], gpus: int, cpus: list[int], threads: int | None) -> tuple[int, dict[str, float]] | None:
-    """The first of `sizes` for which there is room on nodes of these CPUs, with what each worker takes.
+    """Return the first of `sizes` that fits on nodes with these CPUs, and the resources of each worker.
 
     >>> _largest([4, 2], 3, [16], None), _largest([4, 2, 1], 0, [2], None), _largest([4], 0, [2], None)
     ((2, {'CPU': 1, 'GPU': 1}), (2, {'CPU': 1}), None)
@@ -175,23 +175,23 @@ def _largest(sizes: list[int], gpus: int, cpus: list[int], threads: int | None) 
     for workers in sizes:
         if gpus >= workers:
             return workers, {"CPU": 1, "GPU": 1}
-        if not gpus and (share := _share(cpus, workers, threads)):
-            return workers, {"CPU": share}
+        if not gpus and (each := _cpus_per_worker(cpus, workers, threads)):
+            return workers, {"CPU": each}
     return None
 
 
-def _share(cpus: list[int], workers: int, threads: int | None) -> int:
-    """CPUs for each worker, as many as fit on nodes of these many, or `threads`; 0 where they do not fit.
+def _cpus_per_worker(cpus: list[int], workers: int, threads: int | None) -> int:
+    """Return the CPUs for each worker, the most that fit on nodes with `cpus`, or `threads`; 0 if they do not fit.
 
-    >>> _share([2], 2, None), _share([4, 2], 2, None), _share([1, 0], 2, None), _share([8, 8], 2, 3)
-    (1, 2, 0, 3)
+    >>> [_cpus_per_worker(cpus, 2, None) for cpus in ([2], [4, 2], [1, 0])], _cpus_per_worker([8, 8], 2, 3)
+    ([1, 2, 0], 3)
     """
     wanted = [threads] if threads else range(sum(cpus) // workers, 0, -1)
-    return next((share for share in wanted if sum(cpu // share for cpu in cpus) >= workers), 0)
+    return next((each for each in wanted if sum(cpu // each for cpu in cpus) >= workers), 0)
 
 
 def _fit_on_ray(trainer: Any) -> dict[str, Any]:
-    """Run the trainer to its end, with errors as Capstan knows them."""
+    """Run the trainer to its end; convert its errors to CapstanError, or to _WorkersDied if a restart may help."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError, WorkerGroupError
 
@@ -204,7 +204,7 @@ def _fit_on_ray(trainer: Any) -> dict[str, Any]:
             if isinstance(cause, CapstanError):
                 raise cause from None
         if all(hasattr(cause, "_traceback_str") for cause in error.worker_failures.values()):
-            raise causes[0] from error  # a defect of ours or of a family's: trying again would not mend it
+            raise causes[0] from error  # a bug in Capstan or in a family: a restart would not help
         raise _WorkersDied(str(causes[0]).strip().splitlines()[0]) from None
     except (TrainingFailedError, RayError) as error:
         raise _WorkersDied(str(error).strip().splitlines()[0]) from None
@@ -220,7 +220,7 @@ def _kill_ray() -> None:
 
 
 def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any]:
-    from capstan.training.distributed.engine import free_port
+    from capstan.pipeline.ports import free_port
 
     world = config.world_sizes()[0]
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -232,8 +232,8 @@ def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str,
             subprocess.Popen(
                 [sys.executable, "-m", "capstan.training.launch", str(folder), str(rank)],
                 env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,  # when this process ends, however it does, the workers read the end of it
-                start_new_session=True,  # Ctrl-C is for this process, which asks the workers to save
+                stdin=subprocess.PIPE,  # workers see it close when this process ends, for whatever reason
+                start_new_session=True,  # Ctrl-C goes to this process alone, which asks the workers to save
             )
             for rank in range(world)
         ]
@@ -245,10 +245,10 @@ def _on_this_machine(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str,
 
 
 def _results(processes: list[subprocess.Popen[bytes]], folder: Path) -> dict[str, Any]:
-    """Wait for all workers, or for the first that fails; gives what rank 0 returned."""
+    """Wait for all workers, or for the first that fails; return rank 0's result."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
-            time.sleep(1.0)  # the others may yet say why
+            time.sleep(1.0)  # time for the others to report an error
             break
         time.sleep(_LOOK_EVERY_S)
     results = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("result-*.pickle"))]
@@ -273,7 +273,7 @@ def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _local_worker(folder: Path, rank: int) -> int:
-    """Runs in each local worker: leaves the summary or the error in `folder`."""
+    """Train as one local worker: write the summary or the error into `folder`, return the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe, path = pickle.loads((folder / "recipe.pickle").read_bytes())
     sys.path[:] = path
@@ -282,7 +282,7 @@ def _local_worker(folder: Path, rank: int) -> int:
     result: Any
     try:
         result = fit(recipe)
-    except Exception as error:  # handed to the launcher, which raises it
+    except Exception as error:  # the launcher raises it
         if not isinstance(error, CapstanError):
             logger.exception("worker %d", rank)
         result = error
@@ -293,7 +293,7 @@ def _local_worker(folder: Path, rank: int) -> int:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # not by sys.stdin, whose lock would be held when the interpreter ends
+    os.read(0, 1)  # not sys.stdin: its lock would still be held when the interpreter exits
     os._exit(1)
 
 
@@ -301,13 +301,13 @@ def _end_with_parent() -> None:
 
 
 def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], None]) -> dict[str, Any]:
-    """The result of `work`, which runs in a thread, so that Ctrl-C and SIGTERM reach this one.
+    """Return the result of `work`, which runs in a thread so that Ctrl-C and SIGTERM reach this one.
 
-    The first asks the workers to save and stop, which takes as long as it takes: a step and a large state written to
-    disk, or to a bucket. Asking again kills them, and so does every scheduler once its own patience ends.
+    The first signal asks the workers to save and stop. There is no timeout: finishing a step and writing a large state
+    can take long. A second request kills them; schedulers do the same after their own grace period.
     """
     box: dict[str, Any] = {}
-    done = threading.Event()  # Thread.join takes a thread for ended when a signal interrupts it (Python 3.11)
+    done = threading.Event()  # not Thread.join: interrupted by a signal it reports the thread as ended (Python 3.11)
 
     def target() -> None:
         try:
@@ -330,9 +330,9 @@ def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], N
             if not done.is_set():
                 kill()
             if interrupts.seen:
-                run.stop.unlink(missing_ok=True)  # which killed workers leave, and a next start would obey
+                run.stop.unlink(missing_ok=True)  # left over from killed workers; the next start would stop at once
     if interrupts.seen and "error" in box:
-        logger.warning("stopped, but not saved (%s); the run goes on from its last checkpoint", box["error"])
+        logger.warning("stopped, but not saved (%s); the next start resumes from the last checkpoint", box["error"])
         raise KeyboardInterrupt
     if "error" in box:
         raise box["error"]
@@ -342,19 +342,19 @@ def _wait_for(work: Callable[[], dict[str, Any]], run: Run, kill: Callable[[], N
 
 @contextlib.contextmanager
 def _following(run: Run) -> Iterator[None]:
-    """Repeat here what the workers add to the run's train.log."""
+    """Log here the lines that the workers add to the run's train.log."""
     done = threading.Event()
 
     def follow() -> None:
-        place = run.words.stat().st_size if run.words.exists() else 0
+        position = run.train_log.stat().st_size if run.train_log.exists() else 0
         while True:
             ended = done.wait(_LOOK_EVERY_S)
-            if run.words.exists():
-                with run.words.open("rb") as file:
-                    file.seek(place)
+            if run.train_log.exists():
+                with run.train_log.open("rb") as file:
+                    file.seek(position)
                     new = file.read()
                 whole = new[: new.rfind(b"\n") + 1]
-                place += len(whole)
+                position += len(whole)
                 for line in whole.decode("utf-8", "replace").splitlines():
                     _repeat(line)
             if ended:
@@ -370,7 +370,7 @@ def _following(run: Run) -> Iterator[None]:
 
 
 def _repeat(line: str) -> None:
-    """Log a line of train.log (`date time LEVEL message`) as if it were said here."""
+    """Log a line of train.log (`date time LEVEL message`) at its own level."""
     parts = line.split(" ", 3)
     known = logging.getLevelNamesMapping()
     if len(parts) == 4 and parts[2] in known:

@@ -1,7 +1,7 @@
-"""A path that a user names → the finished model that lies there, and of which kind it is.
+"""A path or URL from the user → the finished model there, and its kind
 
-A run folder holds its model in product/; the product itself, or any folder of the same format that other tools wrote,
-is taken as well.
+A run folder holds its model in product/. The product folder itself, or a folder of the same format from another tool,
+is accepted as well.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from capstan.pipeline.storage import Storage
 from capstan.training.config import scratch_folder
 from capstan.training.run import download
 
-FACTS: Final = "capstan.json"  # what Capstan knows of a product beyond its library's own format
-_SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # one of them is in every product
+FACTS: Final = "capstan.json"  # facts about a product that its library's own format does not hold
+_SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # every product has one of them
 _KINDS: Final = {"AutoencoderKL": "autoencoder", "VQModel": "vqgan"}  # diffusers' class → the family that trains it
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:
-    """The folder of the finished model at `path`, which may be a run in a bucket. Raises RecipeError if none is."""
-    folder = fetched(str(path), field) if "://" in str(path) else Path(path)
+    """Return the folder of the finished model at `path`, which may be a URL. Raises RecipeError if there is none."""
+    folder = download_run(str(path), field) if "://" in str(path) else Path(path)
     for candidate in (folder / "product", folder):
         if any((candidate / name).is_file() for name in _SIGNS):
             return candidate
     if (folder / "recipe.json").exists() or (folder / "log.jsonl").exists():
         raise RecipeError(field, f"{folder} has no finished model yet", "run `capstan train` to the end first")
-    raise RecipeError(field, f"no model at {folder}", "name a run folder, or a model folder that a run made")
+    raise RecipeError(field, f"no model at {folder}", "name a run folder, or a model folder")
 
 
-def fetched(url: str, field: str = "RUN") -> Path:
-    """This machine's copy of a finished run in a bucket, brought up to date: its product and its recipe."""
+def download_run(url: str, field: str = "RUN") -> Path:
+    """Download the product and recipe of a finished run, unless this machine has them; return the local folder."""
     storage, folder = Storage(url, field=field), scratch_folder(url)
     storage.check_reachable()
     if not storage.exists("finished.json"):
         raise RecipeError(field, f"{url} has no finished model", "name the train.run or train.checkpoint.upload of one")
-    mark, known = storage.read("finished.json"), folder / "fetched.json"  # of which finished run the copy is
+    mark, known = storage.read("finished.json"), folder / "fetched.json"  # identifies the run that was downloaded
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "fetching").open("w") as lock:  # several workers may ask at once
+    with (folder / "fetching").open("w") as lock:  # several workers may download at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if known.exists() and known.read_bytes() == mark:
             return folder
@@ -56,7 +56,7 @@ def fetched(url: str, field: str = "RUN") -> Path:
 
 
 def kind_of(product: Path) -> str:
-    """`diffusion`, `autoencoder`, `vqgan`, `captioner` or another family's name; "" for a folder of another format."""
+    """Return `diffusion`, `autoencoder`, `vqgan`, `captioner` or another family's name; "" if the format is unknown."""
     facts = read_facts(product)
     if "family" in facts:
         return str(facts["family"])
@@ -69,20 +69,20 @@ def kind_of(product: Path) -> str:
 
 
 def quieten() -> None:
-    """Keep diffusers and transformers from drawing progress bars of their own while they open and save models."""
-    from diffusers.utils.logging import disable_progress_bar as no_bar_of_diffusers
-    from transformers.utils.logging import disable_progress_bar as no_bar_of_transformers
+    """Turn off the progress bars of diffusers and transformers."""
+    from diffusers.utils.logging import disable_progress_bar as disable_in_diffusers
+    from transformers.utils.logging import disable_progress_bar as disable_in_transformers
 
-    no_bar_of_diffusers()
-    no_bar_of_transformers()
+    disable_in_diffusers()
+    disable_in_transformers()
 
 
 def read_facts(product: Path) -> dict[str, Any]:
-    """What `write_facts` wrote; empty for a model of other tools."""
+    """Return what `write_facts` wrote; empty for a model from another tool."""
     path = product / FACTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_facts(product: Path, **facts: Any) -> None:
-    """Put what sampling and evaluating want to know beside the model."""
+    """Write facts for sampling and evaluation next to the model."""
     (product / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The run folder: what a training run leaves behind, and how the next start finds its way.
+"""The run folder: files of a training run, locking, resuming
 
-recipe.json     what the run is; a start with another recipe is refused
-assets/         what the family made from the dataset once: a tokenizer, latent statistics
-log.jsonl       one JSON object a logged step; tensorboard/ the same as curves; train.log in words
-evaluations.jsonl, samples/, best/, best.json     see training.watch.inloop
-checkpoints/    see training.checkpoint
+recipe.json     the run's recipe; a start with another one is refused
+assets/         computed from the dataset once: a tokenizer, latent statistics
+log.jsonl       one JSON object per logged step; tensorboard/ has the same as curves, train.log the messages
+evaluations.jsonl, samples/, best/, best.json     see training.monitoring.validation
+checkpoints/    see training.distributed.checkpoint
 product/        the trained model in its library's own format
 finished.json   {steps, ...}; written last
-stop            made by a launcher that wants the workers to save and stop
+stop            created by a launcher to ask the workers to save and stop
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
 
 
 class Run:
-    """The folder of `train.run`; of a run in a bucket, this machine's copy of it (see training.upload)."""
+    """The folder of `train.run`; for a run in a bucket, its local copy (see training.upload)."""
 
     def __init__(self, train: TrainConfig) -> None:
         self.train, self.folder = train, train.folder
         self.where = train.run if "://" in train.run else str(train.folder)
         self.assets, self.product = self.folder / "assets", self.folder / "product"
-        self.log, self.words, self.stop = (self.folder / name for name in ("log.jsonl", "train.log", "stop"))
+        self.log, self.train_log, self.stop = (self.folder / name for name in ("log.jsonl", "train.log", "stop"))
         self.evaluations = self.folder / "evaluations.jsonl"
 
-    def begin(self, recipe: dict[str, Any]) -> None:
-        """Make the folder, or check that it holds a run of the same recipe. Raises RecipeError if not."""
+    def open(self, recipe: dict[str, Any]) -> None:
+        """Create the folder, or check that it holds a run of the same recipe. Raises RecipeError if it does not."""
         storage = Storage(str(self.folder), field="train.run")
         identity = self.train.identity()
         if (self.folder / "recipe.json").exists():
             before = json.loads((self.folder / "recipe.json").read_text())["identity"]
             if changed := differences(before, json.loads(json.dumps(identity))):
-                problem = f"{self.folder} holds a run of another recipe (other: {', '.join(changed)})"
+                problem = f"{self.folder} holds a run of another recipe (different: {', '.join(changed)})"
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
             return
         storage.check_writable()
@@ -55,20 +55,20 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Waits a while for one that is ending; raises CapstanError if it does not."""
+        """Lock the run for this process. Waits for a process that is ending; raises CapstanError if it does not."""
         with (self.folder / "lock").open("w") as file:
-            for left in range(_LOCK_TRIES, -1, -1):
+            for remaining in range(_LOCK_TRIES, -1, -1):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if left == 0:
+                    if remaining == 0:
                         raise CapstanError(f"training: another process is training in {self.folder}") from None
                     time.sleep(_LOCK_WAIT_S)
             yield
 
     def pinned(self, name: str, choose: Callable[[], str | None]) -> str | None:
-        """What `choose` gave when it was first asked for `name` in this run: "latest" must not move under a run."""
+        """Return the first result of `choose` for `name` in this run, so that "latest" does not change during a run."""
         path = self.folder / "pinned.json"
         known: dict[str, str | None] = json.loads(path.read_text()) if path.exists() else {}
         if name not in known:
@@ -77,7 +77,7 @@ class Run:
         return known[name]
 
     def publish(self, folder: Path, fill: Callable[[Path], None]) -> None:
-        """Let `fill` write into a folder that appears as `folder` once it is whole, in place of what was there."""
+        """Let `fill` write into a temporary folder, then rename it to `folder`, replacing what was there."""
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -86,17 +86,17 @@ class Run:
         partial.rename(folder)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Say that the product is there."""
+        """Mark the run as finished."""
         Storage(str(self.folder)).write("finished.json", json.dumps(summary, indent=1).encode())
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that is done with as many steps as the recipe asks for, or None."""
+        """Return the summary if the run has finished the recipe's steps, else None."""
         path = self.folder / "finished.json"
         summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return summary if summary and summary["steps"] >= self.train.steps and self.product.is_dir() else None
 
-    def forget_after(self, step: int) -> None:
-        """Drop the logs' lines after `step`: a run that goes on from there writes them again."""
+    def truncate_logs(self, step: int) -> None:
+        """Remove the logs' lines after `step`: a run that resumes there writes them again."""
         for log in (self.log, self.evaluations):
             if log.exists():
                 lines = log.read_text().splitlines(keepends=True)
@@ -105,7 +105,7 @@ class Run:
 
 
 def download(storage: Storage, name: str, there: list[str], folder: Path) -> None:
-    """The files of the folder `name` of a storage, out of all names that are `there`, into `folder`."""
+    """Download the files of the folder `name` of a storage into `folder`; `there` lists all names of the storage."""
     for file in there:
         if file.startswith(f"{name}/"):
             path = folder / file.removeprefix(f"{name}/")
@@ -115,7 +115,7 @@ def download(storage: Storage, name: str, there: list[str], folder: Path) -> Non
 
 
 def last_record(log: Path) -> dict[str, Any] | None:
-    """The last whole line of a run's log.jsonl, or None where there is none yet."""
+    """Return the last complete record of a run's log.jsonl, or None if there is none yet."""
     if not log.exists():
         return None
     with log.open("rb") as file:
@@ -125,8 +125,8 @@ def last_record(log: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def writing_words(path: Path) -> Iterator[None]:
-    """What the training floor logs goes also into `path`."""
+def logging_to(path: Path) -> Iterator[None]:
+    """Also write training's log messages into `path`."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("capstan.training")
@@ -141,12 +141,12 @@ def writing_words(path: Path) -> Iterator[None]:
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """Dotted names of the values that differ between two JSON objects."""
+    """Return the dotted names of the values that differ between two JSON objects."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [where]
     names = sorted(before.keys() | now.keys())
     return [
-        found
+        difference
         for name in names
-        for found in differences(before.get(name), now.get(name), f"{where}.{name}".removeprefix("."))
+        for difference in differences(before.get(name), now.get(name), f"{where}.{name}".removeprefix("."))
     ]

@@ -1,7 +1,7 @@
-"""A recipe → the samples of a run: one dataset, or several with weights; which captions and latents.
+"""A recipe → the samples of a run: datasets, captions, latents
 
-pin(recipe, train, run)          by one process: what "latest" and "auto" mean is written into the run folder
-open_data(recipe, train, run)    by every worker
+pin(recipe, train, run)          in one process: writes what "latest" and "auto" mean into the run folder
+open_data(recipe, train, run)    in every worker
 """
 
 from __future__ import annotations
@@ -20,81 +20,84 @@ from capstan.training.data.order import hash64
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.data.shard_reader import TARS
 from capstan.training.precomputed import latents, text_embeddings
-from capstan.training.precomputed.files import file_of
+from capstan.training.precomputed.files import file_pattern
 from capstan.training.run import Run
 
 _FIELD = "train.data.datasets"
 
 
-def shares(recipe: Recipe, train: TrainConfig) -> list[WeightedDataset]:
-    """The datasets of a run, each with its weight and the layer that is asked for."""
+def weighted_datasets(recipe: Recipe, train: TrainConfig) -> list[WeightedDataset]:
+    """Return the datasets of a run, each with its weight and requested caption layer."""
     data = train.data
-    found = data.datasets or [WeightedDataset(dataset=recipe.dataset)]
+    sources = data.datasets or [WeightedDataset(dataset=recipe.dataset)]
     return [
-        share if "layer" in share.model_fields_set else share.model_copy(update={"layer": data.layer})
-        for share in found
+        source if "layer" in source.model_fields_set else source.model_copy(update={"layer": data.layer})
+        for source in sources
     ]
 
 
-def open_storage(recipe: Recipe, share: WeightedDataset) -> Storage:
-    return Storage(share.dataset, recipe.storage, field="dataset" if share.dataset == recipe.dataset else _FIELD)
+def open_storage(recipe: Recipe, source: WeightedDataset) -> Storage:
+    return Storage(source.dataset, recipe.storage, field="dataset" if source.dataset == recipe.dataset else _FIELD)
 
 
 def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
-    """Settle for the whole run which caption layers and latents are meant; gives the layer of each dataset.
+    """Fix the caption layers and latents for the whole run; return the layer of each dataset.
 
-    Raises RecipeError where there are none, or where the autoencoder is no longer that of the run's latents.
+    Raises RecipeError if one is missing, or if the autoencoder is not the one of the run's latents.
     """
-    found = shares(recipe, train)
-    layers = [_pin(train, run, n, Dataset(open_storage(recipe, share)), share) for n, share in enumerate(found)]
+    sources = weighted_datasets(recipe, train)
+    layers = [_pin(train, run, n, Dataset(open_storage(recipe, source)), source) for n, source in enumerate(sources)]
     if train.data.latents == AUTO:
-        now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, found[0])))[1])
-        if (begun := run.pinned("latents", lambda: now)) != now:
-            problem = f"this run was begun on {begun}; of today's autoencoder and image size they would be {now}"
-            raise RecipeError("train.data.latents", problem, "put back what they were, or name another train.run")
+        now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, sources[0])))[1])
+        if (pinned := run.pinned("latents", lambda: now)) != now:
+            problem = (
+                f"this run was started with latents {pinned}, but the current autoencoder and image size give {now}"
+            )
+            hint = "restore the autoencoder and size, or choose another train.run"
+            raise RecipeError("train.data.latents", problem, hint)
     return layers
 
 
-def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, share: WeightedDataset) -> str | None:
+def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, source: WeightedDataset) -> str | None:
     layer = None
     if family_class(train.model).captions:
-        layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, _asked(train, share)))
+        layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, _data_for(train, source)))
     if train.data.text_states == AUTO:
         run.pinned(_name("text_states", number), lambda: fingerprint(text_embeddings.plan(train, dataset, layer)))
     return layer
 
 
-def _asked(train: TrainConfig, share: WeightedDataset) -> Data:
-    """`train.data` as it is for one dataset."""
-    return train.data.model_copy(update={"layer": share.layer})
+def _data_for(train: TrainConfig, source: WeightedDataset) -> Data:
+    """Return `train.data` for one dataset."""
+    return train.data.model_copy(update={"layer": source.layer})
 
 
 def open_data(recipe: Recipe, train: TrainConfig, run: Run) -> TrainingData | MixedData:
-    """The samples of a run, as `pin` has settled them."""
-    found = shares(recipe, train)
-    parts = [_open(recipe, train, run, number, share) for number, share in enumerate(found)]
+    """Return the samples of a run, as fixed by `pin`."""
+    sources = weighted_datasets(recipe, train)
+    parts = [_open(recipe, train, run, number, source) for number, source in enumerate(sources)]
     if train.data.datasets is None:
         return parts[0]
     batch = train.batch if train.data.buckets is not None else 1
-    return MixedData(parts, names_of(found), [share.weight for share in found], train.seed, batch)
+    return MixedData(parts, names_of(sources), [source.weight for source in sources], train.seed, batch)
 
 
-def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, share: WeightedDataset) -> TrainingData:
-    data, storage = _asked(train, share), open_storage(recipe, share)
+def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: WeightedDataset) -> TrainingData:
+    data, storage = _data_for(train, source), open_storage(recipe, source)
 
-    def settled(name: str) -> str | None:
+    def pinned(name: str) -> str | None:
         return run.pinned(name, lambda: None)
 
-    layer = settled(_name("layer", number)) if family_class(train.model).captions else None
-    encoder = settled("latents") if data.latents == AUTO else data.latents
+    layer = pinned(_name("layer", number)) if family_class(train.model).captions else None
+    encoder = pinned("latents") if data.latents == AUTO else data.latents
     cache = states = None
-    files = [TARS if encoder is None else file_of(encoder)]
+    files = [TARS if encoder is None else file_pattern(encoder)]
     if data.cache is not None and storage.local_path() is None:
         cache = ShardCache(storage, Path(data.cache.folder), int(data.cache.gib * 2**30))
     if data.text_states == AUTO:
-        id_ = str(settled(_name("text_states", number)))
+        id_ = str(pinned(_name("text_states", number)))
         states = text_embeddings.reader(storage, id_, cache)
-        files.append(file_of(id_))
+        files.append(file_pattern(id_))
     return TrainingData(
         Dataset(storage),
         data,
@@ -105,24 +108,24 @@ def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, share: Weig
         cache=cache,
         files=files,
         batch=train.batch,
-        order_seed=hash64(train.seed, "dataset", number) if number else None,  # no two go in step
+        order_seed=hash64(train.seed, "dataset", number) if number else None,  # datasets must not share one order
     )
 
 
-def names_of(found: list[WeightedDataset]) -> list[str]:
-    """A short name for each dataset: the last part of its path, and a number where that is not enough.
+def names_of(sources: list[WeightedDataset]) -> list[str]:
+    """Return a short name for each dataset: the last part of its path, numbered if it repeats.
 
-    >>> names_of([Share(dataset=name) for name in ("s3://a/laion", "./own", "s3://b/laion")])
+    >>> names_of([WeightedDataset(dataset=name) for name in ("s3://a/laion", "./own", "s3://b/laion")])
     ['laion', 'own', 'laion-2']
     """
     names, seen = [], Counter[str]()
-    for share in found:
-        name = PurePosixPath(share.dataset).name or "dataset"
+    for source in sources:
+        name = PurePosixPath(source.dataset).name or "dataset"
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return names
 
 
 def _name(what: str, number: int) -> str:
-    """Under which name something of dataset `number` is pinned; the first one's as in a run of one dataset."""
+    """Return the key in pinned.json for dataset `number`; the first one has no number."""
     return what if number == 0 else f"{what} {number}"

@@ -1,6 +1,6 @@
-"""Prompts → images, drawn by the diffusers pipeline of a product; and a grid of them with their prompts beneath.
+"""Prompts → images by the product's diffusers pipeline, and a grid (`capstan sample`)
 
-Nothing here draws in a way of its own: what `sample` shows is what `DiffusionPipeline.from_pretrained` gives elsewhere.
+Images are what `DiffusionPipeline.from_pretrained` generates anywhere else: no sampling code of our own.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # width and height, pixels
 
-_CELL: Final = 224  # pixels of an image in the grid, at least
+_CELL: Final = 224  # smallest side of an image in the grid, pixels
 _FONT: Final = 14  # pixels
 _MARGIN: Final = 12  # pixels
-# PixArt's pipelines would draw in another size and cut the image to that asked for, and rewrite prompts by rules of
-# their own where beautifulsoup4 is installed. Training does neither.
+# PixArt's pipelines would generate another size and crop to the requested one, and rewrite prompts if beautifulsoup4
+# is installed. Training does neither.
 _AS_TRAINED: Final = ("use_resolution_binning", "clean_caption")
 
 
@@ -51,56 +51,58 @@ def sample(
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
 ) -> dict[str, Any]:
-    """Draw one image a prompt and publish the labelled grid `out` (PNG). Gives a summary.
+    """Generate one image per prompt and write the labelled grid `out` (PNG); return a summary.
 
-    `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one a prompt, or as many as
-    wanted for a single prompt. `steps`, `guidance` and `sampler` default to what the run's recipe says, `size` to that
-    of its images. With an `upsampler`, what is drawn are the prompts as it expands them; the summary has them, and
-    the grid is labelled with those given.
+    `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one per prompt, or any
+    number for a single prompt. `steps`, `guidance` and `sampler` default to the run's recipe, `size` to that of its
+    images. An `upsampler` expands the prompts first: the summary has the expanded prompts, the grid is labelled with
+    the originals.
     """
-    short = prompts
+    originals = prompts
     if upsampler is not None:
-        prompts = expand(text_engine(upsampler), short, style_of(run))
-        for before, after in zip(short, prompts, strict=True):
+        prompts = expand(text_engine(upsampler), originals, style_of(run))
+        for before, after in zip(originals, prompts, strict=True):
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     prompts, seeds = paired(prompts, seeds)
-    labels = list(short) if len(short) == len(prompts) else list(short) * len(prompts)
-    drawer = open_sampler(run, sampler=sampler)
-    images = drawer.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
+    labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
+    opened = open_sampler(run, sampler=sampler)
+    images = opened.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images, labels, columns=columns).save(path, format="PNG")
     except OSError as error:
-        raise RecipeError("-o", f"cannot write {path} ({error})", "name a PNG file that can be written") from None
+        raise RecipeError("-o", f"cannot write {path} ({error})", "name a writable PNG file") from None
     logger.info("sample: %d images in %s", len(images), path)
     drawn = list(images.shape[1:3])
     return {"grid": str(path), "pictures": len(images), "size": drawn, "seeds": list(seeds), **expanded}
 
 
 def style_of(run: str | Path) -> Style:
-    """How the captions were written that a model was trained on; else the DALL-E 3 paper's bounds."""
+    """Return the style of a model's training captions; by default the DALL-E 3 paper's lengths."""
     style = read_facts(find_product(run)).get("style")
     if style is None:
-        logger.info("sample: %s does not say how its captions are written: %d to %d words", run, *PAPER.words[::2])
+        logger.info(
+            "sample: %s does not record the style of its captions; using %d to %d words", run, *PAPER.words[::2]
+        )
     return PAPER if style is None else Style.read(style)
 
 
 def upsampler_of(run: str | Path) -> RecaptionConfig:
-    """The caption engine that a run's own recipe names. Raises RecipeError where that one writes no text."""
+    """Return the caption engine of a run's own recipe. Raises RecipeError if that engine cannot write text."""
     file = Path(run) / "recipe.json"
     section = json.loads(file.read_text(encoding="utf-8"))["recipe"].get("recaption") if file.is_file() else None
     if section is None or section.get("engine", "coca") == "coca":
-        problem = f"{run} knows no engine that writes text"
-        hint = "add --upsampler RECIPE, whose recaption section names engine transformers or openai"
+        problem = f"the recipe of {run} has no engine that writes text"
+        hint = "add --upsampler RECIPE, a recipe with recaption engine transformers or openai"
         raise RecipeError("--upsample", problem, hint)
     return validate(RecaptionConfig, section, "recaption")
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A diffusers pipeline, and what its recipe says of sampling."""
+    """A diffusers pipeline and its default sampling settings."""
 
     pipeline: Any
     steps: int
@@ -117,15 +119,15 @@ class Sampler:
         size: Size | None = None,
         batch: int = 16,
     ) -> np.ndarray:
-        """Images as uint8 [N, H, W, 3], one a prompt; each has noise from its own seed, whatever its batch."""
+        """Return uint8 images [N, H, W, 3], one per prompt; each one's noise depends on its seed, not on its batch."""
         import torch
 
         count = self.steps if steps is None else steps
         check_steps(self.pipeline.scheduler, count, "--steps")
-        given = inspect.signature(self.pipeline.__call__).parameters
-        more: dict[str, Any] = {name: False for name in _AS_TRAINED if name in given}
+        accepted = inspect.signature(self.pipeline.__call__).parameters
+        options: dict[str, Any] = {name: False for name in _AS_TRAINED if name in accepted}
         if size is not None:
-            more |= {"width": size[0], "height": size[1]}
+            options |= {"width": size[0], "height": size[1]}
             self._check(size)
         images = []
         for start in range(0, len(prompts), batch):
@@ -137,13 +139,13 @@ class Sampler:
                 **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
                 output_type="np",
-                **more,
+                **options,
             )
             images.append(result.images)
         return (np.concatenate(images) * 255).round().astype(np.uint8)
 
     def _check(self, size: Size) -> None:
-        """Raises RecipeError for a size that is not whole in latents and patches, and in the pipelines' steps of 8."""
+        """Raise RecipeError if a side does not divide into latents and patches, or by 8 as the pipelines require."""
         network = getattr(self.pipeline, "transformer", None)
         unit = math.lcm(8, self.pipeline.vae_scale_factor * (network.config.patch_size if network else 1))
         if any(side <= 0 or side % unit for side in size):
@@ -152,17 +154,17 @@ class Sampler:
 
 
 def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerName | None = None) -> Sampler:
-    """The pipeline of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError.
+    """Open the pipeline of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError.
 
-    It draws with the sampler that its folder names, or with another that walks the same path.
+    `sampler` replaces the folder's own by another one of the same noise schedule.
     """
     import torch
     from diffusers import DiffusionPipeline
 
     product = find_product(run)
     if kind_of(product) != "diffusion":
-        found = kind_of(product) or "something else"
-        raise RecipeError("RUN", f"{product} holds no text-to-image model ({found})", "name a run of train.diffusion")
+        kind = kind_of(product) or "unknown format"
+        raise RecipeError("RUN", f"{product} is not a text-to-image model ({kind})", "name a run of train.diffusion")
     quieten()
     pipeline = DiffusionPipeline.from_pretrained(product)
     pipeline.set_progress_bar_config(disable=True)
@@ -173,7 +175,7 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerNam
 
 
 def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:
-    """A PIL image: every image enlarged to `cell` pixels or more, with its label wrapped beneath it."""
+    """Return a PIL image: every image enlarged to `cell` pixels or more, with its label wrapped below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = images.shape[1:3]
@@ -189,20 +191,20 @@ def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = Non
     pen = ImageDraw.Draw(sheet)
     for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = _MARGIN + index % across * box[0], _MARGIN + index // across * box[1]
-        picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
+        enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
+        sheet.paste(enlarged, (x, y))
         pen.text((x, y + height * scale + 4), "\n".join(lines), fill="black", font=font, spacing=4)
     return sheet
 
 
 def paired(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """Return as many prompts as seeds; a single prompt is repeated for each seed."""
+    """Return prompts and seeds of equal length: a single prompt is repeated for each seed."""
     if not prompts:
-        raise RecipeError("-p", "no prompt", 'give one or more, e.g. -p "a red circle"')
+        raise RecipeError("-p", "is missing", 'add one or more, e.g. -p "a red circle"')
     if seeds is None:
         return list(prompts), list(range(len(prompts)))
     if len(prompts) == 1:
         return list(prompts) * len(seeds), list(seeds)
     if len(seeds) != len(prompts):
-        raise RecipeError("--seed", f"{len(seeds)} seeds for {len(prompts)} prompts", "give one seed a prompt")
+        raise RecipeError("--seed", f"{len(seeds)} seeds for {len(prompts)} prompts", "use one seed per prompt")
     return list(prompts), list(seeds)

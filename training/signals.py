@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the first asks it to save and stop, asking again ends it at once."""
+"""Ctrl-C and SIGTERM during training: save and stop, or stop at once"""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Final
 
 logger = logging.getLogger("capstan.training.signals")
 
-_ECHO_S: Final = 5.0  # within which another SIGTERM is the same request once more
+_ECHO_S: Final = 5.0  # another SIGTERM within this time counts as the same request
 
 
 class Interrupts:
-    """`seen` is set by the first signal while the `with` block runs; asked again, KeyboardInterrupt is raised there.
+    """Signal handling for a `with` block: the first signal sets `seen`, a second request raises KeyboardInterrupt.
 
-    Asked again means a second Ctrl-C, or any signal some seconds after the first. A SIGTERM at once after another says
-    nothing new: a scheduler signals every process of a job, and torchrun and accelerate hand on what they were sent to
-    workers that have had it already. What was ignored before (Ctrl-C, in a script's background) stays ignored, and
-    outside the main thread nothing is heard, for signals go elsewhere.
+    A second request is a second Ctrl-C, or any signal more than 5 seconds after the first. A SIGTERM right after
+    another one is the same request: schedulers signal every process of a job, and torchrun and accelerate forward
+    signals to workers that have received them already. Signals that were ignored before (Ctrl-C for a background
+    script) stay ignored. Outside the main thread no handler is installed.
     """
 
-    def __init__(self, words: str) -> None:
-        """`words` are logged at the first signal."""
-        self.seen, self.words = False, words
+    def __init__(self, message: str) -> None:
+        """Log `message` at the first signal."""
+        self.seen, self.message = False, message
         self._since, self._pressed = 0.0, 0
         self._before: dict[int, Any] = {}
 
@@ -39,7 +39,7 @@ class Interrupts:
         self._pressed += number == signal.SIGINT
         if not self.seen:
             self.seen, self._since = True, now
-            logger.info("%s", self.words)
+            logger.info("%s", self.message)
         elif self._pressed > 1 or now - self._since > _ECHO_S:
             raise KeyboardInterrupt
 

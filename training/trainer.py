@@ -1,4 +1,6 @@
-"""The loop: recipe → a trained product. It knows no model (see training.family) and no cluster (see training.launch).
+"""The training loop: recipe → a trained product, in every worker
+
+It is independent of the model (see training.family) and of the cluster (see training.launch).
 
     fit(recipe), in every worker:   data → family → engine → (load) → step, step, … → (save) → product
 
@@ -36,32 +38,32 @@ from capstan.training.monitoring.divergence import DivergenceMonitor
 from capstan.training.monitoring.metrics_logger import MetricsLogger
 from capstan.training.monitoring.validation import Validation
 from capstan.training.product import find_product
-from capstan.training.run import Run, last_record, writing_words
+from capstan.training.run import Run, last_record, logging_to
 from capstan.training.run_data import open_data, pin
 from capstan.training.signals import Interrupts
 from capstan.training.upload import Upload
 
-logger = logging.getLogger("capstan.training.trainer")  # by name: under `python -m` this module is __main__
+logger = logging.getLogger("capstan.training.trainer")  # not __name__: under `python -m` this module is __main__
 
-_STOPPING = "stopping after this step; run the same command again to go on"
+_STOPPING = "stopping after this step; run the same command again to resume"
 
 
 def fit(recipe: Recipe) -> dict[str, Any]:
-    """Train as one worker of the run; gives the summary {run, model, steps, samples, loss, product, stopped}.
+    """Train as one worker of the run; return the summary {run, model, steps, samples, loss, product, stopped}.
 
-    A run that was stopped goes on from its last checkpoint; a finished one is not trained again.
+    A stopped run resumes from its last checkpoint. A finished one is not trained again.
     """
     train = TrainConfig.from_recipe(recipe)
     engine, run, upload = Engine(train), Run(train), None
     with contextlib.ExitStack() as held:
         held.callback(engine.close)
         if engine.is_main:
-            run.begin(recipe.model_dump(mode="json"))
+            run.open(recipe.model_dump(mode="json"))
             held.enter_context(run.locked())
             if train.bucket is not None:
                 upload = held.enter_context(Upload(run, train.bucket, recipe.storage))
                 upload.fetch()
-            held.enter_context(writing_words(run.words))
+            held.enter_context(logging_to(run.train_log))
         engine.wait()
         summary = run.finished() or _Fit(recipe, train, engine, upload).run()
         if upload is not None:
@@ -72,7 +74,7 @@ def fit(recipe: Recipe) -> dict[str, Any]:
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The learning rate of step `step` (0, 1, …): linear warm-up, then as `train.schedule` says."""
+    """Return the learning rate of step `step` (0, 1, …): linear warm-up, then `train.schedule`."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     if train.schedule == "constant":
@@ -83,26 +85,26 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 class _Fit:
-    """One run, as one worker sees it."""
+    """One worker's part of a run."""
 
     def __init__(self, recipe: Recipe, train: TrainConfig, engine: Engine, upload: Upload | None) -> None:
         self.recipe, self.train, self.engine, self.disk = recipe, train, engine, Run(train)
         self.upload = upload
         self.data = self._open_data()
         self.family = self._build_family()
-        # A copy that stays whole and on the CPU, to carry the averaged weights into the product.
+        # An unsharded copy on the CPU; the averaged weights are written from it.
         self.bare = copy.deepcopy(self.family.model) if engine.is_main else None
         self.family.to(engine.device)
         self.model = engine.prepare(self.family.model)
         self.ema = Ema(engine, train.ema)
-        self.rival = self.family.rival
-        if self.rival is not None:
-            self.rival.enter(engine)
-        wanted = (lambda path: False) if upload is None else upload.is_sending
-        self.checkpoints = Checkpoints(train, engine, self.ema, self.rival, wanted)
-        self.meter = MetricsLogger(engine, self.disk, self.family.name)
-        self.health = DivergenceMonitor(engine, self.disk)
-        self.watching = Validation(recipe, train, engine, self.meter, self.data.layer, self._write_average)
+        self.adversary = self.family.adversary
+        if self.adversary is not None:
+            self.adversary.attach(engine)
+        in_use = (lambda path: False) if upload is None else upload.is_sending
+        self.checkpoints = Checkpoints(train, engine, self.ema, self.adversary, in_use)
+        self.metrics = MetricsLogger(engine, self.disk, self.family.name)
+        self.monitor = DivergenceMonitor(engine, self.disk)
+        self.validation = Validation(recipe, train, engine, self.metrics, self.data.layer, self._write_average)
 
     def _open_data(self) -> TrainingData | MixedData:
         if self.engine.is_main:
@@ -127,24 +129,24 @@ class _Fit:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, or until told to stop; publish the product."""
+        """Train to the last step, or until a stop is requested; publish the product."""
         train = self.train
         step = self._resume()
         with Interrupts(_STOPPING) as interrupts, self._loader(step) as loader:
-            if self._watch(step, interrupts, saved=True):  # what a stop cut off
+            if self._validate(step, interrupts, saved=True):  # work interrupted by a stop
                 return self._stopped(step)
-            for prepared in self.meter.timed(loader):
-                self._step(prepared)
-                step = prepared.step + 1
+            for loaded in self.metrics.timed(loader):
+                self._step(loaded)
+                step = loaded.step + 1
                 saving = step == train.steps or step % train.checkpoint.every == 0
-                everything = saving or self.watching.due(step)
-                stop = self.health.check(interrupts.seen or self._told_to_stop(), everything=everything)
+                everything = saving or self.validation.due(step)
+                stop = self.monitor.check(interrupts.seen or self._stop_requested(), everything=everything)
                 if step % train.log_every == 0 or step == train.steps:
-                    self.meter.log(step, self._facts(step))
+                    self.metrics.log(step, self._facts(step))
                 if saving or stop:
                     self._save(step)
-                stop = stop or self._watch(step, interrupts, saved=saving)
-                if stop and (step < train.steps or any(self.watching.left(step))):
+                stop = stop or self._validate(step, interrupts, saved=saving)
+                if stop and (step < train.steps or any(self.validation.left(step))):
                     return self._stopped(step)
         return self._publish(step)
 
@@ -162,41 +164,44 @@ class _Fit:
             threads=train.data.threads,
         )
 
-    def _step(self, prepared: LoadedBatch) -> None:
-        """One optimizer step on this worker's share of the batch; its randomness is seeded by (seed, step, rank)."""
-        train, engine, step = self.train, self.engine, prepared.step
+    def _step(self, loaded: LoadedBatch) -> None:
+        """Make an optimizer step on this worker's share of the batch; its randomness comes from (seed, step, rank)."""
+        train, engine, step = self.train, self.engine, loaded.step
         engine.set_lr(learning_rate(train, step))
-        if self.rival is not None:
-            self.rival.begin(step, learning_rate(train, step))
+        if self.adversary is not None:
+            self.adversary.set_step(step, learning_rate(train, step))
         torch.manual_seed(hash64(train.seed, "dropout", step, engine.rank) >> 1)
         losses, norm = [], None
-        for part, batch in enumerate(_split(prepared.batch, train.accumulate)):
+        for part, batch in enumerate(_split(loaded.batch, train.accumulate)):
             draw = torch.Generator(engine.device)
             draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
             on_device = place(batch, train, engine.device)
-            with self.meter.counting(on_device):
+            with self.metrics.counting(on_device):
                 with engine.computing():
                     loss, metrics = self.family.loss(self.model, on_device, draw)
                 norm = engine.backward(loss, last=part == train.accumulate - 1)
-            if self.rival is not None:
-                metrics = {**metrics, **self.rival.turn(last=part == train.accumulate - 1)}
+            if self.adversary is not None:
+                metrics = {**metrics, **self.adversary.step(last=part == train.accumulate - 1)}
             losses.append(loss.detach())
-            self.meter.add({"loss": losses[-1], **metrics})
+            self.metrics.add({"loss": losses[-1], **metrics})
         self.ema.update(step)
         if norm is not None and not engine.skipped:
-            self.meter.add({"grad_norm": norm})
-        self.meter.step(prepared.slots)
-        self.health.add(step, prepared.keys, torch.stack(losses).mean(), norm)
+            self.metrics.add({"grad_norm": norm})
+        self.metrics.step(loaded.slots)
+        self.monitor.add(step, loaded.keys, torch.stack(losses).mean(), norm)
 
-    def _watch(self, step: int, interrupts: Interrupts, saved: bool) -> bool:
-        """Draw and measure what is due; True when told to stop meanwhile: there is a checkpoint of this step then."""
-        left = [] if saved else [lambda: self._save(step)]
+    def _validate(self, step: int, interrupts: Interrupts, saved: bool) -> bool:
+        """Make the sample grids and evaluations that are due; return whether a stop was requested.
+
+        If so, the checkpoint of this step has been saved.
+        """
+        pending = [] if saved else [lambda: self._save(step)]
 
         def save() -> None:
-            if left:
-                left.pop()()
+            if pending:
+                pending.pop()()
 
-        stop = self.watching.after(step, lambda: interrupts.seen or self._told_to_stop(), save)
+        stop = self.validation.after(step, lambda: interrupts.seen or self._stop_requested(), save)
         if stop:
             save()
         return stop
@@ -205,38 +210,38 @@ class _Fit:
         samples = step * self.train.batch
         return {"lr": learning_rate(self.train, step - 1), "samples": samples, **self.data.progress(samples)}
 
-    def _told_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         return self.engine.is_main and self.disk.stop.exists()
 
-    # Stopping and going on -------------------------------------------------------------------------------------------
+    # Stopping and resuming --------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
         step, worker, shared = self.checkpoints.load()
         if shared and shared["data"] != self.data.identity() and self.engine.is_main:
-            logger.warning("the dataset has changed since step %d: from there on the samples are other ones", step)
+            logger.warning("the dataset has changed since step %d: samples after it differ", step)
         if "health" in shared:
-            self.health.divergence.restore(shared["health"])
-        self.meter.start(step, worker, shared)
+            self.monitor.divergence.restore(shared["health"])
+        self.metrics.start(step, worker, shared)
         return step
 
     def _save(self, step: int) -> None:
         data = {"data": self.data.identity(), "progress": self.data.progress(step * self.train.batch)}
-        shared = {**data, "health": self.health.divergence.state(), **self.meter.shared_state()}
-        saved = self.checkpoints.save(step, self.meter.state(), shared)
+        shared = {**data, "health": self.monitor.divergence.state(), **self.metrics.shared_state()}
+        saved = self.checkpoints.save(step, self.metrics.state(), shared)
         if self.upload is not None:
             self.upload.send(saved)
 
     def _stopped(self, step: int) -> dict[str, Any]:
         if self.engine.is_main:
             self.disk.stop.unlink(missing_ok=True)
-            logger.info("train %s: stopped after step %d; run the same command again to go on", self.family.name, step)
-        self.meter.close()
+            logger.info("train %s: stopped after step %d; run the same command again to resume", self.family.name, step)
+        self.metrics.close()
         return self._summary(step, stopped=True)
 
     def _publish(self, step: int) -> dict[str, Any]:
-        """Write the product with the averaged weights."""
+        """Write the product with the averaged weights; return the summary."""
         self._write_average(self.disk.product)
-        self.meter.close()
+        self.metrics.close()
         if self.engine.is_main:
             self.disk.finish(self._summary(step))
             logger.info("train %s: finished after %d steps: %s", self.family.name, step, self.disk.product)
@@ -244,7 +249,7 @@ class _Fit:
         return self._summary(step)
 
     def _write_average(self, folder: Path) -> None:
-        """Publish a product with the averaged weights; called on every worker, for shards of them lie on each."""
+        """Publish a product with the averaged weights. Call it on every worker: each holds a shard of them."""
         weights, buffers = self.ema.gather(), self.engine.buffers()
         if self.bare is not None and weights is not None:
             bare = self.bare.eval()
@@ -255,7 +260,7 @@ class _Fit:
                 for name, buffer in bare.named_buffers():
                     buffer.copy_(buffers[name])
             self.disk.publish(folder, lambda partial: self.family.save(bare, partial))
-            self.family.to(self.engine.device)  # saving may have moved frozen parts to the CPU
+            self.family.to(self.engine.device)  # saving may have moved frozen modules to the CPU
 
     def _summary(self, step: int, stopped: bool = False) -> dict[str, Any]:
         record = last_record(self.disk.log) or {}
@@ -271,18 +276,18 @@ class _Fit:
 
 
 def _split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch in so many equal parts, along the first dimension."""
+    """Split the batch into `parts` equal parts, along the first dimension."""
     pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
     for part in range(parts):
         yield {name: chunks[part] for name, chunks in pieces.items()}
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m capstan.training.trainer RECIPE [a.b=value ...]`: one worker of a run, under any launcher."""
+    """Run one worker under any launcher: `python -m capstan.training.trainer RECIPE [a.b=value ...]`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe = validate(Recipe, read_recipe(arguments[0], arguments[1:]))
-        Run(TrainConfig.from_recipe(recipe)).stop.unlink(missing_ok=True)  # left by a launcher that was killed
+        Run(TrainConfig.from_recipe(recipe)).stop.unlink(missing_ok=True)  # left over from a killed launcher
         summary = fit(recipe)
     except CapstanError as error:
         logger.error("error: %s", error)

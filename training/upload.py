@@ -1,13 +1,15 @@
-"""A run folder ↔ its copy in a bucket (`train.checkpoint.upload`, or `train.run` itself): checkpoints, product, log.
+"""A run folder ↔ its copy in a bucket: checkpoints, product, log
 
-    a checkpoint is saved ──▶ Upload.send: a thread puts what was drawn and measured before it and the best state, then
-                              its files, then its mark; older ones go, the newest `keep` stay
-    the product is there  ──▶ Upload.finish: what is missing, then finished.json
-    a machine with nothing ─▶ Upload.fetch: the newest whole checkpoint (or the product) comes down, and the run goes on
+For `train.checkpoint.upload`, or a `train.run` that is a bucket's URL.
 
-The bucket has the names of the run folder. A checkpoint without checkpoint.json, a product without finished.json, and
-a best state that best.json does not name do not count there either. A bucket that does not answer never stops the
-training: it is tried again with the next checkpoint, and at the end, which then fails with what is missing.
+    checkpoint saved ──▶ Upload.send: a thread uploads grids, evaluations and the best state, then the checkpoint's
+                         files, then its checkpoint.json; then removes all but the newest `keep`
+    product written  ──▶ Upload.finish: uploads what is missing, then finished.json
+    empty run folder ──▶ Upload.fetch: downloads the newest complete checkpoint (or the product) to resume from
+
+The bucket has the same names as the run folder. As there, a checkpoint counts only with its checkpoint.json, a product
+with finished.json, and a best state if best.json names it. An unavailable bucket never stops training: the upload is
+retried with the next checkpoint and at the end, where it fails with an error.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ _ONCE: Final = ("recipe.json", "pinned.json")
 _GROWING: Final = ("log.jsonl", "train.log")
 _EVALUATIONS: Final = "evaluations.jsonl"
 _BEST: Final = "best.json"
-_TRIES_AT_END: Final = 3  # each of them has the patience of pipeline.retry
+_TRIES_AT_END: Final = 3  # each with the retries of pipeline.storage
 _FIELD: Final = "train.checkpoint.upload"
 
 
 class Upload:
-    """The copy of one run; used by one process. Close it, or use it as a context manager."""
+    """The upload of one run, for one process. Use it as a context manager."""
 
     def __init__(self, run: Run, url: str, options: Mapping[str, Any]) -> None:
         self.run, self.storage = run, Storage(url, options, field=_FIELD)
-        self._waiting: Path | None = None  # the newest checkpoint that is not yet being sent
+        self._waiting: Path | None = None  # the newest checkpoint whose upload has not started
         self._sending: Path | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -59,18 +61,18 @@ class Upload:
     # In the background -----------------------------------------------------------------------------------------------
 
     def send(self, checkpoint: Path) -> None:
-        """Have a finished checkpoint sent. One that has not been begun is left out for a newer one."""
+        """Queue a finished checkpoint. It replaces a queued one whose upload has not started."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
 
     def is_sending(self, checkpoint: Path) -> bool:
-        """Whether the files of a checkpoint are still wanted."""
+        """Return whether the files of a checkpoint are still needed for an upload."""
         with self._changed:
             return checkpoint in (self._sending, self._waiting)
 
     def drain(self) -> None:
-        """Wait until nothing is left to send, or it could not be sent."""
+        """Wait until the queue is empty; failed uploads do not count."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is None and self._sending is None)
 
@@ -88,13 +90,13 @@ class Upload:
                 self._put_checkpoint(checkpoint)
                 logger.info("uploaded %s to %s", checkpoint.name, self.storage.url)
             except (CapstanError, OSError) as error:
-                again = "it will be tried again with the next checkpoint, or at the end"
+                again = "retrying with the next checkpoint, or at the end"
                 logger.warning("could not upload %s (%s); %s", checkpoint.name, error, again)
 
     # To the bucket ---------------------------------------------------------------------------------------------------
 
     def _put_checkpoint(self, checkpoint: Path) -> None:
-        """The files, then the mark: until then a reader takes an older checkpoint."""
+        """Upload the files, then checkpoint.json: until then readers use an older checkpoint."""
         there = self.storage.names()
         self._put_small(there)
         name = f"checkpoints/{checkpoint.name}"
@@ -109,13 +111,13 @@ class Upload:
             self._remove(old, there)
 
     def _remove(self, checkpoint: str, there: list[str]) -> None:
-        """An old one, or what a killed run had begun."""
+        """Remove an old checkpoint, or an unfinished upload of a killed run."""
         mark = f"checkpoints/{checkpoint}/{MARK}"
         self.storage.delete(mark)
         self.storage.delete(*(name for name in there if name.startswith(f"checkpoints/{checkpoint}/")))
 
     def _put_small(self, there: list[str]) -> None:
-        """What a run needs beside its checkpoints, and its log as far as it goes."""
+        """Upload the small files that a run needs besides its checkpoints, and its log so far."""
         folder = self.run.folder
         once = [folder / name for name in _ONCE] + [path for path in self.run.assets.rglob("*") if path.is_file()]
         for path in once + sorted((folder / "samples").glob("*.png")):
@@ -125,19 +127,23 @@ class Upload:
         for path in [*(folder / name for name in _GROWING), *sorted((folder / "tensorboard").glob("*"))]:
             if path.exists():
                 self.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
-        measured = _read(self.run.evaluations)  # as of now: the best of them is there before the bucket tells of them
+        measured = _read(
+            self.run.evaluations
+        )  # read first: the best state is uploaded before the evaluations that name it
         self._put_best(there)
         if measured is not None:
             self.storage.write(_EVALUATIONS, measured)
 
     def _put_best(self, there: list[str]) -> None:
-        """The best state, then best.json, which names it; then those before go."""
+        """Upload the best state, then best.json, which names it; then remove earlier ones."""
         pointer, sent = self.run.folder / _BEST, self.storage.read(_BEST) if _BEST in there else None
         while (mark := _read(pointer)) is not None and mark != sent:
             name = json.loads(mark)["folder"]
             if sent is not None and json.loads(sent)["folder"] == name:
                 self.storage.delete(_BEST)
-            self.storage.delete(*(old for old in there if old.startswith(f"{name}/")))  # what a killed run had begun
+            self.storage.delete(
+                *(old for old in there if old.startswith(f"{name}/"))
+            )  # unfinished upload of a killed run
             try:
                 for path in sorted((self.run.folder / name).rglob("*")):
                     if path.is_file():
@@ -145,7 +151,7 @@ class Upload:
             except (CapstanError, OSError):
                 if _read(pointer) == mark:
                     raise
-            if _read(pointer) == mark:  # else a better one has taken its place, and its files may be gone
+            if _read(pointer) == mark:  # else a better one has replaced it, and its files may be gone
                 self.storage.write(_BEST, mark)
                 self.storage.delete(*(old for old in self.storage.names("best") if not old.startswith(f"{name}/")))
                 sent = mark
@@ -154,11 +160,11 @@ class Upload:
         if self.storage.local_path() is None:
             self.storage.put(path, name)
             return
-        with scratch() as folder:  # a folder's `put` would move the file
+        with scratch() as folder:  # for a local folder `put` would move the file
             self.storage.put(Path(shutil.copy(path, folder)), name)
 
     def finish(self) -> None:
-        """Send what is missing of a finished run: the product, then its mark. Raises CapstanError if that fails."""
+        """Upload what is missing of a finished run: the product, then finished.json. Raises CapstanError on failure."""
         mark = (self.run.folder / "finished.json").read_bytes()
         for attempt in range(1, _TRIES_AT_END + 1):
             try:
@@ -178,25 +184,25 @@ class Upload:
             except (CapstanError, OSError) as error:
                 if attempt == _TRIES_AT_END:
                     raise CapstanError(
-                        f"training: finished, the product is in {self.run.product}, but {self.storage.url} does not "
-                        f"have it: {error}. Run the same command again to upload it"
+                        f"training: finished, the product is in {self.run.product}, but uploading to "
+                        f"{self.storage.url} failed: {error}. Run the same command again to upload it"
                     ) from error
-                logger.warning("could not upload the product (%s); trying again", error)
+                logger.warning("could not upload the product (%s); retrying", error)
 
     # From the bucket -------------------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Take what the bucket has newer than the run folder: the finished run, or the newest whole checkpoint.
+        """Download what is newer in the bucket than here: the finished run, or the newest complete checkpoint.
 
-        Raises RecipeError where it holds a run of another recipe, or cannot be written to.
+        Raises RecipeError if the bucket holds a run of another recipe, or is not writable.
         """
         self.storage.check_writable()
         there, folder = self.storage.names(), self.run.folder
         if "recipe.json" in there:
             before = json.loads(self.storage.read("recipe.json"))["identity"]
             if changed := differences(before, json.loads(json.dumps(self.run.train.identity()))):
-                problem = f"{self.storage.url} holds a run of another recipe (other: {', '.join(changed)})"
-                raise RecipeError(_FIELD, problem, "name another place, or remove what is there")
+                problem = f"{self.storage.url} holds a run of another recipe (different: {', '.join(changed)})"
+                raise RecipeError(_FIELD, problem, "choose another URL, or remove what is there")
         here = max((step_of(path.name) for path in complete(folder / "checkpoints")), default=0)
         newest = max(_steps(there), key=step_of, default=None)
         if here > max((step_of(name) for name in _steps(there)), default=0):
@@ -228,5 +234,5 @@ def _read(path: Path) -> bytes | None:
 
 
 def _steps(there: list[str]) -> list[str]:
-    """The checkpoints of a bucket that are whole."""
+    """Return the names of the complete checkpoints in a bucket."""
     return [name.split("/")[1] for name in there if name.startswith("checkpoints/step-") and name.endswith(f"/{MARK}")]

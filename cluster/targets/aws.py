@@ -21,11 +21,11 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import Field
 
-from capstan.cluster.local_cluster import free_port
 from capstan.cluster.targets.base import Handle, JobSpec, Machine, State, Target, run_tool
 from capstan.cluster.targets.ray_jobs import RayJobs
 from capstan.cluster.user_dirs import state_folder
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.ports import free_port
 from capstan.pipeline.storage import Storage
 
 _TUNNEL_S: Final = 60.0

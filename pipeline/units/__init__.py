@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError
+from capstan.pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError, first_line
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.units.job import Job, Piece, Unit, report
-from capstan.pipeline.units.markers import MarkerLog, first_line
+from capstan.pipeline.units.markers import MarkerLog
 from capstan.pipeline.units.workers import Model, Prepare, Tracker, reason_of
 
 log = logging.getLogger(__name__)

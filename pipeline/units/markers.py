@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from capstan.pipeline.errors import first_line
 from capstan.pipeline.storage import Storage
 
 Facts = dict[str, Any]  # what `Job.commit` returned
@@ -128,11 +129,6 @@ class MarkerLog:
 
     def _reason(self, unit: str) -> str:
         return f"state/{self.name}/quarantine/{unit}.json"
-
-
-def first_line(reason: str) -> str:
-    """Return the message of a reason without its traceback."""
-    return reason.partition("\n")[0]
 
 
 def _unit_of(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError, first_line
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.engines import Caption, EngineInput, Request, seed_of
@@ -292,7 +292,7 @@ def _load(engine: CocaEngine) -> Any:
         try:
             return open_clip.create_model(name, pretrained=tag)
         except (RuntimeError, OSError) as error:
-            problem = f"cannot load the weights {tag} of {name} ({_first_line(error)})"
+            problem = f"cannot load the weights {tag} of {name} ({first_line(error)})"
             hint = "download the weights on a machine that reaches the hub, or use a checkpoint file"
             raise RecipeError("recaption.pretrained", problem, hint) from None
     architecture = {key: value for key, value in engine.architecture.items() if key != "custom_text"}
@@ -300,15 +300,11 @@ def _load(engine: CocaEngine) -> Any:
     try:
         open_clip.load_checkpoint(model, str(file))
     except (RuntimeError, OSError, SafetensorError) as error:
-        problem = f"cannot load {file} ({_first_line(error)})"
+        problem = f"cannot load {file} ({first_line(error)})"
         raise RecipeError(
             "recaption.model", problem, "use the architecture that the checkpoint was trained with"
         ) from None
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _digest(file: Path) -> str:

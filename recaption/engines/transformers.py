@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from capstan.pipeline.errors import MissingExtra, RecipeError
+from capstan.pipeline.errors import MissingExtra, RecipeError, first_line
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
 from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
@@ -137,10 +137,10 @@ class _Loaded:
                 attn_implementation="sdpa" if cuda else "eager",  # sdpa on the CPU depends on the number of threads
             )
         except ImportError as error:
-            raise MissingExtra("recaption.model", _first_line(error), "transformers") from None
+            raise MissingExtra("recaption.model", first_line(error), "transformers") from None
         except (OSError, ValueError) as error:
             hint = "use a folder written by save_pretrained, or an image-text-to-text model on the hub"
-            raise RecipeError("recaption.model", f"cannot load {config.model} ({_first_line(error)})", hint) from None
+            raise RecipeError("recaption.model", f"cannot load {config.model} ({first_line(error)})", hint) from None
         self.model.to(self.device).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if getattr(self.processor, "chat_template", None) is None:
@@ -277,7 +277,3 @@ def _digests(folder: Path) -> Mapping[str, str]:
             with file.open("rb") as opened:
                 digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return digests
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

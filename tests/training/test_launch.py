@@ -24,7 +24,7 @@ from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import CapstanError
-from capstan.training.distributed.engine import free_port
+from capstan.pipeline.ports import free_port
 from capstan.training.launch import _largest, train
 from capstan.training.trainer import fit
 
@@ -82,7 +82,7 @@ def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tm
     assert launch(ACCELERATE, slow, tmp_path).wait(200) == 0
     words = (run / "train.log").read_text()
     assert words.count("DeepSpeed, ZeRO stage 2, world size 2") == 2
-    assert "going on from" in words
+    assert "resuming from" in words
     assert_same(run, whole)
 
 
@@ -141,8 +141,8 @@ def test_other_workers_and_strategies_go_on_with_the_same_samples(
     assert [record["step"] for record in seen] == [5, 6, 10, 13, 15, 16]
     assert seen[-2]["loss"] < seen[0]["loss"]
     words = (tmp_path / "run" / "train.log").read_text()
-    assert "written by 1 worker of DDP, as 2 workers of ZeRO 2" in words
-    assert "written by 2 workers of ZeRO 2, as 1 worker of DDP" in words
+    assert "written by 1 worker of DDP, with 2 workers of ZeRO 2" in words
+    assert "written by 2 workers of ZeRO 2, with 1 worker of DDP" in words
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_twenty_kills_change_nothing(recipe, tmp_path: Path, capsys: pytest.Capt
     words = (run / "train.log").read_text()
     assert words.count("world size 2") == 21
     assert_same(run, tmp_path / "whole")
-    resumed = [int(step) for step in re.findall(r"going on from .*step-(\d+)", words)]
+    resumed = [int(step) for step in re.findall(r"resuming from .*step-(\d+)", words)]
     with capsys.disabled():
         print(f"\n20 SIGKILLs at steps {steps}; gone on from {resumed}; {time.monotonic() - started:.0f} s")
         print(f"200 losses and all weights are those of the run that nothing happened to: {weights(run).keys()}")

@@ -1,4 +1,4 @@
-"""From the recipe to the samples of a run: one dataset or several, with their layers, settled once a run."""
+"""From the recipe to the samples of a run: one dataset or several, with their layers, pinned once per run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.mixture import MixedData
 from capstan.training.run import Run
-from capstan.training.run_data import open_data, pin, shares
+from capstan.training.run_data import open_data, pin, weighted_datasets
 from capstan.training.trainer import fit
 
 
@@ -62,7 +62,7 @@ def test_what_is_meant_by_latest_does_not_move_under_a_run(squares: Path, drawin
     recipe = make_recipe(squares, tmp_path / "run", datasets=two)
     train = TrainConfig.from_recipe(recipe)
     run = Run(train)
-    run.begin(recipe.model_dump(mode="json"))
+    run.open(recipe.model_dump(mode="json"))
     pin(recipe, train, run)
     write_given_layer(Storage(str(drawings)), "later", {})
     pin(recipe, train, run)
@@ -77,12 +77,12 @@ def test_one_dataset_is_the_recipes_own(squares: Path, tmp_path: Path) -> None:
     recipe = make_recipe(squares, tmp_path / "run")
     train = TrainConfig.from_recipe(recipe)
     run = Run(train)
-    run.begin(recipe.model_dump(mode="json"))
+    run.open(recipe.model_dump(mode="json"))
     pin(recipe, train, run)
     data = open_data(recipe, train, run)
     assert isinstance(data, TrainingData)
     assert data.progress(96) == {"epoch": 1.5}
-    assert [share.dataset for share in shares(recipe, train)] == [str(squares)]
+    assert [source.dataset for source in weighted_datasets(recipe, train)] == [str(squares)]
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_one_dataset_is_the_recipes_own(squares: Path, tmp_path: Path) -> None:
         ({"datasets": [{"dataset": "/nowhere"}]}, "train.data.datasets", "no dataset at /nowhere"),
         ({"datasets": []}, "train.data.datasets", "at least 1 item"),
         ({"datasets": [{"dataset": "x", "weight": 0}]}, "train.data.datasets.0.weight", "greater than 0"),
-        ({"buckets": {"size": 512}}, "train.data.buckets", "tiny takes squares alone"),
-        ({"buckets": {}}, "train.data.buckets", "give sizes, or size"),
+        ({"buckets": {"size": 512}}, "train.data.buckets", "tiny supports squares only"),
+        ({"buckets": {}}, "train.data.buckets", "set either sizes, or size"),
         ({"buckets": {"size": 500}}, "train.data.buckets", "does not divide by step 64"),
-        ({"buckets": {"sizes": [[1, 1], [2, 2]]}}, "train.data.buckets", "the same proportions"),
+        ({"buckets": {"sizes": [[1, 1], [2, 2]]}}, "train.data.buckets", "the same aspect ratio"),
         ({"cache": {"folder": "x"}}, "train.data.cache.gib", "is missing"),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(
+def test_a_mistake_is_named_with_its_fix(
     squares: Path, tmp_path: Path, data: dict[str, Any], field: str, words: str
 ) -> None:
     def begin() -> None:

@@ -78,7 +78,7 @@ def test_one_prompt_with_several_seeds(runs, tmp_path):
     assert sample(runs / "run", PROMPTS[:1], tmp_path / "g.png", seeds=[5, 6])["pictures"] == 2
     with pytest.raises(RecipeError, match="--seed: 2 seeds for 3 prompts"):
         sample(runs / "run", PROMPTS, tmp_path / "g.png", seeds=[1, 2])
-    with pytest.raises(RecipeError, match="no prompt"):
+    with pytest.raises(RecipeError, match="-p: is missing"):
         sample(runs / "run", [], tmp_path / "g.png")
 
 
@@ -178,7 +178,7 @@ def test_guidance_and_negative_prompts_change_the_image(runs):
 
 
 def test_sampling_something_else_is_refused(runs, tmp_path):
-    with pytest.raises(RecipeError, match=r"holds no text-to-image model \(autoencoder\)"):
+    with pytest.raises(RecipeError, match=r"is not a text-to-image model \(autoencoder\)"):
         sample(runs / "ae", PROMPTS, tmp_path / "g.png")
     with pytest.raises(RecipeError, match="no model at"):
         sample(tmp_path / "nothing", PROMPTS, tmp_path / "g.png")

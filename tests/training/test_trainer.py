@@ -91,7 +91,7 @@ def test_parts_of_a_batch_add_up(recipe, tmp_path: Path) -> None:
 
 def test_a_run_of_another_recipe_is_not_touched(recipe) -> None:
     fit(recipe(steps=2))
-    with pytest.raises(RecipeError, match=r"train\.run: .*other: lr"):
+    with pytest.raises(RecipeError, match=r"train\.run: .*different: lr"):
         fit(recipe(steps=2, lr=0.5))
 
 
@@ -126,7 +126,7 @@ def test_a_loss_that_stays_high_ends_the_run_and_names_the_batches(recipe, tmp_p
 
 
 def test_half_precision_that_a_cpu_has_not_is_refused(recipe) -> None:
-    with pytest.raises(RecipeError, match=r"train\.precision: fp16 is for GPUs.*bf16"):
+    with pytest.raises(RecipeError, match=r"train\.precision: fp16 requires a GPU.*bf16"):
         fit(recipe(precision="fp16"))
 
 

@@ -72,7 +72,7 @@ def test_a_machine_that_has_nothing_goes_on_from_the_bucket(recipe, s3: S3, tmp_
     bucket = s3.folder / "bucket" / "moved"
     Storage("s3://bucket/moved").write("checkpoints/step-000099/worker-00000.pt", b"an upload that was killed")
     fit(recipe("there", "s3://bucket/moved"))
-    assert "going on from" in (words := (tmp_path / "there" / "train.log").read_text())
+    assert "resuming from" in (words := (tmp_path / "there" / "train.log").read_text())
     assert f"{tmp_path / 'there' / 'checkpoints' / 'step-000007'}\n" in words
     assert_equal(tmp_path / "there" / "product", tmp_path / "whole" / "product")
     losses = [(tmp_path / run / "log.jsonl").read_text().count('"loss"') for run in ("there", "whole")]
@@ -195,7 +195,7 @@ def test_a_bucket_that_does_not_answer_stops_nothing_and_is_told(
 
 def test_another_recipes_bucket_is_refused(recipe, tmp_path: Path) -> None:
     fit(recipe("run", str(tmp_path / "copy"), steps=4))
-    with pytest.raises(RecipeError, match=r"train\.checkpoint\.upload: .*other: lr"):
+    with pytest.raises(RecipeError, match=r"train\.checkpoint\.upload: .*different: lr"):
         fit(recipe("second", str(tmp_path / "copy"), lr=0.5))
 
 

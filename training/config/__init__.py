@@ -1,9 +1,9 @@
-"""The recipe's section `train`: plain mapping → a validated `TrainConfig` with its model family's own settings.
+"""The recipe's section `train` → a validated TrainConfig with family settings
 
     recipe.train = {model, run, steps, batch, ..., data: {}, engine: {}, checkpoint: {}, <family>: {}}
 
-`train.model` names a family of `FAMILIES`, or a class of your own as `package.module:Class`. The settings of a family
-stand in the section that bears its name (`train.diffusion`, ...); the family itself says what may stand there.
+`train.model` names a family of `FAMILIES`, or your own class as `package.module:Class`. A family's settings are in the
+section of its name (`train.diffusion`, ...); the family defines their schema.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from capstan.pipeline.config import Recipe, Section, fingerprint, validate
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config.monitoring import Watch
 
-# A family is a folder: adding one here is all that the rest of the training floor has to know of it.
+# A family is a folder. To add one, add it here: nothing else in training names families.
 FAMILIES: Final = {
     "autoencoder": "capstan.training.models.autoencoder:AutoencoderFamily",
     "captioner": "capstan.training.models.captioner:CaptionerFamily",
@@ -28,90 +28,90 @@ FAMILIES: Final = {
 }
 
 ORIGINAL: Final = "original"  # the slot of the caption that came with the image
-AUTO: Final = "auto"  # latents: encode what is missing, then read them
+AUTO: Final = "auto"  # of latents: encode what is missing, then read them
 
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Buckets(Section):
-    """Aspect-ratio buckets: every batch holds images of one size. The sizes are given, or made in steps."""
+    """Aspect-ratio buckets: every batch holds images of one size. List the sizes, or generate them in steps."""
 
     sizes: Annotated[list[tuple[Positive, Positive]], Field(min_length=1)] | None = None  # width, height in pixels
-    size: Positive | None = None  # or: all sizes in steps of at most the area of a square with this side
+    size: Positive | None = None  # or: generate all sizes up to the area of a square with this side
     step: Positive = 64  # pixels
-    ratio: Annotated[float, Field(ge=1)] = 2.0  # of the longer side to the shorter, at most
+    ratio: Annotated[float, Field(ge=1)] = 2.0  # largest ratio of the longer side to the shorter
 
     @model_validator(mode="after")
     def _has_sizes(self) -> Buckets:
         if (self.sizes is None) == (self.size is None):
-            raise ValueError("give sizes, or size (of the square whose area they have); e.g. buckets: {size: 512}")
+            raise ValueError(
+                "set either sizes, or size (the side of a square of their area); e.g. buckets: {size: 512}"
+            )
         if self.size is not None and self.size % self.step:
             raise ValueError(f"size {self.size} does not divide by step {self.step}")
         if self.sizes is not None and len({width / height for width, height in self.sizes}) < len(self.sizes):
-            raise ValueError("two of sizes have the same proportions; leave one out")
+            raise ValueError("two of sizes have the same aspect ratio; remove one")
         return self
 
 
 class Cache(Section):
-    """Whole shards of a bucket, copied ahead of their use into a folder that all workers of a machine share."""
+    """Whole shards of a bucket, copied before use into a folder that all workers of a machine share."""
 
     folder: str
-    gib: Annotated[float, Field(gt=0)]  # the folder's bound; room for two windows (2 × block shards) is best
+    gib: Annotated[float, Field(gt=0)]  # size limit of the folder; best with room for two windows (2 × block shards)
 
 
 class WeightedDataset(Section):
-    """One of several datasets."""
+    """One of several datasets, with its share of the samples."""
 
     dataset: str  # a folder or a URL; storage options are the recipe's
     weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the samples is weight / sum of weights
-    layer: str | None = "latest"  # as train.data.layer, which counts where this is not given
+    layer: str | None = "latest"  # default: train.data.layer
 
 
 class Data(Section):
-    """What a training step sees of the dataset, and in which order."""
+    """Which samples, captions and precomputed states a training step sees, and in which order."""
 
-    layer: str | None = "latest"  # caption layer: an id, "latest", or null for the original captions only
+    layer: str | None = "latest"  # caption layer: an id, "latest", or null for original captions only
     blend: dict[str, Annotated[float, Field(ge=0)]] | None = None  # slot → weight; null: see `Data.weights`
-    datasets: Annotated[list[WeightedDataset], Field(min_length=1)] | None = None  # several, mixed
-    latents: str | None = None  # encoder id of a latents/ folder, or "auto": read latents in place of images
-    text_states: Literal["auto"] | None = None  # auto: encode captions ahead, where their encoder is frozen
+    datasets: Annotated[list[WeightedDataset], Field(min_length=1)] | None = None  # mixed; null: the recipe's dataset
+    latents: str | None = None  # encoder id of a latents/ folder, or "auto": read latents instead of images
+    text_states: Literal["auto"] | None = None  # auto: precompute them; the text encoder must be frozen
     buckets: Buckets | None = None  # aspect-ratio buckets; null: images are cut to squares
-    holdout: Annotated[int, Field(ge=0)] = 0  # so many samples, the last of each dataset, are never trained on
-    block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are mixed with each other within an epoch
-    prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches held ready on each worker
+    holdout: Annotated[int, Field(ge=0)] = 0  # number of samples, the last of each dataset, to exclude from training
+    block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are shuffled together within an epoch
+    prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches kept ready on each worker
     threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
-    cache: Cache | None = None  # of a dataset in a bucket; null: each image is a request of its own
+    cache: Cache | None = None  # for datasets in a bucket; null: one request per image
 
     @model_validator(mode="after")
     def _blend_has_weight(self) -> Data:
         if self.blend is not None:
             if sum(self.blend.values()) <= 0:
-                raise ValueError(
-                    "blend gives no slot any weight; write e.g. blend: {descriptive: 0.95, original: 0.05}"
-                )
+                raise ValueError("all weights of blend are 0; set e.g. blend: {descriptive: 0.95, original: 0.05}")
             if self.layer is None and set(self.blend) != {ORIGINAL}:
-                raise ValueError("blend names slots of a caption layer, and layer is null; name a layer")
+                raise ValueError("blend names slots of a caption layer, but layer is null; set layer")
         return self
 
     @property
     def weights(self) -> dict[str, float]:
-        """Slot → share of the draws, summing to 1 (default: 95% descriptive, 5% original, as in the DALL-E 3 paper)."""
+        """Return slot → probability (default: 95% descriptive, 5% original, as in the DALL-E 3 paper)."""
         default = {ORIGINAL: 1.0} if self.layer is None else {"descriptive": 0.95, ORIGINAL: 0.05}
         blend = self.blend or default
         return {slot: weight / sum(blend.values()) for slot, weight in sorted(blend.items()) if weight > 0}
 
 
 class Engine(Section):
-    """How the work is spread over processes. All of it may change between a stop and its resume."""
+    """How the work is distributed over processes. All of it may change when a run resumes."""
 
     strategy: Literal["deepspeed", "ddp"] = "deepspeed"
     zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
-    workers: int | tuple[int, int] = 1  # processes; with GPUs one each; [least, most]: as many as there are
-    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes of this machine
+    workers: int | tuple[int, int] = 1  # processes, one per GPU; [least, most]: as many as resources allow
+    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes on this machine
     retries: Annotated[int, Field(ge=0)] = 2  # restarts after a worker died, each from the last checkpoint
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
-    offload: bool = False  # ZeRO 1 to 3: Adam's state in the CPUs' memory, and its step on them
-    checkpointing: bool = False  # activations are computed again in the backward pass, not kept
+    offload: bool = False  # ZeRO 1 to 3: keep Adam's state in CPU memory and step it there
+    checkpointing: bool = False  # gradient checkpointing: recompute activations in the backward pass
     compile: bool = False  # torch.compile
     channels_last: bool = False  # images as [B, H, W, C] in memory
 
@@ -120,19 +120,19 @@ class Engine(Section):
     def _are_counts(cls, workers: Any) -> Any:
         counts = workers if isinstance(workers, list | tuple) and len(workers) == 2 else [workers]
         if not all(isinstance(count, int) and count >= 1 for count in counts):
-            raise ValueError("must be a number of processes or [least, most]; write e.g. 2 or [1, 8]")
+            raise ValueError("must be a number of processes or [least, most]; set e.g. 2 or [1, 8]")
         return workers
 
     @model_validator(mode="after")
     def _fits_together(self) -> Engine:
         if self.strategy == "ddp" and self.zero not in (0, Engine.model_fields["zero"].default):
-            raise ValueError("zero is for strategy: deepspeed; remove it or the strategy")
+            raise ValueError("zero requires strategy: deepspeed; remove one of them")
         if self.offload and (self.strategy == "ddp" or self.zero == 0):
-            raise ValueError("offload is for strategy: deepspeed with zero: 1, 2 or 3; remove it, or write those")
+            raise ValueError("offload requires strategy: deepspeed with zero: 1, 2 or 3; set those, or remove it")
         if self.least > self.most:
-            raise ValueError(f"workers is [least, most]; write [{self.most}, {self.least}]")
+            raise ValueError(f"workers is [least, most]; set [{self.most}, {self.least}]")
         if isinstance(self.workers, tuple) and self.launcher == "local":
-            raise ValueError(f"workers: {list(self.workers)} is for launcher: ray; write workers: {self.most}")
+            raise ValueError(f"workers: {list(self.workers)} requires launcher: ray; set workers: {self.most}")
         return self
 
     @property
@@ -145,40 +145,40 @@ class Engine(Section):
 
 
 class Checkpoint(Section):
-    """The state of a run, from which it goes on. All of it may change between a stop and its resume."""
+    """When the state of a run is saved, and where to. All of it may change when a run resumes."""
 
     every: Annotated[int, Field(ge=1)] = 500  # steps
-    keep: Annotated[int, Field(ge=1)] = 2  # the newest so many
-    upload: str | None = None  # a bucket's URL (s3://bucket/run): finished checkpoints and the product go there as well
+    keep: Annotated[int, Field(ge=1)] = 2  # number of checkpoints to keep, the newest
+    upload: str | None = None  # a bucket's URL (s3://bucket/run): also upload checkpoints and the product
 
 
 class Diverged(Section):
-    """When a loss counts as diverging: the run then stops, with the keys of the batches written down."""
+    """When a loss counts as diverging: the run then stops and writes the keys of the batches to a file."""
 
     factor: Annotated[float, Field(gt=1)] = 10.0  # a loss above factor × the median of the losses before it is high
-    steps: Annotated[int, Field(ge=1)] = 50  # so many high ones in a row are too many
+    steps: Annotated[int, Field(ge=1)] = 50  # number of high losses in a row that stop the run
 
 
 class TrainConfig(Section):
     """One training run."""
 
     model: str  # a name of FAMILIES, or package.module:Class
-    run: Annotated[str, Field(min_length=1)]  # the run folder: log, checkpoints, product; or a bucket's URL for them
+    run: Annotated[str, Field(min_length=1)]  # the run folder, or a bucket's URL: log, checkpoints, product
     steps: Annotated[int, Field(ge=1)]  # optimizer steps
-    batch: Annotated[int, Field(ge=1)] = 64  # samples a step, over all workers
-    accumulate: Annotated[int, Field(ge=1)] = 1  # each worker goes through its share of a batch in so many parts
+    batch: Annotated[int, Field(ge=1)] = 64  # samples per step, over all workers
+    accumulate: Annotated[int, Field(ge=1)] = 1  # number of parts in which each worker processes its share of a batch
     seed: int = 0
     init: str | None = None  # a run folder or its product: start from these weights
     lr: Annotated[float, Field(gt=0)] = 1e-4  # peak learning rate of AdamW
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up: hold, or fall towards final_lr
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up: hold, or decay to final_lr
     warmup: Annotated[int, Field(ge=0)] = 100  # steps in which the learning rate rises linearly from 0
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # where cosine and linear end, as a share of lr
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # end of cosine and linear, as a fraction of lr
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and kernels; never on biases, norms and scalars
-    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest norm of the gradient; null: unclipped
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; fp16 on GPUs alone, with loss scaling
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999  # decay of the weights' moving average; null: none
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and kernels, not on biases, norms and scalars
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; null: no clipping
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; fp16 (GPUs only) with loss scaling
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999  # decay of the weights' moving average; null: no average
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
     data: Data = Data()
     diverged: Diverged | None = Diverged()
@@ -191,7 +191,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _has_one_bucket(self) -> TrainConfig:
         if "://" in self.run and self.checkpoint.upload is not None:
-            raise ValueError("run is in a bucket, to which all is uploaded; remove checkpoint.upload")
+            raise ValueError("run is in a bucket, so everything is uploaded there; remove checkpoint.upload")
         return self
 
     @model_validator(mode="after")
@@ -205,41 +205,41 @@ class TrainConfig(Section):
         return self
 
     def world_sizes(self) -> list[int]:
-        """How many workers there may be, most first: those among whom the batch, part by part, can be dealt evenly."""
+        """Return the allowed numbers of workers, largest first: those that divide the batch and its parts evenly."""
         sizes = range(self.engine.most, self.engine.least - 1, -1)
         return [size for size in sizes if self.batch % (size * self.accumulate) == 0]
 
     @model_validator(mode="after")
     def _watched_model_draws(self) -> TrainConfig:
         if self.model in FAMILIES and self.model != "diffusion" and (drawing := self.watch.draws()):
-            raise ValueError(f"watch.{drawing[0]} draws images from prompts, and {self.model} does not; remove it")
+            raise ValueError(f"watch.{drawing[0]} generates images from prompts, and {self.model} cannot; remove it")
         return self
 
     @property
     def settings(self) -> Any:
-        """The settings of the family that `model` names (an instance of `Family.settings`)."""
+        """Return the settings of the family that `model` names (an instance of `Family.settings`)."""
         return self._settings
 
     @property
     def folder(self) -> Path:
-        """The run folder; of a run in a bucket, the one on this machine in which it works."""
+        """Return the run folder; for a run in a bucket, its local working folder."""
         return scratch_folder(self.run) if "://" in self.run else Path(self.run)
 
     @property
     def bucket(self) -> str | None:
-        """Where the run is copied to."""
+        """Return the URL that the run is uploaded to, if any."""
         return self.run if "://" in self.run else self.checkpoint.upload
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> TrainConfig:
-        """The validated section `train`, every family's section in it included. Raises RecipeError."""
+        """Return the validated section `train`, including every family's section in it. Raises RecipeError."""
         if recipe.train is None:
             raise RecipeError("train", "is missing", "add the section, e.g. train: {model: diffusion, run: ./run, ...}")
         return cls.from_section(recipe.train)
 
     @classmethod
     def from_section(cls, raw: dict[str, Any]) -> TrainConfig:
-        """As `from_recipe`, from the section's own mapping."""
+        """Return the same as `from_recipe`, from the section's mapping."""
         name = raw.get("model")
         chosen = family_class(name) if isinstance(name, str) else None
         section = chosen.name if chosen else None
@@ -253,15 +253,15 @@ class TrainConfig(Section):
         if chosen and config._settings is None:
             config._settings = validate(chosen.settings, {}, f"train.{section}")
         if chosen and config.data.buckets is not None and not chosen.buckets:
-            raise RecipeError("train.data.buckets", f"the family {chosen.name} takes squares alone", "remove it")
+            raise RecipeError("train.data.buckets", f"the family {chosen.name} supports squares only", "remove it")
         if chosen:
             chosen.check(config)
         return config
 
     def identity(self) -> dict[str, Any]:
-        """What a run may not change between a stop and its resume, as plain data.
+        """Return the settings that must not change when a run resumes, as plain data.
 
-        Left out: where it runs and on how much, how often it logs and saves, what is watched, how many steps it goes.
+        Left out: where and on how many workers it runs, how often it logs and saves, `watch`, and `steps`.
         """
         free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
@@ -270,18 +270,18 @@ class TrainConfig(Section):
         return fixed
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything in `identity`."""
+        """Return 16 hexadecimal digits that change with anything in `identity`."""
         return fingerprint(self.identity())
 
 
 def scratch_folder(url: str) -> Path:
-    """Where this machine keeps what it has of a run in a bucket: below $CAPSTAN_RUNS, or the user's cache."""
+    """Return the local folder of a run in a bucket: below $CAPSTAN_RUNS, or the user's cache."""
     root = Path(os.environ.get("CAPSTAN_RUNS") or Path.home() / ".cache" / "capstan" / "runs")
     return root / f"{url.rstrip('/').rpartition('/')[2]}-{fingerprint(url.rstrip('/'))}"
 
 
 def family_class(name: str) -> Any:
-    """The `Family` class that `train.model` names. Raises RecipeError when there is none."""
+    """Return the `Family` class that `train.model` names. Raises RecipeError if there is none."""
     target = FAMILIES.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
@@ -291,12 +291,12 @@ def family_class(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if name in FAMILIES:
-            raise  # ours: a broken installation, not a mistake in the recipe
+            raise  # a broken installation, not a mistake in the recipe
         raise RecipeError("train.model", f"cannot load {name} ({error})", "name an importable class") from None
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the section `train`, the families' own sections included."""
+    """Return the JSON Schema of the section `train`, including the families' sections."""
     schema = TrainConfig.model_json_schema()
     for name in FAMILIES:
         inner = family_class(name).settings.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")

@@ -1,4 +1,4 @@
-"""The recipe's section `train.watch`: what is seen of a run while it trains."""
+"""The recipe's section `train.watch`: trackers, sample grids, evaluations"""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ Measure = Literal["oracle", "clip", "fid"]
 
 
 class Samples(Section):
-    """A grid of images with the averaged weights, always from the same prompts and noise."""
+    """A grid of images from the averaged weights, always with the same prompts and noise."""
 
-    every: Positive = 1000  # steps; the last one too
-    prompts: Annotated[list[str], Field(min_length=1)] | None = None  # null: of unseen scenes, or of held-out samples
-    count: Positive = 8  # of them, where `prompts` is null
-    steps: Positive | None = None  # null: as train.diffusion.sampling says
+    every: Positive = 1000  # steps; also after the last one
+    prompts: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # null: prompts of unseen scenes or held-out samples
+    )
+    count: Positive = 8  # number of prompts if `prompts` is null
+    steps: Positive | None = None  # null: train.diffusion.sampling
     guidance: Guidance | None = None
 
 
 class ClipSettings(Section):
-    """The CLIP that judges: a name of open_clip with a tag or a file, or a folder with its weights."""
+    """The judging CLIP: an open_clip name with a tag or a file, or a folder with its weights."""
 
     model: str
     pretrained: str | None = None
 
 
 class Fid(Section):
-    """The network whose features are compared."""
+    """The feature network of FID."""
 
     features: str  # a file: torch-fidelity's Inception (.pth), or any TorchScript network of images → features (.pt)
 
 
 class Evaluate(Section):
-    """Images drawn from prompts that the run does not train on, measured."""
+    """Metrics of images generated from prompts that the run does not train on."""
 
-    every: Positive = 5000  # steps; the last one too
-    count: Annotated[int, Field(ge=2)] = 1000  # images, shared among the workers
+    every: Positive = 5000  # steps; also after the last one
+    count: Annotated[int, Field(ge=2)] = 1000  # images, divided among the workers
     measures: Annotated[list[Measure], Field(min_length=1)] = ["clip"]  # noqa: RUF012 - pydantic copies it
-    batch: Positive = 16  # images drawn at once on each worker
+    batch: Positive = 16  # images generated at once on each worker
     steps: Positive | None = None
     guidance: Guidance | None = None
     clip: ClipSettings | None = None
@@ -57,35 +59,35 @@ class Evaluate(Section):
         return self
 
     def terms(self, measure: str) -> dict[str, Any]:
-        """What a value of `measure` depends on: values of other terms do not compare.
+        """Return the settings that a value of `measure` depends on: values are comparable only if they are equal.
 
         >>> Evaluate(count=100, measures=["fid"], fid=Fid(features="a.pth")).terms("fid")
         {'count': 100, 'steps': None, 'guidance': None, 'judge': {'features': 'a.pth'}}
         """
         judge = {"clip": self.clip, "fid": self.fid}.get(measure)
-        told = None if judge is None else judge.model_dump(mode="json")
-        return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "judge": told}
+        settings = None if judge is None else judge.model_dump(mode="json")
+        return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "judge": settings}
 
 
 class Best(Section):
-    """Which evaluation's state is kept, whatever train.checkpoint.keep says."""
+    """Which evaluation's state is kept, regardless of train.checkpoint.keep."""
 
-    measure: str  # as evaluations.jsonl names it: clip, fid, colour_shape, ...
+    measure: str  # a name in evaluations.jsonl: clip, fid, colour_shape, ...
     mode: Literal["max", "min"] | None = None  # null: min for fid, else max
 
     @property
     def sign(self) -> int:
-        """1 where more is better, -1 where less is."""
+        """Return 1 if higher is better, -1 if lower is."""
         mode = self.mode or ("min" if self.measure == "fid" else "max")
         return 1 if mode == "max" else -1
 
 
 class Watch(Section):
-    """What is seen of a run."""
+    """Trackers, sample grids and evaluations of a run."""
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]  # noqa: RUF012
-    bands: Positive = 10  # of the loss by timestep
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU; null: as known of the GPU
+    bands: Positive = 10  # number of timestep ranges of loss_by_time
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU; null: from a table of GPUs
     samples: Samples | None = None
     evaluate: Evaluate | None = None
     best: Best | None = None
@@ -100,12 +102,12 @@ class Watch(Section):
         return self
 
     def draws(self) -> list[str]:
-        """The keys that draw images, and so need a model that does."""
+        """Return the keys that generate images, which need a model that can."""
         return [name for name, value in (("samples", self.samples), ("evaluate", self.evaluate)) if value is not None]
 
 
 def recorded(measure: Measure) -> tuple[str, ...]:
-    """What a measure puts into the record of an evaluation."""
+    """Return the names of a measure's values in evaluations.jsonl."""
     if measure != "oracle":
         return (measure,)
     from capstan.pipeline.world.oracle import MEASURES  # loads OpenCV
@@ -114,7 +116,7 @@ def recorded(measure: Measure) -> tuple[str, ...]:
 
 
 def measures_in(text: str) -> list[Measure]:
-    """Names by commas. Raises RecipeError for one that there is not.
+    """Parse comma-separated names of measures. Raises RecipeError for an unknown one.
 
     >>> measures_in("oracle, clip")
     ['oracle', 'clip']
@@ -123,12 +125,14 @@ def measures_in(text: str) -> list[Measure]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise RecipeError("--measures", f"no measure {name!r}", f"name some of {', '.join(known)}, by commas")
+            raise RecipeError(
+                "--measures", f"unknown measure {name!r}", f"use a comma-separated list of {', '.join(known)}"
+            )
     return [measure for name in names for measure in known if measure == name]
 
 
 def flat(record: dict[str, Any]) -> dict[str, float]:
-    """A record's numbers under one name each, as trackers take them; what is inside another goes by a slash.
+    """Return a record's numbers as a flat mapping for trackers; nested names are joined by a slash.
 
     >>> flat({"step": 3, "loss": 0.5, "blend": {"original": 1.0}, "count": None})
     {'loss': 0.5, 'blend/original': 1.0}

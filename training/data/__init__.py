@@ -1,6 +1,6 @@
-"""A dataset → batches, in an order that depends on the seed alone.
+"""A dataset → batches, in an order that depends only on the seed
 
 tokenizer, transforms: captions and JPEGs → tensors
-order, buckets: which sample comes when
-shard_cache, shard_reader → dataset → mixture → loader: reading ahead
+order, buckets: the order of the samples
+shard_cache, shard_reader → dataset → mixture → loader: reading and prefetching
 """

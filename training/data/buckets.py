@@ -1,9 +1,10 @@
-"""Aspect-ratio buckets: sizes of about one area, so that a batch of one size cuts little off its images.
+"""Aspect-ratio buckets: image sizes of about one area
 
     train.data.buckets ──sizes──▶ [(width, height), …] ──assign(widths, heights of a shard's table)──▶ a bucket each
 
-An image goes into the bucket whose proportions are nearest to its own (NovelAI's aspect-ratio bucketing, 2022; SDXL,
-Podell et al. 2023, section 2.3). No image is opened for it: the shards' tables hold the sizes.
+A batch holds images of one size; with buckets little is cropped. An image goes into the bucket with the nearest aspect
+ratio (NovelAI's aspect-ratio bucketing, 2022; SDXL, Podell et al. 2023, section 2.3). The sizes are read from the
+shards' tables; no image is opened.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from capstan.training.config import Buckets
 
 Size = tuple[int, int]  # width, height in pixels
 
-_AT_ONCE = 16  # tables read at once
+_AT_ONCE = 16  # tables read concurrently
 
 
 def sizes_of(buckets: Buckets) -> list[Size]:
-    """The buckets' sizes, from the tallest to the widest."""
-    found = set(buckets.sizes) if buckets.sizes is not None else _generated(buckets)
-    return sorted(found, key=lambda size: (size[0] / size[1], size))
+    """Return the buckets' sizes, from the tallest to the widest."""
+    sizes = set(buckets.sizes) if buckets.sizes is not None else _generated(buckets)
+    return sorted(sizes, key=lambda size: (size[0] / size[1], size))
 
 
 def nearest_square(sizes: list[Size], step: int) -> int:
-    """The side in pixels of the square with about the area of the largest of `sizes`, in steps of `step`.
+    """Return the side in pixels of the square with about the area of the largest of `sizes`, a multiple of `step`.
 
     >>> nearest_square([(512, 512), (640, 384)], 64), nearest_square([(64, 16)], 16)
     (512, 32)
@@ -39,20 +40,20 @@ def nearest_square(sizes: list[Size], step: int) -> int:
 
 
 def _generated(buckets: Buckets) -> set[Size]:
-    """Every width in steps with the tallest height in steps whose area is within that of the square; and turned."""
-    side, step, found = buckets.size or 0, buckets.step, set[Size]()
+    """Return every width (a multiple of `step`) with the tallest height that fits the area, and its transpose."""
+    side, step, sizes = buckets.size or 0, buckets.step, set[Size]()
     for short in range(step, side + 1, step):
         long = side * side // short // step * step
         if long <= buckets.ratio * short:
-            found |= {(short, long), (long, short)}
-    return found
+            sizes |= {(short, long), (long, short)}
+    return sizes
 
 
 def assign(widths: np.ndarray, heights: np.ndarray, sizes: list[Size]) -> np.ndarray:
-    """The bucket of each image: that with the nearest proportions on a logarithmic scale (int16 [images]).
+    """Return the bucket of each image (int16 [images]): the nearest aspect ratio on a logarithmic scale.
 
-    The border between two buckets is the geometric mean of their proportions; compared in whole numbers, so that every
-    machine gives the same answer. Where a size is unknown (0) the image counts as a square.
+    The border between two buckets is the geometric mean of their ratios. Compared in integers, so that the result is
+    the same on every machine. An image of unknown size (0) counts as a square.
     """
     known = (widths > 0) & (heights > 0)
     w2 = np.where(known, widths, 1).astype(np.int64) ** 2
@@ -64,7 +65,7 @@ def assign(widths: np.ndarray, heights: np.ndarray, sizes: list[Size]) -> np.nda
 
 
 def shapes(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Widths and heights of the stored images (int64 [samples] each), shard by shard."""
+    """Return widths and heights of the stored images (int64 [samples] each), shard by shard."""
 
     def read(shard: str) -> tuple[np.ndarray, np.ndarray]:
         with dataset.storage.open(f"shards/{shard}.parquet") as file:
@@ -76,7 +77,7 @@ def shapes(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def check_sizes(buckets: Buckets | None, multiple: int) -> None:
-    """Raise RecipeError where a model cannot take a bucket's size, which has to be a multiple of `multiple` pixels."""
+    """Raise RecipeError if a bucket's sides are not multiples of `multiple` pixels, as the model requires."""
     for width, height in sizes_of(buckets) if buckets is not None else []:
         if width % multiple or height % multiple:
             problem = f"a bucket of {width} × {height} pixels does not divide by {multiple}"

@@ -1,9 +1,9 @@
-"""A dataset → samples, in an order that is a pure function of (seed, epoch, position).
+"""A dataset → samples, in an order that is a function of the seed
 
     number (0, 1, 2, …) ──Order──▶ (epoch, shard, row) ──TrainingData──▶ Sample ──Loader──▶ batch of tensors
 
-The state of a run is one integer: step s of a run with batches of B reads the samples s·B … s·B + B − 1 of one endless
-sequence, and each worker takes its slice. So a run can stop at any step and go on with any number of workers.
+The state of a run is one integer: step s with batches of B reads the samples s·B … s·B + B − 1 of one endless sequence,
+and each worker takes its slice. So a run can stop at any step and resume with any number of workers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """Samples by number (in training order) or by index (in dataset order, held-out samples last).
 
-    `layer` is a caption layer's id, or None for the original captions; `latents` gives a shard's latents in tar order,
-    which then stand in for the images, and `states` what frozen text encoders made of its captions. `files` are those
-    that the `cache` copies ahead. `batch` is the size of a step's batch, which aspect-ratio buckets need. Safe to use
-    from several threads.
+    `layer` is a caption layer's id, or None for the original captions. `latents` returns a shard's latents in tar
+    order, which replace the images; `states` returns the text encoders' states of its captions. `files` are the files
+    that `cache` prefetches. `batch` is the size of a step's batch, required with aspect-ratio buckets. Thread-safe.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class TrainingData:
         self.total = sum(counts)
         if self.total <= data.holdout:
             where, hint = dataset.storage.url, "build a larger dataset, or hold out fewer samples"
-            raise RecipeError("train.data.holdout", f"leaves nothing of {where} ({self.total} samples)", hint)
+            raise RecipeError("train.data.holdout", f"leaves no samples of {where} ({self.total} in all)", hint)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         counts = without_last(counts, data.holdout)
         order = Order(counts, data.block, seed if order_seed is None else order_seed)
@@ -73,59 +72,59 @@ class TrainingData:
             self.order = BucketOrder(order, trained, len(self._sizes), batch)
             _warn_of_rare(self._sizes, np.bincount(np.concatenate(trained), minlength=len(self._sizes)), batch)
         self._cache, self._seen = cache, set[Window]()
-        self._two_fit = cache is not None and (TARS not in files or cache.holds(dataset, 2 * data.block))
+        self._two_fit = cache is not None and (TARS not in files or cache.fits(dataset, 2 * data.block))
         keep = 2 * data.block + 2
         self._open = OpenShards(dataset, layer, keep, latents=latents, states=states, cache=cache, files=files)
 
     def __len__(self) -> int:
-        """How many samples are trained on in an epoch."""
+        """Return the number of training samples in an epoch."""
         return self.order.total
 
     def identity(self) -> dict[str, Any]:
-        """What decides which samples come: in checkpoints, to notice that the dataset has changed."""
+        """Return what determines the samples; stored in checkpoints to detect a changed dataset."""
         digest = hashlib.blake2b(digest_size=8)
         for entry in self.dataset.manifest.shards:
             digest.update(entry.sha256.encode())
         return {"samples": len(self), "shards": digest.hexdigest(), "layer": self.layer}
 
     def progress(self, number: int) -> dict[str, float]:
-        """Facts for the log after so many samples."""
+        """Return values for the log after `number` samples."""
         return {"epoch": number / len(self)}
 
     def at(self, number: int) -> Sample:
-        """The sample that comes as `number` in the endless training sequence."""
+        """Return sample `number` of the endless training sequence."""
         if self._cache is not None:
-            self._look_ahead(number)
+            self._prefetch(number)
         epoch, shard, row = self.order(number)
         return self._sample(shard, row, epoch)
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
-        """Sample `index` in dataset order (held-out samples from `len(self)` on), with the caption of `epoch`."""
+        """Return sample `index` in dataset order (held-out samples from `len(self)` on), caption of `epoch`."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._sample(shard, index - int(self._starts[shard]), epoch)
 
     def captions(self) -> Iterator[str]:
-        """Every caption that the blend may show, in dataset order."""
+        """Yield every caption that the blend may use, in dataset order."""
         for number in range(len(self.dataset.manifest.shards)):
             shard = self._open[number]
-            keys, originals = (shard.words[name].to_pylist() for name in ("key", "caption"))
+            keys, originals = (shard.text[name].to_pylist() for name in ("key", "caption"))
             for key, original in zip(keys, originals, strict=True):
                 texts = {**shard.captions.get(key, {}), ORIGINAL: original}
                 yield from (texts[slot] for slot in self.weights if slot in texts)
 
-    def _look_ahead(self, number: int) -> None:
-        """Have the shards of this window and of the next copied into the cache."""
+    def _prefetch(self, number: int) -> None:
+        """Prefetch the shards of this window and of the next into the cache."""
         window = self.order.window_of(number)
         if window not in self._seen:
             self._seen = {window} if len(self._seen) > 8 else self._seen | {window}
             for near in (window, self.order.after(window)) if self._two_fit else (window,):
                 for shard in self.order.shards_of(near):
-                    self._open.ahead(int(shard))
+                    self._open.prefetch(int(shard))
 
     def _sample(self, number: int, row: int, epoch: int) -> Sample:
         shard = self._open[number]
-        key, extra = shard.words["key"][row].as_py(), shard.words["extra"][row].as_py()
-        slot, text = self._caption(shard, key, shard.words["caption"][row].as_py(), epoch)
+        key, extra = shard.text["key"][row].as_py(), shard.text["extra"][row].as_py()
+        slot, text = self._caption(shard, key, shard.text["caption"][row].as_py(), epoch)
         latent = None if shard.latents is None else np.asarray(shard.latents[row])
         states = None if shard.states is None else _states(shard.states, slot, row)
         return Sample(
@@ -143,10 +142,10 @@ class TrainingData:
         )
 
     def _caption(self, shard: OpenShard, key: str, original: str, epoch: int) -> tuple[str, str]:
-        """(slot, text) drawn by (seed, key, epoch); a slot that the layer lacks for this key gives the original."""
+        """Return (slot, text) drawn by (seed, key, epoch); the original if the layer has no such slot for this key."""
         texts = shard.captions.get(key, {})
         draw, slot = hash64(self.seed, "caption", key, epoch) / 2**64, ORIGINAL
-        for slot, weight in self.weights.items():  # noqa: B007 - the last slot takes what rounding leaves
+        for slot, weight in self.weights.items():  # noqa: B007 - rounding may leave the last slot
             draw -= weight
             if draw < 0:
                 break
@@ -156,39 +155,42 @@ class TrainingData:
 def _warn_of_rare(sizes: list[Size], samples: np.ndarray, batch: int) -> None:
     rare = [(size, count) for size, count in zip(sizes, samples.tolist(), strict=True) if 0 < count < batch]
     if rare:
-        told = ", ".join(f"{width} × {height}: {count}" for (width, height), count in rare)
+        listing = ", ".join(f"{width} × {height}: {count}" for (width, height), count in rare)
         logger.warning(
-            "buckets with fewer samples than a batch, which come together once in several epochs (%s). Fix: give "
-            "train.data.buckets fewer sizes, or a smaller ratio",
-            told,
+            "some buckets have fewer samples than a batch, so they fill one only every few epochs (%s). Fix: set fewer "
+            "sizes or a smaller ratio in train.data.buckets",
+            listing,
         )
 
 
 def _states(states: Mapping[str, ShardRows], slot: str, row: int) -> dict[str, np.ndarray]:
-    """What is stored as SLOT.NAME for one sample and the slot drawn for it: name → array."""
+    """Return name → array of one sample, for the slot drawn for it (stored as SLOT.NAME)."""
     start = f"{slot}."
     return {name.removeprefix(start): np.asarray(rows[row]) for name, rows in states.items() if name.startswith(start)}
 
 
 def find_layer(storage: Storage, data: Data) -> str | None:
-    """The id of the caption layer that `train.data.layer` asks for, or None for the original captions."""
+    """Return the id of the caption layer that `train.data.layer` names, or None for the original captions.
+
+    Raises RecipeError if the layer, or a slot of the blend, does not exist, or if captions are missing.
+    """
     if data.layer is None:
         return None
     layer = latest_layer(storage) if data.layer == "latest" else data.layer
     if layer is None or layer not in list_layers(storage):
         problem = f"{storage.url} has no caption layer" + ("" if layer is None else f" {layer}")
-        hint = "run `capstan recaption` first, or write layer: null to train on the original captions"
+        hint = "run `capstan recaption` first, or set layer: null to train on the original captions"
         raise RecipeError("train.data.layer", problem, hint)
     recipe = layer_recipe(storage, layer)
     slots = [*recipe["slots"], ORIGINAL]
     for slot in data.weights:
         if slot not in slots:
             near = difflib.get_close_matches(slot, slots, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its slots: {', '.join(slots)}"
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(slots)}"
             raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", hint)
-    written = set(storage.names(f"captions/{layer}"))
-    for shard in Dataset(storage).shard_names if is_model(recipe) else []:  # people may leave samples out
-        if f"captions/{layer}/{shard}.parquet" not in written:
+    existing = set(storage.names(f"captions/{layer}"))
+    for shard in Dataset(storage).shard_names if is_model(recipe) else []:  # layers written by people may be partial
+        if f"captions/{layer}/{shard}.parquet" not in existing:
             hint = "run `capstan recaption` to complete it"
             raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", hint)
     if empty := empty_slots(storage, layer, (slot for slot, weight in data.weights.items() if weight)):

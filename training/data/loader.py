@@ -1,7 +1,7 @@
-"""Samples by number → prepared batches, step by step, made ahead on background threads.
+"""Samples by number → prepared batches, on background threads
 
-Threads, not processes: what takes time (reading, decoding, scaling) leaves Python's lock free, and a batch is handed on
-without being copied (`make bench-loader`).
+Threads, not processes: reading, decoding and scaling release Python's lock, and a batch is passed on without a copy
+(`make bench-loader`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class IndexedSamples(Protocol):
     """An endless sequence of samples (`dataset.TrainingData`, `mixture.MixedData`)."""
 
     def at(self, number: int) -> Sample:
-        """The sample that comes as `number`."""
+        """Return sample `number`."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class LoadedBatch:
     step: int
     batch: Batch
     keys: list[str]
-    slots: Counter[str]  # how many captions came from which slot
+    slots: Counter[str]  # number of captions from each slot
 
 
 class Loader:
-    """Prepares batches ahead on background threads and hands them out step by step.
+    """Iterator over prepared batches, step by step, prefetched on background threads.
 
-    An error in `prepare` is raised where its batch is asked for. Close it, or use it as a context manager.
+    An error in `prepare` is raised when its batch is requested. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Loader:
         self.data, self.prepare, self.batch = data, prepare, batch
         self.step, self.stop, self.rank, self.share = start, stop, rank, batch // world
         self._prefetch = max(prefetch, threads)
-        cv2.setNumThreads(1)  # these threads are as many as are wanted
+        cv2.setNumThreads(1)  # these threads are enough
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._ahead: deque[Future[LoadedBatch]] = deque()
+        self._pending: deque[Future[LoadedBatch]] = deque()
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         while self.step < self.stop:
-            while len(self._ahead) < min(self._prefetch, self.stop - self.step):
-                self._ahead.append(self._threads.submit(self._load, self.step + len(self._ahead)))
-            prepared = self._ahead.popleft().result()
+            while len(self._pending) < min(self._prefetch, self.stop - self.step):
+                self._pending.append(self._threads.submit(self._load, self.step + len(self._pending)))
+            loaded = self._pending.popleft().result()
             self.step += 1
-            yield prepared
+            yield loaded
 
     def _load(self, step: int) -> LoadedBatch:
         first = step * self.batch + self.rank * self.share
@@ -78,9 +78,9 @@ class Loader:
         return LoadedBatch(step, self.prepare(samples), [sample.key for sample in samples], slots)
 
     def close(self) -> None:
-        """Drop what is prepared and end the threads."""
+        """Discard prepared batches and end the threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
+        self._pending.clear()
 
     def __enter__(self) -> Loader:
         return self

@@ -1,9 +1,9 @@
-"""Several datasets with weights → one endless sequence of samples.
+"""Several datasets with weights → one endless sequence of samples
 
-    number ──Schedule──▶ (dataset, which of its samples, in its own order)
+    number ──Schedule──▶ (dataset, number within its own order)
 
-Which dataset a number reads follows from the weights and the seed alone, so that the state of a run is still one
-integer; each dataset goes through its own epochs. With aspect-ratio buckets a whole batch comes from one dataset.
+The dataset of a number depends only on the weights and the seed, so that the state of a run is still one integer. Each
+dataset has its own epochs. With aspect-ratio buckets a whole batch comes from one dataset.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from capstan.training.data.dataset import TrainingData
 from capstan.training.data.order import hash64
 from capstan.training.family import Sample
 
-_LONGEST = 10_000  # numbers after which the schedule repeats, at most; shares that do not fit are rounded to it
+_LONGEST = 10_000  # longest period of the schedule; shares are rounded to it
 
 
 class Schedule:
-    """n → (which, how many of its kind came before), in shares that are exact over any stretch of numbers.
+    """n → (kind, number of this kind before n), with exact shares over any range of numbers.
 
-    Among the first n numbers each kind has n · share of them, give or take less than one: Tijdeman's algorithm for the
-    chairman assignment problem (Discrete Mathematics 32, 1980). The sequence is periodic; where it begins is by `seed`.
+    Among the first n numbers each kind has n · share, with an error below one: Tijdeman's algorithm for the chairman
+    assignment problem (Discrete Mathematics 32, 1980). The sequence is periodic; `seed` sets where it starts.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -44,43 +44,43 @@ class Schedule:
         return kind, int(self.counts(number)[kind])
 
     def counts(self, number: int) -> np.ndarray:
-        """How many of each kind there are among the first `number` (int64 [kinds])."""
+        """Return the count of each kind among the first `number` (int64 [kinds])."""
         rounds, place = divmod(number + self._first, self._period)
         return self._before[-1] * rounds + self._before[place] - self._before[self._first]
 
 
 def _whole(weights: Sequence[float]) -> list[int]:
-    """The weights as whole numbers whose sum is the period: exactly where they are short decimals, else rounded."""
+    """Return the weights as integers that sum to the period: exact for short decimals, else rounded."""
     shares = [Fraction(str(weight)) for weight in weights]
     shares = [share / sum(shares) for share in shares]
     period = min(math.lcm(*(share.denominator for share in shares)), _LONGEST)
     counts = [math.floor(share * period) for share in shares]
     lost = sorted(range(len(shares)), key=lambda kind: (counts[kind] - shares[kind] * period, kind))
-    for kind in lost[: period - sum(counts)]:  # the largest remainders get what rounding down left over
+    for kind in lost[: period - sum(counts)]:  # the largest remainders get the rest
         counts[kind] += 1
     if 0 in counts:
         problem = f"weight {weights[counts.index(0)]} is less than one in {_LONGEST} of all"
-        raise RecipeError("train.data.datasets", problem, "give it more weight, or leave it out")
+        raise RecipeError("train.data.datasets", problem, "increase its weight, or remove it")
     return counts
 
 
 def _assign(counts: Sequence[int]) -> np.ndarray:
-    """Kinds in an order in which every beginning has its share of each (int64 [sum of counts])."""
+    """Return kinds in an order in which every prefix has its share of each (int64 [sum of counts])."""
     period, kinds = sum(counts), range(len(counts))
     if len(counts) == 1:
         return np.zeros(1, np.int64)
     slack = 2 * len(counts) - 2
-    order, given = np.zeros(period, np.int64), [0] * len(counts)
+    order, used = np.zeros(period, np.int64), [0] * len(counts)
     for n in range(period):
-        owed = [counts[kind] * (n + 1) - period * given[kind] for kind in kinds]  # times the period
+        owed = [counts[kind] * (n + 1) - period * used[kind] for kind in kinds]  # times the period
         due = [kind for kind in kinds if owed[kind] * slack >= period]
         order[n] = min(due, key=lambda kind: (Fraction(period * (slack - 1) - owed[kind] * slack, counts[kind]), kind))
-        given[order[n]] += 1
+        used[order[n]] += 1
     return order
 
 
 class MixedData:
-    """Several `TrainingData` as one, in the same words. `batch` where a whole batch is to come from one of them."""
+    """Several `TrainingData` with the interface of one. With `batch`, whole batches come from one dataset."""
 
     def __init__(
         self, parts: Sequence[TrainingData], names: Sequence[str], weights: Sequence[float], seed: int, batch: int = 1
@@ -93,36 +93,36 @@ class MixedData:
 
     @property
     def layer(self) -> str | None:
-        """The first dataset's caption layer: of it are the samples that are held out to be looked at."""
+        """Return the first dataset's caption layer, the one of the held-out samples that are displayed."""
         return self.parts[0].layer
 
     def __len__(self) -> int:
-        """How many samples are trained on, all datasets together."""
+        """Return the number of training samples of all datasets."""
         return int(self._ends[len(self.parts) - 1])
 
     def at(self, number: int) -> Sample:
-        """The sample that comes as `number` in the endless training sequence."""
+        """Return sample `number` of the endless training sequence."""
         item, row = divmod(number, self._batch)
         part, nth = self.schedule(item)
         return self.parts[part].at(nth * self._batch + row)
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
-        """Sample `index`, dataset after dataset; all held-out samples from `len(self)` on."""
+        """Return sample `index`, dataset after dataset; all held-out samples from `len(self)` on."""
         place = int(np.searchsorted(self._ends, index, side="right"))
         held, part = divmod(place, len(self.parts))
         within = index - (int(self._ends[place - 1]) if place else 0)
         return self.parts[part].sample(within + held * len(self.parts[part]), epoch)
 
     def captions(self) -> Iterator[str]:
-        """Every caption that the blends may show, dataset after dataset."""
+        """Yield every caption that the blends may use, dataset after dataset."""
         return chain.from_iterable(part.captions() for part in self.parts)
 
     def identity(self) -> dict[str, Any]:
-        """As `TrainingData.identity`, by dataset."""
+        """Return `TrainingData.identity` of each dataset, by name."""
         return {name: part.identity() for name, part in zip(self.names, self.parts, strict=True)}
 
     def progress(self, number: int) -> dict[str, float]:
-        """After so many samples: the epochs of each dataset and of all, and the mix that was read."""
+        """Return the epochs of each dataset and of all, and the realised mix, after `number` samples."""
         seen = self.schedule.counts(number // self._batch) * self._batch
         facts = {"epoch": number / len(self)}
         for name, part, count in zip(self.names, self.parts, seen.tolist(), strict=True):

@@ -1,11 +1,11 @@
-"""The order of an endless sequence of samples in which each comes once an epoch: a pure function of (seed, number).
+"""The order of the samples: a pure function of (seed, number)
 
     Order         number → (epoch, shard, row)
-    BucketOrder   the same in batches, each of which comes from one bucket of image sizes
+    BucketOrder   the same in batches, each of one bucket of image sizes
 
-An epoch permutes the shards, cuts them into windows of `block` shards, and permutes the samples of a window: what is
-read within a while lies in a few shards. Finding a place costs the same wherever in the sequence it lies, so that the
-state of whoever reads is one integer.
+The sequence is endless, and each sample comes once per epoch. An epoch permutes the shards, cuts them into windows of
+`block` shards, and permutes the samples of a window, so that reads stay within a few shards. The cost of finding a
+place does not depend on the number, so that a reader's whole state is one integer.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 
 
 def hash64(*parts: str | int) -> int:
-    """A 64-bit integer that is the same everywhere for the same parts."""
+    """Return a 64-bit hash of the parts, the same on every machine."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def permutation(count: int, seed: int) -> np.ndarray:
-    """A permutation of 0 … count − 1 that depends on `seed` alone, not on a library's version (int64 [count]).
+    """Return a permutation of 0 … count − 1 that depends only on `seed`, not on a library's version (int64 [count]).
 
     Sorts by SplitMix64 of a counter (Steele, Lea & Flood 2014).
     """
@@ -36,7 +36,7 @@ def permutation(count: int, seed: int) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """Where a sample of the sequence lies."""
+    """The location of a sample."""
 
     epoch: int
     shard: int
@@ -44,14 +44,14 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """`block` shards of an epoch, the last window's fewer."""
+    """`block` shards of an epoch; the last window may have fewer."""
 
     epoch: int
     number: int
 
 
 class Order:
-    """number → place: every row once an epoch. `counts` are the shards' samples."""
+    """number → place: every row once per epoch. `counts` are the shards' numbers of samples."""
 
     def __init__(self, counts: Sequence[int], block: int, seed: int) -> None:
         self.counts, self.block, self.seed = np.asarray(counts, dtype=np.int64), block, seed
@@ -68,27 +68,27 @@ class Order:
         return Place(epoch, int(shards[place]), int(rows[place]))
 
     def window_of(self, number: int) -> Window:
-        """The window that `number` is read in."""
+        """Return the window in which `number` is read."""
         epoch, position = divmod(number, self.total)
         return Window(epoch, int(np.searchsorted(self._epoch(epoch)[1], position, side="right")) - 1)
 
     def after(self, window: Window) -> Window:
-        """The window that is read next."""
+        """Return the window that is read next."""
         last = window.number + 1 == self.windows
         return Window(window.epoch + 1, 0) if last else Window(window.epoch, window.number + 1)
 
     def shards_of(self, window: Window) -> np.ndarray:
-        """The window's shards (int64 [at most block])."""
+        """Return the window's shards (int64 [at most block])."""
         return self._epoch(window.epoch)[0][window.number * self.block : (window.number + 1) * self.block]
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in order, and the position at which each window starts."""
+        """Return the epoch's shards in order, and the position at which each window starts."""
         shards = permutation(len(self.counts), hash64(self.seed, "shards", epoch))
         starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
         return shards, starts[:-1][:: self.block]
 
     def _permute(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of each of the window's samples, in order (int32 [samples] each)."""
+        """Return shard and row of each of the window's samples, in order (int32 [samples] each)."""
         shards = self.shards_of(window)
         counts = self.counts[shards]
         starts = np.cumsum(counts) - counts
@@ -98,12 +98,12 @@ class Order:
 
 
 class BucketOrder:
-    """number → place, in batches of `batch` numbers: the samples of a batch are all of one bucket.
+    """number → place, in batches of `batch` numbers: all samples of a batch are of one bucket.
 
-    Each bucket is a stream of its own: its samples in the order in which `order` meets them, epoch after epoch, cut
-    into batches. A batch is read in the window that holds its last sample; the batches of a window are permuted. What
-    is left of a bucket at the end of a window, or of an epoch, is carried into its next batch: no batch is short, no
-    sample is left out or comes twice in its epoch, and a rare bucket's samples come once there is a batch of them.
+    Each bucket is a stream: its samples in the sequence of `order`, epoch after epoch, cut into batches. A batch is
+    read in the window that holds its last sample; the batches of a window are permuted. Samples left in a bucket at the
+    end of a window or epoch are carried into its next batch: no batch is short, no sample is skipped or repeated within
+    its epoch, and the samples of a rare bucket come when there is a batch of them.
     """
 
     def __init__(self, order: Order, buckets: Sequence[np.ndarray], kinds: int, batch: int) -> None:
@@ -125,7 +125,7 @@ class BucketOrder:
         return self._at(bucket, first + row)
 
     def window_of(self, number: int) -> Window:
-        """The window that `number` is read in; the last of its batch's samples lies there."""
+        """Return the window in which `number` is read, the one of the last sample of its batch."""
         return self._window(number // self.batch)
 
     def after(self, window: Window) -> Window:
@@ -135,7 +135,7 @@ class BucketOrder:
         return self.order.shards_of(window)
 
     def _look_up(self, batch: int) -> tuple[int, int]:
-        """The batch's bucket, and the place of its first sample in the bucket's stream."""
+        """Return the batch's bucket, and the place of its first sample in the bucket's stream."""
         window = self._window(batch)
         before, after = self._ends(window.epoch)[window.number : window.number + 2]  # [kinds] each
         place = int(self._batches(window)[batch - int(before.sum())])
@@ -152,7 +152,7 @@ class BucketOrder:
         return Window(epoch, int(np.searchsorted(ends, batch, side="right")) - 1)
 
     def _at(self, bucket: int, place: int) -> Place:
-        """The sample at `place` of a bucket's stream."""
+        """Return the sample at `place` of a bucket's stream."""
         epoch, place = divmod(place, int(self._totals[bucket]))
         before = self._before(epoch)[:, bucket]
         window = Window(epoch, int(np.searchsorted(before, place, side="right")) - 1)
@@ -161,13 +161,13 @@ class BucketOrder:
         return Place(epoch, int(shards[member]), int(rows[member]))
 
     def _count_before(self, epoch: int) -> np.ndarray:
-        """Samples of each bucket in the epoch before each window, and at its end: [windows + 1, kinds]."""
+        """Count samples of each bucket in the epoch before each window, and at its end: [windows + 1, kinds]."""
         shards = np.concatenate([self.order.shards_of(Window(epoch, n)) for n in range(self.order.windows)])
         sums = np.concatenate([np.zeros((1, len(self._totals)), np.int64), np.cumsum(self._counts[shards], axis=0)])
         return np.concatenate([sums[:-1][:: self.order.block], sums[-1:]])
 
     def _count_batches(self, epoch: int) -> np.ndarray:
-        """Batches of each bucket, of all epochs, that are complete before each window: [windows + 1, kinds]."""
+        """Count batches of each bucket, over all epochs, complete before each window: [windows + 1, kinds]."""
         return (self._totals * epoch + self._before(epoch)) // self.batch
 
     def _permute(self, window: Window) -> np.ndarray:
@@ -176,7 +176,7 @@ class BucketOrder:
         return permutation(count, hash64(self.order.seed, "batches", *window))
 
     def _group(self, window: Window) -> list[np.ndarray]:
-        """For each bucket, which of the window's samples (by their place in its order) are its own."""
+        """Return the window's samples of each bucket, by their place in the window's order."""
         shards, rows = self.order.members(window)
         kinds = np.empty(len(rows), np.int64)
         for shard in self.shards_of(window):
@@ -187,6 +187,6 @@ class BucketOrder:
 
 
 def without_last(counts: Sequence[int], held_out: int) -> list[int]:
-    """`counts` with the last `held_out` samples taken away, and no empty shards at the end."""
+    """Return `counts` without the last `held_out` samples and without empty shards at the end."""
     ends = np.minimum(np.cumsum(counts), sum(counts) - held_out)
     return [int(count) for count in np.diff(ends, prepend=0) if count > 0]

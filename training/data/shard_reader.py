@@ -1,7 +1,7 @@
-"""The shards that are being read: their tables by columns, captions, latents, and the images' bytes.
+"""Open shards: table columns, captions, latents, image bytes
 
-A local tar is read by mmap; of a bucket's, the bytes come from a copy in the cache (training.shard_cache), or where
-there is none (yet) by a request of their own.
+A local tar is read by mmap. In a bucket, an image is read from a copy in the cache (training.data.shard_cache), or by
+a request of its own if there is none yet.
 """
 
 from __future__ import annotations
@@ -22,36 +22,35 @@ from capstan.pipeline.errors import CapstanError
 from capstan.recaption.store import check_layer, read_layer
 from capstan.training.data.shard_cache import ShardCache
 
-_WORDS: Final = ["key", "caption", "extra"]
+_TEXT: Final = ["key", "caption", "extra"]
 NUMBERS: Final = ["width", "height", "original_width", "original_height", "crop_left", "crop_top"]
 TARS: Final = "shards/{}.tar"
 _PLACES: Final = ["offset", "size"]  # of the JPEG in the tar, bytes
 
 
 class ShardRows(Protocol):
-    """Something for each of a shard's samples, in tar order."""
+    """A value for each of a shard's samples, in tar order."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclass
 class OpenShard:
-    """What is kept in memory of one shard."""
+    """The data of one shard that is kept in memory."""
 
-    words: dict[str, pa.Array]
+    text: dict[str, pa.Array]
     numbers: np.ndarray  # int64 [samples, NUMBERS and places]
     captions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key → slot → text
     latents: ShardRows | None = None
-    states: Mapping[str, ShardRows] | None = None  # slot and name → text encoders' output
-    tar: mmap.mmap | None = None  # a local tar; unmapped when the last thread has let go of it
+    states: Mapping[str, ShardRows] | None = None  # SLOT.NAME → text encoders' output
+    tar: mmap.mmap | None = None  # a local tar, unmapped when no thread uses it
 
 
 class OpenShards:
-    """A dataset's shards by number, of which the last `keep` that were asked for stay in memory.
+    """A dataset's shards by number; the `keep` most recently used stay in memory.
 
-    `latents` and `states` read those of a shard, by its name; `files` are all files that are read of a shard ("{}"
-    stands for its name), as far as the cache may hold them. Safe to use from several threads: while one opens a shard,
-    the others go on with what is open.
+    `latents` and `states` read those of a shard, given its name. `files` are the names of the files that the cache may
+    hold ("{}" stands for the shard's name). Thread-safe: while one thread opens a shard, others use the open ones.
     """
 
     def __init__(
@@ -81,22 +80,22 @@ class OpenShards:
         if mine:
             try:
                 shard.set_result(self._load(number))
-            except BaseException as error:  # noqa: BLE001 - handed to all that wait for the shard
+            except BaseException as error:  # noqa: BLE001 - passed to all threads that wait for the shard
                 with self._lock:
-                    self._open.pop(number, None)  # whoever asks again tries again
+                    self._open.pop(number, None)  # the next request tries again
                 shard.set_exception(error)
         return shard.result()
 
-    def ahead(self, number: int) -> None:
-        """Have the shard's files copied into the cache."""
+    def prefetch(self, number: int) -> None:
+        """Copy the shard's files into the cache, in the background."""
         entry = self.dataset.manifest.shards[number]
         for name in (pattern.format(entry.name) for pattern in self._files):
             assert self._cache is not None
-            self._cache.ahead(name, entry.sha256, entry.sha256 if name == entry.tar else None)
+            self._cache.prefetch(name, entry.sha256, entry.sha256 if name == entry.tar else None)
 
     def jpeg(self, number: int, shard: OpenShard, row: int) -> bytes:
-        """The encoded image of one of the shard's samples."""
-        offset, size = (int(place) for place in shard.numbers[row, -2:])
+        """Return the encoded image of one of the shard's samples. Raises CapstanError if the tar is truncated."""
+        offset, size = (int(value) for value in shard.numbers[row, -2:])
         entry = self.dataset.manifest.shards[number]
         jpeg: bytes | None = None
         if shard.tar is not None:
@@ -106,14 +105,14 @@ class OpenShards:
         if jpeg is None:
             jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
         if len(jpeg) != size:
-            raise CapstanError(f"{self.dataset.storage.url}/{entry.tar} is cut: run `capstan verify`")
+            raise CapstanError(f"{self.dataset.storage.url}/{entry.tar} is truncated: run `capstan verify`")
         return jpeg
 
     def _load(self, number: int) -> OpenShard:
         name = self.dataset.manifest.shards[number].name
-        table = self.dataset.table(name, [*_WORDS, *NUMBERS, *_PLACES, "sha256"])
-        words = {column: pa.concat_arrays(table[column].chunks) for column in _WORDS}
-        shard = OpenShard(words, np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1))
+        table = self.dataset.table(name, [*_TEXT, *NUMBERS, *_PLACES, "sha256"])
+        text = {column: pa.concat_arrays(table[column].chunks) for column in _TEXT}
+        shard = OpenShard(text, np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1))
         if self.layer is not None:
             check_layer(self.dataset.storage, self.layer, name, table)
             shard.captions = read_layer(self.dataset.storage, self.layer, name, table)

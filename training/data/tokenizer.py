@@ -1,11 +1,11 @@
-"""Captions → token ids: a byte-level BPE of CLIP's kind, small and trained on the captions, or CLIP's own.
+"""Captions → token ids: CLIP's byte-level BPE, or one trained on the captions
 
-One folder holds it in two formats that give the same ids:
+A folder holds the tokenizer in two formats with the same ids:
 
     vocab.json merges.txt tokenizer_config.json special_tokens_map.json    transformers.CLIPTokenizer
     bpe.txt.gz                                                             open_clip.tokenizer.SimpleTokenizer
 
-Ids: 256 bytes, 256 bytes that end a word, one id a merge, then start and end of text (Radford et al. 2021, CLIP).
+Ids: 256 bytes, 256 bytes that end a word, one id per merge, then start and end of text (Radford et al. 2021, CLIP).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ END_OF_WORD: Final = "</w>"
 BPE_FILE: Final = "bpe.txt.gz"
 _HEADER: Final = "#version: 0.2"
 _SPLIT: Final = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-_CLIP_MERGES: Final = 49152 - 256 - 2  # how many of the lines in CLIP's file are merges that CLIP uses
-SMALLEST: Final = 2 * 256 + 2  # a vocabulary without any merge
+_CLIP_MERGES: Final = 49152 - 256 - 2  # number of merges that CLIP uses of its file
+SMALLEST: Final = 2 * 256 + 2  # size of a vocabulary without merges
 
 
 class Tokenizer:
@@ -49,26 +49,26 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn merges from `captions`: at most `vocab_size` ids, fewer where the captions give no more merges."""
+        """Learn merges from `captions`: at most `vocab_size` ids, fewer if the captions have no more merges."""
         from tokenizers.trainers import BpeTrainer
 
         if vocab_size < SMALLEST:
-            raise RecipeError("vocab_size", f"{vocab_size} is too small", f"give at least {SMALLEST}")
+            raise RecipeError("vocab_size", f"{vocab_size} is too small", f"use at least {SMALLEST}")
         backend = _backend(None, None)
         trainer = BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
             show_progress=False,
-            special_tokens=list(_vocabulary([]))[:-2],  # fixes the letters' order, by which the trainer breaks ties
+            special_tokens=list(_vocabulary([]))[:-2],  # fixes the order of letters, which breaks ties in the trainer
             end_of_word_suffix=END_OF_WORD,
         )
         backend.train_from_iterator((clean(caption) for caption in captions), trainer)
         learnt = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-        return cls(_without_twins(learnt)[: vocab_size - SMALLEST])
+        return cls(_without_duplicates(learnt)[: vocab_size - SMALLEST])
 
     @classmethod
     def clip(cls) -> Tokenizer:
-        """CLIP's own vocabulary of 49408 ids, from the file in open_clip's package."""
+        """Return CLIP's own vocabulary of 49408 ids, from the file in open_clip's package."""
         from importlib.util import find_spec
 
         spec = find_spec("open_clip")
@@ -82,10 +82,12 @@ class Tokenizer:
         return cls(_read_merges(folder / BPE_FILE))
 
     def save(self, folder: Path) -> None:
-        """Write both formats into `folder` (made if missing)."""
+        """Write both formats into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = "\n".join([_HEADER, *(f"{left} {right}" for left, right in self.merges)])
-        (folder / BPE_FILE).write_bytes(gzip.compress(lines.encode(), mtime=0))  # no last newline: it would be a merge
+        (folder / BPE_FILE).write_bytes(
+            gzip.compress(lines.encode(), mtime=0)
+        )  # no final newline: it would count as a merge
         (folder / "merges.txt").write_text(lines + "\n", encoding="utf-8")
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
@@ -97,11 +99,11 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=None), encoding="utf-8")
 
     def ids(self, text: str) -> list[int]:
-        """The ids of `text`, without start and end."""
+        """Return the ids of `text`, without start and end."""
         return list(self._backend.encode(clean(text), add_special_tokens=False).ids)
 
     def encode(self, texts: Sequence[str], length: int, *, pad: int | None = None) -> torch.Tensor:
-        """LongTensor [B, length]: start, ids, end, padding; a text too long is cut and still ends with end."""
+        """Return LongTensor [B, length]: start, ids, end, padding. A long text is cut but still ends with end."""
         out = torch.full((len(texts), length), self.pad if pad is None else pad, dtype=torch.long)
         for row, text in enumerate(texts):
             ids = [self.start, *self.ids(text)[: length - 2], self.end]
@@ -109,7 +111,7 @@ class Tokenizer:
         return out
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids → lower-case text, up to the first end; start, and ids that are no token, are left out."""
+        """Return the lower-case text of `ids` up to the first end, without start and unknown ids."""
         letters = ""
         for index in ids:
             if int(index) == self.end:
@@ -121,15 +123,15 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """What both tokenizers see, by open_clip's rules: mojibake and HTML entities mended, spaces single, lower case."""
+    """Return the normalised text, by open_clip's rules: mojibake and HTML entities fixed, single spaces, lower case."""
     import ftfy
 
-    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(mended.split()).lower()
+    fixed = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(fixed.split()).lower()
 
 
 def _letters() -> dict[int, str]:
-    """Byte → the printable letter that stands for it (GPT-2's table), in CLIP's order of ids."""
+    """Return byte → printable letter (GPT-2's table), in CLIP's order of ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -141,8 +143,8 @@ def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _without_twins(merges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drop merges that spell a token which an earlier merge spells: open_clip would give that token two ids."""
+def _without_duplicates(merges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Remove merges that produce the token of an earlier merge: open_clip would assign it two ids."""
     first: dict[str, tuple[str, str]] = {}
     for left, right in merges:
         first.setdefault(left + right, (left, right))
@@ -156,7 +158,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _backend(vocab: dict[str, int] | None, merges: list[tuple[str, str]] | None) -> tokenizers.Tokenizer:
-    """The same normaliser, splitter and BPE as transformers' CLIPTokenizer."""
+    """Return the normaliser, splitter and BPE of transformers' CLIPTokenizer."""
     import tokenizers
     from tokenizers import Regex, normalizers, pre_tokenizers
     from tokenizers.models import BPE

@@ -1,12 +1,12 @@
-"""A second model that the first one is trained against, with an optimizer of its own: a discriminator.
+"""A second model with its own optimizer to train against: a discriminator
 
-    family.loss(model, …)    asks the rival what it makes of the first model's work
+    family.loss(model, …)    the adversary judges the first model's output
     engine.backward(loss)    the first model learns
-    Rival.turn()             then the rival, from the same work
+    Adversary.step()         then the adversary learns, from the same output
 
-A DeepSpeed engine holds one model, so such a run is on DDP. Every worker holds the rival whole. Its gradients are
-averaged here and not by a second DDP wrapper: that one allows a single forward pass for each backward pass, and a rival
-is asked three times a step.
+A DeepSpeed engine holds one model, so such a run uses DDP. Every worker holds the whole adversary. Its gradients are
+averaged here, not by a second DDP wrapper, which allows one forward pass per backward pass: an adversary has three per
+step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class Adversary(ABC):
-    """A model with its optimizer, which takes part from step `start` on, once `enter` was called.
+    """A model with its optimizer, active from step `start` on, after `attach`.
 
-    `lr` is its learning rate as a share of the first model's at the same step.
+    `lr` is its learning rate as a fraction of the first model's at the same step.
     """
 
     def __init__(
@@ -43,23 +43,26 @@ class Adversary(ABC):
 
     @abstractmethod
     def loss(self) -> tuple[torch.Tensor, Metrics]:
-        """Its own mean loss on the work that it was last asked about (scalar, with gradient), and scalars to log."""
+        """Return the adversary's mean loss on the last output it judged (scalar, with gradient), and scalars to log."""
 
-    def enter(self, engine: Engine) -> None:
-        """Take the engine's device, and make the optimizer. Every worker has built the same weights."""
+    def attach(self, engine: Engine) -> None:
+        """Move to the engine's device and create the optimizer. Every worker must have built the same weights."""
         self.engine = engine
         self.model.to(engine.device).train()
         fused = engine.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, betas=self.betas, fused=fused)
 
-    def begin(self, step: int, lr: float) -> None:
-        """Before step `step`, in which the first model learns at rate `lr`."""
+    def set_step(self, step: int, lr: float) -> None:
+        """Prepare for step `step`, in which the first model has learning rate `lr`."""
         self.active = self.engine is not None and step >= self.start
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.lr
 
-    def turn(self, *, last: bool) -> Metrics:
-        """Add the gradient of a part of the step; with the `last` part average it over the workers, clip and step."""
+    def step(self, *, last: bool) -> Metrics:
+        """Add the gradient of a part of the step; with the `last` part, average over workers, clip and update weights.
+
+        Returns scalars to log.
+        """
         if not self.active or self.engine is None:
             return {}
         train = self.engine.train
@@ -75,7 +78,7 @@ class Adversary(ABC):
         return {**metrics, "rival_grad_norm": norm}
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean of `value` over the workers."""
+        """Return the mean of `value` over the workers."""
         if self.engine is None or self.engine.world == 1:
             return value
         total = value.clone()
@@ -90,20 +93,20 @@ class Adversary(ABC):
             gradient.copy_(piece.view_as(gradient))
 
     def state(self) -> dict[str, Any]:
-        """All that it has learnt: the same on every worker, but for running statistics, which no step reads."""
+        """Return weights and optimizer state: equal on all workers, but for running statistics, which no step reads."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave, on any number of workers."""
+        """Restore what `state` returned, on any number of workers."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def refuse_without_ddp(train: TrainConfig, field: str) -> None:
-    """Raise RecipeError where the engine cannot hold the second model that `field` asks for."""
+    """Raise RecipeError if the engine does not support the second model that `field` adds."""
     if train.engine.strategy != "ddp":
-        problem = f"{train.engine.strategy} trains one model, and {field} is a second one"
-        raise RecipeError("train.engine.strategy", problem, "write engine: {strategy: ddp}, without zero")
+        problem = f"{train.engine.strategy} trains one model, but {field} adds a second one"
+        raise RecipeError("train.engine.strategy", problem, "set engine: {strategy: ddp}, without zero")
     if train.precision not in ("fp32", "bf16"):
-        problem = f"{train.precision} needs its loss scaled, which is not done for {field}"
+        problem = f"{train.precision} needs loss scaling, which {field} does not support"
         raise RecipeError("train.precision", problem, "use bf16 or fp32")

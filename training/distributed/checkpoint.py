@@ -1,11 +1,11 @@
-"""State of a run ↔ checkpoints/step-000200/: complete or not there.
+"""State of a run ↔ checkpoints/step-000200/, complete or absent
 
-checkpoints/step-000200/worker-00000.pt     each worker's elements of model, optimizer and average (see training.parts),
-                                            the model's buffers, and what this worker has not logged yet
-checkpoints/step-000200/rival.pt            the second model and its optimizer, where the family has one
+checkpoints/step-000200/worker-00000.pt     each worker's elements of model, optimizer and average (see
+                                            training.distributed.state), the model's buffers, and metrics not logged yet
+checkpoints/step-000200/rival.pt            the adversary and its optimizer, if the family has one
 checkpoints/step-000200/checkpoint.json     step, workers, data; written last: a folder without it does not count
 
-It is read by any number of workers, of any strategy; by as many of the same it is taken up bit for bit.
+Any number of workers with any strategy can load it. With the same number and strategy the run resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.ema import Ema
 from capstan.training.distributed.engine import Engine
 from capstan.training.distributed.loss_scale import LossScale
-from capstan.training.distributed.state import StateReader, written
+from capstan.training.distributed.state import StateReader, collect_state
 
 logger = logging.getLogger(__name__)
 
 MARK = "checkpoint.json"
-_RIVAL = "rival.pt"
+_ADVERSARY = "rival.pt"
 
 
 class Checkpoints:
@@ -44,28 +44,29 @@ class Checkpoints:
         train: TrainConfig,
         engine: Engine,
         ema: Ema,
-        rival: Adversary | None = None,
-        wanted: Callable[[Path], bool] = lambda path: False,
+        adversary: Adversary | None = None,
+        in_use: Callable[[Path], bool] = lambda path: False,
     ) -> None:
-        self.train, self.engine, self.ema, self.rival = train, engine, ema, rival
-        self._wanted = wanted  # whether an old checkpoint has to stay for a while, since it is being uploaded
+        self.train, self.engine, self.ema, self.adversary = train, engine, ema, adversary
+        self._in_use = in_use  # whether an old checkpoint must be kept, because it is being uploaded
         self.folder = train.folder / "checkpoints"
 
     def save(self, step: int, worker: dict[str, Any], shared: dict[str, Any]) -> Path:
-        """Write the state after `step` steps; gives its folder. `worker` is this worker's own, `shared` (plain data) is
-        rank 0's.
+        """Write the state after `step` steps; return its folder.
+
+        `worker` is this worker's own state, `shared` (plain data) is taken from rank 0.
         """
         folder = self.folder / f"step-{step:06d}"
         if self.engine.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run began
+            shutil.rmtree(folder, ignore_errors=True)  # left over from a killed run
             folder.mkdir(parents=True)
         self.engine.wait()
-        parts = written(chain(self.engine.parts(), self.ema.parts()))
-        content = {"parts": parts, "buffers": self.engine.buffers(), "worker": worker}
+        state = collect_state(chain(self.engine.slices(), self.ema.slices()))
+        content = {"parts": state, "buffers": self.engine.buffers(), "worker": worker}
         torch.save(content, folder / f"worker-{self.engine.rank:05d}.pt")
-        del parts, content
-        if self.rival is not None and self.engine.is_main:
-            torch.save(self.rival.state(), folder / _RIVAL)
+        del state, content
+        if self.adversary is not None and self.engine.is_main:
+            torch.save(self.adversary.state(), folder / _ADVERSARY)
         self.engine.wait()
         if self.engine.is_main:
             _sync(folder)
@@ -74,36 +75,38 @@ class Checkpoints:
                 mark["loss_scale"] = asdict(self.engine.loss_scale)
             Storage(str(folder), field="train.run").write(MARK, json.dumps(mark, indent=1).encode())
             for old in complete(self.folder)[: -self.train.checkpoint.keep]:
-                if not self._wanted(old):
+                if not self._in_use(old):
                     (old / MARK).unlink()
                     shutil.rmtree(old)
         return folder
 
     def load(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Take up the last complete checkpoint: (step, this worker's own, shared); (0, {}, {}) where there is none.
+        """Load the last complete checkpoint; return (step, this worker's own state, shared), or (0, {}, {}) if none.
 
-        Where there were more workers then, what the others had of their own is dealt out and merged; where there were
-        fewer, some get nothing.
+        If there were more workers then, their own states are distributed and merged. If there were fewer, some workers
+        get none.
         """
-        found = complete(self.folder)
-        if not found:
+        checkpoints = complete(self.folder)
+        if not checkpoints:
             return 0, {}, {}
-        shared = json.loads((found[-1] / MARK).read_text())
-        pieces = StateReader(sorted(found[-1].glob("worker-*.pt")))
-        self.engine.take(pieces)
-        for part in self.ema.parts():
-            part.take(pieces)
+        shared = json.loads((checkpoints[-1] / MARK).read_text())
+        reader = StateReader(sorted(checkpoints[-1].glob("worker-*.pt")))
+        self.engine.load_from(reader)
+        for part in self.ema.slices():
+            part.load_from(reader)
         if self.engine.loss_scale is not None:
             self.engine.loss_scale = LossScale(**shared["loss_scale"])
         before, now = shared["engine"], self._shape()
         rank, world = self.engine.rank, self.engine.world
-        self.engine.take_buffers(pieces.buffers[rank if before["workers"] == world else 0])
-        if self.rival is not None:
-            self.rival.restore(torch.load(found[-1] / _RIVAL, map_location=self.engine.device, weights_only=True))
+        self.engine.load_buffers(reader.buffers[rank if before["workers"] == world else 0])
+        if self.adversary is not None:
+            self.adversary.restore(
+                torch.load(checkpoints[-1] / _ADVERSARY, map_location=self.engine.device, weights_only=True)
+            )
         if self.engine.is_main:
-            then = "" if before == now else f", written by {_words(before)}, as {_words(now)}"
-            logger.info("going on from %s%s", found[-1], then)
-        return int(shared["step"]), merged(pieces.workers[rank::world]), shared
+            then = "" if before == now else f", written by {_describe(before)}, with {_describe(now)}"
+            logger.info("resuming from %s%s", checkpoints[-1], then)
+        return int(shared["step"]), merged(reader.workers[rank::world]), shared
 
     def _shape(self) -> dict[str, Any]:
         strategy = self.train.engine.strategy
@@ -111,7 +114,7 @@ class Checkpoints:
 
 
 def merged(states: list[Any]) -> Any:
-    """What several workers have counted and not logged yet, as if one had: lists are joined, numbers and tensors added.
+    """Merge the metrics that several workers have not logged yet: join lists, add numbers and tensors.
 
     >>> merged([{"a": [1], "n": {"x": 1}}, {"a": [2], "n": {"x": 2, "y": 3}}]), merged([])
     ({'a': [1, 2], 'n': {'x': 3, 'y': 3}}, {})
@@ -127,22 +130,25 @@ def merged(states: list[Any]) -> Any:
     return {name: merged([state[name] for state in states if name in state]) for name in names}
 
 
-def _words(shape: dict[str, Any]) -> str:
-    """
-    >>> _words({"strategy": "deepspeed", "zero": 2, "workers": 1}), _words({"strategy": "ddp", "zero": 0, "workers": 2})
-    ('1 worker of ZeRO 2', '2 workers of DDP')
+def _describe(shape: dict[str, Any]) -> str:
+    """Describe the workers of a checkpoint.
+
+    >>> _describe({"strategy": "deepspeed", "zero": 2, "workers": 1})
+    '1 worker of ZeRO 2'
+    >>> _describe({"strategy": "ddp", "zero": 0, "workers": 2})
+    '2 workers of DDP'
     """
     kind = f"ZeRO {shape['zero']}" if shape["strategy"] == "deepspeed" else "DDP"
     return f"{shape['workers']} worker{'s' * (shape['workers'] != 1)} of {kind}"
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
+    """Return the complete checkpoints in `folder`, oldest first."""
     return sorted((mark.parent for mark in folder.glob(f"step-*/{MARK}")), key=lambda path: step_of(path.name))
 
 
 def step_of(name: str) -> int:
-    """The steps made before the checkpoint of this name.
+    """Return the step in a checkpoint's name.
 
     >>> step_of("step-000200")
     200
@@ -151,7 +157,7 @@ def step_of(name: str) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that the files are on disk before the mark says so."""
+    """Flush the files to disk, before checkpoint.json marks them as complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Weights → their exponential moving average, sharded over the workers as evenly as ZeRO shards its optimizer.
+"""Weights → their exponential moving average, sharded over the workers
 
-Each worker averages its own share of every weight, whatever the ZeRO stage: a stage that holds whole weights gives a
-slice of them, stage 3 the part that it holds. The whole average is put together only to be written.
+Each worker averages its own share of every weight: a slice if it holds whole weights, or its part under ZeRO stage 3.
+The whole average is gathered only to be written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from capstan.training.distributed.state import AVERAGE, StateSlice
 
 
 def decay_at(decay: float, step: int) -> float:
-    """The decay after `step` steps: (1 + t) / (10 + t) at first, so that the random start is soon forgotten.
+    """Return the decay after `step` steps: at first (1 + t) / (10 + t), so that the random start is soon forgotten.
 
     The warm-up of TensorFlow's ExponentialMovingAverage.
 
@@ -26,27 +26,27 @@ def decay_at(decay: float, step: int) -> float:
 
 
 class Ema:
-    """The average of `engine`'s weights, on the engine's device in fp32. `decay` None: the present weights."""
+    """The average of `engine`'s weights, on the engine's device in fp32. With `decay` None, the current weights."""
 
     def __init__(self, engine: Engine, decay: float | None) -> None:
         self.engine, self.decay = engine, decay
         self.shards = [] if decay is None else [shard.float().clone() for shard in engine.shards()]
 
     def update(self, step: int) -> None:
-        """Take the weights in after `step` steps were made: average ← d·average + (1 − d)·weights."""
+        """Update the average after `step` steps: average ← d·average + (1 − d)·weights."""
         if self.decay is None or not self.shards:
             return
         with torch.no_grad():
-            present = [shard.float() for shard in self.engine.shards()]
-            torch._foreach_lerp_(self.shards, present, 1.0 - decay_at(self.decay, step))
+            current = [shard.float() for shard in self.engine.shards()]
+            torch._foreach_lerp_(self.shards, current, 1.0 - decay_at(self.decay, step))
 
     def gather(self) -> dict[str, torch.Tensor] | None:
-        """The whole average, name → fp32 tensor on the CPU, on rank 0; None elsewhere. Call it on every worker."""
+        """Return the whole average (name → fp32 CPU tensor) on rank 0, None elsewhere. Call it on every worker."""
         return self.engine.gather(self.engine.shards() if self.decay is None else self.shards)
 
-    def parts(self) -> Iterator[StateSlice]:
-        """This worker's share, live, by the weights' names: what it writes and what it has to read."""
+    def slices(self) -> Iterator[StateSlice]:
+        """Yield this worker's share of each weight's average, by the weight's name, for saving and loading."""
         for (name, shape), shard in zip(self.engine.shapes().items(), self.shards, strict=bool(self.shards)):
             start = self.engine.rank * -(-shape.numel() // self.engine.world)
-            held = max(0, min(shard.numel(), shape.numel() - start))  # ZeRO 3 fills the last shares up
+            held = max(0, min(shard.numel(), shape.numel() - start))  # ZeRO 3 pads the last shares
             yield StateSlice(AVERAGE, name, start, shard[:held])

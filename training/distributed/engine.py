@@ -1,10 +1,11 @@
-"""The one door to accelerate and deepspeed: a model → a model that trains on many processes, and its state on disk.
+"""A model → the same model trained by many processes (accelerate, DeepSpeed)
 
-    prepare(model) → backward(loss) × accumulate, with the optimizer's step at the last → parts, which checkpoints keep
+    prepare(model) → backward(loss) × accumulate, with an optimizer step at the last → slices, which checkpoints store
 
-ZeRO 0–3 (Rajbhandari et al. 2020) or plain DDP, on GPUs (nccl) or CPUs (gloo), one process or many. What was seen to
-break, and is kept from breaking here: `Accelerator(cpu=True)` silently drops DeepSpeed; without a named backend every
-rank thinks it is alone; at start-up DeepSpeed compiles an inference kernel, and a killed build leaves a lock.
+ZeRO 0–3 (Rajbhandari et al. 2020) or plain DDP, on GPUs (nccl) or CPUs (gloo), in one process or many. Only this module
+uses accelerate and deepspeed. It works around three faults: `Accelerator(cpu=True)` silently drops DeepSpeed; without a
+named backend every rank runs alone; DeepSpeed compiles an inference kernel at start-up, and a killed build leaves a
+lock.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -22,20 +22,21 @@ import torch
 import torch.distributed as dist
 
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.ports import free_port
 from capstan.training.config import TrainConfig
 from capstan.training.distributed import model_options
 from capstan.training.distributed.loss_scale import LossScale
-from capstan.training.distributed.state import StateReader, StateSlice, adam_parts, adam_state, even_share
-from capstan.training.distributed.zero import parts_of_stage_1_or_2, parts_of_stage_3, take_forward_weights
+from capstan.training.distributed.state import StateReader, StateSlice, adam_slices, adam_state, even_share
+from capstan.training.distributed.zero import load_forward_weights, slices_of_stage_1_or_2, slices_of_stage_3
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_BUCKET = 50_003_968  # elements that are reduced or gathered at once
-_PATIENCE = timedelta(minutes=60)  # for a worker that makes assets or writes a checkpoint while the others wait
+_LARGEST_BUCKET = 50_003_968  # elements reduced or gathered at once
+_PATIENCE = timedelta(minutes=60)  # for a worker that builds assets or writes a checkpoint while the others wait
 
 
 class Engine:
-    """The processes of one run, as one of them sees them: `rank` of `world`, on `device`."""
+    """One process of a run: `rank` of `world`, on `device`."""
 
     def __init__(self, train: TrainConfig) -> None:
         self.train = train
@@ -43,8 +44,8 @@ class Engine:
         self._deepspeed = train.engine.strategy == "deepspeed"
         self._wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if self._wanted not in train.world_sizes():
-            problem = f"{train.engine.workers}, but the launcher started {self._wanted}"
-            raise RecipeError("train.engine.workers", problem, "let the two agree")
+            problem = f"is {train.engine.workers}, but the launcher started {self._wanted}"
+            raise RecipeError("train.engine.workers", problem, "use the same number for both")
         _set_environment(alone=self._wanted == 1 and not self._deepspeed)
         self._accelerator = self._start()
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
@@ -52,13 +53,13 @@ class Engine:
         self.device: torch.device = device if device.type != "cpu" else torch.device("cpu")  # not cpu:0
         self.is_main = self.rank == 0
         self.loss_scale = LossScale() if train.precision == "fp16" else None
-        self.skipped = False  # whether the last step was left out, since its gradient overflowed in fp16
+        self.skipped = False  # whether the last step was skipped because its gradient overflowed in fp16
         if self.loss_scale is not None and not _has_fp16(self.device):
-            raise RecipeError("train.precision", f"fp16 is for GPUs, not {self.device}", "write bf16 or fp32")
+            raise RecipeError("train.precision", f"fp16 requires a GPU, not {self.device}", "use bf16 or fp32")
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
             torch.set_num_threads(train.engine.threads or max(1, _cores() // local))
-        # Small facts travel by gloo, so that asking after them never waits for a GPU.
+        # Small values are exchanged by gloo, which never waits for a GPU.
         self._small = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
         self.model: Any = None
         self.optimizer: Any = None
@@ -79,12 +80,12 @@ class Engine:
             accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[kwargs], deepspeed_plugin=plugin)
             _keep_transformers_out()
         if self._deepspeed and accelerator.distributed_type.value != "DEEPSPEED":
-            raise CapstanError(f"training: accelerate chose {accelerator.distributed_type} in place of DeepSpeed")
+            raise CapstanError(f"training: accelerate chose {accelerator.distributed_type} instead of DeepSpeed")
         seen = dist.get_world_size() if dist.is_initialized() else 1
         if not accelerator.num_processes == seen == self._wanted:
             raise CapstanError(
                 f"training: {self._wanted} workers were started, torch.distributed sees {seen} and accelerate "
-                f"{accelerator.num_processes}: they would train apart"
+                f"{accelerator.num_processes}: they would train separately"
             )
         return accelerator
 
@@ -93,11 +94,11 @@ class Engine:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": max(1, train.batch // (world * train.accumulate)),
             "gradient_accumulation_steps": train.accumulate,
-            "gradient_clipping": (train.clip or 0.0) if self.zero else 0.0,  # at stage 0 clipped here, for the norm
+            "gradient_clipping": (train.clip or 0.0) if self.zero else 0.0,  # at stage 0 we clip, to get the norm
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.zero},
         }
-        if train.engine.offload:  # stepped by torch's fused AdamW: DeepSpeed's own has to be compiled for minutes
+        if train.engine.offload:  # stepped by torch's fused AdamW: DeepSpeed's own takes minutes to compile
             pinned = torch.cuda.is_available()
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
             config["zero_force_ds_cpu_optimizer"] = False
@@ -107,7 +108,7 @@ class Engine:
         return config
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Wrap the one trainable model and make its optimizer; gives the model to call in the loss."""
+        """Wrap the trainable model and create its optimizer; return the model to call in the loss."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model_options.apply(model, self.train, self.device)
         if self._deepspeed and self.loss_scale is not None:  # DeepSpeed ends an autocast around the model
@@ -127,7 +128,7 @@ class Engine:
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         strategy = f"DeepSpeed, ZeRO stage {self.zero}" if self._deepspeed else "DDP"
         if self._deepspeed and self.model.zero_optimization_stage() != self.zero:
-            raise CapstanError(f"training: asked for ZeRO {self.zero}, got {self.model.zero_optimization_stage()}")
+            raise CapstanError(f"training: requested ZeRO {self.zero}, got {self.model.zero_optimization_stage()}")
         log = logger.info if self.is_main else logger.debug
         log(
             "engine: %s, world size %d, %s, %s, %d threads, %s parameters",
@@ -142,21 +143,21 @@ class Engine:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Around the loss: half precision where the recipe asks for it. Weights and their gradients stay fp32."""
+        """Compute the loss in the recipe's precision inside this context. Weights and gradients stay fp32."""
         dtype = torch.float16 if self.train.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.train.precision != "fp32"):
             yield
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> torch.Tensor | float | None:
-        """Add the gradient of a part's mean loss; with the `last` part of a step, clip and step.
+        """Add the gradient of a part's mean loss; with the `last` part of a step, clip and update weights.
 
-        Gives the norm of the whole gradient before clipping at the last part, None otherwise. Where fp16 overflows the
-        norm is infinite, and the step is left out (`skipped`).
+        Returns the norm of the whole gradient before clipping at the last part, None otherwise. If fp16 overflows, the
+        norm is infinite and the step is skipped (`skipped`).
         """
         if self.loss_scale is not None and self.zero == 0:
             loss = loss * self.loss_scale.scale
@@ -195,7 +196,7 @@ class Engine:
         return math.inf if self.skipped else model.get_global_grad_norm()
 
     def _clip(self, model: torch.nn.Module) -> torch.Tensor:
-        """The norm of the whole gradient, which is then clipped; `skipped` where fp16 has overflowed."""
+        """Clip the gradient and return its norm before; set `skipped` if fp16 has overflowed."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
@@ -203,30 +204,30 @@ class Engine:
         self.skipped = self.loss_scale is not None and not math.isfinite(norm)
         return torch.full_like(norm, math.inf) if self.skipped else norm
 
-    # What one worker holds of the weights ----------------------------------------------------------------------------
+    # One worker's share of the weights --------------------------------------------------------------------------------
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The trainable weights under the names of the model that `prepare` was given."""
+        """Return the trainable weights, named as in the model passed to `prepare`."""
         module = self._accelerator.unwrap_model(self.model)
         return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The full shape of every trainable weight, also where only a part of it is here."""
+        """Return the full shape of every trainable weight, even if this worker holds only a part of it."""
         return {name: getattr(p, "ds_shape", p.shape) for name, p in self.named_parameters()}
 
     def shards(self) -> list[torch.Tensor]:
-        """This worker's even share of every trainable weight: flat views, of length ceil(numel / world) or less."""
+        """Return this worker's even share of every trainable weight: flat views, at most ceil(numel / world) long."""
         return [self._shard(parameter) for _, parameter in self.named_parameters()]
 
     def _shard(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         sharded = getattr(parameter, "ds_tensor", None)
-        if sharded is not None:  # ZeRO 3 holds nothing else
+        if sharded is not None:  # ZeRO 3 holds only this
             return sharded.detach()
-        flat = parameter.detach().reshape(-1)  # a view, but for channels_last
+        flat = parameter.detach().reshape(-1)  # a view, except for channels_last
         return flat[even_share(flat.numel(), self.rank, self.world)]
 
     def gather(self, shards: Iterable[torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """Put shards (as from `shards`) of all workers together: name → full tensor on the CPU; None but on rank 0."""
+        """Join shards (as from `shards`) of all workers: name → full tensor on the CPU on rank 0, None elsewhere."""
         full: dict[str, torch.Tensor] = {}
         for (name, shape), shard in zip(self.shapes().items(), shards, strict=True):
             size = -(-shape.numel() // self.world)
@@ -241,28 +242,28 @@ class Engine:
         return full if self.is_main else None
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The model's buffers on the CPU (running statistics and the like; never sharded)."""
+        """Return the model's buffers on the CPU, such as running statistics; they are never sharded."""
         module = self._accelerator.unwrap_model(self.model)
         return {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
 
-    def take_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
-        """Take up what `buffers` gave."""
+    def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Restore what `buffers` returned."""
         for name, buffer in self._accelerator.unwrap_model(self.model).named_buffers():
             buffer.copy_(buffers[name])
 
-    # Together --------------------------------------------------------------------------------------------------------
+    # Collectives -----------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Go on when all workers have come this far."""
+        """Block until all workers have reached this call."""
         if self._small is not None:
             dist.barrier(group=self._small)
 
     def raised(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any worker raised it; all get the same answer."""
+        """Return for each flag whether any worker raised it; the same on all workers."""
         return tuple(votes > 0 for votes in self.sums([float(flag) for flag in flags]))
 
     def sums(self, values: list[float]) -> list[float]:
-        """For each number, its sum over all workers; all get the same answer."""
+        """Return the sum of each number over all workers; the same on all workers."""
         if self._small is None:
             return values
         sums = torch.tensor(values, dtype=torch.float64)
@@ -270,7 +271,7 @@ class Engine:
         return sums.tolist()
 
     def collect(self, value: Any) -> list[Any]:
-        """The small value of every worker, by rank; all get the same list."""
+        """Return the (small) value of every worker, by rank; the same list on all workers."""
         if self._small is None:
             return [value]
         values: list[Any] = [None] * self.world
@@ -278,44 +279,44 @@ class Engine:
         return values
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of every worker's tensor, which lies on the CPU; all get the same."""
+        """Return the sum of every worker's CPU tensor; the same on all workers."""
         if self._small is not None:
             dist.all_reduce(tensor, group=self._small)
         return tensor
 
-    # To be kept ------------------------------------------------------------------------------------------------------
+    # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def parts(self) -> Iterator[StateSlice]:
-        """This worker's weights and optimizer state in fp32, live, by name: what it writes and what it has to read."""
+    def slices(self) -> Iterator[StateSlice]:
+        """Yield this worker's weights and optimizer state in fp32, by name, for saving and loading."""
         named = self.named_parameters()
         if self.zero == 3:
-            return parts_of_stage_3(self.model.optimizer, named, self.rank)
+            return slices_of_stage_3(self.model.optimizer, named, self.rank)
         if self.zero:
-            return parts_of_stage_1_or_2(self.model.optimizer, named)
-        return self._whole_parts(named)
+            return slices_of_stage_1_or_2(self.model.optimizer, named)
+        return self._whole_slices(named)
 
-    def _whole_parts(self, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[StateSlice]:
+    def _whole_slices(self, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[StateSlice]:
         optimizer = self.optimizer.optimizer  # torch's, out of accelerate's
         for name, parameter in named:
             mine = even_share(parameter.numel(), self.rank, self.world)
-            yield from adam_parts(name, 0, parameter, adam_state(optimizer, parameter), slice(None), mine)
+            yield from adam_slices(name, 0, parameter, adam_state(optimizer, parameter), slice(None), mine)
 
-    def take(self, pieces: StateReader) -> None:
-        """Take up what the parts of any number of workers, of any strategy, were written as."""
-        for part in self.parts():
-            part.take(pieces)
+    def load_from(self, reader: StateReader) -> None:
+        """Load the state that any number of workers, with any strategy, wrote."""
+        for part in self.slices():
+            part.load_from(reader)
         if self.zero:
-            take_forward_weights(self.named_parameters(), pieces, self.rank)
+            load_forward_weights(self.named_parameters(), reader, self.rank)
 
     def close(self) -> None:
-        """Leave the process group, and nothing behind that a next engine in this process would take for its own."""
+        """Leave the process group and reset global state, so that another engine can start in this process."""
         from accelerate.state import AcceleratorState, GradientState
 
         self._accelerator.free_memory()
         if dist.is_initialized() and self._deepspeed:
             from deepspeed import comm
 
-            comm.destroy_process_group()  # torch's, and DeepSpeed's own notes of its groups
+            comm.destroy_process_group()  # torch's, and DeepSpeed's record of its groups
         elif dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -323,7 +324,7 @@ class Engine:
 
 
 def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and kernels alone."""
+    """Return AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and kernels only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     others = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -336,44 +337,37 @@ def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.opt
 
 
 def _set_environment(*, alone: bool) -> None:
-    """What a launcher would set, for a process that was started by none (or nothing, if `alone`); quiet libraries."""
+    """Set what a launcher would set, if there is none (nothing, if `alone`), and silence libraries."""
     if alone:
-        os.environ.pop("LOCAL_RANK", None)  # by which accelerate would wrap the model for one process
+        os.environ.pop("LOCAL_RANK", None)  # otherwise accelerate would wrap the model
     elif "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one and warns otherwise
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would set torch's threads otherwise; Engine does
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # `accelerate launch --cpu` sets it, and DeepSpeed would be dropped
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches and warns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # otherwise accelerate sets torch's threads; Engine does that
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # set by `accelerate launch --cpu`; it would drop DeepSpeed
     for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _refuse_inference_kernel() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPUs.
+    """Prevent DeepSpeed from compiling its shared-memory all-reduce on CPUs.
 
-    Training never calls it (`inference_all_reduce` alone does). Building it needs g++ and tens of seconds, fails the
-    run where there is no compiler, and if killed leaves a lock on which every later run would wait.
+    Training never calls it (only `inference_all_reduce` does). Building it takes g++ and tens of seconds, fails the run
+    without a compiler, and if killed leaves a lock on which every later run would wait.
     """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__ = {}  # looked up before building; none is found to be compatible
+    deepspeed.ops.__compatible_ops__ = {}  # checked before building: nothing counts as compatible
 
 
 def _keep_transformers_out() -> None:
-    """Let transformers open models whole: told of ZeRO 3, it would shard frozen ones too, and in vain."""
+    """Unset transformers' DeepSpeed configuration: under ZeRO 3 it would shard frozen models too."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
-
-
-def free_port() -> int:
-    """A port of this machine that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _has_fp16(device: torch.device) -> bool:

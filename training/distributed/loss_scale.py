@@ -1,7 +1,8 @@
-"""Loss scaling for fp16: gradients too small for half precision are lifted above its smallest number.
+"""Dynamic loss scaling for fp16
 
-Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2, with the scale found while training: it doubles after a run of
-steps without overflow, and is halved where a gradient has become infinite, whose step is then left out.
+Scales gradients above the smallest number of half precision (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+The scale doubles after a number of steps without overflow. If a gradient overflows, the scale is halved and the step is
+skipped.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from dataclasses import dataclass
 from typing import Final
 
 _START: Final = 2.0**16
-_LEAST: Final = 2.0**-6  # below it, it is not the scale that makes gradients infinite
+_LEAST: Final = 2.0**-6  # below it, the scale is not the cause of infinite gradients
 _GROWS_AFTER: Final = 2000  # steps
 
 
 @dataclass
 class LossScale:
-    """The factor on the loss, the same on all workers; its two numbers are its whole state."""
+    """The factor on the loss, the same on all workers, with its whole state."""
 
     scale: float = _START
     good: int = 0  # steps without overflow since the scale last changed
 
     @property
     def exhausted(self) -> bool:
-        """Whether even the smallest scale overflows: the gradient itself is not finite."""
+        """Return whether even the smallest scale overflows: the gradient itself is not finite."""
         return self.scale < _LEAST
 
     def update(self, overflowed: bool) -> None:
-        """A step was made, or left out since its gradient `overflowed`.
+        """Record a step, which was skipped if its gradient `overflowed`.
 
         >>> scale = LossScale(4.0, 1999)
         >>> scale.update(False); scale

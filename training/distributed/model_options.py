@@ -1,7 +1,8 @@
-"""Switches of `train.engine` that change how a model computes and not what: memory for time, and time for a compiler.
+"""train.engine's checkpointing, compile and channels_last
 
-`checkpointing` computes activations again in the backward pass in place of keeping them (Chen et al. 2016,
-arXiv:1604.06174); `compile` is torch.compile; `channels_last` lets convolutions see images as [B, H, W, C] in memory.
+They change how a model computes, not what. `checkpointing` recomputes activations in the backward pass instead of
+storing them (Chen et al. 2016, arXiv:1604.06174). `compile` is torch.compile. `channels_last` stores images as
+[B, H, W, C] in memory for convolutions.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 
-# diffusers, transformers, open_clip. Reentrant checkpoints would lose gradients where no input asks for one.
-_WAYS: Final[dict[str, dict[str, Any]]] = {
+# diffusers, transformers, open_clip. Reentrant checkpoints would lose gradients if no input requires one.
+_METHODS: Final[dict[str, dict[str, Any]]] = {
     "enable_gradient_checkpointing": {},
     "gradient_checkpointing_enable": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "set_grad_checkpointing": {},
@@ -24,15 +25,15 @@ _WAYS: Final[dict[str, dict[str, Any]]] = {
 
 
 def apply(model: torch.nn.Module, train: TrainConfig, device: torch.device) -> None:
-    """Throw the switches on a bare model, in place: its parameters keep their names.
+    """Apply the options to an unwrapped model, in place: its parameters keep their names.
 
-    Raises RecipeError where the model has no gradient checkpointing, or the machine no compiler.
+    Raises RecipeError if the model has no gradient checkpointing, or the machine no compiler.
     """
     engine = train.engine
     if engine.channels_last:
         model.to(memory_format=torch.channels_last)
     if engine.checkpointing and not sum(_checkpoint(child) for child in _outermost(model)):
-        hint = "remove it; diffusers, transformers and open_clip models have it"
+        hint = "remove it; diffusers, transformers and open_clip models support it"
         raise RecipeError("train.engine.checkpointing", f"{type(model).__name__} has no gradient checkpointing", hint)
     if engine.compile:
         _refuse_without_compiler(device)
@@ -40,7 +41,7 @@ def apply(model: torch.nn.Module, train: TrainConfig, device: torch.device) -> N
 
 
 def place(batch: dict[str, torch.Tensor], train: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device, its images [B, C, H, W] in the memory format that the model computes in."""
+    """Move the batch to the device, its images [B, C, H, W] in the model's memory format."""
     last = train.engine.channels_last
     return {
         name: tensor.to(
@@ -53,26 +54,28 @@ def place(batch: dict[str, torch.Tensor], train: TrainConfig, device: torch.devi
 
 
 def _outermost(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The largest parts of a model that know gradient checkpointing."""
-    if any(hasattr(model, way) for way in _WAYS):
+    """Return the outermost modules of a model that support gradient checkpointing."""
+    if any(hasattr(model, method) for method in _METHODS):
         return [model]
-    return [found for child in model.children() for found in _outermost(child)]
+    return [module for child in model.children() for module in _outermost(child)]
 
 
 def _checkpoint(model: Any) -> int:
-    for way, options in _WAYS.items():
-        if hasattr(model, way):
+    for method, options in _METHODS.items():
+        if hasattr(model, method):
             try:
-                getattr(model, way)(**options)
-            except ValueError:  # diffusers and transformers say so of a class that cannot
+                getattr(model, method)(**options)
+            except ValueError:  # raised by diffusers and transformers if a class does not support it
                 return 0
             return 1
     return 0
 
 
 def _refuse_without_compiler(device: torch.device) -> None:
-    """torch.compile writes C++ (for GPUs C that starts its kernels), and would fail in the midst of the first step."""
+    """Raise RecipeError without a compiler: torch.compile needs C++ (on GPUs C) and would fail in the first step."""
     wanted = (os.environ.get("CXX"), "g++", "clang++") if device.type == "cpu" else (os.environ.get("CC"), "gcc", "cc")
     if not any(shutil.which(name) for name in wanted if name):
         names = " or ".join(name for name in wanted[1:] if name)
-        raise RecipeError("train.engine.compile", f"needs {names}, and there is none", "install it, or remove the key")
+        raise RecipeError(
+            "train.engine.compile", f"requires {names}, which is not installed", "install it, or remove the key"
+        )

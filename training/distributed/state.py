@@ -1,11 +1,11 @@
-"""The state of a run in pieces that know no worker: kind and name of a tensor, and which of its elements they hold.
+"""State of a run as slices of named tensors, independent of workers
 
-    Part (live, on one worker) ──save──▶ {kind: {name: [(start, elements)]}} in a file a worker ──Pieces──▶ Part
+    StateSlice ──collect_state──▶ {kind: {name: [(start, elements)]}}, a file per worker ──StateReader──▶ StateSlice
 
-A strategy decides which elements of a weight, and of Adam's two moments of it, lie on which worker: all on every one
-(DDP), a run of them that no tensor's end respects (ZeRO 1 and 2), an even share (ZeRO 3, and the average under all of
-them). What is written says so element by element, hence any strategy on any number of workers can take it up again.
-DeepSpeed's universal checkpoint does this for ZeRO alone, in a step of its own that writes everything once more.
+The strategy decides which worker holds which elements of a weight and of Adam's two moments: every worker all (DDP), a
+range that may end within a tensor (ZeRO 1 and 2), or an even share (ZeRO 3, and the average under all of them). Files
+record the element ranges, so any strategy on any number of workers can load them. DeepSpeed's universal checkpoint does
+this for ZeRO only, in a separate step that writes everything again.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ import torch
 from capstan.pipeline.errors import CapstanError
 
 WEIGHT: Final = "weight"
-STEP: Final = "step"  # how often Adam has updated a weight: one element
+STEP: Final = "step"  # number of Adam's updates of a weight: one element
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 AVERAGE: Final = "average"
 
-Written = dict[str, dict[str, list[tuple[int, torch.Tensor]]]]  # kind → name → pieces of the flat tensor
+SavedState = dict[str, dict[str, list[tuple[int, torch.Tensor]]]]  # kind → name → pieces of the flat tensor
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """Elements `start` … `start` + numel of the flat tensor `name`, as they lie on this worker in `tensor` (any shape).
+    """Return elements `start` … `start` + numel of the flat tensor `name`, held by this worker in `tensor` (any shape).
 
-    `written` are those that this worker writes; where all hold the same, each writes its share.
+    `saved` are the elements that this worker saves; if all workers hold the same, each saves its share.
     """
 
     kind: str
     name: str
     start: int
     tensor: torch.Tensor
-    written: slice = field(default_factory=lambda: slice(None))
+    saved: slice = field(default_factory=lambda: slice(None))
 
     def copy(self) -> tuple[int, torch.Tensor]:
-        """(start, elements) to be written: a copy on the CPU."""
-        flat = self.tensor.detach().reshape(-1)[self.written]
-        return self.start + (self.written.start or 0), flat.to("cpu", copy=True)
+        """Return (start, elements) to save: a copy on the CPU."""
+        flat = self.tensor.detach().reshape(-1)[self.saved]
+        return self.start + (self.saved.start or 0), flat.to("cpu", copy=True)
 
-    def take(self, pieces: StateReader) -> None:
-        """Fill the tensor from what was written."""
+    def load_from(self, reader: StateReader) -> None:
+        """Fill the tensor from the saved state."""
         with torch.no_grad():
-            self.tensor.copy_(pieces.read(self.kind, self.name, self.start, self.tensor.numel()).view_as(self.tensor))
+            self.tensor.copy_(reader.read(self.kind, self.name, self.start, self.tensor.numel()).view_as(self.tensor))
 
 
 def even_share(numel: int, rank: int, world: int) -> slice:
-    """The elements of a flat tensor that are `rank`'s: ceil(numel / world), fewer at the end.
+    """Return `rank`'s elements of a flat tensor: ceil(numel / world), fewer at the end.
 
     >>> [even_share(5, rank, 2) for rank in range(2)], even_share(1, 1, 2)
     ([slice(0, 3, None), slice(3, 5, None)], slice(1, 1, None))
@@ -61,21 +61,21 @@ def even_share(numel: int, rank: int, world: int) -> slice:
     return slice(min(rank * size, numel), min((rank + 1) * size, numel))
 
 
-def adam_parts(
-    name: str, start: int, weight: torch.Tensor, state: dict[str, torch.Tensor], within: slice, written: slice
+def adam_slices(
+    name: str, start: int, weight: torch.Tensor, state: dict[str, torch.Tensor], within: slice, saved: slice
 ) -> Iterator[StateSlice]:
-    """A weight's part and those of its Adam state; `within` are its elements of the flat tensors (all: slice(None)).
+    """Yield the slices of a weight and of its Adam state; `within` are its elements of the flat tensors.
 
-    `state` is torch's own for the tensor that the optimizer steps, which under ZeRO holds many weights.
+    `state` is torch's state of the tensor that the optimizer steps, which under ZeRO holds many weights.
     """
     everything = within == slice(None)
     for kind, tensor in ((WEIGHT, weight), *((moment, state[moment]) for moment in MOMENTS)):
-        yield StateSlice(kind, name, start, tensor.detach() if everything else tensor.detach()[within], written)
+        yield StateSlice(kind, name, start, tensor.detach() if everything else tensor.detach()[within], saved)
     yield StateSlice(STEP, name, 0, state["step"])
 
 
 def adam_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """AdamW's state of `tensor`, begun as torch begins it at the first step where there is none yet."""
+    """Return AdamW's state of `tensor`; if there is none yet, initialise it as torch does at the first step."""
     state: dict[str, torch.Tensor] = optimizer.state[tensor]
     if not state:
         fused = optimizer.defaults.get("fused")
@@ -84,10 +84,10 @@ def adam_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[s
     return state
 
 
-def written(parts: Iterable[StateSlice]) -> Written:
-    """What this worker writes of `parts`."""
-    content: Written = {}
-    for part in parts:
+def collect_state(slices: Iterable[StateSlice]) -> SavedState:
+    """Return what this worker saves of `slices`."""
+    content: SavedState = {}
+    for part in slices:
         start, elements = part.copy()
         if elements.numel():
             content.setdefault(part.kind, {}).setdefault(part.name, []).append((start, elements))
@@ -95,7 +95,7 @@ def written(parts: Iterable[StateSlice]) -> Written:
 
 
 class StateReader:
-    """What all workers of a run have written into `files`, to be read by elements; mapped, not loaded."""
+    """The state that all workers of a run saved in `files`, read by elements; mapped, not loaded."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = list(files)
@@ -106,17 +106,17 @@ class StateReader:
         self.buffers: list[dict[str, torch.Tensor]] = [content["buffers"] for content in self._opened]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements `start` … `start` + `numel` of a tensor, flat. Raises CapstanError where some were not written."""
-        found, missing = torch.empty(0), numel
+        """Return elements `start` … `start` + `numel` of a tensor, flat. Raises CapstanError if some were not saved."""
+        result, missing = torch.empty(0), numel
         for content in self._opened:
             for first, elements in content["parts"].get(kind, {}).get(name, []):
                 low, high = max(start, first), min(start + numel, first + elements.numel())
                 if low >= high or missing <= 0:
                     continue
-                if found.numel() == 0:
-                    found = torch.empty(numel, dtype=elements.dtype)
-                found[low - start : high - start] = elements[low - first : high - first]
+                if result.numel() == 0:
+                    result = torch.empty(numel, dtype=elements.dtype)
+                result[low - start : high - start] = elements[low - first : high - first]
                 missing -= high - low
         if missing > 0:
-            raise CapstanError(f"{self.files[0].parent} lacks {kind} of {name}: it was written by another model")
-        return found
+            raise CapstanError(f"{self.files[0].parent} has no {kind} of {name}: it was saved from another model")
+        return result

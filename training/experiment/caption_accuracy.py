@@ -16,7 +16,8 @@ from capstan.pipeline.world.prompt_score import Wanted, read
 from capstan.pipeline.world.table import scene_of_url
 from capstan.recaption.store import read_layer
 from capstan.training.config import ORIGINAL
-from capstan.training.experiment.prompts import Prompts, world_of
+from capstan.training.experiment.prompts import Prompts
+from capstan.training.metrics.samples import world_of
 
 _SAMPLED: Final = 1000  # images, the first by key: a random sample, as keys are hashes
 

@@ -30,6 +30,7 @@ from capstan.pipeline.world.scene import draw_scene, vocabulary
 from capstan.recaption.store import read_layer
 from capstan.training.config import TrainConfig
 from capstan.training.experiment.config import ExperimentConfig
+from capstan.training.metrics.samples import world_of
 
 SETS: Final = ("original", "descriptive")
 UPSAMPLED: Final = "upsampled"  # the first set with expanded prompts; images are scored against the original ones
@@ -56,13 +57,6 @@ def prompt_sets(recipe: Recipe, config: ExperimentConfig, train: TrainConfig, la
     if (world := world_of(recipe)) is not None:
         return {name: list(itertools.islice(_of_world(world, name), config.prompts)) for name in SETS}
     return _held_out(recipe, train, layer, config.prompts)
-
-
-def world_of(recipe: Recipe) -> WorldSource | None:
-    """Return the captioned world that the dataset is generated from, or None for any other dataset."""
-    if recipe.source is None or recipe.source.format != "world":
-        return None
-    return recipe.source.world or WorldSource()
 
 
 def source_of(recipe: Recipe) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
 from capstan.training.config import Data, TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.transforms import square
-from capstan.training.run_data import open_storage, shares
+from capstan.training.run_data import open_storage, weighted_datasets
 
 _UNSEEN: Final = 7_919_000_003  # added to the world's seed: no dataset is generated from the sum
 
@@ -82,7 +82,7 @@ def make_eval_set(recipe: Recipe, train: TrainConfig, layer: str | None, count: 
         problem = f"needs {count} samples that are not trained on, and train.data.holdout is {train.data.holdout}"
         raise RecipeError(field, problem, f"set train.data.holdout: {count} in a new run, or request fewer")
     images = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # without latents
-    dataset = Dataset(open_storage(recipe, shares(recipe, train)[0]))
+    dataset = Dataset(open_storage(recipe, weighted_datasets(recipe, train)[0]))
     return HeldOut(TrainingData(dataset, images, train.seed, layer=layer), count)
 
 

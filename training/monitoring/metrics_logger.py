@@ -61,7 +61,7 @@ class MetricsLogger:
         self.blend.update(shared.get("blend", {}))
         self.flop_count.known.update(shared.get("flops", {}))
         if self.engine.is_main:
-            self.run.forget_after(step)
+            self.run.truncate_logs(step)
             self.trackers = open_trackers(self.run, step)
         self.since = self.printed = time.monotonic()
 

@@ -1,5 +1,5 @@
-"""Images and captions → latents and text embeddings, computed once.
+"""Images and captions → latents and text embeddings, computed once
 
-files: how they are stored
+files: the storage format
 latents, text_embeddings: the unit map over shards
 """

@@ -1,8 +1,8 @@
-"""Files of what models made of a dataset's samples ahead of training, read without a copy.
+"""Files of latents and text states, read without a copy
 
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples, in tar order
 
-Each file says of which shard it is (`shard_sha256`); those of an earlier shard are refused.
+Each file names the version of its shard (`shard_sha256`); files of an earlier version are refused.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Raw = np.ndarray  # uint8 [bytes]: a whole safetensors file
 _TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
 
 
-def file_of(encoder: str) -> str:
-    """The name of the file of a shard, for which "{}" stands."""
+def file_pattern(encoder: str) -> str:
+    """Return the name of a shard's file, with "{}" for the shard's name."""
     return f"latents/{encoder}/{{}}.safetensors"
 
 
-def files_of(storage: Storage, encoder: str, field: str, cache: ShardCache | None = None) -> Callable[[str], Raw]:
-    """Gives what reads the file of a shard: mapped from a local folder or the cache, else into memory.
+def file_reader(storage: Storage, encoder: str, field: str, cache: ShardCache | None = None) -> Callable[[str], Raw]:
+    """Return a function that reads a shard's file: mapped from a local folder or the cache, else into memory.
 
-    It raises RecipeError naming `field` where the file is missing or of an earlier shard.
+    It raises RecipeError naming `field` if the file is missing or belongs to an earlier version of the shard.
     """
     manifest = read_manifest(storage)
     sums = {entry.name: entry.sha256 for entry in manifest.shards} if manifest else {}
 
     def read(shard: str) -> Raw:
-        name = file_of(encoder).format(shard)
+        name = file_pattern(encoder).format(shard)
         if not storage.exists(name):
             raise RecipeError(field, f"{encoder} lacks {shard}", "run `capstan encode` to complete it")
         raw = _bytes_of(storage, name, sums.get(shard, ""), cache)
-        if said_by(raw)["shard_sha256"] != sums.get(shard):
-            problem = f"the latents of {shard} are of an earlier version of that shard"
-            raise RecipeError(field, problem, "run `capstan encode` to renew them")
+        if metadata_of(raw)["shard_sha256"] != sums.get(shard):
+            problem = f"the latents of {shard} belong to an earlier version of that shard"
+            raise RecipeError(field, problem, "run `capstan encode` to encode them again")
         return raw
 
     return read
@@ -54,12 +54,12 @@ def _bytes_of(storage: Storage, name: str, tag: str, cache: ShardCache | None) -
     if path is not None:
         return np.memmap(path, np.uint8, mode="r")
     copy = cache.fetch(name, tag) if cache is not None else None
-    # The array keeps the copy's map, and with it the copy's place in the cache.
+    # The array keeps the copy mapped, and so in the cache.
     return np.frombuffer(storage.read(name) if copy is None else copy.data, np.uint8)
 
 
 def parse(raw: Raw) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file by name, without a copy."""
+    """Return the tensors of a safetensors file by name, without a copy."""
     length, header = _header(raw)
     tensors = {}
     for name, entry in header.items():
@@ -69,8 +69,8 @@ def parse(raw: Raw) -> dict[str, np.ndarray]:
     return tensors
 
 
-def said_by(raw: Raw) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+def metadata_of(raw: Raw) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
     return dict(_header(raw)[1]["__metadata__"])
 
 

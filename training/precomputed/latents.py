@@ -1,12 +1,12 @@
-"""A dataset and an autoencoder → the latents of all its images, encoded once, shard by shard through the unit map.
+"""A dataset and an autoencoder → latents of all images, shard by shard
 
     latents/<encoder id>/recipe.json                    which autoencoder, and the images' size
     latents/<encoder id>/shard-000000.safetensors       `latents` float16 [samples, 2 C, h, w], in tar order
 
-The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`: so that a
-step may still draw from it. With aspect-ratio buckets, whose latents differ in shape, they are [samples, 2 C, A]: a
-sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of all that can change a
-latent. Training reads the files by mmap.
+The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`, so that a
+step can still sample from it. With aspect-ratio buckets, whose latents differ in shape, the tensor is [samples, 2 C,
+A]: a sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of everything that can
+change a latent. Training reads the files by mmap.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from capstan.training.data.shard_reader import ShardRows
 from capstan.training.data.transforms import cut, image_size, to_signed
 from capstan.training.family import Samples
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
-from capstan.training.precomputed.files import files_of, parse
+from capstan.training.precomputed.files import file_reader, parse
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +43,22 @@ _FIELD: Final = "train.diffusion.autoencoder"
 
 
 def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
-    """The autoencoder's path and the identity of its latents. Raises RecipeError where a recipe cannot have any."""
+    """Return the autoencoder's path and the identity of its latents. Raises RecipeError if it can have none."""
     path = getattr(train.settings, "autoencoder", None)
     if not isinstance(path, str):
-        raise RecipeError("train.model", f"{train.model} is not trained on latents", "encode for model: diffusion")
+        raise RecipeError("train.model", f"{train.model} is not trained on latents", "set model: diffusion")
     if getattr(train.settings, "crop", "center") != "center":
-        raise RecipeError("train.diffusion.crop", "random cuts cannot be encoded ahead", "use crop: center")
+        raise RecipeError("train.diffusion.crop", "random crops cannot be precomputed", "use crop: center")
     samples = TrainingData(dataset, Data(layer=None), train.seed, layer=None)
     return path, measure(train, load_autoencoder(path, _FIELD), samples)[1]
 
 
 def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[str, Any]]:
-    """The side in pixels of the squares that the network is built for and draws, and the identity of its latents.
+    """Return the side in pixels of the squares that the network generates, and the identity of its latents.
 
-    What encodes and what trains both ask here, and so agree. Without `size` the side is the first image's, or with
-    buckets that of a square as large as the largest. Raises RecipeError where network or autoencoder cannot take it.
+    Both encoding and training call this, so that they agree. Without `size` the side is the first image's, or with
+    buckets that of a square with the area of the largest. Raises RecipeError if network or autoencoder do not support
+    it.
     """
     factor, (patch, divisor) = factor_of(vae.config), family_class(train.model).multiples(train)
     multiple, wanted = math.lcm(8, factor * patch), getattr(train.settings, "size", None)  # pipelines step by 8 pixels
@@ -72,7 +73,7 @@ def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[s
 
 
 def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
-    """Everything that can change a latent of an image, as plain data."""
+    """Return everything that can change an image's latents, as plain data."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -83,7 +84,7 @@ def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None)
 
 
 class LatentsJob(units.Job):
-    """One encoder; a unit is a shard."""
+    """The unit map of one encoder; a unit is a shard."""
 
     def __init__(self, dataset: Dataset, autoencoder: str, identity: dict[str, Any], resources: Resources) -> None:
         self.dataset, self.storage, self.autoencoder = dataset, dataset.storage, autoencoder
@@ -92,21 +93,21 @@ class LatentsJob(units.Job):
         self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
 
     def unit(self, entry: ShardEntry) -> units.Unit:
-        """A rewritten shard is another unit: it is encoded again."""
+        """Return the unit of a shard. A rewritten shard is a new unit, so it is encoded again."""
         return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
 
     def stale(self, work: Iterable[units.Unit]) -> set[str]:
-        """Committed units whose latents are there no longer: deleted, or written over with those of another shard."""
-        there, wanted = set(self.storage.names(self.folder)), {unit.id: unit for unit in work}
+        """Return committed units whose latents are gone: deleted, or replaced by those of a newer shard."""
+        existing, wanted = set(self.storage.names(self.folder)), {unit.id: unit for unit in work}
         committed = self.markers.read().keys()
         return {
             unit
             for unit in committed
-            if unit not in wanted or f"{self.folder}/{wanted[unit].spec['shard']}.safetensors" not in there
+            if unit not in wanted or f"{self.folder}/{wanted[unit].spec['shard']}.safetensors" not in existing
         }
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        """Images of one size, with their rows in the shard. The tar is read once, in order."""
+        """Yield batches of images of one size, with their rows in the shard. Reads the tar once, in order."""
         shard = unit.spec["shard"]
         sizes, buckets = _buckets(self.dataset, shard, self.identity)
         waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
@@ -143,7 +144,7 @@ class LatentsJob(units.Job):
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         from safetensors.numpy import save
 
-        # safetensors writes memory as it lies, whatever the strides.
+        # safetensors ignores strides.
         latents = np.ascontiguousarray(self._in_order(pieces))
         data = save({"latents": latents}, metadata={"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
@@ -162,7 +163,7 @@ class LatentsJob(units.Job):
 
 
 def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[list[Size], np.ndarray]:
-    """The sizes that images are encoded at, and which of them each of the shard's is (int16 [samples])."""
+    """Return the sizes at which images are encoded, and the index of each sample's size (int16 [samples])."""
     sizes = [(width, height) for width, height in identity.get("buckets", [[identity.get("size")] * 2])]
     table = dataset.table(shard, ["width", "height"])
     return sizes, assign(table["width"].to_numpy(), table["height"].to_numpy(), sizes)
@@ -170,7 +171,7 @@ def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[li
 
 @dataclass(frozen=True)
 class _Shaped:
-    """A shard's latents of several shapes: `flat` is [samples, 2 C, A], `shapes` (h, w) of each bucket."""
+    """A shard's latents in several shapes: `flat` is [samples, 2 C, A], `shapes` are (h, w) of each bucket."""
 
     flat: np.ndarray
     buckets: np.ndarray
@@ -182,15 +183,15 @@ class _Shaped:
 
 
 def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], ShardRows]:
-    """Gives what reads a shard's latents in tar order, each [2 C, h, w], by mmap from a local folder or the cache.
+    """Return a function that reads a shard's latents in tar order, each [2 C, h, w], mapped if local or cached.
 
-    Raises RecipeError (here, or when a shard is read) where the latents are missing or of an earlier shard.
+    Raises RecipeError, here or when a shard is read, if the latents are missing or of an earlier version of the shard.
     """
     if not storage.exists(f"latents/{encoder}/recipe.json"):
         problem = f"{storage.url} has no latents {encoder}"
-        raise RecipeError("train.data.latents", problem, "run `capstan encode` and write the id that it prints")
+        raise RecipeError("train.data.latents", problem, "run `capstan encode` and set the id that it prints")
     identity = json.loads(storage.read(f"latents/{encoder}/recipe.json"))
-    dataset, read = Dataset(storage), files_of(storage, encoder, "train.data.latents", cache)
+    dataset, read = Dataset(storage), file_reader(storage, encoder, "train.data.latents", cache)
 
     def rows(shard: str) -> ShardRows:
         latents = parse(read(shard))["latents"]

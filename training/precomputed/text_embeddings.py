@@ -1,12 +1,12 @@
-"""A dataset, a caption layer and frozen text encoders → what they make of all captions, once, through the unit map.
+"""A caption layer and frozen text encoders → text states of all captions
 
-    latents/<id>/recipe.json                    which encoders, which layer, which slots
+    latents/<id>/recipe.json                    encoders, layer, slots
     latents/<id>/shard-000000.safetensors       SLOT.NAME [samples, ...], in tar order, for each slot of the layer and
-                                                the original captions, and each state that the encoders give; float16,
-                                                or whole numbers as they are
+                                                the original captions, and each state of the encoders; float16, or
+                                                integers unchanged
 
-Where the layer has no caption in a slot for a sample there are zeros, which are never read: the original stands in.
-Each file says of which captions it is (`captions`, their hash); those of others are refused, and encoded again.
+If the layer has no caption in a slot for a sample, its state is zeros, which are never read: the original is used.
+Each file has the hash of its captions (`captions`); files of other captions are refused, and encoded again.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from capstan.recaption.store import layer_recipe, read_layer
 from capstan.training.config import ORIGINAL, TrainConfig, family_class
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.family import Batch, Sample
-from capstan.training.precomputed.files import files_of, parse, said_by
+from capstan.training.precomputed.files import file_reader, metadata_of, parse
 
-_BATCH: Final = 32  # captions encoded at once; always the same, so that states do not depend on the machine
+_BATCH: Final = 32  # captions per encoder call; fixed, so that states do not depend on the machine
 _FIELD: Final = "train.data.text_states"
 
 Captions = Mapping[str, Sequence[str | None]]  # slot → text of each of a shard's samples, in tar order
 
 
 def plan(train: TrainConfig, dataset: Dataset, layer: str | None) -> dict[str, Any]:
-    """The identity of a dataset's text states. Raises RecipeError where the text encoder is not frozen."""
+    """Return the identity of a dataset's text states. Raises RecipeError if the text encoder is not frozen."""
     encoder = family_class(train.model).text_encoder(train)
     if encoder is None:
-        problem = "the text encoder is trained, so that what it makes of a caption changes"
-        raise RecipeError(_FIELD, problem, "name a frozen one (train.diffusion.text.pretrained), or remove the setting")
+        problem = "the text encoder is trained, so its states change"
+        raise RecipeError(_FIELD, problem, "use a frozen one (train.diffusion.text.pretrained), or remove the setting")
     slots = [] if layer is None else layer_recipe(dataset.storage, layer)["slots"]
     return {"encoder": encoder.identity(), "layer": layer, "slots": sorted({*slots, ORIGINAL}), "text_format": 1}
 
 
 class TextStatesJob(units.Job):
-    """One set of encoders and one layer; a unit is a shard."""
+    """The unit map of one set of encoders and one layer; a unit is a shard."""
 
     def __init__(self, dataset: Dataset, train: TrainConfig, identity: dict[str, Any], resources: Resources) -> None:
         self.dataset, self.storage, self.train = dataset, dataset.storage, train
@@ -58,24 +58,24 @@ class TextStatesJob(units.Job):
         return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
 
     def stale(self, work: Sequence[units.Unit]) -> set[str]:
-        """Committed units whose states are there no longer, or are of other captions than the layer's now."""
-        wanted, there = {unit.id: unit.spec["shard"] for unit in work}, set(self.storage.names(self.folder))
+        """Return committed units whose states are gone, or belong to other captions than the layer's current ones."""
+        wanted, existing = {unit.id: unit.spec["shard"] for unit in work}, set(self.storage.names(self.folder))
         return {
             unit
             for unit in self.markers.read()
             if unit not in wanted
-            or f"{self.folder}/{wanted[unit]}.safetensors" not in there
-            or self._said(wanted[unit])["captions"]
+            or f"{self.folder}/{wanted[unit]}.safetensors" not in existing
+            or self._metadata(wanted[unit])["captions"]
             != fingerprint(captions_of(self.dataset, wanted[unit], self.identity))
         }
 
-    def _said(self, shard: str) -> dict[str, str]:
+    def _metadata(self, shard: str) -> dict[str, str]:
         with self.storage.open(f"{self.folder}/{shard}.safetensors") as file:
             start = file.read(8)
-            return said_by(np.frombuffer(start + file.read(int.from_bytes(start, "little")), np.uint8))
+            return metadata_of(np.frombuffer(start + file.read(int.from_bytes(start, "little")), np.uint8))
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        """Captions of one slot, with their rows in the shard."""
+        """Yield batches of captions of one slot, with their rows in the shard."""
         captions = captions_of(self.dataset, unit.spec["shard"], self.identity)
         facts = {"captions": fingerprint(captions), "samples": len(captions[ORIGINAL])}
         for slot, texts in captions.items():
@@ -117,7 +117,7 @@ class TextStatesJob(units.Job):
 
 
 def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """The texts of a shard's samples in tar order, slot by slot; None where the layer has none of its own."""
+    """Return slot → texts of a shard's samples in tar order; None if the layer has no caption for a sample."""
     table = dataset.table(shard, ["key", "sha256", "caption"])
     keys, layer = table["key"].to_pylist(), identity["layer"]
     known = read_layer(dataset.storage, layer, shard, table) if layer is not None else {}
@@ -126,28 +126,28 @@ def captions_of(dataset: Dataset, shard: str, identity: Mapping[str, Any]) -> di
 
 
 def states_of(samples: Sequence[Sample]) -> Batch:
-    """The states of the samples' captions that were made ahead, by name: [B, ...], floats in float32; {} without."""
+    """Return the precomputed states of the samples' captions by name, [B, ...], floats as float32; {} if none exist."""
     first = samples[0].states or {}
-    found = [sample.states for sample in samples if sample.states is not None]
-    states = {name: torch.from_numpy(np.stack([one[name] for one in found])) for name in first}
+    all_states = [sample.states for sample in samples if sample.states is not None]
+    states = {name: torch.from_numpy(np.stack([one[name] for one in all_states])) for name in first}
     return {name: state.float() if state.is_floating_point() else state for name, state in states.items()}
 
 
 def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], dict[str, np.ndarray]]:
-    """Gives what reads a shard's states: SLOT.NAME → [samples, ...] in tar order, by mmap.
+    """Return a function that reads a shard's states: SLOT.NAME → [samples, ...] in tar order, mapped.
 
-    Raises RecipeError (here, or when a shard is read) where they are missing, or of an earlier shard or other captions.
+    Raises RecipeError, here or when a shard is read, if they are missing, or of an earlier shard or other captions.
     """
-    hint = "run `capstan encode`, or `capstan train`, which does it first"
+    hint = "run `capstan encode`, or `capstan train`, which encodes first"
     if not storage.exists(f"latents/{encoder}/recipe.json"):
         raise RecipeError(_FIELD, f"{storage.url} has no text states {encoder}", hint)
     identity = json.loads(storage.read(f"latents/{encoder}/recipe.json"))
-    dataset, read = Dataset(storage), files_of(storage, encoder, _FIELD, cache)
+    dataset, read = Dataset(storage), file_reader(storage, encoder, _FIELD, cache)
 
     def states(shard: str) -> dict[str, np.ndarray]:
         raw = read(shard)
-        if said_by(raw)["captions"] != fingerprint(captions_of(dataset, shard, identity)):
-            raise RecipeError(_FIELD, f"the text states of {shard} are of other captions", hint)
+        if metadata_of(raw)["captions"] != fingerprint(captions_of(dataset, shard, identity)):
+            raise RecipeError(_FIELD, f"the text states of {shard} belong to other captions", hint)
         return parse(raw)
 
     return states

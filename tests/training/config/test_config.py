@@ -45,7 +45,7 @@ def test_defaults_and_the_familys_own_settings() -> None:
         ({"engine": {"strategy": "ddp", "offload": True}}, "train.engine", "zero: 1, 2 or 3"),
         ({"engine": {"workers": 0}}, "train.engine.workers", r"2 or \[1, 8\]"),
         ({"engine": {"workers": [2]}}, "train.engine.workers", r"2 or \[1, 8\]"),
-        ({"engine": {"workers": [3, 2]}}, "train.engine", r"write \[2, 3\]"),
+        ({"engine": {"workers": [3, 2]}}, "train.engine", r"set \[2, 3\]"),
         ({"engine": {"workers": [1, 2], "launcher": "local"}}, "train.engine", "launcher: ray"),
         ({"batch": 7, "engine": {"workers": [2, 6]}}, "train", "batch: 8"),
         ({"diverged": {"factor": 1}}, "train.diverged.factor", "greater than 1"),
@@ -55,7 +55,7 @@ def test_defaults_and_the_familys_own_settings() -> None:
         ({"lr": 0}, "train.lr", "greater than 0"),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(section: dict[str, Any], field: str, words: str) -> None:
+def test_a_mistake_is_named_with_its_fix(section: dict[str, Any], field: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as error:
         config(**section)
     assert error.value.field == field

@@ -19,11 +19,11 @@ def test_each_mistake_is_named():
         configure(evaluate={"measures": ["fid"]})
     with pytest.raises(RecipeError, match=r"'psnr' is not measured; one of background, .*, relation"):
         configure(evaluate={"measures": ["oracle"]}, best={"measure": "psnr"})
-    with pytest.raises(RecipeError, match="draws images from prompts, and captioner does not"):
+    with pytest.raises(RecipeError, match="generates images from prompts, and captioner cannot"):
         configure("captioner", samples={})
     with pytest.raises(RecipeError, match="trackers"):
         configure(trackers=["neptune"])
-    with pytest.raises(RecipeError, match="no measure 'psnr'"):
+    with pytest.raises(RecipeError, match="unknown measure 'psnr'"):
         measures_in("oracle,psnr")
 
 

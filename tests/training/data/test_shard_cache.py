@@ -71,7 +71,7 @@ def test_where_all_is_in_use_there_is_no_copy(files: Counted, tmp_path: Path, ca
     cache = ShardCache(files, tmp_path / "cache", 2500)
     held = [cache.fetch(name, "a") for name in "01"]
     assert cache.fetch("2", "a") is None
-    assert "has no room" in caplog.text
+    assert "has no space" in caplog.text
     assert sum(map(len, copies(tmp_path / "cache"))) == 2000
     held.clear()
     assert cache.fetch("2", "a") is not None
@@ -117,7 +117,7 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_not_published(
     files: Counted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(files, tmp_path / "cache", 10_000)
-    cache.ahead("0", "a", "0" * 64)
+    cache.prefetch("0", "a", "0" * 64)
     wait_for(lambda: "capstan verify" in caplog.text)
     cache.close()
     assert copies(tmp_path / "cache") == []
@@ -154,7 +154,7 @@ def test_training_on_a_bucket_reads_whole_shards_ahead(server: S3, make_dataset,
     assert data.at(0) == local.at(0)  # at once, by a request of its own
     for number in range(1, 120):
         if number % 40 in (1, 0):
-            wait_for(lambda: not cache._asked)  # what is ahead is there
+            wait_for(lambda: not cache._requested)  # what is ahead is there
         assert data.at(number) == local.at(number)
         assert sum(map(len, copies(here))) <= cache.limit
     tars = [(name, stop - start == tar) for name, start, stop in storage.asked if name.endswith(".tar")]
@@ -170,6 +170,6 @@ def test_a_cache_too_small_to_read_ahead_says_so(
 ) -> None:
     dataset = Dataset(Storage(str(make_dataset(tmp_path / "ds", [4, 4]))))
     cache = ShardCache(dataset.storage, tmp_path / "cache", dataset.manifest.shards[0].bytes)
-    assert cache.holds(dataset, 1)
-    assert not cache.holds(dataset, 2)
-    assert "too small to copy shards ahead. Fix: train.data.cache.gib:" in caplog.text
+    assert cache.fits(dataset, 1)
+    assert not cache.fits(dataset, 2)
+    assert "too small to prefetch shards. Fix: set train.data.cache.gib:" in caplog.text

@@ -1,6 +1,6 @@
-"""One of two workers of test_rival: a linear model and a linear rival, trained against each other for a few steps.
+"""One of two workers of test_adversary: a linear model and a linear adversary, trained for a few steps.
 
-Usage: rival_worker.py OUT. Rank 0 writes both models' weights and the balance of their gradients to OUT.
+Usage: adversary_worker.py OUT. Rank 0 writes both models' weights and the balance of their gradients to OUT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEPS, BATCH, CLIP = 4, 8, 0.5
 
 
 def make_models() -> tuple[torch.nn.Linear, torch.nn.Linear]:
-    """The rival has no normalisation over the batch, which would ask who is in it."""
+    """Return model and adversary; without normalisation over the batch, which would depend on the worker."""
     torch.manual_seed(0)
     return torch.nn.Linear(6, 6), torch.nn.Linear(6, 1)
 
@@ -34,18 +34,18 @@ def main(out: Path) -> None:
     adversary = PatchAdversary(DiscriminatorSettings(start=0))
     adversary.model = rival
     wrapped = engine.prepare(model)
-    adversary.enter(engine)
+    adversary.attach(engine)
     balances = []
     for step in range(STEPS):
         engine.set_lr(0.01)
-        adversary.begin(step, 0.01)
+        adversary.set_step(step, 0.01)
         x = batch_of(step).chunk(2)[engine.rank]
         made = wrapped(x)
         reconstruction = (made - x).square().mean()
         opposed, metrics = adversary.adversarial_loss(made, x, reconstruction, model.weight)
         balances.append(metrics["adversarial_weight"].detach())
         engine.backward(reconstruction + opposed, last=True)
-        adversary.turn(last=True)
+        adversary.step(last=True)
     if engine.is_main:
         models = {"model": model, "rival": rival}
         weights = {f"{name}.{key}": w for name, part in models.items() for key, w in part.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Two models trained against each other: killed between their turns and gone on with; on two processes as on one."""
+"""Two models trained against each other: resumed after a kill between their steps; two processes equal to one."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def rival(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("model", "settings"), [("vqgan", VQGAN), ("autoencoder", SMALL)])
-def test_killed_between_the_turns_and_gone_on_with(model, settings, squares, tmp_path, monkeypatch) -> None:
+def test_resumes_after_a_kill_between_the_two_steps(model, settings, squares, tmp_path, monkeypatch) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert fit(make_recipe(squares, whole, model, settings))["steps"] == 8
     loss, calls = PatchAdversary.loss, []
 
     def dies(self: PatchAdversary) -> Any:
-        """In step 4, when the first model has taken its step and the second has not."""
+        """Fail in step 4, after the first model's step and before the second's."""
         calls.append(None)
         if len(calls) == 2 * (4 - 2) + 2:
             raise RuntimeError("killed")
@@ -52,7 +52,7 @@ def test_killed_between_the_turns_and_gone_on_with(model, settings, squares, tmp
         with pytest.raises(RuntimeError, match="killed"):
             fit(make_recipe(squares, run, model, settings))
     assert fit(make_recipe(squares, run, model, settings))["steps"] == 8
-    assert "going on from" in (run / "train.log").read_text()
+    assert "resuming from" in (run / "train.log").read_text()
     assert records(run) == records(whole)
     assert "discriminator" not in records(run)[1]
     assert {"discriminator", "adversarial_weight", "rival_grad_norm"} <= records(run)[2].keys()
@@ -74,7 +74,7 @@ def load_worker() -> Any:
 
 
 def plain() -> dict[str, torch.Tensor]:
-    """What the workers do, in plain torch: the balance is the mean of both halves' own."""
+    """Train as the workers do, in plain torch: the balance is the mean over both halves."""
     worker = load_worker()
     model, rival = worker.make_models()
     decay = [{"params": [model.weight], "weight_decay": 0.01}, {"params": [model.bias], "weight_decay": 0.0}]

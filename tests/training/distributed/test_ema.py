@@ -34,9 +34,9 @@ def test_what_is_kept_is_the_share_without_what_fills_it_up() -> None:
     shapes = {"w": torch.Size([3]), "b": torch.Size([1])}  # on the second of two workers, under ZeRO 3
     engine = SimpleNamespace(shards=lambda: [torch.ones(2), torch.zeros(1)], shapes=lambda: shapes, rank=1, world=2)
     ema = Ema(engine, 0.9)
-    of_w, of_b = ema.parts()
+    of_w, of_b = ema.slices()
     assert (of_w.name, of_w.start, of_w.tensor.tolist()) == ("w", 2, [1.0])
     assert of_b.tensor.numel() == 0
     of_w.tensor.fill_(5.0)  # is the average itself
     assert ema.shards[0].tolist() == [5.0, 1.0]
-    assert list(Ema(engine, None).parts()) == []
+    assert list(Ema(engine, None).slices()) == []

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from capstan.pipeline.ports import free_port
 from capstan.training.distributed.ema import decay_at
-from capstan.training.distributed.engine import free_port
 from capstan.training.distributed.state import StateReader
 
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -72,7 +72,7 @@ def train_plainly(bf16: bool, shares: int) -> dict:
 
 
 def run_workers(phase: str, folder: Path, before: Path, processes: int, **environment: str) -> str:
-    """Let so many workers train under every strategy, each time as a group of its own; gives what they said."""
+    """Let `processes` workers train under every strategy, each time as a new group; return rank 0's log."""
     ports = ",".join(str(free_port()) for _ in NAMES)
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"OMP_NUM_THREADS": "1", **environment}
@@ -85,9 +85,9 @@ def run_workers(phase: str, folder: Path, before: Path, processes: int, **enviro
         )
         for rank in range(processes)
     ]
-    said = [worker.communicate(timeout=240)[1] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(said)[-4000:]
-    return said[0]
+    logs = [worker.communicate(timeout=240)[1] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(logs)[-4000:]
+    return logs[0]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes train from the start. There is no compiler where they run."""
     folder = tmp_path_factory.mktemp("two")
     nowhere = {"CC": "/no/cc", "CXX": "/no/c++", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    (folder / "said").write_text(run_workers("train", folder, folder, 2, **nowhere))
+    (folder / "logs").write_text(run_workers("train", folder, folder, 2, **nowhere))
     return folder
 
 
@@ -103,7 +103,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process goes on from what two have left."""
     folder = tmp_path_factory.mktemp("one")
-    (folder / "said").write_text(run_workers("resume", folder, two, 1))
+    (folder / "logs").write_text(run_workers("resume", folder, two, 1))
     return folder
 
 
@@ -132,11 +132,11 @@ def assert_close(seen: dict, plain: dict, half: bool) -> None:
 
 def state(folder: Path, plain: dict) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds of each weight, put together."""
-    pieces = StateReader(sorted(folder.glob("checkpoints/step-*/worker-*.pt")))
+    reader = StateReader(sorted(folder.glob("checkpoints/step-*/worker-*.pt")))
     sizes = {name: tensor.numel() for name, tensor in plain["weights"].items()}
     kinds = ("weight", "exp_avg", "exp_avg_sq", "average")
-    whole = {f"{kind} {name}": pieces.read(kind, name, 0, sizes[name]) for kind in kinds for name in sizes}
-    return whole | {f"step {name}": pieces.read("step", name, 0, 1) for name in sizes}
+    whole = {f"{kind} {name}": reader.read(kind, name, 0, sizes[name]) for kind in kinds for name in sizes}
+    return whole | {f"step {name}": reader.read("step", name, 0, 1) for name in sizes}
 
 
 @pytest.mark.integration
@@ -163,11 +163,11 @@ def test_gradients_of_bf16_are_averaged_in_fp32(name: str, two: Path, plain_bf16
 
 @pytest.mark.integration
 def test_what_runs_is_said_and_no_compiler_is_needed(two: Path, one: Path) -> None:
-    said = (two / "said").read_text()
+    logs = (two / "logs").read_text()
     for stage, count in ((0, 2), (1, 2), (2, 4), (3, 4)):
-        assert said.count(f"ZeRO stage {stage}, world size 2") == count
-    assert said.count("DDP, world size 2") == 3
-    assert "written by 2 workers of ZeRO 2, as 1 worker of ZeRO 2" in (one / "said").read_text()
+        assert logs.count(f"ZeRO stage {stage}, world size 2") == count
+    assert logs.count("DDP, world size 2") == 3
+    assert "written by 2 workers of ZeRO 2, with 1 worker of ZeRO 2" in (one / "logs").read_text()
     assert not (two / "extensions").exists()
 
 

@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         model_options.apply(nn.Linear(1, 1), config(checkpointing=True), CPU)
     monkeypatch.setenv("CXX", "/no/c++")
     monkeypatch.setattr(model_options.shutil, "which", lambda name: None)
-    with pytest.raises(RecipeError, match=r"train\.engine\.compile: needs g\+\+ or clang\+\+"):
+    with pytest.raises(RecipeError, match=r"train\.engine\.compile: requires g\+\+ or clang\+\+"):
         model_options.apply(nn.Linear(1, 1), config(compile=True), CPU)
 
 

@@ -1,4 +1,4 @@
-"""Pieces of tensors, however they were cut, are put together to the very elements; what is missing is noticed."""
+"""Slices of tensors, however cut, are joined exactly; missing elements are noticed."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import torch
 
 from capstan.pipeline.errors import CapstanError
 from capstan.training.distributed.loss_scale import LossScale
-from capstan.training.distributed.state import StateReader, StateSlice, even_share, written
+from capstan.training.distributed.state import StateReader, StateSlice, collect_state, even_share
 
 
 def write(folder: Path, *cuts: list[tuple[int, int]], whole: torch.Tensor) -> StateReader:
-    """A file a worker, with these runs of `whole`."""
+    """Write a file per worker, each with these ranges of `whole`."""
     for rank, runs in enumerate(cuts):
-        parts = [StateSlice("weight", "w", low, whole.view(-1)[low:high]) for low, high in runs]
-        content = {"parts": written(parts), "buffers": {}, "worker": {}}
+        slices = [StateSlice("weight", "w", low, whole.view(-1)[low:high]) for low, high in runs]
+        content = {"parts": collect_state(slices), "buffers": {}, "worker": {}}
         torch.save(content, folder / f"worker-{rank}.pt")
     return StateReader(sorted(folder.glob("worker-*.pt")))
 
 
 def test_any_run_is_read_out_of_any_cut(tmp_path: Path) -> None:
     whole = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    pieces = write(tmp_path, [(0, 3)], [(3, 11), (11, 12)], [(12, 20)], whole=whole)
+    reader = write(tmp_path, [(0, 3)], [(3, 11), (11, 12)], [(12, 20)], whole=whole)
     for low in range(20):
         for high in range(low, 21):
-            assert torch.equal(pieces.read("weight", "w", low, high - low), whole.view(-1)[low:high])
+            assert torch.equal(reader.read("weight", "w", low, high - low), whole.view(-1)[low:high])
     target = torch.zeros(2, 4).to(memory_format=torch.contiguous_format)
-    StateSlice("weight", "w", 8, target).take(pieces)
+    StateSlice("weight", "w", 8, target).load_from(reader)
     assert torch.equal(target, whole[2:4])
     last = torch.zeros(1, 5, 2, 2).to(memory_format=torch.channels_last)
-    StateSlice("weight", "w", 0, last).take(pieces)
+    StateSlice("weight", "w", 0, last).load_from(reader)
     assert torch.equal(last.reshape(-1), whole.view(-1))
 
 
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
-    pieces = write(tmp_path, [(0, 3)], [(4, 6)], whole=torch.arange(6.0))
-    assert pieces.read("weight", "w", 4, 2).tolist() == [4, 5]
-    with pytest.raises(CapstanError, match="lacks weight of w"):
-        pieces.read("weight", "w", 2, 2)
-    with pytest.raises(CapstanError, match="lacks weight of v"):
-        pieces.read("weight", "v", 0, 1)
+    reader = write(tmp_path, [(0, 3)], [(4, 6)], whole=torch.arange(6.0))
+    assert reader.read("weight", "w", 4, 2).tolist() == [4, 5]
+    with pytest.raises(CapstanError, match="has no weight of w"):
+        reader.read("weight", "w", 2, 2)
+    with pytest.raises(CapstanError, match="has no weight of v"):
+        reader.read("weight", "v", 0, 1)
 
 
 def test_a_file_holds_its_own_elements_alone(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Stage:
     def train(self, recipe: Recipe) -> dict[str, Any]:
         config = TrainConfig.from_recipe(recipe)
         run = Run(config)
-        run.begin(recipe.model_dump(mode="json"))
+        run.open(recipe.model_dump(mode="json"))
         if finished := run.finished():
             return finished
         if self.stop_at == (run.folder.name, config.steps):

@@ -240,7 +240,7 @@ def test_a_run_keeps_to_the_autoencoder_whose_latents_it_reads(recipe):
     with torch.no_grad():
         vae.encoder.conv_in.weight.add_(1e-3)
     vae.save_pretrained(path)
-    with pytest.raises(RecipeError, match=r"train\.data\.latents: this run was begun on"):
+    with pytest.raises(RecipeError, match=r"train\.data\.latents: this run was started with latents"):
         pin(recipe, train, Run(train))
 
 
@@ -266,7 +266,7 @@ def captioned(frozen):
 def test_text_states_made_ahead_are_those_of_the_captions_drawn(captioned, tmp_path):
     train, storage = TrainConfig.from_recipe(captioned), Storage(captioned.dataset)
     run = Run(train)
-    run.begin(captioned.model_dump(mode="json"))
+    run.open(captioned.model_dump(mode="json"))
     pin(captioned, train, run)
     with pytest.raises(RecipeError, match=r"train\.data\.text_states: .* has no text states .*capstan encode"):
         open_data(captioned, train, run)
@@ -310,7 +310,7 @@ def test_text_states_of_other_captions_are_refused_and_made_again(captioned):
     }
     name = "captions/x/shard-000001.parquet"
     storage.write_table(name, storage.read_table(name).slice(1))  # as `capstan remove` does
-    with pytest.raises(RecipeError, match="the text states of shard-000001 are of other captions"):
+    with pytest.raises(RecipeError, match="the text states of shard-000001 belong to other captions"):
         read_text_states(storage, encoder)("shard-000001")
     assert job.stale(work) == {work[1].id}
 

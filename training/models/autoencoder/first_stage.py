@@ -128,7 +128,7 @@ class FirstStage(Family):
             self.perceptual = load_lpips(self.train.perceptual, f"train.{self.name}.perceptual")
             self.frozen = [self.perceptual]
         if self.train.discriminator is not None:
-            self.adversary = self.rival = PatchAdversary(self.train.discriminator)
+            self.adversary = PatchAdversary(self.train.discriminator)
 
     def measured(self) -> torch.Tensor:
         """Return the images that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""

@@ -182,15 +182,15 @@ def engine():
 def test_it_comes_in_at_its_step_and_learns_to_tell_images_apart(engine):
     torch.manual_seed(0)
     adversary = PatchAdversary(DiscriminatorSettings(start=2, channels=8, layers=1))
-    adversary.enter(engine)
+    adversary.attach(engine)
     before = [weight.clone() for weight in adversary.model.parameters()]
     real, last, seen = torch.rand(8, 3, 16, 16), torch.ones(1, requires_grad=True), []
     for step in range(40):
-        adversary.begin(step, 1e-3)
+        adversary.set_step(step, 1e-3)
         made = last * real.flip(0) * 0.5
         opposed, metrics = adversary.adversarial_loss(made, real, last.square().sum(), last)
         assert all(weight.grad is None for weight in adversary.model.parameters())  # not its turn
-        metrics = {**metrics, **adversary.turn(last=True)}
+        metrics = {**metrics, **adversary.step(last=True)}
         if step < 2:
             assert (float(opposed), metrics) == (0.0, {})
             assert all(map(torch.equal, before, adversary.model.parameters()))
