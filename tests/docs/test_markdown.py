@@ -10,7 +10,7 @@ from pages import DOCS, PAGES, name_of, prose
 from repo import ROOT
 from source_tree import FLOORS, MODULES, module_of
 
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|src=\")([^)\s\"]+)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(rf"(?:{'|'.join((*FLOORS, 'capstan', 'tests', 'benchmarks', 'docs', 'examples'))})/[\w./-]+")
 MODULE = re.compile(rf"capstan\.(?:{'|'.join(FLOORS)})(?:\.[A-Za-z_]\w*)*")
