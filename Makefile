@@ -36,7 +36,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/docs/test_markdown.py
 
 bench-build: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -87,6 +87,7 @@ docs: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tests/helpers/wrap_pages.py
 
 # Made once, and again when pyproject.toml or constraints.txt change. The stamp comes last, so an interrupted set-up is redone.
 $(STAMP): pyproject.toml constraints.txt

@@ -9,12 +9,12 @@ import pytest
 from pages import DOCS, PAGES, name_of, prose
 from repo import ROOT
 from source_tree import FLOORS, MODULES, module_of
+from wrap_pages import LENGTH
 
 LINK = re.compile(r"(?:\]\(|src=\")([^)\s\"]+)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(rf"(?:{'|'.join((*FLOORS, 'capstan', 'tests', 'benchmarks', 'docs', 'examples'))})/[\w./-]+")
 MODULE = re.compile(rf"capstan\.(?:{'|'.join(FLOORS)})(?:\.[A-Za-z_]\w*)*")
-LENGTH = 100
 
 pytestmark = pytest.mark.parametrize("page", PAGES, ids=[name_of(page) for page in PAGES])
 
@@ -26,7 +26,7 @@ def test_lines_are_short(page: Path) -> None:
         for number, line in prose(page)
         if len(line) > LENGTH and not line.startswith("|") and not re.fullmatch(r"[-*> ]*!?\[[^]]*\]\(\S+\)", line)
     ]
-    assert not long
+    assert not long, "run `make format`"
 
 
 def test_links_lead_somewhere(page: Path) -> None:
