@@ -28,7 +28,7 @@ def wrapped(page: str) -> str:
 
 def _lines(lines: list[str]) -> Iterator[str]:
     inside, paragraph = False, list[str]()
-    for line in [*lines, ""]:
+    for line in lines:
         fence = line.lstrip().startswith("```")
         prose = not inside and not fence and _is_prose(line)
         if paragraph and (not prose or _ITEM.match(line)):
@@ -39,6 +39,8 @@ def _lines(lines: list[str]) -> Iterator[str]:
             paragraph.append(line)
         else:
             yield line
+    if paragraph:
+        yield from _wrapped(paragraph)
 
 
 def _is_prose(line: str) -> bool:
@@ -58,4 +60,4 @@ def _wrapped(paragraph: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     for path in PAGES:
-        path.write_text(wrapped(path.read_text(encoding="utf-8")).rstrip("\n") + "\n", encoding="utf-8")
+        path.write_text(wrapped(path.read_text(encoding="utf-8")), encoding="utf-8")
