@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Final, NoReturn
 
 import typer
@@ -27,7 +29,8 @@ from capstan.cluster.jobs.cli import ClustersOption
 from capstan.cluster.recipe import load, schema
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, SetOption, finish
-from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.printable import PrintableFormatter, printable
 
 INTERRUPTED: Final = 130
 DISTRIBUTION: Final = "capstan-t2i"
@@ -151,31 +154,42 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+    sys.excepthook = _print_traceback
     for library in ("botocore", "aiobotocore"):  # they log where credentials were found
         logging.getLogger(library).setLevel(logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = app(args=arguments, standalone_mode=False)
+        result = typer.main.get_command(app)(args=arguments, standalone_mode=False)
     except typer.Exit as exit_:
         return exit_.exit_code
     except TyperException as error:
         problem, _, near = error.format_message().partition(" Did you mean ")
         hint = f"did you mean {near} " if near else ""
-        print(f"error: {problem.rstrip('.')}. Fix: {hint}see `capstan --help`", file=sys.stderr)
+        _report(f"{problem.rstrip('.')}. Fix: {hint}see `capstan --help`")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except CapstanError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(" ".join(str(error).split()) if isinstance(error, RecipeError) else str(error))
         return error.exit_code
     except ModuleNotFoundError as error:
         if (explained := extras.explain(error, "capstan")) is None:
             raise
-        print(f"error: {explained}", file=sys.stderr)
+        _report(str(explained))
         return explained.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _report(message: str) -> None:
+    print(printable(f"error: {message}"), file=sys.stderr)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -14,6 +14,7 @@ import typer
 
 from capstan.pipeline.config import Recipe, apply_overrides, validate
 from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
+from capstan.pipeline.printable import printable
 from capstan.pipeline.secrets import refuse_secrets
 from capstan.pipeline.storage import Storage
 
@@ -200,7 +201,7 @@ def finish(summary: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary, default=str))
     else:
-        typer.echo("\n".join(_lines(summary)))
+        typer.echo(printable("\n".join(_lines(summary))))
     if quarantined := summary.get("quarantined"):
         raise Quarantined(str(summary.get("dataset") or summary.get("job", "")), quarantined)
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from capstan.pipeline import safe_yaml
 from capstan.pipeline.errors import RecipeError
 
 
@@ -298,14 +298,13 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     file = Path(path)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = safe_yaml.parse_file(file)
     except FileNotFoundError:
         raise RecipeError("RECIPE", f"no file {file}", "check the path, or write one with `capstan init`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("RECIPE", f"cannot read {file}: {error}", "name a readable YAML file") from None
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise RecipeError("RECIPE", f"{file} is not valid YAML: {problem}", "correct the line that it names") from None
+    except OSError as error:
+        raise RecipeError("RECIPE", f"cannot read {file} ({error.strerror})", "choose a readable YAML file") from None
+    except safe_yaml.InvalidYaml as error:
+        raise RecipeError("RECIPE", f"{file} is not valid YAML: {error}", "correct the file") from None
     if not isinstance(raw, dict):
         raise RecipeError("RECIPE", f"{file} is not a mapping", "start from `capstan init`")
     return apply_overrides(raw, overrides)
@@ -332,9 +331,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise RecipeError("--set", f"{'.'.join(parents[: depth + 1])} is not a section", "name a key of a section")
         node = inner
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError("--set", f"the value in {override!r} is not valid YAML", "quote it") from None
+        node[last] = safe_yaml.parse(text)
+    except safe_yaml.InvalidYaml as error:
+        raise RecipeError("--set", f"the value of {name} is not valid YAML ({error})", "quote it") from None
 
 
 def fingerprint(value: Any) -> str:

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from capstan.pipeline.printable import printable
+
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.5
 WINDOW_S = 30.0  # rates and ETA are averages over this window
@@ -135,10 +137,10 @@ class Progress:
 
     def line(self, finished: bool = False) -> str:
         """Return the state as one line of text, with the latest rates; at the end, with those of the whole stage."""
-        return " · ".join(part for part in (self._work(finished), self._outcome()) if part)
+        return printable(" · ".join(part for part in (self._work(finished), self._outcome()) if part))
 
     def _renderable(self) -> Text:
-        outcome = self._outcome()
+        outcome = printable(self._outcome())
         text = Text(self._work(finished=self._stop.is_set()), no_wrap=True, overflow="ellipsis")
         text.stylize("bold", 0, len(self.stage))
         if outcome:

@@ -24,6 +24,7 @@ import torch
 
 from capstan.pipeline.config import Recipe, read_recipe, validate
 from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.printable import PrintableFormatter
 from capstan.training.config import TrainConfig, family_class
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.loader import LoadedBatch, Loader
@@ -284,7 +285,8 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
 
 def main(arguments: list[str]) -> int:
     """Run one worker under any launcher: `python -m capstan.training.trainer RECIPE [a.b=value ...]`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(PrintableFormatter("%(message)s"))
     try:
         recipe = validate(Recipe, read_recipe(arguments[0], arguments[1:]))
         Run(TrainConfig.from_recipe(recipe)).stop.unlink(missing_ok=True)  # left over from a killed launcher

@@ -12,6 +12,7 @@ from capstan.cluster.doctor.packages import accelerators, python_and_packages
 from capstan.cluster.doctor.recipe import recipe_findings
 from capstan.cluster.doctor.targets import target_findings
 from capstan.cluster.targets.base import Target
+from capstan.pipeline.printable import printable
 
 
 def examine(recipe: Path | None = None, target: Target | None = None, overrides: Sequence[str] = ()) -> list[Finding]:
@@ -38,6 +39,6 @@ def _metrics_port(recipe: Path | None, overrides: Sequence[str]) -> int | None:
 def show(findings: list[Finding]) -> None:
     """Print one line per finding on stderr, and below a problem how to fix it."""
     for finding in findings:
-        print(f"{'ok  ' if finding.ok else 'FIX '} {finding.name}: {finding.seen}", file=sys.stderr)
+        print(printable(f"{'ok  ' if finding.ok else 'FIX '} {finding.name}: {finding.seen}"), file=sys.stderr)
         if not finding.ok:
-            print(f"       → {finding.hint}", file=sys.stderr)
+            print(printable(f"       → {finding.hint}"), file=sys.stderr)

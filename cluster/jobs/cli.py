@@ -10,6 +10,7 @@ import typer
 
 from capstan.pipeline.cli import JsonOption, finish
 from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.printable import printable
 
 ClustersOption = Annotated[
     Path | None,
@@ -57,7 +58,7 @@ def submit(
             finish({"job": job.id, "target": to, "documents": documents}, as_json)
             return
         for name, text in documents.items():
-            typer.echo(f"# --- {name}\n{text}")
+            typer.echo(printable(f"# --- {name}\n{text}"))
         return
     record = work.submit(target, command, force=force or anyway)
     summary: dict[str, Any] = {"job": record.id, "target": to}
@@ -87,7 +88,8 @@ def list_jobs(as_json: JsonOption = False) -> None:
     for row in rows:
         code = "" if row["exit_code"] is None else f" ({row['exit_code']})"
         status = f"{row['status']}{code}"
-        typer.echo(f"{row['job']:<42} {row['target']:<12} {status:<14} {row['submitted']}  {row['command']}")
+        line = f"{row['job']:<42} {row['target']:<12} {status:<14} {row['submitted']}  {row['command']}"
+        typer.echo(printable(line))
 
 
 @jobs.command()
@@ -111,7 +113,7 @@ def logs(
 
     record = find(job)
     for text in record.open().logs(record.handle, follow=follow):
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text))
         sys.stdout.flush()
 
 

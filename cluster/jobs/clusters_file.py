@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from capstan.cluster.targets import KINDS
 from capstan.cluster.targets.base import Target
 from capstan.cluster.user_dirs import config_folder
+from capstan.pipeline import safe_yaml
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
@@ -72,12 +71,11 @@ def make_target(name: str, settings: Any) -> Target:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = safe_yaml.parse_file(path)
     except OSError as error:
         raise RecipeError("clusters", f"cannot read {path} ({error.strerror})", "choose a readable file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise RecipeError("clusters", f"{path} is not valid YAML: {problem}", "correct the line it names") from None
+    except safe_yaml.InvalidYaml as error:
+        raise RecipeError("clusters", f"{path} is not valid YAML: {error}", "correct the file") from None
     if not isinstance(raw, dict):
         raise RecipeError("clusters", f"{path} is not a mapping", "write `name: {kind: ..., ...}` lines")
     return raw

@@ -20,6 +20,7 @@ from capstan.cluster.recipe import load
 from capstan.cluster.targets.base import JobSpec, State, Target
 from capstan.pipeline.config import Recipe, apply_overrides
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.printable import printable
 from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
@@ -86,12 +87,12 @@ def wait(record: JobRecord) -> State:
     try:
         _await_start(record)
         for text in target.logs(record.handle, follow=True):
-            sys.stderr.write(text)
+            sys.stderr.write(printable(text))
             sys.stderr.flush()
     except RecipeError:
         raise
     except CapstanError as error:
-        print(f"{error}; waiting for {record.id} without its output", file=sys.stderr)
+        print(printable(f"{error}; waiting for {record.id} without its output"), file=sys.stderr)
     while True:
         try:
             state = state_of(record)
