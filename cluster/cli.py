@@ -30,7 +30,7 @@ from capstan.cluster.recipe import load, schema
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, SetOption, finish
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.printable import PrintableFormatter, printable
+from capstan.pipeline.text.printable import PrintableFormatter, printable
 
 INTERRUPTED: Final = 130
 DISTRIBUTION: Final = "capstan-t2i"

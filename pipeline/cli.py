@@ -14,9 +14,9 @@ import typer
 
 from capstan.pipeline.config import Recipe, apply_overrides, validate
 from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
-from capstan.pipeline.printable import printable
 from capstan.pipeline.secrets import refuse_secrets
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.text.printable import printable
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a recipe key. Repeatable.")]

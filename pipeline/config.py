@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from capstan.pipeline import safe_yaml
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.text import safe_yaml
 
 
 class Section(BaseModel):

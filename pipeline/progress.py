@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from capstan.pipeline.printable import printable
+from capstan.pipeline.text.printable import printable
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.5

@@ -24,7 +24,7 @@ import torch
 
 from capstan.pipeline.config import Recipe, read_recipe, validate
 from capstan.pipeline.errors import CapstanError
-from capstan.pipeline.printable import PrintableFormatter
+from capstan.pipeline.text.printable import PrintableFormatter
 from capstan.training.config import TrainConfig, family_class
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.loader import LoadedBatch, Loader

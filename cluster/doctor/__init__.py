@@ -12,7 +12,7 @@ from capstan.cluster.doctor.packages import accelerators, python_and_packages
 from capstan.cluster.doctor.recipe import recipe_findings
 from capstan.cluster.doctor.targets import target_findings
 from capstan.cluster.targets.base import Target
-from capstan.pipeline.printable import printable
+from capstan.pipeline.text.printable import printable
 
 
 def examine(recipe: Path | None = None, target: Target | None = None, overrides: Sequence[str] = ()) -> list[Finding]:

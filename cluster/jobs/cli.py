@@ -10,7 +10,7 @@ import typer
 
 from capstan.pipeline.cli import JsonOption, finish
 from capstan.pipeline.errors import CapstanError
-from capstan.pipeline.printable import printable
+from capstan.pipeline.text.printable import printable
 
 ClustersOption = Annotated[
     Path | None,

@@ -18,10 +18,10 @@ from typing import Any
 from capstan.cluster.targets import KINDS
 from capstan.cluster.targets.base import Target
 from capstan.cluster.user_dirs import config_folder
-from capstan.pipeline import safe_yaml
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
+from capstan.pipeline.text import safe_yaml
 
 LOCAL = "local"
 

@@ -20,8 +20,8 @@ from capstan.cluster.recipe import load
 from capstan.cluster.targets.base import JobSpec, State, Target
 from capstan.pipeline.config import Recipe, apply_overrides
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.printable import printable
 from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
+from capstan.pipeline.text.printable import printable
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
 _ASK_EVERY_S: Final = 1.0

@@ -19,11 +19,11 @@ from capstan.cluster.cli import run
 from capstan.cluster.doctor import show
 from capstan.cluster.doctor.finding import Finding
 from capstan.cluster.jobs.clusters_file import read_targets
-from capstan.pipeline import safe_yaml
 from capstan.pipeline.cli import finish
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.printable import PrintableFormatter, printable
 from capstan.pipeline.progress import Progress
+from capstan.pipeline.text import safe_yaml
+from capstan.pipeline.text.printable import PrintableFormatter, printable
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\r"
 STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")

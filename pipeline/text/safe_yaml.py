@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import yaml
 
-from capstan.pipeline.printable import printable
+from capstan.pipeline.text.printable import printable
 
 MAX_CHARACTERS: Final = 4 << 20
 MAX_DEPTH: Final = 50
