@@ -5,6 +5,7 @@
     │   └── MissingExtra     2    an optional package is not installed: names the extra to install
     ├── StorageError         1    an operation on a file or bucket failed: names the object and the fix
     │   └── DiskFull         1    no space left: names the folder and how much is needed
+    ├── DamagedFile          1    a file of a dataset is not what was written: names the file
     └── Quarantined          3    finished, but some units kept failing
 
 An interrupt (Ctrl-C, SIGTERM) ends with 130; the command line sees to that.
@@ -65,6 +66,17 @@ class StorageError(CapstanError):
 
 class DiskFull(StorageError):
     """No space left on a disk."""
+
+
+class DamagedFile(CapstanError):
+    """A file of a dataset whose content is not what Capstan wrote: its path or URL, and what differs."""
+
+    def __init__(self, file: str, problem: str) -> None:
+        super().__init__(file, problem)
+        self.file, self.problem = file, problem
+
+    def __str__(self) -> str:
+        return f"{self.file} is damaged ({self.problem}). Fix: run `capstan verify DATASET` to list all damage"
 
 
 class Quarantined(CapstanError):

@@ -117,6 +117,9 @@ LEDGER_SCHEMA: Final = pa.schema(
     ]
 )
 
+# The CRC-32 of a stored JPEG, checked whenever it is read; null if there is no image, or in files of older versions.
+CRC32: Final = pa.field("crc32", pa.uint32())
+
 # One row per sample, in tar order: shards/shard-000000.parquet. `offset` and `size` locate the JPEG's bytes in the tar;
 # `json_size` is the size of KEY.json, whose header starts at the next multiple of 512 bytes.
 SHARD_SCHEMA: Final = pa.schema(
@@ -129,6 +132,7 @@ SHARD_SCHEMA: Final = pa.schema(
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         pa.field("json_size", pa.int64(), nullable=False),
+        CRC32,
     ]
 )
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.records import FORMAT_VERSION
 from capstan.pipeline.storage import Storage
 
@@ -41,11 +42,15 @@ class Sample:
 
 
 class Place(NamedTuple):
-    """The position of a sample in its tar, in bytes: its JPEG's data, and the size of its JSON, which comes next."""
+    """The position of a sample in its tar, in bytes: its JPEG's data, and the size of its JSON, which comes next.
+
+    `crc32` is the JPEG's, None in datasets of older versions.
+    """
 
     offset: int
     size: int
     json_size: int
+    crc32: int | None
 
 
 class Digest(Protocol):
@@ -97,7 +102,7 @@ def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None =
 
         for sample in samples:
             fields = None if sample.fields is None else to_json(sample.fields)
-            places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b"")))
+            places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b""), zlib.crc32(sample.jpg)))
             write(_member(f"{sample.key}.jpg", sample.jpg))
             if fields is not None:
                 write(_member(f"{sample.key}.json", fields))
@@ -238,26 +243,42 @@ class Dataset:
         return [entry.name for entry in self.manifest.shards]
 
     def table(self, shard: str, columns: list[str] | None = None) -> pa.Table:
-        """Return the table of a shard's samples in tar order (records.SHARD_SCHEMA)."""
-        return self.storage.read_table(f"shards/{shard}.parquet", columns)
+        """Return the table of a shard's samples in tar order (records.SHARD_SCHEMA). Raises DamagedFile."""
+        (entry,) = (entry for entry in self.manifest.shards if entry.name == shard)
+        return self.storage.read_table(entry.table, columns, sha256=entry.table_sha256)
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the ledger: one row for every input row (records.LEDGER_SCHEMA)."""
-        tables = [self.storage.read_table(entry.table, columns) for entry in self.manifest.ledger]
+        """Return the ledger: one row for every input row (records.LEDGER_SCHEMA). Raises DamagedFile."""
+        tables = [self.storage.read_table(entry.table, columns, sha256=entry.sha256) for entry in self.manifest.ledger]
         return pa.concat_tables(tables)
 
     def read_images(self, shard: str, rows: Sequence[int] | None = None) -> Iterator[tuple[str, bytes]]:
-        """Yield (key, JPEG bytes) of the shard's samples, or of the given rows of its table, in the given order."""
-        table = self.table(shard, ["key", "offset", "size"])
+        """Yield (key, JPEG bytes) of the shard's samples, or of the given rows of its table, in the given order.
+
+        Raises DamagedFile for an image that is not what was written.
+        """
+        table = self.table(shard, ["key", "offset", "size", "crc32"])
         if rows is not None:
             table = table.take(pa.array(rows, pa.int64()))
-        with self.storage.open(f"shards/{shard}.tar") as tar:
-            for key, offset, size in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-                tar.seek(offset)
-                jpeg = tar.read(size)
-                if len(jpeg) != size:
-                    raise CapstanError(f"{self.storage.url}/shards/{shard}.tar is cut: run `capstan verify`")
-                yield key, jpeg
+        name = f"shards/{shard}.tar"
+        with self.storage.open(name) as tar:
+            for row in table.to_pylist():
+                yield row["key"], read_image(tar, row["offset"], row["size"], row.get("crc32"), self.storage.path(name))
+
+
+def read_image(tar: BinaryIO, offset: int, size: int, crc32: int | None, name: str) -> bytes:
+    """Read an image from an open tar and compare it with what was written. Raises DamagedFile naming `name`."""
+    tar.seek(offset)
+    return check_image(tar.read(size), size, crc32, name)
+
+
+def check_image(jpeg: bytes, size: int, crc32: int | None, name: str) -> bytes:
+    """Return the bytes of an image of the tar `name`. Raises DamagedFile if its size or CRC-32 is not as written."""
+    if len(jpeg) != size:
+        raise DamagedFile(name, "it ends within an image")
+    if crc32 is not None and zlib.crc32(jpeg) != crc32:
+        raise DamagedFile(name, "an image is not what was written")
+    return jpeg
 
 
 def sha256_of(data: bytes) -> str:

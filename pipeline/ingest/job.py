@@ -27,12 +27,12 @@ from typing import Any, Final
 import pyarrow as pa
 
 from capstan.pipeline.config import Fetch, Recipe, fingerprint
-from capstan.pipeline.dataset.shards import Sample, sha256_of, write_tar
-from capstan.pipeline.errors import StorageError
+from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of, write_samples
+from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
 from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
 from capstan.pipeline.ingest.retry_rows import matches
-from capstan.pipeline.records import FORMAT_VERSION, MEASURED, REMOVED, storable
+from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.source.blocklist import blocked, is_removed
 from capstan.pipeline.source.columns import has_no_text
 from capstan.pipeline.source.image_reader import Span, TooLarge, read_images, span_of
@@ -59,12 +59,13 @@ STAGED_SCHEMA = pa.schema(
         pa.field("unit", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
+        CRC32,
     ]
 )
 
 _LONGEST_DETAIL: Final = 1_000  # characters
 Outcome = dict[str, Any]  # `reason`, `detail` and MEASURED of one row
-_STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "offset", "size"]
+_STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "offset", "size", CRC32.name]
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ class Ingest(Job):
             outcomes = [by_index[index] for index in range(len(rows))]
             digest = hashlib.sha256()
             tar = folder / "staged.tar"
-            spans = write_tar(tar, spool.samples([row["key"] for row in rows]), digest)
-            tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if spans else ""
-            if spans:
+            written = write_samples(tar, spool.samples([row["key"] for row in rows]), digest)
+            tar_name = f"staged/{unit.id}-{digest.hexdigest()[:16]}.tar" if written else ""
+            if written:
                 self.storage.put(tar, tar_name)
-            places = dict(zip(spool.indices, spans, strict=True))
+            places = dict(zip(spool.indices, written, strict=True))
         data = parquet_bytes(_table(rows, outcomes, places, unit.id))
         table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
         self.storage.write(table_name, data)
@@ -136,7 +137,8 @@ class Ingest(Job):
         again = unit.spec["again"]
         table = self.storage.read_table(again["table"])
         assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} belongs to another plan"
-        before = dict(enumerate(table.select(_STAGED_OUTCOME).to_pylist()))
+        names = [name for name in _STAGED_OUTCOME if name in table.column_names]
+        before = dict(enumerate(table.select(names).to_pylist()))
         wanted = set(again.get("keys", ()))  # rows whose images were freed
         kept = {
             index: row
@@ -145,10 +147,13 @@ class Ingest(Job):
         }
         with self.storage.open(again["tar"]) if again["tar"] else io.BytesIO() as tar:
             for index, row in kept.items():
-                offset, size = row.pop("offset"), row.pop("size")
-                if not row["reason"] and size and again["tar"]:
-                    tar.seek(offset)
-                    spool.add(index, tar.read(size))
+                offset, size, crc32 = row.pop("offset"), row.pop("size"), row.pop(CRC32.name, None)
+                if row["reason"] or not size or not again["tar"]:
+                    continue
+                try:
+                    spool.add(index, read_image(tar, offset, size, crc32, again["tar"]))
+                except DamagedFile as error:  # the image counts as freed
+                    log.warning("%s, row %s", error, rows[index]["key"])
         return kept
 
     def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
@@ -277,15 +282,14 @@ def _failed(reason: str, detail: str) -> Outcome:
     return {"reason": reason, "detail": storable(cut), **nothing}
 
 
-def _table(
-    rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, tuple[int, int]], unit: str
-) -> pa.Table:
-    """Build a table of STAGED_SCHEMA; `places` holds (offset, size) for rows that have an image."""
+def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, Place], unit: str) -> pa.Table:
+    """Build a table of STAGED_SCHEMA; `places` holds the rows that have an image."""
     records = []
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-        offset, size = places.get(index, (0, 0))
+        place = places.get(index, Place(0, 0, 0, None))
         source = {name: row[name] for name in ("key", "url", "caption", "extra")}
-        records.append({**source, **outcome, "unit": unit, "offset": offset, "size": size})
+        records.append({**source, **outcome, "unit": unit, "offset": place.offset, "size": place.size})
+        records[-1][CRC32.name] = place.crc32
     return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
 
 

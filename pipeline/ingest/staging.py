@@ -8,12 +8,18 @@ state/freed.json      records that tars may have been removed; written before th
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
+from capstan.pipeline.dataset.shards import read_image
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.records import CRC32
 from capstan.pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
 
 _FREED: Final = "state/freed.json"
 Packed = tuple[str, str]  # a tar, and its table of key, sha256, offset and size
@@ -37,37 +43,52 @@ def free(storage: Storage, units: Iterable[Staged]) -> int:
 
 
 def images(
-    storage: Storage, table: str, tar: str, rows: Sequence[int], packed: Sequence[Packed] = ()
+    storage: Storage,
+    table: str,
+    tar: str,
+    rows: Sequence[int],
+    packed: Sequence[Packed] = (),
+    *,
+    damaged_is_none: bool = False,
 ) -> Iterator[tuple[int, bytes | None]]:
     """Yield (row, its JPEG or None if it is nowhere) for the given rows of a staged table, in order.
 
-    Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`.
+    Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`. Raises DamagedFile for an
+    image that is not what was written, unless `damaged_is_none`.
     """
-    spans = storage.read_table(table, ["key", "sha256", "offset", "size"])
-    columns = [spans[name].to_pylist() for name in ("key", "sha256", "offset", "size")]
+    columns = list(zip(*_columns(storage, table), strict=True))
     elsewhere = _places(storage, packed)
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for row in rows:
-            key, sha256, offset, size = (column[row] for column in columns)
-            place = (tar, offset, size) if tar and size else elsewhere.get((key, sha256))
+            key, sha256, offset, size, crc32 = columns[row]
+            place = (tar, offset, size, crc32) if tar and size else elsewhere.get((key, sha256))
             if place is None:
                 yield row, None
                 continue
-            name, offset, size = place
+            name, offset, size, crc32 = place
             if name not in files:
                 files[name] = stack.enter_context(storage.open(name))
-            files[name].seek(offset)
-            yield row, files[name].read(size)
+            try:
+                yield row, read_image(files[name], offset, size, crc32, storage.path(name))
+            except DamagedFile as error:
+                if not damaged_is_none:
+                    raise
+                log.warning("%s, row %s", error, key)
+                yield row, None
 
 
-def _places(storage: Storage, packed: Sequence[Packed]) -> dict[tuple[str, str], tuple[str, int, int]]:
-    """Map (key, sha256) to (tar, offset, size) in the packed shards."""
-    found: dict[tuple[str, str], tuple[str, int, int]] = {}
+def _columns(storage: Storage, table: str) -> list[list[Any]]:
+    """Return the columns key, sha256, offset, size and crc32 of a table (None where unknown)."""
+    names = ["key", "sha256", "offset", "size", CRC32.name]
+    rows = storage.read_table(table, names)
+    return [rows[name].to_pylist() if name in rows.column_names else [None] * len(rows) for name in names]
+
+
+def _places(storage: Storage, packed: Sequence[Packed]) -> dict[tuple[str, str], tuple[str, int, int, int | None]]:
+    """Map (key, sha256) to (tar, offset, size, crc32) in the packed shards."""
+    found: dict[tuple[str, str], tuple[str, int, int, int | None]] = {}
     for tar, table in packed:
-        rows = storage.read_table(table, ["key", "sha256", "offset", "size"])
-        for key, sha256, offset, size in zip(
-            *(rows[name].to_pylist() for name in ("key", "sha256", "offset", "size")), strict=True
-        ):
-            found[key, sha256] = tar, offset, size
+        for key, sha256, *place in zip(*_columns(storage, table), strict=True):
+            found[key, sha256] = (tar, *place)
     return found

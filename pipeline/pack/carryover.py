@@ -7,6 +7,7 @@ New shards take the names of old ones, so old shards that are still needed are c
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import Manifest, ShardEntry
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed
+from capstan.pipeline.records import CRC32
 from capstan.pipeline.select.conditions import raw_digits
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.storage import Storage
@@ -43,7 +45,11 @@ def carry_over(
         if _find(storage, _table(tar), wanted, found):
             packed.append((tar, _table(tar)))
     entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in on_shelf]
-    needed = [entry for entry in entries if not found.all() and _find(storage, entry.table, wanted, found)]
+    needed = [
+        entry
+        for entry in entries
+        if not found.all() and _find(storage, entry.table, wanted, found, sha256=entry.table_sha256)
+    ]
     if missing := int((~found).sum()):
         problem = f"{missing:,} of the kept rows no longer have an image: keep_staged: false freed them"
         raise RecipeError(
@@ -58,9 +64,10 @@ def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions)
     names = _names(decisions.key[rows], decisions.sha256[rows])
     order = np.argsort(names)
     found = np.zeros(len(rows), bool)
-    tables = [*map(_table, _carried_over(storage)), *(entry.table for entry in (manifest.shards if manifest else []))]
-    for table in tables if len(rows) else ():
-        _find(storage, table, names[order], found)
+    tables = [(_table(tar), "") for tar in _carried_over(storage)]
+    tables += [(entry.table, entry.table_sha256) for entry in (manifest.shards if manifest else [])]
+    for table, sha256 in tables if len(rows) else ():
+        _find(storage, table, names[order], found, sha256=sha256)
     return np.sort(rows[order[~found]])
 
 
@@ -95,9 +102,9 @@ def clear(storage: Storage) -> None:
     storage.delete(*storage.names("shelf"))
 
 
-def _find(storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_]) -> bool:
+def _find(storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_], *, sha256: str = "") -> bool:
     """Mark in `found` which of the (sorted) `wanted` a shard holds; return whether it holds any new one."""
-    rows = storage.read_table(table, ["key", "sha256"])
+    rows = storage.read_table(table, ["key", "sha256"], sha256=sha256)
     names = _names(raw_digits(rows["key"], 16), raw_digits(rows["sha256"], 32))
     place = np.minimum(np.searchsorted(wanted, names), len(wanted) - 1)
     new = place[(wanted[place] == names) & ~found[place]]
@@ -125,13 +132,17 @@ def _table(tar: str) -> str:
 
 
 def _copy(storage: Storage, entry: ShardEntry) -> Packed:
-    tar = _shelved(entry)
+    tar, digest = _shelved(entry), hashlib.sha256()
     with scratch() as folder:
         copy = folder / "shard.tar"
         with storage.open(entry.tar) as source, copy.open("wb") as target:
             while data := source.read(_COPY_BYTES):
                 target.write(data)
+                digest.update(data)
+        if digest.hexdigest() != entry.sha256:
+            raise DamagedFile(f"{storage.url}/{entry.tar}", "its SHA-256 is not the one in dataset.json")
         storage.put(copy, tar)
-    table: pa.Table = storage.read_table(entry.table, ["key", "sha256", "offset", "size"])
+    columns = ["key", "sha256", "offset", "size", CRC32.name]
+    table: pa.Table = storage.read_table(entry.table, columns, sha256=entry.table_sha256)
     storage.write_table(_table(tar), table)
     return tar, _table(tar)

@@ -39,7 +39,7 @@ from capstan.pipeline.dataset.shards import (
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, free, images
 from capstan.pipeline.pack.carryover import carry_over, clear
-from capstan.pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
+from capstan.pipeline.records import CRC32, FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import added, joined, pins
@@ -127,6 +127,8 @@ class Pack(Job):
     def _rewrite_table(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
         """Rewrite the shard's table with its new scores; the tar is unchanged."""
         before = self.storage.read_table(packed.table, ["key", *Place._fields])
+        if CRC32.name not in before.column_names:
+            before = before.append_column(CRC32, pa.nulls(len(before), CRC32.type))
         places = [Place(*values) for values in zip(*(before[name].to_pylist() for name in Place._fields), strict=True)]
         rows = _table(parts, places)
         assert rows["key"].equals(before["key"]), f"{packed.table} is of another shard"

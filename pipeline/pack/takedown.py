@@ -30,12 +30,14 @@ import pyarrow.compute as pc
 
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.dataset.shards import Sample, read_manifest, sha256_of, write_tar
+from capstan.pipeline.dataset.shards import Place, Sample, read_manifest, sha256_of, write_samples
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.ingest.job import STAGED_SCHEMA
+from capstan.pipeline.ingest.staging import images
 from capstan.pipeline.pack.carryover import clear
 from capstan.pipeline.pack.scrub import scrub_derived, settle_latents
 from capstan.pipeline.prefetch import ahead
-from capstan.pipeline.records import REMOVED
+from capstan.pipeline.records import CRC32, REMOVED
 from capstan.pipeline.select.conditions import HELD_PLACE
 from capstan.pipeline.source.blocklist import (
     FOLDER,
@@ -207,7 +209,9 @@ def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
     manifest, wanted = read_manifest(storage), pa.array(keys, pa.string())
     shards: dict[str, str] = {}
     if manifest is not None and len(wanted):
-        tables = ahead(lambda entry: storage.read_table(entry.table, ["key"])["key"], manifest.shards)
+        tables = ahead(
+            lambda entry: storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"], manifest.shards
+        )
         for entry, held in zip(manifest.shards, tables, strict=True):
             shards |= dict.fromkeys(held.filter(pc.is_in(held, wanted)).to_pylist(), entry.name)
     return shards
@@ -247,17 +251,18 @@ def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], taked
     if not pc.any(pc.and_not(hit, done)).as_py():
         return
     removed = hit.to_pylist()
-    freed = bool(facts["tar"]) and not storage.exists(facts["tar"])  # the kept images are in the shards only
-    if freed:
+    if facts["tar"] and not storage.exists(facts["tar"]):  # the kept images are in the shards only
         facts = {**facts, "tar": "", "freed": True}
     with scratch() as folder:
-        tar, digest = folder / "staged.tar", hashlib.sha256()
-        places = write_tar(tar, _images(storage, facts, table, removed), digest)
-        spans = dict(zip(_left(facts, table, removed), places, strict=True))
-        tar_name = f"staged/{unit}-{digest.hexdigest()[:16]}.tar" if spans else ""
-        if spans:
+        tar, digest, written = folder / "staged.tar", hashlib.sha256(), list[int]()
+        places_in_order = write_samples(tar, _images(storage, facts, table, removed, written), digest)
+        places = dict(zip(written, places_in_order, strict=True))
+        tar_name = f"staged/{unit}-{digest.hexdigest()[:16]}.tar" if places else ""
+        if places:
             storage.put(tar, tar_name)
-    scrubbed = _without(table, hit, takedown.kept, [spans.get(row, (0, 0)) for row in range(len(table))])
+    if len(places) < len(_left(facts, table, removed)):
+        facts = {**facts, "freed": True}
+    scrubbed = _without(table, hit, takedown.kept, places)
     data = parquet_bytes(scrubbed)
     name = f"staged/{unit}-{sha256_of(data)[:16]}.parquet"
     storage.write(name, data)
@@ -274,25 +279,30 @@ def _left(facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> lis
     return [row for row, size in enumerate(sizes) if size and not removed[row]]
 
 
-def _images(storage: Storage, facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> Iterator[Sample]:
-    keys, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "size"))
+def _images(
+    storage: Storage, facts: Mapping[str, Any], table: pa.Table, removed: list[bool], written: list[int]
+) -> Iterator[Sample]:
+    """Yield the images that stay, and append their rows to `written`. Damaged ones are skipped and count as freed."""
+    keys = table["key"].to_pylist()
     rows = _left(facts, table, removed)
     if rows:
-        with storage.open(facts["tar"]) as tar:
-            for row in rows:
-                tar.seek(offsets[row])
-                yield Sample(keys[row], tar.read(sizes[row]))
+        for row, jpeg in images(storage, facts["table"], facts["tar"], rows, damaged_is_none=True):
+            if jpeg is not None:
+                written.append(row)
+                yield Sample(keys[row], jpeg)
 
 
-def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, spans: list[tuple[int, int]]) -> pa.Table:
-    """Return a staged table in which the rows of `hit` keep only key and measures; images are at `spans`."""
+def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, places: Mapping[int, Place]) -> pa.Table:
+    """Return a staged table in which the rows of `hit` keep only key and measures; images are at `places`."""
     held = pc.and_(pc.equal(table["reason"], REMOVED), pc.equal(table["detail"], HELD_PLACE))
     placed = pc.or_(pc.is_in(table["key"], kept), held)
     blank = {"url": "", "caption": "", "extra": "{}", "reason": REMOVED, "detail": pc.if_else(placed, HELD_PLACE, "")}
     columns = {name: table[name] for name in table.column_names}
     columns |= {name: pc.if_else(hit, value, table[name]) for name, value in blank.items()}
-    columns |= {"offset": pa.array([span[0] for span in spans]), "size": pa.array([span[1] for span in spans])}
-    return pa.table(columns, schema=table.schema)
+    found = [places.get(row, Place(0, 0, 0, None)) for row in range(len(table))]
+    columns |= {"offset": pa.array([p.offset for p in found]), "size": pa.array([p.size for p in found])}
+    columns[CRC32.name] = pa.array([p.crc32 for p in found], CRC32.type)
+    return pa.table(columns).select(STAGED_SCHEMA.names).cast(STAGED_SCHEMA)
 
 
 def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:

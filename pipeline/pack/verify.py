@@ -39,7 +39,7 @@ from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.pack.job import sample_fields, unlisted
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
-from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
+from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.store import pinned_columns
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
@@ -338,6 +338,12 @@ def _table(storage: Storage, name: str, sha256: str, schema: pa.Schema) -> tuple
         table = pq.ParquetFile(io.BytesIO(data)).read()
     except (pa.ArrowException, OSError) as error:
         return None, [f"{name}: cannot be read as Parquet: {error}"]
-    if table.schema != schema:
+    if table.schema not in (schema, _without_crc32(schema)):
         return None, [f"{name}: its columns are not those that this version writes"]
     return table, []
+
+
+def _without_crc32(schema: pa.Schema) -> pa.Schema:
+    """Return the schema of tables that were written before they had checksums of images."""
+    index = schema.get_field_index(CRC32.name)
+    return schema if index < 0 else schema.remove(index)

@@ -57,7 +57,7 @@ def subjects(rows: Rows) -> list[Subject]:
     """Return the subjects: the fixed ones, every score column, and all else that a condition compares."""
     found = {canonical(rows.db, sql): (title, proportional) for title, sql, proportional in _ALWAYS}
     for name, kind in rows.columns.items():
-        if name not in LEDGER_SCHEMA.names and name not in ("offset", "size") and _is_numeric(kind):
+        if name not in LEDGER_SCHEMA.names and name not in ("offset", "size", "crc32") and _is_numeric(kind):
             found.setdefault(canonical(rows.db, quoted(name)), (name, False))
     compared = thresholds(rows.db, rows.conditions)
     for threshold in compared:

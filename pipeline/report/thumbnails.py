@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
-from capstan.pipeline.errors import StorageError
+from capstan.pipeline.dataset.shards import read_image
+from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.records import KEPT
 from capstan.pipeline.report.query import Row, Rows
 from capstan.pipeline.storage import Storage
@@ -52,19 +52,18 @@ def why_missing(row: Row) -> str:
 
 def _read(storage: Storage, table: str, tar: str, keys: list[str]) -> dict[str, bytes]:
     """Read the JPEGs of `keys` from one tar, by the offsets in its table."""
+    found: dict[str, bytes] = {}
     try:
-        with storage.open(table) as file:
-            spans = pq.read_table(file, columns=["key", "offset", "size"])
+        spans = storage.read_table(table, ["key", "offset", "size", "crc32"])
         spans = spans.filter(pc.is_in(spans["key"], pa.array(keys, pa.string()))).sort_by("offset")
         with storage.open(tar) as file:
-            return {row["key"]: _span(file, row["offset"], row["size"]) for row in spans.to_pylist() if row["size"]}
-    except (FileNotFoundError, StorageError, pa.ArrowInvalid):
-        return {}  # freed or damaged: `capstan verify` reports damage
-
-
-def _span(file: Any, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return bytes(file.read(size))
+            for row in spans.to_pylist():
+                if row["size"]:
+                    jpeg = read_image(file, row["offset"], row["size"], row.get("crc32"), tar)
+                    found[row["key"]] = jpeg
+    except (FileNotFoundError, StorageError, DamagedFile):
+        pass  # freed or damaged: `capstan verify` reports damage
+    return found
 
 
 def shrink(jpeg: bytes, side: int) -> Image.Image | None:

@@ -36,7 +36,7 @@ from capstan.pipeline.storage import Storage
 TOMBSTONE, BLOCKED, FAILED, PASSED = -3, -2, -1, 0
 HELD_PLACE: Final = "kept"  # `detail` of such a row in its staged table
 
-_BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size")]
+_BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "size", "crc32")]
 _DOMAIN: Final = "domain"
 # The host in lower case, without user and port: https://user@WWW.Example.org:443/a → www.example.org
 _DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1))"

@@ -239,7 +239,9 @@ def _write_batch(
 def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:
     """Write a unit's table. Only `file` repeats values; for other columns dictionaries would only cost time."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", compression_level=1, use_dictionary=["file"])
+    pq.write_table(
+        table, buffer, compression="zstd", compression_level=1, use_dictionary=["file"], write_page_checksum=True
+    )
     storage.write(unit.table, buffer.getvalue())
 
 

@@ -7,6 +7,7 @@ Nothing here relies on conditional puts, or on listings that show *other* writer
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import uuid
@@ -21,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from capstan.pipeline.errors import DiskFull, RecipeError, StorageError
+from capstan.pipeline.errors import DamagedFile, DiskFull, RecipeError, StorageError
 from capstan.pipeline.storage.listing import (
     Batches,
     SourceFile,
@@ -34,6 +35,8 @@ from capstan.pipeline.storage.listing import (
 )
 from capstan.pipeline.storage.local import PARTIAL, Local
 from capstan.pipeline.storage.remote import Remote, stamp
+
+_HASH_IN_NAME = re.compile(r"staged/.*-([0-9a-f]{16})\.parquet$")  # the start of the file's SHA-256
 
 _AT_ONCE = 32  # objects in flight when many small ones are read or removed
 
@@ -106,15 +109,33 @@ class Storage:
         """Return the names of all finished files at any depth below `folder`, sorted, relative to this storage."""
         return sorted(self._name(path) for path in self._files.find(self._path(folder)))
 
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.ParquetFile(io.BytesIO(self.read(name))).read(columns=columns)
+    def path(self, name: str) -> str:
+        """Return the full path or URL of a file, for messages."""
+        return f"{self.url}/{name}"
+
+    def read_table(self, name: str, columns: list[str] | None = None, *, sha256: str = "") -> pa.Table:
+        """Read a Parquet file, or those of the `columns` that it has.
+
+        Raises DamagedFile if its content is not what was written: by `sha256` if the caller knows it, by the hash that
+        the name of a staged table ends with, and by the checksums of its pages.
+        """
+        data = self.read(name)
+        expected = sha256 or ((named := _HASH_IN_NAME.match(name)) and named[1]) or ""
+        if expected and not hashlib.sha256(data).hexdigest().startswith(expected):
+            raise DamagedFile(self.path(name), "its SHA-256 is not that of what was written")
+        try:
+            return pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedFile(self.path(name), f"cannot be read as Parquet: {error}") from None
 
     def dataset(self, names: list[str], schema: pa.Schema) -> Any:
         """Return Parquet files of one schema as a dataset to scan, without opening them now."""
         import pyarrow.dataset as ds  # imports pandas, which takes a second to load
 
         fs = self._files.arrow() if isinstance(self._files, Remote) else None
-        return ds.dataset([self._path(name) for name in names], schema=schema, format="parquet", filesystem=fs)
+        scan = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        form = ds.ParquetFileFormat(default_fragment_scan_options=scan)
+        return ds.dataset([self._path(name) for name in names], schema=schema, format=form, filesystem=fs)
 
     # Writing -----------------------------------------------------------------------------------------------------
 
@@ -176,9 +197,9 @@ class Storage:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Return a table as Parquet (zstd); equal tables give equal bytes."""
+    """Return a table as Parquet (zstd, with a checksum of each page). The same table yields the same bytes."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 

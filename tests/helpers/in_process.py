@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from capstan.pipeline import units
+from capstan.pipeline.errors import CapstanError, RecipeError
 
 
 def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> units.Summary:
@@ -19,3 +20,22 @@ def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> 
         pieces = [model(piece) if model else piece for piece in job.prepare(unit)]
         job.markers.mark(unit.id, job.commit(unit, pieces))
     return units.Summary(len(todo), len(work) - len(todo), {}, {})
+
+
+def run_all_here(
+    job: units.Job, work: Iterable[units.Unit], *_: Any, redo: Collection[str] = (), **__: Any
+) -> units.Summary:
+    """In place of `units.run`: redoes units, and quarantines those that fail, at once."""
+    work = list(work)
+    done, bad = job.markers.read(), dict[str, str]()
+    todo = [unit for unit in work if unit.id not in done or unit.id in redo]
+    for unit in todo:
+        try:
+            job.markers.mark(unit.id, job.commit(unit, list(job.prepare(unit))))
+            job.markers.release(unit.id)
+        except CapstanError as error:
+            if isinstance(error, RecipeError):
+                raise
+            bad[unit.id] = str(error)
+            job.markers.quarantine(unit.id, unit.spec, 1, str(error))
+    return units.Summary(len(todo) - len(bad), len(work) - len(todo), bad, {})

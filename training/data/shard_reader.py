@@ -17,8 +17,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import pyarrow as pa
 
-from capstan.pipeline.dataset.shards import Dataset
-from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.dataset.shards import Dataset, check_image
 from capstan.recaption.store import check_layer, read_layer
 from capstan.training.data.shard_cache import ShardCache
 
@@ -40,6 +39,7 @@ class OpenShard:
 
     text: dict[str, pa.Array]
     numbers: np.ndarray  # int64 [samples, NUMBERS and places]
+    crc32: Sequence[int | None]  # of each JPEG
     captions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key → slot → text
     latents: ShardRows | None = None
     states: Mapping[str, ShardRows] | None = None  # SLOT.NAME → text encoders' output
@@ -104,15 +104,15 @@ class OpenShards:
             jpeg = self._cache.read_range(entry.tar, entry.sha256, offset, offset + size)
         if jpeg is None:
             jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
-        if len(jpeg) != size:
-            raise CapstanError(f"{self.dataset.storage.url}/{entry.tar} is truncated: run `capstan verify`")
-        return jpeg
+        return check_image(jpeg, size, shard.crc32[row], self.dataset.storage.path(entry.tar))
 
     def _load(self, number: int) -> OpenShard:
         name = self.dataset.manifest.shards[number].name
-        table = self.dataset.table(name, [*_TEXT, *NUMBERS, *_PLACES, "sha256"])
+        table = self.dataset.table(name, [*_TEXT, *NUMBERS, *_PLACES, "sha256", "crc32"])
         text = {column: pa.concat_arrays(table[column].chunks) for column in _TEXT}
-        shard = OpenShard(text, np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1))
+        numbers = np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1)
+        sums = table["crc32"].to_pylist() if "crc32" in table.column_names else [None] * len(table)
+        shard = OpenShard(text, numbers, sums)
         if self.layer is not None:
             check_layer(self.dataset.storage, self.layer, name, table)
             shard.captions = read_layer(self.dataset.storage, self.layer, name, table)
