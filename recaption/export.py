@@ -30,6 +30,7 @@ from capstan.pipeline.dataset.shards import (
     write_samples,
 )
 from capstan.pipeline.errors import Quarantined, RecipeError
+from capstan.pipeline.lease import lease
 from capstan.pipeline.pack.job import sample_fields, unlisted
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
@@ -108,7 +109,8 @@ def export(
 ) -> dict[str, Any]:
     """Write or complete the copy and return its summary. Shards that are already up to date are not rewritten.
 
-    Raises RecipeError if the layer or slot does not exist, or if `target` holds something else.
+    Raises RecipeError if the layer or slot does not exist, or if `target` holds something else; CapstanError if another
+    process writes there.
     """
     dataset, known = Dataset(source), store.layer_recipe(source, layer)
     if slot not in known["slots"]:
@@ -117,18 +119,25 @@ def export(
         raise RecipeError(source.field, f"{source.url} is incomplete", "run `capstan build` again")
     recipe = dataset.manifest.recipe | {SECTION: {"layer": layer, "slot": slot}}
     before = _check_target(source, target)
-    job = Export(dataset, layer, slot, target)
+    if before is None:
+        target.write(_STARTED, json.dumps(recipe[SECTION]).encode() + b"\n")
+    with lease(target, "captions export"):
+        return _export(Export(dataset, layer, slot, target), recipe, before, resources, progress)
+
+
+def _export(
+    job: Export, recipe: dict[str, Any], before: Manifest | None, resources: Resources, progress: bool
+) -> dict[str, Any]:
+    dataset, target = job.dataset, job.storage
     units = _units(job)
     wanted, done = {unit.id for unit in units}, job.markers.read()
     if before is not None:
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
-    else:
-        target.write(_STARTED, json.dumps(recipe[SECTION]).encode() + b"\n")
     hide_indexes(target)
     job.markers.forget(done.keys() - wanted)
     for entry in dataset.manifest.ledger:
-        target.write(entry.table, source.read(entry.table))
+        target.write(entry.table, dataset.storage.read(entry.table))
     summary = run(job, units, resources, progress=progress)
     done = job.markers.read()
     manifest = dataset.manifest.model_copy(
@@ -148,8 +157,8 @@ def export(
     samples, texts = (sum(entry.samples for entry in manifest.shards), int(sum(f["texts"] for f in done.values())))
     return {
         "dataset": target.url,
-        "layer": layer,
-        "slot": slot,
+        "layer": job.layer,
+        "slot": job.slot,
         "shards": len(manifest.shards),
         "samples": samples,
         "from_layer": texts,

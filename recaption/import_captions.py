@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.lease import lease
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 
@@ -61,7 +62,8 @@ def write(storage: Storage, layer: str, file: Path, slots: Mapping[str, str] = S
         hint = "name images by key, or by URL or path as in the column url of the dataset's tables"
         example = f" (the first is {next(iter(texts))})" if texts else ""
         raise RecipeError("FILE", f"none of the images in {file} is in {storage.url}{example}", hint)
-    images = store.write_given_layer(storage, layer, captions)["images"]
+    with lease(storage, "captions import", f"captions/{layer}"):
+        images = store.write_given_layer(storage, layer, captions)["images"]
     chosen = sorted({slot for captions_of in captions.values() for slot in captions_of})
     return {"layer": layer, "slots": chosen, "lines": len(texts), "images": images, "missing": len(texts) - len(used)}
 

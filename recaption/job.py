@@ -20,6 +20,7 @@ from capstan.pipeline import units
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import CapstanError, Quarantined
+from capstan.pipeline.lease import lease
 from capstan.pipeline.storage import Storage
 from capstan.recaption import generate, store
 from capstan.recaption.config import RecaptionConfig
@@ -249,8 +250,15 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Write or complete the caption layer that the recipe describes; resumes an interrupted run.
 
     Returns the layer's id and counts of images. Raises Quarantined if shards kept failing; the others are complete.
+    Raises CapstanError if another process writes this layer, or the dataset.
     """
-    job, start = _job(recipe), time.perf_counter()
+    job = _job(recipe)
+    with lease(job.storage, "recaption", f"captions/{job.layer}"):
+        return _recaption(job, recipe, progress)
+
+
+def _recaption(job: RecaptionJob, recipe: Recipe, progress: bool) -> dict[str, Any]:
+    start = time.perf_counter()
     now, touched, waiting, quarantined = Counter[str](), set[str](), set[str](), dict[str, str]()
     for sharing in (True, False):
         todo = [shard for shard in _outline(job, sharing=sharing) if sharing or shard.entry.name in waiting]

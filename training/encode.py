@@ -13,6 +13,7 @@ from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import Quarantined
+from capstan.pipeline.lease import lease
 from capstan.training.config import AUTO, TrainConfig, WeightedDataset, family_class
 from capstan.training.data.dataset import find_layer
 from capstan.training.precomputed import latents, text_embeddings
@@ -68,10 +69,11 @@ def _texts(
 
 
 def _run(job: Job, recipe: Recipe, progress: bool) -> dict[str, Any]:
-    job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
-    work = [job.unit(entry) for entry in job.dataset.manifest.shards]
-    job.markers.forget(job.stale(work))
-    summary = units.run(job, work, recipe.resources, progress=progress)
+    with lease(job.storage, "encode", job.folder, wait=True):  # several runs may need the same files
+        job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity, indent=1).encode())
+        work = [job.unit(entry) for entry in job.dataset.manifest.shards]
+        job.markers.forget(job.stale(work))
+        summary = units.run(job, work, recipe.resources, progress=progress)
     if summary.quarantined:
         raise Quarantined(job.name, summary.quarantined)
     counts = {name: int(count) for name, count in summary.counts.items()}

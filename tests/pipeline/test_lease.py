@@ -125,3 +125,50 @@ def test_commands_that_write_are_refused_while_another_does(storage: Storage, co
     with pytest.raises(CapstanError, match="another process"):
         commands[command]()
     assert storage.names() == before
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "refused"),
+    [
+        ("", "captions/mine", True),
+        ("captions/mine", "", True),
+        ("captions/mine", "captions/mine", True),
+        ("captions/mine", "captions/other", False),
+        ("captions/mine", "latents/x", False),
+    ],
+)
+def test_a_part_excludes_itself_and_the_whole(storage: Storage, held: str, asked: str, refused: bool) -> None:
+    with lease.lease(storage, "one", held) as first:
+        if refused:
+            with pytest.raises(CapstanError, match="capstan one"), lease.lease(storage, "two", asked):
+                pass
+        else:
+            with lease.lease(storage, "two", asked):
+                first.check()
+        first.check()
+    with lease.lease(storage, "three", asked):
+        pass
+    assert storage.names() == []
+
+
+def test_a_stale_lease_of_a_part_does_not_stop_the_whole(storage: Storage) -> None:
+    other = {"id": "0", "command": "recaption", "host": "elsewhere", "pid": 7, "owner": "?", "seen": 0.0}
+    storage.write("state/leases/captions%2Fmine.json", json.dumps(other).encode())
+    with lease.lease(storage, "remove"):
+        assert storage.names("state") == [lease.NAME]
+
+
+def test_who_waits_gets_it_when_the_other_ends(storage: Storage) -> None:
+    first = lease.HeldLease(storage, "encode", "latents/x")
+    first.take()
+    threading.Timer(0.3, first.release).start()
+    start = time.monotonic()
+    with lease.lease(storage, "encode", "latents/x", wait=True):
+        assert time.monotonic() - start >= 0.3
+
+
+def test_a_lease_that_was_removed_ends_its_holder(storage: Storage) -> None:
+    with lease.lease(storage, "build") as held:
+        storage.delete(lease.NAME)
+        with pytest.raises(CapstanError, match="is gone"):
+            held.check()

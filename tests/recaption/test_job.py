@@ -20,7 +20,8 @@ from small_dataset import image
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import sha256_of
-from capstan.pipeline.errors import Quarantined, RecipeError
+from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
+from capstan.pipeline.lease import lease
 from capstan.pipeline.records import make_key
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
@@ -338,3 +339,18 @@ def test_without_a_section_or_a_dataset(captioner: Path, tmp_path: Path) -> None
         recaption(Recipe(dataset=str(tmp_path)))
     with pytest.raises(RecipeError, match="capstan build"):
         recaption(recipe(captioner, Storage(str(tmp_path))))
+
+
+def test_no_layer_is_written_twice_or_during_a_takedown(
+    build: Build, captioner: Path, captioned: Counter[str]
+) -> None:
+    storage = build(STEPS[:1])
+    layer = plan(recipe(captioner, storage))["layer"]
+    captioned.clear()
+    for command, part in (("remove", ""), ("recaption", f"captions/{layer}")):
+        with lease(storage, command, part), pytest.raises(CapstanError, match=f"capstan {command}"):
+            recaption(recipe(captioner, storage), progress=False)
+    assert not captioned
+    assert layer_files(storage) == {}
+    with lease(storage, "recaption", "captions/another"):
+        assert recaption(recipe(captioner, storage), progress=False)["new"] == len(STEPS[0])

@@ -94,7 +94,7 @@ class OpenShards:
             self._cache.prefetch(name, entry.sha256, entry.sha256 if name == entry.tar else None)
 
     def jpeg(self, number: int, shard: OpenShard, row: int) -> bytes:
-        """Return the encoded image of one of the shard's samples. Raises CapstanError if the tar is truncated."""
+        """Return the encoded image of one of the shard's samples. Raises DamagedFile if it is not what was written."""
         offset, size = (int(value) for value in shard.numbers[row, -2:])
         entry = self.dataset.manifest.shards[number]
         jpeg: bytes | None = None
