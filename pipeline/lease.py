@@ -90,6 +90,7 @@ class HeldLease:
             time.sleep(BEAT_S)
 
     def _take(self) -> None:
+        self._storage.check_links()
         for name in self._excluded():
             if (other := _read(self._storage, name)) is not None:
                 if not _is_stale(self._storage, name, other):
@@ -159,7 +160,8 @@ def lease(storage: Storage, command: str, part: str = "", *, wait: bool = False)
 
     With `part`, e.g. "captions/mine", only that part of the dataset is leased. With `wait`, wait for other writers.
 
-    Raises CapstanError if another process holds it, naming the process, its machine and when it was last seen.
+    Raises CapstanError if another process holds it, naming the process, its machine and when it was last seen; and
+    RecipeError for a link inside the dataset.
     """
     held = HeldLease(storage, command, part)
     held.take(wait=wait)

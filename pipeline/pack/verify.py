@@ -68,6 +68,7 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
     if manifest.format_version < FORMAT_VERSION:
         return [f"{MANIFEST}: format {manifest.format_version} is too old for this version: run `capstan build` again"]
     problems = [] if manifest.complete else [f"{MANIFEST}: incomplete: run `capstan build` again"]
+    problems += [f"{name}: a link, and links inside a dataset are not followed" for name in storage.links()]
     if not seal_holds(storage.read(MANIFEST)):
         problems.append(f"{MANIFEST}: does not match its own seal: damaged, or edited by hand")
     found, keys, sums = _shards(storage, manifest, progress)

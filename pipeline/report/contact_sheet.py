@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DiskFull, RecipeError
 from capstan.pipeline.html.page import clean, clip
 from capstan.pipeline.records import OUTCOMES
 from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
@@ -56,12 +57,11 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
         images = find_images(rows, shown.values())
         cells = [_cell(shown[key], images.get(key)) for key in chosen.keys]
     title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
+    data = io.BytesIO()
+    _sheet(cells, title).save(data, "PNG", optimize=True)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".partial-{out.name}")
-        _sheet(cells, title).save(partial, "PNG", optimize=True)
-        partial.replace(out)
-    except OSError as error:
+        Storage(str(out.parent)).write(out.name, data.getvalue())  # creates its temporary file exclusively
+    except (OSError, DiskFull) as error:
         raise RecipeError("-o", f"cannot write {out} ({error})", "name a PNG file that can be written") from None
     return {
         "sheet": str(out),

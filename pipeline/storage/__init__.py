@@ -106,8 +106,22 @@ class Storage:
         return self._files.open(self._path(name))
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the names of all finished files at any depth below `folder`, sorted, relative to this storage."""
+        """Return the names of all finished files at any depth below `folder`, sorted, relative to this storage.
+
+        Links are neither listed nor followed.
+        """
+        if isinstance(self._files, Local) and self._leads_through_link(folder):
+            return []
         return sorted(self._name(path) for path in self._files.find(self._path(folder)))
+
+    def links(self) -> list[str]:
+        """Return the names of all links at any depth, sorted; a bucket has none."""
+        found = self._files.links(self._root) if isinstance(self._files, Local) else []
+        return sorted(self._name(path) for path in found)
+
+    def _leads_through_link(self, folder: str) -> bool:
+        parts = folder.split("/") if folder else []
+        return any(Path(self._path("/".join(parts[:depth]))).is_symlink() for depth in range(1, len(parts) + 1))
 
     def path(self, name: str) -> str:
         """Return the full path or URL of a file, for messages."""
@@ -176,6 +190,12 @@ class Storage:
             message = error.problem if isinstance(error, StorageError) else str(error)
             hint = "check the URL, the bucket, its permissions, storage.endpoint_url and credentials"
             raise RecipeError(self.field, f"cannot reach {self.url} ({message})", hint) from None
+
+    def check_links(self) -> None:
+        """Raise RecipeError naming a link below this folder: deleting by such a name would delete elsewhere."""
+        if links := self.links():
+            problem = f"{self.path(links[0])} is a link, and links inside a dataset are not followed"
+            raise RecipeError(self.field, problem, "replace it with the file or folder itself, or remove it")
 
     def check_writable(self) -> None:
         """Raise RecipeError unless a file can be written here, read back and removed; DiskFull if there is no space."""

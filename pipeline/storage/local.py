@@ -49,12 +49,16 @@ class Local:
     def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
         return Path(path).open("rb")
 
+    def links(self, folder: str) -> list[str]:
+        """Return the links at any depth, which no other method follows."""
+        return [f"{root}/{name}" for root, _, links in _walk(folder) for name in links]
+
     def find(self, folder: str) -> list[str]:
         """Return all finished files at any depth."""
-        return [f"{root}/{name}" for root, names in _walk(folder) for name in names if not name.startswith(PARTIAL)]
+        return [f"{root}/{name}" for root, names, _ in _walk(folder) for name in names if not name.startswith(PARTIAL)]
 
     def write(self, path: str, data: bytes) -> None:
-        with _publish(Path(path), len(data)) as partial, partial.open("wb") as file:
+        with _publish(Path(path), len(data)) as partial, partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -70,7 +74,7 @@ class Local:
 
     def sweep(self, folder: str) -> int:
         """Remove the temporary files of writers that have ended; return how many."""
-        left = [Path(root, name) for root, names in _walk(folder) for name in names if name.startswith(PARTIAL)]
+        left = [Path(root, name) for root, names, _ in _walk(folder) for name in names if name.startswith(PARTIAL)]
         abandoned = [path for path in left if _is_abandoned(path)]
         for path in abandoned:
             path.unlink(missing_ok=True)
@@ -176,9 +180,20 @@ def owner() -> str:
     return hashlib.blake2b("\0".join(facts).encode(), digest_size=4).hexdigest()
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    for root, _, names in os.walk(folder, followlinks=True):
-        yield root, names
+def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, names of its files, names of its links) for `folder` and all below. Links are not followed: what
+    is listed may be deleted or published."""
+    folders, names, links = list[str](), list[str](), list[str]()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                kind = links if entry.is_symlink() else folders if entry.is_dir() else names
+                kind.append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):  # another process may have removed it
+        return
+    yield folder, names, links
+    for name in folders:
+        yield from _walk(f"{folder}/{name}")
 
 
 def _mount(folder: Path) -> Path:

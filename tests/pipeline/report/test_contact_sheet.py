@@ -121,3 +121,13 @@ def test_keys_that_are_not_there_and_files_that_are_no_png(sheet, hostile_datase
     assert "keys look like" in said
     assert run(["report", str(hostile_dataset), "--samples", "kept", "-o", str(tmp_path / "sheet.jpg")]) == 2
     assert run(["report", str(hostile_dataset), "--samples", "kept", "--count", "0"]) == 2
+
+
+def test_no_link_is_written_through(sheet, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "some").mkdir()
+    for name in ("sheet.png", ".partial-sheet.png"):
+        (tmp_path / "some" / name).symlink_to(victim)
+    assert sheet("--samples", "outcome=kept")[0] == 0
+    assert victim.read_text() == "precious"
