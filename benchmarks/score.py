@@ -163,7 +163,7 @@ def make(folder: Path, images: int, model: str, batch: int) -> None:
         storage.put(folder / "x.tar", units[-1].tar)
         nothing = {f.name: "" if pa.types.is_string(f.type) else 0 for f in STAGED_SCHEMA}
         rows = [
-            nothing | {"key": key, "caption": f"image {key}", "offset": offset, "size": size}
+            nothing | {"key": key, "caption": f"image {key}", "offset": offset, "size": size, "crc32": None}
             for key, (offset, size) in zip(keys, spans, strict=True)
         ]
         storage.write_table(units[-1].table, pa.Table.from_pylist(rows, STAGED_SCHEMA))

@@ -317,7 +317,7 @@ def write_dataset(folder: Path, samples: list[Sample]) -> None:
     nothing = {f.name: "" if pa.types.is_string(f.type) else 0 for f in SHARD_SCHEMA}
     sizes = {"width": SIZE, "height": SIZE, "original_width": SIZE, "original_height": SIZE, "extra": "{}"}
     rows = [
-        nothing | sizes | {"key": sample.key, "caption": sample.caption, "offset": offset, "size": size}
+        nothing | sizes | {"key": sample.key, "caption": sample.caption, "offset": offset, "size": size, "crc32": None}
         for sample, (offset, size) in zip(samples, spans, strict=True)
     ]
     storage.write_table(f"shards/{name}.parquet", pa.Table.from_pylist(rows, schema=SHARD_SCHEMA))

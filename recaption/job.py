@@ -254,6 +254,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """
     job = _job(recipe)
     with lease(job.storage, "recaption", f"captions/{job.layer}"):
+        job.dataset = Dataset(job.storage)  # a takedown may have ended just before
         return _recaption(job, recipe, progress)
 
 

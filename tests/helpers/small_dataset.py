@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _write(storage: Storage, scratch: Path, name: str, numbers: list[int]) -> Sh
             "extra": "{}",
             "offset": offset,
             "size": length,
+            "crc32": zlib.crc32(jpeg),
         }
         for number, key, jpeg, (offset, length) in zip(numbers, keys, jpegs, spans, strict=True)
     ]

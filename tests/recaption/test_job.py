@@ -341,9 +341,7 @@ def test_without_a_section_or_a_dataset(captioner: Path, tmp_path: Path) -> None
         recaption(recipe(captioner, Storage(str(tmp_path))))
 
 
-def test_no_layer_is_written_twice_or_during_a_takedown(
-    build: Build, captioner: Path, captioned: Counter[str]
-) -> None:
+def test_no_layer_is_written_twice_or_during_a_takedown(build: Build, captioner: Path, captioned: Counter[str]) -> None:
     storage = build(STEPS[:1])
     layer = plan(recipe(captioner, storage))["layer"]
     captioned.clear()

@@ -170,7 +170,7 @@ def test_a_bad_image_is_a_null_with_a_reason(
     for number, row in enumerate(rows):
         numbers = {f.name: 0 for f in STAGED_SCHEMA if not pa.types.is_string(f.type)}
         offset, size = spans[number] if number < 2 else (0, 0)
-        row |= {"key": f"k{number}", "caption": "a cat", **numbers, "offset": offset, "size": size}
+        row |= {"key": f"k{number}", "caption": "a cat", **numbers, "offset": offset, "size": size, "crc32": None}
     rows[3]["reason"] = "timeout"
     storage.write_table("staged/u.parquet", pa.Table.from_pylist(rows, STAGED_SCHEMA))
     recipe = Recipe.model_validate(
