@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import TyperException
 
 import capstan.cluster.jobs.cli
+import capstan.cluster.view.cli
 import capstan.pipeline.cli
 import capstan.recaption.cli
 import capstan.training.cli
@@ -48,6 +49,7 @@ app = typer.Typer(
 for floor in (capstan.pipeline.cli, capstan.recaption.cli, capstan.training.cli):
     floor.add_commands(app, load)
 capstan.cluster.jobs.cli.add_commands(app)
+capstan.cluster.view.cli.add_commands(app)
 experiments = capstan.training.experiment.cli.experiments(load)
 app.add_typer(experiments, name="experiment")
 

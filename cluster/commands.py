@@ -55,6 +55,11 @@ COMMANDS: Final[dict[str, Command]] = {
         "Write an HTML report or a contact sheet.",
         ("capstan report out/ds", "capstan report out/ds --samples reason=timeout -o timeouts.png"),
     ),
+    "view": Command(
+        DATA,
+        "Look at a dataset in a browser.",
+        ("capstan view out/ds", "capstan view s3://bucket/ds --no-browser --port 8000"),
+    ),
     "verify": Command(
         DATA,
         "Check every tar, checksum and index.",

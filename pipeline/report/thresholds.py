@@ -139,3 +139,9 @@ def _number(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> float
     except duckdb.Error:
         return None
     return value if value is not None and abs(value) < float("inf") else None
+
+
+def is_condition(db: duckdb.DuckDBPyConnection, text: str) -> bool:
+    """Return whether a text is one SQL expression: not a list, not several statements, not a query."""
+    statement = _parse(db, text) if text.strip() else None
+    return statement is not None and not {node["class"] for node in _walk(_expression(statement))} & _UNCLEAR

@@ -50,11 +50,11 @@ class Browser:
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
 
-    def visit(self, page: Path, *expressions: str, width: int = 1280, dark: bool = False) -> Visit:
-        """Open a file, let it settle, and evaluate `expressions` (JavaScript) in it."""
+    def visit(self, page: Path | str, *expressions: str, width: int = 1280, dark: bool = False) -> Visit:
+        """Open a file or a URL, let it settle, and evaluate `expressions` (JavaScript, promises too) in it."""
         return asyncio.run(asyncio.wait_for(self._visit(page, expressions, width, dark), _PATIENCE_S))
 
-    async def _visit(self, page: Path, expressions: Sequence[str], width: int, dark: bool) -> Visit:
+    async def _visit(self, page: Path | str, expressions: Sequence[str], width: int, dark: bool) -> Visit:
         async with aiohttp.ClientSession() as session:
             async with session.put(f"{self._url}/json/new?about:blank") as answer:
                 target = await answer.json(content_type=None)
@@ -66,11 +66,14 @@ class Browser:
                 await tab.ask("Emulation.setDeviceMetricsOverride", **size)
                 scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
                 await tab.ask("Emulation.setEmulatedMedia", features=[scheme])
-                await tab.ask("Page.navigate", url=page.resolve().as_uri())
+                url = page if isinstance(page, str) else page.resolve().as_uri()
+                await tab.ask("Page.navigate", url=url)
                 await tab.until("Page.loadEventFired")
                 await asyncio.sleep(0.3)  # what a page starts after it has loaded
                 for expression in expressions:
-                    answer = await tab.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+                    answer = await tab.ask(
+                        "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+                    )
                     tab.visit.answers.append(answer["result"].get("value"))
             await session.get(f"{self._url}/json/close/{target['id']}")
         return tab.visit

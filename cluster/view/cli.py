@@ -1,0 +1,43 @@
+"""The command `capstan view`"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from capstan.pipeline.cli import DatasetArgument, JsonOption, StorageOption, open_dataset
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add `view` to `app`."""
+
+    @app.command()
+    def view(
+        dataset: DatasetArgument,
+        port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
+        browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+        overrides: StorageOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Look at a dataset in a browser.
+
+        Shows kept, rejected, duplicate and failed rows with their reasons, all caption layers, and what other
+        thresholds would keep. Listens on this machine only. Ctrl-C ends it.
+        """
+        from capstan.cluster.view.server import serve
+
+        storage = open_dataset(dataset, overrides)
+
+        def ready(address: str) -> None:
+            if as_json:
+                print(json.dumps({"url": address}), flush=True)
+            else:
+                print(f"{dataset} is at {address}\nCtrl-C ends it.", file=sys.stderr)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(storage, port, browser=browser, ready=ready))

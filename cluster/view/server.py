@@ -1,0 +1,212 @@
+"""The viewer's routes: JSON about rows, images by key, the page
+
+All questions run in threads; the explorer answers one at a time and interrupts what takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import webbrowser
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from aiohttp import web
+
+from capstan.cluster.view.access import Access
+from capstan.cluster.view.captions import captions_of
+from capstan.cluster.view.images import Images
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.report.explore import Explorer
+from capstan.pipeline.report.query import SAMPLE, Row, Rows
+from capstan.pipeline.report.thumbnails import why_missing
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import list_layers
+
+logger = logging.getLogger(__name__)
+
+_STATIC: Final = Path(__file__).with_name("static")
+_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_KEY: Final = re.compile(r"[0-9a-f]{32}")
+_SIDES: Final = (0, 256)  # sizes in which images are served; 0: as stored
+_PAGE: Final = 60
+_CARD: Final = (  # columns that the grid and the table show
+    *("key", "caption", "url", "outcome", "reason", "detail", "width", "height"),
+    *("original_width", "original_height", "shard", "unit"),
+)
+_MOST_BYTES: Final = 1 << 16  # of a request
+
+
+class Viewer:
+    """The application over one open dataset."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
+        self.access = Access()
+        self.app = web.Application(middlewares=[self.access.check, _problems], client_max_size=_MOST_BYTES)
+        self.app.router.add_get("/", self._static("index.html"))
+        for path in sorted(_STATIC.iterdir()):
+            self.app.router.add_get(f"/static/{path.name}", self._static(path.name))
+        self.app.router.add_get("/api/dataset", self.dataset)
+        self.app.router.add_get("/api/rows", self.page)
+        self.app.router.add_get("/api/row/{key}", self.row)
+        self.app.router.add_get("/api/histogram", self.histogram)
+        self.app.router.add_post("/api/funnel", self.funnel)
+        self.app.router.add_get("/api/nearest", self.nearest)
+        self.app.router.add_get("/image/{key}/{side}", self.image)
+
+    async def dataset(self, _: web.Request) -> web.Response:
+        """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
+        rows, explorer = self.rows, self.explorer
+        manifest = rows.manifest
+        layers = await asyncio.to_thread(list_layers, rows.storage)
+        return _json(
+            {
+                "dataset": rows.storage.url,
+                "finished": rows.finished,
+                "rows": rows.count,
+                "sampled": SAMPLE if rows.sampled else None,
+                "outcomes": [{"outcome": o, "reason": r, "rows": n} for (o, r), n in explorer.outcomes.items()],
+                "funnel": manifest.funnel if manifest else [],
+                "conditions": [{"name": name, "where": where} for name, where in rows.conditions.items()],
+                "columns": explorer.columns,
+                "subjects": [
+                    {"title": s.title, "sql": s.sql, "thresholds": [asdict(t) for t in s.thresholds]}
+                    for s in explorer.subjects
+                ],
+                "layers": layers,
+            }
+        )
+
+    async def page(self, request: web.Request) -> web.Response:
+        """Return a page of rows, and read their thumbnails ahead."""
+        asked = request.query
+        after = json.loads(asked["after"]) if "after" in asked else None
+        if after is not None and not (isinstance(after, list) and len(after) == 2 and isinstance(after[1], str)):
+            raise RecipeError("after", "is not the end of a page", "use the `next` of the page before")
+        found = await asyncio.to_thread(
+            self.explorer.page,
+            asked.get("where", ""),
+            asked.get("outcome", ""),
+            asked.get("reason", ""),
+            asked.get("order", "key"),
+            asked.get("descending") == "1",
+            after,
+            _PAGE,
+        )
+        await asyncio.to_thread(self.images.load, found.rows, 256)
+        return _json({"rows": [_card(row) for row in found.rows], "next": found.next, "total": found.total})
+
+    async def row(self, request: web.Request) -> web.Response:
+        """Return all that is known of a row, with its captions in every layer."""
+        key = _key(request)
+        detail = await asyncio.to_thread(self.explorer.detail, key)
+        row = await asyncio.to_thread(self.explorer.row, key)
+        if detail is None or row is None:
+            raise web.HTTPNotFound(text="no such row")
+        captions = await asyncio.to_thread(captions_of, self.rows.storage, row.shard, key) if row.is_shown else []
+        return _json({**detail, "card": _card(row), "captions": captions})
+
+    async def histogram(self, request: web.Request) -> web.Response:
+        """Return the histogram of a subject."""
+        found = await asyncio.to_thread(self.explorer.histogram, request.query.get("subject", ""))
+        return _json(
+            None
+            if found is None
+            else {"edges": found.edges, "kept": found.kept, "others": found.lost, "whole": found.whole}
+        )
+
+    async def funnel(self, request: web.Request) -> web.Response:
+        """Return what conditions would leave, and the conditions as YAML for a recipe."""
+        asked = await request.json()
+        conditions = [(str(one["name"]), str(one["where"])) for one in asked["conditions"]]
+        steps = await asyncio.to_thread(self.explorer.funnel, conditions)
+        select = [{"name": name, "where": where} for name, where in conditions]
+        text = yaml.safe_dump({"select": select}, sort_keys=False, allow_unicode=True, width=100)
+        return _json({"steps": steps, "yaml": text})
+
+    async def nearest(self, request: web.Request) -> web.Response:
+        """Return the rows on both sides of a threshold."""
+        try:
+            threshold = float(request.query.get("threshold", ""))
+        except ValueError:
+            raise RecipeError("threshold", "is not a number", "write e.g. threshold=0.28") from None
+        found = await asyncio.to_thread(self.explorer.nearest, request.query.get("subject", ""), threshold)
+        await asyncio.to_thread(self.images.load, [row for side in found.values() for row in side], 256)
+        return _json({side: [_card(row) for row in rows] for side, rows in found.items()})
+
+    async def image(self, request: web.Request) -> web.Response:
+        """Return a row's JPEG. Removed rows have none."""
+        key, side = _key(request), request.match_info["side"]
+        if side not in map(str, _SIDES):
+            raise web.HTTPNotFound(text="no such size")
+        row = await asyncio.to_thread(self.explorer.row, key)
+        data = await asyncio.to_thread(self.images.get, row, int(side)) if row is not None and row.is_shown else None
+        if data is None:
+            raise web.HTTPNotFound(text="no image")
+        return web.Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+    @staticmethod
+    def _static(name: str) -> Callable[[web.Request], Any]:
+        async def answer(_: web.Request) -> web.Response:
+            path = _STATIC / name
+            return web.Response(body=path.read_bytes(), content_type=_TYPES[path.suffix], charset="utf-8")
+
+        return answer
+
+
+@web.middleware
+async def _problems(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+    """Return a user's mistake as JSON with its field, problem and hint."""
+    try:
+        answer: web.StreamResponse = await handler(request)
+        return answer
+    except RecipeError as error:
+        return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)
+    except (KeyError, TypeError, ValueError):
+        problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
+        return web.json_response(problem, status=400)
+
+
+def _key(request: web.Request) -> str:
+    key = request.match_info["key"]
+    if not _KEY.fullmatch(key):
+        raise web.HTTPNotFound(text="no such row")
+    return key
+
+
+def _card(row: Row) -> dict[str, Any]:
+    """Return what the grid and the table show of a row."""
+    return {name: getattr(row, name) for name in _CARD} | {"image": row.is_shown, "why": why_missing(row)}
+
+
+def _json(answer: Any) -> web.Response:
+    return web.json_response(answer, headers={"Cache-Control": "no-store"})
+
+
+async def serve(storage: Storage, port: int, *, browser: bool, ready: Callable[[str], None]) -> None:
+    """Serve the viewer on loopback until it is cancelled; call `ready` with the address once it listens."""
+    with Rows(storage) as rows:
+        viewer = Viewer(rows)
+        runner = web.AppRunner(viewer.app, access_log=None)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", port)
+            try:
+                await site.start()
+            except OSError as error:
+                raise RecipeError("--port", f"cannot listen on {port} ({error.strerror})", "use a free port") from None
+            address = viewer.access.serve_on(runner.addresses[0][1])
+            ready(address)
+            if browser:
+                with contextlib.suppress(webbrowser.Error):
+                    webbrowser.open(address)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()

@@ -1,0 +1,61 @@
+// One row: its image, what is known of it, and its captions in every layer with the words that differ marked.
+
+import { ask, h, short } from "./dom.js";
+import { neighbour, picture } from "./rows.js";
+import { change, state } from "./state.js";
+
+const dialog = document.getElementById("detail");
+dialog.addEventListener("close", () => change({ key: "" }));
+dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+document.addEventListener("keydown", (event) => {
+  if (!dialog.open || event.target.matches("input, select")) return;
+  const step = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
+  const next = step && neighbour(state.key, step);
+  if (next) change({ key: next });
+});
+
+export async function showDetail() {
+  if (!state.key) {
+    if (dialog.open) dialog.close();
+    return;
+  }
+  const { row, scores, card, captions, before, after } = await ask(`/api/row/${state.key}`);
+  const twin = row.outcome === "duplicate" && /^[0-9a-f]{32}$/.test(row.detail)
+    ? (await ask(`/api/row/${row.detail}`)).card : null;
+  const close = h("button", { class: "close", "aria-label": "Close", onclick: () => dialog.close() }, "×");
+  const steps = [["Previous key", before], ["Next key", after]].map(([title, key]) =>
+    h("button", { class: "plain", disabled: !key, onclick: () => change({ key }) }, title));
+  const copy = h("button", { class: "plain" }, "Copy key");
+  copy.addEventListener("click", () => navigator.clipboard?.writeText(row.key).then(() => { copy.textContent = "Copied"; }));
+  const parts = [close,
+    h("div", { class: "big" }, picture(card, 0), twin ? h("figure", {}, picture(twin, 0),
+      h("figcaption", {}, h("button", { class: "plain", onclick: () => change({ key: twin.key }) }, "The image that was kept"))) : null),
+    h("h2", {}, row.caption || "no caption"),
+    h("p", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason, row.detail].filter(Boolean).join(": ")),
+    h("div", { class: "buttons" }, copy, steps),
+    captions.length ? texts(row.caption, captions) : null,
+    Object.keys(scores).length ? facts("Scores", scores) : null,
+    facts("Row", row),
+    card.outcome === "kept" ? h("p", { class: "note" }, "To take this image down, put its key into a file and run capstan remove DATASET --keys FILE.") : null];
+  dialog.replaceChildren(...parts.filter(Boolean));
+  if (!dialog.open) dialog.showModal();
+}
+
+function facts(title, values) {
+  const lines = Object.entries(values).filter(([, value]) => value !== "" && value !== null);
+  return h("section", {}, h("h3", {}, title), h("dl", {}, lines.flatMap(([name, value]) => [
+    h("dt", {}, name), h("dd", {}, typeof value === "number" ? short(value) : String(value))])));
+}
+
+function texts(original, captions) {
+  return h("section", {}, h("h3", {}, "Captions"), h("dl", { class: "captions" }, captions.flatMap((one) => [
+    h("dt", {}, one.slot, h("span", { class: "layer" }, one.layer)),
+    h("dd", {}, marked(original, one.text), one.flags.length ? h("span", { class: "flags" }, one.flags.join(", ")) : null)])));
+}
+
+// Mark the words of a text that the original caption does not have.
+function marked(original, text) {
+  const known = new Set(original.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []);
+  return text.split(/([\p{L}\p{N}]+)/u).map((part, place) =>
+    place % 2 && !known.has(part.toLowerCase()) ? h("mark", {}, part) : part);
+}

@@ -1,0 +1,30 @@
+// Start: what the dataset is, then the parts of the page, which follow the state in the address.
+
+import { showDetail } from "./detail.js";
+import { ask, number } from "./dom.js";
+import { showRows } from "./rows.js";
+import { showSide } from "./side.js";
+import { onchange, state } from "./state.js";
+
+const dataset = await ask("/api/dataset");
+document.title = `${dataset.dataset} – Capstan`;
+document.getElementById("name").textContent = dataset.dataset;
+const kept = dataset.outcomes.filter((one) => one.outcome === "kept").reduce((sum, one) => sum + one.rows, 0);
+document.getElementById("counts").textContent = [
+  `${number(dataset.rows)} rows`,
+  dataset.finished ? `${number(kept)} kept` : "not finished: what is staged so far",
+  dataset.layers.length ? `${dataset.layers.length} caption ${dataset.layers.length === 1 ? "layer" : "layers"}` : "no caption layers",
+].join(" · ");
+
+const failed = () => {}; // `ask` has shown the problem already
+onchange((names) => {
+  if (names.some((name) => ["outcome", "reason", "where", "order", "descending", "look"].includes(name))) {
+    showSide(dataset);
+    showRows().catch(failed);
+  }
+  if (names.includes("key")) showDetail().catch(failed);
+});
+showSide(dataset);
+await showRows().catch(failed);
+if (state.key) await showDetail().catch(failed);
+document.body.dataset.ready = "yes";

@@ -1,0 +1,199 @@
+"""Questions about a dataset's rows: pages, facets, histograms, what-if funnels
+
+Every SQL text of a user passes `condition`, which takes one expression. A question that takes longer than its deadline
+is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import duckdb
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.html.plots import Histogram
+from capstan.pipeline.records import LEDGER_SCHEMA
+from capstan.pipeline.report.histograms import Subject, histograms, subjects, value
+from capstan.pipeline.report.query import SHOWN, Row, Rows, literal, quoted
+from capstan.pipeline.report.thresholds import is_condition
+
+DEADLINE_S: Final = 20.0
+_TEXT: Final = 2000  # characters of a text column in a detail
+_HIDDEN: Final = ("phash", "colours", "offset", "size", "json_size")
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows in order, and where the next page starts (None at the end)."""
+
+    rows: list[Row]
+    next: list[Any] | None
+    total: int | None
+
+
+class Explorer:
+    """Answers questions about `rows`, one at a time; safe to call from several threads."""
+
+    def __init__(self, rows: Rows, deadline_s: float = DEADLINE_S) -> None:
+        self.rows, self._deadline_s = rows, deadline_s
+        self._lock = threading.Lock()
+        with self._lock:
+            self._subjects = {subject.title: subject for subject in subjects(rows)}
+            self.outcomes = rows.outcomes
+            self.columns = rows.columns
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """What a histogram can be drawn of."""
+        return list(self._subjects.values())
+
+    def condition(self, text: str) -> str:
+        """Return a user's SQL condition in brackets. Raises RecipeError unless it is one expression over columns."""
+        with self._lock:
+            if not is_condition(self.rows.db, text):
+                raise RecipeError("where", f"{text!r} is not one SQL condition", "write e.g. width >= 512")
+            with self._asked("where"):
+                self.rows.query(f"SELECT ({text}\n)::BOOLEAN FROM rows LIMIT 0")
+        return f"coalesce(({text}\n)::BOOLEAN, false)"
+
+    def page(
+        self,
+        where: str = "",
+        outcome: str = "",
+        reason: str = "",
+        order: str = "key",
+        descending: bool = False,
+        after: Sequence[Any] | None = None,
+        limit: int = 60,
+    ) -> Page:
+        """Return a page of rows, ordered by a column and then by key; `after` is the `next` of the page before."""
+        if order not in self.columns:
+            raise RecipeError("order", f"no column {order!r}", f"use one of {', '.join(self.columns)}")
+        terms = [self.condition(where)] if where else []
+        terms += [f"outcome = {literal(outcome)}"] if outcome else []
+        terms += [f"reason = {literal(reason)}"] if reason else []
+        chosen = " AND ".join(terms) or "true"
+        column, sign = quoted(order), "<" if descending else ">"
+        bound, parameters = "true", list[Any]()
+        if after is not None and order == "key":
+            bound, parameters = f"key {sign} ?", [after[1]]
+        elif after is not None and after[0] is None:
+            bound, parameters = f"{column} IS NULL AND key > ?", [after[1]]
+        elif after is not None:
+            bound = f"({column} {sign} ? OR {column} IS NULL OR ({column} = ? AND key > ?))"
+            parameters = [after[0], after[0], after[1]]
+        way = "DESC" if descending else "ASC"
+        last = "" if order == "key" else ", key"
+        ordered = f"ORDER BY {column} {way} NULLS LAST{last} LIMIT {limit}"
+        query = f"SELECT key, {column} FROM rows WHERE {chosen} AND {bound} {ordered}"
+        with self._lock, self._asked("where"):
+            found = self.rows.query(query, parameters)
+            total = None if after is not None else self.rows.query(f"SELECT count(*) FROM rows WHERE {chosen}")[0][0]
+            rows = self.rows.rows(key for key, _ in found)
+        more = [found[-1][1], found[-1][0]] if len(found) == limit else None
+        return Page([rows[key] for key, _ in found], more, total)
+
+    def row(self, key: str) -> Row | None:
+        """Return the row of a key, texts cut, or None."""
+        with self._lock, self._asked("key"):
+            return self.rows.rows([key]).get(key)
+
+    def detail(self, key: str) -> dict[str, Any] | None:
+        """Return a row's columns and scores, and the keys before and after it; None if there is no such row."""
+        shown = [name for name in self.columns if name not in _HIDDEN]
+        texts = {name for name in shown if self.columns[name] == "VARCHAR"}
+        listed = ", ".join(f"left({quoted(n)}, {_TEXT})" if n in texts else quoted(n) for n in shown)
+        with self._lock, self._asked("key"):
+            found = self.rows.query(f"SELECT {listed} FROM rows WHERE key = ?", [key])
+            before = self.rows.query("SELECT max(key) FROM rows WHERE key < ?", [key])[0][0]
+            after = self.rows.query("SELECT min(key) FROM rows WHERE key > ?", [key])[0][0]
+        if not found:
+            return None
+        facts = {name: _plain(cell) for name, cell in zip(shown, found[0], strict=True)}
+        scores = {name: facts.pop(name) for name in list(facts) if name not in LEDGER_SCHEMA.names}
+        return {"row": facts, "scores": scores, "before": before, "after": after}
+
+    def histogram(self, title: str) -> Histogram | None:
+        """Return the histogram of a subject over rows with an image; None if its values do not differ."""
+        with self._lock, self._asked("subject"):
+            drawn, _ = histograms(self.rows, [self._subject(title)])
+        return drawn[0] if drawn else None
+
+    def funnel(self, conditions: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Return {step, left, lost} of these conditions (name, SQL) in order, over rows with an image.
+
+        Duplicates are not looked for: `capstan select --dry-run` counts them. Of a large dataset a random sample is
+        counted: then `sample` is its number of rows, and `low` and `high` bound the rows left (95%).
+        """
+        steps = [self.condition(where) for _, where in conditions]
+        among = [" AND ".join(steps[: number + 1]) for number in range(len(steps))]
+        counts = ", ".join(["count(*)", *(f"count(*) FILTER ({term})" for term in among)])
+        with self._lock, self._asked("conditions"):
+            found = self.rows.query(f"SELECT {counts} FROM rows WHERE {SHOWN} AND {self.rows.sample}")[0]
+            whole = self.rows.query(f"SELECT count(*) FROM rows WHERE {SHOWN}")[0][0] if self.rows.sampled else found[0]
+        names, before, answer = ["images", *(name for name, _ in conditions)], found[0], []
+        for name, left in zip(names, found, strict=True):
+            step: dict[str, Any] = {"step": name, "left": left, "lost": before - left}
+            if self.rows.sampled:
+                low, high = wilson(left, found[0])
+                step |= {"sample": found[0], "low": round(low * whole), "high": round(high * whole)}
+                step |= {"left": round(left / found[0] * whole), "lost": round((before - left) / found[0] * whole)}
+            answer.append(step)
+            before = left
+        return answer
+
+    def nearest(self, title: str, threshold: float, count: int = 6) -> dict[str, list[Row]]:
+        """Return the rows whose value of a subject is nearest to a threshold: `below` it, and `above` or equal."""
+        number = value(self._subject(title).sql)
+        found = {}
+        for side, sign, way in (("below", "<", "DESC"), ("above", ">=", "ASC")):
+            where = f"{SHOWN} AND {self.rows.sample} AND v {sign} ?"
+            query = (
+                f"SELECT key FROM (SELECT *, {number} AS v FROM rows) WHERE {where} ORDER BY v {way}, key LIMIT {count}"
+            )
+            with self._lock, self._asked("threshold"):
+                keys = [key for (key,) in self.rows.query(query, [threshold])]
+                rows = self.rows.rows(keys)
+            found[side] = [rows[key] for key in keys]
+        return found
+
+    def _subject(self, title: str) -> Subject:
+        if title not in self._subjects:
+            raise RecipeError("subject", f"no subject {title!r}", f"use one of {', '.join(self._subjects)}")
+        return self._subjects[title]
+
+    @contextlib.contextmanager
+    def _asked(self, field: str) -> Iterator[None]:
+        """Interrupt the question at its deadline; report what DuckDB rejects as the user's mistake."""
+        timer = threading.Timer(self._deadline_s, self.rows.db.interrupt)
+        timer.start()
+        try:
+            yield
+        except duckdb.InterruptException:
+            problem = f"took longer than {self._deadline_s:g} s"
+            raise RecipeError(field, problem, "ask for less, e.g. a condition on key or outcome") from None
+        except duckdb.Error as error:
+            raise RecipeError(field, str(error).splitlines()[0], "correct the SQL condition") from None
+        finally:
+            timer.cancel()
+
+
+def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson score interval of a share (Wilson 1927)."""
+    if not trials:
+        return 0.0, 1.0
+    share, extra = hits / trials, z * z / trials
+    middle, half = share + extra / 2, z * math.sqrt(share * (1 - share) / trials + extra / trials / 4)
+    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
+
+
+def _plain(cell: Any) -> Any:
+    """Return a value that JSON can hold."""
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return None
+    return cell if isinstance(cell, str | int | float | bool | None) else str(cell)

@@ -1,0 +1,80 @@
+"""A small dataset with everything that the viewer shows, and `capstan view` running over it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hostile
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from capstan.pipeline.build import build
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.storage import Storage
+from capstan.recaption.store import write_given_layer
+
+
+def draw(seed: int) -> bytes:
+    """A JPEG of coloured blocks, other for each seed."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8))).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def write_viewed(folder: Path) -> Path:
+    """Build the hostile rows of helpers/hostile.py, with a layer of captions; return the dataset's folder."""
+    rows = [hostile.row(number, draw) for number in range(hostile.ROWS)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    recipe = hostile.recipe(str(folder), str(folder / "rows.parquet")) | {"resources": {"cpus": 2}}
+    build(Recipe.model_validate(recipe), progress=False)
+    storage = Storage(recipe["dataset"])
+    dataset = Dataset(storage)
+    keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
+    write_given_layer(storage, "people", {key: {"short": f"what a person wrote of {key[:4]}"} for key in keys})
+    return Path(recipe["dataset"])
+
+
+class Viewing:
+    """`capstan view` of a dataset, in a process of its own."""
+
+    def __init__(self, dataset: Path) -> None:
+        command = [sys.executable, "-m", "capstan", "view", str(dataset), "--no-browser", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = str(json.loads(self.process.stdout.readline())["url"])
+        self.origin, _, query = self.url.partition("/?")
+        self.token, self.port = query.removeprefix("token="), int(self.origin.rpartition(":")[2])
+        self.cookie = {"Cookie": f"capstan-view={self.token}"}
+
+    def __enter__(self) -> Viewing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of a request with the cookie."""
+        request = urllib.request.Request(self.origin + path, headers=self.cookie)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read()
+
+    def json(self, path: str) -> Any:
+        status, _, body = self.get(path)
+        assert status == 200, body
+        return json.loads(body)
