@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment test test-cluster test-slow check format clean
-.PHONY: bench-build bench-dedup bench-first-stages bench-loader bench-plan bench-rebuild bench-recaption
+.PHONY: bench-build bench-dedup bench-first-stages bench-jpeg-damage bench-loader bench-plan bench-rebuild bench-recaption
 .PHONY: bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
@@ -51,6 +51,10 @@ bench-dedup: $(STAMP)
 
 bench-first-stages: $(STAMP)
 	$(BIN)/python benchmarks/first_stages.py
+
+bench-jpeg-damage: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/jpeg_damage.py
 
 bench-loader: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -38,7 +38,7 @@ def make_photos(folder: Path, count: int) -> list[Path]:
 def _make(number: int, path: Path) -> None:
     cv2.setNumThreads(1)
     random = np.random.default_rng(number)
-    photo = _originals()[random.integers(len(_originals()))]
+    photo = originals()[random.integers(len(originals()))]
     side = 740 * math.exp(random.normal(0, 0.35))
     aspect = math.exp(random.uniform(math.log(3 / 4), math.log(16 / 9)))
     width, height = max(64, round(side * aspect**0.5)), max(64, round(side / aspect**0.5))
@@ -66,7 +66,7 @@ def _part(photo: np.ndarray, aspect: float, random: np.random.Generator) -> np.n
 
 
 @cache
-def _originals() -> list[np.ndarray]:
+def originals() -> list[np.ndarray]:
     """Return the BGR photographs of the installed packages."""
     import skimage.data
     import sklearn.datasets

@@ -38,17 +38,13 @@ from PIL import (
 from capstan.pipeline import config
 from capstan.pipeline.image import jpeg, png, sniff
 from capstan.pipeline.image.icc import is_srgb, to_srgb
+from capstan.pipeline.image.jpeg_pixels import RareSubsamplingError, decode_strictly
 from capstan.pipeline.image.phash import colours, phash
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
 
 _LARGEST_SIDE: Final = 65_500  # pixels; the most that JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
 _HASHED_SIDE: Final = 64  # an image stored unchanged is decoded no larger than this, for its phash
-# libjpeg warnings about files that every viewer shows in full; Pillow reads them. Any other warning means damage.
-_HARMLESS: Final = re.compile(
-    r"subsampling level|Invalid SOS parameters|JFIF revision|Adobe color transform"
-    r"|extraneous bytes before marker 0x(?!d)"  # inside a scan (before RSTn or EOI) they mean lost pixels
-)
 _PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
     "png": PngImagePlugin.PngImageFile,
@@ -216,27 +212,13 @@ def _decode_jpeg(data: bytes, image: config.Image) -> StoredImage:
     size = _swap(layout.scaled, orientation)
     needed = (min(size[0], _HASHED_SIDE), min(size[1], _HASHED_SIDE)) if as_it_is else size
     try:
-        pixels = simplejpeg.decode_jpeg(
-            data, colours, min_width=needed[0], min_height=needed[1], min_factor=_least_factor(header, needed)
-        )
-    except ValueError as error:
-        if _HARMLESS.search(str(error)):
-            return _decode_other("jpeg", data, image)
-        cut = "premature end" in str(error).lower() or not jpeg.has_end(data)
-        raise Unreadable("truncated" if cut else "corrupt", str(error)) from None
+        pixels, sound = decode_strictly(data, header, colours, needed)
+    except RareSubsamplingError:
+        return _decode_other("jpeg", data, image)
     if as_it_is:
-        return _image(jpeg.strip(data), pixels, data, layout)
+        return _image(jpeg.strip(sound), pixels, data, layout)
     shown = _fit(pixels, layout, orientation)
     return _encode(_jpeg_rgb(shown, colours, header.icc), data, layout, image)
-
-
-def _least_factor(header: jpeg.Header, needed: tuple[int, int]) -> int:
-    """Return the least factor by which libjpeg shrinks: 2, or 1 if 5/8 is enough.
-
-    libjpeg has no vector code for 6/8 and 7/8: decoding then costs more than averaging fewer pixels saves.
-    """
-    width, height = needed
-    return 1 if 8 * width <= 5 * header.width and 8 * height <= 5 * header.height else 2
 
 
 def _jpeg_rgb(pixels: np.ndarray, colours: str, icc: bytes) -> np.ndarray:
@@ -270,6 +252,8 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
 def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
     """Return the first frame in sRGB at full size, its layout, and the EXIF orientation still to be applied."""
     source, profile = png.bare(data) if kind == "png" else (data, b"")
+    if kind == "webp":
+        source = sniff.padded_webp(data)
     with _PLUGINS[kind](io.BytesIO(source)) as frame:
         frame.info |= {"icc_profile": profile} if profile else {}
         # Pillow turns a TIFF upright itself, and reports its size after that.

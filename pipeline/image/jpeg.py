@@ -6,6 +6,7 @@ No pixel is decoded here. Marker names follow ITU-T T.81, table B.1.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +17,11 @@ _APP0, _APP1, _APP2, _APP14, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; not DHT, JPG, DAC
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RSTn have no length field
 _MARKER_IN_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # FF00 is a stuffed byte, FFD0–FFD7 restart
+PROGRESSIVE: Final = frozenset({0xC2, 0xCA})
+_END: Final = b"\xff\xd9"
+_MISSING: Final = 16  # more bits than a coefficient can be short of
+_USUAL_SCANS: Final = 20  # per file, whatever its size: encoders write 1 to 14
+_MOST_DECODED: Final = 2_000_000_000  # pixels, summed over all scans
 HUFFMAN: Final = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
 _DECODED: Final = HUFFMAN | {0xC9, 0xCA}  # arithmetic: sequential, progressive
 
@@ -30,6 +36,17 @@ class Header:
     components: int
     exif: bytes
     icc: bytes
+    ids: bytes  # of the components, in their order
+    sampling: bytes  # of the components: horizontal factor × 16 + vertical factor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One marker with its payload; `scan` is the entropy-coded data that follows an SOS."""
+
+    marker: int
+    payload: bytes
+    scan: bytes = b""
 
 
 def read_header(data: bytes) -> Header:
@@ -62,7 +79,8 @@ def read_header(data: bytes) -> Header:
         detail = f"JPEG process SOF{process - 0xC0}, {precision} bits, {components} components, height {height}"
         raise Unreadable("unsupported", detail)
     icc = b"".join(icc_parts[number] for number in sorted(icc_parts))
-    return Header(process, width, height, components, exif, icc)
+    end = 6 + 3 * components
+    return Header(process, width, height, components, exif, icc, body[6:end:3], body[7:end:3])
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int, int]:
@@ -83,6 +101,29 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int]:
     return marker, at + 4, at + 2 + size
 
 
+def segments(data: bytes, *, needs_end: bool = True) -> Iterator[Segment]:
+    """Yield the segments up to EOI. Raises Unreadable if the file ends before EOI, unless `needs_end` is false."""
+    at = 2
+    while True:
+        try:
+            marker, start, end = _segment(data, at)
+        except Unreadable:
+            if needs_end:
+                raise
+            return
+        if marker == _EOI:
+            return
+        at = end
+        scan = b""
+        if marker == _SOS:
+            follower = _MARKER_IN_SCAN.search(data, end)
+            if follower is None and needs_end:
+                raise Unreadable("truncated", "the JPEG ends in a scan")
+            at = len(data) if follower is None else follower.start()
+            scan = data[end:at] if follower else data[end:].rstrip(b"\xff")
+        yield Segment(marker, data[start:end], scan)
+
+
 def strip(data: bytes) -> bytes:
     """Return the image without its metadata: no EXIF, GPS, XMP, ICC, comments, thumbnails or trailing data.
 
@@ -90,30 +131,100 @@ def strip(data: bytes) -> bytes:
     density (without its thumbnail) and Adobe's colour transform flag. Raises Unreadable if the file ends before its EOI
     marker.
     """
-    parts, at = [b"\xff\xd8"], 2
-    while True:
-        marker, start, end = _segment(data, at)
-        payload = data[start:end]
-        at = end
-        if marker == _EOI:
-            parts.append(b"\xff\xd9")
-            return b"".join(parts)
-        if marker == _APP0 and payload[:5] == b"JFIF\0" and len(payload) >= 12:
-            parts.append(_compose(_APP0, payload[:12] + b"\0\0"))
-        elif marker == _APP14 and payload[:5] == b"Adobe" and len(payload) >= 12:
-            parts.append(_compose(_APP14, payload[:12]))
-        elif marker == _SOS:
-            follower = _MARKER_IN_SCAN.search(data, end)
-            if follower is None:
-                raise Unreadable("truncated", "the JPEG ends in a scan")
-            parts.append(_compose(_SOS, payload) + data[end : follower.start()])
-            at = follower.start()
-        elif not (_APP0 <= marker <= 0xEF or marker in (_COM, _SOI) or marker in _ALONE):
-            parts.append(_compose(marker, payload))
+    return _joined(map(_bare, segments(data)))
 
 
-def _compose(marker: int, payload: bytes) -> bytes:
-    return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
+def tidy(data: bytes, header: Header) -> bytes:
+    """Return the image without the faults that change no pixel, so that a strict decoder accepts it if it is whole.
+
+    Metadata and stray bytes between segments are removed, and a missing EOI is added. Header fields that every decoder
+    ignores get their usual value: JFIF version, unknown Adobe transform, spectral range of a sequential scan. Raises
+    Unreadable for an arithmetic-coded file without EOI: its decoder cannot tell whether data is missing.
+    """
+    found = segments(data, needs_end=header.process not in HUFFMAN)
+    return _joined(_usual(_bare(segment), header) for segment in found)
+
+
+def without_padding(tidied: bytes) -> list[bytes]:
+    """Return the image without the repeated byte that pads its last scan, then with one such byte left.
+
+    Some cameras pad files to a fixed size with zeros before EOI. The data itself may end in the same byte.
+    """
+    body = tidied[: -len(_END)]
+    last = body[-1:]
+    bare = body.rstrip(last)
+    if bare.endswith(b"\xff"):
+        bare += last  # FF00 is a data byte
+    return [bare + _END, bare + last + _END] if len(body) - len(bare) > 1 else []
+
+
+def _bare(segment: Segment) -> Segment | None:
+    """Return the segment without its metadata; None if it holds nothing else."""
+    marker, payload = segment.marker, segment.payload
+    if marker == _APP0 and payload[:5] == b"JFIF\0" and len(payload) >= 12:
+        return Segment(_APP0, payload[:12] + b"\0\0")
+    if marker == _APP14 and payload[:5] == b"Adobe" and len(payload) >= 12:
+        return Segment(_APP14, payload[:12])
+    metadata = _APP0 <= marker <= 0xEF or marker in (_COM, _SOI) or marker in _ALONE
+    return None if metadata else segment
+
+
+def _usual(segment: Segment | None, header: Header) -> Segment | None:
+    if segment is None:
+        return None
+    marker, payload = segment.marker, segment.payload
+    if marker == _APP0:
+        payload = payload[:5] + b"\1\1" + payload[7:]
+    elif marker == _APP14 and payload[11] > 2:
+        payload = payload[:11] + bytes([2 if header.components == 4 else 1])
+    elif marker == _SOS and header.process not in PROGRESSIVE:
+        payload = payload[:-3] + b"\0\x3f\0"
+    return Segment(marker, payload, segment.scan)
+
+
+def _joined(parts: Iterable[Segment | None]) -> bytes:
+    return b"\xff\xd8" + b"".join(_compose(part) for part in parts if part is not None) + _END
+
+
+def _compose(segment: Segment) -> bytes:
+    size = (len(segment.payload) + 2).to_bytes(2, "big")
+    return bytes((0xFF, segment.marker)) + size + segment.payload + segment.scan
+
+
+def check_scans(data: bytes, header: Header) -> None:
+    """Check the number of scans, and that no scan is missing, if the file has several.
+
+    Raises Unreadable: `unsupported` if decoding them would take far longer than any real file does, `truncated` if a
+    component, or part of its coefficients, is not sent in full.
+    """
+    if header.process not in PROGRESSIVE and data.count(b"\xff\xda") == 1:
+        return
+    most = max(_USUAL_SCANS, _MOST_DECODED // (header.width * header.height))
+    missing = {id_: [_MISSING] * 64 for id_ in header.ids}  # bits of each coefficient that are still to come
+    count = 0
+    for segment in segments(data, needs_end=False):
+        if segment.marker != _SOS:
+            continue
+        count += 1
+        if count > most:
+            raise Unreadable("unsupported", f"more than {most} scans of {header.width} x {header.height} pixels")
+        ids, first, last, approximation = _scan_header(segment.payload)
+        if header.process not in PROGRESSIVE:
+            first, last, approximation = 0, 63, 0
+        for id_ in ids:
+            for coefficient in range(first, last + 1) if id_ in missing else ():
+                before, missing[id_][coefficient] = approximation >> 4, approximation & 15
+                if before and before != missing[id_][coefficient] + 1:
+                    raise Unreadable("corrupt", "a scan refines bits out of order")
+    if any(bits for left in missing.values() for bits in left):
+        raise Unreadable("truncated", f"scans are missing after the first {count}")
+
+
+def _scan_header(payload: bytes) -> tuple[bytes, int, int, int]:
+    """Return component ids, first and last coefficient, and the bits of approximation (T.81, B.2.3)."""
+    if not payload or len(payload) != 4 + 2 * payload[0] or payload[-3] > payload[-2] or payload[-2] > 63:
+        raise Unreadable("corrupt", "JPEG scan header of impossible content")
+    return payload[1:-3:2], payload[-3], payload[-2], payload[-1]
 
 
 def has_end(data: bytes) -> bool:

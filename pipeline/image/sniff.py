@@ -111,7 +111,7 @@ def check_whole(kind: str, data: bytes) -> None:
     elif kind == "gif":
         _check_gif(data)
     elif kind == "webp":
-        _check_length(int.from_bytes(data[4:8], "little") + 8, data)
+        _check_length(_webp_length(data), data)
     elif kind == "avif":
         _check_isobmff(data)
 
@@ -182,6 +182,26 @@ def _check_isobmff(data: bytes) -> None:
             raise Unreadable("corrupt", "box of impossible size")
         at += size
         _check_length(at, data)
+
+
+def _webp_length(data: bytes) -> int:
+    """Return the length of a WebP by its header, without the padding byte after a last chunk of odd size.
+
+    Some writers count that byte (RFC 9649, 2.3) and do not write it; no pixel is in it.
+    """
+    length = int.from_bytes(data[4:8], "little") + 8
+    at = 12
+    while at + 8 <= length:
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        if at + 8 + size + 1 == length and size % 2:
+            return length - 1
+        at += 8 + size + size % 2
+    return length
+
+
+def padded_webp(data: bytes) -> bytes:
+    """Return a whole WebP with its last padding byte, without which libwebp does not read it."""
+    return data + b"\0" if _webp_length(data) == len(data) == int.from_bytes(data[4:8], "little") + 7 else data
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drawn import SEVERAL, reason
+from drawn import SEVERAL, file_of, ramp, reason, stored
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,3 +34,12 @@ def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
 )
 def test_files_that_are_not_images(data: bytes, expected: str) -> None:
     assert reason(data) == expected
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80, "exif": b"II*\0" + bytes(11)}])
+def test_a_webp_without_its_last_padding_byte_is_whole(options: dict[str, object]) -> None:
+    """RIFF pads chunks of odd size; some writers count that byte without writing it. Cut further, it is truncated."""
+    files = (file_of(ramp(width), "webp", **options) for width in range(60, 160))
+    odd = next(data for data in files if sniff._webp_length(data) == len(data) - 1)
+    assert stored(odd[:-1]).jpeg == stored(odd).jpeg
+    assert reason(odd[:-2]) == "truncated"
