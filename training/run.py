@@ -18,12 +18,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import as_disk_full
 from capstan.training.config import TrainConfig
 
 _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
@@ -77,11 +78,18 @@ class Run:
         return known[name]
 
     def publish(self, folder: Path, fill: Callable[[Path], None]) -> None:
-        """Let `fill` write into a temporary folder, then rename it to `folder`, replacing what was there."""
+        """Let `fill` write into a temporary folder, then rename it to `folder`, replacing what was there.
+
+        Raises DiskFull if the disk is full.
+        """
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
+        try:
+            partial.mkdir(parents=True)
+            fill(partial)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise as_disk_full(error, folder.parent) or error from None
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
@@ -105,13 +113,34 @@ class Run:
 
 
 def download(storage: Storage, name: str, there: list[str], folder: Path) -> None:
-    """Download the files of the folder `name` of a storage into `folder`; `there` lists all names of the storage."""
-    for file in there:
-        if file.startswith(f"{name}/"):
-            path = folder / file.removeprefix(f"{name}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with storage.open(file) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+    """Download the files of the folder `name` of a storage into `folder`; `there` lists all names of the storage.
+
+    Raises RecipeError, before anything is written, if a name leads out of the folder.
+    """
+    files = [file for file in there if file.startswith(f"{name}/") and not file.endswith("/")]
+    check_names(storage, files)
+    for file in files:
+        path = folder / file.removeprefix(f"{name}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage.open(file) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def check_names(storage: Storage, names: Iterable[str]) -> None:
+    """Raise RecipeError if an object's name, read as a path, leads out of the folder that it is downloaded to."""
+    for name in names:
+        if not is_inside(name.removesuffix("/")):
+            problem = f"{storage.url} has a file named {name!r}, which leads out of its folder"
+            raise RecipeError(storage.field, problem, "remove that file, and check who can write to the bucket")
+
+
+def is_inside(name: str) -> bool:
+    """Return whether an object's name, read as a path, stays within the folder it is joined to.
+
+    >>> [is_inside(name) for name in ("unet/model.bin", "..", "a/../../b", "/etc/passwd", "a\\\\b", "a//b", "a\\0")]
+    [True, False, False, False, False, False, False]
+    """
+    return not any(part in ("", ".", "..") for part in name.split("/")) and not {"\\", "\0"} & set(name)
 
 
 def last_record(log: Path) -> dict[str, Any] | None:

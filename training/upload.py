@@ -25,8 +25,9 @@ from typing import Any, Final
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
-from capstan.training.distributed.checkpoint import MARK, complete, step_of
-from capstan.training.run import Run, differences, download
+from capstan.training.distributed.checkpoint import complete, is_checkpoint, step_of
+from capstan.training.distributed.integrity import MARK, problem_of, set_aside
+from capstan.training.run import Run, check_names, differences, download
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +199,13 @@ class Upload:
         """
         self.storage.check_writable()
         there, folder = self.storage.names(), self.run.folder
+        check_names(self.storage, there)
         if "recipe.json" in there:
             before = json.loads(self.storage.read("recipe.json"))["identity"]
             if changed := differences(before, json.loads(json.dumps(self.run.train.identity()))):
                 problem = f"{self.storage.url} holds a run of another recipe (different: {', '.join(changed)})"
                 raise RecipeError(_FIELD, problem, "choose another URL, or remove what is there")
+        self._set_damaged_aside()
         here = max((step_of(path.name) for path in complete(folder / "checkpoints")), default=0)
         newest = max(_steps(there), key=step_of, default=None)
         if here > max((step_of(name) for name in _steps(there)), default=0):
@@ -217,12 +220,20 @@ class Upload:
             self.run.publish(self.run.product, lambda partial: download(self.storage, "product", there, partial))
             Storage(str(folder)).write("finished.json", self.storage.read("finished.json"))
 
+    def _set_damaged_aside(self) -> None:
+        """Rename the newest local checkpoints as long as they are damaged: the bucket may have a sound one."""
+        while checkpoints := complete(self.run.folder / "checkpoints"):
+            if (problem := problem_of(checkpoints[-1])) is None:
+                return
+            logger.warning("checkpoint damaged: %s. It is kept as %s", problem, set_aside(checkpoints[-1]).name)
+
     def _get_small(self, there: list[str]) -> None:
         for name in there:
             if name in (*_ONCE, *_GROWING, _EVALUATIONS) or name.startswith(("tensorboard/", "samples/")):
                 Storage(str(self.run.folder)).write(name, self.storage.read(name))
         if _BEST in there and (mark := self.storage.read(_BEST)) != _read(self.run.folder / _BEST):
             best = json.loads(mark)["folder"]
+            check_names(self.storage, [best])
             self.run.publish(self.run.folder / best, lambda partial: download(self.storage, best, there, partial))
             Storage(str(self.run.folder)).write(_BEST, mark)
         if not self.run.assets.is_dir():
@@ -235,4 +246,5 @@ def _read(path: Path) -> bytes | None:
 
 def _steps(there: list[str]) -> list[str]:
     """Return the names of the complete checkpoints in a bucket."""
-    return [name.split("/")[1] for name in there if name.startswith("checkpoints/step-") and name.endswith(f"/{MARK}")]
+    marks = [name.split("/") for name in there if name.startswith("checkpoints/") and name.endswith(f"/{MARK}")]
+    return [parts[1] for parts in marks if len(parts) == 3 and is_checkpoint(parts[1])]

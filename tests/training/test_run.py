@@ -100,3 +100,23 @@ def test_a_folder_of_a_storage_is_downloaded(tmp_path: Path) -> None:
 def test_differences_are_named_by_their_path() -> None:
     assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}, "d": None}) == ["b.c"]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["product/../../outside", "product/a/../../../x", "product//etc/x", "product/a\\..\\x"]
+)
+def test_an_object_whose_name_leads_out_is_not_downloaded(tmp_path: Path, name: str) -> None:
+    storage = Storage(str(tmp_path / "bucket"), field="RUN")
+    storage.write("product/a", b"a")
+    (tmp_path / "outside").write_text("mine")
+    with pytest.raises(RecipeError, match=r"RUN: .*leads out of its folder"):
+        download(storage, "product", ["product/a", name], tmp_path / "here" / "product")
+    assert not (tmp_path / "here").exists()
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_a_marker_of_a_folder_is_no_file(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "bucket"))
+    storage.write("product/a", b"a")
+    download(storage, "product", ["product/", "product/a"], tmp_path / "here")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["a"]

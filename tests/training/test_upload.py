@@ -208,3 +208,25 @@ def test_what_is_being_sent_is_not_removed(tmp_path: Path, recipe) -> None:
     assert upload.is_sending(tmp_path / "step-000004")
     upload.send(tmp_path / "step-000008")  # overtaken before it was begun
     assert not upload.is_sending(tmp_path / "step-000004")
+
+
+def test_a_damaged_checkpoint_comes_back_from_the_bucket(recipe, tmp_path: Path) -> None:
+    fit(recipe("whole"))
+    fit(recipe("run", str(tmp_path / "copy"), steps=8))
+    damaged = tmp_path / "run" / "checkpoints" / "step-000008" / "worker-00000.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert fit(recipe("run", str(tmp_path / "copy")))["steps"] == 12
+    words = (tmp_path / "run" / "train.log").read_text()
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-000008'}" in words
+    assert_equal(tmp_path / "run" / "product", tmp_path / "whole" / "product")
+
+
+@pytest.mark.parametrize("name", ["samples/../../outside", "checkpoints/step-000004/../../../outside"])
+def test_names_that_lead_out_of_the_run_are_refused(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    names = Storage.names
+    monkeypatch.setattr(Storage, "names", lambda self, folder="": [*names(self, folder), name])
+    with pytest.raises(RecipeError, match=r"train\.checkpoint\.upload: .*leads out of its folder"):
+        fit(recipe("run", str(tmp_path / "copy")))
+    assert not (tmp_path / "outside").exists()

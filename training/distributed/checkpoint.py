@@ -3,16 +3,20 @@
 checkpoints/step-000200/worker-00000.pt     each worker's elements of model, optimizer and average (see
                                             training.distributed.state), the model's buffers, and metrics not logged yet
 checkpoints/step-000200/rival.pt            the adversary and its optimizer, if the family has one
-checkpoints/step-000200/checkpoint.json     step, workers, data; written last: a folder without it does not count
+checkpoints/step-000200/checkpoint.json     step, workers, data, size and SHA-256 of every file; written last: a folder
+                                            without it does not count
 
-Any number of workers with any strategy can load it. With the same number and strategy the run resumes bit for bit.
+Every file is verified before it is loaded. A damaged checkpoint is renamed to damaged-step-000200, with a warning, and
+the one before is loaded. Any number of workers with any strategy can load it. With the same number and strategy the run
+resumes bit for bit.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,17 +26,18 @@ from typing import Any
 
 import torch
 
+from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.ema import Ema
 from capstan.training.distributed.engine import Engine
+from capstan.training.distributed.integrity import MARK, FileSum, problem_of, read_mark, seal, set_aside, write_summed
 from capstan.training.distributed.loss_scale import LossScale
 from capstan.training.distributed.state import StateReader, collect_state
 
 logger = logging.getLogger(__name__)
 
-MARK = "checkpoint.json"
 _ADVERSARY = "rival.pt"
 
 
@@ -61,36 +66,43 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)  # left over from a killed run
             folder.mkdir(parents=True)
         self.engine.wait()
-        state = collect_state(chain(self.engine.slices(), self.ema.slices()))
-        content = {"parts": state, "buffers": self.engine.buffers(), "worker": worker}
-        torch.save(content, folder / f"worker-{self.engine.rank:05d}.pt")
-        del state, content
-        if self.adversary is not None and self.engine.is_main:
-            torch.save(self.adversary.state(), folder / _ADVERSARY)
-        self.engine.wait()
+        sums = self._write_files(folder, worker)
+        files = {name: file for part in self.engine.collect(sums) for name, file in part.items()}
         if self.engine.is_main:
             _sync(folder)
-            mark = {"step": step, "samples": step * self.train.batch, "engine": self._shape(), **shared}
+            mark = {"step": step, "samples": step * self.train.batch, "engine": self._shape(), **shared, "files": files}
             if self.engine.loss_scale is not None:
                 mark["loss_scale"] = asdict(self.engine.loss_scale)
-            Storage(str(folder), field="train.run").write(MARK, json.dumps(mark, indent=1).encode())
+            Storage(str(folder), field="train.run").write(MARK, seal(mark))
             for old in complete(self.folder)[: -self.train.checkpoint.keep]:
                 if not self._in_use(old):
                     (old / MARK).unlink()
                     shutil.rmtree(old)
         return folder
 
+    def _write_files(self, folder: Path, worker: dict[str, Any]) -> dict[str, FileSum]:
+        """Write this worker's files; return their sizes and checksums by name. Raises DiskFull."""
+        state = collect_state(chain(self.engine.slices(), self.ema.slices()))
+        contents: dict[str, Any] = {f"worker-{self.engine.rank:05d}.pt": {"parts": state, "worker": worker}}
+        contents[f"worker-{self.engine.rank:05d}.pt"]["buffers"] = self.engine.buffers()
+        if self.adversary is not None and self.engine.is_main:
+            contents[_ADVERSARY] = self.adversary.state()
+        return {
+            name: write_summed(folder / name, functools.partial(torch.save, content))
+            for name, content in contents.items()
+        }
+
     def load(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Load the last complete checkpoint; return (step, this worker's own state, shared), or (0, {}, {}) if none.
+        """Load the last sound checkpoint; return (step, this worker's own state, shared), or (0, {}, {}) if none.
 
         If there were more workers then, their own states are distributed and merged. If there were fewer, some workers
-        get none.
+        get none. Raises CapstanError if there are checkpoints, but all are damaged.
         """
-        checkpoints = complete(self.folder)
-        if not checkpoints:
+        newest = self._newest_sound()
+        if newest is None:
             return 0, {}, {}
-        shared = json.loads((checkpoints[-1] / MARK).read_text())
-        reader = StateReader(sorted(checkpoints[-1].glob("worker-*.pt")))
+        shared = read_mark(newest)
+        reader = StateReader(sorted(newest.glob("worker-*.pt")))
         self.engine.load_from(reader)
         for part in self.ema.slices():
             part.load_from(reader)
@@ -100,13 +112,47 @@ class Checkpoints:
         rank, world = self.engine.rank, self.engine.world
         self.engine.load_buffers(reader.buffers[rank if before["workers"] == world else 0])
         if self.adversary is not None:
-            self.adversary.restore(
-                torch.load(checkpoints[-1] / _ADVERSARY, map_location=self.engine.device, weights_only=True)
-            )
+            self.adversary.restore(torch.load(newest / _ADVERSARY, map_location=self.engine.device, weights_only=True))
         if self.engine.is_main:
             then = "" if before == now else f", written by {_describe(before)}, with {_describe(now)}"
-            logger.info("resuming from %s%s", checkpoints[-1], then)
+            logger.info("resuming from %s%s", newest, then)
         return int(shared["step"]), merged(reader.workers[rank::world]), shared
+
+    def _newest_sound(self) -> Path | None:
+        """Return the newest checkpoint whose files are all as they were written; set damaged ones aside."""
+        damaged = []
+        while checkpoints := self.engine.collect(complete(self.folder))[0]:
+            newest: Path = checkpoints[-1]
+            problems = self.engine.collect(problem_of(newest, self.engine.rank, self.engine.world))
+            problem = next((problem for problem in problems if problem is not None), None)
+            if problem is None:
+                self._warn_of_unfinished(newest)
+                return newest
+            damaged.append(problem)
+            if self.engine.is_main:
+                logger.warning("checkpoint damaged: %s. It is kept as %s", problem, set_aside(newest).name)
+            self.engine.wait()
+        if damaged:
+            raise CapstanError(
+                f"training: every checkpoint in {self.folder} is damaged ({damaged[-1]}). "
+                f"Fix: restore one, or remove the damaged-* folders there to start again at step 0"
+            )
+        self._refuse_only_damaged()
+        return None
+
+    def _refuse_only_damaged(self) -> None:
+        """Raise CapstanError if earlier starts have set all checkpoints aside: never start again unasked."""
+        if left := sorted(self.folder.glob("damaged-step-*")):
+            raise CapstanError(
+                f"training: every checkpoint in {self.folder} is damaged (e.g. {left[-1].name}). "
+                f"Fix: restore one, or remove the damaged-* folders there to start again at step 0"
+            )
+
+    def _warn_of_unfinished(self, newest: Path) -> None:
+        """Name the checkpoint that was not finished, if a later one than `newest` was being written."""
+        for folder in self.folder.glob("step-*") if self.engine.is_main else ():
+            if is_checkpoint(folder.name) and step_of(folder.name) > step_of(newest.name):
+                logger.warning("checkpoint incomplete: %s has no %s; using %s", folder, MARK, newest.name)
 
     def _shape(self) -> dict[str, Any]:
         strategy = self.train.engine.strategy
@@ -144,7 +190,17 @@ def _describe(shape: dict[str, Any]) -> str:
 
 def complete(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted((mark.parent for mark in folder.glob(f"step-*/{MARK}")), key=lambda path: step_of(path.name))
+    marked = (mark.parent for mark in folder.glob(f"step-*/{MARK}"))
+    return sorted((path for path in marked if is_checkpoint(path.name)), key=lambda path: step_of(path.name))
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a folder's name is that of a checkpoint.
+
+    >>> is_checkpoint("step-000200"), is_checkpoint("step-"), is_checkpoint("step-1/..")
+    (True, False, False)
+    """
+    return re.fullmatch(r"step-[0-9]+", name) is not None
 
 
 def step_of(name: str) -> int:
