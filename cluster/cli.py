@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -27,11 +27,13 @@ import capstan.training.cli
 import capstan.training.experiment.cli
 from capstan.cluster.commands import describe
 from capstan.cluster.jobs.cli import ClustersOption
-from capstan.cluster.recipe import load, schema
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, SetOption, finish
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.text.printable import PrintableFormatter, printable
+
+if TYPE_CHECKING:
+    from capstan.pipeline.config import Recipe
 
 INTERRUPTED: Final = 130
 DISTRIBUTION: Final = "capstan-t2i"
@@ -46,11 +48,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    from capstan.cluster.recipe import load  # here, so that --help and completion are quick
+
+    return load(path, overrides)
+
+
 for floor in (capstan.pipeline.cli, capstan.recaption.cli, capstan.training.cli):
-    floor.add_commands(app, load)
+    floor.add_commands(app, _load)
 capstan.cluster.jobs.cli.add_commands(app)
 capstan.cluster.view.cli.add_commands(app)
-experiments = capstan.training.experiment.cli.experiments(load)
+experiments = capstan.training.experiment.cli.experiments(_load)
 app.add_typer(experiments, name="experiment")
 
 
@@ -83,6 +93,8 @@ def init(
 @app.command("schema")
 def print_schema() -> None:
     """Print the recipe's JSON Schema, with which editors complete and check recipes."""
+    from capstan.cluster.recipe import schema
+
     typer.echo(json.dumps(schema(), indent=2))
 
 

@@ -1,6 +1,8 @@
 """Commands build, score, select, remove, verify, report; shared CLI options
 
 stdout carries only the summary (with --json, one JSON object on the last line). Progress and logs go to stderr.
+
+What the commands need is imported when they run, so that `--help` and completion are quick.
 """
 
 from __future__ import annotations
@@ -8,15 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capstan.pipeline.config import Recipe, apply_overrides, validate
 from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
 from capstan.pipeline.secrets import refuse_secrets
-from capstan.pipeline.storage import Storage
 from capstan.pipeline.text.printable import printable
+
+if TYPE_CHECKING:
+    from capstan.pipeline.config import Recipe
+    from capstan.pipeline.storage import Storage
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a recipe key. Repeatable.")]
@@ -27,7 +31,7 @@ StorageOption = Annotated[
     list[str], typer.Option("--set", metavar="storage.KEY=VALUE", help="Storage option, as in a recipe. Repeatable.")
 ]
 
-Load = Callable[[Path, list[str]], Recipe]
+Load = Callable[[Path, list[str]], "Recipe"]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
@@ -173,6 +177,9 @@ def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASE
 
     Raises RecipeError for other keys, and if the storage cannot be reached.
     """
+    from capstan.pipeline.config import Recipe, apply_overrides, validate
+    from capstan.pipeline.storage import Storage
+
     raw = apply_overrides({}, overrides)
     if unused := sorted(raw.keys() - {"storage"}):
         problem = f"{unused[0]} has no effect on this command"

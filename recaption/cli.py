@@ -18,7 +18,6 @@ from capstan.pipeline.cli import (
     finish,
     open_dataset,
 )
-from capstan.pipeline.config import Recipe
 
 LayerHelp = "Layer id, or `latest`."
 
@@ -120,6 +119,7 @@ def _add_import_and_export(captions: typer.Typer) -> None:
 
         The copy's tars hold the layer's text. An interrupted export resumes.
         """
+        from capstan.pipeline.config import Recipe
         from capstan.recaption.export import export as run
         from capstan.recaption.store import find_layer
 

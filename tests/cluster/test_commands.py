@@ -111,3 +111,13 @@ def test_the_former_name_of_force_is_hidden_and_works(capsys: pytest.CaptureFixt
     assert "--anyway" not in text
     submit = find("submit")
     assert submit.make_context("submit", ["--anyway", "--", "build", "x"]).params["anyway"] is True
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Help and completion stay quick: they load no recipe, no storage and no model."""
+    helps = [["--help"], *([*name.split(), "--help"] for name, _ in leaves())]
+    code = f"import sys; from capstan.cluster.cli import run; [run(help) for help in {helps}]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"numpy", "pyarrow", "fsspec", "torch", "ray", "duckdb", "aiohttp", "PIL", "cv2", "capstan.pipeline.config"}
+    assert done.stdout.count("Usage: ") == len(helps)
+    assert not heavy & set(done.stdout.splitlines()[-1].split())
