@@ -1,4 +1,6 @@
-"""What checks of files cost: share of building and of loading, per image. `python -m benchmarks.checksums`
+"""The cost of file checks, as shares of building and of loading an image.
+
+    python benchmarks/checksums.py
 
 Building is decoding a source JPEG and encoding it at 256 pixels; loading is decoding the stored JPEG. The checks are a
 CRC-32 of each stored JPEG (once when it is staged, once when it is packed, once when it is read) and the checksums of
@@ -29,7 +31,7 @@ ROUNDS = 5
 
 
 def photo(seed: int) -> bytes:
-    """A JPEG of 740 × 556 pixels and about 100 kB: smooth shapes with some noise, like a photo."""
+    """Return a JPEG of 740 × 556 pixels and about 100 kB: smooth shapes with some noise, like a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (18, 24, 3), dtype=np.uint8)
     smooth = np.asarray(PillowImage.fromarray(coarse).resize((740, 556), PillowImage.Resampling.BICUBIC)).astype(int)
@@ -40,7 +42,7 @@ def photo(seed: int) -> bytes:
 
 
 def best(action: Callable[[], object]) -> float:
-    """Seconds of the fastest of ROUNDS runs."""
+    """Return the seconds of the fastest of ROUNDS runs."""
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()

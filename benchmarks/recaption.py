@@ -46,7 +46,6 @@ BUDGET_S = 1800  # 15 minutes of two cores
 
 def captioners(folder: Path) -> dict[str, dict[str, Any]]:
     """Return name → section `train`: both losses on web captions; from there short captions, and descriptions."""
-
     coca = {**COCA, "text": {**COCA["text"], "tokenizer": str(folder / "tokenizer")}}
 
     def section(name: str, steps: int, **keys: Any) -> dict[str, Any]:

@@ -242,7 +242,8 @@ def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, uni
 
 def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
     """Return the staged units in planned order. A quarantined unit (`bad`: unit → reason) gets a table in which every
-    row failed."""
+    row failed.
+    """
     done = staged(job.markers.read())
     units = []
     for unit in planned.units:

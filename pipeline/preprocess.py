@@ -34,7 +34,8 @@ class Preprocessing:
     @classmethod
     def of(cls, size: int | list[int] | tuple[int, int], config: Mapping[str, Any]) -> Preprocessing:
         """Return the preprocessing for a tower's image size (pixels: one side, or height and width) and open_clip's
-        `preprocess_cfg`. Raises ValueError for settings that are not supported."""
+        `preprocess_cfg`. Raises ValueError for settings that are not supported.
+        """
         height, width = (size, size) if isinstance(size, int) else size
         fill = config.get("fill_color", 0)
         if not isinstance(fill, int) or config.get("resize_mode", "shortest") not in MODES:

@@ -194,7 +194,8 @@ def _outline(job: RecaptionJob, *, sharing: bool = True) -> list[Todo]:
 
 def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
     """Return the units, finished ones included. Captions to reuse are saved in aside/ first: committing one shard may
-    overwrite the file that holds the captions of another shard's images."""
+    overwrite the file that holds the captions of another shard's images.
+    """
     left, marked = {shard.entry.name for shard in todo}, job.markers.read().keys()
     work = [units.Unit(shard) for shard in job.dataset.shard_names if shard in marked - left]
     for shard in todo:

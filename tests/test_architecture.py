@@ -1,5 +1,6 @@
 """The layout stays as designed: floors import only downward, files and folders are acyclic, heavy libraries have one
-door each, and docs/architecture.md shows the tree as it is."""
+door each, and docs/architecture.md shows the tree as it is.
+"""
 
 from __future__ import annotations
 

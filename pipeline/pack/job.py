@@ -252,7 +252,8 @@ def _losses(decisions: Decisions) -> str:
 
 def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, Any]]) -> list[Unit]:
     """Return one unit per shard. Its id includes a hash of everything that determines the tar's bytes; `scores` is a
-    hash of everything else in the table."""
+    hash of everything else in the table.
+    """
     order = np.argsort(decisions.shard, kind="stable")
     bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units = []

@@ -182,7 +182,8 @@ def owner() -> str:
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield (folder, names of its files, names of its links) for `folder` and all below. Links are not followed: what
-    is listed may be deleted or published."""
+    is listed may be deleted or published.
+    """
     folders, names, links = list[str](), list[str](), list[str]()
     try:
         with os.scandir(folder) as entries:

@@ -1,5 +1,6 @@
 """build → recaption → train on a Ray cluster of several nodes over a bucket, with nodes that are lost and answers that
-are spoilt: it ends with the bytes, captions and sample sequence of an untouched run. `make test-cluster`."""
+are spoilt: it ends with the bytes, captions and sample sequence of an untouched run. `make test-cluster`.
+"""
 
 from __future__ import annotations
 

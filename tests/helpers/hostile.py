@@ -1,5 +1,6 @@
 """Rows that would run, restyle or redirect a page which showed their texts as they are; and what else a report shows:
-rows that fail, that a condition drops, and that repeat others."""
+rows that fail, that a condition drops, and that repeat others.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ ROWS = 64
 
 def row(number: int, draw: Callable[[int], bytes]) -> dict[str, Any]:
     """Row 9, 19, … is no image; 7, 15, … repeat image 0 (row 0 has it first, or another by key); the rest are
-    images of their own. `score` runs through 0 … 0.9."""
+    images of their own. `score` runs through 0 … 0.9.
+    """
     image = b"<script>no image</script>" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
     caption, url = CAPTIONS[number % len(CAPTIONS)], ADDRESSES[number % len(ADDRESSES)]
     return {"image": image, "caption": caption, "url": url, "number": number, "score": number % 10 / 10}

@@ -142,7 +142,8 @@ def bucket(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 class Images(ThreadingHTTPServer):
     """A web site of images, /0.jpg, /1.jpg, ..., that look different. `broken` maps paths to the status that they
-    answer with; `asked` lists the paths that were asked for, robots.txt left out; `slow_s` delays each answer."""
+    answer with; `asked` lists the paths that were asked for, robots.txt left out; `slow_s` delays each answer.
+    """
 
     daemon_threads = True
 

@@ -280,7 +280,8 @@ def test_what_could_not_be_read_in_passing_is_captioned_by_the_next_run(
 
 def test_ten_percent_more_data_costs_ten_percent(build: Build, captioner: Path, captioned: Counter[str]) -> None:
     """Images that the engine is given: a tenth more in a shard of its own; then shards that stay, that are renamed,
-    that are new, and one repacked."""
+    that are new, and one repacked.
+    """
     old = [list(range(start, start + 10)) for start in range(0, 40, 10)]
     storage = build(old)
     layer = recaption(recipe(captioner, storage))["layer"]

@@ -147,7 +147,8 @@ def test_ten_kills_at_random_moments_on_ray(
     captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Driver, Ray and workers are killed together, at moments drawn from the whole time that a run takes; each time the
-    run resumes, and whenever it ends, images change and move."""
+    run resumes, and whenever it ends, images change and move.
+    """
     chance, torn = random.Random(7), Storage(str(tmp_path / "torn"))
     file = tmp_path / "recipe.json"
     file.write_text(recipe_of(captioner, torn, batch=2).model_dump_json())

@@ -84,7 +84,8 @@ def test_captions_do_not_depend_on_the_batch(model: str, decoding: Any, request:
 
 def own(folder: Path, cases: list[tuple[bytes, str]]) -> list[Caption]:
     """What the model's own `generate` gives for (JPEG, prompt), one at a time and without any padding, as its card
-    would do it."""
+    would do it.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
