@@ -14,7 +14,7 @@ from capstan.pipeline.storage import Storage
 from capstan.pipeline.world.prompt_score import read
 from capstan.training.experiment.config import Scorer
 from capstan.training.experiment.contact_sheet import side_by_side
-from capstan.training.experiment.measure import SHOWN, Measurements, clip_scores, judged, open_scorer
+from capstan.training.experiment.measure import SHOWN, Measurements, clip_scores, open_scorer, score_images
 from capstan.training.experiment.prompts import Prompt
 
 
@@ -40,10 +40,10 @@ def test_the_clip_score_is_of_sentences_and_long_ones_are_cut() -> None:
     assert mean.tolist() == [100, 50, 50]
     assert least.tolist() == [100, 0, 0]
     prompts = [Prompt("red square", 0, wanted=read("red square")), Prompt("blue", 1)]
-    columns = judged(prompts, images[:2], clip)
+    columns = score_images(prompts, images[:2], clip)
     assert set(columns) == {"clip_mean", "clip_min"}  # no oracle where some prompt has no truth
-    assert judged(prompts[:1], images[:1], None)["followed"] == [0.0]
-    assert judged(prompts[:1], images[:1], None)["relation"] == [None]
+    assert score_images(prompts[:1], images[:1], None)["followed"] == [0.0]
+    assert score_images(prompts[:1], images[:1], None)["relation"] == [None]
 
 
 def test_a_scorer_that_is_not_there_is_named_by_the_recipes_key() -> None:
