@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.training.models.diffusion.schedulers import SamplerName
 from capstan.training.product import FACTS, find_product
 from capstan.training.sample import open_sampler
@@ -40,6 +40,7 @@ def export(
     if target.resolve() == product.resolve():
         raise RecipeError("DIR", f"{target} is the model itself", "name another folder")
     pipeline = open_sampler(run, device="cpu", sampler=sampler).pipeline
+    _check_weights(pipeline, precision)
     pipeline.to(dtype=getattr(torch, _TORCH[precision]))
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -57,3 +58,22 @@ def export(
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     logger.info("export: %s (%.1f MB, %s)", target, size / 1e6, precision)
     return {"folder": str(target), "bytes": size, "precision": precision, "pipeline": type(pipeline).__name__}
+
+
+def _check_weights(pipeline: Any, precision: Precision) -> None:
+    """Raise CapstanError for weights that are not finite, RecipeError for those that `precision` cannot hold."""
+    import torch
+
+    largest = torch.finfo(getattr(torch, _TORCH[precision])).max
+    for name, part in pipeline.components.items():
+        weights = part.state_dict() if isinstance(part, torch.nn.Module) else {}
+        for key, weight in weights.items():
+            if not weight.is_floating_point():
+                continue
+            if not weight.isfinite().all():
+                raise CapstanError(f"export: {name} has weights that are not finite ({key}). Fix: use an earlier state")
+            if overflowing := int((weight.abs() > largest).sum()):
+                problem = (
+                    f"{precision} cannot hold {overflowing} weights of {name} ({key}: up to {weight.abs().max():.3g})"
+                )
+                raise RecipeError("--precision", problem, "use bf16 or fp32")

@@ -11,7 +11,7 @@ A family is a folder: a class derived from `Family`, its settings (a pydantic `S
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -85,6 +85,12 @@ Batch = dict[str, torch.Tensor]  # every tensor's first dimension is the batch
 Metrics = Mapping[str, float | torch.Tensor | PerSampleLoss]  # scalars or per-sample; tensors may stay on their device
 
 
+def finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return whether all values of all tensors are finite, as a 0-d tensor on their device (no synchronisation)."""
+    flags = [tensor.detach().isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack(flags).all() if flags else torch.tensor(True)
+
+
 class Family(ABC):
     """Interface that every trainable kind of model implements.
 
@@ -100,6 +106,7 @@ class Family(ABC):
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # modules that are not trained: never sharded, moved to the device
     adversary: Adversary | None = None  # a second model to train against; built by __init__ after `model`
+    finite: Mapping[str, torch.Tensor] = {}  # part → was its output in the last `loss` finite? In order, set by `loss`
 
     @classmethod  # noqa: B027 - few families need it
     def check(cls, train: TrainConfig) -> None:

@@ -18,9 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from capstan.pipeline.config import validate
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
+from capstan.training.models.diffusion.precision import FiniteChecks, frozen_outside_autocast
 from capstan.training.models.diffusion.schedulers import SamplerName, check_steps, set_sampler
 from capstan.training.product import find_product, kind_of, quieten, read_facts
 
@@ -132,15 +133,21 @@ class Sampler:
         images = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
-            result = self.pipeline(
-                part,
-                num_inference_steps=count,
-                guidance_scale=self.guidance if guidance is None else guidance,
-                **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
-                output_type="np",
-                **options,
-            )
+            checks = FiniteChecks()
+            with frozen_outside_autocast(self.pipeline), checks.watching(self.pipeline):
+                result = self.pipeline(
+                    part,
+                    num_inference_steps=count,
+                    guidance_scale=self.guidance if guidance is None else guidance,
+                    **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
+                    output_type="np",
+                    **options,
+                )
+            if (bad := checks.first_bad()) is not None or not np.isfinite(result.images).all():
+                source = bad or "image processor"
+                problem = f"sample: the images are not finite; the first values that are not came from the {source}"
+                raise CapstanError(f"{problem}. Fix: use weights in fp32 or bf16, or an earlier state of the run")
             images.append(result.images)
         return (np.concatenate(images) * 255).round().astype(np.uint8)
 
@@ -166,7 +173,7 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerNam
         kind = kind_of(product) or "unknown format"
         raise RecipeError("RUN", f"{product} is not a text-to-image model ({kind})", "name a run of train.diffusion")
     quieten()
-    pipeline = DiffusionPipeline.from_pretrained(product)
+    pipeline = DiffusionPipeline.from_pretrained(product, torch_dtype=torch.float32, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
         set_sampler(pipeline, sampler)

@@ -172,7 +172,7 @@ class _Fit:
         if self.adversary is not None:
             self.adversary.set_step(step, learning_rate(train, step))
         torch.manual_seed(hash64(train.seed, "dropout", step, engine.rank) >> 1)
-        losses, norm = [], None
+        losses, norm, finite = [], None, dict[str, torch.Tensor]()
         for part, batch in enumerate(_split(loaded.batch, train.accumulate)):
             draw = torch.Generator(engine.device)
             draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
@@ -184,12 +184,14 @@ class _Fit:
             if self.adversary is not None:
                 metrics = {**metrics, **self.adversary.step(last=part == train.accumulate - 1)}
             losses.append(loss.detach())
+            for name, flag in self.family.finite.items():
+                finite[name] = flag & finite.get(name, flag)
             self.metrics.add({"loss": losses[-1], **metrics})
         self.ema.update(step)
         if norm is not None and not engine.skipped:
             self.metrics.add({"grad_norm": norm})
         self.metrics.step(loaded.slots)
-        self.monitor.add(step, loaded.keys, torch.stack(losses).mean(), norm)
+        self.monitor.add(step, loaded.keys, torch.stack(losses).mean(), norm, finite)
 
     def _validate(self, step: int, interrupts: Interrupts, saved: bool) -> bool:
         """Make the sample grids and evaluations that are due; return whether a stop was requested.

@@ -2,7 +2,7 @@
 
 Each worker writes the keys of its samples of those steps into the run folder:
 
-bad-step-000123-worker-00000.json         {step, loss, grad_norm, keys}
+bad-step-000123-worker-00000.json         {step, loss, grad_norm, not_finite: [parts], keys}
 diverged-step-000123-worker-00000.json    {step, loss, median, steps: [{step, loss, keys}, ...]}
 """
 
@@ -12,7 +12,9 @@ import json
 import math
 import statistics
 from collections import deque
-from typing import Any, Final
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -24,6 +26,16 @@ from capstan.training.run import Run
 
 _WINDOW: Final = 200  # losses that the median is taken over
 _FIRST: Final = 20  # losses needed before one can count as high
+
+
+class _Step(NamedTuple):
+    """A step whose values may still be on the device."""
+
+    step: int
+    keys: list[str]
+    loss: torch.Tensor
+    norm: torch.Tensor | float
+    finite: Mapping[str, torch.Tensor]  # part → 0-d tensor
 
 
 class Divergence:
@@ -70,14 +82,24 @@ class DivergenceMonitor:
         self.engine, self.run = engine, run
         limits = run.train.diverged
         self.divergence = Divergence(limits)
-        self._due: deque[tuple[int, list[str], torch.Tensor, Any]] = deque()
+        self._due: deque[_Step] = deque()
         self._seen: deque[dict[str, Any]] = deque(maxlen=limits.steps if limits else 1)
 
-    def add(self, step: int, keys: list[str], loss: torch.Tensor, norm: torch.Tensor | float | None) -> None:
-        """Record a step: keys of this worker's share of the batch, its mean loss, the norm of the whole gradient."""
+    def add(
+        self,
+        step: int,
+        keys: list[str],
+        loss: torch.Tensor,
+        norm: torch.Tensor | float | None,
+        finite: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Record a step: keys of this worker's share of the batch, its mean loss, the norm of the whole gradient.
+
+        `finite`: the model's parts in the order in which they compute, and whether their outputs were finite.
+        """
         scale = self.engine.loss_scale
         excused = self.engine.skipped and scale is not None and not scale.exhausted
-        self._due.append((step, keys, loss, 0.0 if norm is None or excused else norm))
+        self._due.append(_Step(step, keys, loss, 0.0 if norm is None or excused else norm, finite))
 
     def check(self, stop: bool, everything: bool) -> bool:
         """Return whether any worker requests a stop; called on every worker after every step.
@@ -94,22 +116,28 @@ class DivergenceMonitor:
     def _check_oldest(self, count: int, *extra: float) -> list[float]:
         """Check the oldest `count` steps of all workers together; return the sums of `extra` over the workers."""
         due = [self._due.popleft() for _ in range(count)]
-        mine = [(float(loss), float(norm)) for _, _, loss, norm in due]
+        mine = [(float(step.loss), float(step.norm)) for step in due]
         sums = self.engine.sums([*extra, *(value for pair in mine for value in pair)])
-        for index, (step, keys, _, _) in enumerate(due):
+        for index, (step, keys, _, _, finite) in enumerate(due):
             loss, norm = sums[len(extra) + 2 * index :][:2]
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise self._not_finite(step, keys, *mine[index])
+                raise self._not_finite(step, keys, *mine[index], finite)
             self._seen.append({"step": step, "loss": mine[index][0], "keys": keys})
             if self.divergence.add(loss / self.engine.world):
                 raise self._diverged(step, loss / self.engine.world)
         return sums[: len(extra)]
 
-    def _not_finite(self, step: int, keys: list[str], loss: float, norm: float) -> CapstanError:
-        content = {"step": step, "loss": repr(loss), "grad_norm": repr(norm), "keys": keys}
+    def _not_finite(
+        self, step: int, keys: list[str], loss: float, norm: float, finite: Mapping[str, torch.Tensor]
+    ) -> CapstanError:
+        parts = [name for name, flag in finite.items() if not flag]
+        content = {"step": step, "loss": repr(loss), "grad_norm": repr(norm), "not_finite": parts, "keys": keys}
         files = self._write(f"bad-step-{step:06d}", content)
+        bad = {name for of_worker in self.engine.collect(parts) for name in of_worker}
+        first = next((name for name in finite if name in bad), None)  # the others compute with its output
+        source = f"{first} returned values that are not finite" if first else "every part returned finite values"
         return CapstanError(
-            f"training: the loss or the gradient is not finite at step {step}; the keys of its batch are in "
+            f"training: the loss or the gradient is not finite at step {step}: {source}; the keys of its batch are in "
             f"{files}. Fix: lower train.lr, or check those images"
         )
 

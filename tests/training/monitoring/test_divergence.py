@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
+from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import CapstanError
 from capstan.training.config import Diverged
 from capstan.training.monitoring.divergence import Divergence
+from capstan.training.trainer import fit
 
 
 def test_a_loss_that_stays_high_diverges_and_one_that_visits_does_not() -> None:
@@ -38,3 +47,24 @@ def test_a_resumed_run_judges_as_if_it_had_not_stopped(at: int) -> None:
     second.restore(first.state())
     assert answers + [second.add(loss) for loss in losses[at:]] == expected
     assert expected.index(True) == 43
+
+
+def test_a_run_that_is_not_finite_names_the_part_that_made_it(
+    recipe: Callable[..., Recipe], autoencoder: Path, tmp_path: Path
+) -> None:
+    """Among them the first in order: all that come after it compute with its output."""
+    broken = tmp_path / "ae" / "product"
+    shutil.copytree(autoencoder / "product", broken)
+    vae = AutoencoderKL.from_pretrained(broken)
+    with torch.no_grad():
+        vae.encoder.conv_in.bias.fill_(float("nan"))
+    vae.save_pretrained(broken)
+    of_recipe = recipe().train
+    assert of_recipe is not None
+    with pytest.raises(CapstanError, match=r"not finite at step 0: the autoencoder \(train\.diffusion\.autoencoder\)"):
+        fit(recipe("broken", diffusion=of_recipe["diffusion"] | {"autoencoder": str(broken.parent)}))
+    (file,) = (tmp_path / "broken").glob("bad-step-*.json")
+    assert [part.split(" (")[0] for part in json.loads(file.read_text())["not_finite"]] == [
+        "the autoencoder",
+        "the network",
+    ]

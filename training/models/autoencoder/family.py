@@ -16,7 +16,7 @@ from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
-from capstan.training.family import Batch, Metrics
+from capstan.training.family import Batch, Metrics, finite
 from capstan.training.models.autoencoder.first_stage import FirstStage, StageSettings, factor_of, load_weights
 from capstan.training.models.autoencoder.model import Autoencoder, kl_divergence, lower_log_variance, standardise
 from capstan.training.product import find_product, write_facts
@@ -63,6 +63,7 @@ class AutoencoderFamily(FirstStage):
         made, mean, log_variance = model(images.to(next(model.parameters()).dtype), noise)
         loss, metrics = self.image_loss(made, images, self.model.vae.decoder.conv_out.weight)
         kl = kl_divergence(mean, log_variance).mean()
+        self.finite = {"the encoder": finite([mean, log_variance]), "the decoder": finite([made])}
         loss = loss + self.train.kl * kl / images[0].numel()
         return loss, {**metrics, "kl": kl.detach(), "latent_std": mean.detach().float().std()}
 

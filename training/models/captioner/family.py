@@ -25,7 +25,7 @@ from capstan.recaption import preprocess, prompts
 from capstan.recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from capstan.training.config import ORIGINAL, TrainConfig
 from capstan.training.data.tokenizer import Tokenizer
-from capstan.training.family import Batch, Family, Metrics, Sample, Samples
+from capstan.training.family import Batch, Family, Metrics, Sample, Samples, finite
 from capstan.training.models.captioner import initialize
 from capstan.training.models.captioner.model import (
     IGNORED,
@@ -196,6 +196,8 @@ class CaptionerFamily(Family):
         length = int((batch["tokens"] != PAD).any(0).sum())
         contrast = self.train.contrastive > 0
         image, text, scale, logits = model(batch["pictures"], batch["tokens"], length, contrast)
+        towers = {"the image encoder": image, "the text encoder": text, "the decoder": logits}
+        self.finite = {name: finite([output]) for name, output in towers.items()}
         labels = batch["labels"][:, : length - 1]
         caption = caption_loss(logits, labels)
         accuracy = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()

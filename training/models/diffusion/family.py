@@ -6,6 +6,7 @@ caption ─tokenizers─▶ ids ─(some emptied)─▶ text encoders ───�
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,13 @@ from capstan.training.config import AUTO, TrainConfig
 from capstan.training.data.buckets import sizes_of
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.data.transforms import batch_of, conditions_of, to_signed
-from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples
+from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.backbone import LatentSpec
 from capstan.training.models.diffusion.config import DiffusionSettings
 from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
+from capstan.training.models.diffusion.precision import needs_upcast, outside_autocast
 from capstan.training.models.diffusion.process import process_of
 from capstan.training.models.diffusion.registry import backbone_of
 from capstan.training.models.diffusion.schedulers import STEPS, check_steps
@@ -135,7 +137,8 @@ class DiffusionFamily(Family):
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         dtype = next(model.parameters()).dtype
-        task = self.process.draw(self._latents(batch, draw), draw)
+        latents = self._latents(batch, draw)
+        task = self.process.draw(latents, draw)
         count = len(task.noisy)
         dropped = drop_rows(count, self.train.drop_text, draw)
         text, metrics = self._text(batch, dropped), {"text_dropped": dropped.float().mean()}
@@ -144,6 +147,11 @@ class DiffusionFamily(Family):
             kept = ~drop_encoders(count, len(self.text.encoders), self.train.drop_each, draw)
             metrics["encoders_dropped"] = 1 - kept.float().mean()
         prediction = model(task.noisy.to(dtype), task.timesteps, text, batch.get("conditions"), kept)
+        source = "the stored latents" if "latents" in batch else "the autoencoder (train.diffusion.autoencoder)"
+        self.finite = {source: finite([latents])}
+        if not self.text.own:
+            self.finite |= {f"the text encoder ({name})": finite([value]) for name, value in text.items()}
+        self.finite[f"the network ({self.backbone.part})"] = finite([prediction.detach()])
         metrics["loss_by_time"] = PerSampleLoss(sample_mse(prediction.detach(), task.target), task.timesteps / STEPS)
         return weighted_mse(prediction, task.target, task.weight), metrics
 
@@ -185,8 +193,10 @@ class DiffusionFamily(Family):
         if "latents" in batch:  # stored: mean, then standard deviation, along the channels
             mean, std = batch["latents"].float().chunk(2, dim=1)
         else:
-            with torch.no_grad():
-                posterior = self.vae.encode(to_signed(batch["pictures"]).to(self.vae.dtype)).latent_dist
+            images = to_signed(batch["pictures"]).to(self.vae.dtype)
+            exact = outside_autocast(images.device) if needs_upcast(self.vae) else contextlib.nullcontext()
+            with torch.no_grad(), exact:
+                posterior = self.vae.encode(images).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=draw, device=mean.device)
         return (mean + std * noise - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor

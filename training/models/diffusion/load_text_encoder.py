@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.score.clip_model import CONFIG_FILE
 from capstan.training.models.diffusion.config import EncoderSettings
@@ -57,14 +59,27 @@ def _clip(folder: Path, words: Path, projected: bool, field: str) -> tuple[Any, 
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     chosen = CLIPTextModelWithProjection if projected else CLIPTextModel
-    encoder, report = chosen.from_pretrained(folder, output_loading_info=True)
+    options = {"dtype": _dtype(folder), "trust_remote_code": False}
+    encoder, report = chosen.from_pretrained(folder, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers would initialise them at random
         problem = f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}"
         raise RecipeError(field, problem, "use a CLIP with its text projection" if projected else _ANOTHER)
-    return encoder, CLIPTokenizer.from_pretrained(words, model_max_length=encoder.config.max_position_embeddings)
+    return encoder, CLIPTokenizer.from_pretrained(
+        words, model_max_length=encoder.config.max_position_embeddings, trust_remote_code=False
+    )
 
 
 def _t5(folder: Path, words: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, T5EncoderModel
 
-    return T5EncoderModel.from_pretrained(folder), AutoTokenizer.from_pretrained(words)
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=_dtype(folder), trust_remote_code=False)
+    return encoder, AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """Return the precision that an encoder computes in: bf16 if it is stored in bf16, else fp32.
+
+    T5 overflows in fp16, whatever it is stored in.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return torch.bfloat16 if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else torch.float32

@@ -26,6 +26,7 @@ from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.diffusion.config import EncoderSettings, TextSettings
 from capstan.training.models.diffusion.load_text_encoder import Kind, load_text_encoder
+from capstan.training.models.diffusion.precision import outside_autocast
 
 Texts = dict[str, torch.Tensor]  # ids or states, by the names above
 _FIELD = "train.diffusion.text.pretrained"
@@ -128,8 +129,8 @@ class TextEncoders:
         return {name: ids for one in self.encoders for name, ids in one.ids(texts).items()}
 
     def states(self, ids: Mapping[str, torch.Tensor]) -> Texts:
-        """Return the states of frozen encoders for `ids`, on their device."""
-        with torch.no_grad():
+        """Return the states of frozen encoders for `ids`, on their device, in the precision of their weights."""
+        with torch.no_grad(), outside_autocast(next(iter(ids.values())).device):
             every = [states_of(one.slot, one.encoder, ids) for one in self.encoders]
         return {name: tensor for states in every for name, tensor in states.items()}
 

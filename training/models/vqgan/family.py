@@ -16,7 +16,7 @@ from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
-from capstan.training.family import Batch, Metrics
+from capstan.training.family import Batch, Metrics, finite
 from capstan.training.models.autoencoder.first_stage import FirstStage, Positive, StageSettings, load_weights
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
 from capstan.training.product import find_product, write_facts
@@ -77,6 +77,7 @@ class VqganFamily(FirstStage):
         made, latents, codes, indices, abandoned = model(images.to(next(model.parameters()).dtype))
         loss, metrics = self.image_loss(made, images, self.model.vq.decoder.conv_out.weight)
         codebook = codebook_loss(latents, codes, self.train.commitment)
+        self.finite = {"the encoder": finite([latents]), "the decoder": finite([made])}
         # Only the gradient of the revival loss: its value says nothing about the images.
         perplexity, used = usage(indices, self.codes)
         more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
