@@ -10,6 +10,7 @@ An image in several new shards is captioned for the first of them. A second pass
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -41,7 +42,7 @@ Captions = dict[Content, dict[str, Row]]
 
 
 class CaptionsFailed(CapstanError):
-    """A run that finished although a large share of its captions failed."""
+    """A run that kept what was captioned, while a large share of the captions failed or the engine stopped."""
 
     exit_code = 3
 
@@ -56,7 +57,14 @@ class RecaptionJob(units.Job):
         self.layer = store.layer_id(self.description, config.lint)
         self.name = f"recaption-{self.layer}"
 
+    @property
+    def stop_file(self) -> str:
+        """The file that says why an engine stopped: shards that have not started are then left for the next run."""
+        return f"state/recaption-stopped/{self.layer}.json"
+
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
+        if why := self.stopped():
+            raise CaptionsFailed(f"not captioned: {why}")
         shard, table = unit.spec["shard"], self._images(unit)
         reused, elsewhere = self._reused(unit), self._elsewhere(unit)
         missing = {image.content: lacking(self.slots, reused.get(image.content, {})) for image in table}
@@ -90,6 +98,8 @@ class RecaptionJob(units.Job):
                 for content, slots, original in zip(piece["contents"], piece["slots"], piece["originals"], strict=True)
             ]
             rows = self.write(piece["inputs"], requests) if requests else []
+            if why := getattr(self.engine, "stopped", ""):
+                self.stop(why)
             units.report({"samples": sum(map(len, rows)), "retried": _retried(rows), **_failures(rows)})
             return {"rows": dict(zip(piece["contents"], rows, strict=True)), "broken": piece["broken"]}
 
@@ -98,6 +108,16 @@ class RecaptionJob(units.Job):
     def write(self, inputs: Sequence[EngineInput], requests: Sequence[Request]) -> list[dict[str, Row]]:
         """Return slot → row for each image."""
         return generate.write(self.engine, inputs, requests, self.config.lint, self.description.get("prompts", {}))
+
+    def stopped(self) -> str:
+        """Return why an engine of this run stopped; "" if none did."""
+        names = self.storage.names("state/recaption-stopped")
+        return str(json.loads(self.storage.read(self.stop_file))["reason"]) if self.stop_file in names else ""
+
+    def stop(self, why: str) -> None:
+        """Leave the shards that have not started for the next run."""
+        if not self.stopped():
+            self.storage.write(self.stop_file, json.dumps({"reason": why}).encode())
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         table, reused = self._images(unit), self._reused(unit)
@@ -261,6 +281,7 @@ def recaption(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 def _recaption(job: RecaptionJob, recipe: Recipe, progress: bool) -> dict[str, Any]:
     start = time.perf_counter()
+    job.storage.delete(job.stop_file)
     now, touched, waiting, quarantined = Counter[str](), set[str](), set[str](), dict[str, str]()
     for sharing in (True, False):
         todo = [shard for shard in _outline(job, sharing=sharing) if sharing or shard.entry.name in waiting]
@@ -274,23 +295,29 @@ def _recaption(job: RecaptionJob, recipe: Recipe, progress: bool) -> dict[str, A
         touched |= names
         quarantined |= ended.quarantined
         waiting = {shard.entry.name for shard in todo if shard.elsewhere}
-        if not waiting:
+        if not waiting or job.stopped():
             break
+    if quarantined and job.stopped():
+        raise CaptionsFailed(f"{len(quarantined):,} shard(s) not captioned: {job.stopped()}")
     if quarantined:
         raise Quarantined(job.name, quarantined)
     job.storage.delete(*job.storage.names(store.aside(job.layer)))
     now.update(_sums(job, touched, ("images", "reused")))
     summary = _summary(job, now, time.perf_counter() - start)
+    if why := job.stopped():
+        summary["stopped"] = why
     if problem := failure_of(summary):
         log.warning("recaption: %s", problem)
     return summary
 
 
 def failure_of(summary: Mapping[str, Any]) -> CaptionsFailed | None:
-    """Return the error to end with if a large share of a layer's captions failed; `summary` is that of `recaption`."""
+    """Return the error to end with if the engine stopped or a large share failed; `summary` is that of `recaption`."""
     flags = summary["flags"]
     failed = summary["failed"] + flags.get(linter.UNREADABLE, 0)
     total = summary["captions"] + failed
+    if why := summary.get("stopped"):
+        return CaptionsFailed(f"{failed:,} of {total:,} captions failed: {why}")
     if failed <= MOST_FAILED * total:
         return None
     reasons = Counter({flag: n for flag, n in flags.items() if flag not in linter.known_flags() - {linter.UNREADABLE}})

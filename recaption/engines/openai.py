@@ -1,8 +1,8 @@
 """Engine openai: any server with OpenAI's chat completions API
 
 vLLM, SGLang, transformers serve and hosted services. Requests run concurrently, in bounded number and within the rate
-limits. Transient failures are retried; other failures become captions with a reason, and the run continues. Mistakes in
-the recipe end the run: an unknown key or model, and a server that is unreachable or rejects every request.
+limits. Transient failures are retried; other failures become captions with a reason, and the run continues. What fails
+for a plain image too stops all requests (breaker.py): at the start with an error, later with what is captioned kept.
 
 Each request carries its own seed. Whether a server returns the same answer to the same request is up to the server.
 """
@@ -15,6 +15,7 @@ import io
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
@@ -23,8 +24,9 @@ from capstan.pipeline.errors import RecipeError
 from capstan.recaption import preprocess, prompts
 from capstan.recaption.config import Decoding, RecaptionConfig
 from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request, chat_settings, need, seed_of
-from capstan.recaption.engines.answers import Answer, read_answer
-from capstan.recaption.engines.rate_limit import RateLimiter, Retries, requested_wait
+from capstan.recaption.engines.breaker import Breaker, is_lasting, recipe_error
+from capstan.recaption.engines.exchange import Outcome, exchange
+from capstan.recaption.engines.rate_limit import RateLimiter, Retries
 
 if TYPE_CHECKING:
     import aiohttp
@@ -35,15 +37,8 @@ VERSION: Final = 1  # of the request format; part of a layer's id
 
 _IMAGE_TOKENS: Final = 1000  # estimate for a prompt's image, until the server reports usage
 _LETTERS_PER_TOKEN: Final = 4
+_MOST_READ, _MOST_SHOWN = 10_000, 200  # characters of a server's message
 _SEED_BITS: Final = 31  # all servers accept seeds of this size
-
-# Statuses of mistakes in the recipe: neither a retry nor another image helps.
-_MISTAKES: Final = {
-    401: ("server.key_env", "the server rejects the key", "set the variable to a valid key"),
-    403: ("server.key_env", "the key may not use this model", "use another key, or another model"),
-    404: ("model", "the server does not know the model or this URL", "check recaption.model and server.url"),
-}
-_TRANSIENT: Final = frozenset({408, 409, 425, 429})  # and 5xx
 
 Body = dict[str, Any]
 
@@ -59,8 +54,8 @@ class OpenAIEngine:
         # Each worker has an equal share of the limits.
         self.requests = RateLimiter(None if (limit := self.server.requests_per_minute) is None else limit / workers)
         self.tokens = RateLimiter(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
-        self._works = False  # whether the server has returned a caption
-        self._messages: dict[str, str] = {}  # reason of a failure → the first message
+        self.breaker = Breaker()
+        self._noted = set[str]()  # reasons of failures that were logged
 
     @property
     def uses_original(self) -> bool:
@@ -128,110 +123,127 @@ class OpenAIEngine:
         key = os.environ.get(self.server.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         slots = asyncio.Semaphore(self.server.concurrency)
-        timeout = aiohttp.ClientTimeout(total=self.server.timeout_s)
-        connector = aiohttp.TCPConnector(limit=self.server.concurrency)
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+        session = aiohttp.ClientSession(
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=self.server.timeout_s),
+            connector=aiohttp.TCPConnector(limit=self.server.concurrency),
+            auto_decompress=False,  # exchange bounds what is unpacked
+        )
+        async with session:
+            client = _Client(self, session)
 
             async def one(body: Body) -> Caption:
                 async with slots:
-                    return await self._send_one(session, body)
+                    return await client.caption(body)
 
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(body)) for body in bodies]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the others were cancelled
-            answers = [task.result() for task in tasks]
-            if not self._works:
-                await self._refuse_mistake(session, {caption.reason for caption in answers})
-        return answers
+            captions = [task.result() for task in tasks]
+            await client.check_first(bodies, captions)
+        return captions
 
-    async def _refuse_mistake(self, session: aiohttp.ClientSession, reasons: set[str]) -> None:
-        """Raise RecipeError if all of the first requests failed for one permanent reason.
+    @property
+    def stopped(self) -> str:
+        """Why no more requests are sent, in the server's words; "" while they are."""
+        return str(self._error(self.breaker.stopped)) if self.breaker.stopped else ""
 
-        A request with a plain image shows whether their images are the cause: a later run may consist of the images
-        that the server refuses.
-        """
-        reason, *others = reasons
-        number = reason.removeprefix("http_")
-        status = int(number) if number.isdigit() else 0
-        lasts = not others and (reason == "connect" or (status and not _is_transient(status)))
-        if lasts:
-            text = prompts.quote(next(iter(self.prompts.values())), "")
-            again, *_ = await self._exchange(session, self._body(text, self.config.decoding, 0, _plain_image()))
-            lasts = again == reason
-        self._works = not lasts
-        if lasts and not status:
-            problem = f"{self.server.url} cannot be reached ({self._messages[reason]})"
-            raise RecipeError("recaption.server.url", problem, "start the server, or correct the URL")
-        if lasts:
-            problem = f"the server rejects every request (HTTP {status}: {self._messages[reason]})"
-            hint = (
-                "correct the recipe; server.extra adds request fields and removes those set to null: {max_tokens: null}"
-            )
-            raise RecipeError("recaption.server", problem, hint)
+    def _error(self, outcome: Outcome) -> RecipeError:
+        limit = self.config.max_tokens or MAX_TOKENS
+        return recipe_error(outcome, url=str(self.server.url), key_env=self.server.key_env, max_tokens=limit)
 
-    def _note(self, reason: str, text: str) -> None:
-        """Log the first failure of a kind."""
-        if reason not in self._messages:
-            self._messages[reason] = self._quotable(text)
-            log.warning("%s: %s: %s (further ones are only counted)", self.endpoint, reason, self._messages[reason])
+    def note(self, outcome: Outcome) -> Outcome:
+        """Log the first failure of a kind; return it with a message that is fit to be shown and kept."""
+        if not outcome.reason:
+            return outcome
+        key, text = os.environ.get(self.server.key_env), outcome.message
+        text = (text.replace(key, "…") if key else text)[:_MOST_READ]
+        # Control characters could steer the terminal; str.isprintable is also False for marks that reverse text.
+        message = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_MOST_SHOWN]
+        if outcome.reason not in self._noted:
+            self._noted.add(outcome.reason)
+            log.warning("%s: %s: %s (further ones are only counted)", self.endpoint, outcome.reason, message)
+        return replace(outcome, message=message)
 
-    def _quotable(self, text: str) -> str:
-        """Return the beginning of a server's message, on one line and without the key."""
-        key = os.environ.get(self.server.key_env)
-        return " ".join((text.replace(key, "…") if key else text).split())[:200]
+    def probe_body(self, body: Body) -> Body:
+        """Return a plain request of the kind of `body`, with an image if that has one."""
+        if not any("image_url" in part for message in body["messages"] for part in _parts(message["content"])):
+            return {**body, "messages": [{"role": "user", "content": "Write one word."}]}
+        text = prompts.quote(next(iter(self.prompts.values())), "")
+        return self._body(text, self.config.decoding, 0, _plain_image())
 
-    async def _send_one(self, session: aiohttp.ClientSession, body: Body) -> Caption:
+
+class _Client:
+    """The requests of one call: limits, retries, and the circuit breaker."""
+
+    def __init__(self, engine: OpenAIEngine, session: aiohttp.ClientSession) -> None:
+        self.engine, self.session, self.breaker = engine, session, engine.breaker
+        self.probing = asyncio.Lock()  # while it is held, no other request starts
+
+    async def caption(self, body: Body) -> Caption:
         """Return the answer to one request, or a caption with the reason why there is none."""
-        retries = Retries(self.server.retries)
+        retries = Retries(self.engine.server.retries)
         while True:
+            async with self.probing:
+                pass
+            if self.breaker.stopped:
+                return _missing(self.breaker.stopped, body)
             expected = _expected_tokens(body)
-            await self.requests.wait(1)
-            await self.tokens.wait(expected)
-            reason, answer, wait_s = await self._exchange(session, body)
-            if answer is not None:
-                self.tokens.correct(answer.tokens - expected if answer.tokens else 0)
-                return answer.caption
-            if not await retries.again(wait_s, self.requests, self.tokens):
-                return Caption("", 0, "none", _seed(body), reason)
+            await self.engine.requests.wait(1)
+            await self.engine.tokens.wait(expected)
+            outcome = await self._exchange(body)
+            if outcome.answer is not None:
+                used = outcome.answer.tokens
+                self.engine.tokens.correct(used - expected if used else 0)
+                await self._count(outcome, body)
+                return outcome.answer.caption
+            if not await retries.again(outcome.wait_s, self.engine.requests, self.engine.tokens):
+                await self._count(outcome, body)
+                return _missing(outcome, body)
 
-    async def _exchange(self, session: aiohttp.ClientSession, body: Body) -> tuple[str, Answer | None, float | None]:
-        """Send one request; return (reason, answer, minimum wait in seconds); reason "": success.
+    async def check_first(self, bodies: Sequence[Body], captions: Sequence[Caption]) -> None:
+        """Raise RecipeError if all of the first requests failed for one lasting reason, and a plain image does too."""
+        reason, *others = {caption.reason if caption.finish == "none" else "" for caption in captions}
+        if not self.breaker.works and not others and reason and is_lasting(reason):
+            await self._probe(reason, bodies[0])
 
-        A wait of None means that a retry is pointless.
-        """
-        import aiohttp
+    async def _exchange(self, body: Body) -> Outcome:
+        """Send one request; a caption without a text is a failure with an answer."""
+        outcome = await exchange(self.session, self.engine.endpoint, body, _seed(body))
+        if outcome.answer is not None and outcome.answer.caption.finish == "none":
+            caption = outcome.answer.caption
+            outcome = replace(outcome, reason=caption.reason, message=caption.message)
+        noted = self.engine.note(outcome)
+        if noted.answer is not None and noted.reason:
+            caption = replace(noted.answer.caption, message=noted.message)
+            return replace(noted, answer=replace(noted.answer, caption=caption))
+        return noted
 
-        try:
-            async with session.post(self.endpoint, json=body) as response:
-                if response.status in _MISTAKES:
-                    raise self._mistake(response.status, await response.text())
-                if response.status >= 400:
-                    self._note(reason := f"http_{response.status}", await response.text(errors="replace"))
-                    return reason, None, requested_wait(response.headers) if _is_transient(response.status) else None
-                answer = await response.json(content_type=None)
-        except TimeoutError:
-            return "timeout", None, 0.0
-        except (aiohttp.ClientError, OSError) as error:
-            self._note("connect", str(error))
-            return "connect", None, 0.0
-        except ValueError:  # not JSON, or not text
-            return "malformed", None, 0.0
-        try:
-            return "", read_answer(answer, _seed(body)), None
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
-            return "malformed", None, 0.0
+    async def _count(self, outcome: Outcome, body: Body) -> None:
+        """Tell the breaker how a request ended; probe the server if it wants to. Raises RecipeError."""
+        if not outcome.reason:
+            self.breaker.succeeded()
+            return
+        self.breaker.failed()
+        if self.breaker.wants_probe(outcome.reason):
+            async with self.probing:
+                if self.breaker.wants_probe(outcome.reason):  # nobody else has probed in the meantime
+                    await self._probe(outcome.reason, body)
 
-    def _mistake(self, status: int, text: str) -> RecipeError:
-        field, problem, hint = _MISTAKES[status]
-        if field == "server.key_env":
-            hint = f"{hint} ({self.server.key_env})"
-        return RecipeError(f"recaption.{field}", f"{problem} (HTTP {status}: {self._quotable(text)})", hint)
+    async def _probe(self, reason: str, body: Body) -> None:
+        """Send a plain request. Raise RecipeError if it fails in the same way and the server has never worked."""
+        self.breaker.probed(reason, await self._exchange(self.engine.probe_body(body)))
+        if self.breaker.stopped:
+            error = self.engine._error(self.breaker.stopped)
+            if not self.breaker.works:
+                raise error
+            log.warning("%s: no more requests are sent: %s", self.engine.endpoint, error)
 
 
-def _is_transient(status: int) -> bool:
-    return status in _TRANSIENT or status >= 500
+def _missing(outcome: Outcome, body: Body) -> Caption:
+    return Caption("", 0, "none", _seed(body), outcome.reason, outcome.message)
 
 
 def _plain_image() -> bytes:

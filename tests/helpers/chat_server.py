@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
 import threading
 import time
@@ -12,10 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from aiohttp import web
+from PIL import Image
+
+from capstan.recaption.config import RecaptionConfig
+from capstan.recaption.engines import make
+from capstan.recaption.engines.openai import OpenAIEngine
 
 Body = dict[str, Any]
-Answer = tuple[int, dict[str, str], Any]  # status, headers, JSON or text
+Answer = tuple[int, dict[str, str], Any]  # status, headers, JSON, text or bytes
 
 
 @dataclass
@@ -50,8 +57,9 @@ class ChatServer:
             if status == 0:  # hang up
                 assert request.transport is not None
                 request.transport.close()
-            text = content if isinstance(content, str) else json.dumps(content)
-            return web.Response(status=status or 200, headers=headers, text=text, content_type="application/json")
+            text = content if isinstance(content, str | bytes) else json.dumps(content)
+            data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+            return web.Response(status=status or 200, headers=headers, body=data, content_type="application/json")
         finally:
             self.running -= 1
 
@@ -60,6 +68,20 @@ def completion(text: str | None, finish: str | None = "stop", tokens: int = 3, t
     usage = {"prompt_tokens": total - tokens, "completion_tokens": tokens, "total_tokens": total}
     message = {"role": "assistant", "content": text}
     return {"object": "chat.completion", "choices": [{"message": message, "finish_reason": finish}], "usage": usage}
+
+
+def jpeg(number: int, side: int = 28) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def engine(server: ChatServer, workers: int = 1, limits: dict[str, Any] | None = None, **recipe: Any) -> OpenAIEngine:
+    section = {"engine": "openai", "model": "m", "server": {"url": server.url, **(limits or {})}, **recipe}
+    made = make(RecaptionConfig.model_validate(section), workers=workers)
+    assert isinstance(made, OpenAIEngine)
+    return made
 
 
 @contextmanager

@@ -21,23 +21,15 @@ import chat_server
 import numpy as np
 import pytest
 import vision_models
-from chat_server import ChatServer, completion
+from chat_server import ChatServer, completion, engine, jpeg
 from PIL import Image
 
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.engines import CaptionEngine, Request, TextEngine, make, rate_limit
-from capstan.recaption.engines.openai import OpenAIEngine
 
 SLOTS = ("short", "descriptive")
 REQUESTS = [Request(f"image {n}", SLOTS, f"text {n}") for n in range(6)]
-
-
-def jpeg(number: int, side: int = 28) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(file, "JPEG", quality=95)
-    return file.getvalue()
 
 
 IMAGES = [jpeg(n) for n in range(6)]
@@ -48,13 +40,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     monkeypatch.setattr(rate_limit, "FIRST_WAIT_S", 0.01)
     with chat_server.serving() as running:
         yield running
-
-
-def engine(server: ChatServer, workers: int = 1, limits: dict[str, Any] | None = None, **recipe: Any) -> OpenAIEngine:
-    section = {"engine": "openai", "model": "m", "server": {"url": server.url, **(limits or {})}, **recipe}
-    made = make(RecaptionConfig.model_validate(section), workers=workers)
-    assert isinstance(made, OpenAIEngine)
-    return made
 
 
 def test_what_is_asked(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
