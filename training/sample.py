@@ -21,8 +21,8 @@ from capstan.pipeline.config import validate
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
-from capstan.training.models.diffusion.precision import FiniteChecks, frozen_outside_autocast
 from capstan.training.models.diffusion.schedulers import SamplerName, check_steps, set_sampler
+from capstan.training.models.precision import FiniteChecks, frozen_outside_autocast
 from capstan.training.product import find_product, kind_of, quieten, read_facts
 
 logger = logging.getLogger(__name__)

@@ -28,11 +28,11 @@ from capstan.training.models.diffusion.backbone import LatentSpec
 from capstan.training.models.diffusion.config import DiffusionSettings
 from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
-from capstan.training.models.diffusion.precision import needs_upcast, outside_autocast
 from capstan.training.models.diffusion.process import process_of
 from capstan.training.models.diffusion.registry import backbone_of
 from capstan.training.models.diffusion.schedulers import STEPS, check_steps
 from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
+from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.precomputed.latents import measure
 from capstan.training.precomputed.text_embeddings import states_of
 from capstan.training.product import find_product, quieten, read_facts, write_facts

@@ -26,7 +26,7 @@ from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.diffusion.config import EncoderSettings, TextSettings
 from capstan.training.models.diffusion.load_text_encoder import Kind, load_text_encoder
-from capstan.training.models.diffusion.precision import outside_autocast
+from capstan.training.models.precision import outside_autocast
 
 Texts = dict[str, torch.Tensor]  # ids or states, by the names above
 _FIELD = "train.diffusion.text.pretrained"
