@@ -25,7 +25,7 @@ import torch
 from capstan.pipeline.config import Recipe, read_recipe, validate
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.text.printable import PrintableFormatter
-from capstan.training.config import TrainConfig, family_class
+from capstan.training.config import Shape, TrainConfig, family_class
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.loader import LoadedBatch, Loader
 from capstan.training.data.mixture import MixedData
@@ -76,13 +76,24 @@ def fit(recipe: Recipe) -> dict[str, Any]:
 
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Return the learning rate of step `step` (0, 1, …): linear warm-up, then `train.schedule`."""
+    if isinstance(train.schedule, str):
+        return train.lr * _rate(train, train.schedule, step, train.steps, start=0.0)
+    restart = train.schedule.restart
+    if step < restart:
+        return train.lr * _rate(train, train.schedule.before, step, restart, start=0.0)
+    start = _rate(train, train.schedule.before, restart, restart, start=0.0)
+    return train.lr * _rate(train, train.schedule.then, step - restart, train.steps - restart, start=start)
+
+
+def _rate(train: TrainConfig, shape: Shape, step: int, steps: int, start: float) -> float:
+    """Return the rate of step `step` of a cycle of `steps`, as a fraction of lr: from `start` to 1, then by `shape`."""
     if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
-    if train.schedule == "constant":
-        return train.lr
-    share = min(1.0, (step - train.warmup) / max(1, train.steps - train.warmup))
-    fall = (1 + math.cos(math.pi * share)) / 2 if train.schedule == "cosine" else 1 - share
-    return train.lr * (train.final_lr + (1 - train.final_lr) * fall)
+        return start + (1 - start) * (step + 1) / train.warmup
+    if shape == "constant":
+        return 1.0
+    share = min(1.0, (step - train.warmup) / max(1, steps - train.warmup))
+    fall = (1 + math.cos(math.pi * share)) / 2 if shape == "cosine" else 1 - share
+    return train.final_lr + (1 - train.final_lr) * fall
 
 
 class _Fit:
@@ -222,14 +233,35 @@ class _Fit:
         step, worker, shared = self.checkpoints.load()
         if shared and shared["data"] != self.data.identity() and self.engine.is_main:
             logger.warning("the dataset has changed since step %d: samples after it differ", step)
+        if shared and self.engine.is_main:
+            self._warn_of_another_end(step, shared.get("train_steps"))
         if "health" in shared:
             self.monitor.divergence.restore(shared["health"])
         self.metrics.start(step, worker, shared)
         return step
 
+    def _warn_of_another_end(self, step: int, steps: int | None) -> None:
+        """Report a learning rate that jumps, because train.steps was `steps` when this checkpoint was written."""
+        train = self.train
+        if steps is None or steps == train.steps or not isinstance(train.schedule, str):
+            return
+        rates = [learning_rate(train.model_copy(update={"steps": end}), step) for end in (steps, train.steps)]
+        if not math.isclose(*rates, rel_tol=1e-6):
+            logger.warning(
+                "train.steps was %d and is %d: on schedule %s the learning rate of step %d would have been %.3g and is "
+                "%.3g. Fix: set train.schedule: {before: %s, restart: %d, then: cosine} for a new cycle, or then: "
+                "constant to hold lr",
+                *(steps, train.steps, train.schedule, step + 1, *rates, train.schedule, steps),
+            )
+
     def _save(self, step: int) -> None:
         data = {"data": self.data.identity(), "progress": self.data.progress(step * self.train.batch)}
-        shared = {**data, "health": self.monitor.divergence.state(), **self.metrics.shared_state()}
+        shared = {
+            **data,
+            "train_steps": self.train.steps,
+            "health": self.monitor.divergence.state(),
+            **self.metrics.shared_state(),
+        }
         saved = self.checkpoints.save(step, self.metrics.state(), shared)
         if self.upload is not None:
             self.upload.send(saved)

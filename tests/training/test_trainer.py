@@ -139,3 +139,29 @@ def test_learning_rate_rises_and_falls() -> None:
         assert [learning_rate(config, step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert [learning_rate(c, 60) for c in by_name.values()] == pytest.approx([2.0, 1.1, 1.1])
     assert [learning_rate(c, 110) for c in by_name.values()] == pytest.approx([2.0, 0.2, 0.2])
+
+
+def test_a_schedule_that_ends_later_is_reported_with_both_rates_and_the_fix(recipe, tmp_path: Path) -> None:
+    fit(recipe(steps=8))
+    fit(recipe(steps=12))
+    (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARNING" in line]
+    assert "train.steps was 8 and is 12: on schedule cosine" in line
+    assert "step 9 would have been 0 and is 0.005." in line
+    assert "Fix: set train.schedule: {before: cosine, restart: 8, then: cosine}" in line
+    restarted = recipe(steps=16, schedule={"before": "cosine", "restart": 12, "then": "constant"})
+    assert fit(restarted)["steps"] == 16  # the same run, and nothing to warn of
+    assert (tmp_path / "run" / "train.log").read_text().count("WARNING") == 1
+    rates = [record["lr"] for record in records(tmp_path / "run")]
+    assert rates[12:] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    with pytest.raises(RecipeError, match=r"different: schedule"):
+        fit(recipe(steps=20, schedule={"before": "linear", "restart": 12}))
+
+
+def test_a_schedule_restarts_where_it_ended() -> None:
+    section = {"model": "x:X", "run": "r", "steps": 200, "warmup": 10, "lr": 2.0, "final_lr": 0.1}
+    once = TrainConfig.model_validate({**section, "steps": 100, "schedule": "cosine"})
+    twice = TrainConfig.model_validate({**section, "schedule": {"restart": 100}})
+    assert [learning_rate(twice, step) for step in range(100)] == [learning_rate(once, step) for step in range(100)]
+    assert [learning_rate(twice, step) for step in (100, 109, 110)] == pytest.approx([0.38, 2.0, 2.0])
+    assert learning_rate(twice, 200) == pytest.approx(0.2)
+    assert once.identity() == twice.identity()

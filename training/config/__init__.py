@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -159,6 +159,20 @@ class Diverged(Section):
     steps: Annotated[int, Field(ge=1)] = 50  # number of high losses in a row that stop the run
 
 
+Shape = Literal["constant", "cosine", "linear"]
+
+
+class Restart(Section):
+    """A learning rate that starts again, in a run made longer after its schedule had ended.
+
+    A warm restart (Loshchilov & Hutter 2017, SGDR): from step `restart` on the rate warms up again, to `lr`.
+    """
+
+    before: Shape = "cosine"  # the schedule that ended at step `restart`, as it was in the recipe
+    restart: Positive  # steps: what train.steps was
+    then: Shape = "cosine"  # from there to train.steps
+
+
 class TrainConfig(Section):
     """One training run."""
 
@@ -170,7 +184,7 @@ class TrainConfig(Section):
     seed: int = 0
     init: str | None = None  # a run folder or its product: start from these weights
     lr: Annotated[float, Field(gt=0)] = 1e-4  # peak learning rate of AdamW
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up: hold, or decay to final_lr
+    schedule: Shape | Restart = "constant"  # after warm-up: hold, or decay to final_lr at the last step
     warmup: Annotated[int, Field(ge=0)] = 100  # steps in which the learning rate rises linearly from 0
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # end of cosine and linear, as a fraction of lr
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -187,6 +201,15 @@ class TrainConfig(Section):
     watch: Watch = Watch()
 
     _settings: Any = PrivateAttr(default=None)
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _is_shape_or_restart(cls, schedule: Any) -> Any:
+        if isinstance(schedule, dict):
+            return validate(Restart, schedule, "train.schedule")
+        if schedule not in get_args(Shape) and not isinstance(schedule, Restart):
+            raise ValueError(f"must be one of {', '.join(get_args(Shape))}, or set e.g. schedule: {{restart: 1000}}")
+        return schedule
 
     @model_validator(mode="after")
     def _has_one_bucket(self) -> TrainConfig:
@@ -261,11 +284,13 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change when a run resumes, as plain data.
 
-        Left out: where and on how many workers it runs, how often it logs and saves, `watch`, and `steps`.
+        Left out: where and on how many workers it runs, how often it logs and saves, `watch`, `steps`, and a schedule's
+        restart.
         """
         free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
         fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache"})
+        fixed["schedule"] = self.schedule if isinstance(self.schedule, str) else self.schedule.before
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
         return fixed
 
