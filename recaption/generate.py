@@ -6,13 +6,22 @@ caption replaces it. The attempts of a caption depend on its image alone, so row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
+from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.records import storable
 from capstan.recaption.engines import CUT_BEFORE_TEXT, Caption, CaptionEngine, EngineInput, Request
 from capstan.recaption.engines.reasoning import without_reasoning
 from capstan.recaption.lint import linter
 from capstan.recaption.store import Row
+
+log = logging.getLogger(__name__)
+
+ENGINE_ERROR: Final = "engine_error"  # reason: the engine raised on this image alone
+MOST_SHOWN: Final = 300  # characters of an error
 
 
 @dataclass
@@ -54,12 +63,66 @@ def write(
         if not pending:
             break
         places, batch = zip(*pending, strict=True)
-        made = engine.caption([images[place] for place in places], batch, attempt=attempt)
+        made = _caption(engine, [images[place] for place in places], batch, attempt)
         for place, captions in zip(places, made, strict=True):
             for slot, caption in captions.items():
                 caption = _answered(caption)
                 attempts[place][slot].made.append((caption, _lint(caption, settings, slot, prompts.get(slot, ""))))
     return [{slot: these.row() for slot, these in slots.items()} for slots in attempts]
+
+
+def _caption(
+    engine: CaptionEngine, images: Sequence[EngineInput], requests: Sequence[Request], attempt: int
+) -> list[dict[str, Caption]]:
+    """Return the engine's captions. If a batch raises, find the images that do, and keep the captions of the others.
+
+    Raises the error if every one of several images raises: then the engine is at fault, not an image.
+    """
+    try:
+        return _bisect(engine, images, requests, attempt)
+    except CapstanError:
+        raise
+    except Exception as error:
+        if len(requests) > 1:
+            raise
+        return [_failed(requests[0], error)]
+
+
+def _bisect(
+    engine: CaptionEngine, images: Sequence[EngineInput], requests: Sequence[Request], attempt: int
+) -> list[dict[str, Caption]]:
+    """Return the captions; halve a batch that raises until the images that do are found. Raises if all of them do."""
+    try:
+        return engine.caption(images, requests, attempt=attempt)
+    except CapstanError:
+        raise  # the recipe, a server or the storage, not an image
+    except Exception as error:
+        if len(requests) == 1:
+            raise
+        log.debug("a batch of %d images raised %s: trying its halves", len(requests), type(error).__name__)
+    middle, halves, errors = len(requests) // 2, list[list[dict[str, Caption]] | None](), list[Exception]()
+    parts = [slice(None, middle), slice(middle, None)]
+    for part in parts:
+        try:
+            halves.append(_bisect(engine, images[part], requests[part], attempt))
+        except CapstanError:
+            raise
+        except Exception as error:  # noqa: BLE001 - sample boundary: every image of this half raises
+            halves.append(None)
+            errors.append(error)
+    if len(errors) == len(parts):
+        raise errors[0]
+    captions = list[dict[str, Caption]]()
+    for part, half in zip(parts, halves, strict=True):
+        captions += half if half is not None else [_failed(request, errors[0]) for request in requests[part]]
+    return captions
+
+
+def _failed(request: Request, error: Exception) -> dict[str, Caption]:
+    """Return failed captions for an image on which the engine raised."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
+    log.warning("image %s: the engine raised %s", request.sha256, message)
+    return {slot: Caption("", 0, "none", 0, ENGINE_ERROR, storable(message)) for slot in request.slots}
 
 
 def _answered(caption: Caption) -> Caption:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from scripted_engine import ScriptedEngine, said
 
+from capstan.pipeline.errors import RecipeError
 from capstan.recaption.engines import Caption, Request
 from capstan.recaption.generate import write
 from capstan.recaption.lint.linter import Settings
@@ -110,3 +111,44 @@ def test_rows_do_not_depend_on_the_batch(together: int) -> None:
         for row in write(engine, [b""] * together, requests[start : start + together], Settings(), {})
     ]
     assert [row["short"].seed for row in rows] == [1, 0, 0]
+
+
+def raising(*bad: str) -> ScriptedEngine:
+    def say(request: Request, slot: str, attempt: int) -> Caption:
+        if request.sha256 in bad:
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return said(FINE)
+
+    return ScriptedEngine(say)
+
+
+@pytest.mark.parametrize("bad", [{"0"}, {"5"}, {"10"}, {"3", "4"}, {"0", "10"}, {str(n) for n in range(10)}])
+def test_an_image_on_which_the_engine_raises_is_flagged_and_the_others_are_captioned(bad: set[str]) -> None:
+    requests = [Request(str(n), ("short", "descriptive")) for n in range(11)]
+    rows = write(raising(*bad), [b""] * 11, requests, Settings(), {})
+    for request, slots in zip(requests, rows, strict=True):
+        for row in slots.values():
+            assert row.flags == (("engine_error", "failed") if request.sha256 in bad else ())
+            assert row.raw == (FINE if request.sha256 not in bad else row.raw)
+            assert ("aspect ratio" in row.raw) == (request.sha256 in bad)
+
+
+def test_one_image_alone_is_flagged_too() -> None:
+    (rows,) = write(raising("0"), [b""], [Request("0", ("short",))], Settings(), {})
+    assert rows["short"].flags == ("engine_error", "failed")
+
+
+def test_an_engine_that_raises_on_every_image_fails_the_unit() -> None:
+    requests = [Request(str(n), ("short",)) for n in range(5)]
+    with pytest.raises(ValueError, match="aspect ratio"):
+        write(raising(*"01234"), [b""] * 5, requests, Settings(), {})
+
+
+def test_what_the_user_must_fix_is_not_an_images_fault() -> None:
+    def say(request: Request, slot: str, attempt: int) -> Caption:
+        raise RecipeError("recaption.model", "x", "y")
+
+    engine = ScriptedEngine(say)
+    with pytest.raises(RecipeError):
+        write(engine, [b""] * 5, [Request(str(n), ("short",)) for n in range(5)], Settings(), {})
+    assert len(engine.asked) == 5

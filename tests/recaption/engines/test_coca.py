@@ -19,6 +19,8 @@ from capstan.recaption.engines import CaptionEngine, Request, TextEngine, make
 from capstan.recaption.engines.beam_search import search
 from capstan.recaption.engines.coca import CocaEngine
 from capstan.recaption.engines.coca_decoding import GROUP, CachedCoca, Tokens, decode, draw
+from capstan.recaption.generate import write
+from capstan.recaption.lint.linter import Settings
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8))
 SLOTS = ("short", "descriptive")
@@ -327,3 +329,11 @@ def test_a_hub_that_cannot_be_reached_is_the_users_to_fix(monkeypatch: pytest.Mo
     with pytest.raises(RecipeError, match="cannot load the weights laion2b_s13b_b90k of coca_ViT-B-32") as caught:
         coca.caption(IMAGES[:1], REQUESTS[:1])
     assert caught.value.field == "recaption.pretrained"
+
+
+def test_an_image_that_cannot_be_captioned_does_not_take_the_batch_with_it(captioner: Path) -> None:
+    inputs = [*IMAGES[:2], np.zeros((8, 8, 3), np.uint8), IMAGES[3]]
+    rows = write(engine(captioner), inputs, REQUESTS[:4], Settings(retries=0), {})
+    assert [row["short"].flags == ("engine_error", "failed") for row in rows] == [False, False, True, False]
+    whole = write(engine(captioner), IMAGES[:4], REQUESTS[:4], Settings(retries=0), {})
+    assert [rows[n] for n in (0, 1, 3)] == [whole[n] for n in (0, 1, 3)]

@@ -18,6 +18,8 @@ from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.engines import Caption, CaptionEngine, Request, TextEngine, make
 from capstan.recaption.engines.transformers import TransformersEngine
+from capstan.recaption.generate import write
+from capstan.recaption.lint.linter import Settings
 
 SLOTS = ("short", "descriptive")
 PROMPTS = {"short": "write one short caption", "descriptive": "describe the image: {original}"}
@@ -252,3 +254,17 @@ def test_what_cannot_work_is_said_with_the_field_and_the_fix(
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"pip install 'capstan-t2i\[recaption\]'"):
         engine(llava).write(["x"], seeds=[0], max_tokens=1)
+
+
+def test_an_image_that_a_processor_refuses_does_not_take_the_batch_with_it(qwen: Path) -> None:
+    """Qwen2-VL's processor raises for images of more than 200 to 1."""
+    made, file = engine(qwen), io.BytesIO()
+    Image.new("RGB", (13000, 64), (200, 30, 30)).save(file, "JPEG")
+    inputs = [made.prepare(jpeg(n)) for n in range(3)]
+    inputs.insert(1, made.prepare(file.getvalue()))
+    rows = write(made, inputs, REQUESTS[:4], Settings(retries=0), {})
+    assert [rows[n]["short"].finish == "none" for n in range(4)] == [False, True, False, False]
+    assert rows[1]["short"].flags == ("engine_error", "failed")
+    assert "aspect ratio" in rows[1]["short"].raw
+    alone = write(made, inputs[2:], REQUESTS[2:4], Settings(retries=0), {})
+    assert rows[2:] == alone
