@@ -35,7 +35,7 @@ def _checked(raw: dict[str, Any]) -> Recipe:
     refuse_secrets(raw, "")
     recipe = validate(Recipe, raw)
     if recipe.recaption is not None:
-        validate(RecaptionConfig, recipe.recaption, "recaption")
+        RecaptionConfig.from_recipe(recipe)
     if recipe.train is not None:
         if extras.missing(extras.TRAIN) is None:
             TrainConfig.from_recipe(recipe)

@@ -1,7 +1,7 @@
 """Recipe: YAML → a validated, frozen `Recipe`
 
 Unknown keys are errors that name the field and the fix. The sections `recaption`, `train` and `experiment` belong to
-the floors above: they are plain mappings here, and those floors validate them (`cluster.recipe.load` checks them all).
+the floors above: they are mappings here, which those floors parse once (`Recipe.section`; `cluster.recipe.load` does).
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.text import safe_yaml
+
+Model = TypeVar("Model", bound=BaseModel)
+Typed = TypeVar("Typed")
 
 
 class Section(BaseModel):
@@ -207,6 +210,21 @@ class Resources(Section):
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # Ray's Prometheus exporter; null: a free port
 
 
+class _Parsed:
+    """Typed sections of a recipe, kept after first use. No part of its value: equal to any other, pickled empty."""
+
+    def __init__(self) -> None:
+        self.sections: dict[str, tuple[Any, Any]] = {}  # name → (the section's mapping, the section)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Parsed)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Parsed, ()
+
+
 class Recipe(Section):
     """A recipe: it drives every stage, and each stage reads its own sections."""
 
@@ -226,6 +244,21 @@ class Recipe(Section):
     recaption: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
     experiment: dict[str, Any] | None = None
+    _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
+
+    def section(self, name: str, parse: Callable[[dict[str, Any]], Typed], hint: str) -> Typed:
+        """Return the section `name` of a floor above, parsed by that floor once and kept.
+
+        Raises RecipeError with `hint` if the recipe does not have it, and whatever `parse` raises.
+        """
+        raw = getattr(self, name)
+        if raw is None:
+            raise RecipeError(name, "is missing", hint)
+        known = self._parsed.sections.get(name)
+        if known is None or known[0] is not raw:
+            known = self._parsed.sections[name] = (raw, parse(raw))
+        found: Typed = known[1]
+        return found
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Recipe:
@@ -235,9 +268,6 @@ class Recipe(Section):
         if "removed" in names:
             raise ValueError("select names a condition `removed`, which is reserved for rows that are blocked")
         return self
-
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], raw: Any, where: str = "") -> Model:

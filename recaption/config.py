@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from capstan.pipeline.config import Recipe, Section, validate
-from capstan.pipeline.errors import RecipeError
 from capstan.recaption.lint.linter import Settings as LintSettings
 
 SlotName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
@@ -108,7 +107,5 @@ class RecaptionConfig(Section):
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> RecaptionConfig:
         """Return the validated section `recaption`. Raises RecipeError."""
-        if recipe.recaption is None:
-            hint = "add the section, e.g. recaption: {engine: coca, model: ./captioner}"
-            raise RecipeError("recaption", "is missing", hint)
-        return validate(cls, recipe.recaption, "recaption")
+        hint = "add the section, e.g. recaption: {engine: coca, model: ./captioner}"
+        return recipe.section("recaption", lambda raw: validate(cls, raw, "recaption"), hint)

@@ -256,9 +256,7 @@ class TrainConfig(Section):
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> TrainConfig:
         """Return the validated section `train`, including every family's section in it. Raises RecipeError."""
-        if recipe.train is None:
-            raise RecipeError("train", "is missing", "add the section, e.g. train: {model: diffusion, run: ./run, ...}")
-        return cls.from_section(recipe.train)
+        return recipe.section("train", cls.from_section, "add the section, e.g. train: {model: diffusion, run: ./run}")
 
     @classmethod
     def from_section(cls, raw: dict[str, Any]) -> TrainConfig:

@@ -132,10 +132,12 @@ class ExperimentConfig(Section):
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ExperimentConfig:
         """Return the validated section `experiment`, checked against `train`. Raises RecipeError."""
-        if recipe.experiment is None:
-            hint = "add the section, e.g. experiment: {arms: [original, short95, descriptive95], seeds: [0, 1, 2]}"
-            raise RecipeError("experiment", "is missing", hint)
-        config, train = validate(cls, recipe.experiment, "experiment"), TrainConfig.from_recipe(recipe)
+        hint = "add the section, e.g. experiment: {arms: [original, short95, descriptive95], seeds: [0, 1, 2]}"
+        return recipe.section("experiment", lambda raw: cls._checked(raw, TrainConfig.from_recipe(recipe)), hint)
+
+    @classmethod
+    def _checked(cls, raw: dict[str, Any], train: TrainConfig) -> ExperimentConfig:
+        config = validate(cls, raw, "experiment")
         _ = config.writer
         if train.model != "diffusion":
             raise RecipeError(
