@@ -22,11 +22,24 @@ from capstan.recaption.engines import MAX_TOKENS, Caption, EngineInput, Request,
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = 1  # of this engine's computation; part of a layer's id
+VERSION: Final = 2  # of this engine's computation; part of a layer's id
 BUCKET: Final = 32  # tokens: prompts are padded to a multiple of this
 
 # Files of a model's folder that can change a caption; others (readme, training state) are ignored.
 _KINDS: Final = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
+
+# What is kept of a model's generation_config: which tokens start, end and fill a sequence, and which must never be
+# written. Its decoding (sampling, beams, penalties, lengths) is the recipe's, so that the layer's id covers it.
+_TOKENS: Final = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
 
 Message = dict[str, Any]
 
@@ -149,7 +162,10 @@ class _Loaded:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        ends = self.model.generation_config.eos_token_id
+        own = self.model.generation_config
+        kept = {name: value for name in _TOKENS if (value := getattr(own, name, None)) is not None}
+        self.model.generation_config = transformers.GenerationConfig(**kept)
+        ends = own.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends])
         log.info("%s loaded on %s, %s", config.model, self.device, precision)
 
@@ -209,7 +225,7 @@ class _Loaded:
     def _generate(self, inputs: Any, seeds: Sequence[int], how: Decoding, limit: int) -> list[list[int]]:
         """Return the new tokens of each row."""
         start = inputs["input_ids"].shape[1]
-        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         if how.method == "beam":
             settings |= {"num_beams": how.beams, "length_penalty": how.length_penalty, "early_stopping": False}
         sampling = [_Sampler(seeds, how, start, limit)] if how.method == "top_p" else []

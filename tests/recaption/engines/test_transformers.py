@@ -268,3 +268,33 @@ def test_an_image_that_a_processor_refuses_does_not_take_the_batch_with_it(qwen:
     assert "aspect ratio" in rows[1]["short"].raw
     alone = write(made, inputs[2:], REQUESTS[2:4], Settings(retries=0), {})
     assert rows[2:] == alone
+
+
+@pytest.mark.parametrize("method", ["greedy", "top_p", "beam"])
+def test_a_models_own_generation_config_does_not_leak_in(llava: Path, tmp_path: Path, method: str) -> None:
+    """Decoding is the recipe's, also in a retry; only the special tokens are the model's."""
+    folder = tmp_path / "llava"
+    shutil.copytree(llava, folder)
+    file = folder / "generation_config.json"
+    leaky = {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "length_penalty": 3.0,
+        "repetition_penalty": 1.9,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 5,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "max_length": 3,
+        "max_time": 0.0,
+        "stop_strings": ["a"],
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | leaky))
+    decoding = {"method": method, "beams": 2, "seed": 3}
+    assert captions(folder, range(4), decoding=decoding) == captions(llava, range(4), decoding=decoding)
+    assert captions(folder, range(4), 1, decoding=decoding) == captions(llava, range(4), 1, decoding=decoding)
