@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment test test-cluster test-slow check format clean
-.PHONY: bench-build bench-dedup bench-first-stages bench-jpeg-damage bench-loader bench-plan bench-rebuild bench-recaption
+.PHONY: bench-build bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader bench-plan bench-rebuild bench-recaption
 .PHONY: bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
@@ -44,6 +44,10 @@ bench-build: $(STAMP)
 
 bench-rebuild: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py
+
+bench-copies: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/copies.py
 
 bench-dedup: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -10,7 +10,7 @@ from typing import Final
 
 import pyarrow as pa
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4  # rises if old and new tables must not be mixed; 4: phash by exact areas
 
 # Outcome of an input row (contract: one ledger row for every input row).
 KEPT: Final = "kept"

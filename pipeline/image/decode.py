@@ -39,7 +39,7 @@ from capstan.pipeline import config
 from capstan.pipeline.image import jpeg, png, sniff
 from capstan.pipeline.image.icc import is_srgb, to_srgb
 from capstan.pipeline.image.jpeg_pixels import RareSubsamplingError, decode_strictly
-from capstan.pipeline.image.phash import colours, phash
+from capstan.pipeline.image.phash import fingerprints
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
 
@@ -382,5 +382,5 @@ def _encode(pixels: np.ndarray, data: bytes, layout: _Layout, image: config.Imag
 
 
 def _image(encoded: bytes, pixels: np.ndarray, data: bytes, layout: _Layout) -> StoredImage:
-    digest = hashlib.sha256(data).hexdigest()
-    return StoredImage(encoded, *layout.out, *layout.source, phash(pixels), digest, *layout.offset, colours(pixels))
+    digest, (phash, colours) = hashlib.sha256(data).hexdigest(), fingerprints(pixels)
+    return StoredImage(encoded, *layout.out, *layout.source, phash, digest, *layout.offset, colours)

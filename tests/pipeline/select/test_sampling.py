@@ -62,7 +62,7 @@ def test_balance_keeps_equal_counts(storage: Storage) -> None:
     [
         ({"at_most": 3}, "x has at_most without per"),
         ({"top": 0.5}, "x has top without by"),
-        ({"where": "true", "by": "width"}, "x has where, which takes no by"),
+        ({"where": "true", "by": "width"}, "x has where, which does not take by"),
         ({"where": "true", "top": 0.5}, "found: where, top"),
         ({}, "found: none"),
         ({"at_most": 3, "per": "domian"}, "select.x.per: no column 'domian'.*did you mean domain"),
