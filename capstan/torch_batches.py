@@ -86,7 +86,7 @@ class TorchBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         stop = 1 << 62 if self.stop is None else self.stop
-        options = {"rank": self.rank, "world": self.world, **self._ahead}
+        options: dict[str, Any] = {"rank": self.rank, "world": self.world, **self._ahead}
         with Loader(self.data, self._prepare, batch=self.batch, start=self.step, stop=stop, **options) as loader:
             for loaded in loader:
                 self.step = loaded.step + 1

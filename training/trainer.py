@@ -26,6 +26,7 @@ from capstan.pipeline.config import Recipe, read_recipe, validate
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.text.printable import PrintableFormatter
 from capstan.training.config import Shape, TrainConfig, family_class
+from capstan.training.data.bad_samples import FILE, BadSamples
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.loader import LoadedBatch, Loader
 from capstan.training.data.mixture import MixedData
@@ -103,6 +104,7 @@ class _Fit:
         self.recipe, self.train, self.engine, self.disk = recipe, train, engine, Run(train)
         self.upload = upload
         self.data = self._open_data()
+        self.bad = BadSamples(self.disk.folder / FILE, train.data.bad.skip if train.data.bad else 0)
         self.family = self._build_family()
         # An unsharded copy on the CPU; the averaged weights are written from it.
         self.bare = copy.deepcopy(self.family.model) if engine.is_main else None
@@ -174,6 +176,7 @@ class _Fit:
             world=engine.world,
             prefetch=train.data.prefetch,
             threads=train.data.threads,
+            bad=self.bad,
         )
 
     def _step(self, loaded: LoadedBatch) -> None:
@@ -221,8 +224,9 @@ class _Fit:
         return stop
 
     def _facts(self, step: int) -> dict[str, float]:
-        samples = step * self.train.batch
-        return {"lr": learning_rate(self.train, step - 1), "samples": samples, **self.data.progress(samples)}
+        samples, skipped = step * self.train.batch, self.bad.count(step)
+        facts = {"lr": learning_rate(self.train, step - 1), "samples": samples, **self.data.progress(samples)}
+        return {**facts, "skipped": skipped} if skipped else facts
 
     def _stop_requested(self) -> bool:
         return self.engine.is_main and self.disk.stop.exists()

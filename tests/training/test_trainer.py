@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from repo import HELPERS
@@ -165,3 +166,29 @@ def test_a_schedule_restarts_where_it_ended() -> None:
     assert [learning_rate(twice, step) for step in (100, 109, 110)] == pytest.approx([0.38, 2.0, 2.0])
     assert learning_rate(twice, 200) == pytest.approx(0.2)
     assert once.identity() == twice.identity()
+
+
+def spoil(dataset: Path, shard: str, row: int) -> str:
+    """Zero the second half of an image in a tar, as a disk may; return its key."""
+    table = pq.read_table(dataset / "shards" / f"{shard}.parquet")
+    key, offset, size = (table[name][row].as_py() for name in ("key", "offset", "size"))
+    with (dataset / "shards" / f"{shard}.tar").open("r+b") as file:
+        file.seek(offset + 2)
+        file.write(bytes(size - 2))
+    return key
+
+
+def test_a_spoilt_sample_is_named_or_skipped_and_the_run_is_the_same_else(make_dataset, tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "ds", [20, 12])
+    key = spoil(dataset, "shard-000001", 3)
+    with pytest.raises(CapstanError, match=rf"sample {key} \(.*shard-000001\.tar, row 3\).*Fix: .*bad: {{skip: 100}}"):
+        fit(make_recipe(dataset, tmp_path / "run"))
+    data = {"layer": None, "bad": {"skip": 1}}
+    assert fit(make_recipe(dataset, tmp_path / "run", data=data))["steps"] == 12  # the same run
+    assert f"skipping sample {key}" in (tmp_path / "run" / "train.log").read_text()
+    last = records(tmp_path / "run")[-1]
+    assert (last["skipped"], last["step"]) == (1, 12)
+    fit(make_recipe(dataset, tmp_path / "again", data=data, steps=7, schedule="constant"))
+    fit(make_recipe(dataset, tmp_path / "whole", data=data, schedule="constant"))
+    fit(make_recipe(dataset, tmp_path / "again", data=data, schedule="constant"))
+    assert_same(tmp_path / "again", tmp_path / "whole")

@@ -69,6 +69,12 @@ class WeightedDataset(Section):
     layer: str | None = "latest"  # default: train.data.layer
 
 
+class Bad(Section):
+    """Samples that cannot be read or decoded. Without this section the first one ends the run."""
+
+    skip: Positive  # at most this many in the whole run, each replaced by another sample of its batch
+
+
 class Data(Section):
     """Which samples, captions and precomputed states a training step sees, and in which order."""
 
@@ -83,6 +89,8 @@ class Data(Section):
     prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches kept ready on each worker
     threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
     cache: Cache | None = None  # for datasets in a bucket; null: one request per image
+
+    bad: Bad | None = None  # skip samples that cannot be read; null: the first one ends the run
 
     @model_validator(mode="after")
     def _blend_has_weight(self) -> Data:
@@ -287,7 +295,7 @@ class TrainConfig(Section):
         """
         free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
-        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache"})
+        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache", "bad"})
         fixed["schedule"] = self.schedule if isinstance(self.schedule, str) else self.schedule.before
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
         return fixed

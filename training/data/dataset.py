@@ -21,6 +21,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import empty_slots, is_model, latest_layer, layer_recipe, list_layers
 from capstan.training.config import ORIGINAL, Data
+from capstan.training.data.bad_samples import Location
 from capstan.training.data.buckets import Size, assign, shapes, sizes_of
 from capstan.training.data.order import BucketOrder, Order, Window, hash64, without_last
 from capstan.training.data.shard_cache import ShardCache
@@ -97,6 +98,12 @@ class TrainingData:
             self._prefetch(number)
         epoch, shard, row = self.order(number)
         return self._sample(shard, row, epoch)
+
+    def locate(self, number: int) -> Location:
+        """Return where sample `number` of the training sequence is stored."""
+        _, shard, row = self.order(number)
+        name = self.dataset.manifest.shards[shard].name
+        return Location(self.dataset.storage.url, name, row, self._open[shard].text["key"][row].as_py())
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Return sample `index` in dataset order (held-out samples from `len(self)` on), caption of `epoch`."""

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import cv2
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
+from capstan.training.data.bad_samples import BadSamples, Location
 from capstan.training.family import Batch, Sample
 
 
@@ -23,6 +24,9 @@ class IndexedSamples(Protocol):
 
     def at(self, number: int) -> Sample:
         """Return sample `number`."""
+
+    def locate(self, number: int) -> Location:
+        """Return where sample `number` is stored."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class LoadedBatch:
 class Loader:
     """Iterator over prepared batches, step by step, prefetched on background threads.
 
-    An error in `prepare` is raised when its batch is requested. Close it, or use it as a context manager.
+    A sample that cannot be read or prepared is replaced by the nearest other sample of the step's batch, as far as
+    `bad` allows; all other samples keep their place. Else an error that names it is raised when its batch is requested.
+    Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -53,11 +59,13 @@ class Loader:
         world: int = 1,
         prefetch: int = 4,
         threads: int = 1,
+        bad: BadSamples | None = None,
     ) -> None:
         if batch % world:
             raise RecipeError("train.batch", f"{batch} is not a multiple of {world} workers", "change one of them")
         self.data, self.prepare, self.batch = data, prepare, batch
         self.step, self.stop, self.rank, self.share = start, stop, rank, batch // world
+        self._bad = bad or BadSamples()
         self._prefetch = max(prefetch, threads)
         cv2.setNumThreads(1)  # these threads are enough
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -73,9 +81,49 @@ class Loader:
 
     def _load(self, step: int) -> LoadedBatch:
         first = step * self.batch + self.rank * self.share
-        samples = [self.data.at(number) for number in range(first, first + self.share)]
+        numbers = range(first, first + self.share)
+        try:
+            samples = [self.data.at(number) for number in numbers]
+            batch = self.prepare(samples)
+        except Exception as error:
+            if not _is_of_a_sample(error):
+                raise
+            samples = self._sound_samples(step, numbers)
+            batch = self.prepare(samples)
         slots = Counter(sample.slot for sample in samples)
-        return LoadedBatch(step, self.prepare(samples), [sample.key for sample in samples], slots)
+        return LoadedBatch(step, batch, [sample.key for sample in samples], slots)
+
+    def _sound_samples(self, step: int, numbers: range) -> list[Sample]:
+        """Return the samples with those that cannot be prepared replaced. Raises CapstanError if `bad` forbids it."""
+        samples = []
+        for number in numbers:
+            sample = self._check(number)
+            if isinstance(sample, Exception):
+                self._bad.add(self.data.locate(number), step, sample)
+                sample = self._stand_in(step, number, sample)
+            samples.append(sample)
+        return samples
+
+    def _stand_in(self, step: int, number: int, error: Exception) -> Sample:
+        """Return the nearest earlier, else later, sample of the step's batch: the same for any number of workers."""
+        start, stop = step * self.batch, (step + 1) * self.batch
+        for other in [*range(number - 1, start - 1, -1), *range(number + 1, stop)]:
+            sample = self._check(other)
+            if not isinstance(sample, Exception):
+                return sample
+        where = self.data.locate(number)
+        raise CapstanError(f"training: no sample of the batch of step {step} can be used; one is {where}") from error
+
+    def _check(self, number: int) -> Sample | Exception:
+        """Return sample `number`, or the error if it cannot be prepared on its own."""
+        try:
+            sample = self.data.at(number)
+            self.prepare([sample])
+        except Exception as error:
+            if not _is_of_a_sample(error):
+                raise
+            return error
+        return sample
 
     def close(self) -> None:
         """Discard prepared batches and end the threads."""
@@ -87,3 +135,10 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_of_a_sample(error: Exception) -> bool:
+    """Return whether an error can be due to one sample: not to the storage, the recipe or the machine."""
+    if isinstance(error, OSError):
+        return error.errno is None  # Pillow's, of an image; the system's own have a number
+    return isinstance(error, DamagedFile) or not isinstance(error, CapstanError | MemoryError)

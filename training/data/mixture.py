@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.data.bad_samples import Location
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.order import hash64
 from capstan.training.family import Sample
@@ -102,9 +103,19 @@ class MixedData:
 
     def at(self, number: int) -> Sample:
         """Return sample `number` of the endless training sequence."""
+        part, number = self._part(number)
+        return self.parts[part].at(number)
+
+    def locate(self, number: int) -> Location:
+        """Return where sample `number` of the training sequence is stored."""
+        part, number = self._part(number)
+        return self.parts[part].locate(number)
+
+    def _part(self, number: int) -> tuple[int, int]:
+        """Return the dataset of sample `number`, and its number in that dataset's own sequence."""
         item, row = divmod(number, self._batch)
         part, nth = self.schedule(item)
-        return self.parts[part].at(nth * self._batch + row)
+        return part, nth * self._batch + row
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Return sample `index`, dataset after dataset; all held-out samples from `len(self)` on."""
