@@ -26,6 +26,7 @@ from typing import Any
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.training.config import AUTO, TrainConfig
+from capstan.training.monitoring.trackers import send_pending
 from capstan.training.run import Run
 from capstan.training.signals import Interrupts
 
@@ -51,6 +52,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     run.open(recipe.model_dump(mode="json"))
     if finished := _already_finished(recipe, config, run):
         logger.info("train %s: already finished: %s", finished["model"], finished["product"])
+        send_pending(run)
         return finished
     if AUTO in (config.data.latents, config.data.text_states):
         from capstan.training.encode import encode_missing

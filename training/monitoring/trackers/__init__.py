@@ -1,50 +1,73 @@
-"""Curves and images → TensorBoard, MLflow, W&B; one file per tracker."""
+"""Curves and images → TensorBoard, MLflow, W&B; one file per tracker.
+
+Order: tensorboard, mlflow, wandb (clients, all alike) → delivery (in the background, through outages).
+A client's file has `require()`, which raises MissingExtra, the class `Tracker(run, step)` and `rejects(error)`.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from capstan.training.monitoring.trackers.delivery import Delivery
 from capstan.training.run import Run
 
 
-class Tracker(Protocol):
-    """A tracker, opened on rank 0 as `Tracker(run, step)`; values logged after `step` will be logged again."""
+class Trackers:
+    """All trackers of a run as one; empty on workers other than rank 0. No outage of a tracker raises an error."""
+
+    def __init__(self, folder: Path | None = None, deliveries: Sequence[Delivery] = ()) -> None:
+        self._folder, self._deliveries = folder, deliveries
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers, each under its name, after `step` steps."""
+        self._add({"step": step, "time": time.time(), "scalars": dict(values)})
 
     def image(self, step: int, name: str, file: Path) -> None:
         """Log a PNG file."""
-
-    def close(self) -> None: ...
-
-
-class Trackers:
-    """All trackers of a run as one; empty on workers other than rank 0."""
-
-    def __init__(self, opened: Sequence[Tracker] = ()) -> None:
-        self.opened = list(opened)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self.opened:
-            tracker.scalars(step, values)
-
-    def image(self, step: int, name: str, file: Path) -> None:
-        for tracker in self.opened:
-            tracker.image(step, name, file)
+        if self._folder is not None:
+            path, folder = file.absolute(), self._folder.absolute()
+            inside = path.relative_to(folder) if path.is_relative_to(folder) else path  # a run folder may be moved
+            self._add({"step": step, "time": time.time(), "image": name, "file": str(inside)})
 
     def close(self) -> None:
-        while self.opened:
-            self.opened.pop().close()
+        """Send what is left, as far as the trackers can be reached. A second call does nothing."""
+        for delivery in self._deliveries:
+            delivery.close()
+
+    def _add(self, record: dict[str, Any]) -> None:
+        for delivery in self._deliveries:
+            delivery.add(record)
 
 
 def open_trackers(run: Run, step: int) -> Trackers:
-    """Open the trackers that the recipe names. Raises MissingExtra if the package of one is not installed."""
-    opened: list[Any] = []
-    for name in dict.fromkeys(run.train.watch.trackers):
-        module = importlib.import_module(f"capstan.training.monitoring.trackers.{name}")
-        opened.append(module.Tracker(run, step))
-    return Trackers(opened)
+    """Open the trackers that the recipe names, for a run that continues after `step` steps.
+
+    Raises MissingExtra if the package of one is not installed.
+    """
+    return _open(run, step, list(dict.fromkeys(run.train.watch.trackers)))
+
+
+def send_pending(run: Run) -> None:
+    """Send a finished run's records that an outage kept from its trackers. Raises MissingExtra."""
+    pending = [name for name in dict.fromkeys(run.train.watch.trackers) if _pending(run, name).exists()]
+    _open(run, run.train.steps, pending).close()
+
+
+def _open(run: Run, step: int, names: Sequence[str]) -> Trackers:
+    clients = {name: importlib.import_module(f"capstan.training.monitoring.trackers.{name}") for name in names}
+    for client in clients.values():
+        client.require()
+    deliveries = [
+        Delivery(name, functools.partial(client.Tracker, run, step), _pending(run, name), step, client.rejects)
+        for name, client in clients.items()
+    ]
+    return Trackers(run.folder, deliveries)
+
+
+def _pending(run: Run, name: str) -> Path:
+    return run.folder / f"{name}-pending.jsonl"

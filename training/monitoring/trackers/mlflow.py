@@ -9,24 +9,43 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from capstan.pipeline.errors import MissingExtra
 from capstan.pipeline.storage import Storage
 from capstan.training.run import Run
+
+# By default the client tries for minutes; here Capstan tries again, without holding up the end of a run.
+_IMPATIENT: Final = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_TRANSIENT: Final = (401, 403, 408, 429)  # of the 4xx: what an administrator, or time, changes
+
+
+def require() -> None:
+    """Raise MissingExtra if MLflow is not installed."""
+    try:
+        import mlflow  # noqa: F401
+    except ModuleNotFoundError:
+        raise MissingExtra("train.watch.trackers", "mlflow", "mlflow") from None
+
+
+def rejects(error: Exception) -> bool:
+    """Return whether `error` is the server's answer that it does not take this record."""
+    from mlflow.exceptions import MlflowException
+
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+    return 400 <= status < 500 and status not in _TRANSIENT
 
 
 class Tracker:
     """An MLflow run."""
 
     def __init__(self, run: Run, step: int) -> None:
-        try:
-            import mlflow
-        except ModuleNotFoundError:
-            raise MissingExtra("train.watch.trackers", "mlflow", "mlflow") from None
+        import mlflow
+
+        for variable, value in _IMPATIENT.items():
+            os.environ.setdefault(variable, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         local = f"sqlite:///{run.folder.absolute()}/mlflow.db"
@@ -48,13 +67,13 @@ class Tracker:
         Storage(str(run.folder)).write(known.name, json.dumps({"run_id": created}).encode())
         return created
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        metrics = [Metric(name, value, int(time_s * 1000), step) for name, value in values.items()]
+        self.client.log_batch(self.id, metrics=metrics)
 
-    def image(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         self.client.log_artifact(self.id, str(file), name)
 
     def close(self) -> None:

@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from capstan.training.run import Run
+
+
+def require() -> None:
+    """Do nothing: TensorBoard comes with the extra `train`."""
+
+
+def rejects(error: Exception) -> bool:
+    """Return whether `error` means that this record cannot be written: a damaged PNG."""
+    return isinstance(error, UnidentifiedImageError)
 
 
 class Tracker:
@@ -18,15 +28,13 @@ class Tracker:
 
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step, walltime=time_s)
 
-    def image(self, step: int, name: str, file: Path) -> None:
-        from PIL import Image
-
+    def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         with Image.open(file) as image:
-            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, walltime=time_s, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()

@@ -8,20 +8,34 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import MissingExtra
 from capstan.training.run import Run
+
+_PATIENCE_S: Final = 30  # of its client, which itself keeps what it has taken in RUN/wandb, for `wandb sync`
+
+
+def require() -> None:
+    """Raise MissingExtra if W&B's client is not installed."""
+    try:
+        import wandb  # noqa: F401
+    except ModuleNotFoundError:
+        raise MissingExtra("train.watch.trackers", "wandb", "wandb") from None
+
+
+def rejects(error: Exception) -> bool:
+    """Return whether `error` means that the client does not take this record."""
+    return isinstance(error, TypeError | ValueError)
 
 
 class Tracker:
     """A W&B run."""
 
     def __init__(self, run: Run, step: int) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise MissingExtra("train.watch.trackers", "wandb", "wandb") from None
+        import wandb
+
         self.wandb = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "capstan"),
@@ -30,16 +44,16 @@ class Tracker:
             resume="allow",
             dir=str(run.folder),
             config=run.train.identity(),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=_PATIENCE_S, finish_timeout=_PATIENCE_S),
         )
         # W&B's own counter never goes back, and a killed run does: so the step is logged as a value like the others.
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         self.run.log({**values, "step": step})
 
-    def image(self, step: int, name: str, file: Path) -> None:
+    def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         self.run.log({name: self.wandb.Image(str(file)), "step": step})
 
     def close(self) -> None:
