@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from capstan.pipeline.config import Recipe, Section, validate
+from capstan.recaption.keys import announce_server, check_key_name
 from capstan.recaption.lint.linter import Settings as LintSettings
 
 SlotName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
@@ -31,7 +32,7 @@ class Server(Section):
     """The server of engine `openai`. Only `extra` is part of a layer's id: a server may move."""
 
     url: str | None = None  # up to /v1, e.g. http://127.0.0.1:8000/v1
-    key_env: str = "OPENAI_API_KEY"  # environment variable with the API key; no key is sent if it is unset
+    key_env: str = "OPENAI_API_KEY"  # variable with the API key (see keys.py); none is sent if it is unset
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 32  # requests in flight per model worker
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # over all model workers
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = (
@@ -108,4 +109,16 @@ class RecaptionConfig(Section):
     def from_recipe(cls, recipe: Recipe) -> RecaptionConfig:
         """Return the validated section `recaption`. Raises RecipeError."""
         hint = "add the section, e.g. recaption: {engine: coca, model: ./captioner}"
-        return recipe.section("recaption", lambda raw: validate(cls, raw, "recaption"), hint)
+        config = recipe.section("recaption", lambda raw: validate(cls, raw, "recaption"), hint)
+        config.check_key()
+        return config
+
+    def check_key(self) -> None:
+        """Raise RecipeError if the recipe names a key that may not be sent to a server."""
+        if self.engine == "openai":
+            check_key_name(self.server.key_env)
+
+    def announce(self) -> None:
+        """Log to which server images and prompts go, and with which key; nothing for local engines."""
+        if self.engine == "openai":
+            announce_server(str(self.server.url), self.server.key_env)

@@ -235,6 +235,7 @@ def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
 
 def _job(recipe: Recipe) -> RecaptionJob:
     config = RecaptionConfig.from_recipe(recipe)
+    config.announce()
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
     workers = recipe.resources.model_workers or max(1, recipe.resources.gpus or 0)
     return RecaptionJob(dataset, make(config, workers=workers), config, recipe.resources)

@@ -96,6 +96,8 @@ def text_engine(config: RecaptionConfig) -> TextEngine:
 
     It always samples, whatever `decoding` says, so that a second attempt differs from the first.
     """
+    config.check_key()
+    config.announce()
     engine = make(config.model_copy(update={"decoding": config.decoding.model_copy(update={"method": "top_p"})}))
     if not isinstance(engine, TextEngine):
         problem = f"engine {config.engine} only continues captions of images and cannot expand prompts"

@@ -98,6 +98,10 @@ def upsampler_of(run: str | Path) -> RecaptionConfig:
         problem = f"the recipe of {run} has no engine that writes text"
         hint = "add --upsampler RECIPE, a recipe with recaption engine transformers or openai"
         raise RecipeError("--upsample", problem, hint)
+    if section["engine"] == "openai":  # the run may be somebody else's: it must not choose where prompts and keys go
+        problem = f"the recipe of {run} names a server, and only your own recipe may"
+        hint = "add --upsampler RECIPE, your own recipe with recaption engine openai"
+        raise RecipeError("--upsample", problem, hint)
     return validate(RecaptionConfig, section, "recaption")
 
 

@@ -59,8 +59,13 @@ async def exchange(session: aiohttp.ClientSession, url: str, body: Mapping[str, 
     import aiohttp
 
     try:
-        async with session.post(url, json=body, headers={"Accept-Encoding": "identity"}) as response:
+        # A redirect is not followed: images, prompts and the key go to the server that the recipe names.
+        headers = {"Accept-Encoding": "identity"}
+        async with session.post(url, json=body, headers=headers, allow_redirects=False) as response:
             data = await _read(response)
+            if 300 <= response.status < 400:
+                place = storable(response.headers.get("Location", ""))
+                return Outcome(reason=f"http_{response.status}", message=f"redirected to {place}")
             if response.status >= 400:
                 return _failure(response.status, data.decode(errors="replace"), requested_wait(response.headers))
     except _TooLarge:
