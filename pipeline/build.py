@@ -14,7 +14,7 @@ from typing import Any
 
 from capstan.pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
 from capstan.pipeline.dataset.shards import Manifest, read_manifest, sha256_of
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import Ingest, Staged, clean, failed_table, staged
 from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
 from capstan.pipeline.ingest.staging import free, with_freed
@@ -77,6 +77,9 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
     published = _publish(recipe, storage, held, ready, scorers, clock, progress)
+    bad = {**summary.quarantined, **published["quarantined"]}
+    if not bad:
+        _refuse_hopeless(recipe, failed, planned.rows)
     if summary.done or "pack" in clock.laps:
         ingested = again.rows + sum(unit.spec["rows"] for unit in fresh if unit.id not in summary.quarantined)
         note_run(storage, "build", ingested, clock.laps)
@@ -90,8 +93,24 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
             **({} if planned.captions is None else {"captions": planned.captions, "unused": planned.unused}),
         },
         "seconds": clock.laps,
-        "quarantined": {**summary.quarantined, **published["quarantined"]},
+        "quarantined": bad,
     }
+
+
+def _refuse_hopeless(recipe: Recipe, failed: Mapping[str, int], rows: int) -> None:
+    """Raise CapstanError if all rows failed for one reason that the recipe is likely to cause."""
+    reason = next(iter(failed), "")
+    embedded = recipe.source is not None and recipe.source.image is not None
+    fixes = {
+        "bad_url": "check that source.url names the column with http or https URLs",
+        "bad_caption": "check that source.caption names a column of text",
+        "private_address": "set fetch.allow_private: true if these hosts are yours",
+    }
+    if embedded:
+        column = "check that source.image names the column with the images' bytes"
+        fixes |= dict.fromkeys(("empty", "not_an_image"), column)
+    if rows and failed.get(reason) == rows and reason in fixes:
+        raise CapstanError(f"all {rows:,} rows failed as {reason}; nothing is kept. Fix: {fixes[reason]}")
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class WorldSource(Section):
 class Source(Section):
     path: str | list[str] | None = None
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
-    url: str = "url"  # column with the URL
+    url: str | None = "url"  # column with the URL; null: none, where `image` is named
     image: str | None = None  # column with embedded bytes, instead of a URL
     caption: str = "caption"
     hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
@@ -61,6 +61,8 @@ class Source(Section):
                 raise ValueError("format: world draws its own rows; remove path")
         elif self.path is None:
             raise ValueError("path is missing; name a file, glob, folder or URL")
+        elif self.url is None and self.image is None and self.format not in ("auto", "folder", "webdataset"):
+            raise ValueError("url is null and image is not set; name the column with the URLs or the images")
         elif self.world is not None:
             raise ValueError("world is only for format: world; remove it")
         return self

@@ -164,7 +164,7 @@ class _Query:
         return self._result(pa.concat_tables([self._read(storage, unit) for unit in units]))
 
     def empty(self) -> QueryResult:
-        return self._result(STAGED_SCHEMA.empty_table())
+        return self._result(pa.schema([*STAGED_SCHEMA, *added(self._columns)]).empty_table())
 
     def _read(self, storage: Storage, unit: Staged) -> pa.Table:
         rows = storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])

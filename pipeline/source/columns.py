@@ -6,12 +6,14 @@ Work is done a whole column at a time. `make_keys` returns for a table what `rec
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
+from urllib.parse import unquote, unquote_to_bytes
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -101,11 +103,16 @@ def caption_of(record: dict[str, Any], name: str) -> str:
     A list, an object or a boolean is not a caption: it is kept in the record as NO_TEXT, which makes its row fail, and
     returned as JSON, so that the row has a key of its own.
     """
-    value = record.pop(name, None)
+    value = one_of(record.pop(name, None))
     if isinstance(value, list | dict | bool):
         record[NO_TEXT] = value
         return to_json(value)
     return text_of(value)
+
+
+def one_of(value: Any) -> Any:
+    """Return the text in a list of one text; any other value as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
 
 
 def has_no_text(extra: str) -> bool:
@@ -137,6 +144,47 @@ def as_hash(column: pa.Array) -> pa.StringArray:
     if _is_bytes(column.type):
         return pa.array([value.hex() if value else "" for value in column.to_pylist()], pa.string())
     return pc.utf8_trim_whitespace(as_text(column))
+
+
+def unlisted(column: pa.Array) -> pa.Array:
+    """Return a column of lists of one as a column of their items; any other column as it is.
+
+    Raises ValueError for a list of several items.
+    """
+    if not is_list(column.type):
+        return column
+    if (most := pc.max(pc.list_value_length(column)).as_py() or 0) > 1:
+        raise ValueError(f"{column.type} with up to {most} items per row")
+    return pa.array([cell[0] if cell else None for cell in column.to_pylist()], column.type.value_type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_words(kind: pa.DataType) -> bool:
+    """Return whether cells are text or bytes (or nothing): as such, in a dictionary, or in lists."""
+    kind = kind.value_type if is_list(kind) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return _is_text(kind) or _is_bytes(kind) or bool(pa.types.is_null(kind))
+
+
+def decoded(text: str) -> bytes:
+    """Return the bytes in base64 or in a data: URI (RFC 2397); of any other text its own bytes.
+
+    >>> decoded("data:image/gif;base64,R0lGODlh"), decoded("R0lGODlh"), decoded("data:,a%20b"), decoded("a cat")
+    (b'GIF89a', b'GIF89a', b'a b', b'a cat')
+    """
+    body, packed = "".join(text.split()), True
+    if body[:5].lower() == "data:":
+        head, _, body = body.partition(",")
+        packed = head.lower().endswith(";base64")
+        body = unquote(body) if packed else body
+    try:
+        plain = base64.b64decode(body.rstrip("=") + "=" * (-len(body.rstrip("=")) % 4), altchars=None, validate=True)
+    except (binascii.Error, ValueError):
+        plain = text.encode("utf-8", "replace")
+    return plain if packed else unquote_to_bytes(body)
 
 
 def is_nested(kind: pa.DataType) -> bool:

@@ -19,6 +19,7 @@ import logging
 import lzma
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
+_CHECKED_AT_ONCE = 16  # tables
 _BATCH_ROWS = 4096  # rows of a folder or a tar in a table,
 _BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
@@ -80,6 +82,7 @@ class SourceReader:
         if choice.images:
             yield from self._folder()
             return
+        self._check(choice)
         read, left, first = 0, 0, ""
         for kind, file in (pair for batch in self._files() for pair in choice.of(batch)):
             if kind:
@@ -92,6 +95,18 @@ class SourceReader:
             raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
         if left:
             log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
+
+    def _check(self, choice: FormatPolicy) -> None:
+        """Raise RecipeError for the first table that cannot be right, before a row of any is read."""
+        with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+            for batch in self._files():
+                found = [(kind, file) for kind, file in choice.of(batch) if kind in _TABLES]
+                for _ in pool.map(lambda pair: self._check_one(*pair), found):
+                    pass
+
+    def _check_one(self, kind: str, file: SourceFile) -> None:
+        with _reading(file.path):
+            tables.check(kind, file, self.source, self._open)
 
     def _folder(self) -> Iterator[pa.Table]:
         described = [file for guess in self._kinds.values() for file in guess.metadata]
@@ -174,8 +189,14 @@ class SourceReader:
 
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:
     """Yield the reader's tables; re-raise read errors as RecipeError."""
-    try:
+    with _reading(path):
         yield from tables_
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, csv.Error) as error:
         hint = "check that it is complete, or leave it out of the source"
         raise RecipeError("source.path", f"{path} cannot be read ({error})", hint) from None

@@ -7,6 +7,7 @@ Nothing here relies on conditional puts, or on listings that show *other* writer
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import re
@@ -258,16 +259,29 @@ def _on_disk(root: str) -> Batches:
         yield from walk(root)
     elif Path(root).exists():
         yield [file for file in [file_at(root, named=True)] if file]
-    elif magic := re.search(r"[*?[]", root):
-        folder = root[: magic.start()].rpartition("/")[0] or "/"
-        depth = None if "**" in root else root.count("/") - folder.rstrip("/").count("/")
-        yield from matching(re.compile(glob_translate(root)), folder, depth)
+    elif re.search(r"[*?[]", root):
+        folder, pattern = _literal(root, lambda path: Path(path).is_dir())
+        depth = None if "**" in pattern else pattern.count("/") + 1
+        yield from matching(re.compile(glob_translate(f"{glob.escape(folder)}/{pattern}")), folder, depth)
+
+
+def _literal(root: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
+    """Split a glob after the folders that exist as they are spelled: a name may hold brackets."""
+    parts = root.split("/")
+    for count in range(len(parts) - 1, 0, -1):
+        folder = "/".join(parts[:count])
+        if "*" not in folder and "?" not in folder and (not folder or is_folder(folder)):
+            return folder, "/".join(parts[count:])
+    return "", root.lstrip("/")
 
 
 def _in_bucket(remote: Remote, root: str) -> Batches:
     try:
         info = remote.info(root)
     except FileNotFoundError:
+        if "[" in root:
+            folder, pattern = _literal(root, remote.exists)
+            root = f"{glob.escape(folder)}/{pattern}" if folder else root
         infos = {name: info for name, info in remote.glob(root).items() if info["type"] == "file"}
     else:
         infos = {root: info} if info["type"] == "file" else remote.details(root)

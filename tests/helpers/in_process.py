@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -19,7 +20,10 @@ def run_here(job: units.Job, work: Iterable[units.Unit], *_: Any, **__: Any) -> 
     for unit in todo:
         pieces = [model(piece) if model else piece for piece in job.prepare(unit)]
         job.markers.mark(unit.id, job.commit(unit, pieces))
-    return units.Summary(len(todo), len(work) - len(todo), {}, {})
+    counts, wanted = Counter[str](), {unit.id for unit in work}
+    for facts in (facts for unit, facts in job.markers.read().items() if unit in wanted):
+        counts.update({name: value for name, value in facts.items() if isinstance(value, int | float)})
+    return units.Summary(len(todo), len(work) - len(todo), {}, dict(counts))
 
 
 def run_all_here(

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_process import run_here
 from PIL import Image
 from ray import cloudpickle
 
 from capstan.pipeline import build as stages
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import Ingest
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.source.plan import plan
@@ -105,7 +106,7 @@ def test_where_nothing_is_kept_there_is_a_dataset_without_shards(
     summary = build(none)
     assert summary["counts"] == {"rows": 20, "kept": 0, "rejected": 18, "duplicate": 0, "failed": 2, "shards": 0}
     assert "no row is kept" in caplog.text
-    assert "of 20 rows fetched and decoded took 2, score took 18" in caplog.text
+    assert "of 20 rows fetched and decoded dropped 2, score dropped 18" in caplog.text
     assert sound(none)
     names = published(none)
     assert not [name for name in names if name.startswith((".nv-meta/", "shards/shard"))]
@@ -388,3 +389,54 @@ def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
     ledger = next(name for name in good if name.startswith("ledger/"))
     assert f"{ledger}: missing" in problems(ledger, None)
     assert sound(recipe)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit map in this process: these builds have little to do."""
+    for module in ("build", "score.job", "pack.job"):
+        monkeypatch.setattr(f"capstan.pipeline.{module}.run", run_here)
+
+
+@pytest.mark.parametrize("name", ["header.csv", "empty.txt", "none.parquet"])
+def test_a_source_without_rows_is_an_empty_dataset(
+    tmp_path: Path, here: None, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if name.endswith(".parquet"):
+        pq.write_table(
+            pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), tmp_path / name
+        )
+    else:
+        (tmp_path / name).write_text("url,caption\n" if name.endswith(".csv") else "")
+    recipe = Recipe.model_validate(
+        {
+            "dataset": str(tmp_path / "ds"),
+            "source": {"path": str(tmp_path / name)},
+            "score": {"caption": {}},
+            "select": [{"name": "words", "where": "caption_words >= 1 AND width >= 8"}],
+        }
+    )
+    counts = stages.build(recipe, progress=False)["counts"]
+    assert counts == {"rows": 0, "kept": 0, "rejected": 0, "duplicate": 0, "failed": 0, "shards": 0}
+    assert "the source has no rows" in caplog.text
+    assert stages.build(recipe, progress=False)["counts"] == counts
+
+
+@pytest.mark.parametrize(
+    ("columns", "source", "message"),
+    [
+        ({"url": ["/data/1.jpg", "/data/2.jpg"]}, {}, "all 2 rows failed as bad_url.*source.url"),
+        ({"url": ["http://127.0.0.1:9/1.jpg", "http://10.0.0.1/2.jpg"]}, {}, "private_address.*fetch.allow_private"),
+        ({"image": ["a cat", "a dog"]}, {"image": "image"}, "all 2 rows failed as not_an_image.*source.image"),
+        ({"image": [b"", None]}, {"image": "image"}, "all 2 rows failed as empty.*source.image"),
+    ],
+)
+def test_rows_that_all_fail_by_the_recipe_end_the_build(
+    tmp_path: Path, here: None, columns: dict[str, Any], source: dict[str, Any], message: str
+) -> None:
+    pq.write_table(pa.table({**columns, "caption": ["one", "two"]}), tmp_path / "t.parquet")
+    settings = {"dataset": str(tmp_path / "ds"), "source": {"path": str(tmp_path / "t.parquet"), **source}}
+    with pytest.raises(CapstanError, match=message) as caught:
+        stages.build(Recipe.model_validate(settings), progress=False)
+    assert caught.value.exit_code == 1
+    assert len(Dataset(Storage(str(tmp_path / "ds"))).ledger()) == 2
