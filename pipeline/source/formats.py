@@ -15,7 +15,7 @@ from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.source.image_metadata import is_metadata
 from capstan.pipeline.source.samples import IMAGES
-from capstan.pipeline.source.tables import UNPACKED
+from capstan.pipeline.source.table_checks import UNPACKED
 from capstan.pipeline.storage.listing import SourceFile, stem_of
 
 log = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ from capstan.pipeline.source.folders import folder, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
 from capstan.pipeline.source.image_metadata import FILE_NAME, ImageMetadata
 from capstan.pipeline.source.image_reader import Span, options_of, read_images
+from capstan.pipeline.source.table_checks import check
 from capstan.pipeline.source.tables import Reader
 from capstan.pipeline.storage import list_files, open_file
 from capstan.pipeline.storage.listing import Batches, SourceFile, in_batches
@@ -45,8 +46,8 @@ _BATCH_ROWS = 4096  # rows of a folder or a tar in a table,
 _BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
     "parquet": tables.parquet,
-    "csv": tables.separated(","),
-    "tsv": tables.separated("\t"),
+    "csv": tables.separated("csv"),
+    "tsv": tables.separated("tsv"),
     "jsonl": tables.jsonl,
     "txt": tables.txt,
 }
@@ -106,7 +107,7 @@ class SourceReader:
 
     def _check_one(self, kind: str, file: SourceFile) -> None:
         with _reading(file.path):
-            tables.check(kind, file, self.source, self._open)
+            check(kind, file, self.source, self._open)
 
     def _folder(self) -> Iterator[pa.Table]:
         described = [file for guess in self._kinds.values() for file in guess.metadata]

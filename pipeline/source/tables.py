@@ -7,16 +7,13 @@ possible. Ragged lines, lines that are not JSON and text that is not UTF-8 are p
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
-import difflib
 import io
 import itertools
 import json
-import lzma
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -33,9 +30,6 @@ from capstan.pipeline.source.columns import (
     as_text,
     caption_of,
     decoded,
-    is_list,
-    is_nested,
-    is_words,
     of_rows,
     of_urls,
     one_of,
@@ -43,30 +37,27 @@ from capstan.pipeline.source.columns import (
     to_json,
     unlisted,
 )
+from capstan.pipeline.source.table_checks import (
+    Open,
+    check_columns,
+    check_types,
+    dialect,
+    header,
+    lines_of,
+    refuse_images,
+    unpacked,
+)
 from capstan.pipeline.storage.listing import SourceFile
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 15
 IMAGE_ROWS = 1 << 8
 BATCH_BYTES = 16 << 20
 BLOCK_BYTES = 4 << 20  # text read at once
 CELL_BYTES = 128 << 10  # a longer CSV cell is treated as an unclosed quote
-UNPACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
-Open = Callable[..., Any]
 Reader = Callable[[SourceFile, Source, Open], Iterator[pa.Table]]
-
-
-def unpacked(stream: Any, path: str) -> Any:
-    """Return `stream`, decompressed according to the suffix of `path`.
-
-    Reading it raises OSError, EOFError or LZMAError if the data is cut or damaged.
-    """
-    codec = UNPACKED.get(PurePosixPath(path.lower()).suffix)
-    if codec is None:
-        return stream
-    if codec == "xz":
-        return lzma.open(stream)
-    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
 
 
 def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
@@ -79,8 +70,8 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
             raise RecipeError("source.path", f"{file.path} is not Parquet ({error})", hint) from None
         if not table.metadata.num_rows:
             return  # whatever its columns are
-        _check_columns(source, table.schema_arrow.names, file)
-        _check_types(source, table.schema_arrow, file)
+        check_columns(source, table.schema_arrow.names, file)
+        check_types(source, table.schema_arrow, file)
         for batch in table.iter_batches(
             batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS)
         ):
@@ -103,26 +94,6 @@ def _single(column: pa.Array, key: str, name: str, file: SourceFile) -> pa.Array
     except ValueError as error:
         hint = "name a column with one value per row, or write one"
         raise RecipeError(f"source.{key}", f"{name!r} in {file.path} holds {error}", hint) from None
-
-
-def check(kind: str, file: SourceFile, source: Source, open_: Open) -> None:
-    """Raise RecipeError for a file whose columns, types or encoding cannot be right; read no row of it."""
-    if kind == "parquet":
-        with open_(file.path, ahead=False) as stream, contextlib.suppress(pa.ArrowInvalid):  # which reading reports
-            metadata = pq.read_metadata(stream)
-            if metadata.num_rows:
-                schema = metadata.schema.to_arrow_schema()
-                _check_columns(source, schema.names, file)
-                _check_types(source, schema, file)
-        return
-    with unpacked(open_(file.path, ahead=False), file.path) as stream:
-        head = stream.read(4)
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in (head[:1], head[1:2]):
-        hint = f"convert it: iconv -f UTF-16 -t UTF-8 {PurePosixPath(file.path).name} > NEW_FILE"
-        raise RecipeError("source.path", f"{file.path} is UTF-16, not UTF-8", hint)
-    _refuse_images(source, file)
-    if kind in _DELIMITERS:
-        _check_columns(source, _header(file, _DELIMITERS[kind], open_), file)
 
 
 def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
@@ -168,61 +139,94 @@ def _embedded(cell: Any) -> bytes:
     return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
 
 
-def separated(delimiter: str) -> Reader:
-    """Return a reader of CSV with this delimiter: quoted as in RFC 4180; the first line names the columns."""
+def separated(kind: str) -> Reader:
+    """Return a reader of "csv" or "tsv", whose first line names the columns; quoted as in RFC 4180, or not at all."""
 
     def read(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
-        _refuse_images(source, file)
-        names = _header(file, delimiter, open_)
-        _check_columns(source, names, file)
+        refuse_images(source, file)
+        how = dialect(kind, source)
+        names = header(file, open_, how)
+        check_columns(source, names, file)
         ragged: list[str] = []
         with unpacked(open_(file.path), file.path) as stream:
-            first = True
-            for batch in _batches(stream, delimiter, len(names), ragged, file):
+            first, in_quotes = True, 0
+            for batch in _batches(stream, how, len(names), ragged, file):
                 rows = batch.slice(1) if first else batch  # the header
                 first = False
                 columns = dict(zip(names, map(as_text, rows.columns), strict=True))
+                if how["quoting"] == csv.QUOTE_NONE:
+                    in_quotes += sum(_in_quotes(column) for column in columns.values())
                 yield _with_urls(columns, len(rows), source)
-                yield from _ragged(ragged, names, delimiter, source)
-            yield from _ragged(ragged, names, delimiter, source)
+                yield from _ragged(ragged, names, how, source)
+            yield from _ragged(ragged, names, how, source)
+        if in_quotes:
+            text = "source: %d cells of %s are in quotes, which are kept; set source.quoted: true if they only enclose"
+            log.warning(text, in_quotes, file.path)
 
     return read
 
 
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
+def _in_quotes(column: pa.Array) -> int:
+    """Return how many cells look as if quotes enclosed them."""
+    return pc.sum(pc.match_substring_regex(column, '(?s)^"([^"]|"")*"$')).as_py() or 0
 
 
-def _header(file: SourceFile, delimiter: str, open_: Open) -> list[str]:
-    with _lines(unpacked(open_(file.path), file.path), newline="") as lines:
-        return next(csv.reader(lines, delimiter=delimiter), [])
+class _Text:
+    """A binary file as UTF-8: invalid bytes become replacement characters.
+
+    No read ends after a carriage return: Arrow drops a line feed at the start of a block after one, even in quotes.
+    """
+
+    closed = False
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._decoder = raw, codecs.getincrementaldecoder("utf-8")("replace")
+        self._held, self._ended = b"", False
+
+    def read(self, size: int) -> bytes:
+        while len(self._held) <= size and not self._ended:
+            data = self._raw.read(size)
+            self._ended = not data
+            self._held += self._decoder.decode(data, final=self._ended).encode()
+        stop = size
+        while stop > 1 and len(self._held) > stop and self._held[stop - 1 : stop] == b"\r":
+            stop -= 1
+        block, self._held = self._held[:stop], self._held[stop:]
+        return block
 
 
-def _batches(stream: Any, delimiter: str, count: int, ragged: list[str], file: SourceFile) -> Iterator[pa.RecordBatch]:
+def _batches(
+    stream: Any, how: dict[str, Any], count: int, ragged: list[str], file: SourceFile
+) -> Iterator[pa.RecordBatch]:
     """Yield all lines as columns of text; those without `count` cells are appended to `ragged` unchanged."""
 
     def set_aside(row: Any) -> str:
         ragged.append(row.text)
         return "skip"
 
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    raw = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
-    valid = pa.TransformInputStream(raw, lambda data: utf8.decode(data, final=not data).encode())
-    unclosed = "check the file for a quote that is not closed"
+    quoted = how["quoting"] != csv.QUOTE_NONE
+    hint = "check the file for a quote that is not closed" if quoted else "check that the file is text"
+    parse = pyarrow.csv.ParseOptions(
+        delimiter=how["delimiter"],
+        quote_char='"' if quoted else False,
+        newlines_in_values=quoted,
+        invalid_row_handler=set_aside,
+    )
     try:
         for batch in pyarrow.csv.open_csv(
-            valid,
+            pa.PythonFile(_Text(stream), mode="r"),
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES, autogenerate_column_names=True),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=set_aside),
+            parse,
             pyarrow.csv.ConvertOptions(column_types={f"f{number}": pa.string() for number in range(count)}),
         ):
             if any((pc.max(pc.binary_length(column)).as_py() or 0) > CELL_BYTES for column in batch.columns):
-                raise RecipeError("source.path", f"{file.path} has a cell of over {CELL_BYTES} bytes", unclosed)
+                raise RecipeError("source.path", f"{file.path} has a cell of over {CELL_BYTES} bytes", hint)
             yield batch
     except pa.ArrowInvalid as error:
-        raise RecipeError("source.path", f"{file.path} cannot be read ({error})", unclosed) from None
+        raise RecipeError("source.path", f"{file.path} cannot be read ({error})", hint) from None
 
 
-def _ragged(waiting: list[str], names: list[str], delimiter: str, source: Source) -> Iterator[pa.Table]:
+def _ragged(waiting: list[str], names: list[str], how: dict[str, Any], source: Source) -> Iterator[pa.Table]:
     """Yield the lines with too few cells (missing ones are empty) or too many (extra ones are dropped).
 
     Arrow's threads may still be adding to `waiting`.
@@ -231,21 +235,21 @@ def _ragged(waiting: list[str], names: list[str], delimiter: str, source: Source
     del waiting[: len(lines)]
     if not lines:
         return
-    cells = [row + [""] * len(names) for row in csv.reader(lines, delimiter=delimiter)]
+    cells = [row + [""] * len(names) for row in csv.reader(lines, **how)]
     columns = {name: pa.array([row[place] for row in cells], pa.string()) for place, name in enumerate(names)}
     yield _with_urls(columns, len(cells), source)
 
 
 def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
     """Read JSON Lines, or a JSON array. A line or item that is not an object becomes a row that fails as bad_url."""
-    _refuse_images(source, file)
-    with _lines(unpacked(open_(file.path), file.path)) as lines:
+    refuse_images(source, file)
+    with lines_of(unpacked(open_(file.path), file.path)) as lines:
         array = _ARRAY.match(lines.read(_PEEK)) is not None
-    with _lines(unpacked(open_(file.path), file.path)) as lines:
+    with lines_of(unpacked(open_(file.path), file.path)) as lines:
         checked = False
         for records in _array_records(lines, file) if array else _line_records(lines):
             if not checked and (named := {name for record in records for name in record} - {_UNREADABLE}):
-                _check_columns(source, sorted(named), file)
+                check_columns(source, sorted(named), file)
                 checked = True
             if records:
                 yield _of_records(records, source)
@@ -329,66 +333,10 @@ def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
 
 
 def txt(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
-    _refuse_images(source, file)
-    with _lines(unpacked(open_(file.path), file.path)) as lines:
+    refuse_images(source, file)
+    with lines_of(unpacked(open_(file.path), file.path)) as lines:
         while block := lines.readlines(BLOCK_BYTES):
             url = pc.utf8_trim_whitespace(pa.array(block, pa.string()))
             url = url.filter(pc.not_equal(url, ""))
             nothing = pa.repeat("", len(url))
             yield of_urls(url, nothing, pa.repeat("{}", len(url)), nothing)
-
-
-def _lines(stream: Any, newline: str | None = None) -> io.TextIOWrapper:
-    """Return a UTF-8 reader that skips a byte order mark; closing it closes `stream`."""
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=newline)
-
-
-def _refuse_images(source: Source, file: SourceFile) -> None:
-    if source.image:
-        hint = "remove source.image: only Parquet can hold images"
-        raise RecipeError("source.image", f"{file.path} cannot hold embedded images", hint)
-
-
-def _check_columns(source: Source, names: list[str], file: SourceFile) -> None:
-    """Raise RecipeError for a column that the recipe names and the table does not have."""
-    if source.image is None and source.url is None:
-        raise RecipeError(
-            "source.url", f"is null, and {file.path} is a table", "name the column with the URLs or the images"
-        )
-    wanted: list[tuple[str, str | None]] = [("image", source.image) if source.image else ("url", source.url)]
-    wanted += [("caption", source.caption), ("hash", source.hash)]
-    for key, column in wanted:
-        if column is not None and column not in names:
-            near = _nearest(column, names)
-            hint = f"did you mean {near}?" if near else "set it to one of these columns"
-            columns = ", ".join(names[:20])
-            raise RecipeError(f"source.{key}", f"no column {column!r} in {file.path} (it has: {columns})", hint)
-
-
-def _check_types(source: Source, schema: pa.Schema, file: SourceFile) -> None:
-    """Raise RecipeError for columns whose type is not that of a URL, an image or a caption."""
-
-    def type_of(column: str) -> pa.DataType:
-        return schema.field(schema.get_all_field_indices(column)[-1]).type  # of repeated names the last is read
-
-    caption = type_of(source.caption)
-    if is_nested(caption) and not is_words(caption):
-        hint = "name a column of text, or add one that holds the intended caption"
-        raise RecipeError("source.caption", f"{source.caption!r} in {file.path} holds {caption}, not text", hint)
-    if source.image is not None:
-        kind = type_of(source.image)
-        inner = kind.value_type if is_list(kind) else kind
-        has_bytes = pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0
-        if not has_bytes and not is_words(inner):
-            hint = "name a column of bytes, of base64 text or of {bytes, path}"
-            raise RecipeError("source.image", f"{source.image!r} in {file.path} holds {kind}, not images", hint)
-    elif source.url is not None and not is_words(kind := type_of(source.url)):
-        raise RecipeError(
-            "source.url", f"{source.url!r} in {file.path} holds {kind}, not text", "name a column of URLs"
-        )
-
-
-def _nearest(column: str, names: list[str]) -> str:
-    lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(column.lower(), list(lower), n=1, cutoff=0.5)
-    return lower[near[0]] if near else ""

@@ -335,3 +335,39 @@ def test_of_two_columns_of_one_name_the_last_is_read(tmp_path: Path) -> None:
     columns = [pa.array(["https://x.org/a.jpg"]), pa.array([["a list"]]), pa.array(["the caption"])]
     pq.write_table(pa.table(columns, names=["url", "caption", "caption"]), tmp_path / "t.parquet")
     assert urls_and_captions(rows(tmp_path / "t.parquet")) == [("https://x.org/a.jpg", "the caption")]
+
+
+QUOTES = [
+    "plain",
+    '"Hello" is what she said',
+    '5" screen',
+    '"an opening quote only',
+    "next",
+    'the "end"',
+    '"all of it"',
+]
+
+
+def test_quotes_in_tsv_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = "".join(f"http://a/{n}\t{text}\n" for n, text in enumerate(QUOTES)) + 'http://a/7\t"ragged"\tmore\n'
+    (tmp_path / "t.tsv").write_text(f"url\tcaption\n{lines}")
+    assert [row["caption"] for row in rows(tmp_path / "t.tsv")] == [*QUOTES, '"ragged"']
+    assert "1 cells of" in caplog.text
+    assert "set source.quoted: true" in caplog.text
+
+
+def test_quoting_by_the_recipe(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.tsv").write_text('url\tcaption\nhttp://a/\t"two\r\nlines, a\ttab and a "" quote"\n')
+    assert rows(tmp_path / "t.tsv", quoted=True)[0]["caption"] == 'two\r\nlines, a\ttab and a " quote'
+    (tmp_path / "t.csv").write_text('url,caption\nhttp://a/,"raw"\n')
+    assert rows(tmp_path / "t.csv", quoted=False)[0]["caption"] == '"raw"'
+    assert rows(tmp_path / "t.csv")[0]["caption"] == "raw"
+
+
+def test_line_breaks_in_quotes_survive_the_edge_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 1000)
+    texts = [f"{'x' * (n % 7)}one\r\ntwo\n\rthree\r\r\n\n" for n in range(500)]
+    lines = "".join(f'http://a/{n},"{text}"\r\n' for n, text in enumerate(texts))
+    for shift in range(8):
+        (tmp_path / "t.csv").write_bytes(f"url,caption{'y' * shift}\r\n{lines}".encode())
+        assert [row["caption"] for row in rows(tmp_path / "t.csv", caption=f"caption{'y' * shift}")] == texts
