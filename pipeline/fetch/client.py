@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import socket
 import ssl
 import time
@@ -23,13 +22,12 @@ from yarl import URL
 from capstan.pipeline import config
 from capstan.pipeline.fetch import robots
 from capstan.pipeline.fetch.resolver import PrivateAddress, check_literal
+from capstan.pipeline.fetch.urls import as_sent
 from capstan.pipeline.retry_after import retry_after
 
 _MAX_REDIRECTS: Final = 8
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-# A query that holds legal characters only (RFC 3986, 3.4); any other must be escaped before it is sent.
-_AS_IT_IS: Final = re.compile(r"^[^?#]*\?((?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+)(?:#|\Z)")
 _LONGEST_PAUSE_S: Final = 60.0
 _MOST_MEMBERS: Final = 64  # in a gzip body; each costs a copy of the data after it
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
@@ -172,11 +170,12 @@ class HttpClient:
     async def _attempt(self, url: URL, for_robots: bool) -> bytes:
         """Make one attempt: follow redirects to a body and return it."""
         deadline = _Deadline(self._fetch.timeout_s)
+        cookies = aiohttp.CookieJar(unsafe=True, quote_cookie=False)  # for this attempt only
         for _ in range(_MAX_REDIRECTS + 1):
             if self._fetch.robots and not for_robots:
                 await self._obey_robots_txt(url)
             try:
-                result = await self._request(url, deadline, for_robots)
+                result = await self._request(url, deadline, cookies, for_robots)
             except (aiohttp.ClientError, OSError, PrivateAddress, ValueError) as error:
                 raise _explain(error, self._fetch.timeout_s) from None
             if isinstance(result, bytes):
@@ -184,7 +183,9 @@ class HttpClient:
             url = result
         raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
 
-    async def _request(self, url: URL, deadline: _Deadline, for_robots: bool) -> bytes | URL:
+    async def _request(
+        self, url: URL, deadline: _Deadline, cookies: aiohttp.CookieJar, for_robots: bool
+    ) -> bytes | URL:
         """Make one request; return the body, or the URL that it redirects to."""
         name = url.host or ""
         if name not in self._fixed and not self._fetch.allow_private:
@@ -192,7 +193,10 @@ class HttpClient:
         host = self._hosts.setdefault(name, _Host(self._fetch.per_host))
         async with host.slots:
             await host.ready()
-            async with deadline, self._session.get(url, allow_redirects=False) as response:
+            sent = "; ".join(f"{name}={cookie.coded_value}" for name, cookie in cookies.filter_cookies(url).items())
+            headers = {"Cookie": sent} if sent else None
+            async with deadline, self._session.get(url, allow_redirects=False, headers=headers) as response:
+                cookies.update_cookies(response.cookies, url)
                 target = response.headers.get("Location")
                 if response.status in _REDIRECTS and target:
                     return _parse(target, base=url)
@@ -249,25 +253,12 @@ class HttpClient:
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
-    """Return an http or https URL with a host. Its query is kept as written, since signatures depend on it.
-
-    Raises FetchError(`bad_url`).
-    """
+    """Return the URL to request, spelled as it is written. Raises FetchError(`bad_url`)."""
     try:
-        url = URL(text.strip())
-        spelled = _AS_IT_IS.search(text.strip())
-        query = spelled.group(1) if spelled else url.raw_query_string
-        url = url if base is None else base.join(url)
-        if query and query != url.raw_query_string:
-            url = URL.build(
-                scheme=url.scheme, authority=url.raw_authority, path=url.raw_path, query_string=query, encoded=True
-            )
-        if url.scheme not in ("http", "https") or not url.host or url.port == 0:
-            raise ValueError("not an http or https URL")
+        return as_sent(text, base)
     except (ValueError, TypeError) as error:  # UnicodeError is a ValueError
         origin = "" if base is None else f"redirected from {base} to "
         raise FetchError("bad_url", f"{origin}{text[:200]!r}: {error}") from None
-    return url
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
@@ -296,8 +287,10 @@ def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:
     """Undo one Content-Encoding (RFC 9110, 8.4.1); never produce more than `limit` bytes."""
     if packing == "identity" or not data:
         return data
-    if packing not in ("gzip", "x-gzip", "deflate"):
+    if packing in ("br", "zstd", "compress", "x-compress", "dcb", "dcz"):
         raise FetchError("unsupported", f"Content-Encoding: {packing}")  # was not offered
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        return data  # not an encoding (UTF-8, binary): browsers take the body as it is
     bare = packing == "deflate" and (data[0] & 0x0F != 8 or int.from_bytes(data[:2], "big") % 31 != 0)
     out = b""
     for _ in range(_MOST_MEMBERS):  # gzip may have several members, one after another
@@ -341,5 +334,5 @@ def _explain(error: Exception, timeout_s: float) -> FetchError:
     if isinstance(error, ValueError):  # also aiohttp.InvalidURL
         return FetchError("bad_url", detail)
     if isinstance(error, aiohttp.ClientResponseError):
-        return FetchError("connect", f"no HTTP: {detail}")
+        return FetchError("connect", f"no HTTP: {' '.join(error.message.split())}")
     return FetchError("connect", detail, is_retryable=True)

@@ -30,6 +30,7 @@ import aiohttp
 
 from capstan.pipeline import config
 from capstan.pipeline.fetch.client import FetchError, HttpClient, RobotsCache
+from capstan.pipeline.fetch.lenient import LenientConnector
 from capstan.pipeline.fetch.resolver import Resolver
 
 
@@ -107,7 +108,7 @@ class Fetcher:
     async def _open(self) -> AsyncIterator[HttpClient]:
         fetch = self.fetch
         resolver = Resolver(self.resolve, allow_private=fetch.allow_private, lookups=fetch.concurrency)
-        connector = aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, limit=0, keepalive_timeout=5)
+        connector = LenientConnector(resolver=resolver, use_dns_cache=False, limit=0, keepalive_timeout=5)
         try:
             async with aiohttp.ClientSession(
                 connector=connector,

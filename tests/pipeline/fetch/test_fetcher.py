@@ -69,7 +69,7 @@ def test_redirects_are_followed(site: Site) -> None:
     ("written", "sent"),
     [
         ("/a?sig=a%2Fb%2bc+d%3D&x=1#part", "/a?sig=a%2Fb%2bc+d%3D&x=1"),
-        ("/a%2Fb/c d.jpg?q=a b", "/a%2Fb/c%20d.jpg?q=a+b"),
+        ("/a%2Fb/c d.jpg?q=a b", "/a%2Fb/c%20d.jpg?q=a%20b"),
         ("/x/../caf\u00e9.jpg?q=\u00e9", "/caf%C3%A9.jpg?q=%C3%A9"),
         ("", "/"),
     ],
