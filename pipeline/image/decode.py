@@ -39,6 +39,7 @@ from capstan.pipeline import config
 from capstan.pipeline.image import jpeg, png, sniff
 from capstan.pipeline.image.icc import is_srgb, to_srgb
 from capstan.pipeline.image.jpeg_pixels import RareSubsamplingError, decode_strictly
+from capstan.pipeline.image.limits import check_header, check_tiff
 from capstan.pipeline.image.phash import fingerprints
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
@@ -238,8 +239,7 @@ def _jpeg_rgb(pixels: np.ndarray, colours: str, icc: bytes) -> np.ndarray:
 def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
     """Decode with Pillow at full size, flatten to RGB, then scale."""
     sniff.check_whole(kind, data)
-    if kind == "webp":
-        _plan(*sniff.webp_size(data), image)  # its decoder allocates the canvas on opening
+    check_header(kind, data, image.max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about unusual files; those that matter become a reason
@@ -260,7 +260,9 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
         orientation = 1 if kind == "tiff" else jpeg.orientation(_exif(frame))
         layout = _plan(*_swap(frame.size, orientation), image)
         if isinstance(frame, TiffImagePlugin.TiffImageFile):
-            _check_tiff(frame, data)
+            check_tiff(frame, data, image.max_pixels)
+        if kind == "png":
+            png.check_size(data)
         patch = frame.tile[0].extents if kind == "gif" and frame.tile else None
         frame.load()
         if kind == "png" and _is_blank(frame, png.last_row(data)):
@@ -282,17 +284,6 @@ def _exif(frame: Image.Image) -> bytes:
     """Return the image's EXIF as a TIFF structure, whether or not the file has the Exif header before it."""
     exif = frame.info.get("exif", b"")
     return bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
-
-
-def _check_tiff(frame: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
-    """Check that the strips or tiles are within the file, and that the first page is the image."""
-    tags: Any = frame.tag_v2
-    if int(tags.get(254, 0)) & 1:
-        raise Unreadable("unsupported", "the first page is a thumbnail, as in camera raw files")
-    for offsets, counts in ((273, 279), (324, 325)):
-        ends = [at + size for at, size in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)]
-        if ends and max(ends) > len(data):
-            raise Unreadable("truncated", f"{len(data)} of {max(ends)} bytes")
 
 
 def _explain(kind: str, data: bytes, error: Exception) -> Unreadable:

@@ -192,11 +192,14 @@ def _compose(segment: Segment) -> bytes:
 
 
 def check_scans(data: bytes, header: Header) -> None:
-    """Check the number of scans, and that no scan is missing, if the file has several.
+    """Check that the file is large enough for its pixels and, if it has several scans, their number and completeness.
 
-    Raises Unreadable: `unsupported` if decoding them would take far longer than any real file does, `truncated` if a
-    component, or part of its coefficients, is not sent in full.
+    Raises Unreadable: `unsupported` if decoding the scans would take far longer than any real file does, `truncated` if
+    a component, or part of its coefficients, is not sent in full.
     """
+    blocks = -(-header.width // 8) * -(-header.height // 8)
+    if header.process in HUFFMAN and 8 * len(data) < blocks:  # a Huffman code has one bit at least
+        raise Unreadable("truncated", f"{len(data)} bytes cannot hold {blocks} blocks of pixels")
     if header.process not in PROGRESSIVE and data.count(b"\xff\xda") == 1:
         return
     most = max(_USUAL_SCANS, _MOST_DECODED // (header.width * header.height))

@@ -17,8 +17,10 @@ _SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type → samples per 
 # The passes of Adam7 (8.2): first column and row, steps to the next ones.
 _PASSES: Final = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _WHOLE: Final = ((0, 0, 1, 1),)
+_CRITICAL: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 _NEEDED: Final = frozenset({b"tRNS", b"eXIf"})  # ancillary chunks that change the image; eXIf holds the orientation
 _LARGEST_PROFILE: Final = 4 * 1024**2  # bytes; profiles of monitors, cameras and printers take up to about 2 MB
+_MOST_UNPACKED: Final = 1_032  # times
 _AT_ONCE: Final = 16_384  # bytes unpacked together: they expand at most about a thousandfold (RFC 1951)
 
 
@@ -40,14 +42,27 @@ def bare(data: bytes) -> tuple[bytes, bytes]:
     Pillow rejects an image for a fault in any other chunk, and compressed text can be a bomb. Viewers skip such chunks,
     and ancillary ones with a wrong checksum.
     """
-    kept, profile = [PNG_MAGIC], b""
+    kept, profile, seen = [PNG_MAGIC], b"", set[bytes]()
     for name, start, end in _chunks(data):
-        critical = not name[0] & 0x20
-        if critical or (name in _NEEDED and _is_sound(data, start, end)):
+        if name in _CRITICAL:
             kept.append(data[start:end])
-        elif name == b"iCCP" and not profile and _is_sound(data, start, end):
-            profile = _unpacked(data[start + 8 : end - 4])
+        elif name not in seen and (name in _NEEDED or name == b"iCCP") and _is_sound(data, start, end):
+            seen.add(name)  # a second one is not legal, and thousands would take time or memory
+            if name == b"iCCP":
+                profile = _unpacked(data[start + 8 : end - 4])
+            else:
+                kept.append(data[start:end])
     return b"".join(kept), profile
+
+
+def check_size(data: bytes) -> None:
+    """Raise Unreadable(`truncated`) if the file is too small for its pixels, before memory for them is allocated.
+
+    Deflate packs at most 1,032 bytes into one (RFC 1951: 258 bytes by two bits).
+    """
+    least = _stated_bytes(data) // _MOST_UNPACKED
+    if len(data) < least:
+        raise Unreadable("truncated", f"{len(data)} bytes cannot hold the pixels, which take {least} or more")
 
 
 def _is_sound(data: bytes, start: int, end: int) -> bool:

@@ -7,6 +7,8 @@ and a damaged one `corrupt`, whatever the decoder.
 
 from __future__ import annotations
 
+import re
+import struct
 import zlib
 from typing import Final
 
@@ -49,6 +51,7 @@ _NOT_READ: Final = {
     b"IIU\0": "RW2 camera raw",
     b"FUJIFILMCCD-RAW": "RAF camera raw",
 }
+_MOST_CHUNKS: Final = 100_000  # of a PNG; encoders write one per 8 to 64 kB
 _BMP_HEADER_SIZES: Final = (12, 40, 52, 56, 64, 108, 124)
 
 
@@ -123,7 +126,7 @@ def _check_length(size: int, data: bytes) -> None:
 
 def _check_png(data: bytes) -> None:
     """Walk the chunks up to IEND; the critical ones must match their checksums (PNG specification, 5.3)."""
-    at = len(PNG_MAGIC)
+    at, count = len(PNG_MAGIC), 0
     if len(data) >= at + 8 and data[at + 4 : at + 8] != b"IHDR":
         raise Unreadable("corrupt", f"the PNG starts with chunk {data[at + 4 : at + 8]!r}")
     while True:
@@ -135,6 +138,9 @@ def _check_png(data: bytes) -> None:
             raise Unreadable("corrupt", f"checksum of chunk {name!r}")
         if name == b"IEND":
             return
+        count += 1
+        if count > _MOST_CHUNKS:
+            raise Unreadable("unsupported", f"more than {_MOST_CHUNKS} PNG chunks")
         at = end
 
 
@@ -202,6 +208,26 @@ def _webp_length(data: bytes) -> int:
 def padded_webp(data: bytes) -> bytes:
     """Return a whole WebP with its last padding byte, without which libwebp does not read it."""
     return data + b"\0" if _webp_length(data) == len(data) == int.from_bytes(data[4:8], "little") + 7 else data
+
+
+def webp_is_animated(data: bytes) -> bool:
+    """Return whether the header announces an animation (RFC 9649, 2.7.1)."""
+    return data[12:16] == b"VP8X" and bool(data[20] & 2)
+
+
+def avif_sizes(data: bytes) -> list[tuple[int, int]]:
+    """Return the sizes in pixels of all images in an AVIF: the shown one, tiles of a grid, alpha, thumbnails.
+
+    They are in the `ispe` boxes (ISO/IEC 23008-12, 6.5.3) of the `meta` box. Only the top-level boxes are walked.
+    """
+    at = 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"meta":
+            found = (match.end() + 4 for match in re.finditer(b"ispe", data[at : at + size]))
+            return [struct.unpack_from(">II", data, at + start) for start in found if at + start + 8 <= len(data)]
+        at += size if size >= 8 else len(data)
+    return []
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

@@ -182,6 +182,22 @@ def test_endless_scans_are_refused_before_they_are_decoded(progressive: bool, mo
     frame = next(n for n, part in enumerate(parts) if part[1] in (0xC0, 0xC2))
     parts[frame] = parts[frame][:5] + struct.pack(">HH", 9_000, 9_000) + parts[frame][9:]
     scan = next(part for part in parts if part.startswith(SOS))
-    parts += [scan[: 2 + int.from_bytes(scan[2:4], "big")] + b"\0"] * 200
+    parts += [scan[: 2 + int.from_bytes(scan[2:4], "big")] + bytes(1000)] * 200
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     assert reason(SOI + b"".join(parts) + EOI) == "unsupported"
+
+
+def test_a_file_that_is_too_small_for_its_pixels_is_refused_before_memory_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of each block of 8 × 8 pixels there is one bit at least."""
+    data = photo()
+    frame = data.index(b"\xff\xc0") + 5
+    large = data[:frame] + struct.pack(">HH", 9_000, 9_000) + data[frame + 4 :]
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    assert reason(large) == "truncated"
+
+
+def test_a_plain_image_is_not_too_small_for_its_pixels() -> None:
+    for options in ({}, {"progressive": True}, {"optimize": True, "quality": 1}):
+        stored(file_of(Image.new("RGB", (2_000, 2_000), "white"), "jpeg", **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 
 import pytest
@@ -17,6 +18,8 @@ from drawn import (
     with_chunk,
 )
 from PIL import Image
+
+from capstan.pipeline.image import png
 
 
 # Rows of 43 × 21 pixels, and of Adam7: 3, 3, 3, 6, 5, 11, 10 rows of 6, 5, 11, 11, 22, 21, 43; bytes of each.
@@ -75,3 +78,34 @@ def test_a_profile_of_a_png_that_is_a_bomb_or_damaged_is_ignored() -> None:
     bomb = zlib.compress(swapped_profile() + bytes(50_000_000), 9)
     for body in (b"name\0\0" + bomb, b"name\0\0no zlib", b"name\0\1" + zlib.compress(swapped_profile()), b"name", b""):
         assert_shows(stored(with_chunk(sample("png"), b"iCCP", body)), ramp())
+
+
+def test_a_png_that_is_too_small_for_its_pixels_is_refused_before_memory_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert reason(png_of((9_000, 9_000), 8, 6, bytes(10_000))) == "truncated"
+
+
+def test_a_plain_png_is_not_too_small_for_its_pixels() -> None:
+    stored(file_of(Image.new("RGBA", (2_000, 2_000)), "png", compress_level=9))
+
+
+def test_chunks_that_repeat_take_no_memory() -> None:
+    """Of each ancillary chunk that is read the first one counts; a file of chunks alone is not read to its end."""
+    data = sample("png")
+    one = with_chunk(data, b"eXIf", b"II*\0" + bytes(10_000))
+    many = one
+    for _ in range(5):
+        many = with_chunk(many, b"eXIf", b"II*\0" + bytes(10_000))
+    assert png.bare(many) == png.bare(one)
+    profile = b"p\0\0" + zlib.compress(bytes(6_000_000), 9)  # larger than any profile that is used
+    bombs = with_chunk(with_chunk(data, b"iCCP", profile), b"iCCP", profile)
+    assert png.bare(bombs) == (png.bare(data)[0], b"")
+    at = data.index(b"IDAT") - 4
+    chunk = struct.pack(">I", 0) + b"tEXt" + struct.pack(">I", zlib.crc32(b"tEXt"))
+    assert reason(data[:at] + chunk * 110_000 + data[at:]) == "unsupported"
+
+
+def test_unknown_critical_chunks_are_ignored_like_ancillary_ones() -> None:
+    assert_shows(stored(with_chunk(sample("png"), b"AbCD", bytes(100))), ramp())
