@@ -158,8 +158,11 @@ def _add_run_commands(app: typer.Typer) -> None:
         ] = None,
         features: Annotated[
             Path | None,
-            typer.Option("--features", metavar="FILE", help="Feature network for fid: .pth or TorchScript .pt."),
+            typer.Option("--features", metavar="FILE", help="Feature network for fid: .pth, .safetensors, or .pt."),
         ] = None,
+        trust_torchscript: Annotated[
+            bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")
+        ] = False,
         as_json: JsonOption = False,
     ) -> None:
         """Measure a finished run on unseen data.
@@ -176,7 +179,7 @@ def _add_run_commands(app: typer.Typer) -> None:
         from capstan.training.evaluate import evaluate as measure
 
         judge = None if clip is None else ClipSettings(model=clip, pretrained=pretrained)
-        network = None if features is None else Fid(features=str(features))
+        network = None if features is None else Fid(features=str(features), trust_torchscript=trust_torchscript)
         finish(measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network), as_json)
 
     @app.command()

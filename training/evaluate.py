@@ -128,6 +128,8 @@ def _judges(
     from_recipe = (section.get("watch") or {}).get("evaluate") or {}
     for name, given in (("clip", clip), ("fid", fid)):
         settings[name] = from_recipe.get(name) if given is None else given.model_dump()
+        if given is None and settings[name] is not None:  # a run may be a stranger's, and so cannot vouch for a program
+            settings[name] = {key: value for key, value in settings[name].items() if key != "trust_torchscript"}
         if name in measures and settings[name] is None:
             hint = "add --clip MODEL" if name == "clip" else "add --features FILE"
             raise RecipeError("--measures", f"{name} needs a model, and the run's recipe does not name one", hint)

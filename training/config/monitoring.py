@@ -36,7 +36,8 @@ class ClipSettings(Section):
 class Fid(Section):
     """The feature network of FID."""
 
-    features: str  # a file: torch-fidelity's Inception (.pth), or any TorchScript network of images → features (.pt)
+    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors), or a TorchScript network (.pt)
+    trust_torchscript: bool = False  # run the program in a .pt file; it can do anything that you can
 
 
 class Evaluate(Section):
@@ -65,7 +66,7 @@ class Evaluate(Section):
         {'count': 100, 'steps': None, 'guidance': None, 'judge': {'features': 'a.pth'}}
         """
         judge = {"clip": self.clip, "fid": self.fid}.get(measure)
-        settings = None if judge is None else judge.model_dump(mode="json")
+        settings = None if judge is None else judge.model_dump(mode="json", exclude={"trust_torchscript"})
         return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "judge": settings}
 
 

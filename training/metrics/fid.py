@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.training.config.monitoring import Fid
 from capstan.training.metrics.metric import Metric, Total
 from capstan.training.metrics.samples import EvalSet
 
+_UNREADABLE: Final = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 _SUMS: Final = ("features_sum", "features_cov_sum", "features_num_samples")
 _WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth, which torch-fidelity's authors publish"
 
@@ -33,7 +37,7 @@ class FrechetDistance(Metric):
     uses_prompts: ClassVar[bool] = False
 
     def __init__(self, settings: Fid, field: str) -> None:
-        self.file, self.field = Path(settings.features), f"{field}.features"
+        self.file, self.field, self.trusted = Path(settings.features), f"{field}.features", settings.trust_torchscript
         self.metric: Any = None
         self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once computed
 
@@ -42,6 +46,7 @@ class FrechetDistance(Metric):
             raise RecipeError(
                 self.field, f"{self.file} is not on this machine", f"download {_WEIGHTS}, and set the path"
             )
+        self._refuse_untrusted_code()
         try:
             import torch_fidelity  # noqa: F401
             import torchmetrics  # noqa: F401
@@ -52,12 +57,24 @@ class FrechetDistance(Metric):
     def ready(self, device: torch.device) -> Iterator[None]:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
+        self._refuse_untrusted_code()
         try:
             if self.file.suffix == ".pt":
                 metric = FrechetInceptionDistance(_Script(self.file), sync_on_compute=False)
             else:
-                metric = FrechetInceptionDistance(feature_extractor_weights_path=str(self.file), sync_on_compute=False)
-        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+                with _without_code(self.file) as weights:
+                    metric = FrechetInceptionDistance(
+                        feature_extractor_weights_path=str(weights), sync_on_compute=False
+                    )
+        except (
+            RuntimeError,
+            KeyError,
+            ValueError,
+            OSError,
+            EOFError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             problem = f"{self.file} is not a network that takes images ({first})"
             raise RecipeError(self.field, problem, f"use {_WEIGHTS}, or a TorchScript file (.pt)") from None
@@ -66,6 +83,13 @@ class FrechetDistance(Metric):
             yield
         finally:
             self.metric = None
+
+    def _refuse_untrusted_code(self) -> None:
+        if self.file.suffix == ".pt" and not self.trusted:
+            problem = f"{self.file} is TorchScript, a program that can read, change and send your files"
+            option = f"{self.field.removesuffix('features')}trust_torchscript: true (--trust-torchscript)"
+            hint = f"use {_WEIGHTS}, or set {option} if you trust its source"
+            raise RecipeError(self.field, problem, hint)
 
     def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         self._update(images, real=False)
@@ -87,6 +111,22 @@ class FrechetDistance(Metric):
 
     def _totals(self, kind: str, total: Total) -> dict[str, torch.Tensor]:
         return {name: total(getattr(self.metric, f"{kind}_{name}").cpu()) for name in _SUMS}
+
+
+@contextlib.contextmanager
+def _without_code(file: Path) -> Iterator[Path]:
+    """Yield a copy of a weights file (.pth or .safetensors) that holds tensors only.
+
+    torch-fidelity unpickles its file, which runs whatever program a .pth holds. Raises UnpicklingError for such a file.
+    """
+    if file.suffix == ".safetensors":
+        weights = load_file(file)
+    else:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "weights.pth"
+        torch.save(weights, copy)
+        yield copy
 
 
 class _Script(torch.nn.Module):

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_clip import write_clip
 
-from capstan.pipeline.config import WorldSource
+from capstan.pipeline.config import Recipe, WorldSource
 from capstan.pipeline.errors import RecipeError
+from capstan.training import evaluate
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid
 from capstan.training.metrics.clip_score import ClipScore
 from capstan.training.metrics.fid import FrechetDistance
@@ -78,7 +80,7 @@ def result(metric: Metric, eval_set: EvalSet, images: np.ndarray, workers: int =
 
 def test_fid_is_the_distance_of_two_gaussians(features: Path) -> None:
     truth, drawn = Images(40, 20), Images(40, 60).made
-    metric = FrechetDistance(Fid(features=str(features)), "x")
+    metric = FrechetDistance(Fid(features=str(features), trust_torchscript=True), "x")
     metric.check(truth)
     a, b = (p.reshape(40, -1, 3).mean(1).astype(np.float64) for p in (truth.made, drawn))
     product = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).astype(complex)
@@ -95,8 +97,8 @@ def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, mon
     with pytest.raises(RecipeError, match=r"f\.features: .*wrong\.pth is not a network"), wrong.ready(CPU):
         pass
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(RecipeError, match=r"f\.features: needs the package torchmetrics.*capstan\[fid\]"):
-        FrechetDistance(Fid(features=str(features)), "f").check(Images(2, 0))
+    with pytest.raises(RecipeError, match=r"f\.features: needs the package torchmetrics.*capstan-t2i\[fid\]"):
+        FrechetDistance(Fid(features=str(features), trust_torchscript=True), "f").check(Images(2, 0))
 
 
 def test_clip_score_is_the_mean_cosine(tmp_path: Path) -> None:
@@ -140,6 +142,75 @@ def test_randomness_and_threads_are_left_as_they_were(tmp_path: Path) -> None:
 
 def test_the_metrics_are_the_requested_ones(features: Path, tmp_path: Path) -> None:
     clip = ClipSettings(model=str(write_clip(tmp_path / "clip", 0)))
-    wanted = Evaluate(measures=["fid", "oracle", "clip", "fid"], clip=clip, fid=Fid(features=str(features)))
+    wanted = Evaluate(
+        measures=["fid", "oracle", "clip", "fid"], clip=clip, fid=Fid(features=str(features), trust_torchscript=True)
+    )
     assert [type(metric) for metric in make_metrics(wanted, "x")] == [FrechetDistance, OracleScore, ClipScore]
     assert single_worker(torch.ones(2)).tolist() == [1, 1]
+
+
+class Overwriting(torch.nn.Module):
+    """A network that also empties a file of whoever runs it: TorchScript is a program."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        file = torch.from_file(self.path, True, 4, dtype=torch.uint8).zero_()
+        return images.float().flatten(2).mean(2) + file.float().sum()
+
+
+class Command:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.path, "run")
+
+
+def test_torchscript_runs_only_where_the_user_trusts_it(tmp_path: Path) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "features.pt"
+    victim.write_bytes(b"mine")
+    torch.jit.script(Overwriting(str(victim))).save(str(file))
+    images, refused = Images(4, 20), FrechetDistance(Fid(features=str(file)), "f")
+    for attempt in (lambda: refused.check(images), lambda: result(refused, images, images.made)):
+        with pytest.raises(RecipeError, match=r"f\.features: .*\.pt is TorchScript, .*f\.trust_torchscript: true"):
+            attempt()
+    assert victim.read_bytes() == b"mine"
+    result(FrechetDistance(Fid(features=str(file), trust_torchscript=True), "f"), images, images.made)
+    assert victim.read_bytes() == bytes(4)
+
+
+def test_a_run_cannot_vouch_for_a_program() -> None:
+    """Its recipe may be a stranger's: `capstan evaluate` asks its own user."""
+    fid = {"features": "/no/x.pt", "trust_torchscript": True}
+    recipe = Recipe(dataset="x", train={"watch": {"evaluate": {"measures": ["fid"], "fid": fid}}})
+    (metric,) = evaluate._judges(recipe, ["fid"], None, None, 4)
+    assert isinstance(metric, FrechetDistance)
+    assert not metric.trusted
+
+
+def test_weights_are_read_without_running_what_a_pickle_holds(tmp_path: Path) -> None:
+    trace, file = tmp_path / "trace", tmp_path / "weights.pth"
+    torch.save({"weight": Command(trace)}, file)
+    metric = FrechetDistance(Fid(features=str(file)), "f")
+    with pytest.raises(RecipeError, match=r"f\.features: .*weights\.pth is not a network"), metric.ready(CPU):
+        pass
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("suffix", [pytest.param(".pth", marks=pytest.mark.slow), ".safetensors"])
+def test_inception_reads_its_weights_from_either_format(tmp_path: Path, suffix: str, monkeypatch) -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with monkeypatch.context() as patched:  # random weights of the right names and shapes
+        patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.save({}, tmp_path / "empty.pth")
+        path = str(tmp_path / "empty.pth")
+        weights = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=path).state_dict()
+    file = tmp_path / f"inception{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(weights, file)
+    images = Images(2, 20)
+    value = result(FrechetDistance(Fid(features=str(file)), "f"), images, images.made)
+    assert value["fid"] == pytest.approx(0, abs=1e-2)

@@ -57,7 +57,8 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`clip` and `fid` of train.watch.evaluate."""
     root = tmp_path_factory.mktemp("metrics")
     torch.jit.script(FewFeatures()).save(str(root / "features.pt"))
-    return {"clip": {"model": str(write_clip(root / "clip", 0))}, "fid": {"features": str(root / "features.pt")}}
+    fid = {"features": str(root / "features.pt"), "trust_torchscript": True}
+    return {"clip": {"model": str(write_clip(root / "clip", 0))}, "fid": fid}
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_missing_package_names_its_extra(run: Run, name: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     section = {"model": "captioner", "run": run.train.run, "steps": 1, "watch": {"trackers": [name]}}
-    with pytest.raises(RecipeError, match=rf"train\.watch\.trackers: needs the package {name}.*capstan\[{name}\]"):
+    with pytest.raises(RecipeError, match=rf"train\.watch\.trackers: needs the package {name}.*capstan-t2i\[{name}\]"):
         open_trackers(Run(TrainConfig.from_section(section)), 0)
 
 

@@ -126,6 +126,6 @@ def _tokenizer(words: Tokenizer, length: int) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         words.save(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=length, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     return tokenizer

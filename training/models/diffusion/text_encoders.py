@@ -199,7 +199,9 @@ def new_encoders(slots: Sequence[Slot], settings: TextSettings, tokenizer: Path)
 def _new_in_slot(slot: Slot, settings: TextSettings, folder: Path) -> TextEncoder:
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=slot.length or settings.length)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder, model_max_length=slot.length or settings.length, trust_remote_code=False
+    )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return TextEncoder(slot, new_encoder(slot, settings, len(tokenizer), **special), tokenizer)
 

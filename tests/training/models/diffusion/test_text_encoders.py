@@ -1,6 +1,8 @@
 """Text encoders: CLIP and T5 of transformers by path, open_clip's towers made into CLIPs, and what is refused."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import tiny_towers
@@ -138,3 +140,20 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(RecipeError, match=problem) as refused:
             opened(slots, *named)
         assert str(refused.value).startswith("train.diffusion.text.pretrained"), refused.value
+
+
+def test_code_in_a_folder_never_runs_and_is_never_asked_about(tmp_path, monkeypatch):
+    """transformers would ask on the terminal whether to run it."""
+    folder = Path(tiny_towers.save_t5(tmp_path / "t5"))
+    trace = tmp_path / "trace"
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w').write('run')\n")
+    for name, classes in (
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}),
+        ("config.json", {"AutoConfig": "own.Config", "AutoModel": "own.Model"}),
+    ):
+        content = json.loads((folder / name).read_text()) | {"auto_map": classes, "tokenizer_class": "Tokenizer"}
+        (folder / name).write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with contextlib.suppress(RecipeError):
+        opened(DiT.slots, str(folder))
+    assert not trace.exists()
