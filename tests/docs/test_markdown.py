@@ -29,6 +29,12 @@ def test_lines_are_short(page: Path) -> None:
     assert not long, "run `make format`"
 
 
+def test_code_is_fenced_with_its_language(page: Path) -> None:
+    """Commands and recipes in fenced blocks are checked by test_commands.py; indented ones would pass unseen."""
+    assert not [f"{number}: {line}" for number, line in prose(page) if line.startswith("    ")]
+    assert not re.findall(r"\n\n *```\n", page.read_text(encoding="utf-8"))
+
+
 def test_links_lead_somewhere(page: Path) -> None:
     """Relative links name files of the repository, and headings that exist in them. Pages of docs/ stay within it."""
     for link in LINK.findall(page.read_text(encoding="utf-8")):
