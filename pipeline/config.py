@@ -118,7 +118,7 @@ class CaptionScore(Section):
 class LanguageScore(Section):
     """`language` and `language_score` from a fastText model."""
 
-    weights: str  # lid.176.bin, lid.176.ftz or another
+    weights: str | None = None  # lid.176.bin or another fastText model; null: lid.176.ftz, which is in the package
 
 
 class ImageScore(Section):

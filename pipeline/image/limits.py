@@ -13,7 +13,7 @@ from PIL import TiffImagePlugin
 from capstan.pipeline.image import sniff
 from capstan.pipeline.image.sniff import Unreadable
 
-_ANIMATION_CANVASES: Final = 3  # of 4 bytes per pixel, that libwebp's animation decoder and Pillow allocate
+_ANIMATION_CANVASES: Final = 3  # of 4 bytes per pixel: composing frames takes two besides the one that is shown
 
 
 def check_header(kind: str, data: bytes, most: int) -> None:

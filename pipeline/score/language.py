@@ -1,4 +1,4 @@
-"""Caption language, by a fastText model from a file (lid.176, GlotLID)."""
+"""Caption language, by a fastText model (lid.176, GlotLID or another)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
 _FIELD: Final = "score.language"
+_DEFAULT: Final = Path(__file__).parent / "weights" / "lid.176.ftz"
 _PREFIX: Final = "__label__"
 
 
@@ -31,7 +32,7 @@ class Language(SampleScorer):
     def __init__(self, config: LanguageScore) -> None:
         if importlib.util.find_spec("fasttext") is None:
             raise MissingExtra(_FIELD, "fasttext", "language")
-        self._file = Path(config.weights).absolute()
+        self._file = _DEFAULT if config.weights is None else Path(config.weights).absolute()
 
     def weights(self) -> dict[str, Path]:
         return {f"{_FIELD}.weights": self._file}

@@ -47,6 +47,7 @@ def test_the_wheel_holds_one_name_and_the_sdist_builds_the_same(project: Path, t
     files = contents(built(project, "wheel", tmp_path / "wheel"))
     assert {name.partition("/")[0] for name in files} == {"capstan", "capstan_t2i-0.1.0.dist-info"}
     assert {"capstan/py.typed", "capstan/recaption/lint/lint_rules.yaml", "capstan/__main__.py"} <= files.keys()
+    assert "capstan/pipeline/score/weights/lid.176.ftz" in files
     sources = {f"capstan/{p.relative_to(ROOT)}" for f in SOURCES[1:5] for p in (ROOT / f).rglob("*.py")}
     assert sources == {name for name in files if name.endswith(".py") and name.count("/") > 1}
     assert b"capstan = capstan.cluster.cli:main" in files["capstan_t2i-0.1.0.dist-info/entry_points.txt"]

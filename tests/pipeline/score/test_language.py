@@ -1,4 +1,4 @@
-"""Caption language, by a fastText model trained in the test."""
+"""Caption language, by the model in the package and by one trained in the test."""
 
 import contextlib
 import pickle
@@ -45,6 +45,24 @@ def test_captions_get_a_language_and_its_probability(model: Path) -> None:
     assert found["language"][:3] == ["en", "de", None]
     assert found["language_score"][2] is None
     assert all(0.5 < found["language_score"][n] <= 1 for n in (0, 1))
+
+
+def test_without_weights_the_model_in_the_package_is_used() -> None:
+    scorer = pickle.loads(pickle.dumps(Language(LanguageScore())))
+    (sha256,) = scorer.identity["weights"].values()
+    assert sha256 == "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
+    scorer.setup("cpu")
+    captions = {
+        "en": "a brown dog runs along the beach in the evening sun",
+        "de": "ein roter Kreis und ein blaues Quadrat",
+        "fr": "un chat dort sur le canapé",
+        "es": "una bicicleta roja delante de una casa",
+        "ru": "кошка сидит на стуле",
+        "ja": "猫が椅子に座っている",
+    }
+    found = scorer.score([Sample(caption) for caption in captions.values()])
+    assert found["language"] == list(captions)
+    assert min(found["language_score"]) > 0.5
 
 
 def test_a_missing_or_broken_model_is_named(tmp_path: Path) -> None:
