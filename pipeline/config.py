@@ -50,6 +50,8 @@ class Source(Section):
     url: str | None = "url"  # column with the URL; null: none, where `image` is named
     image: str | None = None  # column with embedded bytes, instead of a URL
     caption: str = "caption"
+    columns: Literal["all"] | list[str] | None = None  # carried in `extra`: names and globs, !glob leaves out;
+    # all; null: all but vectors
     quoted: bool | None = None  # CSV, TSV: cells may be quoted as in RFC 4180; null: in CSV, not in TSV
     hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
     storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if in the same storage

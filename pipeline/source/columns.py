@@ -95,6 +95,7 @@ def text_of(value: Any) -> str:
 
 
 NO_TEXT: Final = "unreadable_caption"
+UNREADABLE: Final = "unreadable_line"
 
 
 def caption_of(record: dict[str, Any], name: str) -> str:

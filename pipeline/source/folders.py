@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.source.carried import carried_fields
 from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_of, to_json
 from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_metadata
 from capstan.pipeline.source.samples import (
@@ -214,7 +215,7 @@ def _content(member: Member | None, stream: BinaryIO) -> bytes | None:
 
 def _row(url: str, caption: str, file: str, offset: int, length: int, record: dict[str, Any], source: Source) -> Row:
     hash_ = text_of(record.get(source.hash)).strip() if source.hash else ""
-    return Row(url, caption, None, file, offset, length, to_json(record), hash_)
+    return Row(url, caption, None, file, offset, length, to_json(carried_fields(record, source)), hash_)
 
 
 def _caption(text: bytes | None, described: Described | None, record: dict[str, Any], source: Source) -> str:

@@ -23,7 +23,9 @@ import pyarrow.parquet as pq
 
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.source.carried import carried_columns, carried_fields, is_carried
 from capstan.pipeline.source.columns import (
+    UNREADABLE,
     Row,
     as_hash,
     as_objects,
@@ -72,14 +74,20 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
             return  # whatever its columns are
         check_columns(source, table.schema_arrow.names, file)
         check_types(source, table.schema_arrow, file)
+        names = carried_columns(table, source)
         for batch in table.iter_batches(
-            batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS)
+            batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS), columns=names
         ):
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             for key, column in _meant(source):
                 if column in columns:
                     columns[column] = _single(columns[column], key, column, file)
             yield _with_images(columns, source) if source.image else _with_urls(columns, len(batch), source)
+
+
+def _is_extra(name: str, source: Source) -> bool:
+    """Return whether a column that was read is carried: only the checksums may have been read for another use."""
+    return name != source.hash or is_carried(name, source)
 
 
 def _meant(source: Source) -> list[tuple[str, str]]:
@@ -108,7 +116,8 @@ def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
 
 def _with_urls(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
     hash_ = as_hash(columns[source.hash]) if source.hash else pa.repeat("", count)
-    rest = {name: column for name, column in columns.items() if name not in (source.url, source.caption)}
+    used = (source.url, source.caption)
+    rest = {name: column for name, column in columns.items() if name not in used and _is_extra(name, source)}
     url, caption = as_text(columns[source.url or ""]), as_text(columns[source.caption])
     return of_urls(url, caption, as_objects(rest, count), hash_)
 
@@ -128,7 +137,8 @@ def _with_images(columns: dict[str, pa.Array], source: Source) -> pa.Table:
     caption = as_text(columns.pop(source.caption)).to_pylist()
     if any(names):
         columns[source.image] = pa.array([{"path": name} for name in names])
-    extra = as_objects(columns, count).to_pylist()
+    rest = {name: column for name, column in columns.items() if _is_extra(name, source)}
+    extra = as_objects(rest, count).to_pylist()
     return of_rows([Row(url[n], caption[n], _embedded(cells[n]), extra=extra[n], hash=hashes[n]) for n in range(count)])
 
 
@@ -154,6 +164,7 @@ def separated(kind: str) -> Reader:
                 rows = batch.slice(1) if first else batch  # the header
                 first = False
                 columns = dict(zip(names, map(as_text, rows.columns), strict=True))
+                columns = _wanted(columns, source)
                 if how["quoting"] == csv.QUOTE_NONE:
                     in_quotes += sum(_in_quotes(column) for column in columns.values())
                 yield _with_urls(columns, len(rows), source)
@@ -164,6 +175,11 @@ def separated(kind: str) -> Reader:
             log.warning(text, in_quotes, file.path)
 
     return read
+
+
+def _wanted(columns: dict[str, pa.Array], source: Source) -> dict[str, pa.Array]:
+    needed = (source.url, source.caption, source.hash)
+    return {name: column for name, column in columns.items() if name in needed or is_carried(name, source)}
 
 
 def _in_quotes(column: pa.Array) -> int:
@@ -237,6 +253,7 @@ def _ragged(waiting: list[str], names: list[str], how: dict[str, Any], source: S
         return
     cells = [row + [""] * len(names) for row in csv.reader(lines, **how)]
     columns = {name: pa.array([row[place] for row in cells], pa.string()) for place, name in enumerate(names)}
+    columns = _wanted(columns, source)
     yield _with_urls(columns, len(cells), source)
 
 
@@ -248,14 +265,13 @@ def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
     with lines_of(unpacked(open_(file.path), file.path)) as lines:
         checked = False
         for records in _array_records(lines, file) if array else _line_records(lines):
-            if not checked and (named := {name for record in records for name in record} - {_UNREADABLE}):
+            if not checked and (named := {name for record in records for name in record} - {UNREADABLE}):
                 check_columns(source, sorted(named), file)
                 checked = True
             if records:
                 yield _of_records(records, source)
 
 
-_UNREADABLE = "unreadable_line"
 _ARRAY = re.compile(r"\s*\[\s*[{\]]")  # the start of an array of objects
 _PEEK = 1 << 12  # characters
 _WEB = re.compile(r"\s*https?://", re.IGNORECASE)
@@ -282,7 +298,7 @@ def _array_records(text: io.TextIOWrapper, file: SourceFile) -> Iterator[list[di
                 value, at = decode(buffer, at)
             except (ValueError, RecursionError):
                 break  # the item goes on in the next block
-            records.append(value if isinstance(value, dict) else {_UNREADABLE: to_json(value)})
+            records.append(value if isinstance(value, dict) else {UNREADABLE: to_json(value)})
         else:
             at = len(buffer)
         if records:
@@ -318,7 +334,7 @@ def _record(line: str) -> dict[str, Any]:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
-    return value if isinstance(value, dict) else {_UNREADABLE: line.strip()}
+    return value if isinstance(value, dict) else {UNREADABLE: line.strip()}
 
 
 def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
@@ -328,7 +344,7 @@ def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
     caption = [caption_of(record, source.caption) for record in records]
     for record in records:
         record.pop(source.url or "", None)
-    columns = [url, caption, [to_json(record) for record in records], hashes]
+    columns = [url, caption, [to_json(carried_fields(record, source)) for record in records], hashes]
     return of_urls(*(pa.array(column, pa.string()) for column in columns))
 
 
