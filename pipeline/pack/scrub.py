@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capstan.pipeline.config import fingerprint
+from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
@@ -66,7 +67,7 @@ def _scrub_latents(storage: Storage, name: str, shard: str, keys: pa.Array) -> N
         return
     expected = fingerprint(held.filter(pa.array(left)).to_pylist())
     metadata = {**metadata, _SUM: "", _KEYS: expected}
-    storage.write(name, _write({tensor: value[left] for tensor, value in tensors.items()}, metadata))
+    storage.write(name, tensor_file.save({tensor: value[left] for tensor, value in tensors.items()}, metadata))
 
 
 def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
@@ -84,7 +85,7 @@ def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
         if entry is None or fingerprint(keys) != metadata.pop(_KEYS):
             _drop_latents(storage, PurePosixPath(name))
             continue
-        data = _write(tensors, {**metadata, _SUM: entry.sha256})
+        data = tensor_file.save(tensors, {**metadata, _SUM: entry.sha256})
         storage.write(name, data)
         facts = {"samples": len(keys), "bytes": len(data)}
         _latent_markers(storage, encoder).mark(f"{entry.name}-{entry.sha256[:12]}", facts)
@@ -115,9 +116,3 @@ def _read(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
     size = int.from_bytes(data[:8], "little")
     return load(data), dict(json.loads(data[8 : 8 + size]).get("__metadata__", {}))
-
-
-def _write(tensors: Mapping[str, Any], metadata: dict[str, str]) -> bytes:
-    from safetensors.numpy import save
-
-    return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata=metadata)

@@ -37,6 +37,7 @@ from capstan.pipeline.dataset.shards import (
 )
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.pack.job import sample_fields, unlisted
+from capstan.pipeline.pack.verify_derived import verify_derived
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
@@ -78,6 +79,7 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
         problems += _ledger(storage, manifest, sums)
         problems += _indexes(storage, manifest, tables_are_whole=sums is not None)
         problems += [f"{name}: not listed in {MANIFEST}" for name in unlisted(storage, manifest)]
+    problems += verify_derived(storage, manifest)
     return problems
 
 

@@ -2,7 +2,8 @@
 
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples, in tar order
 
-Each file names the version of its shard (`shard_sha256`); files of an earlier version are refused.
+Each file names the version of its shard (`shard_sha256`) and has a checksum (pipeline.dataset.tensor_file). Damaged
+files, and those of an earlier version of the shard, are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
@@ -31,7 +33,8 @@ def file_pattern(encoder: str) -> str:
 def file_reader(storage: Storage, encoder: str, field: str, cache: ShardCache | None = None) -> Callable[[str], Raw]:
     """Return a function that reads a shard's file: mapped from a local folder or the cache, else into memory.
 
-    It raises RecipeError naming `field` if the file is missing or belongs to an earlier version of the shard.
+    It raises RecipeError naming `field` if the file is missing or belongs to an earlier version of the shard, and
+    DamagedFile if it is not what was written.
     """
     manifest = read_manifest(storage)
     sums = {entry.name: entry.sha256 for entry in manifest.shards} if manifest else {}
@@ -41,6 +44,7 @@ def file_reader(storage: Storage, encoder: str, field: str, cache: ShardCache | 
         if not storage.exists(name):
             raise RecipeError(field, f"{encoder} lacks {shard}", "run `capstan encode` to complete it")
         raw = _bytes_of(storage, name, sums.get(shard, ""), cache)
+        tensor_file.check(raw, storage.path(name))
         if metadata_of(raw)["shard_sha256"] != sums.get(shard):
             problem = f"the latents of {shard} belong to an earlier version of that shard"
             raise RecipeError(field, problem, "run `capstan encode` to encode them again")

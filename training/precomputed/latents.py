@@ -23,6 +23,7 @@ import numpy as np
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Resources, fingerprint
+from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
@@ -142,11 +143,8 @@ class LatentsJob(units.Job):
         return apply
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
-        from safetensors.numpy import save
-
-        # safetensors ignores strides.
-        latents = np.ascontiguousarray(self._in_order(pieces))
-        data = save({"latents": latents}, metadata={"shard_sha256": unit.spec["sha256"]})
+        latents = self._in_order(pieces)
+        data = tensor_file.save({"latents": latents}, {"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
         return {"samples": len(latents), "bytes": len(data)}
 

@@ -20,6 +20,7 @@ import torch
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Resources, fingerprint
+from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
@@ -65,14 +66,18 @@ class TextStatesJob(units.Job):
             for unit in self.markers.read()
             if unit not in wanted
             or f"{self.folder}/{wanted[unit]}.safetensors" not in existing
-            or self._metadata(wanted[unit])["captions"]
+            or self._metadata(wanted[unit]).get("captions")
             != fingerprint(captions_of(self.dataset, wanted[unit], self.identity))
         }
 
     def _metadata(self, shard: str) -> dict[str, str]:
         with self.storage.open(f"{self.folder}/{shard}.safetensors") as file:
             start = file.read(8)
-            return metadata_of(np.frombuffer(start + file.read(int.from_bytes(start, "little")), np.uint8))
+            head = start + file.read(int.from_bytes(start, "little"))
+        try:
+            return metadata_of(np.frombuffer(head, np.uint8))
+        except (ValueError, KeyError):  # damaged: to be encoded again
+            return {}
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         """Yield batches of captions of one slot, with their rows in the shard."""
@@ -100,8 +105,6 @@ class TextStatesJob(units.Job):
         return apply
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
-        from safetensors.numpy import save
-
         shard, tensors = unit.spec["shard"], dict[str, np.ndarray]()
         for slot in self.identity["slots"]:
             for piece in [piece for piece in pieces if piece["slot"] == slot] or pieces[:1]:
@@ -111,7 +114,7 @@ class TextStatesJob(units.Job):
                     if piece["slot"] == slot:
                         tensor[piece["rows"]] = state
         metadata = {"shard_sha256": unit.spec["sha256"], "captions": pieces[0]["captions"]}
-        data = save(tensors, metadata=metadata)
+        data = tensor_file.save(tensors, metadata)
         self.storage.write(f"{self.folder}/{shard}.safetensors", data)
         return {"samples": sum(len(piece["rows"]) for piece in pieces), "bytes": len(data)}
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import tiny_networks as tiny
 import torch
+from safetensors.numpy import save as save_file_bytes
 
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset, read_manifest, write_manifest
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
+from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import MarkerLog
 from capstan.recaption.store import write_given_layer
 from capstan.training import encode as encoding
 from capstan.training.config import TrainConfig
@@ -23,6 +26,7 @@ from capstan.training.launch import train as train_
 from capstan.training.models.autoencoder import AutoencoderFamily
 from capstan.training.models.autoencoder.family import load_autoencoder
 from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.precomputed.files import metadata_of, parse
 from capstan.training.precomputed.latents import LatentsJob, encoder_identity, plan, reader
 from capstan.training.precomputed.text_embeddings import TextStatesJob
 from capstan.training.precomputed.text_embeddings import plan as text_plan
@@ -359,3 +363,35 @@ def test_encoding_through_the_unit_map_does_only_what_is_missing(frozen):
     second = [job.unit(entry.model_copy(update={"sha256": "0" * 64})) for entry in dataset.manifest.shards]
     assert job.stale(first) == set()
     assert job.stale(second) == {unit.id for unit in first}
+
+
+def test_a_flipped_bit_in_latents_is_seen_by_readers_and_by_verify(recipe):
+    storage, encoder = Storage(recipe.dataset), encode_here(recipe)
+    name = f"latents/{encoder}/shard-000001.safetensors"
+    (entry,) = [entry for entry in read_manifest(storage).shards if entry.name == "shard-000001"]
+    MarkerLog(storage, f"latents-{encoder}").mark(f"{entry.name}-{entry.sha256[:12]}", {})  # as the unit map does
+    whole = storage.read(name)
+    for place in (5, 40, -100):  # in the header's length, in the header, in the values
+        data = bytearray(whole)
+        data[place] ^= 1
+        storage.write(name, bytes(data))
+        reader(storage, encoder)("shard-000000")
+        with pytest.raises(DamagedFile, match=name):
+            reader(storage, encoder)("shard-000001")
+        assert [line for line in verify(storage) if line.startswith(f"{name}: damaged")]
+    storage.delete(name)
+    (missing,) = [line for line in verify(storage) if line.startswith("latents/")]
+    assert missing == f"{name}: missing: run `capstan encode` to make it again"
+    encode(recipe, progress=False)
+    again, before = (parse(np.frombuffer(data, np.uint8))["latents"] for data in (storage.read(name), whole))
+    assert again.tobytes() == before.tobytes()
+    assert not [line for line in verify(storage) if line.startswith("latents/")]
+
+
+def test_latents_of_an_earlier_version_have_no_checksum(recipe):
+    storage, encoder = Storage(recipe.dataset), encode_here(recipe)
+    name = f"latents/{encoder}/shard-000001.safetensors"
+    raw = np.frombuffer(storage.read(name), np.uint8)
+    metadata = {"shard_sha256": metadata_of(raw)["shard_sha256"]}
+    storage.write(name, save_file_bytes({k: np.ascontiguousarray(v) for k, v in parse(raw).items()}, metadata=metadata))
+    assert len(reader(storage, encoder)("shard-000001")) == len(parse(raw)["latents"])

@@ -1,0 +1,107 @@
+"""Damage in what was made of a dataset: captions and latents that are flipped, cut or gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_dataset import as_if_a_model_wrote_it, write_dataset
+
+from capstan.pipeline.dataset import tensor_file
+from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.errors import DamagedFile
+from capstan.pipeline.pack.verify_derived import verify_derived
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import MarkerLog
+from capstan.recaption.store import read_layer, write_given_layer
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """Two shards with a model's captions, committed."""
+    storage = Storage(str(tmp_path / "ds"))
+    write_dataset(storage, [[1, 2, 3], [4, 5]])
+    dataset = Dataset(storage)
+    keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
+    texts = {key: {"descriptive": f"a drawing of {key}, at length"} for key in keys}
+    write_given_layer(storage, "x", texts)
+    as_if_a_model_wrote_it(storage, "x")
+    for shard in dataset.shard_names:
+        MarkerLog(storage, "recaption-x").mark(shard, {})
+    return storage
+
+
+def derived(storage: Storage) -> list[str]:
+    return verify_derived(storage, Dataset(storage).manifest)
+
+
+def test_whole_captions_are_no_problem(storage: Storage) -> None:
+    assert derived(storage) == []
+
+
+def test_a_flipped_bit_in_captions_is_seen_by_readers_and_by_verify(storage: Storage) -> None:
+    name = "captions/x/shard-000001.parquet"
+    data = bytearray(storage.read(name))
+    data[60] ^= 4
+    storage.write(name, bytes(data))
+    (problem,) = derived(storage)
+    assert problem.startswith(f"{name}: damaged (")
+    with pytest.raises(DamagedFile, match=name):
+        read_layer(storage, "x", "shard-000001")
+
+
+def test_a_deleted_caption_file_is_named(storage: Storage) -> None:
+    storage.delete("captions/x/shard-000000.parquet")
+    assert derived(storage) == ["captions/x/shard-000000.parquet: missing: run `capstan recaption` to make it again"]
+
+
+def test_a_layer_that_is_not_complete_yet_is_no_damage(storage: Storage) -> None:
+    MarkerLog(storage, "recaption-x").forget(["shard-000000"])
+    storage.delete("captions/x/shard-000000.parquet")
+    assert derived(storage) == []
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def cut_in_header(data: bytes) -> bytes:
+    return data[:30]
+
+
+def empty(data: bytes) -> bytes:
+    return b""
+
+
+def shift(data: bytes) -> bytes:
+    """Other offsets, of the same length: each row reads the one behind."""
+    return data.replace(b"[0,24]", b"[2,26]")
+
+
+def forget_the_checksum(data: bytes) -> bytes:
+    return data.replace(b"file_sha256", b"file_sha257")
+
+
+@pytest.mark.parametrize("damage", [cut, cut_in_header, empty, shift, forget_the_checksum])
+def test_damage_in_a_tensor_file_is_seen(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    data = tensor_file.save({"latents": np.arange(12, dtype=np.float16).reshape(3, 4)}, {"shard_sha256": "f" * 64})
+    tensor_file.check(data, "x")
+    damaged = damage(data)
+    assert damaged != data
+    with pytest.raises(DamagedFile, match="x is damaged"):
+        tensor_file.check(damaged, "x")
+    (tmp_path / "x").write_bytes(damaged)
+    with (tmp_path / "x").open("rb") as file, pytest.raises(DamagedFile, match="x is damaged"):
+        tensor_file.check_file(file, "x")
+
+
+def test_every_bit_of_a_tensor_file_counts() -> None:
+    data = tensor_file.save({"a": np.arange(4, dtype=np.float16)}, {"shard_sha256": "0" * 64, "captions": "1"})
+    for place in range(len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << bit
+            with pytest.raises(DamagedFile):
+                tensor_file.check(bytes(damaged), "x")
