@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment test test-cluster test-slow check format clean
-.PHONY: bench-build bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader bench-plan bench-rebuild bench-recaption
-.PHONY: bench-score bench-select bench-submit bench-train
+.PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
+.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -44,6 +44,9 @@ bench-build: $(STAMP)
 
 bench-rebuild: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py
+
+bench-checksums: $(STAMP)
+	$(BIN)/python benchmarks/checksums.py
 
 bench-copies: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
