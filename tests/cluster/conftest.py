@@ -9,7 +9,7 @@ from capstan.pipeline.config import Resources
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Resources]:
-    """Ray on two logical CPUs; gives the resources to run with."""
+    """Start Ray on two logical CPUs; yield the resources to run with."""
     import ray
 
     from capstan.pipeline.units import start_ray

@@ -1,4 +1,4 @@
-"""What a user sees of the `capstan` command: exit codes, the line that names field and mend, JSON on stdout."""
+"""Exit codes of the `capstan` command, the line that names field and fix, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "field", "hint"), WRONG, ids=[field for _, field, _ in WRONG])
-def test_a_wrong_recipe_names_field_and_mend(
+def test_a_wrong_recipe_names_field_and_fix(
     tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, field: str, hint: str
 ) -> None:
     code = run(["build", written(tmp_path, recipe | change)])

@@ -301,12 +301,12 @@ def test_no_secret_is_written_down_or_shown(cluster: Cluster, folder: Path, s3: 
 
     target = RayJobs(name="nodes", address=cluster.nodes.address, token_file=str(cluster.nodes.token_file))
     with target._client() as client:
-        told = " ".join(str(info) for info in client.list_jobs())
-    assert "capstan" in told
+        summary = " ".join(str(info) for info in client.list_jobs())
+    assert "capstan" in summary
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.nodes.pids()]
     assert lines
     for secret in (CANARY, token):
-        assert secret not in told
+        assert secret not in summary
         assert not [line for line in lines if secret.encode() in line]
 
 

@@ -1,4 +1,4 @@
-"""`capstan experiment world`: every real part in small, stopped on the way and gone on with."""
+"""`capstan experiment world`: every real part in small, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 
 def test_every_arm_has_been_trained_and_measured_on_every_set(summary: tuple[Path, dict]) -> None:
-    folder, told = summary
-    assert told["runs"] == {"original": 2, "short95": 2, "descriptive95": 2, "truth95": 2}
-    assert not any("truth95," in text for text in told["found"] if text.startswith("Not run here"))
-    assert any("paper's order" in text for text in told["found"])
+    folder, result = summary
+    assert result["runs"] == {"original": 2, "short95": 2, "descriptive95": 2, "truth95": 2}
+    assert not any("truth95," in text for text in result["found"] if text.startswith("Not run here"))
+    assert any("paper's order" in text for text in result["found"])
     results = json.loads((folder / "experiment" / "results.json").read_text())
     assert set(results["table"]) == {"original", "descriptive", "upsampled"}
     assert {"followed", "clip_mean"} <= set(results["table"]["descriptive"])

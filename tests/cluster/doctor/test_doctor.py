@@ -1,4 +1,4 @@
-"""What doctor says of machines, recipes, buckets and targets that are not well; and each mend."""
+"""Doctor on machines, recipes, buckets and targets with problems, and the fix for each."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_taken_port() -> None:
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_that_is_wrong_is_one_finding_with_its_mend(tmp_path: Path) -> None:
+def test_a_recipe_that_is_wrong_is_one_finding_with_its_fix(tmp_path: Path) -> None:
     (finding,) = recipe_findings(written(tmp_path, image={"sise": 3}))
     assert (finding.ok, finding.hint) == (False, "did you mean size?")
 
@@ -242,8 +242,8 @@ def test_another_version_of_ray() -> None:
 def test_doctor_says_it_all_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(["doctor", str(written(tmp_path)), "--to", "local", "--json"])
     out, err = capsys.readouterr()
-    told = json.loads(out.splitlines()[-1])
-    names = {finding["name"] for finding in told["findings"]}
+    summary = json.loads(out.splitlines()[-1])
+    names = {finding["name"] for finding in summary["findings"]}
     assert {
         "python",
         "deepspeed",
@@ -255,5 +255,5 @@ def test_doctor_says_it_all_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
         "recipe",
         "dataset",
     } <= names
-    assert told["ok"] == all(finding["ok"] for finding in told["findings"])
+    assert summary["ok"] == all(finding["ok"] for finding in summary["findings"])
     assert err.count("\n") >= len(names)

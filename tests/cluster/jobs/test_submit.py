@@ -1,4 +1,4 @@
-"""submit and jobs on this machine: real processes, their output, exit codes, and how they are stopped."""
+"""submit and jobs on this machine: real processes, their output, exit codes, and stopping them."""
 
 from __future__ import annotations
 

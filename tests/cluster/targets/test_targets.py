@@ -1,4 +1,4 @@
-"""What each kind of target would send: as its schedulers want it, with nothing secret in it."""
+"""What each kind of target would send: valid for its scheduler, and without secrets."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("settings", "field", "hint"), WRONG, ids=[str(field) for _, field, _ in WRONG])
-def test_a_wrong_target_names_field_and_mend(settings: dict[str, Any], field: str, hint: str) -> None:
+def test_a_wrong_target_names_field_and_fix(settings: dict[str, Any], field: str, hint: str) -> None:
     with pytest.raises(RecipeError) as raised:
         make_target("mine", settings)
     assert raised.value.field.startswith("mine.")
