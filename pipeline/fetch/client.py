@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from capstan.pipeline import config
@@ -330,9 +331,15 @@ def _explain(error: Exception, timeout_s: float) -> FetchError:
     if isinstance(error, aiohttp.ClientSSLError) or isinstance(cause, ssl.SSLError):
         return FetchError("tls", detail)
     if isinstance(error, aiohttp.ClientPayloadError):
-        return FetchError("truncated", detail, is_retryable=True)
+        return FetchError("truncated", _message(error), is_retryable=True)
     if isinstance(error, ValueError):  # also aiohttp.InvalidURL
         return FetchError("bad_url", detail)
     if isinstance(error, aiohttp.ClientResponseError):
-        return FetchError("connect", f"no HTTP: {' '.join(error.message.split())}")
+        return FetchError("connect", f"no HTTP: {_message(error)}")
     return FetchError("connect", detail, is_retryable=True)
+
+
+def _message(error: BaseException) -> str:
+    """Return what aiohttp found wrong in a response, without the status 400 that it gives to that itself."""
+    cause = error.__cause__ if isinstance(error.__cause__, HttpProcessingError) else error
+    return " ".join(str(getattr(cause, "message", "") or "the body ends early").split())

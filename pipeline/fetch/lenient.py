@@ -37,18 +37,20 @@ class _LenientHandler(ResponseHandler):
         super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
+        ready = b""
         while self._head is not None and data:
             known = len(self._head)
             self._head += data
             end = _END.search(self._head, max(0, known - 3))
             if end is None and len(self._head) < _LONGEST and _may_be_http(self._head):
-                return
+                data = b""
+                break
             stop = end.end() if end else len(self._head)
             head, data = bytes(self._head[:stop]), bytes(self._head[stop:])
             self._head = bytearray() if end and _STATUS.match(head) else None
-            super().data_received(cleaned(head) if end else head)
-        if data:
-            super().data_received(data)
+            ready += cleaned(head) if end else head
+        if ready or data or self._head is None:  # aiohttp itself calls this without data
+            super().data_received(ready + data)
 
     def eof_received(self) -> None:
         self._flush()

@@ -147,3 +147,19 @@ def test_what_is_not_a_url(url: str) -> None:
 
 def test_names_of_hosts_are_encoded() -> None:
     assert str(as_sent("HTTP://Bücher.example:8080/a")) == "http://xn--bcher-kva.example:8080/a"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ok().replace(b"Content-Length: ", b"Content-Length: 9"),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnot a size\r\n",
+    ],
+)
+def test_a_body_that_ends_early_names_no_status(site: Site, answer: bytes) -> None:
+    found = get(site, Server(site, {"/a.jpg": answer}), "http://AT/a.jpg")
+    assert found.data is None
+    assert found.reason in ("truncated", "connect")
+    assert found.detail
+    assert "400" not in found.detail
