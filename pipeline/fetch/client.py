@@ -30,6 +30,7 @@ _MAX_REDIRECTS: Final = 8
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE_S: Final = 60.0
+_MOST_PACKINGS: Final = 2  # Content-Encodings of one body
 _MOST_MEMBERS: Final = 64  # in a gzip body; each costs a copy of the data after it
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
 _RULES_LAST_S: Final = 24 * 3600.0  # RFC 9309, 2.4
@@ -277,8 +278,11 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
             break
     data = b"".join(chunks)
     packings = response.headers.get("Content-Encoding", "").lower().replace(",", " ").split()
+    if len(packings) > _MOST_PACKINGS:
+        raise FetchError("unsupported", f"{len(packings)} Content-Encodings")
     for packing in reversed(packings):
-        data = _unpack(data, packing, limit, cut=cut)
+        # In a thread: zlib leaves the event loop to the other rows meanwhile.
+        data = await asyncio.to_thread(_unpack, data, packing, limit, cut=cut)
     if not data:
         raise FetchError("empty", "no body")
     return data[:limit] if cut else data

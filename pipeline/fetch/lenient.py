@@ -15,6 +15,7 @@ from aiohttp.client_proto import ResponseHandler
 
 _END: Final = re.compile(rb"\r?\n\r?\n")
 _LONGEST: Final = 1 << 18  # bytes; a longer head is left to the parser, which refuses it
+_MOST_INTERIM: Final = 8  # responses with a status of 1xx before the one that counts
 _STATUS: Final = re.compile(rb"HTTP/\d(?:\.\d)? 1\d\d\b")  # an interim response: another head follows
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*:")
@@ -30,10 +31,11 @@ class LenientConnector(aiohttp.TCPConnector):
 
 
 class _LenientHandler(ResponseHandler):
+    _interim = 0
     _head: bytearray | None = None  # what has come of a head; None in a body, and before a request
 
     def set_response_params(self, **options: Any) -> None:
-        self._head = bytearray()
+        self._head, self._interim = bytearray(), 0
         super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
@@ -47,10 +49,21 @@ class _LenientHandler(ResponseHandler):
                 break
             stop = end.end() if end else len(self._head)
             head, data = bytes(self._head[:stop]), bytes(self._head[stop:])
-            self._head = bytearray() if end and _STATUS.match(head) else None
+            interim = end is not None and _STATUS.match(head) is not None
+            self._interim += interim
+            if self._interim > _MOST_INTERIM:
+                self._refuse_flood()
+                return
+            self._head = bytearray() if interim else None
             ready += cleaned(head) if end else head
         if ready or data or self._head is None:  # aiohttp itself calls this without data
             super().data_received(ready + data)
+
+    def _refuse_flood(self) -> None:
+        self._head = None
+        if self.transport is not None:
+            self.transport.close()
+        self.set_exception(aiohttp.ClientOSError(f"more than {_MOST_INTERIM} interim responses"))
 
     def eof_received(self) -> None:
         self._flush()

@@ -23,6 +23,8 @@ from capstan.pipeline.storage.listing import SourceFile
 UNPACKED: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
 
+_HEADER_CHARACTERS: Final = 1 << 20
+
 Open = Callable[..., Any]
 
 
@@ -68,7 +70,8 @@ def dialect(kind: str, source: Source) -> dict[str, Any]:
 def header(file: SourceFile, open_: Open, how: dict[str, Any]) -> list[str]:
     """Return the names in the first line of a CSV or TSV file."""
     with lines_of(unpacked(open_(file.path), file.path), newline="") as lines:
-        return next(csv.reader(lines, **how), [])
+        bounded = iter(lambda: lines.readline(_HEADER_CHARACTERS), "")  # csv refuses a cell that long
+        return next(csv.reader(bounded, **how), [])
 
 
 def lines_of(stream: Any, newline: str | None = None) -> io.TextIOWrapper:

@@ -57,6 +57,7 @@ BATCH_ROWS = 1 << 15
 IMAGE_ROWS = 1 << 8
 BATCH_BYTES = 16 << 20
 BLOCK_BYTES = 4 << 20  # text read at once
+LINE_CHARACTERS = 64 << 20  # a longer line of JSON or text is refused
 CELL_BYTES = 128 << 10  # a longer CSV cell is treated as an unclosed quote
 
 Reader = Callable[[SourceFile, Source, Open], Iterator[pa.Table]]
@@ -264,7 +265,7 @@ def jsonl(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
         array = _ARRAY.match(lines.read(_PEEK)) is not None
     with lines_of(unpacked(open_(file.path), file.path)) as lines:
         checked = False
-        for records in _array_records(lines, file) if array else _line_records(lines):
+        for records in _array_records(lines, file) if array else _line_records(lines, file):
             if not checked and (named := {name for record in records for name in record} - {UNREADABLE}):
                 check_columns(source, sorted(named), file)
                 checked = True
@@ -277,9 +278,23 @@ _PEEK = 1 << 12  # characters
 _WEB = re.compile(r"\s*https?://", re.IGNORECASE)
 
 
-def _line_records(lines: io.TextIOWrapper) -> Iterator[list[dict[str, Any]]]:
-    while block := lines.readlines(BLOCK_BYTES):
-        yield _records([line for line in block if not line.isspace()])
+def _line_records(lines: io.TextIOWrapper, file: SourceFile) -> Iterator[list[dict[str, Any]]]:
+    for block in _blocks_of(lines, file):
+        yield _records([line for line in block if line.strip()])
+
+
+def _blocks_of(lines: io.TextIOWrapper, file: SourceFile) -> Iterator[list[str]]:
+    """Yield lists of lines. Raises RecipeError for a line that would not fit into memory."""
+    rest = ""
+    while more := lines.read(BLOCK_BYTES):
+        *whole, rest = (rest + more).split("\n")
+        if len(rest) > LINE_CHARACTERS:
+            problem = f"{file.path} has a line of over {LINE_CHARACTERS} characters"
+            raise RecipeError("source.path", problem, "check that it is text with one row per line")
+        if whole:
+            yield whole
+    if rest:
+        yield [rest]
 
 
 def _array_records(text: io.TextIOWrapper, file: SourceFile) -> Iterator[list[dict[str, Any]]]:
@@ -351,7 +366,7 @@ def _of_records(records: Sequence[dict[str, Any]], source: Source) -> pa.Table:
 def txt(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]:
     refuse_images(source, file)
     with lines_of(unpacked(open_(file.path), file.path)) as lines:
-        while block := lines.readlines(BLOCK_BYTES):
+        for block in _blocks_of(lines, file):
             url = pc.utf8_trim_whitespace(pa.array(block, pa.string()))
             url = url.filter(pc.not_equal(url, ""))
             nothing = pa.repeat("", len(url))

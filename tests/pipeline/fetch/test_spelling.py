@@ -163,3 +163,17 @@ def test_a_body_that_ends_early_names_no_status(site: Site, answer: bytes) -> No
     assert found.reason in ("truncated", "connect")
     assert found.detail
     assert "400" not in found.detail
+
+
+def test_many_encodings_are_refused(site: Site) -> None:
+    answer = ok(f"Content-Encoding: {', '.join(['gzip'] * 1201)}\r\n")
+    found = get(site, Server(site, {"/a.jpg": answer}), "http://AT/a.jpg")
+    assert (found.reason, found.detail) == ("unsupported", "1201 Content-Encodings")
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_a_flood_of_interim_responses_ends(site: Site, count: int) -> None:
+    answer = b"HTTP/1.1 103 Early Hints\r\n\r\n" * count + ok()
+    found = get(site, Server(site, {"/a.jpg": answer}), "http://AT/a.jpg")
+    assert (found.data == BODY) == (count == 8)
+    assert found.reason == ("" if count == 8 else "connect")

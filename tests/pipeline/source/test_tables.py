@@ -1,6 +1,7 @@
 """Rows from every kind of source, where their images lie, and the errors that name the field."""
 
 import base64
+import gzip
 import json
 import math
 import tracemalloc
@@ -371,3 +372,18 @@ def test_line_breaks_in_quotes_survive_the_edge_of_a_block(tmp_path: Path, monke
     for shift in range(8):
         (tmp_path / "t.csv").write_bytes(f"url,caption{'y' * shift}\r\n{lines}".encode())
         assert [row["caption"] for row in rows(tmp_path / "t.csv", caption=f"caption{'y' * shift}")] == texts
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.txt.gz", "t.csv.gz", "t.tsv.gz"])
+def test_a_line_without_end_is_refused_in_bounded_memory(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LINE_CHARACTERS", 3 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(b"x" * (200 << 20), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecipeError, match=r"source\.path: .*t\.\w+\.gz"):
+            rows(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
