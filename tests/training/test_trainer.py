@@ -1,4 +1,4 @@
-"""Runs from a recipe to a product, in one process: stopped and gone on with, they end as uninterrupted ones do."""
+"""Runs from a recipe to a product, in one process: a stopped and resumed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_what_is_being_sent_is_not_removed(tmp_path: Path, recipe) -> None:
     upload = Upload(Run(TrainConfig.from_recipe(recipe("run"))), str(tmp_path / "copy"), {})
     upload.send(tmp_path / "step-000004")
     assert upload.is_sending(tmp_path / "step-000004")
-    upload.send(tmp_path / "step-000008")  # overtaken before it was begun
+    upload.send(tmp_path / "step-000008")  # replaces one whose upload has not started
     assert not upload.is_sending(tmp_path / "step-000004")
 
 

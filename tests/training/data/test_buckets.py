@@ -74,7 +74,7 @@ def test_images_cover_their_bucket() -> None:
 
 
 def test_a_batch_is_made_without_operations_of_torch() -> None:
-    """They would start an OpenMP team for the loader's thread, beside which that of the training thread sleeps."""
+    """They would start an OpenMP team for the loader's thread, and the training thread's team would sleep."""
 
     class Operations(TorchDispatchMode):
         def __init__(self) -> None:

@@ -57,7 +57,7 @@ WORLDS = st.sampled_from([1, 2, 3, 4, 6])
 def test_a_run_that_changes_its_workers_sees_the_same_sequence(
     shaped: Path, squares: Path, kind: str, pieces: list[tuple[int, int, int]]
 ) -> None:
-    """Pieces of a run: so many ranks, so many threads, so many steps."""
+    """Pieces of a run: numbers of ranks, threads and steps."""
     data = make_data(shaped, squares, kind)
     done, keys = 0, []
     for world, threads, steps in pieces:
