@@ -169,6 +169,9 @@ class Family(ABC):
         for module in self.frozen:
             module.to(device).eval().requires_grad_(False)
 
+    def inspect(self, samples: Samples) -> None:  # noqa: B027 - only families with texts need it
+        """Log what about the samples harms training; called on rank 0 at every start of a run."""
+
     def describe(self) -> dict[str, Any]:
         """Return facts for the log, such as parameter counts."""
         return {"parameters": sum(p.numel() for p in self.model.parameters())}

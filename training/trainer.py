@@ -136,6 +136,7 @@ class _Fit:
         if train.init is not None:
             family.start_from(find_product(train.init, "train.init"))
         if self.engine.is_main:
+            family.inspect(self.data)
             facts = " · ".join(f"{name} {value}" for name, value in family.describe().items())
             logger.info("train %s: %s · %d samples an epoch", chosen.name, facts, len(self.data))
         return family

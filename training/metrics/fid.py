@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 
 from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.training.config.monitoring import Fid
-from capstan.training.metrics.metric import Metric, Total
+from capstan.training.metrics.metric import Metric, Total, random_state_kept
 from capstan.training.metrics.samples import EvalSet
 
 _UNREADABLE: Final = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
+_INCEPTION_FEATURES: Final = 2048
 _SUMS: Final = ("features_sum", "features_cov_sum", "features_num_samples")
 _WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth, which torch-fidelity's authors publish"
 
@@ -38,6 +39,7 @@ class FrechetDistance(Metric):
 
     def __init__(self, settings: Fid, field: str) -> None:
         self.file, self.field, self.trusted = Path(settings.features), f"{field}.features", settings.trust_torchscript
+        self.section = field.removesuffix(".fid")
         self.metric: Any = None
         self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once computed
 
@@ -52,6 +54,7 @@ class FrechetDistance(Metric):
             import torchmetrics  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtra(self.field, str(error.name), "fid") from None
+        self._refuse_few_images(len(eval_set), self._count_features())
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
@@ -83,6 +86,23 @@ class FrechetDistance(Metric):
             yield
         finally:
             self.metric = None
+
+    def _count_features(self) -> int:
+        if self.file.suffix != ".pt":
+            return _INCEPTION_FEATURES
+        cpu = torch.device("cpu")
+        with random_state_kept(cpu), self.ready(cpu):
+            return len(self.metric.real_features_sum)
+
+    def _refuse_few_images(self, count: int, features: int) -> None:
+        """Raise RecipeError if there are no more images than features: the covariances are then singular.
+
+        The value would be mostly bias, which falls as 1 / images (Chong & Forsyth 2020, “Effectively unbiased FID”).
+        """
+        if count <= features:
+            problem = f"{count} images are too few for a Fréchet distance of {features} features"
+            hint = f"set count (--count) to more than {features}, better ten times that; or measure clip instead"
+            raise RecipeError(f"{self.section}.count", problem, hint)
 
     def _refuse_untrusted_code(self) -> None:
         if self.file.suffix == ".pt" and not self.trusted:

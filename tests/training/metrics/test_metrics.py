@@ -91,6 +91,19 @@ def test_fid_is_the_distance_of_two_gaussians(features: Path) -> None:
     assert result(metric, truth, truth.made)["fid"] == pytest.approx(0, abs=1e-3)
 
 
+def test_a_frechet_distance_of_too_few_images_is_refused(features: Path, tmp_path: Path) -> None:
+    """As many images as features leave the covariances singular: the value would be bias."""
+    metric = FrechetDistance(Fid(features=str(features), trust_torchscript=True), "watch.evaluate.fid")
+    state = torch.get_rng_state()
+    with pytest.raises(RecipeError, match=r"^watch\.evaluate\.count: 3 images are too few .* of 3 features\. Fix: "):
+        metric.check(Images(3, 20))
+    metric.check(Images(4, 20))
+    assert torch.equal(torch.get_rng_state(), state)
+    (tmp_path / "inception.pth").touch()
+    with pytest.raises(RecipeError, match=r"^x\.count: 1000 images are too few .* of 2048 features"):
+        FrechetDistance(Fid(features=str(tmp_path / "inception.pth")), "x.fid").check(Images(1000, 20))
+
+
 def test_fid_needs_its_file_and_its_packages(features: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "wrong.pth").write_bytes(b"nothing")
     wrong = FrechetDistance(Fid(features=str(tmp_path / "wrong.pth")), "f")

@@ -35,6 +35,7 @@ from capstan.training.models.captioner.model import (
     contrastive_loss,
     initialize_coca,
 )
+from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.product import find_product, read_facts, write_facts
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,13 @@ class CaptionerFamily(Family):
             self.tokenizer.save(folder)
         shutil.copyfile(self.assets / CONFIG_FILE, folder / CONFIG_FILE)
         write_facts(folder, family=self.name, slots=read_facts(self.assets)["slots"])
+
+    def inspect(self, samples: Samples) -> None:
+        """Warn of captions that, with their prompt, are longer than the context."""
+        captions = some_captions(samples)
+        lengths = [2 + len(self._prompt(slot)) + len(self.tokenizer.ids(text)) for slot, text in captions]
+        hint = "raise train.captioner.text.context_length in a new run, or write shorter captions"
+        warn_of_cut(self.name, lengths, self.length, hint)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "vocabulary": self.tokenizer.vocab_size, "context": self.length}

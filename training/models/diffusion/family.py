@@ -33,6 +33,7 @@ from capstan.training.models.diffusion.registry import backbone_of
 from capstan.training.models.diffusion.schedulers import STEPS, check_steps
 from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
 from capstan.training.models.precision import needs_upcast, outside_autocast
+from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.latents import measure
 from capstan.training.precomputed.text_embeddings import states_of
 from capstan.training.product import find_product, quieten, read_facts, write_facts
@@ -166,6 +167,16 @@ class DiffusionFamily(Family):
         style = read_facts(self.assets).get("style")  # missing in runs started before it was measured
         facts = {"size": self.size, "sampling": self.train.sampling.model_dump(exclude={"sampler"})}
         write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
+
+    def inspect(self, samples: Samples) -> None:
+        """Warn of captions that are longer than the longest text encoder reads."""
+        longest = max(self.text.encoders, key=lambda encoder: encoder.length)
+        if self.text.own and longest.slot.length is None:
+            hint = "raise train.diffusion.text.length in a new run, or write shorter captions"
+        else:
+            hint = "use a T5 (preset dit-* or mmdit-*), a CLIP with a longer context, or shorter captions"
+        lengths = [longest.tokens(text) for _, text in some_captions(samples)]
+        warn_of_cut(self.name, lengths, longest.length, hint)
 
     def describe(self) -> dict[str, Any]:
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}

@@ -81,10 +81,21 @@ class TextEncoder:
 
     def ids(self, texts: Sequence[str]) -> Texts:
         """Return ids, int64 [B, L], exactly as the pipeline tokenizes prompts."""
-        length = self.slot.length or self.tokenizer.model_max_length
-        given = [text.lower().strip() for text in texts] if self.slot.lower else list(texts)
+        given, length = [self._given(text) for text in texts], self.length
         tokens = self.tokenizer(given, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {self.slot.ids: tokens.input_ids} | ({self.slot.mask: tokens.attention_mask} if self.slot.masked else {})
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that texts are padded and truncated to."""
+        return int(self.slot.length or self.tokenizer.model_max_length)
+
+    def tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without truncation."""
+        return len(self.tokenizer(self._given(text), truncation=False, padding=False, verbose=False).input_ids)
+
+    def _given(self, text: str) -> str:
+        return text.lower().strip() if self.slot.lower else text
 
     @property
     def width(self) -> int:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +370,27 @@ def test_the_default_shape_is_coca_vit_b_32s_with_a_longer_context() -> None:
     for part in ("vision_cfg", "text_cfg"):
         assert {key: ours[part][key] for key in theirs[part]} == theirs[part]
     json.dumps(ours)
+
+
+def test_captions_longer_than_the_context_are_counted(family: CaptionerFamily, caplog) -> None:
+    class Few:
+        def __init__(self, texts: list[str]) -> None:
+            self.samples = [replace(drawing(0), text=text) for text in texts]
+
+        def __len__(self) -> int:
+            return len(self.samples)
+
+        def sample(self, index: int, epoch: int = 0) -> Sample:
+            return self.samples[index]
+
+    family.inspect(Few(["a red square"] * 3))
+    assert not caplog.records
+    long = "a red square " * family.length
+    family.inspect(Few(["a red square", long, "a red square", "a red square"]))
+    cut = (
+        len([family.tokenizer.start, *family._prompt(drawing(0).slot), *family.tokenizer.ids(long), 0]) - family.length
+    )
+    assert f"25% of captions are longer than the {family.length} tokens" in caplog.text
+    assert (
+        f"lose their last {cut} on average (4 captions counted). Fix: raise train.captioner.text.context" in caplog.text
+    )
