@@ -51,10 +51,20 @@ class Server(Section):
         return url
 
 
+class Vllm(Section):
+    """Engine `vllm`: servers that Capstan starts. Only `serve` and `max_model_len` are part of a layer's id."""
+
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # servers; auto: as many as the GPUs allow
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1  # GPUs per server
+    serve: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm on a GPU, `transformers serve` without one
+    max_model_len: Annotated[int, Field(ge=64)] | None = None  # context in tokens; null: the model's, if it fits
+    start_s: Annotated[float, Field(gt=0)] = 1800.0  # until a server must be healthy, downloads included
+
+
 class RecaptionConfig(Section):
     """Settings of a recaptioning run. All but `server` (except `extra`), `batch` and `device` enter the layer's id."""
 
-    engine: Literal["coca", "transformers", "openai"] = "coca"
+    engine: Literal["coca", "transformers", "openai", "vllm"] = "coca"
     # coca: an open_clip model name, or the folder of a trained captioner (or of its run); transformers: a folder or
     # a hub name; openai: the server's name for the model
     model: str = "coca_ViT-L-14"
@@ -79,9 +89,27 @@ class RecaptionConfig(Section):
     # null: coca fp32; transformers bf16 on a GPU and fp32 elsewhere. bf16 is faster on GPUs
     precision: Literal["fp32", "bf16"] | None = None
     server: Server = Server()
+    vllm: Vllm = Vllm()
     lint: LintSettings = LintSettings()  # how bad captions are detected and handled
     batch: Annotated[int, Field(ge=1)] = 32  # images per batch
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_may_be_a_section(cls, section: Any) -> Any:
+        """Accept `engine: {kind: vllm, model: name, replicas: 2}`."""
+        if not isinstance(section, dict) or not isinstance(section.get("engine"), dict):
+            return section
+        engine = dict(section["engine"])
+        own = {name: engine.pop(name) for name in ("model", "pretrained") if name in engine}
+        kind = engine.pop("kind", None)
+        if twice := own.keys() & section.keys():
+            raise ValueError(f"{', '.join(sorted(twice))} is set twice; set it once")
+        if engine and kind != "vllm":
+            raise ValueError(f"engine.{min(map(str, engine))} applies only to kind vllm; remove it")
+        given = section.get("vllm", {})
+        settings = {"vllm": {**given, **engine}} if isinstance(given, dict) else {}  # else the section is refused
+        return {**section, **own, **settings, "engine": kind}
 
     @model_validator(mode="after")
     def _slots_are_slots(self) -> RecaptionConfig:
@@ -97,7 +125,9 @@ class RecaptionConfig(Section):
     def _fits_the_engine(self) -> RecaptionConfig:
         if self.engine == "openai" and self.server.url is None:
             raise ValueError("server.url is missing; engine openai requires it, e.g. http://127.0.0.1:8000/v1")
-        if self.engine == "openai" and self.decoding.method == "beam":
+        if self.engine == "vllm" and self.server.url is not None:
+            raise ValueError("server.url applies only to engine openai; remove it: engine vllm starts its servers")
+        if self.engine in ("openai", "vllm") and self.decoding.method == "beam":
             raise ValueError("decoding.method beam is not supported by OpenAI-compatible servers; use greedy or top_p")
         if self.engine != "coca" and self.context is not None:
             raise ValueError("context applies only to engine coca; remove it")

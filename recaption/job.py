@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Final
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset
-from capstan.pipeline.errors import CapstanError, Quarantined
+from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
 from capstan.pipeline.lease import lease
 from capstan.pipeline.storage import Storage
 from capstan.recaption import generate, store
@@ -237,8 +238,39 @@ def _job(recipe: Recipe) -> RecaptionJob:
     config = RecaptionConfig.from_recipe(recipe)
     config.announce()
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
-    workers = recipe.resources.model_workers or max(1, recipe.resources.gpus or 0)
-    return RecaptionJob(dataset, make(config, workers=workers), config, recipe.resources)
+    resources = recipe.resources
+    if config.engine == "vllm":
+        resources = resources.model_copy(update={"model_workers": _servers(config, resources)})
+    workers = resources.model_workers or max(1, resources.gpus or 0)
+    job = RecaptionJob(dataset, make(config, workers=workers), config, resources)
+    if config.engine == "vllm" and _gpus(resources):
+        job.gpus_per_worker = config.vllm.tensor_parallel
+    return job
+
+
+def _servers(config: RecaptionConfig, resources: Resources) -> int:
+    """Return the number of servers of engine vllm: one model worker each. Raises RecipeError without enough GPUs."""
+    gpus, each = _gpus(resources), config.vllm.tensor_parallel
+    if each > 1 and gpus < each:
+        problem = f"needs {each} GPUs per server, and {gpus} are there"
+        raise RecipeError("recaption.vllm.tensor_parallel", problem, "lower it, or set resources.gpus to the cluster's")
+    if config.vllm.replicas != "auto":
+        return config.vllm.replicas
+    return resources.model_workers or max(1, gpus // each)
+
+
+def _gpus(resources: Resources) -> int:
+    """Return the recipe's number of GPUs, else that of the cluster that RAY_ADDRESS names, else this machine's."""
+    if resources.gpus is not None:
+        return int(resources.gpus)
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        units.start_ray(resources)
+        return int(ray.cluster_resources().get("GPU", 0))
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -264,7 +296,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "new": len(new),
         "stale": count_stale(job.storage, job.layer, {content.sha256 for content in new}),
         "captions": captions,
-        **sample.estimate(captions, recipe.resources),
+        **sample.estimate(captions, job.resources),
     }
 
 
@@ -289,7 +321,7 @@ def _recaption(job: RecaptionJob, recipe: Recipe, progress: bool) -> dict[str, A
         names = {shard.entry.name for shard in todo}
         work = _units(job, todo)
         job.markers.forget(names)
-        ended = units.run(job, work, recipe.resources, progress=progress)
+        ended = units.run(job, work, job.resources, progress=progress)
         if ended.done or ended.skipped:
             store.publish(job.storage, job.layer, job.slots, job.description, job.config.lint)
         now.update(_sums(job, names, ("new", "retried")))

@@ -94,15 +94,16 @@ def upsampler_of(run: str | Path) -> RecaptionConfig:
     """Return the caption engine of a run's own recipe. Raises RecipeError if that engine cannot write text."""
     file = Path(run) / "recipe.json"
     section = json.loads(file.read_text(encoding="utf-8"))["recipe"].get("recaption") if file.is_file() else None
-    if section is None or section.get("engine", "coca") == "coca":
+    config = None if section is None else validate(RecaptionConfig, section, "recaption")
+    if config is None or config.engine == "coca":
         problem = f"the recipe of {run} has no engine that writes text"
         hint = "add --upsampler RECIPE, a recipe with recaption engine transformers or openai"
         raise RecipeError("--upsample", problem, hint)
-    if section["engine"] == "openai":  # the run may be somebody else's: it must not choose where prompts and keys go
+    if config.engine == "openai":  # the run may be somebody else's: it must not choose where prompts and keys go
         problem = f"the recipe of {run} names a server, and only your own recipe may"
         hint = "add --upsampler RECIPE, your own recipe with recaption engine openai"
         raise RecipeError("--upsample", problem, hint)
-    return validate(RecaptionConfig, section, "recaption")
+    return config
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,8 @@ class _Run:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                num_gpus=min(1.0, gpus / workers) or None,  # an actor runs on one node, so it never requests more
+                # An actor runs on one node: by default it requests at most one GPU.
+                num_gpus=self.job.gpus_per_worker or min(1.0, gpus / workers) or None,
             )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()

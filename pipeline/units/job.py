@@ -40,6 +40,7 @@ class Job(ABC):
     name: str
     title: str = ""
     storage: Storage
+    gpus_per_worker: int | None = None  # of a model worker; None: its share of the GPUs, at most 1
 
     @property
     def markers(self) -> MarkerLog:

@@ -93,6 +93,7 @@ ENGINES: Final[Mapping[str, tuple[str, str]]] = {
     "coca": ("capstan.recaption.engines.coca", "CocaEngine"),
     "transformers": ("capstan.recaption.engines.transformers", "TransformersEngine"),
     "openai": ("capstan.recaption.engines.openai", "OpenAIEngine"),
+    "vllm": ("capstan.recaption.engines.vllm", "VllmEngine"),
 }
 
 

@@ -69,11 +69,10 @@ class TransformersEngine:
 
     def describe(self) -> dict[str, Any]:
         if self._description is None:
-            name = f"{self.config.model}@{self.config.pretrained or 'main'}"
             self._description = {
                 "engine": "transformers",
                 "version": VERSION,
-                "weights": _digests(self.folder) if self.folder else name,  # includes processor and chat template
+                "weights": weights_of(self.config),  # includes processor and chat template
                 **chat_settings(self.config, self.prompts, self.versions),
                 "precision": self.config.precision or "auto",
             }
@@ -283,6 +282,12 @@ def _image(messages: Sequence[Message]) -> Any:
 def _flat(messages: Sequence[Message]) -> list[Message]:
     """Return messages with plain text instead of parts, as templates of language models expect."""
     return [{**message, "content": " ".join(part["text"] for part in message["content"])} for message in messages]
+
+
+def weights_of(config: RecaptionConfig) -> Mapping[str, str] | str:
+    """Return what identifies a model's weights: file → SHA-256 for a folder, else its name and revision on the hub."""
+    folder = Path(config.model).absolute()
+    return _digests(folder) if folder.is_dir() else f"{config.model}@{config.pretrained or 'main'}"
 
 
 def _digests(folder: Path) -> Mapping[str, str]:

@@ -157,12 +157,14 @@ def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, t
         assert capstan([*command, "--upsampler", str(recipe)]) == 0
         of_its_own = tmp_path / "run"
         shutil.copytree(runs / "run", of_its_own)
-        (of_its_own / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": section}}))
         (line,) = capsys.readouterr().out.splitlines()[-1:]
         assert json.loads(line)["upsampled"] == ["a red square on grey"]
         # A run may be a stranger's: it does not choose a server, nor which variable is sent there.
-        assert capstan(["sample", str(of_its_own), *command[2:], "--upsample"]) == 2
-        assert "names a server, and only your own recipe may" in capsys.readouterr().err
+        for spelling in (section, section | {"engine": {"kind": "openai", "model": "m"}, "model": None}):
+            spelling = {name: value for name, value in spelling.items() if value is not None}
+            (of_its_own / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": {"recaption": spelling}}))
+            assert capstan(["sample", str(of_its_own), *command[2:], "--upsample"]) == 2
+            assert "names a server, and only your own recipe may" in capsys.readouterr().err
         assert len(server.bodies) == 1
     first = server.bodies[0]["messages"][0]["content"][0]["text"]
     assert f"- {style.examples[0]}" in first
