@@ -272,7 +272,7 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
         "grown": "too_large_bytes",
         "listed": "bad_caption",
     }
-    assert rows["listed"]["detail"] == '["one","two"] is no text'
+    assert rows["listed"]["detail"] == '["one","two"] is not text'
     assert "50000 bytes" in rows["large"]["detail"]
 
 
@@ -296,7 +296,7 @@ class Fails(Ingest):
 def test_a_quarantined_unit_is_failed_rows_until_it_heals(make: Callable[..., Recipe]) -> None:
     recipe, whole = make(40), make(40, name="whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "Ingest", Fails)
+        patch.setattr(stages, "Ingest", Fails)
         summary = build(recipe)
     assert summary["quarantined"] == {"0000-000001": "OSError: the disk is on fire"}
     assert sound(recipe)
