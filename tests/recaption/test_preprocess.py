@@ -47,7 +47,7 @@ def test_what_is_no_image_raises() -> None:
 
 
 def test_unknown_preprocessing_is_refused() -> None:
-    with pytest.raises(ValueError, match="interpolate"):
+    with pytest.raises(ValueError, match="interpolation random is not supported"):
         Preprocessing.of(8, {"interpolation": "random"})
     with pytest.raises(ValueError, match="preprocess"):
         Preprocessing.of(8, {"resize_mode": "stretch"})

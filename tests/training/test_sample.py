@@ -247,7 +247,9 @@ def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
     shutil.copytree(runs / "run", run)
     command = ["evaluate", str(run), "--count", "4", "--json", "--measures"]
     assert capstan([*command, "clip"]) == 2
-    assert "clip has no model: the run's recipe names none. Fix: add --clip MODEL" in capsys.readouterr().err
+    assert (
+        "clip needs a model, and the run's recipe does not name one." in capsys.readouterr().err
+    )
     assert capstan([*command, "fid", "--features", "/no/inception.pth"]) == 2
     assert "/no/inception.pth is not on this machine" in capsys.readouterr().err
     assert capstan([*command, "clip", "--clip", str(write_clip(tmp_path / "clip", 0))]) == 0

@@ -231,7 +231,7 @@ def test_a_sample_that_a_scorer_rejects_is_a_null_with_a_reason(storage: Storage
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"aesthetic": {"weights": "gone.pth"}}, r"score.aesthetic.model: no CLIP gives it embeddings"),
+        ({"aesthetic": {"weights": "gone.pth"}}, r"score.aesthetic.model: no CLIP provides its embeddings"),
         ({"clip": {"model": "CLIP"}, "aesthetic": {"weights": "gone.pth"}}, r"aesthetic.weights: no file .*gone.pth"),
         ({"language": {"weights": "lid.176.bin"}}, r"score.language.weights: no file .*copy lid.176.bin"),
     ],

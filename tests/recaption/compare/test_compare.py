@@ -215,7 +215,7 @@ def test_a_clip_of_open_clip_in_a_folder(clip_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "pretrained", "match"),
     [
-        ("ViT-B-99", None, "--model: no folder and no model"),
+        ("ViT-B-99", None, "--model: 'ViT-B-99' is neither a folder nor an open_clip model"),
         ("ViT-B-32", "nonesuch", "--pretrained: 'nonesuch' is neither"),
         (".", None, "has no open_clip_config.json"),
     ],

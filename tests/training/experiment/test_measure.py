@@ -57,11 +57,11 @@ def test_a_scorer_that_is_not_there_is_named_by_the_recipes_key() -> None:
 def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
     kept = Measurements(Storage(str(tmp_path)))
     assert kept.read("original-s0", 20) is None
-    assert kept.pictures("original-s0", "descriptive") == []
+    assert kept.images("original-s0", "descriptive") == []
     images = np.random.default_rng(0).integers(0, 256, (SHOWN + 3, 16, 16, 3), dtype=np.uint8)
     kept.write("original-s0", 20, {"step": 20}, {"descriptive": images})
     assert kept.read("original-s0", 20) == {"step": 20}
-    shown = kept.pictures("original-s0", "descriptive")
+    shown = kept.images("original-s0", "descriptive")
     assert len(shown) == SHOWN
     assert all((a == b).all() for a, b in zip(shown, images, strict=False))
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.dataset.shards import Dataset, sha256_of, write_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.world.render import render
@@ -109,9 +109,14 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 def recipe(squares: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """`recipe(key=value, …)`: an experiment on a dataset with a layer of two slots."""
     shutil.copytree(squares, tmp_path / "ds")
-    dataset, captions = Dataset(Storage(str(tmp_path / "ds"))), {}
-    for number, shard in enumerate(dataset.shard_names):
-        _move(dataset.storage, f"shards/{shard}.parquet", 20 * number)
+    storage, captions = Storage(str(tmp_path / "ds")), {}
+    manifest, entries = Dataset(storage).manifest, []
+    for number, entry in enumerate(manifest.shards):
+        _move(storage, entry.table, 20 * number)
+        entries.append(entry.model_copy(update={"table_sha256": sha256_of(storage.read(entry.table))}))
+    write_manifest(storage, manifest.model_copy(update={"shards": entries}))
+    dataset = Dataset(storage)
+    for shard in dataset.shard_names:
         for key in dataset.table(shard, ["key"])["key"].to_pylist():
             captions[key] = {"short": "a red circle", "descriptive": f"one thing: a large red circle {key}."}
     write_given_layer(dataset.storage, "mine", captions)
@@ -225,7 +230,7 @@ def test_the_report_holds_all_that_was_asked_for(
         "By arm",
         "Differences",
         "By step",
-        "The same prompts",
+        "Images of the same prompts",
         "Expanded prompts",
         "Captions that were shown",
         "Cost",
