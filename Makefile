@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: architecture demo docs experiment test test-cluster test-slow check format clean
+.PHONY: architecture demo docs experiment lock test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
 .PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train
 
@@ -90,6 +90,11 @@ bench-train: $(STAMP)
 # Write the tree of docs/architecture.md, from the first line of every docstring.
 architecture: $(STAMP)
 	$(BIN)/python tests/helpers/source_tree.py
+
+# Write requirements.lock: the pins of constraints.txt with the hashes of their files, for each tested Python.
+PYTHONS ?= python3.11 python3.12 python3.13
+lock:
+	$(PYTHON) .ci/lock.py $(PYTHONS)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
