@@ -232,9 +232,9 @@ def test_the_report_holds_all_that_was_asked_for(
         "By step",
         "Images of the same prompts",
         "Expanded prompts",
-        "Captions that were shown",
+        "Captions used",
         "Cost",
-        "How it was measured",
+        "Method",
     ]
     assert "descriptive 95.0%, original 5.0%" in page
     assert "CLIP score: not run" in page
