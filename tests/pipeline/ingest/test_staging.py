@@ -76,7 +76,7 @@ def test_fewer_rows_are_packed_from_the_shards_and_more_must_be_fetched_again(ma
     # More: reported before anything is changed; fetched on request, and nothing else is.
     for run in (stages.select, stages.build):
         with pytest.raises(
-            RecipeError, match=r"select: 4 of the rows .*keep_staged: false.*build RECIPE --retry freed"
+            RecipeError, match=r"select: 4 of the kept rows .*keep_staged: false.*build RECIPE --retry freed"
         ):
             run(make(least=3), progress=False)
     assert shards(make(least=7)) == fewer
