@@ -13,15 +13,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capstan.pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
+from capstan.pipeline.dataset.damage import forget_damage, note_damage, noted_damage
 from capstan.pipeline.dataset.shards import Manifest, read_manifest, sha256_of
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import Ingest, Staged, clean, failed_table, staged
 from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
-from capstan.pipeline.ingest.staging import free, with_freed
+from capstan.pipeline.ingest.staging import free, may_be_freed, with_freed
 from capstan.pipeline.lease import HeldLease, lease
 from capstan.pipeline.pack.carryover import lost_rows, packed_shards
 from capstan.pipeline.pack.job import content_recipe, pack, selection_of
+from capstan.pipeline.pack.repair import broken_units, drop_broken
 from capstan.pipeline.pack.takedown import finish, recipe_of, resume, take_down
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.records import KEPT
 from capstan.pipeline.run_history import note_run
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.job import as_scored
@@ -53,16 +57,70 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
         return _build(recipe, storage, held, reasons, progress)
 
 
-def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str], progress: bool) -> dict[str, Any]:
+def repair(dataset: str, options: Mapping[str, Any] | None = None, *, progress: bool = True) -> dict[str, Any]:
+    """Verify a dataset and rebuild what is missing or damaged, as far as something still holds it.
+
+    Images are taken from staged files and shards, the rest from the source. In the summary, `repaired` and `problems`
+    are verify's lines that are gone and left; `lost` is the number of kept rows whose image is nowhere: they failed.
+    """
+    storage = Storage(dataset, options, field="DATASET")
+    storage.check_writable()
+    before = verify(storage, progress=progress)
+    if not before:
+        return {"dataset": dataset, "ok": True, "repaired": [], "problems": [], "lost": 0}
+    with lease(storage, "verify --repair") as held:
+        try:
+            manifest, recipe = read_manifest(storage), recipe_of(storage)
+        except CapstanError as error:
+            problems = [*before, f"not repaired: {error}"]
+            return {"dataset": dataset, "ok": False, "repaired": [], "problems": problems, "lost": 0}
+        assert manifest is not None
+        assert recipe is not None
+        for line in before:
+            name, _, problem = line.partition(": ")
+            note_damage(storage, name, problem)
+        summary = _build(recipe, storage, held, [], progress, planned=read_plan(storage))
+        left = verify(storage, progress=progress)
+        forget_damage(storage, {line.partition(": ")[0] for line in before if line not in left})
+    return {
+        "dataset": dataset,
+        "ok": not left,
+        "repaired": [line for line in before if line not in left],
+        "problems": left,
+        "lost": max(0, sum(entry.samples for entry in manifest.shards) - summary["counts"].get(KEPT, 0)),
+        "counts": summary["counts"],
+        "quarantined": summary["quarantined"],
+    }
+
+
+def _build(
+    recipe: Recipe,
+    storage: Storage,
+    held: HeldLease,
+    reasons: list[str],
+    progress: bool,
+    *,
+    planned: Plan | None = None,
+) -> dict[str, Any]:
     clock = _Clock()
     check_conditions(recipe)
     scorers = registry.scorers(recipe)
     resume(storage)
-    planned = plan(recipe, storage, progress=progress)
+    planned = planned or plan(recipe, storage, progress=progress)
     clock.lap("plan")
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
-    job.markers.forget(_lost(job))
+    damaged = noted_damage(storage)
+    if drop_broken(storage, damaged) and may_be_freed(storage):
+        reasons = [*reasons, FREED]
+    broken, lost = broken_units(job, planned, read_manifest(storage), damaged)
+    job.markers.forget(lost)
+    if broken:
+        with _site(job, needed=True) as resolve:
+            job = Ingest(recipe, storage, resolve)
+            rebuilt = run(job, broken.values(), recipe.resources, redo=broken.keys(), progress=progress)
+        if not rebuilt.quarantined:
+            forget_damage(storage, (name for name in damaged if name.startswith("staged/")))
     freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
     again = begin_retry(job, units, job.markers.read(), reasons, freed) if reasons else RetryRound({}, 0)
     fresh = job.markers.pending(units)
@@ -72,13 +130,16 @@ def _build(recipe: Recipe, storage: Storage, held: HeldLease, reasons: list[str]
     retried = end_retry(job)
     ready = _staged(job, planned, summary.quarantined)
     held.check()
-    if retried or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
+    if retried or broken or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
     published = _publish(recipe, storage, held, ready, scorers, clock, progress)
+    if published["quarantined"] and noted_damage(storage) - damaged:  # packing met damage that nothing had read before
+        return _build(recipe, storage, held, [], progress, planned=planned)
     bad = {**summary.quarantined, **published["quarantined"]}
     if not bad:
+        forget_damage(storage, damaged)
         _refuse_hopeless(recipe, failed, planned.rows)
     if summary.done or "pack" in clock.laps:
         ingested = again.rows + sum(unit.spec["rows"] for unit in fresh if unit.id not in summary.quarantined)
@@ -221,15 +282,6 @@ def _publish(
         "funnel": manifest.funnel,
         "quarantined": bad,
     }
-
-
-def _lost(job: Ingest) -> list[str]:
-    """Return the committed units whose staged table is missing.
-
-    A second build of the same dataset may have removed it as a file that no marker names.
-    """
-    there = set(job.storage.names("staged"))
-    return [unit for unit, found in staged(job.markers.read()).items() if found.table not in there]
 
 
 def _found(recipe: Recipe, storage: Storage) -> list[Staged]:

@@ -126,15 +126,32 @@ def _add_takedown(app: typer.Typer) -> None:
 
 
 def _add_read_only_commands(app: typer.Typer) -> None:
-    @app.command(epilog=examples("capstan verify out/ds", "capstan verify s3://bucket/ds --json"))
-    def verify(dataset: DatasetArgument, overrides: StorageOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-        """Check every tar, checksum and index."""
+    @app.command(epilog=examples("capstan verify out/ds", "capstan verify out/ds --repair"))
+    def verify(
+        dataset: DatasetArgument,
+        repair: Annotated[
+            bool, typer.Option("--repair", help="Rebuild missing and damaged files, and list what is left.")
+        ] = False,
+        overrides: StorageOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Check every tar, checksum and index.
+
+        --repair rebuilds from shards, staged files and the source.
+        """
         from capstan.pipeline.pack.verify import verify as run
 
-        problems = run(open_dataset(dataset, overrides), progress=True)
-        finish({"dataset": dataset, "ok": not problems, "problems": problems}, as_json)
-        if problems:
-            raise CapstanError(f"{len(problems)} problem(s) in {dataset}")
+        storage = open_dataset(dataset, overrides)
+        if repair:
+            from capstan.pipeline.build import repair as run_repair
+
+            summary = run_repair(dataset, storage.options)
+        else:
+            problems = run(storage, progress=True)
+            summary = {"dataset": dataset, "ok": not problems, "problems": problems}
+        finish(summary, as_json)
+        if not summary["ok"]:
+            raise CapstanError(f"{len(summary['problems'])} problem(s) in {dataset}")
 
     @app.command(
         epilog=examples("capstan report out/ds", "capstan report out/ds --samples reason=match -o dropped.png")

@@ -76,7 +76,7 @@ class DamagedFile(CapstanError):
         self.file, self.problem = file, problem
 
     def __str__(self) -> str:
-        return f"{self.file} is damaged ({self.problem}). Fix: run `capstan verify DATASET` to list all damage"
+        return f"{self.file} is damaged ({self.problem}). Fix: run `capstan verify DATASET --repair`, or build again"
 
 
 class Quarantined(CapstanError):

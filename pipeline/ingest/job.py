@@ -154,7 +154,22 @@ class Ingest(Job):
                     spool.add(index, read_image(tar, offset, size, crc32, again["tar"]))
                 except DamagedFile as error:  # the image counts as freed
                     log.warning("%s, row %s", error, rows[index]["key"])
+        if "packed" in again:
+            self._restore(again, kept, spool)
         return kept
+
+    def _restore(self, again: dict[str, Any], kept: dict[int, Outcome], spool: _Spool) -> None:
+        """Add to the spool what only packed shards hold; with `refetch`, rows whose image is nowhere are done again."""
+        from capstan.pipeline.ingest.staging import images
+
+        found = set(spool.indices)
+        missing = [index for index, row in kept.items() if not row["reason"] and index not in found]
+        packed = [(tar, table) for tar, table in again["packed"]]
+        for index, jpeg in images(self.storage, again["table"], "", missing, packed, damaged_is_none=True):
+            if jpeg is not None:
+                spool.add(index, jpeg)
+            elif again["refetch"]:
+                del kept[index]
 
     def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
         """Return the outcome of each row. JPEGs go to the spool, so that memory does not grow with the unit."""

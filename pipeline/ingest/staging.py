@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, Final
 
+from capstan.pipeline.dataset.damage import note_damage
 from capstan.pipeline.dataset.shards import read_image
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Staged
@@ -27,10 +28,13 @@ Packed = tuple[str, str]  # a tar, and its table of key, sha256, offset and size
 
 def with_freed(storage: Storage, units: Sequence[Staged]) -> list[Staged]:
     """Return the units in their current state: those whose tar was removed lose it and are marked `freed`."""
-    if not storage.exists(_FREED):
-        return list(units)
     there = set(storage.names("staged"))
     return [replace(unit, tar="", freed=True) if unit.tar and unit.tar not in there else unit for unit in units]
+
+
+def may_be_freed(storage: Storage) -> bool:
+    """Return whether staged tars were removed on purpose."""
+    return storage.exists(_FREED)
 
 
 def free(storage: Storage, units: Iterable[Staged]) -> int:
@@ -53,8 +57,8 @@ def images(
 ) -> Iterator[tuple[int, bytes | None]]:
     """Yield (row, its JPEG or None if it is nowhere) for the given rows of a staged table, in order.
 
-    Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`. Raises DamagedFile for an
-    image that is not what was written, unless `damaged_is_none`.
+    Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`. An image that is not what
+    was written is noted (pipeline.dataset.damage) and raises DamagedFile, unless `damaged_is_none`.
     """
     columns = list(zip(*_columns(storage, table), strict=True))
     elsewhere = _places(storage, packed)
@@ -72,6 +76,7 @@ def images(
             try:
                 yield row, read_image(files[name], offset, size, crc32, storage.path(name))
             except DamagedFile as error:
+                note_damage(storage, name, error.problem)
                 if not damaged_is_none:
                     raise
                 log.warning("%s, row %s", error, key)

@@ -8,7 +8,8 @@ New shards take the names of old ones, so old shards that are still needed are c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from capstan.pipeline.dataset.shards import Manifest, ShardEntry
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed
-from capstan.pipeline.records import CRC32
+from capstan.pipeline.records import CRC32, SHARD_SCHEMA
 from capstan.pipeline.select.conditions import raw_digits
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.storage import Storage
@@ -40,18 +41,19 @@ def carry_over(
         return []
     wanted = np.sort(_names(decisions.key[rows], decisions.sha256[rows]))
     found, packed = np.zeros(len(wanted), bool), list[Packed]()
-    on_shelf = _carried_over(storage)
-    for tar in on_shelf:
-        if _find(storage, _table(tar), wanted, found):
-            packed.append((tar, _table(tar)))
-    entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in on_shelf]
+    on_shelf = carried_over(storage)
+    for tar, name in on_shelf:
+        if _find(storage, name, wanted, found):
+            packed.append((tar, name))
+    shelved = {tar for tar, _ in on_shelf}
+    entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in shelved]
     needed = [
         entry
         for entry in entries
         if not found.all() and _find(storage, entry.table, wanted, found, sha256=entry.table_sha256)
     ]
     if missing := int((~found).sum()):
-        problem = f"{missing:,} of the kept rows no longer have an image: keep_staged: false freed them"
+        problem = f"{missing:,} of the kept rows no longer have an image: keep_staged: false freed them, or it was lost"
         raise RecipeError(
             "select", problem, "fetch them again with `capstan build RECIPE --retry freed`, or keep fewer"
         )
@@ -64,7 +66,7 @@ def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions)
     names = _names(decisions.key[rows], decisions.sha256[rows])
     order = np.argsort(names)
     found = np.zeros(len(rows), bool)
-    tables = [(_table(tar), "") for tar in _carried_over(storage)]
+    tables = [(table, "") for _, table in carried_over(storage)]
     tables += [(entry.table, entry.table_sha256) for entry in (manifest.shards if manifest else [])]
     for table, sha256 in tables if len(rows) else ():
         _find(storage, table, names[order], found, sha256=sha256)
@@ -117,10 +119,17 @@ def _names(key: Names, sha256: Names) -> Names:
     return np.ascontiguousarray(both).view("S48").reshape(-1)
 
 
-def _carried_over(storage: Storage) -> set[str]:
-    """Return the copied tars that are complete: their table, which is written last, exists."""
+def carried_over(storage: Storage) -> list[Packed]:
+    """Return the copies that are complete: their table, which is written last, exists."""
     names = set(storage.names("shelf"))
-    return {name for name in names if name.endswith(".tar") and _table(name) in names}
+    return sorted((name, _table(name)) for name in names if name.endswith(".tar") and _table(name) in names)
+
+
+def shelve(storage: Storage, entry: ShardEntry, tar: bytes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tar of a shard on the shelf, with a table of those of its `rows` that may be used."""
+    schema = pa.schema([*(SHARD_SCHEMA.field(name) for name in ("key", "sha256", "offset", "size")), CRC32])
+    storage.write(_shelved(entry), tar)
+    storage.write_table(_table(_shelved(entry)), pa.Table.from_pylist(list(rows), schema))
 
 
 def _shelved(entry: ShardEntry) -> str:

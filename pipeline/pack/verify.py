@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -36,6 +36,7 @@ from capstan.pipeline.dataset.shards import (
     to_json,
 )
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.ingest.staging import may_be_freed
 from capstan.pipeline.pack.job import sample_fields, unlisted
 from capstan.pipeline.pack.verify_derived import verify_derived
 from capstan.pipeline.prefetch import ahead
@@ -44,6 +45,7 @@ from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA,
 from capstan.pipeline.score.store import pinned_columns
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
+from capstan.pipeline.units import MarkerLog
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
         problems += _ledger(storage, manifest, sums)
         problems += _indexes(storage, manifest, tables_are_whole=sums is not None)
         problems += [f"{name}: not listed in {MANIFEST}" for name in unlisted(storage, manifest)]
+        problems += _staged(storage)
     problems += verify_derived(storage, manifest)
     return problems
 
@@ -227,6 +230,32 @@ def _strange(header: bytes, name: str) -> str:
     if found == name:
         return f"{name} has a damaged header, or its size differs from the table"
     return f"{name} is missing (found {found or 'the end of the tar'})"
+
+
+# Staged files ----------------------------------------------------------------------------------------------------
+
+
+def _staged(storage: Storage) -> Iterator[str]:
+    """Yield the problems of the staged files that markers name: each name ends with the start of the file's SHA-256."""
+    jobs = {name.split("/")[1] for name in storage.names("state") if name.startswith("state/ingest-")}
+    marks = [mark for job in sorted(jobs) for mark in MarkerLog(storage, job).read().values()]
+    present, freed = set(storage.names("staged")), may_be_freed(storage)
+    listed = sorted({mark["table"] for mark in marks} | {mark["tar"] for mark in marks if mark["tar"]})
+    for name, sha256 in zip(listed, ahead(lambda name: _sha256(storage, name, present), listed), strict=True):
+        if sha256 is None:
+            if not (freed and name.endswith(".tar")):
+                yield f"{name}: missing"
+        elif not sha256.startswith(name.rpartition("-")[2].partition(".")[0]):
+            yield f"{name}: its SHA-256 is not the one in its name"
+
+
+def _sha256(storage: Storage, name: str, present: Collection[str]) -> str | None:
+    if name not in present:
+        return None
+    with contextlib.closing(storage.open(name)) as file:
+        stream = _Hashed(file)
+        stream.finish()
+    return stream.sha256
 
 
 # Keys ------------------------------------------------------------------------------------------------------------
