@@ -69,14 +69,16 @@ class DiskFull(StorageError):
 
 
 class DamagedFile(CapstanError):
-    """A file of a dataset whose content is not what Capstan wrote: its path or URL, and what differs."""
+    """A file of a dataset whose content is not what Capstan wrote: its path or URL, what differs, and what to do."""
 
-    def __init__(self, file: str, problem: str) -> None:
-        super().__init__(file, problem)
-        self.file, self.problem = file, problem
+    def __init__(
+        self, file: str, problem: str, hint: str = "run `capstan verify DATASET --repair`, or build again"
+    ) -> None:
+        super().__init__(file, problem, hint)
+        self.file, self.problem, self.hint = file, problem, hint
 
     def __str__(self) -> str:
-        return f"{self.file} is damaged ({self.problem}). Fix: run `capstan verify DATASET --repair`, or build again"
+        return f"{self.file} is damaged ({self.problem}). Fix: {self.hint}"
 
 
 class Quarantined(CapstanError):

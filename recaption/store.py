@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset.shards import Dataset
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.records import make_key
 from capstan.pipeline.storage import Storage
 from capstan.recaption.lint import linter
@@ -125,7 +125,7 @@ def aside(layer: str) -> str:
 def list_layers(storage: Storage) -> list[str]:
     """Return the ids of the dataset's published layers, oldest first."""
     recipes = [name for name in storage.names(ROOT) if name.count("/") == 2 and name.endswith("/recipe.json")]
-    numbered = [(json.loads(storage.read(name))["number"], name.split("/")[1]) for name in recipes]
+    numbered = [(_read_recipe(storage, name)["number"], name.split("/")[1]) for name in recipes]
     return [layer for _, layer in sorted(numbered)]
 
 
@@ -148,7 +148,15 @@ def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
         known = ", ".join(list_layers(storage)) or "none"
         hint = f"run `capstan recaption`, or use one of its layers: {known}"
         raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", hint)
-    return dict(json.loads(storage.read(name)))
+    return _read_recipe(storage, name)
+
+
+def _read_recipe(storage: Storage, name: str) -> dict[str, Any]:
+    hint = f"restore it from a copy, or remove {name.rpartition('/')[0]} and write the layer again"
+    recipe = storage.read_json(name, hint)
+    if not isinstance(recipe.get("number"), int):
+        raise DamagedFile(storage.path(name), "it has no number", hint)
+    return recipe
 
 
 def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | None = None) -> pa.Table:
@@ -251,7 +259,7 @@ def is_captioned(storage: Storage, layer: str, shard: str) -> bool:
 
 def _is_given(storage: Storage, layer: str) -> bool:
     name = f"{ROOT}/{layer}/recipe.json"
-    return storage.exists(name) and not is_model(json.loads(storage.read(name)))
+    return storage.exists(name) and not is_model(_read_recipe(storage, name))
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.records import REASONS, REMOVED, is_reason
 from capstan.pipeline.units import Job, Unit
 
@@ -67,7 +67,10 @@ def begin_retry(
     `freed` maps a unit to the keys of its rows whose images were freed and are needed again.
     """
     name = _record(job)
-    record = json.loads(job.storage.read(name)) if job.storage.exists(name) else {}
+    try:
+        record: dict[str, Any] = job.storage.read_json(name, "")
+    except (FileNotFoundError, DamagedFile):  # a damaged record starts a new round
+        record = {}
     if record.get("reasons") != reasons:
         record = {"round": uuid.uuid4().hex[:16], "reasons": reasons}
         job.storage.write(name, json.dumps(record).encode())

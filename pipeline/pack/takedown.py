@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Place, Sample, read_manifest, sha256_of, write_samples
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA
 from capstan.pipeline.ingest.staging import images
 from capstan.pipeline.pack.carryover import clear
@@ -164,7 +164,11 @@ def recipe_of(storage: Storage) -> Recipe | None:
 def _pending(storage: Storage) -> Takedown | None:
     if not storage.exists(_PENDING):
         return None
-    rows = storage.read_table(_PENDING)
+    try:
+        rows = storage.read_table(_PENDING)
+    except DamagedFile as error:
+        hint = "remove this file, and run the same `capstan remove` again"
+        raise DamagedFile(error.file, error.problem, hint) from None
     return Takedown(rows, json.loads(rows.schema.metadata[b"asked"]))
 
 

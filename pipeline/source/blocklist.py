@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -23,9 +25,11 @@ import pyarrow.compute as pc
 
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe, fingerprint
-from capstan.pipeline.errors import RecipeError, StorageError
+from capstan.pipeline.errors import DamagedFile, RecipeError, StorageError
 from capstan.pipeline.records import PLAN_SCHEMA, REMOVED
 from capstan.pipeline.storage import Storage, find_files, open_file, parquet_bytes
+
+log = logging.getLogger(__name__)
 
 FOLDER: Final = "removed"
 _POINTER: Final = f"{FOLDER}/blocklist.json"
@@ -210,10 +214,16 @@ def blocked(recipe: Recipe, storage: Storage) -> Blocklist:
 def read_removed(storage: Storage) -> Blocklist:
     """Return the entries that takedowns left in the dataset at `storage`."""
     try:
-        name = json.loads(storage.read(_POINTER))["list"]
+        names = [storage.read_json(_POINTER, "")["list"]]
     except FileNotFoundError:
         return Blocklist()
-    return _read(storage.url, name, _Hidden(storage))
+    except (DamagedFile, KeyError):  # every list holds all that the lists before it hold
+        names = [name for name in storage.names(FOLDER) if name.startswith(f"{FOLDER}/blocklist-")]
+        if not names:
+            hint = "run `capstan remove` again with all that was ever removed: the list itself is gone"
+            raise DamagedFile(storage.path(_POINTER), "not JSON, and no list is left", hint) from None
+        log.warning("%s is damaged: using %s", storage.path(_POINTER), ", ".join(names))
+    return functools.reduce(operator.or_, (_read(storage.url, name, _Hidden(storage)) for name in names))
 
 
 def add_removed(storage: Storage, more: Blocklist) -> None:

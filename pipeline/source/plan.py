@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.source import SourceReader
 from capstan.pipeline.source.blocklist import blocked
@@ -105,12 +105,44 @@ def read_plan(storage: Storage) -> Plan:
     units: list[PlannedUnit] = []
     for batch in itertools.count():  # by name: a listing would return every unit's table too
         try:
-            written = json.loads(storage.read(_batch_name(batch)))
+            counts = storage.read_json(_batch_name(batch), "")["units"]
         except FileNotFoundError:
             break
-        units += [PlannedUnit(batch, number, rows) for number, rows in enumerate(written["units"])]
-    seen: dict[str, Any] = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {"read": 0, "repeats": 0}
-    return Plan(units, seen["read"], seen["repeats"], seen.get("captions"), seen.get("unused", {}))
+        except (DamagedFile, KeyError):
+            counts = _restore_batch(storage, batch)
+        units += [PlannedUnit(batch, number, rows) for number, rows in enumerate(counts)]
+    seen = _read_source(storage)
+    return Plan(units, seen.get("read", 0), seen.get("repeats", 0), seen.get("captions"), seen.get("unused", {}))
+
+
+def _read_source(storage: Storage) -> dict[str, Any]:
+    """Return the record of the source as planned last; {} if there is none, so that it is planned again."""
+    try:
+        return storage.read_json(_SOURCE, "")
+    except FileNotFoundError:
+        return {}
+    except DamagedFile as error:
+        log.warning("%s: %s; the source is planned again", error.file, error.problem)
+        return {}
+
+
+def _restore_batch(storage: Storage, batch: int) -> list[int]:
+    """Write batch.json again from the batch's tables, which were all written before it; return the units' rows."""
+    folder = _batch_name(batch).rpartition("/")[0]
+    tables = [name for name in storage.names(folder) if name.endswith(".parquet")]
+    counts = [len(storage.read_table(name, ["key"])) for name in tables]
+    log.warning("%s is damaged: written again from %d tables", storage.path(_batch_name(batch)), len(tables))
+    storage.write(_batch_name(batch), json.dumps({"batch": batch, "units": counts}).encode())
+    return counts
+
+
+def _check_keys(storage: Storage, units: list[PlannedUnit], batch: int) -> None:
+    """Write the keys of a batch again if their file has another size than they have."""
+    own, name = [unit for unit in units if unit.batch == batch], _keys_of(batch)
+    if storage.exists(name) and storage.size(name) != KEY_BYTES * sum(unit.rows for unit in own):
+        log.warning("%s is damaged: written again from the batch's tables", storage.path(name))
+        keys = [key for unit in own for key in storage.read_table(unit.table, ["key"])["key"].to_pylist()]
+        storage.write(name, bytes.fromhex("".join(keys)))
 
 
 def _batch_name(batch: int) -> str:
@@ -123,13 +155,15 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     Raises RecipeError for a source that cannot be read.
     """
     rows = SourceReader(recipe)
-    seen = json.loads(storage.read(_SOURCE)) if storage.exists(_SOURCE) else {}
+    seen = _read_source(storage)
     if seen.get("signature") == rows.signature:
         return _warned(read_plan(storage))
     before = read_plan(storage)
     unwanted = blocked(recipe, storage)
     earlier = sorted({unit.batch for unit in before.units})
     batch = earlier[-1] + 1 if earlier else 0
+    for number in earlier:
+        _check_keys(storage, before.units, number)
     with (
         scratch() as folder,
         Progress("plan", None, unit="rows", enabled=progress) as bar,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,6 +128,16 @@ class Storage:
     def path(self, name: str) -> str:
         """Return the full path or URL of a file, for messages."""
         return f"{self.url}/{name}"
+
+    def read_json(self, name: str, hint: str) -> dict[str, Any]:
+        """Read a JSON object. Raises DamagedFile with `hint` if it is not one."""
+        try:
+            value = json.loads(self.read(name))
+        except ValueError as error:
+            raise DamagedFile(self.path(name), f"not JSON: {error}", hint) from None
+        if not isinstance(value, dict):
+            raise DamagedFile(self.path(name), "not a JSON object", hint)
+        return value
 
     def read_table(self, name: str, columns: list[str] | None = None, *, sha256: str = "") -> pa.Table:
         """Read a Parquet file, or those of the `columns` that it has.

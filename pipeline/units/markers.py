@@ -11,12 +11,15 @@ contains are removed, so at no moment is a unit in neither. Thousands of markers
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from capstan.pipeline.errors import first_line
 from capstan.pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]  # what `Job.commit` returned
 _GATHER_FROM = 100  # markers
@@ -79,7 +82,7 @@ class MarkerLog:
         names = self._reasons()
         done = self._committed() if names else set()
         records = self.storage.read_many(name for name in names if _unit_of(name) not in done)
-        return {_unit_of(name): first_line(json.loads(data)["reason"]) for name, data in records.items()}
+        return {_unit_of(name): _reason_in(data) for name, data in records.items()}
 
     def noted(self) -> set[str]:
         """Return the units for which a reason is kept, whether they are committed or not."""
@@ -97,11 +100,11 @@ class MarkerLog:
     # Files -------------------------------------------------------------------------------------------------------
 
     def _committed(self) -> set[str]:
-        return self._read_log().keys() | {_unit_of(name) for name in self._markers()}
+        return set(self.read())
 
     def _read_log(self) -> dict[str, Facts]:
         try:
-            return dict(json.loads(self.storage.read(self._log)))
+            return self.storage.read_json(self._log, "remove this file: the units that it lists are done again")
         except FileNotFoundError:
             return {}
 
@@ -111,8 +114,16 @@ class MarkerLog:
     def _read_markers(self, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
         names = {_unit_of(name): name for name in self._markers()}
         unread = self.storage.read_many(name for unit, name in names.items() if unit not in fresh)
-        read = {_unit_of(name): json.loads(data) for name, data in unread.items()}
-        return {unit: fresh[unit] if unit in fresh else read[unit] for unit in names}
+        read = {_unit_of(name): facts for name, data in unread.items() if (facts := self._facts_in(name, data))}
+        return {unit: fresh.get(unit) or read[unit] for unit in names if unit in fresh or unit in read}
+
+    def _facts_in(self, name: str, data: bytes) -> Facts | None:
+        """Return the content of a marker; None if it is damaged, so that its unit is done again."""
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            log.warning("%s is damaged: its unit is done again", self.storage.path(name))
+            return None
 
     def _markers(self) -> list[str]:
         return self.storage.names(f"state/{self.name}/done")
@@ -129,6 +140,14 @@ class MarkerLog:
 
     def _reason(self, unit: str) -> str:
         return f"state/{self.name}/quarantine/{unit}.json"
+
+
+def _reason_in(data: bytes) -> str:
+    """Return the reason in a quarantine record."""
+    try:
+        return first_line(str(json.loads(data)["reason"]))
+    except (ValueError, TypeError, KeyError):
+        return "its record is damaged"
 
 
 def _unit_of(name: str) -> str:
