@@ -94,7 +94,7 @@ def published(storage: Storage) -> dict[str, bytes]:
 def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
     server: int, ray_session: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capstan.pipeline.units.markers._WORTH_GATHERING", 5)
+    monkeypatch.setattr("capstan.pipeline.units.markers._GATHER_FROM", 5)
     sound = build.build(recipe(server, "sound"), progress=False)
     with Faulty(server, "--rate", "0.05") as bucket:
         faulty = build.build(recipe(bucket.port, "faulty"), progress=False)
