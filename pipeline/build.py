@@ -111,9 +111,11 @@ def _build(
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
     damaged = noted_damage(storage)
-    if drop_broken(storage, damaged) and may_be_freed(storage):
+    before = read_manifest(storage)
+    manifest = drop_broken(storage, before, damaged)
+    if manifest is not before and may_be_freed(storage):
         reasons = [*reasons, FREED]
-    broken, lost = broken_units(job, planned, read_manifest(storage), damaged)
+    broken, lost = broken_units(job, planned, manifest, damaged)
     job.markers.forget(lost)
     if broken:
         with _site(job, needed=True) as resolve:

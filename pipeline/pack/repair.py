@@ -27,7 +27,6 @@ from capstan.pipeline.dataset.shards import (
     Place,
     ShardEntry,
     check_image,
-    read_manifest,
     sha256_of,
     write_manifest,
 )
@@ -45,31 +44,32 @@ log = logging.getLogger(__name__)
 _ROUND: Final = "repair"
 
 
-def drop_broken(storage: Storage, damaged: Collection[str]) -> bool:
-    """Take broken shards out of the manifest, so that they are packed again; return whether anything was broken.
+def drop_broken(storage: Storage, manifest: Manifest | None, damaged: Collection[str]) -> Manifest | None:
+    """Take broken shards out of the manifest, so that they are packed again; return it as it is now.
 
-    A broken ledger table or index makes the manifest incomplete, so that all of them are written again.
+    A broken ledger table or index makes the manifest incomplete, so that all of them are written again. Of the indexes
+    outside shards/, only noted damage is seen.
     """
-    manifest = read_manifest(storage)
     if manifest is None:
-        return False
+        return None
     present = {*storage.names("shards"), *storage.names("ledger")}
-    present |= {name for name in manifest.indexes if name not in present and storage.exists(name)}
+    present |= {name for name in manifest.indexes if not name.startswith("shards/")}
     usable = present - set(damaged)
     bad = [entry for entry in manifest.shards if not usable.issuperset((entry.tar, entry.table, entry.index))]
     others = (*(entry.table for entry in manifest.ledger), *manifest.indexes)
     if not bad and usable.issuperset(others) and not {MANIFEST, "ledger"} & set(damaged):
-        return False
+        return manifest
     for entry in bad:
         log.warning("repair: %s is packed again", entry.name)
         if entry.tar in present:
             _rescue(storage, entry)
     whole = [entry for entry in manifest.shards if entry not in bad]
-    write_manifest(storage, manifest.model_copy(update={"shards": whole, "complete": False}))
+    manifest = manifest.model_copy(update={"shards": whole, "complete": False})
+    write_manifest(storage, manifest)
     markers = MarkerLog(storage, "pack")
     names = {entry.name for entry in bad}
     markers.forget(unit for unit, facts in markers.read().items() if facts["name"] in names)
-    return True
+    return manifest
 
 
 def _rescue(storage: Storage, entry: ShardEntry) -> None:
