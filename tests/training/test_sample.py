@@ -247,9 +247,7 @@ def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
     shutil.copytree(runs / "run", run)
     command = ["evaluate", str(run), "--count", "4", "--json", "--measures"]
     assert capstan([*command, "clip"]) == 2
-    assert (
-        "clip needs a model, and the run's recipe does not name one." in capsys.readouterr().err
-    )
+    assert "clip needs a model, and the run's recipe does not name one." in capsys.readouterr().err
     assert capstan([*command, "fid", "--features", "/no/inception.pth"]) == 2
     assert "/no/inception.pth is not on this machine" in capsys.readouterr().err
     assert capstan([*command, "clip", "--clip", str(write_clip(tmp_path / "clip", 0))]) == 0
