@@ -15,16 +15,12 @@ from capstan.pipeline.cli import (
     SetOption,
     StorageOption,
     concluded,
+    examples,
     finish,
     open_dataset,
 )
 
 LayerHelp = "Layer id, or `latest`."
-
-
-def examples(*lines: str) -> str:
-    """Return the examples of a command's help page, one line each."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
