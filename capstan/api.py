@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capstan.cluster.recipe import load, loaded
+from capstan.pipeline import extras
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
@@ -90,6 +91,7 @@ def select(recipe: AnyRecipe, *, dry_run: bool = False, progress: bool = True) -
 
 def recaption(recipe: AnyRecipe, *, plan: bool = False, progress: bool = True) -> dict[str, Any]:
     """Write or complete the recipe's caption layer and return its counts. With `plan` only count what is to be done."""
+    extras.require(extras.RECAPTION, "recaption")
     from capstan.recaption.job import plan as planned
     from capstan.recaption.job import recaption as run
 
@@ -101,6 +103,7 @@ def recaption(recipe: AnyRecipe, *, plan: bool = False, progress: bool = True) -
 
 def train(recipe: AnyRecipe) -> dict[str, Any]:
     """Train the recipe's model, from its last checkpoint if there is one, and return the run's summary."""
+    extras.require(extras.TRAIN, "train")
     from capstan.training.launch import train as run
 
     return run(load_recipe(recipe))
@@ -123,6 +126,7 @@ def sample(
     `run` is a run folder, a product or an exported pipeline. `size` is (width, height) in pixels. `steps`, `guidance`,
     `sampler` and `size` default to those of the run.
     """
+    extras.require(extras.TRAIN, "sample")
     from PIL import Image
 
     from capstan.training.sample import open_sampler, paired

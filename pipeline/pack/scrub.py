@@ -1,4 +1,4 @@
-"""Removal of rows from the files derived from images: captions and latents
+"""Removal of rows from the files derived from images: captions, latents, text states
 
     captions/**.parquet                              tables with a column `key`, also those of unfinished layers
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples

@@ -1,4 +1,4 @@
-"""Caption measures: length, script, repetition, boilerplate, URLs, file names."""
+"""Caption measures: length, script, repetition, boilerplate, URLs, e-mail"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured rows → decisions: conditions, then duplicates, then shards.
+"""Measured rows → decisions and the funnel: conditions, duplicates, shards.
 
 No image is read here: thresholds are queries on tables (select.conditions, select.sampling).
 """

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from capstan.pipeline.config import Resources
@@ -248,7 +249,7 @@ class _Run:
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.target_max_block_size = _BLOCK_BYTES
         dataset = dataset.map_batches(
-            Prepare(self.job, self.tracker, self.attempts),
+            Prepare(self.job, self.tracker, self.attempts, str(Path.cwd())),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -258,7 +259,7 @@ class _Run:
             workers = self.resources.model_workers or max(1, int(gpus))
             dataset = dataset.map_batches(
                 Model,
-                fn_constructor_args=(self.job, self.tracker, self.attempts),
+                fn_constructor_args=(self.job, self.tracker, self.attempts, str(Path.cwd())),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),

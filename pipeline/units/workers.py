@@ -5,7 +5,9 @@ A piece crosses Ray as one pickled column, so Arrow never meets null-typed or ra
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import traceback
 from collections import Counter
@@ -83,13 +85,23 @@ def _start(tracker: Any, item: str, attempts: int) -> str:
     return ""
 
 
+def _stand_in(folder: str) -> None:
+    """Work in the driver's folder, so that relative paths mean the same; on another machine it may not exist.
+
+    Ray's workers keep the folder in which Ray was started, but a notebook may move on.
+    """
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
 class Prepare:
     """The first stage: a table of units → wire rows of their pieces."""
 
-    def __init__(self, job: Job, tracker: Any, attempts: int) -> None:
-        self.job, self.tracker, self.attempts = job, tracker, attempts
+    def __init__(self, job: Job, tracker: Any, attempts: int, folder: str) -> None:
+        self.job, self.tracker, self.attempts, self.folder = job, tracker, attempts, folder
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        _stand_in(self.folder)
         for text in table["unit"].to_pylist():
             yield from self._unit(Unit(**json.loads(text)))
 
@@ -117,8 +129,9 @@ class Model:
     other piece of work.
     """
 
-    def __init__(self, job: Job, tracker: Any, attempts: int) -> None:
+    def __init__(self, job: Job, tracker: Any, attempts: int, folder: str) -> None:
         self.job, self.tracker, self.attempts = job, tracker, attempts
+        _stand_in(folder)
         self.apply: Callable[[Piece], Piece] | None = None
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:

@@ -104,6 +104,19 @@ def test_every_unit_is_committed_once_and_in_order(ray_session: Resources, make,
     assert job.tries("a", "start") == 2  # this call is the second
 
 
+@pytest.mark.parametrize("kind", [Squares, ModelSquares])
+def test_relative_paths_are_those_of_the_driver(
+    ray_session: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Squares]
+) -> None:
+    """Ray's workers keep the folder in which Ray was started; a notebook may have moved on since."""
+    monkeypatch.chdir(tmp_path)
+    Path("tries").mkdir()
+    job = kind(Storage("dataset"), Path("tries"))
+    assert run(job, [unit("a"), unit("b")], ray_session, progress=False).done == 2
+    assert output(job, "a") == [0, 1, 4]
+    assert (tmp_path / "tries" / "a-start").exists()
+
+
 @pytest.mark.parametrize("where", ["at_start", "at_end", "at_commit"])
 def test_what_fails_by_chance_is_tried_again(ray_session: Resources, make, where) -> None:
     job = make(Squares)
