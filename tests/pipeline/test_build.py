@@ -1,5 +1,6 @@
 """build and select end to end, on images embedded in a table; and what is left when things go wrong."""
 
+import functools
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 from in_process import run_here
 from PIL import Image
 from ray import cloudpickle
+from rows_recipe import rows_recipe
 
 from capstan.pipeline import build as stages
 from capstan.pipeline.config import Recipe, Resources
@@ -34,29 +36,10 @@ pytestmark = pytest.mark.integration
 Draw = Callable[[int], bytes]
 
 
-def row(number: int, draw: Draw) -> dict[str, Any]:
-    """Row 9, 19, ... is no image; 7, 15, 23, ... repeat image 0; `score` runs through 0 … 9."""
-    image = b"no image" if number % 10 == 9 else draw(0 if number % 8 == 7 else number)
-    return {"image": image, "caption": f"image {number}", "score": number % 10}
-
-
 @pytest.fixture
 def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
-    """A recipe over a table of `count` rows of `row`, with dataset folder `name`."""
-
-    def recipe(count: int = 60, name: str = "dataset", least: int = 0, **sections: Any) -> Recipe:
-        pq.write_table(pa.Table.from_pylist([row(n, draw) for n in range(count)]), tmp_path / "rows.parquet")
-        settings = {
-            "dataset": str(tmp_path / name),
-            "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"},
-            "image": {"size": 64},
-            "select": [{"name": "score", "where": f"(extra->>'$.score')::int >= {least}"}],
-            "unit": {"rows": 16},
-            "shards": {"samples": 15},
-        }
-        return Recipe.model_validate(settings | sections)
-
-    return recipe
+    """A recipe over a table of rows, see helpers/rows_recipe.py."""
+    return functools.partial(rows_recipe, tmp_path, draw)
 
 
 def build(recipe: Recipe) -> dict[str, Any]:
@@ -97,35 +80,6 @@ def test_every_row_has_one_outcome_and_the_kept_are_packed(make: Callable[..., R
     assert sizes == {f"shard-{n:06}.tar": samples for n, samples in enumerate([13, 13, 12])}
 
 
-def test_where_nothing_is_kept_there_is_a_dataset_without_shards(
-    make: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = make(20)
-    build(recipe)
-    none = make(20, least=10)
-    summary = build(none)
-    assert summary["counts"] == {"rows": 20, "kept": 0, "rejected": 18, "duplicate": 0, "failed": 2, "shards": 0}
-    assert "no row is kept" in caplog.text
-    assert "of 20 rows fetched and decoded dropped 2, score dropped 18" in caplog.text
-    assert sound(none)
-    names = published(none)
-    assert not [name for name in names if name.startswith((".nv-meta/", "shards/shard"))]
-    assert json.loads(names["sizes.json"]) == {}
-    build(recipe)
-    assert sound(recipe)
-    assert ".nv-meta/.info.json" in published(recipe)
-
-
-def test_shards_of_a_batch_differ_by_one_sample_at_most(make: Callable[..., Recipe]) -> None:
-    keep_all = {"select": [], "dedup": {"exact": False, "perceptual": None}, "shards": {"samples": 7}}
-    recipe = make(30, **keep_all)
-    build(recipe)
-    recipe = make(50, **keep_all)
-    build(recipe)
-    sizes = [entry.samples for entry in Dataset(Storage(recipe.dataset)).manifest.shards]
-    assert sizes == [7, 7, 7, 6, 6, 6, 6]  # 27 images, then 18 more
-
-
 def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(30)
     first = build(recipe)
@@ -135,32 +89,6 @@ def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypat
     assert {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()} == before
     assert again["counts"] == first["counts"]
     assert again["failed"] == first["failed"]
-
-
-def test_other_thresholds_repack_and_going_back_gives_the_same_bytes(make: Callable[..., Recipe]) -> None:
-    strict, loose = make(60, least=4), make(60, least=0)
-    build(loose)
-    first = published(loose)
-    seen = stages.select(strict, dry_run=True, progress=False)
-    assert published(loose) == first
-    changed = stages.select(strict, progress=False)
-    assert changed["counts"] == seen["counts"]
-    assert changed["counts"]["kept"] < 40
-    assert sound(strict)
-    build(loose)
-    assert published(loose) == first
-
-
-def test_new_rows_move_nothing_that_exists(make: Callable[..., Recipe]) -> None:
-    build(make(40))
-    before = published(make(40))
-    recipe = make(60)
-    build(recipe)
-    after = published(recipe)
-    assert sound(recipe)
-    old = {name: data for name, data in before.items() if name.startswith(("shards/shard", "ledger/"))}
-    assert old.items() <= after.items()
-    assert len(Dataset(Storage(recipe.dataset)).ledger()) == 60
 
 
 def test_a_grown_table_and_a_second_source_cost_only_their_new_rows(
@@ -276,14 +204,6 @@ def test_files_that_are_too_large_empty_or_gone_are_rows_with_a_reason(
     assert "50000 bytes" in rows["large"]["detail"]
 
 
-def test_unit_size_changes_nothing_in_the_shards(make: Callable[..., Recipe]) -> None:
-    one, other = make(40), make(40, name="other", unit={"rows": 7})
-    build(one)
-    build(other)
-    shards = [{n: d for n, d in published(r).items() if n.startswith("shards/")} for r in (one, other)]
-    assert shards[0] == shards[1]
-
-
 class Fails(Ingest):
     """Cannot do the second unit."""
 
@@ -335,27 +255,6 @@ def test_a_bucket_ends_with_the_bytes_of_a_folder(make: Callable[..., Recipe], b
 def test_select_needs_something_staged(make: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError, match="dataset: nothing is staged"):
         stages.select(make(5), progress=False)
-
-
-def test_no_index_is_there_while_shards_are_replaced(
-    make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(make(40))
-    dataset = Storage(make(40).dataset)
-    assert dataset.exists(".nv-meta/.info.json")
-
-    def cut_off(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("capstan.pipeline.pack.job.run", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            stages.select(make(40, least=4), progress=False)
-    assert not dataset.names(".nv-meta")
-    assert not dataset.exists("sizes.json")
-    assert verify(dataset) == ["dataset.json: incomplete: run `capstan build` again"]
-    stages.select(make(40, least=4), progress=False)
-    assert verify(dataset) == []
 
 
 def test_verify_names_what_is_wrong(make: Callable[..., Recipe]) -> None:
