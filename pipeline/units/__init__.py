@@ -18,12 +18,16 @@ This is the only module that imports Ray Data. What every job may rely on:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
+import re
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -45,6 +49,7 @@ __all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "rep
 
 _BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is passed on at once
 _GIB = 1 << 30
+_CORE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] \S+\.cc:\d+:")  # as Ray's C++ core writes them
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def start_ray(resources: Resources) -> None:
     """Start Ray in this process, quietly and on loopback only, unless it runs already. RAY_ADDRESS joins a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ lines of Ray's core land on the terminal
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # see _without_core_lines
     if not os.environ.get("RAY_ADDRESS"):
         # Ray's only switch that keeps a one-machine Ray off the network (the default on the systems in its name).
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -124,23 +129,45 @@ def start_ray(resources: Resources) -> None:
     worker._worker_logs_enabled = False  # else Ray reports dead nodes on stdout, which is for the summary
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not os.environ.get("RAY_ADDRESS"):
             _check_free(resources.metrics_port)
-            ray.init(
-                address="local",
-                num_cpus=_cpus(resources),
-                num_gpus=resources.gpus,
-                object_store_memory=min(_GIB, max(_GIB // 8, _memory_bytes() // 12)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _metrics_export_port=resources.metrics_port,
-            )
+            options |= {
+                "address": "local",
+                "num_cpus": _cpus(resources),
+                "num_gpus": resources.gpus,
+                "object_store_memory": min(_GIB, max(_GIB // 8, _memory_bytes() // 12)),
+                "include_dashboard": False,
+                "_metrics_export_port": resources.metrics_port,
+            }
+        with _without_core_lines():
+            ray.init(**options)
         if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process before it could save
     _configure()
+
+
+@contextlib.contextmanager
+def _without_core_lines() -> Iterator[None]:
+    """Hold stderr back while Ray starts, and drop the lines of its C++ core.
+
+    The core writes to the file descriptor, past Python. A log level of fatal silences it but for one line, which says
+    that the level was set.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if not _CORE_LINE.match(line):
+                    os.write(2, line)
 
 
 def _check_free(port: int | None) -> None:

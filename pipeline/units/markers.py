@@ -114,8 +114,9 @@ class MarkerLog:
     def _read_markers(self, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
         names = {_unit_of(name): name for name in self._markers()}
         unread = self.storage.read_many(name for unit, name in names.items() if unit not in fresh)
-        read = {_unit_of(name): facts for name, data in unread.items() if (facts := self._facts_in(name, data))}
-        return {unit: fresh.get(unit) or read[unit] for unit in names if unit in fresh or unit in read}
+        read = {_unit_of(name): self._facts_in(name, data) for name, data in unread.items()}
+        known = {unit: facts for unit, facts in read.items() if facts is not None} | dict(fresh)
+        return {unit: known[unit] for unit in names if unit in known}
 
     def _facts_in(self, name: str, data: bytes) -> Facts | None:
         """Return the content of a marker; None if it is damaged, so that its unit is done again."""

@@ -30,6 +30,13 @@ def test_many_markers_become_one_file(log: MarkerLog) -> None:
     assert log.pending([Unit("u0000"), Unit("u0151"), Unit("u0200")]) == [Unit("u0200")]
 
 
+def test_a_unit_of_which_nothing_is_to_be_said_is_committed_too(log: MarkerLog) -> None:
+    commit(log, {"a": {}, "b": {"samples": 1}})
+    assert log.read() == {"a": {}, "b": {"samples": 1}}
+    assert log.gather({"a": {}}) == log.read()
+    assert log.pending([Unit("a"), Unit("c")]) == [Unit("c")]
+
+
 def test_killed_while_gathering_loses_nothing(log: MarkerLog, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(log, some(150))
     with monkeypatch.context() as patch:

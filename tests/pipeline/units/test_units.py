@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,3 +194,16 @@ def test_a_piece_that_the_model_cannot_bear(ray_session: Resources, make, how, t
 def test_a_recipe_error_ends_the_run(ray_session: Resources, make) -> None:
     with pytest.raises(RecipeError, match=r"image\.size"):
         run(make(Squares), [unit("a", at_start=["recipe", 9])], ray_session, progress=False)
+
+
+def test_only_lines_of_our_own_reach_the_terminal_while_ray_starts() -> None:
+    code = (
+        "import os; from capstan.pipeline.config import Resources; from capstan.pipeline.units import start_ray;"
+        "import ray; init = ray.init;"
+        "ray.init = lambda **options: (os.write(2, b'a warning\\n'), init(**options));"
+        "start_ray(Resources(cpus=1)); os.write(2, b'after\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert ".cc:" not in done.stderr
+    assert "a warning\n" in done.stderr
+    assert "after\n" in done.stderr
