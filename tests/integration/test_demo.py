@@ -36,7 +36,7 @@ def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], how: si
         time.sleep(0.02)
     sent = time.monotonic()
     os.kill(process.pid, how)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     return err, time.monotonic() - sent
 
 
@@ -56,7 +56,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     said, seconds = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
     assert process.returncode == 130
     assert "run the same command again to resume" in said
-    assert seconds < 30  # on a busy machine; a few seconds otherwise
+    assert seconds < 240  # a few seconds; the bound is there for hangs, and machines are shared
     said, _ = stop_when(
         start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL
     )
