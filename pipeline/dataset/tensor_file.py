@@ -28,11 +28,21 @@ def save(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> byte
     from safetensors.numpy import save as save_tensors
 
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # it ignores strides
-    data = bytearray(save_tensors(whole, metadata={**metadata, _KEY: _ZEROS.decode()}))
+    data = _in_order(save_tensors(whole, metadata={**metadata, _KEY: _ZEROS.decode()}))
     length = int.from_bytes(data[:8], "little")
     start = data.index(_FIELD, 8, 8 + length) + len(_FIELD)
     data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
     return bytes(data)
+
+
+def _in_order(data: bytes) -> bytearray:
+    """Return a safetensors file with its metadata sorted by name: the library writes it in random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def check(raw: np.ndarray | bytes, name: str) -> None:

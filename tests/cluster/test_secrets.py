@@ -82,7 +82,7 @@ WHERE = "token = 'a' and key='b' and https = 'x'"
 
 def test_text_and_references_are_no_secrets(tmp_path: Path) -> None:
     section = {"engine": "openai", "model": "m", "slots": ["short"], "prompts": {"short": "Name the key: in a word."}}
-    section |= {"server": {"url": "http://127.0.0.1:9/v1?version=2", "key_env": "MY_KEY", "tokens_per_minute": 5}}
+    section |= {"server": {"url": "http://127.0.0.1:9/v1?version=2", "key_env": "CAPSTAN_KEY", "tokens_per_minute": 5}}
     content = {"recaption": section, "select": [{"name": "a", "where": WHERE}], "dataset": "sftp://me@host/ds"}
     assert load(write(tmp_path, content)).select[0].where == WHERE
 
