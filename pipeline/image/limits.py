@@ -29,7 +29,8 @@ def check_header(kind: str, data: bytes, most: int) -> None:
 
 def check_tiff(frame: TiffImagePlugin.TiffImageFile, data: bytes, most: int) -> None:
     """Check that the strips or tiles are within the file, that a tile is no larger than `most` pixels of 4 bytes, and
-    that the first page is the image."""
+    that the first page is the image.
+    """
     tags: Any = frame.tag_v2
     if int(tags.get(254, 0)) & 1:
         raise Unreadable("unsupported", "the first page is a thumbnail, as in camera raw files")

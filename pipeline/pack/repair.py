@@ -116,7 +116,8 @@ def broken_units(
     job: Ingest, planned: Plan, manifest: Manifest | None, damaged: Collection[str]
 ) -> tuple[dict[str, Unit], list[str]]:
     """Return the units whose staged files are broken, with what makes ingest rebuild them; and the units of which
-    nothing is left, which are ingested as if they were new."""
+    nothing is left, which are ingested as if they were new.
+    """
     storage, present = job.storage, set(job.storage.names("staged"))
     usable, freed = present - set(damaged), may_be_freed(job.storage)
     plans = {unit.id: unit for unit in planned.units}
