@@ -63,7 +63,11 @@ COMMANDS: Final[dict[str, Command]] = {
     "verify": Command(
         DATA,
         "Check every tar, checksum and index.",
-        ("capstan verify out/ds", "capstan verify s3://bucket/ds --set storage.endpoint_url=http://127.0.0.1:9000"),
+        (
+            "capstan verify out/ds",
+            "capstan verify out/ds --repair",
+            "capstan verify s3://bucket/ds --set storage.endpoint_url=http://127.0.0.1:9000",
+        ),
     ),
     "remove": Command(
         DATA,

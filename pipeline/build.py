@@ -111,18 +111,9 @@ def _build(
     job = Ingest(recipe, storage)
     units = job.units(planned.units)
     damaged = noted_damage(storage)
-    before = read_manifest(storage)
-    manifest = drop_broken(storage, before, damaged)
-    if manifest is not before and may_be_freed(storage):
+    broken, freeing = _rebuild_staged(job, planned, damaged, progress)
+    if freeing:
         reasons = [*reasons, FREED]
-    broken, lost = broken_units(job, planned, manifest, damaged)
-    job.markers.forget(lost)
-    if broken:
-        with _site(job, needed=True) as resolve:
-            job = Ingest(recipe, storage, resolve)
-            rebuilt = run(job, broken.values(), recipe.resources, redo=broken.keys(), progress=progress)
-        if not rebuilt.quarantined:
-            forget_damage(storage, (name for name in damaged if name.startswith("staged/")))
     freed = _freed(recipe, job, planned, scorers) if FREED in reasons else {}
     again = begin_retry(job, units, job.markers.read(), reasons, freed) if reasons else RetryRound({}, 0)
     fresh = job.markers.pending(units)
@@ -158,6 +149,25 @@ def _build(
         "seconds": clock.laps,
         "quarantined": bad,
     }
+
+
+def _rebuild_staged(job: Ingest, planned: Plan, damaged: set[str], progress: bool) -> tuple[bool, bool]:
+    """Drop broken shards from the manifest, and stage the units again whose staged files are missing or `damaged`.
+
+    Return whether there were such units, and whether images of dropped shards may have to be fetched again.
+    """
+    storage = job.storage
+    before = read_manifest(storage)
+    manifest = drop_broken(storage, before, damaged)
+    broken, lost = broken_units(job, planned, manifest, damaged)
+    job.markers.forget(lost)
+    if broken:
+        with _site(job, needed=True) as resolve:
+            again = Ingest(job.recipe, storage, resolve)
+            rebuilt = run(again, broken.values(), job.recipe.resources, redo=broken.keys(), progress=progress)
+        if not rebuilt.quarantined:
+            forget_damage(storage, (name for name in damaged if name.startswith("staged/")))
+    return bool(broken), manifest is not before and may_be_freed(storage)
 
 
 def _refuse_hopeless(recipe: Recipe, failed: Mapping[str, int], rows: int) -> None:

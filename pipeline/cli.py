@@ -41,13 +41,8 @@ def add_commands(app: typer.Typer, load: Load) -> None:
     _add_read_only_commands(app)
 
 
-def examples(*lines: str) -> str:
-    """Return the examples of a command's help page, one line each."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
-
-
 def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
-    @app.command(epilog=examples("capstan build recipe.yaml", "capstan build recipe.yaml --retry timeout,http_503"))
+    @app.command()
     def build(
         recipe: RecipeArgument,
         retry: Annotated[
@@ -69,7 +64,7 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
 
         finish(run(load(recipe, overrides), retry=retry), as_json)
 
-    @app.command(epilog=examples("capstan score recipe.yaml", "capstan score recipe.yaml --set 'score.image={}'"))
+    @app.command()
     def score(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
         """Add score columns to a built dataset.
 
@@ -79,7 +74,7 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
 
         finish(run(load(recipe, overrides)), as_json)
 
-    @app.command(epilog=examples("capstan select recipe.yaml --dry-run", "capstan select recipe.yaml"))
+    @app.command()
     def select(
         recipe: RecipeArgument,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the funnel; write nothing.")] = False,
@@ -96,11 +91,7 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
 
 
 def _add_takedown(app: typer.Typer) -> None:
-    @app.command(
-        epilog=examples(
-            "capstan remove out/ds --urls takedown.txt", "capstan remove s3://bucket/ds --domains domains.txt"
-        )
-    )
+    @app.command()
     def remove(
         dataset: DatasetArgument,
         keys: Annotated[str | None, typer.Option("--keys", metavar="FILE", help="File of keys, one per line.")] = None,
@@ -126,7 +117,7 @@ def _add_takedown(app: typer.Typer) -> None:
 
 
 def _add_read_only_commands(app: typer.Typer) -> None:
-    @app.command(epilog=examples("capstan verify out/ds", "capstan verify out/ds --repair"))
+    @app.command()
     def verify(
         dataset: DatasetArgument,
         repair: Annotated[
@@ -153,9 +144,7 @@ def _add_read_only_commands(app: typer.Typer) -> None:
         if not summary["ok"]:
             raise CapstanError(f"{len(summary['problems'])} problem(s) in {dataset}")
 
-    @app.command(
-        epilog=examples("capstan report out/ds", "capstan report out/ds --samples reason=match -o dropped.png")
-    )
+    @app.command()
     def report(
         dataset: DatasetArgument,
         samples: Annotated[

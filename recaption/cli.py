@@ -15,7 +15,6 @@ from capstan.pipeline.cli import (
     SetOption,
     StorageOption,
     concluded,
-    examples,
     finish,
     open_dataset,
 )
@@ -26,13 +25,7 @@ LayerHelp = "Layer id, or `latest`."
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
 
-    @app.command(
-        epilog=examples(
-            "capstan recaption recipe.yaml --plan",
-            "capstan recaption recipe.yaml",
-            "capstan recaption recipe.yaml --set recaption.batch=64",
-        )
-    )
+    @app.command()
     def recaption(
         recipe: RecipeArgument,
         plan: Annotated[
@@ -63,13 +56,7 @@ def add_commands(app: typer.Typer, load: Load) -> None:
 
 
 def _add_import_and_export(captions: typer.Typer) -> None:
-    @captions.command(
-        "import",
-        epilog=examples(
-            "capstan captions import out/ds mine captions.jsonl",
-            "capstan captions import out/ds mine captions.jsonl --slot descriptive=caption",
-        ),
-    )
+    @captions.command("import")
     def import_(
         dataset: DatasetArgument,
         layer: Annotated[str, typer.Argument(metavar="LAYER", help="Name of the new layer.")],
@@ -97,12 +84,7 @@ def _add_import_and_export(captions: typer.Typer) -> None:
         slots = import_captions.fields(slot)
         finish(import_captions.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
 
-    @captions.command(
-        epilog=examples(
-            "capstan captions export out/ds latest out/exported",
-            "capstan captions export out/ds 0123456789abcdef out/exported --slot short",
-        )
-    )
+    @captions.command()
     def export(
         dataset: DatasetArgument,
         layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp)],
@@ -125,12 +107,7 @@ def _add_import_and_export(captions: typer.Typer) -> None:
 
 
 def _add_diff(captions: typer.Typer) -> None:
-    @captions.command(
-        epilog=examples(
-            "capstan captions diff out/ds original latest",
-            "capstan captions diff out/ds latest:short latest:descriptive --sample 200",
-        )
-    )
+    @captions.command()
     def diff(
         dataset: DatasetArgument,
         a: Annotated[str, typer.Argument(metavar="A", help=f"{LayerHelp} Or `original`; or LAYER:SLOT.")],

@@ -40,12 +40,6 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
         """Train the model that train.model names.
 
         Resumes from the last checkpoint. A finished run is not trained again.
-
-        Examples:
-
-            capstan train recipe.yaml
-
-            capstan train recipe.yaml --set train.steps=20000 --set train.engine.workers=4
         """
         from capstan.training.launch import train as run
 
@@ -57,10 +51,6 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
 
         Runs the frozen autoencoder over all images, and the frozen text encoder over all captions, once before
         training. Set train.data.latents: auto to train on them.
-
-        Example:
-
-            capstan encode recipe.yaml
         """
         from capstan.training.encode import encode as run
 
@@ -97,14 +87,7 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
         ] = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Generate a labelled image grid from prompts.
-
-        Examples:
-
-            capstan sample ./out/run -p "a red circle" -p "two blue squares" -o grid.png
-
-            capstan sample ./out/run -p "a red circle" --seed 1 --seed 2 --steps 50
-        """
+        """Generate a labelled image grid from prompts."""
         from capstan.recaption.config import RecaptionConfig
         from capstan.training.sample import sample as draw
         from capstan.training.sample import upsampler_of
@@ -168,12 +151,6 @@ def _add_run_commands(app: typer.Typer) -> None:
         """Measure a finished run on unseen data.
 
         Reports each metric next to its chance level.
-
-        Examples:
-
-            capstan evaluate ./out/run
-
-            capstan evaluate ./out/run --measures clip,fid --clip ./clip --features ./inception.pth --count 1000
         """
         from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
         from capstan.training.evaluate import evaluate as measure
@@ -193,10 +170,6 @@ def _add_run_commands(app: typer.Typer) -> None:
         """Export a run as a diffusers pipeline.
 
         diffusers.DiffusionPipeline.from_pretrained opens the folder.
-
-        Example:
-
-            capstan export ./out/run ./pipeline --precision bf16
         """
         from capstan.training.export import export as write
 

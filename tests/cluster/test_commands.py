@@ -52,6 +52,7 @@ def test_help_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80 or "--set storage.endpoint_url" in text
     assert COMMANDS[name].examples
+    assert text.count("Example") == text.count("Examples:\n") == 1, "examples belong into the index alone"
     for example in COMMANDS[name].examples:
         assert f"    {example}\n" in text + "\n"
         words = shlex.split(example.partition(" > ")[0])

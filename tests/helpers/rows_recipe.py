@@ -1,4 +1,6 @@
-"""A recipe over drawn images in a table: some are no image, some repeat another, and each has a score."""
+"""A recipe over drawn images in a table: some are no image, some repeat another, and each has a score; and what a
+build of it publishes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capstan.pipeline import build as stages
 from capstan.pipeline.config import Recipe
+from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.storage import Storage
 
 Draw = Callable[[int], bytes]
 
@@ -34,3 +39,18 @@ def rows_recipe(
         "shards": {"samples": 15},
     }
     return Recipe.model_validate(settings | sections)
+
+
+def build(recipe: Recipe) -> dict[str, Any]:
+    return stages.build(recipe, progress=False)
+
+
+def published(recipe: Recipe) -> dict[str, bytes]:
+    """What readers see: all but staged images and state."""
+    storage = Storage(recipe.dataset)
+    hidden = ("state/", "staged/")
+    return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
+
+
+def sound(recipe: Recipe) -> bool:
+    return verify(Storage(recipe.dataset)) == []

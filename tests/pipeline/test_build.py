@@ -16,7 +16,7 @@ import pytest
 from in_process import run_here
 from PIL import Image
 from ray import cloudpickle
-from rows_recipe import rows_recipe
+from rows_recipe import build, published, rows_recipe, sound
 
 from capstan.pipeline import build as stages
 from capstan.pipeline.config import Recipe, Resources
@@ -40,21 +40,6 @@ Draw = Callable[[int], bytes]
 def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
     """A recipe over a table of rows, see helpers/rows_recipe.py."""
     return functools.partial(rows_recipe, tmp_path, draw)
-
-
-def build(recipe: Recipe) -> dict[str, Any]:
-    return stages.build(recipe, progress=False)
-
-
-def published(recipe: Recipe) -> dict[str, bytes]:
-    """What readers see: all but staged images and state."""
-    storage = Storage(recipe.dataset)
-    hidden = ("state/", "staged/")
-    return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
-
-
-def sound(recipe: Recipe) -> bool:
-    return verify(Storage(recipe.dataset)) == []
 
 
 def test_every_row_has_one_outcome_and_the_kept_are_packed(make: Callable[..., Recipe]) -> None:

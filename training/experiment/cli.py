@@ -20,7 +20,7 @@ def experiments(load: Load) -> typer.Typer:
         """Compare caption blends by prompt following.
 
         Trains one model per arm and seed of the recipe's section experiment, measures prompt following and writes a
-        report. Run the same command again to resume. Example: capstan experiment blend recipe.yaml
+        report. Run the same command again to resume.
         """
         from capstan.training.experiment.run import run_blend
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows_recipe import Draw, rows_recipe
+from rows_recipe import Draw, build, published, rows_recipe, sound
 
 from capstan.pipeline import build as stages
 from capstan.pipeline.config import Recipe, Resources
@@ -22,21 +22,6 @@ pytestmark = pytest.mark.integration
 def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
     """A recipe over a table of rows, see helpers/rows_recipe.py."""
     return functools.partial(rows_recipe, tmp_path, draw)
-
-
-def build(recipe: Recipe) -> dict[str, Any]:
-    return stages.build(recipe, progress=False)
-
-
-def published(recipe: Recipe) -> dict[str, bytes]:
-    """What readers see: all but staged images and state."""
-    storage = Storage(recipe.dataset)
-    hidden = ("state/", "staged/")
-    return {name: storage.read(name) for name in storage.names() if not name.startswith(hidden)}
-
-
-def sound(recipe: Recipe) -> bool:
-    return verify(Storage(recipe.dataset)) == []
 
 
 def test_where_nothing_is_kept_there_is_a_dataset_without_shards(
