@@ -117,7 +117,8 @@ def doctor(
 
     findings = examine(recipe, find_target(to, clusters) if to is not None else None, overrides)
     show(findings)
-    finish({"ok": all(f.ok for f in findings), "findings": [f.as_dict() for f in findings]}, as_json)
+    listed = {"findings": [f.as_dict() for f in findings]} if as_json else {}  # `show` has printed them
+    finish({"ok": all(f.ok for f in findings), **listed}, as_json)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

@@ -48,7 +48,7 @@ class Aws(Target):
     gpu_workers: Instances | None = None
     image: str | None = None  # an image built from the Dockerfile; null: `setup` installs Capstan
     ami: str | None = None  # null: Ray's choice for the region
-    instance_profile: str | None = None  # ARN of the profile that gives nodes access to the bucket
+    instance_profile: str | None = None  # ARN of the profile with which nodes reach the bucket
     ssh_user: str = "ubuntu"
     setup: list[str] = Field(default=[])  # shell commands on every node; without an image they install Capstan
     idle_minutes: Annotated[float, Field(gt=0)] = 10  # after which an idle worker is terminated

@@ -102,7 +102,7 @@ class KubeRay(Target):
         default={}
     )  # variable: secret/key
     volumes: dict[str, Volume] = Field(default={})
-    service_account: str | None = None  # its role gives access to a bucket without any secret
+    service_account: str | None = None  # its role grants access to a bucket without any secret
     node_selector: dict[str, str] = Field(default={})
     keep_s: Annotated[int, Field(ge=0)] = 600  # seconds for which the cluster is kept after the end, for inspection
     deadline_s: Annotated[int, Field(ge=1)] | None = None

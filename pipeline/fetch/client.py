@@ -344,6 +344,6 @@ def _explain(error: Exception, timeout_s: float) -> FetchError:
 
 
 def _message(error: BaseException) -> str:
-    """Return what aiohttp found wrong in a response, without the status 400 that it gives to that itself."""
+    """Return what aiohttp found wrong in a response, without the status 400 that aiohttp itself assigns."""
     cause = error.__cause__ if isinstance(error.__cause__, HttpProcessingError) else error
     return " ".join(str(getattr(cause, "message", "") or "the body ends early").split())

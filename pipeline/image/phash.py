@@ -42,7 +42,7 @@ def colours(rgb: np.ndarray) -> str:
 
 
 def _hash(cells: np.ndarray) -> int:
-    luma = (cells - cells[0, 0]) @ _LUMA  # a flat image gives exact zeros, not rounding noise
+    luma = (cells - cells[0, 0]) @ _LUMA  # a flat image yields exact zeros, not rounding noise
     low = cv2.dct(luma - luma.mean())[1:9, 1:9]
     ordered = np.sort(low, axis=None)  # np.median would take longer than the transform
     return int.from_bytes(np.packbits(low > (ordered[31] + ordered[32]) / 2).tobytes(), "big")

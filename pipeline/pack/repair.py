@@ -115,9 +115,7 @@ def _rows_of(data: bytes) -> list[dict[str, Any]]:
 def broken_units(
     job: Ingest, planned: Plan, manifest: Manifest | None, damaged: Collection[str]
 ) -> tuple[dict[str, Unit], list[str]]:
-    """Return the units whose staged files are broken, with what makes ingest rebuild them; and the units of which
-    nothing is left, which are ingested as if they were new.
-    """
+    """Return units to rebuild, whose staged files are broken, and units to ingest again, which have nothing left."""
     storage, present = job.storage, set(job.storage.names("staged"))
     usable, freed = present - set(damaged), may_be_freed(job.storage)
     plans = {unit.id: unit for unit in planned.units}
@@ -150,7 +148,7 @@ def _shards_of(storage: Storage, manifest: Manifest | None, unit: Staged) -> lis
 
 
 def _restored(storage: Storage, manifest: Manifest | None, unit: str, tar: str) -> str:
-    """Write the staged table of a unit anew from its ledger table and its tar; return its name, "" without a ledger."""
+    """Rebuild the staged table of a unit from its ledger table and its tar; return its name, "" without a ledger."""
     entries = [entry for entry in (manifest.ledger if manifest else []) if entry.name == f"unit-{unit}"]
     try:
         rows = storage.read_table(entries[0].table, sha256=entries[0].sha256).to_pylist() if entries else []

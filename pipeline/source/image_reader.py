@@ -1,7 +1,7 @@
 """Positions of images in the source's files → their bytes, or an error
 
 The rows of a unit are sorted by key, so they are spread at random over all files. They are read in the order of (file,
-offset), so that each file is opened once. The operating system is told which bytes come next, so that the disk works
+offset), so that each file is opened once. The operating system learns which bytes come next, so that the disk works
 while images are decoded; from a bucket many ranges are requested at once, the next ones while the previous are decoded.
 
 A source may change after it was planned. A whole file on a disk is read as it is now. For a file in a tar the header

@@ -312,7 +312,7 @@ def _array_records(text: io.TextIOWrapper, file: SourceFile) -> Iterator[list[di
             try:
                 value, at = decode(buffer, at)
             except (ValueError, RecursionError):
-                break  # the item goes on in the next block
+                break  # the item continues in the next block
             records.append(value if isinstance(value, dict) else {UNREADABLE: to_json(value)})
         else:
             at = len(buffer)

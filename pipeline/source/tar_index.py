@@ -80,7 +80,7 @@ def is_of(before: bytes, name: str, size: int) -> bool:
         return f" path={name}\n" in record
     if fits(name) or not record:
         return False
-    # GNU's long name, or its end; or an extended header of several blocks, of which only the last was read
+    # GNU's long name, or its end; or an extended header of several blocks, when only the last was read
     return name.endswith(record.removesuffix("\n")) or _RECORD.search(record) is not None
 
 
