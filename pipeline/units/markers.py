@@ -121,10 +121,13 @@ class MarkerLog:
     def _facts_in(self, name: str, data: bytes) -> Facts | None:
         """Return the content of a marker; None if it is damaged, so that its unit is done again."""
         try:
-            return dict(json.loads(data))
-        except (ValueError, TypeError):
-            log.warning("%s is damaged: its unit is done again", self.storage.path(name))
-            return None
+            facts = json.loads(data)
+        except ValueError:
+            facts = None
+        if isinstance(facts, dict):
+            return facts
+        log.warning("%s is damaged: its unit is done again", self.storage.path(name))
+        return None
 
     def _markers(self) -> list[str]:
         return self.storage.names(f"state/{self.name}/done")

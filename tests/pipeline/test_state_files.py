@@ -48,7 +48,7 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "ds"))
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\x00\xff", b"[]"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\x00\xff", b"[]", b"null"])
 @pytest.mark.parametrize(
     "file", ["done/0000-000001.json", "plan/batch-0000/batch.json", "plan/source.json", "lease.json", "damaged/x.json"]
 )

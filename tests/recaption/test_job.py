@@ -99,7 +99,7 @@ def test_killed_or_failed_runs_go_on_and_end_with_the_same_bytes(
     assert tar is not None
     whole = tar.read_bytes()
     tar.write_bytes(whole[:100])
-    with pytest.raises(Quarantined, match=f"{broken}: CapstanError"):
+    with pytest.raises(Quarantined, match=f"{broken}: DamagedFile"):
         recaption(recipe(captioner, storage), progress=False)
     tar.write_bytes(whole)
     summary = recaption(recipe(captioner, storage, workers=2), progress=False)
