@@ -33,6 +33,7 @@ from capstan.pipeline.score.job import score as run_scorers
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
+from capstan.pipeline.select.review import check_reviews
 from capstan.pipeline.source.plan import Plan, plan, read_plan
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import run
@@ -104,6 +105,7 @@ def _build(
 ) -> dict[str, Any]:
     clock = _Clock()
     check_conditions(recipe)
+    check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
     resume(storage)
     planned = planned or plan(recipe, storage, progress=progress)
@@ -194,6 +196,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     clock = _Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
+    check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
     storage.check_writable()
     if not scorers:
@@ -212,6 +215,7 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     storage.check_reachable()
+    check_reviews(recipe, storage)
     if not dry_run:
         storage.check_writable()
         with lease(storage, "select") as held:
@@ -231,6 +235,7 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
 def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -> dict[str, Any]:
     clock = _Clock()
     check_conditions(recipe)
+    check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
     resume(storage)
     units = as_scored(recipe, storage, scorers, _found(recipe, storage))

@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.text import safe_yaml
@@ -146,6 +155,7 @@ class Condition(Section):
     at_most    the maximum number of rows per value of the SQL expression `per`; the highest `by` are kept
     balance    a SQL expression: every value keeps as many rows as the rarest has, but at least `at_least`
     top        the fraction of rows to keep, highest `by` first; with `per`, the fraction of each value's rows
+    review     the name of a review (`capstan view`): the rows that it rejects are rejected; `name` may be left out
 
     Without `by`, the first rows by key are kept. Keys are hashes, so this is a random choice.
     """
@@ -155,17 +165,31 @@ class Condition(Section):
     at_most: Annotated[int, Field(ge=1)] | None = None
     balance: Annotated[str, Field(min_length=1)] | None = None
     top: Annotated[float, Field(gt=0, le=1)] | None = None
+    review: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     per: Annotated[str, Field(min_length=1)] | None = None
     by: Annotated[str, Field(min_length=1)] | None = None
     at_least: Annotated[int, Field(ge=1)] = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_review(cls, values: Any) -> Any:
+        """Name a step `review` that states a review only."""
+        if isinstance(values, dict) and values.get("review") is not None and "name" not in values:
+            return {"name": "review", **values}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _without_review(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset `review`, so that recipes of earlier versions keep their hash."""
+        values: dict[str, Any] = dump(self)
+        return values if values.get("review") is not None else {k: v for k, v in values.items() if k != "review"}
+
     @model_validator(mode="after")
     def _is_one_thing(self) -> Condition:
-        kinds = [kind for kind in ("where", "at_most", "balance", "top") if getattr(self, kind) is not None]
+        kinds = [kind for kind in ("where", "at_most", "balance", "top", "review") if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError(
-                f"{self.name} needs one of where, at_most, balance and top (found: {', '.join(kinds) or 'none'})"
-            )
+            found = ", ".join(kinds) or "none"
+            raise ValueError(f"{self.name} needs one of where, at_most, balance, top and review (found: {found})")
         needed = {"at_most": ["per"], "top": ["by"]}.get(kinds[0], [])
         allowed = {"at_most": {"per", "by"}, "top": {"per", "by"}, "balance": {"by", "at_least"}}.get(kinds[0], set())
         if missing := [key for key in needed if getattr(self, key) is None]:

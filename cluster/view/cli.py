@@ -21,6 +21,7 @@ def add_commands(app: typer.Typer) -> None:
         dataset: DatasetArgument,
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
         browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+        read_only: Annotated[bool, typer.Option("--read-only", help="Allow no verdicts and no takedown list.")] = False,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
@@ -40,4 +41,4 @@ def add_commands(app: typer.Typer) -> None:
                 print(f"{dataset} is at {address}\nCtrl-C ends it.", file=sys.stderr)
 
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(serve(storage, port, browser=browser, ready=ready))
+            asyncio.run(serve(storage, port, browser=browser, ready=ready, read_only=read_only, options=overrides))

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -22,10 +22,12 @@ from aiohttp import web
 from capstan.cluster.view.access import Access
 from capstan.cluster.view.captions import captions_of
 from capstan.cluster.view.images import Images
-from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.report.explore import Explorer
+from capstan.cluster.view.reviews import Reviews, Takedown, among, count
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.report.explore import Explorer, Judged
 from capstan.pipeline.report.query import SAMPLE, Row, Rows
 from capstan.pipeline.report.thumbnails import why_missing
+from capstan.pipeline.select.review import VERDICTS, Verdict
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import list_layers
 
@@ -46,8 +48,9 @@ _MOST_BYTES: Final = 1 << 16  # of a request
 class Viewer:
     """The application over one open dataset."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, *, read_only: bool = False, options: Sequence[str] = ()) -> None:
         self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
+        self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
         self.access = Access()
         self.app = web.Application(middlewares=[self.access.check, _problems], client_max_size=_MOST_BYTES)
         self.app.router.add_get("/", self._static("index.html"))
@@ -60,6 +63,10 @@ class Viewer:
         self.app.router.add_post("/api/funnel", self.funnel)
         self.app.router.add_get("/api/nearest", self.nearest)
         self.app.router.add_get("/image/{key}/{side}", self.image)
+        self.app.router.add_get("/api/reviews", self.review_names)
+        self.app.router.add_post("/api/review/{name}", self.review)
+        self.app.router.add_get("/api/takedown", self.takedown_list)
+        self.app.router.add_post("/api/takedown", self.take_down)
 
     async def dataset(self, _: web.Request) -> web.Response:
         """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
@@ -81,6 +88,7 @@ class Viewer:
                     for s in explorer.subjects
                 ],
                 "layers": layers,
+                "read_only": self._read_only,
             }
         )
 
@@ -90,6 +98,9 @@ class Viewer:
         after = json.loads(asked["after"]) if "after" in asked else None
         if after is not None and not (isinstance(after, list) and len(after) == 2 and isinstance(after[1], str)):
             raise RecipeError("after", "is not the end of a page", "use the `next` of the page before")
+        review = await asyncio.to_thread(self.reviews.read, asked["review"]) if asked.get("review") else None
+        wanted = asked.get("verdict", "")
+        judged = Judged(review, wanted.replace("none", "")) if review is not None and wanted else None
         found = await asyncio.to_thread(
             self.explorer.page,
             asked.get("where", ""),
@@ -99,9 +110,12 @@ class Viewer:
             asked.get("descending") == "1",
             after,
             _PAGE,
+            judged,
         )
         await asyncio.to_thread(self.images.load, found.rows, 256)
-        return _json({"rows": [_card(row) for row in found.rows], "next": found.next, "total": found.total})
+        given = among(review, [row.key for row in found.rows]) if review is not None else {}
+        cards = [_card(row) | asdict(given.get(row.key, Verdict(""))) for row in found.rows]
+        return _json({"rows": cards, "next": found.next, "total": found.total})
 
     async def row(self, request: web.Request) -> web.Response:
         """Return all that is known of a row, with its captions in every layer."""
@@ -111,7 +125,10 @@ class Viewer:
         if detail is None or row is None:
             raise web.HTTPNotFound(text="no such row")
         captions = await asyncio.to_thread(captions_of, self.rows.storage, row.shard, key) if row.is_shown else []
-        return _json({**detail, "card": _card(row), "captions": captions})
+        name = request.query.get("review")
+        given = among(await asyncio.to_thread(self.reviews.read, name), [key]) if name else {}
+        card = _card(row) | asdict(given.get(key, Verdict("")))
+        return _json({**detail, "card": card, "captions": captions})
 
     async def histogram(self, request: web.Request) -> web.Response:
         """Return the histogram of a subject."""
@@ -152,6 +169,46 @@ class Viewer:
             raise web.HTTPNotFound(text="no image")
         return web.Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
+    async def review_names(self, _: web.Request) -> web.Response:
+        """Return the reviews with their numbers of verdicts."""
+        return _json({"reviews": await asyncio.to_thread(self.reviews.counts), "who": self.reviews.who})
+
+    async def review(self, request: web.Request) -> web.Response:
+        """Publish verdicts; return those before, with which the page can undo them."""
+        asked = (await self._writing(request))["verdicts"]
+        given = {str(one["key"]): Verdict(str(one["verdict"]), str(one.get("note", ""))) for one in asked}
+        if any(one.verdict not in ("", *VERDICTS) for one in given.values()):
+            raise RecipeError("verdict", "is unknown", f"use {', '.join(VERDICTS)} or an empty text")
+        await self._known(given)
+        before, table = await asyncio.to_thread(self.reviews.give, request.match_info["name"], given)
+        undo = [{"key": key, **asdict(one)} for key, one in before.items()]
+        return _json({"before": undo, **count(table)})
+
+    async def takedown_list(self, _: web.Request) -> web.Response:
+        """Return the keys to take down, their file and the command that does it."""
+        return _json(await asyncio.to_thread(self.takedown.change))
+
+    async def take_down(self, request: web.Request) -> web.Response:
+        """Add keys to the takedown list, or take them out of it. Nothing is removed from the dataset."""
+        asked = await self._writing(request)
+        add, remove = ([str(key) for key in asked.get(name, [])] for name in ("add", "remove"))
+        await self._known(add)
+        return _json(await asyncio.to_thread(self.takedown.change, add, remove))
+
+    async def _writing(self, request: web.Request) -> dict[str, Any]:
+        """Return the body of a request that writes. Raises 403 if the viewer may only read."""
+        if self._read_only:
+            raise web.HTTPForbidden(text="This viewer was started with --read-only.")
+        body: dict[str, Any] = await request.json()
+        return body
+
+    async def _known(self, keys: Iterable[str]) -> None:
+        """Raise RecipeError unless all keys are rows of the dataset."""
+        wanted = set(keys)
+        known = await asyncio.to_thread(self.explorer.rows_of, filter(_KEY.fullmatch, wanted))
+        if len(known) < len(wanted):
+            raise RecipeError("key", "is not of a row of this dataset", "reload the page")
+
     @staticmethod
     def _static(name: str) -> Callable[[web.Request], Any]:
         async def answer(_: web.Request) -> web.Response:
@@ -169,7 +226,9 @@ async def _problems(request: web.Request, handler: Callable[[web.Request], Any])
         return answer
     except RecipeError as error:
         return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)
-    except (KeyError, TypeError, ValueError):
+    except CapstanError as error:
+        return web.Response(status=409, text=str(error))
+    except (AttributeError, KeyError, TypeError, ValueError):
         problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
         return web.json_response(problem, status=400)
 
@@ -190,10 +249,18 @@ def _json(answer: Any) -> web.Response:
     return web.json_response(answer, headers={"Cache-Control": "no-store"})
 
 
-async def serve(storage: Storage, port: int, *, browser: bool, ready: Callable[[str], None]) -> None:
+async def serve(
+    storage: Storage,
+    port: int,
+    *,
+    browser: bool,
+    ready: Callable[[str], None],
+    read_only: bool = False,
+    options: Sequence[str] = (),
+) -> None:
     """Serve the viewer on loopback until it is cancelled; call `ready` with the address once it listens."""
     with Rows(storage) as rows:
-        viewer = Viewer(rows)
+        viewer = Viewer(rows, read_only=read_only, options=options)
         runner = web.AppRunner(viewer.app, access_log=None)
         await runner.setup()
         try:
@@ -209,4 +276,5 @@ async def serve(storage: Storage, port: int, *, browser: bool, ready: Callable[[
                     webbrowser.open(address)
             await asyncio.Event().wait()
         finally:
+            viewer.reviews.close()
             await runner.cleanup()

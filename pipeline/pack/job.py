@@ -45,6 +45,7 @@ from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import added, joined, pins
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
+from capstan.pipeline.select.review import reviews_signature
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
@@ -165,6 +166,8 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
     """Return a hash of everything that determines which rows are kept, in which shard, and what is staged."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
     outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
+    if any(step.review is not None for step in recipe.select):
+        outside.append(reviews_signature(recipe, storage))
     return fingerprint(
         [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
     )

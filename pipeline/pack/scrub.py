@@ -1,6 +1,7 @@
-"""Removal of rows from the files derived from images: captions, latents, text states
+"""Removal of rows from the files derived from images: captions, latents, text states, reviews
 
     captions/**.parquet                              tables with a column `key`, also those of unfinished layers
+    review/*.parquet                                 verdicts and notes of people
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples
 
 Latents are stored by a sample's position in its shard and carry the shard's sum. That sum is known only once the shard
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
+from capstan.pipeline.select.review import FOLDER
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
@@ -38,7 +40,7 @@ def scrub_derived(
 
     `packed` are the present shards (name, sum). Latents of any other shard may hold any row, and are deleted.
     """
-    for name in storage.names("captions"):
+    for name in [*storage.names("captions"), *storage.names(FOLDER)]:
         if name.endswith(".parquet"):
             _scrub_table(storage, name, keys)
     for name in storage.names(_LATENTS):

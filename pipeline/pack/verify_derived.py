@@ -1,4 +1,4 @@
-"""A dataset's caption layers, latents and text states → what is wrong with them
+"""A dataset's caption layers, latents, text states and reviews → what is wrong with them
 
 A file is expected if the job that makes it has committed its shard: layers and latents that are incomplete, since no
 job has come that far, are no damage.
@@ -12,18 +12,19 @@ from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.select.review import verify_reviews
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
 
 def verify_derived(storage: Storage, manifest: Manifest) -> list[str]:
-    """Return every problem of caption layers and latents, one line each that names the file."""
+    """Return every problem of caption layers, latents and reviews, one line each that names the file."""
     captions, latents = storage.names("captions"), storage.names("latents")
     problems = [*_missing_captions(storage, manifest, captions), *_missing_latents(storage, manifest, latents)]
     files = [name for name in captions if name.endswith(".parquet")]
     files += [name for name in latents if name.endswith(".safetensors")]
     problems += [problem for problem in ahead(lambda name: _problem(storage, name), files) if problem is not None]
-    return problems
+    return [*problems, *verify_reviews(storage)]
 
 
 def _problem(storage: Storage, name: str) -> str | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import duckdb
+import pyarrow as pa
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.html.plots import Histogram
@@ -24,6 +25,7 @@ from capstan.pipeline.report.thresholds import is_condition
 
 DEADLINE_S: Final = 20.0
 _TEXT: Final = 2000  # characters of a text column in a detail
+_VERDICTS: Final = "verdicts"
 _HIDDEN: Final = ("phash", "colours", "offset", "size", "json_size")
 
 
@@ -34,6 +36,14 @@ class Page:
     rows: list[Row]
     next: list[Any] | None
     total: int | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A review (columns key and verdict), and the verdict asked for; "" for none."""
+
+    review: pa.Table
+    verdict: str
 
 
 class Explorer:
@@ -70,13 +80,21 @@ class Explorer:
         descending: bool = False,
         after: Sequence[Any] | None = None,
         limit: int = 60,
+        judged: Judged | None = None,
     ) -> Page:
-        """Return a page of rows, ordered by a column and then by key; `after` is the `next` of the page before."""
+        """Return a page of rows, ordered by a column and then by key; `after` is the `next` of the page before.
+
+        `judged` leaves the rows that have a certain verdict in a review, or none.
+        """
         if order not in self.columns:
             raise RecipeError("order", f"no column {order!r}", f"use one of {', '.join(self.columns)}")
         terms = [self.condition(where)] if where else []
         terms += [f"outcome = {literal(outcome)}"] if outcome else []
         terms += [f"reason = {literal(reason)}"] if reason else []
+        if judged is not None:
+            terms.append(f"key IN (SELECT key FROM {_VERDICTS} WHERE verdict = {literal(judged.verdict)})")
+            if not judged.verdict:
+                terms[-1] = f"key NOT IN (SELECT key FROM {_VERDICTS})"
         chosen = " AND ".join(terms) or "true"
         column, sign = quoted(order), "<" if descending else ">"
         bound, parameters = "true", list[Any]()
@@ -92,6 +110,8 @@ class Explorer:
         ordered = f"ORDER BY {column} {way} NULLS LAST{last} LIMIT {limit}"
         query = f"SELECT key, {column} FROM rows WHERE {chosen} AND {bound} {ordered}"
         with self._lock, self._asked("where"):
+            if judged is not None:
+                self.rows.db.register(_VERDICTS, judged.review)
             found = self.rows.query(query, parameters)
             total = None if after is not None else self.rows.query(f"SELECT count(*) FROM rows WHERE {chosen}")[0][0]
             rows = self.rows.rows(key for key, _ in found)
@@ -102,6 +122,11 @@ class Explorer:
         """Return the row of a key, texts cut, or None."""
         with self._lock, self._asked("key"):
             return self.rows.rows([key]).get(key)
+
+    def rows_of(self, keys: Iterable[str]) -> dict[str, Row]:
+        """Return key → row for those of `keys` that exist."""
+        with self._lock, self._asked("key"):
+            return self.rows.rows(keys)
 
     def detail(self, key: str) -> dict[str, Any] | None:
         """Return a row's columns and scores, and the keys before and after it; None if there is no such row."""

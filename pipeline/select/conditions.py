@@ -19,6 +19,7 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capstan.pipeline.config import Condition, Recipe
 from capstan.pipeline.errors import RecipeError
@@ -28,6 +29,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
+from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
 from capstan.pipeline.storage import Storage
 
@@ -92,7 +94,8 @@ def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged
     columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
     coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
     with _connect() as db:
-        query = _Query(db, recipe.select, columns, unwanted, coloured=coloured)
+        reviews = reviews_of(recipe, storage)
+        query = _Query(db, recipe.select, columns, unwanted, reviews, coloured=coloured)
         blocks = list(ahead(lambda part: query.run(storage, part), _blocks(units))) or [query.empty()]
     first = blocks[0]
     whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
@@ -125,11 +128,12 @@ class _Query:
         conditions: Sequence[Condition],
         columns: Columns,
         unwanted: Blocklist,
+        reviews: Mapping[int, pa.Array],
         *,
         coloured: bool,
     ) -> None:
         self._db, self._conditions, self._columns = db, conditions, columns
-        self._unwanted, self._coloured = unwanted, coloured
+        self._unwanted, self._reviews, self._coloured = unwanted, reviews, coloured
         cases, self._groups, self._ranks = "", list[int](), list[int]()
         taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
         expressions = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
@@ -177,6 +181,9 @@ class _Query:
         values = self._execute(rows)
         size = rows["original_width"].to_numpy().astype(np.int64)
         step = values["step"].to_numpy()
+        for number, rejected in self._reviews.items():
+            hit = pc.is_in(rows["key"], rejected).to_numpy()
+            step = np.where(hit & ((step == PASSED) | (step > number)), np.int16(number), step)
         if self._unwanted:
             hits = self._unwanted.hits(*(rows[name].to_pylist() for name in ("key", "url", "sha256")))
             step = np.where(np.array(hits, bool) & (step >= FAILED), np.int16(BLOCKED), step)

@@ -22,7 +22,7 @@ def sample(conditions: Sequence[Condition], found: QueryResult, batch: Ints) -> 
     """Return the step of each row: `found.step`, updated by the sampling steps. `batch` holds each row's batch."""
     step = found.step.copy()
     for number, condition in enumerate(conditions, 1):
-        if condition.where is not None:
+        if condition.where is not None or condition.review is not None:
             continue
         (left,) = np.nonzero((step == PASSED) | (step > number))
         groups = found.groups[number][left] if number in found.groups else np.zeros(len(left), np.uint64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import json
@@ -44,17 +45,35 @@ class Visit:
     answers: list[Any] = field(default_factory=list)  # of the expressions that were asked
 
 
+@dataclass(frozen=True)
+class Press:
+    """A key that a person presses, among the expressions of a visit."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A screenshot, among the expressions of a visit."""
+
+    path: Path
+    whole: bool = False
+
+
+Step = str | Press | Shot
+
+
 class Browser:
     """A running browser."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
 
-    def visit(self, page: Path | str, *expressions: str, width: int = 1280, dark: bool = False) -> Visit:
+    def visit(self, page: Path | str, *expressions: Step, width: int = 1280, dark: bool = False) -> Visit:
         """Open a file or a URL, let it settle, and evaluate `expressions` (JavaScript, promises too) in it."""
         return asyncio.run(asyncio.wait_for(self._visit(page, expressions, width, dark), _PATIENCE_S))
 
-    async def _visit(self, page: Path | str, expressions: Sequence[str], width: int, dark: bool) -> Visit:
+    async def _visit(self, page: Path | str, expressions: Sequence[Step], width: int, dark: bool) -> Visit:
         async with aiohttp.ClientSession() as session:
             async with session.put(f"{self._url}/json/new?about:blank") as answer:
                 target = await answer.json(content_type=None)
@@ -71,6 +90,15 @@ class Browser:
                 await tab.until("Page.loadEventFired")
                 await asyncio.sleep(0.3)  # what a page starts after it has loaded
                 for expression in expressions:
+                    if isinstance(expression, Press):
+                        await tab.press(expression.key)
+                        tab.visit.answers.append(None)
+                        continue
+                    if isinstance(expression, Shot):
+                        shot = await tab.ask("Page.captureScreenshot", captureBeyondViewport=expression.whole)
+                        expression.path.write_bytes(base64.b64decode(shot["data"]))
+                        tab.visit.answers.append(None)
+                        continue
                     answer = await tab.ask(
                         "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
                     )
@@ -93,6 +121,11 @@ class _Tab:
             if message.get("id") == number:
                 assert "error" not in message, (method, message)
                 return dict(message["result"])
+
+    async def press(self, key: str) -> None:
+        text = {"text": "\r" if key == "Enter" else key} if len(key) == 1 or key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            await self.ask("Input.dispatchKeyEvent", type=kind, key=key, **(text if kind == "keyDown" else {}))
 
     async def until(self, event: str) -> None:
         while event not in self._seen:

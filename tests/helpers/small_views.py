@@ -16,6 +16,8 @@ import hostile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from in_process import run_all_here
 from PIL import Image
 
 from capstan.pipeline.build import build
@@ -38,7 +40,10 @@ def write_viewed(folder: Path) -> Path:
     rows = [hostile.row(number, draw) for number in range(hostile.ROWS)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     recipe = hostile.recipe(str(folder), str(folder / "rows.parquet")) | {"resources": {"cpus": 2}}
-    build(Recipe.model_validate(recipe), progress=False)
+    with pytest.MonkeyPatch.context() as patch:  # Ray would take ten seconds to start
+        for module in ("build", "pack.job"):
+            patch.setattr(f"capstan.pipeline.{module}.run", run_all_here)
+        build(Recipe.model_validate(recipe), progress=False)
     storage = Storage(recipe["dataset"])
     dataset = Dataset(storage)
     keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
@@ -46,11 +51,26 @@ def write_viewed(folder: Path) -> Path:
     return Path(recipe["dataset"])
 
 
+def wait(condition: str, value: str = "true") -> str:
+    """JavaScript that waits until a condition holds, then returns a value; 'timeout' if it does not come to hold."""
+    return f"""new Promise(done => {{
+        const at = Date.now();
+        const look = () => {{
+            let holds;
+            try {{ holds = ({condition}); }} catch {{ holds = false; }}
+            if (holds) done({value});
+            else if (Date.now() - at > 20000) done('timeout');
+            else setTimeout(look, 50);
+        }};
+        look();
+    }})"""
+
+
 class Viewing:
     """`capstan view` of a dataset, in a process of its own."""
 
-    def __init__(self, dataset: Path) -> None:
-        command = [sys.executable, "-m", "capstan", "view", str(dataset), "--no-browser", "--json"]
+    def __init__(self, dataset: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "capstan", "view", str(dataset), "--no-browser", "--json", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = str(json.loads(self.process.stdout.readline())["url"])

@@ -1,8 +1,10 @@
 // One row: its image, what is known of it, and its captions in every layer with the words that differ marked.
 
 import { ask, h, short } from "./dom.js";
+import { note, panel, readOnly, reviewing } from "./review.js";
 import { neighbour, picture } from "./rows.js";
 import { change, state } from "./state.js";
+import { takedownPanel } from "./takedown.js";
 
 const dialog = document.getElementById("detail");
 dialog.addEventListener("close", () => change({ key: "" }));
@@ -19,7 +21,8 @@ export async function showDetail() {
     if (dialog.open) dialog.close();
     return;
   }
-  const { row, scores, card, captions, before, after } = await ask(`/api/row/${state.key}`);
+  const { row, scores, card, captions, before, after } = await ask(`/api/row/${state.key}${reviewing() ? `?review=${state.review}` : ""}`);
+  note([card]);
   const twin = row.outcome === "duplicate" && /^[0-9a-f]{32}$/.test(row.detail)
     ? (await ask(`/api/row/${row.detail}`)).card : null;
   const close = h("button", { class: "close", "aria-label": "Close", onclick: () => dialog.close() }, "×");
@@ -32,11 +35,12 @@ export async function showDetail() {
       h("figcaption", {}, h("button", { class: "plain", onclick: () => change({ key: twin.key }) }, "The image that was kept"))) : null),
     h("h2", {}, row.caption || "no caption"),
     h("p", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason, row.detail].filter(Boolean).join(": ")),
+    panel(row.key),
     h("div", { class: "buttons" }, copy, steps),
     captions.length ? texts(row.caption, captions) : null,
     Object.keys(scores).length ? facts("Scores", scores) : null,
     facts("Row", row),
-    card.outcome === "kept" ? h("p", { class: "note" }, "To take this image down, put its key into a file and run capstan remove DATASET --keys FILE.") : null];
+    readOnly() ? null : takedownPanel(row.key)];
   dialog.replaceChildren(...parts.filter(Boolean));
   if (!dialog.open) dialog.showModal();
 }

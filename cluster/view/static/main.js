@@ -2,11 +2,15 @@
 
 import { showDetail } from "./detail.js";
 import { ask, number } from "./dom.js";
+import { setReadOnly } from "./review.js";
 import { showRows } from "./rows.js";
 import { showSide } from "./side.js";
 import { onchange, state } from "./state.js";
+import { loadTakedown } from "./takedown.js";
 
 const dataset = await ask("/api/dataset");
+setReadOnly(dataset.read_only);
+await loadTakedown();
 document.title = `${dataset.dataset} – Capstan`;
 document.getElementById("name").textContent = dataset.dataset;
 const kept = dataset.outcomes.filter((one) => one.outcome === "kept").reduce((sum, one) => sum + one.rows, 0);
@@ -18,7 +22,7 @@ document.getElementById("counts").textContent = [
 
 const failed = () => {}; // `ask` has shown the problem already
 onchange((names) => {
-  if (names.some((name) => ["outcome", "reason", "where", "order", "descending", "look"].includes(name))) {
+  if (names.some((name) => ["outcome", "reason", "where", "order", "descending", "look", "review", "verdict"].includes(name))) {
     showSide(dataset);
     showRows().catch(failed);
   }

@@ -1,6 +1,7 @@
 // The rows as a grid of images or a table, page by page.
 
 import { ask, h, number } from "./dom.js";
+import { badge, note } from "./review.js";
 import { change, state } from "./state.js";
 
 const main = document.getElementById("rows");
@@ -10,7 +11,7 @@ let shown = [];
 export async function showRows() {
   const own = ++asked;
   const query = new URLSearchParams({ where: state.where, outcome: state.outcome, reason: state.reason,
-    order: state.order, descending: state.descending });
+    order: state.order, descending: state.descending, review: state.review, verdict: state.verdict });
   const page = await ask(`/api/rows?${query}`);
   if (own !== asked) return; // a later question was asked meanwhile
   shown = page.rows;
@@ -21,9 +22,19 @@ export async function showRows() {
   more(list, query, page.next, own);
 }
 
+export const shownKeys = () => shown.map((row) => row.key);
+export const rowOf = (key) => main.querySelector(`[data-key="${key}"]`);
+
+export function focusRow(key) {
+  const row = rowOf(key);
+  row?.querySelector("button").focus({ preventScroll: true });
+  row?.scrollIntoView({ block: "nearest" });
+}
+
 export const neighbour = (key, step) => shown[shown.findIndex((row) => row.key === key) + step]?.key;
 
 function fill(list, rows) {
+  note(rows);
   list.append(...rows.map(state.look === "table" ? line : card));
 }
 
@@ -53,8 +64,8 @@ export function picture(row, side = 256) {
 
 export function card(row) {
   const why = row.outcome === "kept" ? null : h("span", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason].filter(Boolean).join(": "));
-  return h("li", {}, h("button", { class: "card", onclick: () => change({ key: row.key }) },
-    picture(row), why, h("span", { class: "caption" }, row.caption || "no caption")));
+  return h("li", { "data-key": row.key }, h("button", { class: "card", onclick: () => change({ key: row.key }) },
+    picture(row), badge(row.key), why, h("span", { class: "caption" }, row.caption || "no caption")));
 }
 
 function table(body) {
@@ -65,6 +76,6 @@ function table(body) {
 function line(row) {
   const cells = [row.caption, row.outcome, row.reason, row.detail,
     row.original_width ? `${row.original_width} × ${row.original_height}` : "", row.url, row.key];
-  return h("tr", { onclick: () => change({ key: row.key }) },
-    h("td", {}, h("button", { class: "thumb", "aria-label": "Show this row" }, picture(row))), cells.map((cell, place) => h("td", { class: place === 1 || place === 2 ? "word" : "" }, cell)));
+  return h("tr", { "data-key": row.key, onclick: () => change({ key: row.key }) },
+    h("td", {}, h("button", { class: "thumb", "aria-label": "Show this row" }, picture(row)), badge(row.key)), cells.map((cell, place) => h("td", { class: place === 1 || place === 2 ? "word" : "" }, cell)));
 }

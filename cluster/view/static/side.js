@@ -2,12 +2,15 @@
 
 import { ask, debounce, h, number } from "./dom.js";
 import { histogram } from "./histogram.js";
+import { reviewSection } from "./review.js";
 import { change, state } from "./state.js";
+import { takedownSection } from "./takedown.js";
 
 const side = document.getElementById("side");
 
 export function showSide(dataset) {
-  side.replaceChildren(facets(dataset), filter(dataset), whatIf(dataset));
+  const parts = [facets(dataset), reviewSection(), filter(dataset), whatIf(dataset), dataset.read_only ? null : takedownSection()];
+  side.replaceChildren(...parts.filter(Boolean));
 }
 
 function facets(dataset) {

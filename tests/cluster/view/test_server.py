@@ -18,7 +18,7 @@ import browser
 import psutil
 import pytest
 from PIL import Image
-from small_views import Viewing, write_viewed
+from small_views import Viewing, wait, write_viewed
 
 pytestmark = pytest.mark.integration
 
@@ -154,19 +154,6 @@ def test_what_is_no_dataset_is_a_mistake(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-WAIT = """new Promise(done => {
-    const at = Date.now();
-    const look = () => (%s) || Date.now() - at > 20000 ? done(%s) : setTimeout(look, 50);
-    look();
-})"""
-MESSAGE = "document.getElementById('message').textContent"
-
-
-def wait(condition: str, value: str = "true") -> str:
-    """JavaScript that waits for a condition, then returns a value."""
-    return WAIT % (condition, value)
-
-
 @pytest.mark.skipif(browser.find() is None, reason="needs Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (420, True)])
 def test_the_page_in_a_browser(viewing: Viewing, width: int, dark: bool) -> None:
@@ -190,7 +177,7 @@ def test_the_page_in_a_browser(viewing: Viewing, width: int, dark: bool) -> None
             "document.querySelector('dialog').textContent.includes('null')",
             "document.querySelector('dialog .close').click()",
             wait("!location.hash.includes('key=')"),
-            "document.getElementById('where').value = 'widht > 3'; document.querySelector('form').requestSubmit()",
+            "const w = document.getElementById('where'); w.value = 'widht > 3'; w.form.requestSubmit()",
             wait(
                 "document.getElementById('message').textContent !== ''",
                 "document.getElementById('message').textContent",
