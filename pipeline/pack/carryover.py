@@ -31,33 +31,41 @@ Names = npt.NDArray[np.bytes_]  # key and SHA-256 of samples, 48 raw bytes each
 
 def carry_over(
     storage: Storage, manifest: Manifest | None, decisions: Decisions, shards: Iterable[str]
-) -> list[Packed]:
-    """Copy the packed shards that hold images which the new `shards` need and which are not staged; return the copies.
+) -> dict[str, list[Packed]]:
+    """Copy the packed shards that hold images which the new `shards` need and which are not staged.
 
-    Raises RecipeError, before anything is copied, if some images are neither staged nor packed.
+    Returns, for each new shard that needs any, the copies to take its images from. Raises RecipeError, before anything
+    is copied, if some images are neither staged nor packed.
     """
     rows = _unstaged(storage, decisions, shards)
     if not len(rows):
-        return []
-    wanted = np.sort(_names(decisions.key[rows], decisions.sha256[rows]))
-    found, packed = np.zeros(len(wanted), bool), list[Packed]()
+        return {}
+    names = _names(decisions.key[rows], decisions.sha256[rows])
+    order = np.argsort(names)
+    wanted, goal, found = names[order], decisions.shard[rows[order]], np.zeros(len(rows), bool)
+    sources = dict[str, list[Packed]]()
+
+    def assign(copy: Packed, new: npt.NDArray[np.int64]) -> None:
+        for number in np.unique(goal[new]).tolist():
+            sources.setdefault(shard_name(number), []).append(copy)
+
     on_shelf = carried_over(storage)
-    for tar, name in on_shelf:
-        if _find(storage, name, wanted, found):
-            packed.append((tar, name))
-    shelved = {tar for tar, _ in on_shelf}
-    entries = [entry for entry in (manifest.shards if manifest else []) if _shelved(entry) not in shelved]
-    needed = [
-        entry
-        for entry in entries
-        if not found.all() and _find(storage, entry.table, wanted, found, sha256=entry.table_sha256)
-    ]
+    for tar, table in on_shelf:
+        assign((tar, table), _find(storage, table, wanted, found))
+    shelved, needed = {tar for tar, _ in on_shelf}, list[ShardEntry]()
+    for entry in manifest.shards if manifest else []:
+        if _shelved(entry) not in shelved and not found.all():
+            new = _find(storage, entry.table, wanted, found, sha256=entry.table_sha256)
+            needed += [entry] * bool(len(new))
+            assign((_shelved(entry), _table(_shelved(entry))), new)
     if missing := int((~found).sum()):
         problem = f"{missing:,} of the kept rows no longer have an image: keep_staged: false freed them, or it was lost"
         raise RecipeError(
             "select", problem, "fetch them again with `capstan build RECIPE --retry freed`, or keep fewer"
         )
-    return packed + [_copy(storage, entry) for entry in needed]
+    for entry in needed:
+        _copy(storage, entry)
+    return sources
 
 
 def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions) -> npt.NDArray[np.int64]:
@@ -104,14 +112,16 @@ def clear(storage: Storage) -> None:
     storage.delete(*storage.names("shelf"))
 
 
-def _find(storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_], *, sha256: str = "") -> bool:
-    """Mark in `found` which of the (sorted) `wanted` a shard holds; return whether it holds any new one."""
+def _find(
+    storage: Storage, table: str, wanted: Names, found: npt.NDArray[np.bool_], *, sha256: str = ""
+) -> npt.NDArray[np.int64]:
+    """Mark in `found` which of the (sorted) `wanted` a shard holds; return the places of those that are new."""
     rows = storage.read_table(table, ["key", "sha256"], sha256=sha256)
     names = _names(raw_digits(rows["key"], 16), raw_digits(rows["sha256"], 32))
     place = np.minimum(np.searchsorted(wanted, names), len(wanted) - 1)
     new = place[(wanted[place] == names) & ~found[place]]
     found[new] = True
-    return bool(len(new))
+    return new
 
 
 def _names(key: Names, sha256: Names) -> Names:
@@ -140,7 +150,7 @@ def _table(tar: str) -> str:
     return f"{tar.removesuffix('.tar')}.parquet"
 
 
-def _copy(storage: Storage, entry: ShardEntry) -> Packed:
+def _copy(storage: Storage, entry: ShardEntry) -> None:
     tar, digest = _shelved(entry), hashlib.sha256()
     with scratch() as folder:
         copy = folder / "shard.tar"
@@ -154,4 +164,3 @@ def _copy(storage: Storage, entry: ShardEntry) -> Packed:
     columns = ["key", "sha256", "offset", "size", CRC32.name]
     table: pa.Table = storage.read_table(entry.table, columns, sha256=entry.table_sha256)
     storage.write_table(_table(tar), table)
-    return tar, _table(tar)

@@ -10,9 +10,9 @@ that is being replaced:
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
 from capstan.pipeline.dataset.shards import (
-    LedgerEntry,
     Manifest,
     Place,
     Sample,
@@ -39,10 +38,10 @@ from capstan.pipeline.dataset.shards import (
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, free, images
 from capstan.pipeline.pack.carryover import carry_over, clear
+from capstan.pipeline.pack.ledger import WriteLedger, ledger_name
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
-from capstan.pipeline.score import registry
 from capstan.pipeline.score.scorer import Scorer
-from capstan.pipeline.score.store import added, joined, pins
+from capstan.pipeline.score.store import pins
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
 from capstan.pipeline.select.review import reviews_signature
@@ -112,7 +111,7 @@ class Pack(Job):
 
     def _rows(self, segment: Segment, shard: str) -> pa.Table:
         """Return the segment's samples: the ledger's columns, and their row number in the unit."""
-        ledger = self.storage.read_table(ledger_entry_name(segment.unit))
+        ledger = self.storage.read_table(ledger_name(segment.unit))
         rows = ledger.append_column(_ROW, pa.array(np.arange(len(ledger))))
         rows = rows.slice(segment.start, segment.stop - segment.start)
         return rows.filter(pc.equal(rows["shard"], shard))
@@ -158,10 +157,6 @@ def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
     return rows.select(schema.names).cast(schema)
 
 
-def ledger_entry_name(unit: str) -> str:
-    return f"ledger/unit-{unit}.parquet"
-
-
 def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
     """Return a hash of everything that determines which rows are kept, in which shard, and what is staged."""
     settings = recipe.model_dump(mode="json", include={"select", "dedup", "shards", "image"})
@@ -194,6 +189,7 @@ def pack(
     Raises RecipeError if images that should be packed no longer exist.
     """
     job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
+    ledger = WriteLedger(recipe, storage, pinned)
     units, done = _shard_units(recipe, decisions, pinned), job.markers.read()
     wanted = {unit.id for unit in units}
     shelf = carry_over(storage, before, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
@@ -211,12 +207,22 @@ def pack(
     job.markers.forget(done.keys() - wanted)
     for unit in changed:  # its table may be the old one or the new one from here on
         job.markers.mark(unit, {**done[unit], "scores": "?"})
-    ledger = _write_ledger(recipe, storage, decisions, pinned)
+    tables = ledger.units(decisions)
+    ledger.forget_stale(tables)
+    summary = run(ledger, tables, recipe.resources, progress=progress)
     work = [
-        Unit(unit.id, {**unit.spec, "shelf": shelf, **({"packed": done[unit.id]} if unit.id in changed else {})})
+        Unit(
+            unit.id,
+            {
+                **unit.spec,
+                "shelf": shelf.get(unit.spec["shard"], []),
+                **({"packed": done[unit.id]} if unit.id in changed else {}),
+            },
+        )
         for unit in units
     ]
-    summary = run(job, work, recipe.resources, redo=changed, progress=progress)
+    if not summary.quarantined:  # a shard takes its rows from the ledger
+        summary = run(job, work, recipe.resources, redo=changed, progress=progress)
     done = job.markers.read()
     listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
     manifest = manifest.model_copy(
@@ -226,7 +232,7 @@ def pack(
             "counts": decisions.counts,
             "funnel": decisions.funnel,
             "shards": [ShardEntry(**entry) for entry in listed],
-            "ledger": ledger,
+            "ledger": ledger.entries(tables),
         }
     )
     manifest = manifest.model_copy(update={"indexes": write_indexes(storage, manifest)})
@@ -259,14 +265,14 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
     """
     order = np.argsort(decisions.shard, kind="stable")
     bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
-    units = []
+    units, starts = [], decisions.starts
     for number, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = order[first:last]
         if not len(rows):  # all its rows were taken down
             continue
         image = recipe.image.model_dump(mode="json")
         content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
-        segments = _segments(decisions, int(rows[0]), int(rows[-1]) + 1)
+        segments = _segments(decisions, starts, int(rows[0]), int(rows[-1]) + 1)
         files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
         scores = fingerprint([pinned, files]) if pinned else ""
         name = shard_name(number)
@@ -275,30 +281,12 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
     return units
 
 
-def _segments(decisions: Decisions, first: int, last: int) -> list[dict[str, Any]]:
-    """Return rows [first, last) of all rows as row ranges of units."""
-    starts = decisions.starts
+def _segments(decisions: Decisions, starts: list[int], first: int, last: int) -> list[dict[str, Any]]:
+    """Return rows [first, last) of all rows as row ranges of units; `starts`: each unit's first row, then the end."""
     segments = []
-    for number, (unit, a, b) in enumerate(zip(decisions.units, starts, starts[1:], strict=False)):
-        if a < last and b > first and (unit.tar or unit.freed):
+    for number in range(bisect.bisect_right(starts, first) - 1, bisect.bisect_left(starts, last)):
+        unit, a, b = decisions.units[number], starts[number], starts[number + 1]
+        if b > first and (unit.tar or unit.freed):
             place = {"start": max(first - a, 0), "stop": min(last, b) - a, "number": number}
             segments.append({"unit": unit.unit, "table": unit.table, "tar": unit.tar, **place})
     return segments
-
-
-def _write_ledger(
-    recipe: Recipe, storage: Storage, decisions: Decisions, pinned: list[dict[str, Any]]
-) -> list[LedgerEntry]:
-    """Write ledger/unit-*.parquet: one row for every input row, with its final outcome."""
-    scores, entries = registry.columns(recipe), []
-    metadata = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
-    schema, starts = with_scores(LEDGER_SCHEMA, added(scores), metadata), decisions.starts
-    for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
-        rows, scored = storage.read_table(unit.table), joined(storage, unit, scores)
-        columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
-        columns |= decisions.columns(start, stop, rows["reason"], rows["detail"])
-        columns |= {name: scored[name] for name in scored.column_names}
-        data = parquet_bytes(pa.table([columns[name] for name in schema.names], schema=schema))
-        storage.write(ledger_entry_name(unit.unit), data)
-        entries.append(LedgerEntry(name=f"unit-{unit.unit}", rows=len(rows), sha256=sha256_of(data)))
-    return entries

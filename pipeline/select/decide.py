@@ -72,10 +72,10 @@ class Decisions:
         """Return the SHA-256 of these rows' source files, hexadecimal."""
         return _hex(self.sha256[rows])
 
-    def columns(self, start: int, stop: int, reason: pa.Array, detail: pa.Array) -> dict[str, pa.Array]:
+    def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         """Return the ledger's outcome, reason, detail and shard of rows [start, stop).
 
-        `reason` and `detail` are the staged values of these rows.
+        Reason and detail are null for failed rows: theirs are in the staged table.
         """
         step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
         kind = self.repeats.kind[start:stop]
@@ -92,8 +92,8 @@ class Decisions:
         names = ["", *(shard_name(number) for number in range(first, int(shard.max(initial=-1)) + 1))]
         return {
             "outcome": _texts([FAILED, REJECTED, DUPLICATE, KEPT], outcome),
-            "reason": pc.if_else(pa.array(failed), reason, _texts(reasons, why)),
-            "detail": pc.if_else(pa.array(failed), detail, pa.array(repeated, pa.string())),
+            "reason": pc.if_else(pa.array(failed), pa.scalar(None, pa.string()), _texts(reasons, why)),
+            "detail": pc.if_else(pa.array(failed), pa.scalar(None, pa.string()), pa.array(repeated, pa.string())),
             "shard": _texts(names, np.where(shard >= 0, shard - first + 1, 0)),
         }
 

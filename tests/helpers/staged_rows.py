@@ -40,8 +40,8 @@ def recipe(**sections: Any) -> Recipe:
 
 
 def outcomes(decisions: Decisions) -> list[tuple[str, str, str, str]]:
-    nothing = pa.array([""] * len(decisions.step))
-    columns = decisions.columns(0, len(decisions.step), nothing, nothing)
+    """Return (outcome, reason, detail, shard) of each row; reason and detail of failed rows are None."""
+    columns = decisions.columns(0, len(decisions.step))
     return list(zip(*(column.to_pylist() for column in columns.values()), strict=True))
 
 

@@ -16,7 +16,7 @@ def test_conditions_apply_in_order_and_not_to_failed_rows(storage: Storage) -> N
         ("kept", ""),
         ("rejected", "wide"),
         ("rejected", "wide"),
-        ("failed", ""),
+        ("failed", None),
     ]
     assert [(step["step"], step["left"]) for step in decisions.funnel] == [
         ("rows", 4),

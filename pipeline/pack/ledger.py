@@ -1,0 +1,104 @@
+"""Decisions → ledger tables, on workers; only those that changed
+
+    ledger/unit-<unit>.parquet    one row for every input row of a unit, with its final outcome
+
+A unit of this job is a table. Its id ends with a hash of everything that decides the table's content, so after a
+changed threshold only the tables whose rows are decided differently are written.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.dataset.damage import noted_damage
+from capstan.pipeline.dataset.shards import LedgerEntry, sha256_of
+from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, with_scores
+from capstan.pipeline.score import registry
+from capstan.pipeline.score.store import added, joined
+from capstan.pipeline.select.decide import Decisions
+from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.units import Job, Piece, Unit
+
+_DECIDED = ("outcome", "reason", "detail", "shard")
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+def ledger_name(unit: str) -> str:
+    """Return the name of the ledger table of an ingest unit."""
+    return f"ledger/unit-{unit}.parquet"
+
+
+class WriteLedger(Job):
+    """The job that writes ledger tables. Its markers hold their entries in the manifest."""
+
+    name = title = "ledger"
+
+    def __init__(self, recipe: Recipe, storage: Storage, pinned: list[dict[str, Any]]) -> None:
+        self.storage, self._scores = storage, registry.columns(recipe)
+        metadata = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
+        self._schema = with_scores(LEDGER_SCHEMA, added(self._scores), metadata)
+        self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned])
+
+    def units(self, decisions: Decisions) -> list[Unit]:
+        """Return a unit for every ingest unit, in order. The decisions on its rows travel in the spec."""
+        starts, made = decisions.starts, []
+        for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
+            decided = _to_text(pa.table(decisions.columns(start, stop)))
+            staged = {"table": unit.table, "rows": unit.rows, "scores": dict(unit.scores)}
+            content = fingerprint([self._content, staged, hashlib.sha256(decided.encode()).hexdigest()])
+            made.append(Unit(f"{unit.unit}-{content}", {"unit": unit.unit, **staged, "decided": decided}))
+        return made
+
+    def forget_stale(self, wanted: list[Unit]) -> None:
+        """Remove the markers of tables that will be replaced, and of those that are lost or damaged."""
+        usable = set(self.storage.names("ledger")) - noted_damage(self.storage)
+        ids = {unit.id for unit in wanted}
+        done = self.markers.read()
+        self.markers.forget(id for id, entry in done.items() if id not in ids or _entry(entry).table not in usable)
+
+    def entries(self, wanted: list[Unit]) -> list[LedgerEntry]:
+        """Return the manifest's entries of the tables that are written."""
+        done = self.markers.read()
+        return [_entry(done[unit.id]) for unit in wanted if unit.id in done]
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """Yield one piece: the table's entry in the manifest."""
+        spec = unit.spec
+        staged = Staged(spec["unit"], spec["table"], "", spec["rows"], tuple(spec["scores"].items()))
+        rows, scored = self.storage.read_table(staged.table), joined(self.storage, staged, self._scores)
+        decided = _of_text(spec["decided"])
+        columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
+        columns |= {name: decided[name] for name in ("outcome", "shard")}
+        columns |= {name: pc.coalesce(decided[name], rows[name]) for name in ("reason", "detail")}
+        columns |= {name: scored[name] for name in scored.column_names}
+        data = parquet_bytes(pa.table([columns[name] for name in self._schema.names], schema=self._schema))
+        self.storage.write(ledger_name(staged.unit), data)
+        yield {"name": f"unit-{staged.unit}", "rows": len(rows), "sha256": sha256_of(data)}
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (entry,) = pieces
+        return entry
+
+
+def _entry(facts: dict[str, Any]) -> LedgerEntry:
+    return LedgerEntry(name=facts["name"], rows=facts["rows"], sha256=facts["sha256"])
+
+
+def _to_text(decided: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, decided.schema, options=_COMPRESSED) as writer:
+        writer.write_table(decided)
+    return base64.b85encode(sink.getvalue()).decode()
+
+
+def _of_text(text: str) -> pa.Table:
+    return pa.ipc.open_stream(base64.b85decode(text)).read_all()
