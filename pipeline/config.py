@@ -233,6 +233,7 @@ class Unit(Section):
 
 
 class Resources(Section):
+    executor: Literal["auto", "processes", "ray"] = "auto"  # auto: processes of this machine for small runs, else Ray
     cpus: Annotated[int, Field(ge=1)] | None = None
     gpus: Annotated[int, Field(ge=0)] | None = None
     model_workers: Annotated[int, Field(ge=1)] | None = None

@@ -1,16 +1,15 @@
-"""The unit map: run units on Ray, commit each one exactly once
+"""The unit map: run units on workers, commit each one exactly once
 
-    from_items(units) ─▶ prepare(unit) on CPU workers ─▶ model()(piece) on model workers ─▶ commit(unit, pieces), marker
-                         yields bounded pieces           an actor pool; optional              in the driver
+    units ─▶ prepare(unit) on CPU workers ─▶ model()(piece) on model workers ─▶ commit(unit, pieces), marker
+             yields bounded pieces           optional                           in the driver
 
-This is the only module that imports Ray Data. What every job may rely on:
+Workers are processes of this machine if little is left to do, else Ray's (see `_on_ray`). What every job may rely on:
 
 - a committed unit (see markers.py) is never done again; nothing of an uncommitted one is visible to readers;
 - `commit` may be repeated for a unit after a crash: it must publish the same files again;
 - pieces reach `commit` complete and in the order in which `prepare` yielded them, whatever the order of execution;
 - an exception in prepare, model or commit fails only its unit, and so does a worker that dies (out of memory, a codec
-  that crashes): the unit is tried `attempts` times in all, then quarantined with its reason. Ray by itself would retry
-  a dying worker for ever; the tracker counts starts to bound that;
+  that crashes): the unit is tried `attempts` times in all, then quarantined with its reason;
 - a RecipeError raised anywhere ends the run at once: only the user can fix it;
 - a storage that does not answer, or a full disk, ends the run too: nothing can be committed there, and the same command
   resumes where it stopped. If only one object cannot be read, only its unit fails.
@@ -19,37 +18,50 @@ This is the only module that imports Ray Data. What every job may rely on:
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
-import re
-import signal
-import socket
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError, first_line
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.units.job import Job, Piece, Unit, report
 from capstan.pipeline.units.markers import MarkerLog
-from capstan.pipeline.units.workers import Model, Prepare, Tracker, reason_of
+from capstan.pipeline.units.on_processes import ProcessWorkers
+from capstan.pipeline.units.on_ray import RayWorkers, start_ray
+from capstan.pipeline.units.workers import Wire, has_model, reason_of
 
 log = logging.getLogger(__name__)
 
 __all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "report", "run", "start_ray"]
 
-_BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is passed on at once
-_GIB = 1 << 30
-_CORE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] \S+\.cc:\d+:")  # as Ray's C++ core writes them
+SMALL_RUN: Final = 64  # units: no more run without Ray
+
+
+class Workers(Protocol):
+    """The workers of one run, wherever they are."""
+
+    def stream(self, units: Sequence[Unit]) -> Iterator[Wire]:
+        """Yield the wire rows of all pieces, in the order in which they arrive."""
+
+    def starts(self, items: Sequence[str]) -> dict[str, int]:
+        """Return how often each of the items was started."""
+
+    def ended(self, outcome: str) -> None:
+        """Count a unit that is `committed`, `quarantined`, or will be `retried`."""
+
+    def reported(self) -> dict[str, float]:
+        """Return the counts that workers have reported so far, for the display."""
+
+    def close(self) -> None:
+        """End the workers' part in this run, also if it is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,10 @@ class Summary:
 def model_threads(resources: Resources) -> int:
     """Return the CPU threads that one model worker may use.
 
-    Ray sets OMP_NUM_THREADS=1 in its workers; models set their own.
+    Workers have OMP_NUM_THREADS=1; models set their own.
     """
-    return max(1, _cpus(resources) // _model_workers(resources))
+    cpus = resources.cpus or len(os.sched_getaffinity(0))
+    return max(1, cpus // (resources.model_workers or max(1, resources.gpus or 0)))
 
 
 def run(
@@ -79,7 +92,7 @@ def run(
     attempts: int = 3,
     progress: bool = True,
 ) -> Summary:
-    """Do all `units` that have no marker yet. Start Ray only if there is something to do.
+    """Do all `units` that have no marker yet. Start workers only if there is something to do.
 
     Units whose ids are in `redo` are done although they have a marker. It is replaced once they are done; until then,
     and if they fail, the previous outputs stay valid.
@@ -96,16 +109,18 @@ def run(
         counts.update(_numbers(facts))
     if not todo:
         return Summary(0, len(known), {}, dict(counts))
-    start_ray(resources)
     work = _Run(job, todo, resources, attempts)
-    with Progress(
-        job.title or job.name,
-        len(units),
-        already=len(known),
-        samples=sum(unit.spec.get("rows", 0) for unit in todo),
-        poll=work.reported,
-        enabled=progress,
-    ) as bar:
+    with (
+        contextlib.closing(work.workers),
+        Progress(
+            job.title or job.name,
+            len(units),
+            already=len(known),
+            samples=sum(unit.spec.get("rows", 0) for unit in todo),
+            poll=work.workers.reported,
+            enabled=progress,
+        ) as bar,
+    ):
         work.execute(bar)
     for facts in work.committed.values():
         counts.update(_numbers(facts))
@@ -115,187 +130,78 @@ def run(
     return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
 
 
-def start_ray(resources: Resources) -> None:
-    """Start Ray in this process, quietly and on loopback only, unless it runs already. RAY_ADDRESS joins a cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # see _without_core_lines
-    if not os.environ.get("RAY_ADDRESS"):
-        # Ray's only switch that keeps a one-machine Ray off the network (the default on the systems in its name).
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-    from ray._private import worker
+def _on_ray(job: Job, units: Sequence[Unit], resources: Resources) -> bool:
+    """Return whether these units run on Ray.
 
-    worker._worker_logs_enabled = False  # else Ray reports dead nodes on stdout, which is for the summary
-    if not ray.is_initialized():
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not os.environ.get("RAY_ADDRESS"):
-            _check_free(resources.metrics_port)
-            options |= {
-                "address": "local",
-                "num_cpus": _cpus(resources),
-                "num_gpus": resources.gpus,
-                "object_store_memory": min(_GIB, max(_GIB // 8, _memory_bytes() // 12)),
-                "include_dashboard": False,
-                "_metrics_export_port": resources.metrics_port,
-            }
-        with _without_core_lines():
-            ray.init(**options)
-        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process before it could save
-    _configure()
-
-
-@contextlib.contextmanager
-def _without_core_lines() -> Iterator[None]:
-    """Hold stderr back while Ray starts, and drop the lines of its C++ core.
-
-    The core writes to the file descriptor, past Python. A log level of fatal silences it but for one line, which says
-    that the level was set.
+    By `resources.executor`; if that is `auto`, on Ray if RAY_ADDRESS names a cluster or Ray runs in this process
+    already, if a model stage may use GPUs, if `resources.metrics_port` asks for Ray's exporter, or if more than
+    `SMALL_RUN` units are left.
     """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if not _CORE_LINE.match(line):
-                    os.write(2, line)
+    if resources.executor != "auto":
+        return resources.executor == "ray"
+    ray = sys.modules.get("ray")
+    running = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+    gpus = has_model(job) and (has_gpu() if resources.gpus is None else resources.gpus > 0)
+    return running or gpus or resources.metrics_port is not None or len(units) > SMALL_RUN
 
 
-def _check_free(port: int | None) -> None:
-    """Raise RecipeError if the port is taken. Ray would start without its exporter and not report it."""
-    if port is not None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                problem = f"cannot listen on port {port} ({error.strerror})"
-                raise RecipeError("resources.metrics_port", problem, "set a free port") from None
-
-
-def _configure() -> None:
-    """Silence Ray Data's own progress output; pipeline.progress replaces it."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a unit may yield its one piece at its end, after hours
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+def has_gpu() -> bool:
+    """Return whether this machine has an NVIDIA GPU; cheap, unlike asking torch."""
+    return Path("/dev/nvidia0").exists()
 
 
 class _Run:
     """One call of `run`: rounds over the units that are left, until none are."""
 
     def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self.job, self.todo, self.resources, self.attempts = job, todo, resources, attempts
+        self.job, self.todo, self.attempts = job, todo, attempts
         self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
         self._once_bad = job.markers.noted()
-        # On the driver's node, so that its counts are not lost with another node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        tracker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Tracker)
-        self.tracker = tracker.remote(job.name)
+        workers = RayWorkers if _on_ray(job, todo, resources) else ProcessWorkers
+        self.workers: Workers = workers(job, resources, attempts)
 
     def execute(self, bar: Progress) -> None:
         left = self.todo
         while left:
             failed = self._round(left, bar)
-            starts = self._get(self.tracker.starts.remote(list(failed)))
+            starts = self.workers.starts(list(failed))
             left = []
             for unit in (unit for unit in self.todo if unit.id in failed):
                 reason = failed[unit.id]
                 log.warning("%s: unit %s failed: %s", self.job.name, unit.id, first_line(reason))
                 if starts.get(unit.id, 0) >= self.attempts:
                     self._quarantine(unit, reason)
-                    self.tracker.ended.remote("quarantined")
+                    self.workers.ended("quarantined")
                     bar.advance(counts={"quarantined": 1})
                 else:
-                    self.tracker.ended.remote("retried")
+                    self.workers.ended("retried")
                     left.append(unit)
             if left:
                 time.sleep(1.0)  # a busy disk or server may recover in a moment
-
-    def reported(self) -> dict[str, float]:
-        """Return the counts that workers have reported so far, for the display."""
-        from ray.exceptions import RayError
-
-        try:
-            return dict(self._get(self.tracker.counts.remote()))
-        except RayError as error:  # a slow or lost tracker must not stop the work; the display stays as it was
-            log.debug("%s: no counts for the display: %s", self.job.name, first_line(str(error)))
-            return {}
-
-    @staticmethod
-    def _get(reference: Any) -> Any:
-        import ray
-
-        return ray.get(reference, timeout=60)
 
     def _round(self, units: list[Unit], bar: Progress) -> dict[str, str]:
         """Run `units` once; return unit id → reason for those that were not committed."""
         by_id = {unit.id: unit for unit in units}
         gathered: dict[str, _Gathered] = {unit.id: _Gathered() for unit in units}
         failed: dict[str, str] = {}
-        for row in self._stream(units):
-            unit, state = by_id[row["unit"]], gathered.get(row["unit"])
-            if state is None or row["unit"] in failed:
+        for row in self.workers.stream(units):
+            unit, state = by_id[row.unit], gathered.get(row.unit)
+            if state is None or row.unit in failed:
                 continue  # a late piece of a unit that has ended
-            if row["error"]:
-                self._raise_if_fatal(pickle.loads(row["data"]) if row["data"] else None)
-                failed[unit.id] = row["error"]
+            if row.error:
+                self._raise_if_fatal(pickle.loads(row.data) if row.data else None)
+                failed[unit.id] = row.error
             elif (pieces := state.add(row)) is not None:
                 del gathered[unit.id]
                 if reason := self._commit(unit, pieces):
                     failed[unit.id] = reason
                 else:
-                    self.tracker.ended.remote("committed")
+                    self.workers.ended("committed")
                     bar.advance()
         for lost in gathered.keys() - failed.keys():
             failed[lost] = "incomplete: its worker died while it was being read"
         return failed
-
-    def _stream(self, units: list[Unit]) -> Iterator[dict[str, Any]]:
-        """Yield the wire rows of all pieces, in the order in which they arrive."""
-        import ray.data
-
-        rows = [{"unit": json.dumps({"id": unit.id, "spec": unit.spec})} for unit in units]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset.context.target_max_block_size = _BLOCK_BYTES
-        dataset = dataset.map_batches(
-            Prepare(self.job, self.tracker, self.attempts, str(Path.cwd())),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,
-        )
-        if type(self.job).model is not Job.model:
-            gpus = _gpus(self.resources)
-            workers = self.resources.model_workers or max(1, int(gpus))
-            dataset = dataset.map_batches(
-                Model,
-                fn_constructor_args=(self.job, self.tracker, self.attempts, str(Path.cwd())),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-                num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                # An actor runs on one node: by default it requests at most one GPU.
-                num_gpus=self.job.gpus_per_worker or min(1.0, gpus / workers) or None,
-            )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
 
     def _commit(self, unit: Unit, pieces: list[Piece]) -> str:
         """Publish the unit and its marker; return the reason if that failed, else ""."""
@@ -333,12 +239,12 @@ class _Gathered:
         self.pieces: dict[int, Piece] = {}
         self.expected: int | None = None
 
-    def add(self, row: Mapping[str, Any]) -> list[Piece] | None:
+    def add(self, row: Wire) -> list[Piece] | None:
         """Add a wire row; return all pieces in order once they are complete. The last row is an empty end mark."""
-        if row["last"]:
-            self.expected = row["index"]
+        if row.last:
+            self.expected = row.place
         else:
-            self.pieces[row["index"]] = pickle.loads(row["data"])
+            self.pieces[row.place] = pickle.loads(row.data)
         if self.expected is None or len(self.pieces) < self.expected:
             return None
         return [self.pieces[index] for index in range(self.expected)]
@@ -346,25 +252,3 @@ class _Gathered:
 
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in facts.items() if isinstance(value, int | float)}
-
-
-def _cpus(resources: Resources) -> int:
-    return resources.cpus or len(os.sched_getaffinity(0))
-
-
-def _gpus(resources: Resources) -> float:
-    """Return the GPUs for the model workers: the recipe's number (an autoscaler may yet start them), or all."""
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)
-
-
-def _model_workers(resources: Resources) -> int:
-    return resources.model_workers or max(1, resources.gpus or 0)
-
-
-def _memory_bytes() -> int:
-    """Return the memory of this machine, or of this container if that is less."""
-    from ray._common.utils import get_system_memory
-
-    return int(get_system_memory())

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units.markers import MarkerLog
@@ -79,7 +79,14 @@ def report(counts: Mapping[str, float]) -> None:
         _reporter.add(counts)
 
 
-def start_reporting(tracker: Any) -> None:
+class Reports(Protocol):
+    """Takes what workers report."""
+
+    def add(self, counts: dict[str, float]) -> None:
+        """Add these counts."""
+
+
+def start_reporting(tracker: Reports) -> None:
     """Send what this worker reports to `tracker` from now on."""
     global _reporter
     _reporter = _Reporter(tracker)
@@ -94,7 +101,7 @@ def flush_reports() -> None:
 class _Reporter:
     """Sums counts in a worker and sends them about once per second."""
 
-    def __init__(self, tracker: Any) -> None:
+    def __init__(self, tracker: Reports) -> None:
         self._tracker, self._pending, self._sent = tracker, Counter[str](), time.monotonic()
 
     def add(self, counts: Mapping[str, float]) -> None:
@@ -104,7 +111,7 @@ class _Reporter:
 
     def flush(self) -> None:
         if self._pending:
-            self._tracker.add.remote(dict(self._pending))
+            self._tracker.add(dict(self._pending))
         self._pending, self._sent = Counter(), time.monotonic()
 
 

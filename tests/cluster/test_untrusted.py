@@ -16,7 +16,13 @@ from source_files import rows, write_tar
 
 FLOORS = ("pipeline", "recaption", "training", "cluster")
 # Pickles that Capstan itself wrote a moment ago, for another process of the same run.
-OWN_PICKLES = {"pipeline/units/__init__.py", "pipeline/units/workers.py", "training/launch.py"}
+OWN_PICKLES = {
+    "pipeline/units/__init__.py",
+    "pipeline/units/on_processes.py",
+    "pipeline/units/process_worker.py",
+    "pipeline/units/workers.py",
+    "training/launch.py",
+}
 
 
 class Bomb:

@@ -1,4 +1,4 @@
-"""One Ray for all tests of this floor: starting it takes about 4 s. A real S3 server, and a web site of images."""
+"""One Ray for the tests of this floor that need it. A real S3 server, and a web site of images."""
 
 import contextlib
 import io
@@ -25,18 +25,23 @@ from capstan.pipeline.build import build
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.storage import Storage
 
-TWO_CPUS = Resources(cpus=2)
+
+@pytest.fixture(scope="session")
+def two_cpus() -> Resources:
+    """Resources of a small run, whatever machine tests run on."""
+    return Resources(cpus=2)
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Resources]:
-    """Ray on two logical CPUs; gives the resources to run with."""
+    """Ray on two logical CPUs; yields the resources to run with."""
     import ray
 
     from capstan.pipeline.units import start_ray
 
-    start_ray(TWO_CPUS)
-    yield TWO_CPUS
+    resources = Resources(cpus=2, executor="ray")
+    start_ray(resources)
+    yield resources
     ray.shutdown()
 
 
@@ -71,7 +76,7 @@ ODD_CAPTIONS = [
 
 
 @pytest.fixture(scope="session")
-def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources) -> Path:
+def odd_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 23 samples in three shards, with odd captions and odd extra columns. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("odd")
     rows = [
@@ -101,7 +106,7 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources
 
 
 @pytest.fixture(scope="session")
-def hostile_dataset(tmp_path_factory: pytest.TempPathFactory, ray_session: Resources) -> Path:
+def hostile_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of the rows in helpers/hostile.py: some kept, dropped, repeated and failed. Not to be changed."""
     folder = tmp_path_factory.mktemp("hostile")
     rows = [hostile.row(number, image) for number in range(hostile.ROWS)]

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from in_process import run_here
 from PIL import Image
-from ray import cloudpickle
 from rows_recipe import build, published, rows_recipe, sound
 
 from capstan.pipeline import build as stages
@@ -37,7 +37,7 @@ Draw = Callable[[int], bytes]
 
 
 @pytest.fixture
-def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
+def make(tmp_path: Path, two_cpus: Resources, draw: Draw) -> Callable[..., Recipe]:
     """A recipe over a table of rows, see helpers/rows_recipe.py."""
     return functools.partial(rows_recipe, tmp_path, draw)
 
@@ -69,7 +69,7 @@ def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypat
     recipe = make(30)
     first = build(recipe)
     before = {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()}
-    monkeypatch.setattr("capstan.pipeline.units.start_ray", lambda _: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr("capstan.pipeline.units._Run", lambda *_: pytest.fail("nothing is to be done"))
     again = build(recipe)
     assert {path: path.stat().st_mtime_ns for path in Path(recipe.dataset).rglob("*") if path.is_file()} == before
     assert again["counts"] == first["counts"]
@@ -77,7 +77,7 @@ def test_a_finished_dataset_is_left_alone(make: Callable[..., Recipe], monkeypat
 
 
 def test_a_grown_table_and_a_second_source_cost_only_their_new_rows(
-    tmp_path: Path, site: Any, ray_session: Resources
+    tmp_path: Path, site: Any, two_cpus: Resources
 ) -> None:
     def table(name: str, numbers: range) -> str:
         lines = [f"{site.url(n)}\tpicture {n}" for n in numbers]

@@ -92,7 +92,7 @@ def published(storage: Storage) -> dict[str, bytes]:
 
 
 def test_a_faulty_bucket_ends_with_the_bytes_of_a_sound_one(
-    server: int, ray_session: Resources, monkeypatch: pytest.MonkeyPatch
+    server: int, two_cpus: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("capstan.pipeline.units.markers._GATHER_FROM", 5)
     sound = build.build(recipe(server, "sound"), progress=False)
@@ -142,7 +142,7 @@ def test_a_large_file_goes_in_parts_of_which_some_fail(server: int, tmp_path: Pa
 
 
 @pytest.mark.cluster
-def test_a_bucket_that_has_gone_ends_the_build(server: int, ray_session: Resources) -> None:
+def test_a_bucket_that_has_gone_ends_the_build(server: int, two_cpus: Resources) -> None:
     with Faulty(server, "--rate", "1", "--kinds", "503", "--from-request", "60") as bucket:
         start = time.monotonic()
         with pytest.raises(

@@ -62,7 +62,7 @@ def published(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
-    tmp_path: Path, disk: Callable[[int], Path], ray_session: Resources
+    tmp_path: Path, disk: Callable[[int], Path], two_cpus: Resources
 ) -> None:
     whole = tmp_path / "whole"
     stages.build(recipe(whole), progress=False)

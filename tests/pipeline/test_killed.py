@@ -27,7 +27,7 @@ print(json.dumps(build(Recipe.model_validate_json(sys.argv[1]))))
 """
 
 
-def recipe(folder: Path, cpus: int) -> dict[str, Any]:
+def recipe(folder: Path, cpus: int, executor: str = "auto") -> dict[str, Any]:
     """A small captioned world, fetched over HTTP, with the web's defects."""
     return {
         "dataset": str(folder),
@@ -36,12 +36,12 @@ def recipe(folder: Path, cpus: int) -> dict[str, Any]:
         "select": [{"name": "size", "where": "least(width, height) >= 30"}],
         "unit": {"rows": 20},
         "shards": {"samples": 25},
-        "resources": {"cpus": cpus},
+        "resources": {"cpus": cpus, "executor": executor},
     }
 
 
-def start(folder: Path, cpus: int = 2, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(recipe(folder, cpus))]
+def start(folder: Path, cpus: int = 2, executor: str = "auto", **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(recipe(folder, cpus, executor))]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -87,9 +87,9 @@ def some(folder: Path, pattern: str, at_least: int = 1) -> Callable[[], bool]:
     return lambda: len(list(folder.glob(pattern))) >= at_least
 
 
-def test_killed_builds_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path, ray_session: Resources) -> None:
+def test_killed_builds_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path, two_cpus: Resources) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    summary = finish(start(whole, cpus=1))
+    summary = finish(start(whole, cpus=1, executor="ray"))
     assert summary["counts"]["kept"] > 75
     assert summary["counts"]["shards"] >= 4
     assert {"http_404", "not_an_image"} <= summary["failed"].keys()

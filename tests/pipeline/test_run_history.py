@@ -14,7 +14,7 @@ from capstan.pipeline.storage import Storage
 
 
 @pytest.mark.integration
-def test_builds_and_selects_that_do_something_are_noted(tmp_path: Path, ray_session: Resources, draw) -> None:
+def test_builds_and_selects_that_do_something_are_noted(tmp_path: Path, two_cpus: Resources, draw) -> None:
     rows = [{"image": draw(number), "caption": f"image {number}"} for number in range(12)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     settings = {"dataset": str(tmp_path / "ds"), "source": {"path": str(tmp_path / "rows.parquet"), "image": "image"}}

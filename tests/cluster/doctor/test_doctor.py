@@ -28,7 +28,7 @@ from capstan.cluster.doctor.recipe import recipe_findings, rows_of
 from capstan.cluster.doctor.targets import same_ray, target_findings
 from capstan.cluster.jobs.clusters_file import make_target
 from capstan.pipeline.build import build
-from capstan.pipeline.config import Recipe
+from capstan.pipeline.config import Recipe, Resources
 from capstan.training.config import TrainConfig
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_table_has_no_known_rows(tmp_path: Path) -> None:
     assert rows_of(Recipe.model_validate({"dataset": str(tmp_path / "ds"), "source": source})) is None
 
 
-def test_the_estimate_is_near_what_a_dataset_takes(tmp_path: Path, ray_session: Any) -> None:
+def test_the_estimate_is_near_what_a_dataset_takes(tmp_path: Path, two_cpus: Resources) -> None:
     recipe = Recipe.model_validate(
         {
             "dataset": str(tmp_path / "ds"),
@@ -151,7 +151,7 @@ def test_the_estimate_is_near_what_a_dataset_takes(tmp_path: Path, ray_session: 
     assert taken < disk_bytes(recipe, 40) < 12 * taken
 
 
-def test_fewer_shards_than_readers(tmp_path: Path, ray_session: Any) -> None:
+def test_fewer_shards_than_readers(tmp_path: Path, two_cpus: Resources) -> None:
     train = {"model": "autoencoder", "run": str(tmp_path / "run"), "steps": 1, "batch": 4, "engine": {"workers": 2}}
     path = written(tmp_path, source={"format": "world", "world": {"scenes": 12, "size": 32}}, train=train)
     build(Recipe.model_validate(yaml.safe_load(path.read_text()) | {"image": {"min_size": 16}}), progress=False)

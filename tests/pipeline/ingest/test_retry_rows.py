@@ -81,7 +81,7 @@ def failed(folder: Path) -> set[str]:
 
 @pytest.mark.integration
 def test_only_rows_that_failed_for_these_reasons_are_fetched_again(
-    tmp_path: Path, site: Any, ray_session: Resources
+    tmp_path: Path, site: Any, two_cpus: Resources
 ) -> None:
     folder = tmp_path / "dataset"
     recipe = Recipe.model_validate(settings(folder, site))
@@ -119,7 +119,7 @@ def test_only_rows_that_failed_for_these_reasons_are_fetched_again(
 
 
 @pytest.mark.integration
-def test_measures_of_the_rows_that_stay_are_carried_over(tmp_path: Path, site: Any, ray_session: Resources) -> None:
+def test_measures_of_the_rows_that_stay_are_carried_over(tmp_path: Path, site: Any, two_cpus: Resources) -> None:
     folder = tmp_path / "dataset"
     recipe = Recipe.model_validate(settings(folder, site))
     site.broken = dict(BUSY)
@@ -142,7 +142,7 @@ def test_measures_of_the_rows_that_stay_are_carried_over(tmp_path: Path, site: A
 
 @pytest.mark.integration
 def test_a_unit_without_its_staged_files_is_rebuilt_from_the_shards(
-    tmp_path: Path, site: Any, ray_session: Resources
+    tmp_path: Path, site: Any, two_cpus: Resources
 ) -> None:
     folder = tmp_path / "dataset"
     recipe = settings(folder, site)
@@ -176,7 +176,7 @@ def build(recipe: dict[str, Any], retry: str | None = None) -> dict[str, Any]:
 
 
 def test_a_killed_retry_resumes_and_a_plain_build_after_it_is_sound(
-    tmp_path: Path, site: Any, ray_session: Resources
+    tmp_path: Path, site: Any, two_cpus: Resources
 ) -> None:
     folder, plain = tmp_path / "dataset", tmp_path / "plain"
     recipe = settings(folder, site)

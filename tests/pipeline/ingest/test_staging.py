@@ -20,7 +20,7 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture
-def make(tmp_path: Path, site: Any, ray_session: Resources) -> Make:
+def make(tmp_path: Path, site: Any, two_cpus: Resources) -> Make:
     """A recipe over the site's first `count` images that keeps those whose number is at least `least`."""
 
     def recipe(count: int = 20, least: int = 0, *, keep: bool = False, name: str = "ds", **sections: Any) -> Recipe:

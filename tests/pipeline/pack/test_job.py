@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def make(tmp_path: Path, ray_session: Resources, draw: Draw) -> Callable[..., Recipe]:
+def make(tmp_path: Path, two_cpus: Resources, draw: Draw) -> Callable[..., Recipe]:
     """A recipe over a table of rows, see helpers/rows_recipe.py."""
     return functools.partial(rows_recipe, tmp_path, draw)
 

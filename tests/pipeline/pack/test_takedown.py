@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from capstan.pipeline import build
-from capstan.pipeline.config import Blocklist, Recipe
+from capstan.pipeline.config import Blocklist, Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset, sha256_of
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.pack import takedown
@@ -60,7 +60,7 @@ def layers(storage: Storage) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, ray_session: object, draw: Draw) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, two_cpus: Resources, draw: Draw) -> Path:
     folder = tmp_path_factory.mktemp("built")
     pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(ROWS)]), folder / "rows.parquet")
     recipe = recipe_for(folder)
@@ -241,7 +241,7 @@ def test_a_shard_of_which_all_is_removed_is_no_more(folder: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, ray_session: object, draw: Draw) -> None:
+def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, two_cpus: Resources, draw: Draw) -> None:
     pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(6)]), tmp_path / "rows.parquet")
     (tmp_path / "domains.txt").write_text("example0.org\n")
     (tmp_path / "sums.txt").write_text(sha256_of(draw(1)))
@@ -277,7 +277,7 @@ def test_a_list_that_is_not_there_names_its_option(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_scores_follow_and_freed_images_are_taken_from_the_shards(
-    tmp_path: Path, ray_session: object, draw: Draw
+    tmp_path: Path, two_cpus: Resources, draw: Draw
 ) -> None:
     """With staged images freed, the shard is packed anew from itself; scores are not computed again."""
     pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(9)]), tmp_path / "rows.parquet")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray import cloudpickle
 
 from capstan.pipeline import build
 from capstan.pipeline.config import Recipe, Resources
@@ -31,7 +31,7 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture
-def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], ray_session: Resources) -> Make:
+def make(tmp_path: Path, clip: Path, draw: Callable[[int], bytes], two_cpus: Resources) -> Make:
     """Return a recipe over `count` images, every tenth of them unreadable; `score` as given."""
 
     def recipe(count: int, score: dict[str, Any], **sections: Any) -> Recipe:

@@ -24,16 +24,16 @@ import sys, time
 from capstan.pipeline.config import Resources
 from capstan.pipeline.storage import Storage
 from capstan.pipeline import units
-from capstan.pipeline.units import Job, Unit, report, run
+from capstan.pipeline.units import Job, RayWorkers, Unit, report, run
 
 trackers = []
 
-class Held(units._Run):
+class Held(RayWorkers):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         trackers.append(self.tracker)
 
-units._Run = Held
+units.RayWorkers = Held
 
 class Slow(Job):
     name = "slow-0123abcd"
@@ -112,14 +112,14 @@ def test_a_running_job_can_be_watched(running: subprocess.Popen, port: int) -> N
 
 def test_the_series_are_documented() -> None:
     documented = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    source = (ROOT / "pipeline/units/workers.py").read_text(encoding="utf-8")
+    source = (ROOT / "pipeline/units/on_ray.py").read_text(encoding="utf-8")
     names = re.findall(r'"(capstan_\w+)"', source)
     assert len(names) == 4
     assert not [name for name in names if f"| `ray_{name}` |" not in documented]
 
 
 def test_a_taken_port_is_named(port: int) -> None:
-    from capstan.pipeline.units import _check_free
+    from capstan.pipeline.units.on_ray import _check_free
 
     with socket.create_server(("127.0.0.1", port)), pytest.raises(RecipeError, match=r"resources.metrics_port: .*Fix"):
         _check_free(port)

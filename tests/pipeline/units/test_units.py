@@ -9,16 +9,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import ray
-from ray import cloudpickle
 
 from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Unit, _Run, report, run
+from capstan.pipeline.units import Job, Piece, Unit, report, run
+from capstan.pipeline.units.on_ray import RayWorkers
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+for library in (cloudpickle, ray.cloudpickle):
+    library.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+
+PROCESSES = Resources(cpus=2, executor="processes")
+
+
+@pytest.fixture(params=["processes", "ray"])
+def resources(request: pytest.FixtureRequest) -> Resources:
+    """Two CPUs, and each kind of workers in turn."""
+    return PROCESSES if request.param == "processes" else request.getfixturevalue("ray_session")
 
 
 class Squares(Job):
@@ -91,66 +101,66 @@ def output(job: Squares, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [Squares, ModelSquares])
-def test_every_unit_is_committed_once_and_in_order(ray_session: Resources, make, kind) -> None:
+def test_every_unit_is_committed_once_and_in_order(resources: Resources, make, kind) -> None:
     job = make(kind)
     units = [unit("a"), unit("b", 7), unit("none", 0)]
-    first = run(job, units, ray_session, progress=False)
+    first = run(job, units, resources, progress=False)
     assert (first.done, first.skipped, first.quarantined, first.counts) == (3, 0, {}, {"samples": 10})
     assert output(job, "b") == [n * n for n in range(7)]
     assert output(job, "none") == []
     assert job.markers.read()["a"] == {"samples": 3, "note": "a"}
 
-    again = run(job, [*units, unit("c")], ray_session, progress=False)
+    again = run(job, [*units, unit("c")], resources, progress=False)
     assert (again.done, again.skipped, again.counts) == (1, 3, {"samples": 13})
     assert job.tries("a", "start") == 2  # this call is the second
 
 
 @pytest.mark.parametrize("kind", [Squares, ModelSquares])
 def test_relative_paths_are_those_of_the_driver(
-    ray_session: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Squares]
+    resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Squares]
 ) -> None:
     """Ray's workers keep the folder in which Ray was started; a notebook may have moved on since."""
     monkeypatch.chdir(tmp_path)
     Path("tries").mkdir()
     job = kind(Storage("dataset"), Path("tries"))
-    assert run(job, [unit("a"), unit("b")], ray_session, progress=False).done == 2
+    assert run(job, [unit("a"), unit("b")], resources, progress=False).done == 2
     assert output(job, "a") == [0, 1, 4]
     assert (tmp_path / "tries" / "a-start").exists()
 
 
 @pytest.mark.parametrize("where", ["at_start", "at_end", "at_commit"])
-def test_what_fails_by_chance_is_tried_again(ray_session: Resources, make, where) -> None:
+def test_what_fails_by_chance_is_tried_again(resources: Resources, make, where) -> None:
     job = make(Squares)
-    summary = run(job, [unit("a"), unit("b", **{where: ["raise", 2]})], ray_session, progress=False)
+    summary = run(job, [unit("a"), unit("b", **{where: ["raise", 2]})], resources, progress=False)
     assert summary.done == 2
     assert output(job, "b") == [0, 1, 4]
 
 
-def test_what_keeps_failing_is_quarantined_and_the_others_finish(ray_session: Resources, make) -> None:
+def test_what_keeps_failing_is_quarantined_and_the_others_finish(resources: Resources, make) -> None:
     job = make(Squares)
     units = [unit("good"), unit("bad", at_end=["raise", 3]), unit("also-good")]
-    summary = run(job, units, ray_session, progress=False)
+    summary = run(job, units, resources, progress=False)
     assert summary.done == 2
     assert summary.quarantined == {"bad": "ValueError: bad is bad: caf?"}
     record = json.loads(job.storage.read("state/squares/quarantine/bad.json"))
     assert "Traceback" in record["reason"]
     assert not job.storage.exists("out/bad.json")
 
-    assert run(job, units, ray_session, progress=False).done == 1  # its reasons are gone: it heals
+    assert run(job, units, resources, progress=False).done == 1  # its reasons are gone: it heals
     assert not job.storage.exists("state/squares/quarantine/bad.json")
 
 
 def test_counts_that_are_lost_stop_nothing(ray_session: Resources, make) -> None:
-    work = _Run(make(Squares), [unit("a")], ray_session, attempts=3)
+    work = RayWorkers(make(Squares), ray_session, attempts=3)
     ray.kill(work.tracker)
     assert work.reported() == {}
 
 
-def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(ray_session: Resources, make) -> None:
+def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(resources: Resources, make) -> None:
     job = make(Squares)
-    run(job, [unit("a"), unit("b"), unit("c")], ray_session, progress=False)
+    run(job, [unit("a"), unit("b"), unit("c")], resources, progress=False)
     again = run(
-        job, [unit("a", 5), unit("b"), unit("c", at_end=["raise", 9])], ray_session, redo={"a", "c"}, progress=False
+        job, [unit("a", 5), unit("b"), unit("c", at_end=["raise", 9])], resources, redo={"a", "c"}, progress=False
     )
     assert (again.done, again.skipped) == (1, 1)
     assert again.counts == {"samples": 5 + 3 + 3}
@@ -159,41 +169,41 @@ def test_a_unit_is_done_again_when_asked_and_what_was_there_stands_until_then(ra
     assert (output(job, "a"), output(job, "c")) == ([0, 1, 4, 9, 16], [0, 1, 4])
     assert job.markers.read()["a"]["samples"] == 5
     assert job.markers.quarantined() == {}
-    assert run(job, [unit("a"), unit("c")], ray_session, progress=False).skipped == 2
+    assert run(job, [unit("a"), unit("c")], resources, progress=False).skipped == 2
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("where", ["at_start", "at_end"])
-def test_a_unit_that_kills_its_worker_is_bounded(ray_session: Resources, make, where) -> None:
+def test_a_unit_that_kills_its_worker_is_bounded(resources: Resources, make, where) -> None:
     job = make(Squares)
     units = [unit("good"), unit("deadly", 20, pad=1 << 20, **{where: ["die", 99]})]
-    summary = run(job, units, ray_session, progress=False, attempts=2)
+    summary = run(job, units, resources, progress=False, attempts=2)
     assert summary.done == 1
     assert list(summary.quarantined) == ["deadly"]
     assert job.tries("deadly", "start") - 1 <= 2
 
 
 @pytest.mark.integration
-def test_a_worker_killed_by_chance_is_replaced(ray_session: Resources, make) -> None:
+def test_a_worker_killed_by_chance_is_replaced(resources: Resources, make) -> None:
     job = make(Squares)
     units = [unit(f"u{n}", 20, pad=1 << 20, at_end=["die", 1] if n % 2 else None) for n in range(4)]
-    assert run(job, units, ray_session, progress=False).done == 4
+    assert run(job, units, resources, progress=False).done == 4
     assert output(job, "u1") == [n * n for n in range(20)]
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("how", "times", "done"), [("die", 99, 1), ("die", 1, 2), ("raise", 99, 1), ("raise", 1, 2)])
-def test_a_piece_that_the_model_cannot_bear(ray_session: Resources, make, how, times, done) -> None:
+def test_a_piece_that_the_model_cannot_bear(resources: Resources, make, how, times, done) -> None:
     job = make(ModelSquares)
     units = [unit("good", 9), unit("odd", 9, model_hates=4, in_model=[how, times])]
-    summary = run(job, units, ray_session, progress=False, attempts=2)
+    summary = run(job, units, resources, progress=False, attempts=2)
     assert summary.done == done
     assert output(job, "good") == [n * n for n in range(9)]
 
 
-def test_a_recipe_error_ends_the_run(ray_session: Resources, make) -> None:
+def test_a_recipe_error_ends_the_run(resources: Resources, make) -> None:
     with pytest.raises(RecipeError, match=r"image\.size"):
-        run(make(Squares), [unit("a", at_start=["recipe", 9])], ray_session, progress=False)
+        run(make(Squares), [unit("a", at_start=["recipe", 9])], resources, progress=False)
 
 
 def test_only_lines_of_our_own_reach_the_terminal_while_ray_starts() -> None:
