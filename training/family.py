@@ -22,6 +22,7 @@ import torch
 from capstan.pipeline.config import Section
 from capstan.training.config import TrainConfig
 from capstan.training.distributed.adversary import Adversary
+from capstan.training.distributed.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Family(ABC):
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # modules that are not trained: never sharded, moved to the device
     adversary: Adversary | None = None  # a second model to train against; built by __init__ after `model`
+    bounds: Mapping[str, tuple[float, float]] = {}  # weight of `model` → least and largest value, kept after each step
     finite: Mapping[str, torch.Tensor] = {}  # part → was its output in the last `loss` finite? In order, set by `loss`
 
     @classmethod  # noqa: B027 - few families need it
@@ -148,13 +150,23 @@ class Family(ABC):
         Take all randomness from `Sample.rng`, so that a resumed run sees the same batch.
         """
 
+    def begin_step(self, model: torch.nn.Module, parts: Sequence[Batch], step: Step) -> None:  # noqa: B027 - few need it
+        """Add to each of this worker's `parts` what its loss needs of the others; called on every worker at each step.
+
+        Gradients of the parts' losses are averaged over parts and workers. A loss that is a mean over samples needs
+        nothing here; any other one (a mean over tokens, a comparison of samples) does, so that what is learnt does not
+        depend on `accumulate` or the number of workers. `step` sums and gathers over workers. Runs in the precision of
+        `loss`.
+        """
+
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Return the mean loss over the batch (scalar, with gradient) and scalars (or a `PerSampleLoss`) to log.
 
         `model` is `self.model` as wrapped by the engine: call it, but do not access its weights, which may be sharded.
         `batch` is this worker's share of the step's batch (with `accumulate`, of one part of it), on the device. Take
-        all randomness from `draw`, which is on the device and is seeded by (seed, step, part, worker).
+        all randomness from `draw`, which is on the device, by the functions of `training.draws`: each sample then has
+        the same numbers in any part and on any worker.
         """
 
     @abstractmethod

@@ -35,6 +35,8 @@ from capstan.training.distributed.checkpoint import Checkpoints
 from capstan.training.distributed.ema import Ema
 from capstan.training.distributed.engine import Engine
 from capstan.training.distributed.model_options import place
+from capstan.training.distributed.step import Step
+from capstan.training.draws import draws_of
 from capstan.training.family import Batch, Family
 from capstan.training.monitoring.divergence import DivergenceMonitor
 from capstan.training.monitoring.metrics_logger import MetricsLogger
@@ -181,20 +183,25 @@ class _Fit:
         )
 
     def _step(self, loaded: LoadedBatch) -> None:
-        """Make an optimizer step on this worker's share of the batch; its randomness comes from (seed, step, rank)."""
+        """Make an optimizer step on this worker's share of the batch; randomness comes from (seed, step, sample)."""
         train, engine, step = self.train, self.engine, loaded.step
         engine.set_lr(learning_rate(train, step))
         if self.adversary is not None:
             self.adversary.set_step(step, learning_rate(train, step))
-        torch.manual_seed(hash64(train.seed, "dropout", step, engine.rank) >> 1)
+        dropout = hash64(train.seed, "dropout", step, engine.rank) >> 1
+        whole = Step(train.accumulate, engine.rank, engine.world, dropout)
+        parts = [place(part, train, engine.device) for part in _split(loaded.batch, train.accumulate)]
+        with engine.computing():
+            self.family.begin_step(self.model, parts, whole)
         losses, norm, finite = [], None, dict[str, torch.Tensor]()
-        for part, batch in enumerate(_split(loaded.batch, train.accumulate)):
-            draw = torch.Generator(engine.device)
-            draw.manual_seed(hash64(train.seed, "draw", step, engine.rank, part) >> 1)
-            on_device = place(batch, train, engine.device)
-            with self.metrics.counting(on_device):
+        rows = train.batch // whole.shares
+        for part, batch in enumerate(parts):
+            first = (engine.rank * train.accumulate + part) * rows
+            draw = draws_of(engine.device, train.seed, step, range(first, first + rows))
+            whole.reseed(part)
+            with self.metrics.counting(batch):
                 with engine.computing():
-                    loss, metrics = self.family.loss(self.model, on_device, draw)
+                    loss, metrics = self.family.loss(self.model, batch, draw)
                 norm = engine.backward(loss, last=part == train.accumulate - 1)
             if self.adversary is not None:
                 metrics = {**metrics, **self.adversary.step(last=part == train.accumulate - 1)}
@@ -202,6 +209,7 @@ class _Fit:
             for name, flag in self.family.finite.items():
                 finite[name] = flag & finite.get(name, flag)
             self.metrics.add({"loss": losses[-1], **metrics})
+        engine.clamp(self.family.bounds)
         self.ema.update(step)
         if norm is not None and not engine.skipped:
             self.metrics.add({"grad_norm": norm})

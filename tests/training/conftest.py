@@ -28,7 +28,13 @@ def jpeg(index: int, width: int = 16, height: int = 16) -> tuple[bytes, str]:
     return buffer.getvalue(), f"a {name} square, number {index}"
 
 
-def write_dataset(folder: Path, counts: list[int], size: int = 16, sizes: list[tuple[int, int]] | None = None) -> Path:
+def write_dataset(
+    folder: Path,
+    counts: list[int],
+    size: int = 16,
+    sizes: list[tuple[int, int]] | None = None,
+    captions: Callable[[int], str] | None = None,
+) -> Path:
     """A finished dataset with shards of these many samples, of `sizes` (width, height) in turn."""
     storage, entries, index = Storage(str(folder)), [], 0
     (folder / "shards").mkdir(parents=True)
@@ -37,6 +43,7 @@ def write_dataset(folder: Path, counts: list[int], size: int = 16, sizes: list[t
         for _ in range(count):
             width, height = sizes[index % len(sizes)] if sizes else (size, size)
             data, caption = jpeg(index, width, height)
+            caption = captions(index) if captions else caption
             key = make_key(str(index))
             samples.append(Sample(key, data, {"key": key}, caption))
             rows.append(

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from capstan.pipeline.ports import free_port
 from capstan.training.config import TrainConfig
 from capstan.training.distributed import model_options
 from capstan.training.distributed.loss_scale import LossScale
-from capstan.training.distributed.state import StateReader, StateSlice, adam_slices, adam_state, even_share
+from capstan.training.distributed.state import WEIGHT, StateReader, StateSlice, adam_slices, adam_state, even_share
 from capstan.training.distributed.zero import load_forward_weights, slices_of_stage_1_or_2, slices_of_stage_3
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,18 @@ class Engine:
         self.skipped = self.loss_scale is not None and not math.isfinite(norm)
         return torch.full_like(norm, math.inf) if self.skipped else norm
 
+    def clamp(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Bring weights back between their bounds (name → least, largest): those that are stepped, and their copies."""
+        if not bounds:
+            return
+        held = [(part.name, part.tensor) for part in self.slices(bounds) if part.kind == WEIGHT]
+        for name, parameter in self.named_parameters() if self.zero else ():
+            copies = [parameter.detach(), getattr(parameter, "ds_tensor", None)]
+            held += [(name, copy) for copy in copies if name in bounds and copy is not None]
+        with torch.no_grad():
+            for name, tensor in held:
+                tensor.clamp_(*bounds[name])
+
     # One worker's share of the weights --------------------------------------------------------------------------------
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -286,9 +298,9 @@ class Engine:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def slices(self) -> Iterator[StateSlice]:
-        """Yield this worker's weights and optimizer state in fp32, by name, for saving and loading."""
-        named = self.named_parameters()
+    def slices(self, names: Collection[str] | None = None) -> Iterator[StateSlice]:
+        """Yield this worker's weights and optimizer state in fp32, by name, for saving and loading; all, or `names`."""
+        named = [(name, parameter) for name, parameter in self.named_parameters() if names is None or name in names]
         if self.zero == 3:
             return slices_of_stage_3(self.model.optimizer, named, self.rank)
         if self.zero:

@@ -16,6 +16,7 @@ from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
+from capstan.training.draws import normal
 from capstan.training.family import Batch, Metrics, finite
 from capstan.training.models.autoencoder.first_stage import FirstStage, StageSettings, factor_of, load_weights
 from capstan.training.models.autoencoder.model import Autoencoder, kl_divergence, lower_log_variance, standardise
@@ -59,7 +60,7 @@ class AutoencoderFamily(FirstStage):
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         images = to_signed(batch["pictures"])
         side = self.size // self.factor
-        noise = torch.randn(len(images), self.channels, side, side, generator=draw, device=images.device)
+        noise = normal((len(images), self.channels, side, side), draw)
         made, mean, log_variance = model(images.to(next(model.parameters()).dtype), noise)
         loss, metrics = self.image_loss(made, images, self.model.vae.decoder.conv_out.weight)
         kl = kl_divergence(mean, log_variance).mean()

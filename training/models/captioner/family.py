@@ -25,15 +25,18 @@ from capstan.recaption import preprocess, prompts
 from capstan.recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from capstan.training.config import ORIGINAL, TrainConfig
 from capstan.training.data.tokenizer import Tokenizer
+from capstan.training.distributed.step import Step
 from capstan.training.family import Batch, Family, Metrics, Sample, Samples, finite
 from capstan.training.models.captioner import initialize
+from capstan.training.models.captioner.contrast import Contrast, contrast, surrogate
 from capstan.training.models.captioner.model import (
     IGNORED,
+    LOGIT_SCALE,
     PAD,
     Captioner,
     caption_loss,
-    contrastive_loss,
     initialize_coca,
+    learnt_tokens,
 )
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.product import find_product, read_facts, write_facts
@@ -167,9 +170,13 @@ class CaptionerFamily(Family):
         )
         self.model = Captioner(architecture, self.preprocessing)
         initialize_coca(self.model.coca)
+        self.bounds = {"coca.logit_scale": LOGIT_SCALE}
+        self.step = Step()
+        refuse_batch_norm(train, self.model)
 
     def start_from(self, product: Path) -> None:
         initialize.load(self.model.coca, product)
+        self.model.coca.logit_scale.data.clamp_(*LOGIT_SCALE)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         """Return images uint8 [B, H, W, 3], tokens [B, L] padded with PAD, labels [B, L − 1] of tokens 1 to L − 1."""
@@ -192,25 +199,56 @@ class CaptionerFamily(Family):
             raise RecipeError("train.captioner.prompts", f"has no prompt for the slot {slot!r}", hint)
         return self.prompts[slot]
 
+    def begin_step(self, model: torch.nn.Module, parts: Sequence[Batch], step: Step) -> None:
+        """Add to each part its tokens' weight and, with several parts, the contrastive gradient by its features."""
+        self.step = step
+        tokens = step.total(torch.stack([(part["labels"] != IGNORED).sum() for part in parts]).sum().double())
+        for part in parts:
+            part["tokens_per_part"] = (tokens / step.shares).clamp(min=1 / step.shares).float()
+        if not self.train.contrastive or len(parts) == 1:
+            return
+        features = []
+        with torch.no_grad():
+            for number, part in enumerate(parts):
+                step.reseed(number)
+                features.append(model(part["pictures"], part["tokens"], self._length(part), True, decode=False)[:3])
+        images, texts, scales = zip(*features, strict=True)
+        found = contrast(torch.cat(images), torch.cat(texts), scales[0], step)
+        rows = len(images[0])
+        for part, image, text in zip(parts, found.image.split(rows), found.text.split(rows), strict=True):
+            part |= {"image_gradient": image, "text_gradient": text}
+            part |= {"contrastive": found.loss, "scale_gradient": found.scale}
+
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        """Return loss and metrics; with several workers, each contrasts only its own share of the batch."""
-        length = int((batch["tokens"] != PAD).any(0).sum())
-        contrast = self.train.contrastive > 0
-        image, text, scale, logits = model(batch["pictures"], batch["tokens"], length, contrast)
+        length, contrastive = self._length(batch), self.train.contrastive > 0
+        image, text, scale, logits = model(batch["pictures"], batch["tokens"], length, contrastive)
         towers = {"the image encoder": image, "the text encoder": text, "the decoder": logits}
         self.finite = {name: finite([output]) for name, output in towers.items()}
         labels = batch["labels"][:, : length - 1]
-        caption = caption_loss(logits, labels)
-        accuracy = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
-        metrics = {"caption": caption.detach(), "token_accuracy": accuracy.detach()}
+        tokens = batch.get("tokens_per_part", learnt_tokens(labels))
+        caption = caption_loss(logits, labels, tokens)
+        accuracy = (logits.argmax(-1) == labels).sum() / tokens  # no token has the label IGNORED
+        metrics = {"caption": caption.detach(), "token_accuracy": accuracy}
         loss = self.train.caption * caption
-        if contrast:
-            contrastive = contrastive_loss(image, text, scale)
-            loss = loss + self.train.contrastive * contrastive
-            metrics["contrastive"] = contrastive.detach()
+        if contrastive:
+            found = self._contrast(batch, image, text, scale)
+            loss = loss + self.train.contrastive * surrogate(found, image, text, scale, self.step)
+            metrics["contrastive"] = found.loss
         else:  # DDP waits for every weight's gradient; weight decay of unused projections is harmless
             loss = loss + 0 * (image.sum() + text.sum() + scale.sum())
         return loss, metrics
+
+    def _contrast(self, batch: Batch, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> Contrast:
+        """Return the contrastive loss of the whole step: from `begin_step`, or, of a single part, from its features."""
+        if "contrastive" not in batch:
+            return contrast(image, text, scale, self.step)
+        cached = ("contrastive", "image_gradient", "text_gradient", "scale_gradient")
+        return Contrast(*(batch[name] for name in cached))
+
+    @staticmethod
+    def _length(batch: Batch) -> int:
+        """Return the number of tokens of the longest caption."""
+        return int((batch["tokens"] != PAD).any(0).sum())
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write a folder for `open_clip.create_model("local-dir:FOLDER")` and the recaption engine `coca`."""
@@ -233,3 +271,15 @@ class CaptionerFamily(Family):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "vocabulary": self.tokenizer.vocab_size, "context": self.length}
+
+
+def refuse_batch_norm(train: TrainConfig, model: torch.nn.Module) -> None:
+    """Raise RecipeError if features of a part depend on the part's other samples, so that no gradient can be cached."""
+    if train.accumulate == 1 or not train.settings.contrastive:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            problem = (
+                f"is {train.accumulate}, but {name} normalises over a part, and the contrastive loss needs the batch"
+            )
+            raise RecipeError("train.accumulate", problem, "set accumulate: 1, or train.captioner.contrastive: 0")

@@ -6,6 +6,7 @@ text's feature; and a decoder over the text tower's other tokens that looks at t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from capstan.recaption.preprocess import Preprocessing
 
 PAD: Final = 0  # open_clip's CoCa masks this id, and its loss ignores it
 IGNORED: Final = -100  # label of tokens that are not learnt: prompts and padding
+LOGIT_SCALE: Final = (0.0, math.log(100))  # bounds of its logarithm, as CLIP (Radford et al. 2021, section 2.5)
 
 
 class Captioner(nn.Module):
@@ -36,19 +38,21 @@ class Captioner(nn.Module):
         return (images.permute(0, 3, 1, 2).float() / 255 - self.mean.float()) / self.std.float()
 
     def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor, length: int, contrast: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, images: torch.Tensor, tokens: torch.Tensor, length: int, contrast: bool, decode: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return normalised image and text features [B, W], the logit scale, and next-token logits [B, length − 1, V].
 
         Takes uint8 images [B, H, W, 3] and tokens [B, L] that are padding from `length` on. Without `contrast` the text
-        tower runs without the padding, which only the class token after it needs.
+        tower runs without the padding, which only the class token after it needs. Without `decode` there are no logits.
         """
         dtype = self.coca.text_decoder.text_projection.dtype
         image, image_tokens = self.coca.visual(self.normalised(images).to(dtype))
         text, text_tokens = self.coca.text(tokens if contrast else tokens[:, :length])
-        logits = self.coca.text_decoder(image_tokens, text_tokens[:, : length - 1])
-        scale = self.coca.logit_scale.exp().clamp(max=100)  # as CLIP (Radford et al. 2021, section 2.5)
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), scale, logits.float()
+        scale = self.coca.logit_scale.exp()  # kept below 100 after each step (LOGIT_SCALE)
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        if not decode:
+            return image, text, scale, None
+        return image, text, scale, self.coca.text_decoder(image_tokens, text_tokens[:, : length - 1]).float()
 
 
 def initialize_coca(coca: Any) -> None:
@@ -74,13 +78,33 @@ def _set_positions(visual: Any) -> None:
         visual.positional_embedding[1:] = grid[:rows, :columns].reshape(rows * columns, width)
 
 
-def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return CLIP's symmetric cross-entropy over the batch's pairs of normalised features [B, W] (scalar)."""
-    logits = scale.float() * image @ text.T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def contrastive_loss(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: int = 0,
+) -> torch.Tensor:
+    """Return CLIP's symmetric cross-entropy, the mean over pairs of normalised features [B, W] (scalar).
+
+    Pairs are compared with each other, or with `others` ([N, W], [N, W]), in which they stand from `first` on.
+    """
+    images, texts = others if others is not None else (image, text)
+    labels = torch.arange(first, first + len(image), device=image.device)
+    of_image = F.cross_entropy(scale.float() * image @ texts.T, labels)
+    of_text = F.cross_entropy(scale.float() * text @ images.T, labels)
+    return (of_image + of_text) / 2
 
 
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of the next token (scalar): logits [B, T, V], labels [B, T] with IGNORED."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the mean cross-entropy of the next token (scalar): logits [B, T, V], labels [B, T] with IGNORED.
+
+    `tokens` (scalar) replaces the number of labels that are learnt: in a step of several parts, the mean over parts.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (learnt_tokens(labels) if tokens is None else tokens)
+
+
+def learnt_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Return the number of labels that are learnt, at least 1, as a float scalar."""
+    return (labels != IGNORED).sum().clamp(min=1).float()

@@ -22,6 +22,7 @@ from capstan.training.config import AUTO, TrainConfig
 from capstan.training.data.buckets import sizes_of
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.data.transforms import batch_of, conditions_of, to_signed
+from capstan.training.draws import normal
 from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.backbone import LatentSpec
@@ -209,7 +210,7 @@ class DiffusionFamily(Family):
             with torch.no_grad(), exact:
                 posterior = self.vae.encode(images).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
-        noise = torch.randn(mean.shape, generator=draw, device=mean.device)
+        noise = normal(mean.shape, draw)
         return (mean + std * noise - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
 

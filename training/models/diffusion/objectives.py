@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from capstan.training.draws import normal, uniform
+
 Prediction = Literal["epsilon", "sample", "v_prediction"]  # diffusers' names for ε, x0 and v
 
 
@@ -87,7 +89,7 @@ def offset_noise(noise: torch.Tensor, strength: float, draw: torch.Generator) ->
     ε + strength · N(0, 1) of shape [B, C, 1, ...] (Guttenberg 2023, “Diffusion with offset noise”).
     """
     shape = (*noise.shape[:2], *[1] * (noise.dim() - 2))
-    return noise + strength * torch.randn(shape, generator=draw, device=noise.device, dtype=noise.dtype)
+    return noise + strength * normal(shape, draw, noise.dtype)
 
 
 # Rectified flow ------------------------------------------------------------------------------------------------------
@@ -106,12 +108,12 @@ def flow_target(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 def uniform_times(count: int, draw: torch.Generator) -> torch.Tensor:
     """Draw t [count] ~ U(0, 1)."""
-    return torch.rand(count, generator=draw, device=draw.device)
+    return uniform((count,), draw)
 
 
 def logit_normal_times(count: int, draw: torch.Generator, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
     """Draw t [count] = sigmoid(N(mean, std²)), most often the middle of the path (Esser et al. 2024, SD3, eq. 19)."""
-    return torch.sigmoid(mean + std * torch.randn(count, generator=draw, device=draw.device))
+    return torch.sigmoid(mean + std * normal((count,), draw))
 
 
 def shift_times(time: torch.Tensor, shift: float) -> torch.Tensor:
@@ -146,7 +148,7 @@ def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.T
 
 def drop_rows(count: int, probability: float, draw: torch.Generator) -> torch.Tensor:
     """Draw a mask [count] of samples without caption, for classifier-free guidance (Ho & Salimans 2022, alg. 1)."""
-    return torch.rand(count, generator=draw, device=draw.device) < probability
+    return uniform((count,), draw) < probability
 
 
 def drop_encoders(count: int, encoders: int, probability: float, draw: torch.Generator) -> torch.Tensor:
@@ -154,7 +156,7 @@ def drop_encoders(count: int, encoders: int, probability: float, draw: torch.Gen
 
     All are dropped with probability p^encoders: 0.463 leaves a tenth of SD3's samples without text (Esser et al. 2024).
     """
-    return torch.rand(count, encoders, generator=draw, device=draw.device) < probability
+    return uniform((count, encoders), draw) < probability
 
 
 def _expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

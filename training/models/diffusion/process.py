@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from capstan.training.draws import integers, normal
 from capstan.training.models.diffusion import objectives
 from capstan.training.models.diffusion.config import DdpmSettings, DiffusionSettings, FlowSettings
 from capstan.training.models.diffusion.schedulers import STEPS, SamplerName, ddpm_scheduler, flow_scheduler
@@ -57,7 +58,7 @@ class Flow(Process):
         else:
             time = objectives.logit_normal_times(count, draw, chosen.mean, chosen.std)
         time = objectives.shift_times(time, self.shift)
-        noise = torch.randn(latents.shape, generator=draw, device=latents.device)
+        noise = normal(latents.shape, draw)
         # The same times as the scheduler passes to the model in sampling.
         timesteps = time * STEPS if self.exact else (time * STEPS).long().clamp(max=STEPS - 1)
         noisy = objectives.interpolate(latents, noise, time)
@@ -78,8 +79,8 @@ class Ddpm(Process):
 
     def draw(self, latents: torch.Tensor, draw: torch.Generator) -> Task:
         chosen, device = self.settings, latents.device
-        timesteps = torch.randint(STEPS, (len(latents),), generator=draw, device=device)
-        noise = torch.randn(latents.shape, generator=draw, device=device)
+        timesteps = integers(STEPS, len(latents), draw)
+        noise = normal(latents.shape, draw)
         if chosen.offset_noise:
             noise = objectives.offset_noise(noise, chosen.offset_noise, draw)
         alpha = self.alphas.to(device)[timesteps]
