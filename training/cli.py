@@ -130,18 +130,18 @@ def _add_run_commands(app: typer.Typer) -> None:
             int, typer.Option("--count", min=2, help="Number of unseen scenes or held-out samples.")
         ] = 128,
         measures: Annotated[
-            str, typer.Option("--measures", help="Comma-separated metrics for generated images: oracle, clip, fid.")
+            str, typer.Option("--measures", help="Comma-separated metrics: oracle, clip, cmmd, kid, fid.")
         ] = "oracle",
         clip: Annotated[
             str | None,
-            typer.Option("--clip", metavar="MODEL", help="CLIP model for clip: a folder, or an open_clip name."),
+            typer.Option("--clip", metavar="MODEL", help="CLIP for clip and cmmd: a folder, or an open_clip name."),
         ] = None,
         pretrained: Annotated[
             str | None, typer.Option("--pretrained", help="Weights of the CLIP model: a file, or an open_clip tag.")
         ] = None,
         features: Annotated[
             Path | None,
-            typer.Option("--features", metavar="FILE", help="Feature network for fid: .pth, .safetensors, or .pt."),
+            typer.Option("--features", metavar="FILE", help="Feature network for fid and kid: .pth or .safetensors."),
         ] = None,
         trust_torchscript: Annotated[
             bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")
@@ -150,7 +150,7 @@ def _add_run_commands(app: typer.Typer) -> None:
     ) -> None:
         """Measure a finished run on unseen data.
 
-        Reports each metric next to its chance level.
+        Reports each metric next to its chance level and its ceiling.
         """
         from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
         from capstan.training.evaluate import evaluate as measure

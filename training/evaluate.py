@@ -2,8 +2,9 @@
 
 Measures unseen scenes of the captioned world, or held-out samples (training.metrics.samples).
 
-    diffusion     prompts → images → oracle, CLIP score, FID. Chance: the same metrics for images of other prompts.
-                  Ceiling: the same metrics for true images that went through the autoencoder
+    diffusion     prompts → images → oracle, CLIP score, KID, CMMD, FID. Chance: the same metrics for images of other
+                  prompts. Ceiling: for true images that went through the autoencoder; of a distance (KID, CMMD, FID):
+                  between two disjoint halves of the true images
     autoencoder   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour
     vqgan         the same, and codebook use. Chance: a codebook with one code in use
 """
@@ -29,6 +30,7 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
+from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept, single_worker
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
@@ -76,10 +78,11 @@ def evaluate(
     else:
         recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
-        judges = _judges(recipe, measures, clip, fid, count)
+        judges, unused = (_judges(recipe, measures, clip, fid, count) for _ in range(2))
         for judge in judges:
             judge.check(subjects)
-        result, image = _diffusion(product, subjects, judges, steps=steps, guidance=guidance, batch=batch)
+        pairs = list(zip(judges, unused, strict=True))
+        result, image = _diffusion(product, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     image.save(png, format="PNG")
@@ -126,12 +129,15 @@ def _judges(
     settings: dict[str, Any] = {"measures": list(measures), "count": count}
     section = (recipe.train if recipe is not None else None) or {}
     from_recipe = (section.get("watch") or {}).get("evaluate") or {}
+    settings |= {name: from_recipe[name] for name in ("kid", "cmmd") if from_recipe.get(name) is not None}
     for name, given in (("clip", clip), ("fid", fid)):
         settings[name] = from_recipe.get(name) if given is None else given.model_dump()
         if given is None and settings[name] is not None:  # a run may be a stranger's, and so cannot vouch for a program
             settings[name] = {key: value for key, value in settings[name].items() if key != "trust_torchscript"}
-        if name in measures and settings[name] is None:
-            hint = "add --clip MODEL" if name == "clip" else "add --features FILE"
+    networks = {"clip": ("clip",), "cmmd": ("cmmd", "clip"), "fid": ("fid",), "kid": ("fid",)}
+    for name in measures:
+        if name in networks and all(settings.get(network) is None for network in networks[name]):
+            hint = "add --clip MODEL" if name in ("clip", "cmmd") else "add --features FILE"
             raise RecipeError("--measures", f"{name} needs a model, and the run's recipe does not name one", hint)
     return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate")
 
@@ -142,13 +148,16 @@ def _judges(
 def _diffusion(
     product: Path,
     subjects: EvalSet,
-    judges: Sequence[Metric],
+    judges: Sequence[tuple[Metric, Metric]],
     *,
     steps: int | None,
     guidance: float | None,
     batch: int,
 ) -> tuple[Evaluation, Any]:
-    """Return the metrics of images generated from prompts, and a grid of the first of them."""
+    """Return the metrics of images generated from prompts, and a grid of the first of them.
+
+    Each metric comes twice: its second copy measures the ceiling of a distance.
+    """
     sampler = open_sampler(product)
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
@@ -158,16 +167,20 @@ def _diffusion(
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
     reliability: Evaluation = {}
-    for judge in judges:
+    for judge, unused in judges:
         judged = functools.partial(_measure, judge, subjects, batch=batch, device=sampler.pipeline.device)
-        value, ceiling = judged(numbers, images), judged(numbers, reconstructed)
+        value = judged(numbers, images)
+        if judge.uses_prompts:
+            best = judged(numbers, reconstructed)
+        else:
+            best = _ceiling(unused, subjects, side, batch, sampler.pipeline.device)
         if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))
             reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
             chance = judged(others, images) if judge.uses_prompts else {}
         for name in value:
-            row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": ceiling[name]}
+            row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
     sampling = {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
     result = {"measures": measures, **reliability, "sampling": sampling}
@@ -182,6 +195,12 @@ def _measure(
         for start in range(0, len(numbers), batch):
             judge.add(subjects, numbers[start : start + batch], images[start : start + batch])
         return judge.result(single_worker)
+
+
+def _ceiling(judge: Metric, subjects: EvalSet, side: int, batch: int, device: torch.device) -> dict[str, float]:
+    """Return the values of a distance between two halves of the true images."""
+    with random_state_kept(device):
+        return ceiling(judge, subjects, side, device=device, batch=batch, total=single_worker)
 
 
 def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | None]:

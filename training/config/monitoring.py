@@ -11,7 +11,9 @@ from capstan.pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=1)]
-Measure = Literal["oracle", "clip", "fid"]
+Measure = Literal["oracle", "clip", "fid", "kid", "cmmd"]
+_LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd")
+_INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 
 
 class Samples(Section):
@@ -34,10 +36,17 @@ class ClipSettings(Section):
 
 
 class Fid(Section):
-    """The feature network of FID."""
+    """The feature network of FID and KID."""
 
-    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors), or a TorchScript network (.pt)
+    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors); .pt: see trust_torchscript
     trust_torchscript: bool = False  # run the program in a .pt file; it can do anything that you can
+
+
+class Kid(Section):
+    """Subsets of images over which KID is the mean."""
+
+    subsets: Annotated[int, Field(ge=2)] = 100
+    size: Annotated[int, Field(ge=2)] | None = None  # images of each; null: half of all, at most 1000
 
 
 class Evaluate(Section):
@@ -45,19 +54,42 @@ class Evaluate(Section):
 
     every: Positive = 5000  # steps; also after the last one
     count: Annotated[int, Field(ge=2)] = 1000  # images, divided among the workers
-    measures: Annotated[list[Measure], Field(min_length=1)] = ["clip"]  # noqa: RUF012 - pydantic copies it
+    measures: Annotated[list[Measure], Field(min_length=1)] | None = None  # null: what the networks below allow
     batch: Positive = 16  # images generated at once on each worker
     steps: Positive | None = None
     guidance: Guidance | None = None
     clip: ClipSettings | None = None
-    fid: Fid | None = None
+    fid: Fid | None = None  # of kid, too
+    kid: Kid = Kid()
+    cmmd: ClipSettings | None = None  # null: the CLIP of `clip`
 
     @model_validator(mode="after")
     def _measures_have_what_they_need(self) -> Evaluate:
-        for name, example in (("clip", "{model: ./clip}"), ("fid", "{features: ./inception.pth}")):
-            if name in self.measures and getattr(self, name) is None:
-                raise ValueError(f"measure {name} needs {name}: {example}")
+        measures = self.measures
+        if measures is None:
+            measures = self._default_measures()
+            object.__setattr__(self, "measures", measures)  # sections are frozen
+        clip, fid = "clip: {model: ./clip}", "fid: {features: ./inception.pth}"
+        there = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "cmmd": self.cmmd or self.clip}
+        for name, example in (("clip", clip), ("fid", fid), ("kid", fid), ("cmmd", f"cmmd: {clip[6:]}")):
+            if name in measures and there[name] is None:
+                raise ValueError(f"measure {name} needs {example}")
         return self
+
+    def _default_measures(self) -> list[Measure]:
+        """Return the measures for which there is a network, and enough images."""
+        chosen: list[Measure] = ["clip"] if self.clip is not None else []
+        if self.clip is not None or self.cmmd is not None:
+            chosen.append("cmmd")
+        if self.fid is not None:
+            chosen.append("kid")
+            if self.count > _INCEPTION_FEATURES and not self.fid.features.endswith(".pt"):
+                chosen.append("fid")
+        if not chosen:
+            raise ValueError(
+                "names no network to measure with; set clip: {model: ./clip}, or measures: [oracle] for format: world"
+            )
+        return chosen
 
     def terms(self, measure: str) -> dict[str, Any]:
         """Return the settings that a value of `measure` depends on: values are comparable only if they are equal.
@@ -65,8 +97,11 @@ class Evaluate(Section):
         >>> Evaluate(count=100, measures=["fid"], fid=Fid(features="a.pth")).terms("fid")
         {'count': 100, 'steps': None, 'guidance': None, 'judge': {'features': 'a.pth'}}
         """
-        judge = {"clip": self.clip, "fid": self.fid}.get(measure)
+        cmmd = self.cmmd or self.clip
+        judge = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "kid_std": self.fid, "cmmd": cmmd}.get(measure)
         settings = None if judge is None else judge.model_dump(mode="json", exclude={"trust_torchscript"})
+        if settings is not None and measure in ("kid", "kid_std"):
+            settings |= self.kid.model_dump(mode="json")
         return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "judge": settings}
 
 
@@ -74,12 +109,12 @@ class Best(Section):
     """Which evaluation's state is kept, regardless of train.checkpoint.keep."""
 
     measure: str  # a name in evaluations.jsonl: clip, fid, colour_shape, ...
-    mode: Literal["max", "min"] | None = None  # null: min for fid, else max
+    mode: Literal["max", "min"] | None = None  # null: min for fid, kid and cmmd, else max
 
     @property
     def sign(self) -> int:
         """Return 1 if higher is better, -1 if lower is."""
-        mode = self.mode or ("min" if self.measure == "fid" else "max")
+        mode = self.mode or ("min" if self.measure in _LOWER_IS_BETTER else "max")
         return 1 if mode == "max" else -1
 
 
@@ -96,7 +131,7 @@ class Watch(Section):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Watch:
         if self.best is not None:
-            measured = [name for m in (self.evaluate.measures if self.evaluate else []) for name in recorded(m)]
+            measured = [name for m in ((self.evaluate.measures or []) if self.evaluate else []) for name in recorded(m)]
             if self.best.measure not in measured:
                 have = f"one of {', '.join(measured)}" if measured else "add evaluate: {measures: [...]}"
                 raise ValueError(f"best.measure {self.best.measure!r} is not measured; {have}")
@@ -110,7 +145,7 @@ class Watch(Section):
 def recorded(measure: Measure) -> tuple[str, ...]:
     """Return the names of a measure's values in evaluations.jsonl."""
     if measure != "oracle":
-        return (measure,)
+        return ("kid", "kid_std") if measure == "kid" else (measure,)
     from capstan.pipeline.world.oracle import MEASURES  # loads OpenCV
 
     return MEASURES

@@ -39,7 +39,7 @@ class FrechetDistance(Metric):
 
     def __init__(self, settings: Fid, field: str) -> None:
         self.file, self.field, self.trusted = Path(settings.features), f"{field}.features", settings.trust_torchscript
-        self.section = field.removesuffix(".fid")
+        self.section = field.rpartition(".")[0]
         self.metric: Any = None
         self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once computed
 
@@ -54,7 +54,7 @@ class FrechetDistance(Metric):
             import torchmetrics  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtra(self.field, str(error.name), "fid") from None
-        self._refuse_few_images(len(eval_set), self._count_features())
+        self.refuse_few_images(len(eval_set))
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
@@ -80,7 +80,7 @@ class FrechetDistance(Metric):
         ) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             problem = f"{self.file} is not a network that takes images ({first})"
-            raise RecipeError(self.field, problem, f"use {_WEIGHTS}, or a TorchScript file (.pt)") from None
+            raise RecipeError(self.field, problem, f"use {_WEIGHTS}") from None
         self.metric = metric.to(device)
         try:
             yield
@@ -94,14 +94,15 @@ class FrechetDistance(Metric):
         with random_state_kept(cpu), self.ready(cpu):
             return len(self.metric.real_features_sum)
 
-    def _refuse_few_images(self, count: int, features: int) -> None:
+    def refuse_few_images(self, count: int) -> None:
         """Raise RecipeError if there are no more images than features: the covariances are then singular.
 
         The value would be mostly bias, which falls as 1 / images (Chong & Forsyth 2020, “Effectively unbiased FID”).
         """
+        features = self._count_features()
         if count <= features:
             problem = f"{count} images are too few for a Fréchet distance of {features} features"
-            hint = f"set count (--count) to more than {features}, better ten times that; or measure clip instead"
+            hint = f"set count (--count) to more than {features}, better ten times that; or measure kid instead"
             raise RecipeError(f"{self.section}.count", problem, hint)
 
     def _refuse_untrusted_code(self) -> None:

@@ -49,17 +49,23 @@ class Metric(ABC):
 def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
     """Return the metrics named in `measures`; `field` is the section's name, for errors."""
     from capstan.training.metrics.clip_score import ClipScore
+    from capstan.training.metrics.cmmd import ClipDistance
     from capstan.training.metrics.fid import FrechetDistance
+    from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.oracle import OracleScore
 
     metrics: list[Metric] = []
-    for name in dict.fromkeys(wanted.measures):
+    for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
             metrics.append(OracleScore(f"{field}.measures"))
         elif name == "clip" and wanted.clip is not None:
             metrics.append(ClipScore(wanted.clip, f"{field}.clip"))
         elif name == "fid" and wanted.fid is not None:
             metrics.append(FrechetDistance(wanted.fid, f"{field}.fid"))
+        elif name == "kid" and wanted.fid is not None:
+            metrics.append(KernelDistance(wanted.kid, wanted.fid, f"{field}.fid"))
+        elif name == "cmmd" and (judge := wanted.cmmd or wanted.clip) is not None:
+            metrics.append(ClipDistance(judge, f"{field}.{'cmmd' if wanted.cmmd else 'clip'}"))
     return metrics
 
 

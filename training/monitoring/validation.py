@@ -1,7 +1,7 @@
 """Sample grids and evaluations during training, and the best state kept.
 
     samples/step-001000.png     the same prompts and noise every time
-    evaluations.jsonl           one JSON object per evaluation: {step, count, measures: {name: value}, seconds}
+    evaluations.jsonl           one JSON object per evaluation: {step, count, measures: {…}, seconds, ceilings: {…}}
     best/step-005000/           checkpoint/ (hard links: no extra space until training deletes its own) and product/
     best.json                   {step, measure, count, …, value, folder}: the best state; written after its folder
 
@@ -31,6 +31,7 @@ from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
+from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept
 from capstan.training.metrics.samples import EvalSet, make_eval_set
 from capstan.training.monitoring.metrics_logger import MetricsLogger
@@ -59,6 +60,7 @@ class Validation:
         self.write_average = write_average
         self.eval_set: EvalSet | None = None
         self.metrics: list[Metric] = []
+        self.ceilings: dict[str, float] | None = None  # of distances, measured with the first evaluation
         self.prompts: list[str] = []
         if (samples := train.watch.samples) is not None:
             self.prompts = samples.prompts or _prompts(recipe, train, layer, samples.count)
@@ -155,7 +157,7 @@ class Validation:
     def _measure(self, wanted: Evaluate, sampler: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """Sample and measure, each worker its share. Return None if a stop is requested."""
         assert self.eval_set is not None
-        started, mine = time.monotonic(), self._mine(wanted.count)
+        started, mine, side = time.monotonic(), self._mine(wanted.count), 0
         share = -(-wanted.count // self.engine.world)
         with contextlib.ExitStack() as stack:
             for metric in self.metrics:
@@ -165,23 +167,41 @@ class Validation:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
                     images = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch)
+                    side = images.shape[1]
                     for metric in self.metrics:
                         metric.add(self.eval_set, numbers, images)
             measures: dict[str, float] = {}
             for metric in self.metrics:
                 measures |= metric.result(self.engine.total)
-        return {"measures": measures, "seconds": round(time.monotonic() - started, 1)}
+        if self.ceilings is None:
+            self.ceilings = self._measure_ceilings(wanted, max(self.engine.collect(side)))
+        seconds = round(time.monotonic() - started, 1)
+        return {"measures": measures, "seconds": seconds, "ceilings": self.ceilings}
+
+    def _measure_ceilings(self, wanted: Evaluate, side: int) -> dict[str, float]:
+        """Return the values of distances between two halves of the true images, of `side` pixels."""
+        assert self.eval_set is not None
+        engine, ceilings = self.engine, dict[str, float]()
+        for metric in make_metrics(wanted, "train.watch.evaluate"):
+            if not metric.uses_prompts:
+                where = {"device": engine.device, "batch": wanted.batch, "rank": engine.rank, "world": engine.world}
+                ceilings |= ceiling(metric, self.eval_set, side, total=engine.total, **where)
+        return ceilings
 
     def _record(self, step: int, wanted: Evaluate, values: dict[str, Any]) -> None:
         if not self.engine.is_main:
             return
         measures = {name: _or_none(value) for name, value in values["measures"].items()}
         record = {"step": step, "count": wanted.count, "measures": measures, "seconds": values["seconds"]}
+        if values["ceilings"]:
+            record["ceilings"] = {name: round(value, 6) for name, value in values["ceilings"].items()}
         with self.run.evaluations.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         known = {f"evaluation/{name}": value for name, value in measures.items() if value is not None}
         self.meter.trackers.scalars(step, known)
-        words = ", ".join(f"{name} {value:.4g}" for name, value in measures.items() if value is not None)
+        best = {name: f" (ceiling {value:.4g})" for name, value in values["ceilings"].items()}
+        known_words = ((name, value) for name, value in measures.items() if value is not None)
+        words = ", ".join(f"{name} {value:.4g}{best.get(name, '')}" for name, value in known_words)
         logger.info("evaluation after step %d: %s (%.0f s)", step, words, values["seconds"])
 
     def _evaluated(self) -> set[int]:

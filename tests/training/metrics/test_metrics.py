@@ -15,10 +15,14 @@ from small_clip import write_clip
 from capstan.pipeline.config import Recipe, WorldSource
 from capstan.pipeline.errors import RecipeError
 from capstan.training import evaluate
-from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid
+from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Kid
+from capstan.training.metrics.ceiling import SecondHalf, ceiling
 from capstan.training.metrics.clip_score import ClipScore
+from capstan.training.metrics.cmmd import ClipDistance
 from capstan.training.metrics.fid import FrechetDistance
+from capstan.training.metrics.kid import KernelDistance
 from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept, single_worker
+from capstan.training.metrics.mmd import gaussian, mmd2, polynomial
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.samples import EvalSet, Scenes
 
@@ -71,6 +75,8 @@ def result(metric: Metric, eval_set: EvalSet, images: np.ndarray, workers: int =
 
             if isinstance(metric, FrechetDistance):
                 metric.true = {}
+            if isinstance(metric, KernelDistance | ClipDistance):
+                metric.truth = None
             with metric.ready(CPU):
                 numbers = list(range(worker, len(eval_set), workers))
                 metric.add(eval_set, numbers, images[numbers])
@@ -227,3 +233,81 @@ def test_inception_reads_its_weights_from_either_format(tmp_path: Path, suffix: 
     images = Images(2, 20)
     value = result(FrechetDistance(Fid(features=str(file)), "f"), images, images.made)
     assert value["fid"] == pytest.approx(0, abs=1e-2)
+
+
+def brute(x: np.ndarray, y: np.ndarray, kernel) -> float:
+    """MMD² by its definition, pair by pair."""
+    xx = np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    yy = np.mean([kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    return xx + yy - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def test_kid_is_the_mmd_of_its_kernel_and_has_no_bias(features: Path) -> None:
+    network = Fid(features=str(features), trust_torchscript=True)
+    truth, drawn = Images(12, 20), Images(12, 60).made
+    whole = KernelDistance(Kid(subsets=2, size=12), network, "x.fid")
+    whole.check(truth)
+    a, b = (p.reshape(12, -1, 3).mean(1).astype(np.float64) for p in (drawn, truth.made))
+    expected = brute(a, b, lambda p, q: (p @ q / 3 + 1) ** 3)
+    values = result(whole, truth, drawn)
+    assert values["kid"] == pytest.approx(expected, rel=1e-4)
+    assert values["kid_std"] == pytest.approx(0, abs=abs(expected) * 1e-9)  # each subset is the whole
+    metric = KernelDistance(Kid(subsets=20), network, "x.fid")
+    alone, shared = (result(metric, truth, drawn, workers) for workers in (1, 3))
+    assert alone == pytest.approx(shared, rel=1e-6)
+    assert alone["kid_std"] > 0
+    with pytest.raises(RecipeError, match=r"^x\.count: 3 images are too few for kid\. Fix: set count"):
+        metric.check(Images(3, 20))
+
+
+def test_an_unbiased_mmd_of_one_distribution_is_0_on_average() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for kernel in (polynomial, gaussian):
+        pairs = torch.randn(400, 2, 6, 5, generator=draw)
+        values = np.array([mmd2(x, y, kernel) for x, y in pairs])
+        assert abs(values.mean()) < 4 * values.std() / 20
+        assert (values < 0).any()
+
+
+def test_cmmd_is_the_mmd_of_clips_embeddings(tmp_path: Path) -> None:
+    metric, truth = ClipDistance(ClipSettings(model=str(write_clip(tmp_path / "clip", 0))), "x.clip"), Images(7, 20)
+    metric.check(truth)
+    drawn = Images(7, 90).made
+    loaded = metric.tower.load("cpu")
+    a, b = (
+        loaded.normalize(loaded.images(np.stack([metric.tower.prepare(p) for p in part]))).double().numpy()
+        for part in (drawn, truth.made)
+    )
+    expected = 1000 * brute(a, b, lambda p, q: np.exp(-((p - q) ** 2).sum() / 200))
+    assert result(metric, truth, drawn)["cmmd"] == pytest.approx(expected, abs=1e-4)
+    metric.truth = None
+    assert result(metric, truth, drawn, workers=3)["cmmd"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_ceiling_is_what_true_images_reach_not_0(features: Path) -> None:
+    network = Fid(features=str(features), trust_torchscript=True)
+    metric, same = (KernelDistance(Kid(subsets=4), network, "x.fid") for _ in range(2))
+    truth = Images(40, 20)
+    how = {"device": CPU, "batch": 8, "total": single_worker}
+    best = ceiling(metric, truth, 16, **how)
+    same.check(Images(20, 20))
+    halves = SecondHalf(truth)
+    assert result(same, halves, truth.made[:20]) == pytest.approx(best)
+    assert best["kid"] < result(KernelDistance(Kid(subsets=4), network, "x.fid"), truth, Images(40, 60).made)["kid"]
+    assert ceiling(FrechetDistance(network, "x.fid"), Images(6, 20), 16, **how) == {}  # 3 are too few for 3 features
+
+
+def test_measures_by_default_are_those_that_mean_something() -> None:
+    clip, fid = {"model": "m"}, {"features": "inception.pth"}
+    assert Evaluate(clip=clip).measures == ["clip", "cmmd"]
+    assert Evaluate(fid=fid).measures == ["kid"]  # 1000 images are too few for a Fréchet distance of 2048 features
+    assert Evaluate(fid=fid, count=2049).measures == ["kid", "fid"]
+    assert Evaluate(cmmd=clip).measures == ["cmmd"]
+    with pytest.raises(ValueError, match=r"names no network to measure with; set clip"):
+        Evaluate()
+    for measure, needs in (("kid", "fid"), ("cmmd", "cmmd")):
+        with pytest.raises(ValueError, match=rf"measure {measure} needs {needs}"):
+            Evaluate(measures=[measure])
+    wanted = Evaluate(clip=clip, fid=fid)
+    assert wanted.terms("kid")["judge"] == {"features": "inception.pth", "subsets": 100, "size": None}
+    assert wanted.terms("cmmd")["judge"] == {"model": "m", "pretrained": None}

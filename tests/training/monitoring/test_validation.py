@@ -23,7 +23,14 @@ ORACLE = ["background", "colours", "count", "colour_shape", "relation"]
 
 
 def all_of_it(metrics: dict[str, Any], **evaluate: Any) -> dict[str, Any]:
-    measured = {"every": 2, "count": 4, "batch": 2, "measures": ["oracle", "clip", "fid"], **metrics, **evaluate}
+    measured = {
+        "every": 2,
+        "count": 4,
+        "batch": 2,
+        "measures": ["oracle", "clip", "fid", "cmmd"],
+        **metrics,
+        **evaluate,
+    }
     best = {"measure": "fid"}
     return {"samples": {"every": 2, "prompts": PROMPTS}, "evaluate": measured, "best": best, "bands": 4}
 
@@ -60,9 +67,10 @@ def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tm
 
     evaluations = lines(watched / "evaluations.jsonl")
     assert [record["step"] for record in evaluations] == [2, 4]
-    assert list(evaluations[0]["measures"]) == [*ORACLE, "clip", "fid"]
+    assert list(evaluations[0]["measures"]) == [*ORACLE, "clip", "fid", "cmmd"]
     assert evaluations[0]["measures"]["fid"] > 0
     assert -1 <= evaluations[0]["measures"]["clip"] <= 1
+    assert [list(record["ceilings"]) for record in evaluations] == [["cmmd"]] * 2  # 2 images are too few for fid
 
     best = json.loads((watched / "best.json").read_text())
     assert best["value"] == pytest.approx(min(record["measures"]["fid"] for record in evaluations), abs=1e-6)
