@@ -34,6 +34,7 @@ from capstan.pipeline.text.printable import PrintableFormatter, printable
 
 if TYPE_CHECKING:
     from capstan.pipeline.config import Recipe
+    from capstan.pipeline.storage import Storage
 
 INTERRUPTED: Final = 130
 DISTRIBUTION: Final = "capstan-t2i"
@@ -56,7 +57,14 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return load(path, overrides)
 
 
-for floor in (capstan.pipeline.cli, capstan.recaption.cli, capstan.training.cli):
+def _report_of_run(storage: Storage) -> str | None:
+    from capstan.training.monitoring.run_report import report_of_run
+
+    return report_of_run(storage)
+
+
+capstan.pipeline.cli.add_commands(app, _load, _report_of_run)
+for floor in (capstan.recaption.cli, capstan.training.cli):
     floor.add_commands(app, _load)
 capstan.cluster.jobs.cli.add_commands(app)
 capstan.cluster.view.cli.add_commands(app)

@@ -53,12 +53,16 @@ COMMANDS: Final[dict[str, Command]] = {
     "report": Command(
         DATA,
         "Write an HTML report or a contact sheet.",
-        ("capstan report out/ds", "capstan report out/ds --samples reason=timeout -o timeouts.png"),
+        (
+            "capstan report out/ds",
+            "capstan report out/ds --samples reason=timeout -o timeouts.png",
+            "capstan report out/run",
+        ),
     ),
     "view": Command(
         DATA,
-        "Look at a dataset in a browser.",
-        ("capstan view out/ds", "capstan view s3://bucket/ds --no-browser --port 8000"),
+        "Look at a dataset or runs in a browser.",
+        ("capstan view out/ds", "capstan view s3://bucket/ds --no-browser --port 8000", "capstan view out/runs"),
     ),
     "verify": Command(
         DATA,

@@ -32,13 +32,17 @@ StorageOption = Annotated[
 ]
 
 Load = Callable[[Path, list[str]], "Recipe"]
+ReportOfRun = Callable[["Storage"], str | None]
 
 
-def add_commands(app: typer.Typer, load: Load) -> None:
-    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+def add_commands(app: typer.Typer, load: Load, report_of_run: ReportOfRun | None = None) -> None:
+    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides.
+
+    `report_of_run` writes the report of a training run, which is a matter of a higher floor; None if there is no run.
+    """
     _add_recipe_commands(app, load)
     _add_takedown(app)
-    _add_read_only_commands(app)
+    _add_read_only_commands(app, report_of_run or (lambda storage: None))
 
 
 def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
@@ -116,7 +120,7 @@ def _add_takedown(app: typer.Typer) -> None:
         finish(run(dataset, lists, open_dataset(dataset, overrides).options), as_json)
 
 
-def _add_read_only_commands(app: typer.Typer) -> None:
+def _add_read_only_commands(app: typer.Typer, report_of_run: ReportOfRun) -> None:
     @app.command()
     def verify(
         dataset: DatasetArgument,
@@ -146,7 +150,7 @@ def _add_read_only_commands(app: typer.Typer) -> None:
 
     @app.command()
     def report(
-        dataset: DatasetArgument,
+        dataset: Annotated[str, typer.Argument(metavar="DATASET|RUN", help="Folder or URL of a dataset or a run.")],
         samples: Annotated[
             list[str],
             typer.Option(
@@ -165,7 +169,8 @@ def _add_read_only_commands(app: typer.Typer) -> None:
     ) -> None:
         """Write an HTML report or a contact sheet.
 
-        The report is DATASET/report.html: the funnel, examples of what each step dropped, histograms.
+        The report is DATASET/report.html: the funnel, examples of what each step dropped, histograms. Of a training
+        run it is RUN/report.html: curves, samples over steps, evaluations, recipe, versions and cost.
         """
         storage = open_dataset(dataset, overrides)
         if samples:
@@ -175,7 +180,7 @@ def _add_read_only_commands(app: typer.Typer) -> None:
         else:
             from capstan.pipeline.report.report import write_report
 
-            finish({"report": write_report(storage)}, as_json)
+            finish({"report": report_of_run(storage) or write_report(storage)}, as_json)
 
 
 def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASET") -> Storage:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import logging
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +53,7 @@ class Run:
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
             return
         storage.check_writable()
-        content = {"identity": identity, "recipe": recipe}
+        content = {"identity": identity, "recipe": recipe, "versions": versions()}
         storage.write("recipe.json", json.dumps(content, indent=1).encode())
 
     @contextlib.contextmanager
@@ -110,6 +112,15 @@ class Run:
                 lines = log.read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
                 Storage(str(self.folder)).write(log.name, "".join(kept).encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that training uses, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("capstan-t2i", "torch", "accelerate", "deepspeed", "diffusers", "transformers", "ray", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def download(storage: Storage, name: str, there: list[str], folder: Path) -> None:

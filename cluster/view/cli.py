@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from capstan.pipeline.cli import DatasetArgument, JsonOption, StorageOption, open_dataset
+from capstan.pipeline.cli import JsonOption, StorageOption, open_dataset
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -18,17 +18,20 @@ def add_commands(app: typer.Typer) -> None:
 
     @app.command()
     def view(
-        dataset: DatasetArgument,
+        dataset: Annotated[
+            str, typer.Argument(metavar="DATASET|RUN|FOLDER", help="A dataset, a training run, or a folder of runs.")
+        ],
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
         browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
         read_only: Annotated[bool, typer.Option("--read-only", help="Allow no verdicts and no takedown list.")] = False,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
-        """Look at a dataset in a browser.
+        """Look at a dataset or runs in a browser.
 
-        Shows kept, rejected, duplicate and failed rows with their reasons, all caption layers, and what other
-        thresholds would keep. Listens on this machine only. Ctrl-C ends it.
+        Of a dataset: kept, rejected, duplicate and failed rows with their reasons, all caption layers, what other
+        thresholds would keep, and reviews. Of training runs: a table, curves, and all sample grids at one step.
+        Listens on this machine only. Ctrl-C ends it.
         """
         from capstan.cluster.view.server import serve
 

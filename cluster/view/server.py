@@ -13,28 +13,29 @@ import re
 import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import yaml
 from aiohttp import web
 
 from capstan.cluster.view.access import Access
+from capstan.cluster.view.answers import add_static, json_answer, problems
 from capstan.cluster.view.captions import captions_of
 from capstan.cluster.view.images import Images
 from capstan.cluster.view.reviews import Reviews, Takedown, among, count
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.cluster.view.runs import RunsViewer
+from capstan.pipeline.dataset.shards import read_manifest
+from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer, Judged
 from capstan.pipeline.report.query import SAMPLE, Row, Rows
 from capstan.pipeline.report.thumbnails import why_missing
 from capstan.pipeline.select.review import VERDICTS, Verdict
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import list_layers
+from capstan.training.monitoring.run_files import find_runs
 
 logger = logging.getLogger(__name__)
 
-_STATIC: Final = Path(__file__).with_name("static")
-_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _KEY: Final = re.compile(r"[0-9a-f]{32}")
 _SIDES: Final = (0, 256)  # sizes in which images are served; 0: as stored
 _PAGE: Final = 60
@@ -52,10 +53,8 @@ class Viewer:
         self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
         self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
         self.access = Access()
-        self.app = web.Application(middlewares=[self.access.check, _problems], client_max_size=_MOST_BYTES)
-        self.app.router.add_get("/", self._static("index.html"))
-        for path in sorted(_STATIC.iterdir()):
-            self.app.router.add_get(f"/static/{path.name}", self._static(path.name))
+        self.app = web.Application(middlewares=[self.access.check, problems], client_max_size=_MOST_BYTES)
+        add_static(self.app, "index.html")
         self.app.router.add_get("/api/dataset", self.dataset)
         self.app.router.add_get("/api/rows", self.page)
         self.app.router.add_get("/api/row/{key}", self.row)
@@ -68,12 +67,16 @@ class Viewer:
         self.app.router.add_get("/api/takedown", self.takedown_list)
         self.app.router.add_post("/api/takedown", self.take_down)
 
+    def close(self) -> None:
+        """Give back the lease of a review."""
+        self.reviews.close()
+
     async def dataset(self, _: web.Request) -> web.Response:
         """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
         rows, explorer = self.rows, self.explorer
         manifest = rows.manifest
         layers = await asyncio.to_thread(list_layers, rows.storage)
-        return _json(
+        return json_answer(
             {
                 "dataset": rows.storage.url,
                 "finished": rows.finished,
@@ -115,7 +118,7 @@ class Viewer:
         await asyncio.to_thread(self.images.load, found.rows, 256)
         given = among(review, [row.key for row in found.rows]) if review is not None else {}
         cards = [_card(row) | asdict(given.get(row.key, Verdict(""))) for row in found.rows]
-        return _json({"rows": cards, "next": found.next, "total": found.total})
+        return json_answer({"rows": cards, "next": found.next, "total": found.total})
 
     async def row(self, request: web.Request) -> web.Response:
         """Return all that is known of a row, with its captions in every layer."""
@@ -128,12 +131,12 @@ class Viewer:
         name = request.query.get("review")
         given = among(await asyncio.to_thread(self.reviews.read, name), [key]) if name else {}
         card = _card(row) | asdict(given.get(key, Verdict("")))
-        return _json({**detail, "card": card, "captions": captions})
+        return json_answer({**detail, "card": card, "captions": captions})
 
     async def histogram(self, request: web.Request) -> web.Response:
         """Return the histogram of a subject."""
         found = await asyncio.to_thread(self.explorer.histogram, request.query.get("subject", ""))
-        return _json(
+        return json_answer(
             None
             if found is None
             else {"edges": found.edges, "kept": found.kept, "others": found.lost, "whole": found.whole}
@@ -146,7 +149,7 @@ class Viewer:
         steps = await asyncio.to_thread(self.explorer.funnel, conditions)
         select = [{"name": name, "where": where} for name, where in conditions]
         text = yaml.safe_dump({"select": select}, sort_keys=False, allow_unicode=True, width=100)
-        return _json({"steps": steps, "yaml": text})
+        return json_answer({"steps": steps, "yaml": text})
 
     async def nearest(self, request: web.Request) -> web.Response:
         """Return the rows on both sides of a threshold."""
@@ -156,7 +159,7 @@ class Viewer:
             raise RecipeError("threshold", "is not a number", "write e.g. threshold=0.28") from None
         found = await asyncio.to_thread(self.explorer.nearest, request.query.get("subject", ""), threshold)
         await asyncio.to_thread(self.images.load, [row for side in found.values() for row in side], 256)
-        return _json({side: [_card(row) for row in rows] for side, rows in found.items()})
+        return json_answer({side: [_card(row) for row in rows] for side, rows in found.items()})
 
     async def image(self, request: web.Request) -> web.Response:
         """Return a row's JPEG. Removed rows have none."""
@@ -171,7 +174,7 @@ class Viewer:
 
     async def review_names(self, _: web.Request) -> web.Response:
         """Return the reviews with their numbers of verdicts."""
-        return _json({"reviews": await asyncio.to_thread(self.reviews.counts), "who": self.reviews.who})
+        return json_answer({"reviews": await asyncio.to_thread(self.reviews.counts), "who": self.reviews.who})
 
     async def review(self, request: web.Request) -> web.Response:
         """Publish verdicts; return those before, with which the page can undo them."""
@@ -182,18 +185,18 @@ class Viewer:
         await self._known(given)
         before, table = await asyncio.to_thread(self.reviews.give, request.match_info["name"], given)
         undo = [{"key": key, **asdict(one)} for key, one in before.items()]
-        return _json({"before": undo, **count(table)})
+        return json_answer({"before": undo, **count(table)})
 
     async def takedown_list(self, _: web.Request) -> web.Response:
         """Return the keys to take down, their file and the command that does it."""
-        return _json(await asyncio.to_thread(self.takedown.change))
+        return json_answer(await asyncio.to_thread(self.takedown.change))
 
     async def take_down(self, request: web.Request) -> web.Response:
         """Add keys to the takedown list, or take them out of it. Nothing is removed from the dataset."""
         asked = await self._writing(request)
         add, remove = ([str(key) for key in asked.get(name, [])] for name in ("add", "remove"))
         await self._known(add)
-        return _json(await asyncio.to_thread(self.takedown.change, add, remove))
+        return json_answer(await asyncio.to_thread(self.takedown.change, add, remove))
 
     async def _writing(self, request: web.Request) -> dict[str, Any]:
         """Return the body of a request that writes. Raises 403 if the viewer may only read."""
@@ -209,29 +212,6 @@ class Viewer:
         if len(known) < len(wanted):
             raise RecipeError("key", "is not of a row of this dataset", "reload the page")
 
-    @staticmethod
-    def _static(name: str) -> Callable[[web.Request], Any]:
-        async def answer(_: web.Request) -> web.Response:
-            path = _STATIC / name
-            return web.Response(body=path.read_bytes(), content_type=_TYPES[path.suffix], charset="utf-8")
-
-        return answer
-
-
-@web.middleware
-async def _problems(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-    """Return a user's mistake as JSON with its field, problem and hint."""
-    try:
-        answer: web.StreamResponse = await handler(request)
-        return answer
-    except RecipeError as error:
-        return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)
-    except CapstanError as error:
-        return web.Response(status=409, text=str(error))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
-        return web.json_response(problem, status=400)
-
 
 def _key(request: web.Request) -> str:
     key = request.match_info["key"]
@@ -245,10 +225,6 @@ def _card(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in _CARD} | {"image": row.is_shown, "why": why_missing(row)}
 
 
-def _json(answer: Any) -> web.Response:
-    return web.json_response(answer, headers={"Cache-Control": "no-store"})
-
-
 async def serve(
     storage: Storage,
     port: int,
@@ -258,9 +234,16 @@ async def serve(
     read_only: bool = False,
     options: Sequence[str] = (),
 ) -> None:
-    """Serve the viewer on loopback until it is cancelled; call `ready` with the address once it listens."""
-    with Rows(storage) as rows:
-        viewer = Viewer(rows, read_only=read_only, options=options)
+    """Serve the viewer on loopback until it is cancelled; call `ready` with the address once it listens.
+
+    Raises RecipeError if there is neither a dataset nor a training run at `storage`.
+    """
+    with contextlib.ExitStack() as stack:
+        runs = await asyncio.to_thread(find_runs, storage)
+        if runs and read_manifest(storage) is None:
+            viewer: Viewer | RunsViewer = RunsViewer(storage, runs)
+        else:
+            viewer = Viewer(stack.enter_context(Rows(storage)), read_only=read_only, options=options)
         runner = web.AppRunner(viewer.app, access_log=None)
         await runner.setup()
         try:
@@ -276,5 +259,5 @@ async def serve(
                     webbrowser.open(address)
             await asyncio.Event().wait()
         finally:
-            viewer.reviews.close()
+            viewer.close()
             await runner.cleanup()

@@ -48,14 +48,21 @@ class VerticalAxis:
     low: float
     high: float
     marks: Sequence[float]
+    logarithmic: bool = False
 
     @classmethod
-    def over(cls, low: float, high: float) -> VerticalAxis:
-        marks = ticks(low, high, 4)
-        return cls(min(low, marks[0]), max(high, marks[-1]), marks)
+    def over(cls, low: float, high: float, logarithmic: bool = False) -> VerticalAxis:
+        """Return the axis for values within [low, high]; `low` is above 0 if it is logarithmic."""
+        marks = log_ticks(low, high) if logarithmic else ticks(low, high, 4)
+        if logarithmic and len(marks) < 2:
+            marks = [mark for mark in ticks(low, high, 3) if mark > 0] or marks
+        return cls(min(low, marks[0]), max(high, marks[-1]), marks, logarithmic)
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low or 1)
+        low, high, at = self.low, self.high, value
+        if self.logarithmic:
+            low, high, at = math.log(low), math.log(high), math.log(value)
+        share = (at - low) / (high - low or 1)
         return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
 
     def rules(self) -> list[str]:

@@ -109,21 +109,38 @@ def histogram(shown: Histogram) -> Html:
     return plot(shown.title, "".join(parts), _gist(shown), shown.notes)
 
 
-def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step") -> Html:
-    """Draw up to three named lines, each (x, y), in one plot."""
-    points = [(a, b) for xs, ys in lines.values() for a, b in zip(xs, ys, strict=True) if math.isfinite(b)]
+def curves(
+    title: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x: str = "step",
+    *,
+    logarithmic: bool = False,
+    kinds: Sequence[str] = _LINES,
+    note: str | None = None,
+) -> Html:
+    """Draw up to three named lines, each (x, y), in one plot; `logarithmic` leaves out values that are not positive.
+
+    `kinds` are the lines' styles: first, second or third. `note` replaces the range of x below the plot.
+    """
+
+    def drawn(value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not logarithmic)
+
+    points = [(a, b) for xs, ys in lines.values() for a, b in zip(xs, ys, strict=True) if drawn(b)]
     if not points:
         return plot(title, "", "no values", ["no values"])
     low, high = min(b for _, b in points), max(b for _, b in points)
     across = Axis(min(a for a, _ in points), max(a for a, _ in points))
-    y = VerticalAxis.over(low, high if high > low else low + 1)
+    y = VerticalAxis.over(low, high if high > low else low + (low if logarithmic else 1), logarithmic)
     parts = y.rules()
-    for kind, (name, (xs, ys)) in zip(_LINES, lines.items(), strict=False):
-        path = " ".join(f"{across(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True) if math.isfinite(b))
+    for kind, (name, (xs, ys)) in zip(kinds, lines.items(), strict=False):
+        path = " ".join(f"{across(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True) if drawn(b))
         parts.append(f'<polyline class="line {kind}" points="{path}"><title>{escape(name)}</title></polyline>')
     parts.append(baseline(across, across.ticks()))
     ends = [f"{name}: from {short(ys[0])} to {short(ys[-1])}" for name, (_, ys) in lines.items() if len(ys)]
-    return plot(title, "".join(parts), "; ".join(ends), [f"{'; '.join(ends)}, over {short(across.high)} {x}s"])
+    return plot(
+        title, "".join(parts), "; ".join(ends), [f"{'; '.join(ends)}, {note or f'over {short(across.high)} {x}s'}"]
+    )
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""What all pages of the viewer share: static files, JSON, and mistakes as JSON"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from capstan.pipeline.errors import CapstanError, RecipeError
+
+_STATIC: Final = Path(__file__).with_name("static")
+_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
+
+def add_static(app: web.Application, page: str) -> None:
+    """Serve the files of static/, and one of its pages as /."""
+    app.router.add_get("/", _file(page))
+    for path in sorted(_STATIC.iterdir()):
+        app.router.add_get(f"/static/{path.name}", _file(path.name))
+
+
+def _file(name: str) -> Callable[[web.Request], Any]:
+    async def answer(_: web.Request) -> web.Response:
+        path = _STATIC / name
+        return web.Response(body=path.read_bytes(), content_type=_TYPES[path.suffix], charset="utf-8")
+
+    return answer
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+    """Return a user's mistake as JSON with its field, problem and hint."""
+    try:
+        answer: web.StreamResponse = await handler(request)
+        return answer
+    except RecipeError as error:
+        return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)
+    except CapstanError as error:
+        return web.Response(status=409, text=str(error))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
+        return web.json_response(problem, status=400)
+
+
+def json_answer(answer: Any) -> web.Response:
+    """Return a JSON answer that no cache keeps."""
+    return web.json_response(answer, headers={"Cache-Control": "no-store"})
