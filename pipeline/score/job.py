@@ -29,6 +29,7 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, images
 from capstan.pipeline.records import storable
 from capstan.pipeline.score import store
+from capstan.pipeline.score.by_halves import by_halves
 from capstan.pipeline.score.clip_model import ClipModel, Loaded
 from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
 from capstan.pipeline.storage import Storage
@@ -108,7 +109,12 @@ class ModelScoreJob(ScoreJob):
             }
             for scorer in readers:
                 if piece["seen"] and scorer.id in piece["readers"]:
-                    piece["found"][scorer.id] = (piece["seen"], scorer.score(seen[scorer.clip_model.id]))
+                    found, errors = _read(scorer, seen[scorer.clip_model.id])
+                    rows = piece["seen"]
+                    piece["found"][scorer.id] = ([rows[place] for place in found[0]], found[1])
+                    piece["errors"].setdefault(scorer.id, {}).update({rows[at]: why for at, why in errors.items()})
+                    if errors:
+                        report({"failed.model_error": len(errors)})
             return piece
 
         return apply
@@ -132,8 +138,28 @@ class Batch:
     def texts(self) -> Any:
         return self._clip_model.normalize(self._clip_model.texts(self._captions))
 
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """Return a batch of these samples alone; the batch itself if these are all."""
+        if len(places) == len(self):
+            return self
+        return Batch(self._clip_model, self._pixels[list(places)], [self._captions[place] for place in places])
+
 
 Found = tuple[list[int], dict[str, Values]]  # rows, and column → their values
+
+
+def _read(scorer: EmbeddingScorer, batch: Batch) -> tuple[Found, dict[int, str]]:
+    """Return the scores of a batch by place; if the model raises on some samples, those of the others, and reasons."""
+    parts, errors = by_halves(range(len(batch)), lambda places: scorer.score(batch.part(places)))
+    columns: dict[str, Values] = {}
+    for field in scorer.columns if parts else ():
+        values = [part[field.name] for _, part in parts]
+        arrays = all(isinstance(some, np.ndarray) for some in values)
+        columns[field.name] = np.concatenate(values) if arrays else [value for some in values for value in some]
+    return ([place for places, _ in parts for place in places], columns), errors
 
 
 class _Piece:

@@ -9,9 +9,11 @@ Keys are hashes, so the first images in key order are a random sample. It is the
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,11 +22,14 @@ import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.score.by_halves import by_halves
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 from capstan.recaption.compare import contact_sheet, metrics
 from capstan.recaption.compare.clip import Clip, Embeddings
 from capstan.recaption.lint import linter
+
+log = logging.getLogger(__name__)
 
 ORIGINAL: Final = "original"
 DEFAULT_SLOT: Final = "descriptive"
@@ -83,6 +88,44 @@ class Sampled:
 
     jpegs: list[bytes] = field(default_factory=list)
     texts: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    images: list[Embeddings] = field(default_factory=list)  # each [1, width]
+    chunks: tuple[list[Embeddings], list[Embeddings]] = field(default_factory=lambda: ([], []))  # each [chunks, width]
+    unscored: dict[str, str] = field(default_factory=dict)  # key → why the CLIP could not judge it
+
+    def add(self, clip: Clip, keys: Sequence[str], jpegs: Sequence[bytes], texts: Sequence[Sequence[str]]) -> None:
+        """Embed images and both sides' captions; leave out those on which the CLIP raises."""
+        images, errors = _embedded(range(len(keys)), lambda places: clip.images([jpegs[place] for place in places]))
+        embedded: list[dict[int, Embeddings]] = []
+        for side in texts:
+            chunks = [metrics.chunks(text, clip.fits) for text in side]
+            found, bad = _embedded(images, functools.partial(_texts, clip, chunks), chunks)
+            embedded.append(found)
+            errors |= bad
+        for place, why in sorted(errors.items()):
+            log.warning("image %s is not judged: %s", keys[place], why)
+            self.unscored[keys[place]] = why
+        for place in sorted(images.keys() - errors.keys()):
+            self.jpegs.append(jpegs[place])
+            self.images.append(images[place])
+            for number in range(len(texts)):
+                self.texts[number].append(texts[number][place])
+                self.chunks[number].append(embedded[number][place])
+
+
+def _texts(clip: Clip, chunks: Sequence[Sequence[str]], places: Sequence[int]) -> Embeddings:
+    return clip.texts([chunk for place in places for chunk in chunks[place]])
+
+
+def _embedded(
+    places: Iterable[int], embed: Callable[[Sequence[int]], Embeddings], chunks: Sequence[Sequence[str]] | None = None
+) -> tuple[dict[int, Embeddings], dict[int, str]]:
+    """Return place → its embeddings (one, or one for each of its chunks), and place → why there are none."""
+    found, errors = by_halves(list(places), embed)
+    rows: dict[int, Embeddings] = {}
+    for part, embeddings in found:
+        stops = np.cumsum([1 if chunks is None else len(chunks[place]) for place in part])
+        rows |= dict(zip(part, np.split(embeddings, stops[:-1]), strict=True))
+    return rows, errors
 
 
 def compare(
@@ -97,25 +140,22 @@ def compare(
     sides = side_of(storage, a, slot), side_of(storage, b, slot)
     if sides[0].name == sides[1].name:
         raise RecipeError("B", f"{sides[0].name} is also A", "choose two layers, or two slots as LAYER:SLOT")
-    sampled, images = Sampled(), list[Embeddings]()
-    for jpegs, texts in _sample(dataset, sides, sample):
-        sampled.jpegs += jpegs
-        for all_texts, batch in zip(sampled.texts, texts, strict=True):
-            all_texts += batch
-        images.append(clip.images(jpegs))
+    sampled = Sampled()
+    for keys, jpegs, texts in _sample(dataset, sides, sample):
+        sampled.add(clip, keys, jpegs, texts)
     if len(sampled.jpegs) < 2:
         raise RecipeError("A", "fewer than two images have captions of both A and B", "complete both layers first")
-    embedded = np.concatenate(images)
+    embedded = np.concatenate(sampled.images)
     near = metrics.neighbours(embedded, min(NEIGHBOURS, len(embedded) - 1))
-    judged = [_judge(clip, embedded, near, texts) for texts in sampled.texts]
+    judged = [_judge(embedded, near, chunks) for chunks in sampled.chunks]
     result = _result(sides, sampled, judged, near.shape[1], clip.name)
     return result | _publish(storage, sides, sampled, judged, result)
 
 
 def _sample(
     dataset: Dataset, sides: tuple[Side, Side], count: int
-) -> Iterator[tuple[list[bytes], tuple[list[str], list[str]]]]:
-    """Yield JPEGs and both sides' captions, shard by shard."""
+) -> Iterator[tuple[list[str], list[bytes], tuple[list[str], list[str]]]]:
+    """Yield keys, JPEGs and both sides' captions, shard by shard."""
     seen = set[str]()
     for shard in dataset.shard_names:
         layers = [side.layer for side in sides if side.layer is not None]
@@ -130,7 +170,7 @@ def _sample(
                 rows.append(row)
         if rows:
             keys, jpegs = zip(*dataset.read_images(shard, rows), strict=True)
-            yield list(jpegs), ([first[key] for key in keys], [second[key] for key in keys])
+            yield list(keys), list(jpegs), ([first[key] for key in keys], [second[key] for key in keys])
         if len(seen) >= count:
             return
 
@@ -144,12 +184,10 @@ class Judged:
     recall: float
 
 
-def _judge(clip: Clip, images: Embeddings, near: Any, texts: Sequence[str]) -> Judged:
-    parts = [metrics.chunks(text, clip.fits) for text in texts]
-    owner = np.repeat(np.arange(len(texts)), [len(chunks) for chunks in parts])
-    embedded = clip.texts([part for chunks in parts for part in chunks])
+def _judge(images: Embeddings, near: Any, chunks: Sequence[Embeddings]) -> Judged:
+    owner, embedded = np.repeat(np.arange(len(chunks)), [len(some) for some in chunks]), np.concatenate(chunks)
     mean, least = metrics.scores(images, embedded, owner)
-    return Judged(mean, least, metrics.recall(images, metrics.whole(embedded, owner, len(texts)), near))
+    return Judged(mean, least, metrics.recall(images, metrics.whole(embedded, owner, len(chunks)), near))
 
 
 def _result(
@@ -165,6 +203,7 @@ def _result(
         "a_wins_by_min": metrics.wins(first.least, second.least),
         "neighbours": neighbours,
         "recall_by_chance": round(1 / (1 + neighbours), 4),
+        **({"unscored": sampled.unscored} if sampled.unscored else {}),
     }
 
 

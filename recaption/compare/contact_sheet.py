@@ -81,7 +81,7 @@ def page_of(result: Mapping[str, Any], groups: Mapping[str, Sequence[Entry]]) ->
     a, b = result["a"], result["b"]
     report = page.Page(
         f"{a['name']} compared with {b['name']}",
-        page.paragraph(f"On {result['pictures']:,} images, judged by {result['clip']}."),
+        page.paragraph(f"On {result['pictures']:,} images, judged by {result['clip']}.{_unscored(result)}"),
     )
     report.section("How well the captions fit", *_fit(result))
     report.section("How they are written", *_written(a, b))
@@ -89,6 +89,11 @@ def page_of(result: Mapping[str, Any], groups: Mapping[str, Sequence[Entry]]) ->
     for name, entries in groups.items():
         report.section(f"Where {name} fits best", page.cards([(entry.jpeg, entry.texts) for entry in entries]))
     return report.html()
+
+
+def _unscored(result: Mapping[str, Any]) -> str:
+    count = len(result.get("unscored", {}))
+    return f" {count:,} more could not be judged: the CLIP raised an error on them." if count else ""
 
 
 def _fit(result: Mapping[str, Any]) -> list[page.Html]:

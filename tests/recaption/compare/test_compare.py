@@ -223,3 +223,28 @@ def test_a_clip_of_open_clip_in_a_folder(clip_folder: Path) -> None:
 def test_judges_that_are_not_there(model: str, pretrained: str | None, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
         Clip(model, pretrained)
+
+
+def test_an_image_or_caption_that_the_clip_cannot_take_is_named_and_the_others_are_judged(
+    layers: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Moody(Judge):
+        def images(self, files: Sequence[bytes]) -> np.ndarray:
+            if image(5) in files:
+                raise RuntimeError("no such kernel")
+            return super().images(files)
+
+        def texts(self, texts: Sequence[str]) -> np.ndarray:
+            if any("number 11" in text for text in texts):
+                raise IndexError("token out of range")
+            return super().texts(texts)
+
+    found = compare(layers, "right", "vague", clip=Moody())  # type: ignore[arg-type]
+    assert found["pictures"] == COUNT - 2
+    assert found["unscored"] == {
+        make_key("5"): "model_error: RuntimeError: no such kernel",
+        make_key("11"): "model_error: IndexError: token out of range",
+    }
+    assert found["a_wins_by_min"]["rate"] == 1.0
+    assert f"image {make_key('5')} is not judged: model_error: RuntimeError" in caplog.text
+    assert "unscored" not in compare(layers, "right", "vague", clip=Judge())  # type: ignore[arg-type]
