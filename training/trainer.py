@@ -20,10 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from capstan.pipeline import extras
+from capstan.pipeline.errors import CapstanError
+
+if __name__ == "__main__":
+    try:
+        extras.require(extras.TRAIN, "capstan.training.trainer")
+    except CapstanError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
 import torch
 
 from capstan.pipeline.config import Recipe, read_recipe, validate
-from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.text.printable import PrintableFormatter
 from capstan.training.config import Shape, TrainConfig, family_class
 from capstan.training.data.bad_samples import FILE, BadSamples

@@ -71,7 +71,8 @@ def _denoiser(settings: Any) -> list[Any] | None:
         return None
     backbone, size = backbone_of(settings), settings.text.vocab_size
     slots = [slot for slot in backbone.slots if slot.required]
-    towers = [TextEncoder(slot, new_encoder(slot, settings.text, size), None) for slot in slots]
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # defaults lie outside a small vocabulary
+    towers = [TextEncoder(slot, new_encoder(slot, settings.text, size, **special), None) for slot in slots]
     net = backbone.build(LatentSpec.of(4, 128, towers))
     return [parameter for module in (net, *(tower.encoder for tower in towers)) for parameter in module.parameters()]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,3 +194,11 @@ def test_a_spoilt_sample_is_named_or_skipped_and_the_run_is_the_same_else(make_d
     fit(make_recipe(dataset, tmp_path / "whole", data=data, schedule="constant"))
     fit(make_recipe(dataset, tmp_path / "again", data=data, schedule="constant"))
     assert_same(tmp_path / "again", tmp_path / "whole")
+
+
+def test_without_its_packages_the_trainer_names_the_extra() -> None:
+    hidden = "import runpy, sys; sys.modules['torch'] = None; "  # find_spec and import see no torch
+    code = f"{hidden}runpy.run_module('capstan.training.trainer', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "recipe.yaml"], capture_output=True, text=True, timeout=120)
+    named = "capstan.training.trainer: needs the package torch. Fix: pip install 'capstan-t2i[train]'"
+    assert (done.returncode, done.stderr) == (2, f"error: {named}\n")

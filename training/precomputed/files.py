@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from capstan.pipeline.dataset import tensor_file
-from capstan.pipeline.dataset.shards import read_manifest
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.dataset.shards import Dataset, read_manifest
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training.data.shard_cache import ShardCache
 
@@ -60,6 +60,24 @@ def _bytes_of(storage: Storage, name: str, tag: str, cache: ShardCache | None) -
     copy = cache.fetch(name, tag) if cache is not None else None
     # The array keeps the copy mapped, and so in the cache.
     return np.frombuffer(storage.read(name) if copy is None else copy.data, np.uint8)
+
+
+def refuse_not_finite(dataset: Dataset, shard: str, part: str, values: np.ndarray) -> None:
+    """Raise CapstanError naming the first sample of a shard whose float16 values [samples, ...] are not all finite.
+
+    `part` is what made them. Values above 65,504 became infinite when they were stored in half precision.
+    """
+    if values.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not bad.any():
+        return
+    first = int(np.flatnonzero(bad)[0])
+    key = dataset.table(shard, ["key"])["key"][first].as_py()
+    what = "NaN" if np.isnan(values[first]).any() else "beyond half precision (65,504)"
+    count = f"{int(bad.sum())} of {len(values)} samples" if bad.sum() > 1 else "one sample"
+    problem = f"{part} made values that are {what}: {count} of {shard}, the first is {key}"
+    raise CapstanError(f"encode: {problem}. Fix: use a model whose weights are finite, in fp32 or bf16")
 
 
 def parse(raw: Raw) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ from capstan.training.data.shard_reader import ShardRows
 from capstan.training.data.transforms import cut, image_size, to_signed
 from capstan.training.family import Samples
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
-from capstan.training.precomputed.files import file_reader, parse
+from capstan.training.precomputed.files import file_reader, parse, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ class LatentsJob(units.Job):
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         latents = self._in_order(pieces)
+        refuse_not_finite(self.dataset, unit.spec["shard"], f"the autoencoder ({_FIELD})", latents)
         data = tensor_file.save({"latents": latents}, {"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
         return {"samples": len(latents), "bytes": len(data)}

@@ -28,7 +28,7 @@ from capstan.recaption.store import layer_recipe, read_layer
 from capstan.training.config import ORIGINAL, TrainConfig, family_class
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.family import Batch, Sample
-from capstan.training.precomputed.files import file_reader, metadata_of, parse
+from capstan.training.precomputed.files import file_reader, metadata_of, parse, refuse_not_finite
 
 _BATCH: Final = 32  # captions per encoder call; fixed, so that states do not depend on the machine
 _FIELD: Final = "train.data.text_states"
@@ -113,6 +113,10 @@ class TextStatesJob(units.Job):
                     tensor = tensors.setdefault(f"{slot}.{name}", np.zeros(empty, state.dtype))
                     if piece["slot"] == slot:
                         tensor[piece["rows"]] = state
+        for name, tensor in tensors.items():
+            refuse_not_finite(
+                self.dataset, shard, f"the text encoder ({name}; train.diffusion.text.pretrained)", tensor
+            )
         metadata = {"shard_sha256": unit.spec["sha256"], "captions": pieces[0]["captions"]}
         data = tensor_file.save(tensors, metadata)
         self.storage.write(f"{self.folder}/{shard}.safetensors", data)

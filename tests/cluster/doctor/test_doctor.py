@@ -173,6 +173,14 @@ def test_parameters_are_counted_without_making_the_model() -> None:
     assert (parameters(TrainConfig.from_section({"model": "captioner", "run": "r", "steps": 1})) or 0) > 10**6
 
 
+def test_counting_parameters_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers warns of special ids outside a small vocabulary; its default ones are CLIP's."""
+    section = {"autoencoder": "x", "text": {"vocab_size": 600}}
+    train = TrainConfig.from_section({"model": "diffusion", "run": "r", "steps": 1, "diffusion": section})
+    assert parameters(train)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(("zero", "expected"), [(0, 20), (1, 4 + 4 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
 def test_what_zero_shares_between_four_workers(zero: int, expected: float) -> None:
     engine = {"zero": zero, "workers": 4}

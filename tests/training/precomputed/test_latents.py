@@ -11,7 +11,7 @@ from safetensors.numpy import save as save_file_bytes
 
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset, read_manifest, write_manifest
-from capstan.pipeline.errors import DamagedFile, RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
@@ -395,3 +395,32 @@ def test_latents_of_an_earlier_version_have_no_checksum(recipe):
     metadata = {"shard_sha256": metadata_of(raw)["shard_sha256"]}
     storage.write(name, save_file_bytes({k: np.ascontiguousarray(v) for k, v in parse(raw).items()}, metadata=metadata))
     assert len(reader(storage, encoder)("shard-000001")) == len(parse(raw)["latents"])
+
+
+@pytest.mark.parametrize(("factor", "what"), [(float("nan"), "NaN"), (1e7, r"beyond half precision \(65,504\)")])
+def test_latents_that_are_not_finite_are_never_written(recipe, tmp_path, factor, what):
+    vae = load_autoencoder(recipe.train["diffusion"]["autoencoder"], "x")
+    with torch.no_grad():
+        vae.quant_conv.bias.add_(1).mul_(factor)
+    vae.save_pretrained(tmp_path / "broken")
+    broken = changed(recipe, autoencoder=str(tmp_path / "broken"))
+    first = Dataset(Storage(recipe.dataset)).table("shard-000000", ["key"])["key"][0].as_py()
+    problem = rf"the autoencoder \(train\.diffusion\.autoencoder\) made values that are {what}: 40 of 40 samples"
+    with pytest.raises(CapstanError, match=rf"{problem} of shard-000000, the first is {first}\. Fix: "):
+        encode_here(broken)
+    assert not list(Path(recipe.dataset).glob("latents/*/*.safetensors"))
+
+
+def test_text_states_that_are_not_finite_are_never_written(frozen):
+    train = TrainConfig.from_recipe(frozen)
+    dataset = Dataset(Storage(frozen.dataset))
+    job = TextStatesJob(dataset, train, text_plan(train, dataset, None), frozen.resources)
+    unit = job.unit(dataset.manifest.shards[1])
+    pieces = [job.model()(piece) for piece in job.prepare(unit)]
+    pieces[0]["states"]["text_states"] = pieces[0]["states"]["text_states"].copy()
+    pieces[0]["states"]["text_states"][3] = np.inf
+    key = dataset.table("shard-000001", ["key"])["key"][3].as_py()
+    named = rf"the text encoder \(original\.text_states; .*one sample of shard-000001, the first is {key}"
+    with pytest.raises(CapstanError, match=named):
+        job.commit(unit, pieces)
+    assert not list(Path(frozen.dataset).glob("latents/*/*.safetensors"))
