@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.training.models.diffusion.schedulers import SamplerName
-from capstan.training.product import FACTS, find_product
+from capstan.training.product import FACTS, find_product, read_facts
 from capstan.training.sample import open_sampler
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ def export(
     product = find_product(run)
     if target.resolve() == product.resolve():
         raise RecipeError("DIR", f"{target} is the model itself", "name another folder")
+    if (chunks := read_facts(product).get("text_chunks", 1)) > 1:
+        problem = f"{product} reads prompts in {chunks} chunks, and a diffusers pipeline reads one"
+        raise RecipeError("RUN", problem, "use capstan sample, or train with train.diffusion.text.chunks: 1")
     pipeline = open_sampler(run, device="cpu", sampler=sampler).pipeline
     _check_weights(pipeline, precision)
     pipeline.to(dtype=getattr(torch, _TORCH[precision]))

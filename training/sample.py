@@ -22,6 +22,7 @@ from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
 from capstan.training.models.diffusion.schedulers import SamplerName, check_steps, set_sampler
+from capstan.training.models.diffusion.unet import chunked_encoders
 from capstan.training.models.precision import FiniteChecks, frozen_outside_autocast
 from capstan.training.product import find_product, kind_of, quieten, read_facts
 
@@ -113,6 +114,7 @@ class Sampler:
     pipeline: Any
     steps: int
     guidance: float
+    chunks: int = 1  # in which the text encoders read a prompt
 
     def draw(
         self,
@@ -141,10 +143,9 @@ class Sampler:
             checks = FiniteChecks()
             with frozen_outside_autocast(self.pipeline), checks.watching(self.pipeline):
                 result = self.pipeline(
-                    part,
+                    **self._prompts(part, negative),
                     num_inference_steps=count,
                     guidance_scale=self.guidance if guidance is None else guidance,
-                    **({} if negative is None else {"negative_prompt": [negative] * len(part)}),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]],
                     output_type="np",
                     **options,
@@ -155,6 +156,23 @@ class Sampler:
                 raise CapstanError(f"{problem}. Fix: use weights in fp32 or bf16, or an earlier state of the run")
             images.append(result.images)
         return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+    def _prompts(self, prompts: list[str], negative: str | None) -> dict[str, Any]:
+        """Return the pipeline's arguments for prompts: their texts, or their states if they are read in chunks."""
+        import torch
+
+        if self.chunks == 1:
+            return {"prompt": prompts} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
+        encoders = chunked_encoders(self.pipeline, self.chunks)
+        options = {}
+        for sign, texts in (("", prompts), ("negative_", [negative or ""] * len(prompts))):
+            states = encoders(texts)
+            slots = [one.slot for one in encoders.encoders]
+            options[f"{sign}prompt_embeds"] = torch.cat([states[slot.states] for slot in slots], dim=-1)
+            for slot in slots:
+                if slot.projected:
+                    options[f"{sign}pooled_prompt_embeds"] = states[slot.pooled]
+        return options
 
     def _check(self, size: Size) -> None:
         """Raise RecipeError if a side does not divide into latents and patches, or by 8 as the pipelines require."""
@@ -183,7 +201,9 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: SamplerNam
     if sampler is not None:
         set_sampler(pipeline, sampler)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Sampler(pipeline, **({"steps": 25, "guidance": 5.0} | read_facts(product).get("sampling", {})))
+    facts = read_facts(product)
+    sampling = {"steps": 25, "guidance": 5.0} | facts.get("sampling", {})
+    return Sampler(pipeline, **sampling, chunks=int(facts.get("text_chunks", 1)))
 
 
 def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:

@@ -61,12 +61,15 @@ class TextSettings(Section):
     pretrained: str | tuple[str | EncoderSettings, ...] | None = None
     vocab_size: Annotated[int, Field(ge=514)] = 8192  # at most; fewer if the captions yield fewer
     length: Annotated[int, Field(ge=4)] = 77  # tokens, including start and end; longer prompts are truncated
+    chunks: Positive | None = None  # frozen CLIPs only: long texts are read in so many chunks (null: 1); no export then
     width: Positive = 512
     layers: Positive = 6
     heads: Positive = 8
 
     @model_validator(mode="after")
     def _fits(self) -> TextSettings:
+        if (self.chunks or 1) > 1 and self.pretrained is None:
+            raise ValueError("chunks is for frozen encoders; for one that is trained, set length")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads")
         if self.pretrained == ():

@@ -167,17 +167,21 @@ class DiffusionFamily(Family):
         self.backbone.pipeline(parts).save_pretrained(folder, safe_serialization=True)
         style = read_facts(self.assets).get("style")  # missing in runs started before it was measured
         facts = {"size": self.size, "sampling": self.train.sampling.model_dump(exclude={"sampler"})}
+        if (chunks := self.train.text.chunks or 1) > 1:
+            facts["text_chunks"] = chunks
         write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the longest text encoder reads."""
-        longest = max(self.text.encoders, key=lambda encoder: encoder.length)
+        longest = max(self.text.encoders, key=lambda encoder: encoder.longest)
         if self.text.own and longest.slot.length is None:
             hint = "raise train.diffusion.text.length in a new run, or write shorter captions"
         else:
             hint = "use a T5 (preset dit-* or mmdit-*), a CLIP with a longer context, or shorter captions"
+            if all(slot.kind == "clip" for slot in self.backbone.slots):
+                hint = f"set train.diffusion.text.chunks: {(self.train.text.chunks or 1) + 1} in a new run, {hint}"
         lengths = [longest.tokens(text) for _, text in some_captions(samples)]
-        warn_of_cut(self.name, lengths, longest.length, hint)
+        warn_of_cut(self.name, lengths, longest.longest, hint)
 
     def describe(self) -> dict[str, Any]:
         facts = super().describe() | {"size": self.size, "latents": [self.vae.config.latent_channels, *[self.side] * 2]}

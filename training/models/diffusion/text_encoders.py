@@ -78,17 +78,36 @@ class TextEncoder:
     slot: Slot
     encoder: Any
     tokenizer: Any
+    chunks: int = 1  # of a CLIP: a text is read in as many pieces of `length` tokens
 
     def ids(self, texts: Sequence[str]) -> Texts:
-        """Return ids, int64 [B, L], exactly as the pipeline tokenizes prompts."""
+        """Return ids, int64 [B, L], exactly as the pipeline tokenizes prompts; with chunks, one after the other."""
         given, length = [self._given(text) for text in texts], self.length
+        if self.chunks > 1:
+            return {self.slot.ids: torch.tensor([self._chunked(text) for text in given])}
         tokens = self.tokenizer(given, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {self.slot.ids: tokens.input_ids} | ({self.slot.mask: tokens.attention_mask} if self.slot.masked else {})
 
+    def _chunked(self, text: str) -> list[int]:
+        """Return the ids of a text in chunks, each with start, end and padding of its own."""
+        tokenizer, room = self.tokenizer, self.length - 2
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        chunks: list[int] = []
+        for number in range(self.chunks):
+            part = ids[number * room : (number + 1) * room]
+            padding = [tokenizer.pad_token_id] * (room - len(part))
+            chunks += [tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding]
+        return chunks
+
     @property
     def length(self) -> int:
-        """The number of tokens that texts are padded and truncated to."""
+        """The number of tokens that texts, or chunks of them, are padded and truncated to."""
         return int(self.slot.length or self.tokenizer.model_max_length)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest text that is read whole, with one start and one end."""
+        return self.chunks * (self.length - 2) + 2 if self.chunks > 1 else self.length
 
     def tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without truncation."""
@@ -109,8 +128,17 @@ class TextEncoder:
 
 
 def states_of(slot: Slot, encoder: Any, ids: Mapping[str, torch.Tensor]) -> Texts:
-    """Return the states of `encoder` for these ids, as the pipeline passes them to the model."""
+    """Return the states of `encoder` for these ids, as the pipeline passes them to the model.
+
+    Chunks are encoded by themselves; their states follow each other, and the first one's projected state is used. So do
+    the tools that let Stable Diffusion read long prompts.
+    """
     mask = ids.get(slot.mask)
+    if slot.kind == "clip" and (count := _chunks(encoder, ids[slot.ids])) > 1:
+        rows, width = ids[slot.ids].shape
+        states = states_of(slot, encoder, {slot.ids: ids[slot.ids].reshape(rows * count, width // count)})
+        joined = {slot.states: states[slot.states].reshape(rows, width, -1)}
+        return joined | ({slot.pooled: states[slot.pooled][::count]} if slot.projected else {})
     if slot.layer == "last":
         out: Texts = {slot.states: encoder(ids[slot.ids], attention_mask=mask)[0]}
     else:
@@ -119,6 +147,11 @@ def states_of(slot: Slot, encoder: Any, ids: Mapping[str, torch.Tensor]) -> Text
         if slot.projected:
             out[slot.pooled] = output[0]
     return out if mask is None else out | {slot.mask: mask}
+
+
+def _chunks(encoder: Any, ids: torch.Tensor) -> int:
+    """Return the number of chunks in ids [B, L]: an encoder reads no more tokens at once than it has positions."""
+    return int(ids.shape[1] // encoder.config.max_position_embeddings)
 
 
 class TextEncoders:
@@ -171,14 +204,21 @@ def _identity(one: TextEncoder) -> dict[str, Any]:
     slot, length = one.slot, one.slot.length or one.tokenizer.model_max_length
     used = {"layer": slot.layer, "projected": slot.projected, "masked": slot.masked, "lower": slot.lower}
     special = one.tokenizer.special_tokens_map
-    return {"weights": weights.hexdigest(), "words": fingerprint(words), "special": special, "length": length, **used}
+    more = {"chunks": one.chunks} if one.chunks > 1 else {}
+    known = {"weights": weights.hexdigest(), "words": fingerprint(words), "special": special, "length": length}
+    return known | used | more
 
 
 def open_encoders(slots: Sequence[Slot], settings: TextSettings) -> TextEncoders:
     """Load the frozen encoders of `text.pretrained` into their slots. Raises RecipeError if they do not fit."""
     chosen = _assigned(slots, settings)
+    chunks = settings.chunks or 1
+    if chunks > 1 and any(slot.kind != "clip" for slot in slots):
+        problem = f"is {chunks}, and this network's pipeline has a T5, which reads long texts itself"
+        raise RecipeError("train.diffusion.text.chunks", problem, "remove it")
     encoders = [
-        TextEncoder(slot, *load_text_encoder(one, slot.name, slot.kind, slot.projected, _FIELD)) for slot, one in chosen
+        TextEncoder(slot, *load_text_encoder(one, slot.name, slot.kind, slot.projected, _FIELD), chunks)
+        for slot, one in chosen
     ]
     return TextEncoders(encoders, own=False)
 

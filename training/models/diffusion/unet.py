@@ -16,7 +16,7 @@ from torch import nn
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
 from capstan.training.models.diffusion.config import UNetSettings
-from capstan.training.models.diffusion.text_encoders import Slot
+from capstan.training.models.diffusion.text_encoders import Slot, TextEncoder, TextEncoders
 
 
 def configuration(settings: UNetSettings) -> dict[str, Any]:
@@ -80,6 +80,14 @@ class UNet(Backbone):
 
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return fit_pipeline(StableDiffusionPipeline, self, parts, **none)
+
+
+def chunked_encoders(pipeline: Any, chunks: int) -> TextEncoders:
+    """Return the text encoders of a StableDiffusionPipeline or StableDiffusionXLPipeline, reading texts in chunks."""
+    slots = XlUNet.slots if hasattr(pipeline, "text_encoder_2") else UNet.slots
+    there = [slot for slot in slots if getattr(pipeline, slot.name) is not None]
+    parts = [TextEncoder(s, getattr(pipeline, s.name), getattr(pipeline, s.tokenizer), chunks) for s in there]
+    return TextEncoders(parts, own=False)
 
 
 class XlUNet(UNet):
