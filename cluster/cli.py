@@ -172,6 +172,8 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     code = _run(arguments)
     if code == INTERRUPTED:
+        for number in (signal.SIGINT, signal.SIGTERM):  # another one would cut short the end of Ray's processes
+            signal.signal(number, signal.SIG_IGN)
         print("\ninterrupted: finished work is kept; run the same command again to resume", file=sys.stderr)
     return code
 

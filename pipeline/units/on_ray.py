@@ -9,11 +9,13 @@ starts to bound that.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -217,7 +219,6 @@ def start_ray(resources: Resources) -> None:
 
     worker._worker_logs_enabled = False  # else Ray reports dead nodes on stdout, which is for the summary
     if not ray.is_initialized():
-        on_sigterm = signal.getsignal(signal.SIGTERM)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not os.environ.get("RAY_ADDRESS"):
             _check_free(resources.metrics_port)
@@ -229,11 +230,56 @@ def start_ray(resources: Resources) -> None:
                 "include_dashboard": False,
                 "_metrics_export_port": resources.metrics_port,
             }
-        with _without_core_lines():
+            atexit.register(_remove_session, ray)
+        with _interrupts_held(), _without_core_lines():
             ray.init(**options)
-        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process before it could save
     _configure()
+
+
+def _remove_session(ray: Any) -> None:
+    """End the Ray that this process started, however far it had come, and remove its folder of logs and sockets."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    ray.shutdown()
+    folder = Path(get_default_ray_temp_dir())
+    for session in folder.glob(f"session_*_{os.getpid()}"):
+        latest = folder / "session_latest"
+        with contextlib.suppress(OSError):
+            if latest.resolve() == session.resolve():
+                latest.unlink()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGINT or SIGTERM once Ray has started; at once for a second one.
+
+    Ray swallows exceptions at some points of its start, and would replace the handler of SIGTERM by one that ends the
+    process before it could save.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from ray._private import utils
+
+    held = list[int]()
+
+    def hold(number: int, _: object) -> None:
+        held.append(number)
+        if len(held) > 1:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) is not None}
+    set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_by_ray
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""An interrupted command ends with 130 and one line, at whatever moment, and leaves no process and no folder of Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its session: a short path, since sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as name:
+        yield Path(name)
+
+
+def start(folder: Path, ray_folder: Path, executor: str) -> subprocess.Popen[str]:
+    recipe = {
+        "dataset": str(folder / "ds"),
+        "source": {"format": "world", "world": {"scenes": 400, "size": 64}},
+        "unit": {"rows": 10},
+        "resources": {"cpus": 2, "executor": executor},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return subprocess.Popen(
+        [sys.executable, "-m", "capstan", "build", str(folder / "recipe.yaml")],
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        | {"RAY_TMPDIR": str(ray_folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120  # a bound for hangs
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes_naming(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended meanwhile
+            continue
+        found += [line] if text in line else []
+    return found
+
+
+@pytest.mark.parametrize("after_s", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_sigterm_while_ray_starts(tmp_path: Path, ray_folder: Path, after_s: float) -> None:
+    with start(tmp_path, ray_folder, "ray") as process:
+        until(lambda: any(ray_folder.glob("ray/session_*")))
+        time.sleep(after_s)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "interrupted: " in err
+    assert "Traceback" not in err
+    until(lambda: not processes_naming(str(ray_folder)))
+    assert not list(ray_folder.glob("ray/session_*"))
+
+
+@pytest.mark.parametrize("executor", ["ray", "processes"])
+def test_a_second_interrupt_while_it_ends(tmp_path: Path, ray_folder: Path, executor: str) -> None:
+    with start(tmp_path, ray_folder, executor) as process:
+        until(lambda: any(tmp_path.glob("ds/state/ingest-*/done/*.json")))
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not list(ray_folder.glob("ray/session_*"))
+    until(lambda: not processes_naming(str(ray_folder)))
