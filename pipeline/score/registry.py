@@ -1,4 +1,4 @@
-"""The recipe's `score` section → scorers, in a fixed order.
+"""The recipe's `score` section (and `dedup.copies`) → scorers, in a fixed order.
 
 To add a scorer, write its class in a file of this folder and list it here.
 """
@@ -15,10 +15,13 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.score.caption import CaptionMeasures
 from capstan.pipeline.score.clip_model import ClipModel
 from capstan.pipeline.score.clip_score import ClipSimilarity, Embeddings
+from capstan.pipeline.score.descriptors import CopyDescriptors
 from capstan.pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
 from capstan.pipeline.score.image import ImageMeasures
 from capstan.pipeline.score.language import Language
+from capstan.pipeline.score.open_nsfw import OpenNsfw
 from capstan.pipeline.score.scorer import Scorer
+from capstan.pipeline.score.text_in_image import TextInImage
 
 HEADS: Final[dict[str, type[Head]]] = {"aesthetic": Aesthetic, "nsfw": Nsfw, "watermark": Watermark}
 _COLUMNS: Final[dict[str, type[Scorer]]] = {
@@ -27,6 +30,7 @@ _COLUMNS: Final[dict[str, type[Scorer]]] = {
     "caption": CaptionMeasures,
     "language": Language,
     "image": ImageMeasures,
+    "text_in_image": TextInImage,
 }
 
 
@@ -38,22 +42,28 @@ def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
 def scorers(recipe: Recipe) -> list[Scorer]:
     """Create the recipe's scorers, pinned. Raises RecipeError if weights are missing or do not fit."""
     score, made = recipe.score, list[Scorer]()
-    for name in ("clip", *HEADS):
-        if getattr(score, name) is not None:
-            extras.require(extras.RECAPTION, f"score.{name}")
+    heads = {name: head for name, head in HEADS.items() if getattr(getattr(score, name), "weights", None) is not None}
+    for name in (*(["clip"] if score.clip is not None else []), *heads):
+        extras.require(extras.RECAPTION, f"score.{name}")
     if score.clip is not None:
         made.append(ClipSimilarity(_clip_model(score.clip)))
         if score.clip.embeddings:
             made.append(Embeddings(_clip_model(score.clip)))
-    for name, head in HEADS.items():
-        if (config := getattr(score, name)) is not None:
-            made.append(head(config, _clip_model_of_head(name, config, score.clip)))
+    for name, head in heads.items():
+        config = getattr(score, name)
+        made.append(head(config, _clip_model_of_head(name, config, score.clip)))
+    if score.nsfw is not None and score.nsfw.weights is None:
+        made.append(OpenNsfw())
     if score.caption is not None:
         made.append(CaptionMeasures(score.caption))
     if score.language is not None:
         made.append(Language(score.language))
     if score.image is not None:
         made.append(ImageMeasures(score.image))
+    if score.text_in_image is not None:
+        made.append(TextInImage(score.text_in_image))
+    if recipe.dedup.copies is not None:
+        made.append(CopyDescriptors(recipe.dedup.copies))
     for scorer in made:
         assert scorer.id
         if isinstance(scorer, Head):

@@ -27,7 +27,11 @@ from capstan.pipeline.storage import Storage
 
 ROOT: Final = "scores"
 EMBEDDINGS: Final = "embeddings"  # name of the scorer that keeps them
-_EMBEDDING: Final = "embedding"
+DESCRIPTORS: Final = "descriptors"
+_VECTORS: Final = {  # scorer → its column, and what to do if none are kept
+    EMBEDDINGS: ("embedding", "score.clip.embeddings", "set `embeddings: true` and build again"),
+    DESCRIPTORS: ("descriptor", "dedup.copies", "run `capstan score RECIPE` first (it fetches nothing)"),
+}
 ERROR: Final = pa.field("score_error", pa.string(), nullable=False)  # ledger column: "clip: why", "" if nothing failed
 
 
@@ -93,40 +97,43 @@ def _read(storage: Storage, unit: Staged, file: str, columns: list[str]) -> pa.T
     return table
 
 
-def embeddings(storage: Storage, units: Sequence[Staged], folder: Path | None = None) -> npt.NDArray[np.float16]:
-    """Return the images' embeddings [rows, dim], ordered as the units and their tables; zeros for rows without one.
+def embeddings(
+    storage: Storage, units: Sequence[Staged], folder: Path | None = None, *, scorer: str = EMBEDDINGS
+) -> npt.NDArray[np.float16]:
+    """Return the vectors that `scorer` kept [rows, dim], in the order of units and tables; zeros where there is none.
 
     If `folder` is given, the array is a memory-mapped file there, so that it need not fit in memory. Raises RecipeError
-    if no embeddings were kept.
+    if none were kept.
     """
-    files = [dict(unit.scores).get(EMBEDDINGS) for unit in units]
+    column, field, hint = _VECTORS[scorer]
+    files = [dict(unit.scores).get(scorer) for unit in units]
     rows = sum(unit.rows for unit in units)
     kept = [file for file in files if file is not None]
     if not kept:
-        raise RecipeError("score.clip.embeddings", "no embeddings are kept", "set `embeddings: true` and build again")
-    blocks = ahead(lambda pair: _block(storage, *pair), zip(units, files, strict=True))
+        raise RecipeError(field, f"no {scorer} are kept", hint)
+    blocks = ahead(lambda pair: _block(storage, *pair, column), zip(units, files, strict=True))
     made: npt.NDArray[np.float16] | None = None
     start = 0
     for unit, block in zip(units, blocks, strict=True):
         if block is not None:
             if made is None:  # zeros, without touching memory
-                made = _zeros((rows, block.shape[1]), folder)
+                made = _zeros((rows, block.shape[1]), folder, scorer)
             made[start : start + unit.rows] = block
         start += unit.rows
     assert made is not None
     return made
 
 
-def _zeros(shape: tuple[int, int], folder: Path | None) -> npt.NDArray[np.float16]:
+def _zeros(shape: tuple[int, int], folder: Path | None, name: str) -> npt.NDArray[np.float16]:
     if folder is None:
         return np.zeros(shape, np.float16)
-    return np.memmap(folder / "embeddings.f16", np.float16, "w+", shape=shape)
+    return np.memmap(folder / f"{name}.f16", np.float16, "w+", shape=shape)
 
 
-def _block(storage: Storage, unit: Staged, file: str | None) -> npt.NDArray[np.float16] | None:
+def _block(storage: Storage, unit: Staged, file: str | None, name: str) -> npt.NDArray[np.float16] | None:
     if file is None:
         return None
-    column = _read(storage, unit, file, [_EMBEDDING])[_EMBEDDING].combine_chunks()
+    column = _read(storage, unit, file, [name])[name].combine_chunks()
     dim = column.type.list_size
     there = column.is_valid().to_numpy(zero_copy_only=False)
     values = column.values.slice(column.offset * dim, len(column) * dim).to_numpy(zero_copy_only=False)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
-from capstan.pipeline.score.store import embeddings
+from capstan.pipeline.score.store import DESCRIPTORS, embeddings
 from capstan.pipeline.select.conditions import (
     BLOCKED,
     PASSED,
@@ -27,7 +27,7 @@ from capstan.pipeline.select.conditions import (
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
 from capstan.pipeline.select.dedup import Repeats, find_repeats
-from capstan.pipeline.select.near_duplicates import CONTAMINATED, EXACT, PERCEPTUAL, REASONS, SEMANTIC
+from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.sampling import sample
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
@@ -145,9 +145,10 @@ def _repeats(
     """
     with scratch() as folder:
         seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
+        described = None if recipe.dedup.copies is None else embeddings(storage, units, folder, scorer=DESCRIPTORS)
         colours = None if rows.colours is None else rows.colours[passed]
         measures = (rows.sha256[passed], rows.phash[passed], colours, rows.area[passed])
-        found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed)
+        found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed, described)
     kept, kind = np.full(len(batch), -1, np.int64), np.zeros(len(batch), np.int8)
     own = (found.kept >= 0) & (found.kind != CONTAMINATED)
     kept[passed] = found.kept
@@ -191,6 +192,8 @@ def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repea
     if recipe.dedup.decontaminate is not None:
         losses.append(("in the evaluation set", repeating(CONTAMINATED)))
     losses += [("exact duplicates", repeating(EXACT)), ("near duplicates", repeating(PERCEPTUAL))]
+    if recipe.dedup.copies is not None:
+        losses.append(("edited copies", repeating(COPIES)))
     if recipe.dedup.semantic is not None:
         losses.append(("semantic duplicates", repeating(SEMANTIC)))
     funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)

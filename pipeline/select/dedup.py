@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from capstan.pipeline.config import Dedup, Recipe, Source, fingerprint
+from capstan.pipeline.config import Recipe, Source, fingerprint
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
@@ -24,6 +24,7 @@ from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import FORMAT_VERSION
 from capstan.pipeline.select.near_duplicates import (
     CONTAMINATED,
+    COPIES,
     REASONS,
     SEMANTIC,
     Duplicates,
@@ -81,12 +82,13 @@ def find_repeats(
     batch: Ints,
     embeddings: Embeddings | None = None,
     places: Ints | None = None,
+    descriptors: Embeddings | None = None,
 ) -> Repeats:
     """Find repeats among n rows, ordered by batch and, within a batch, by key.
 
     `sha256` is 32 raw bytes per row, `colours` [n, phash.COLOUR_BYTES] (None: compare hashes only), `area` is in
-    pixels. `embeddings` [m, d] serve `dedup.semantic`; `places` holds the rows' indices in them, if they are not in
-    order.
+    pixels. `embeddings` [m, d] serve `dedup.semantic`, `descriptors` [m, e] `dedup.copies`; `places` holds the rows'
+    indices in them, if they are not in order.
 
     Raises RecipeError for evaluation images that cannot be read.
     """
@@ -104,9 +106,13 @@ def find_repeats(
         colours=None if colours is None else colours[clean],
         tolerance=dedup.colours or 0,
     )
+    at = clean if places is None else places[clean]
+    if dedup.copies is not None:
+        assert descriptors is not None
+        found = _by_vectors(found, order, batch[clean], descriptors, at, dedup.copies.threshold, COPIES)
     if dedup.semantic is not None:
         assert embeddings is not None
-        found = _semantic(found, order, batch[clean], embeddings, clean if places is None else places[clean], dedup)
+        found = _by_vectors(found, order, batch[clean], embeddings, at, dedup.semantic, SEMANTIC)
     kept[clean] = np.where(found.kept >= 0, clean[found.kept], -1)
     kind[clean] = found.kind
     hit = contaminated >= 0
@@ -114,16 +120,15 @@ def find_repeats(
     return Repeats(kept, kind, evaluation)
 
 
-def _semantic(
-    found: Duplicates, order: Ints, batch: Ints, embeddings: Embeddings, places: Ints, dedup: Dedup
+def _by_vectors(
+    found: Duplicates, order: Ints, batch: Ints, vectors: Embeddings, places: Ints, threshold: float, reason: int
 ) -> Duplicates:
-    """Add to `found` the rows that repeat, by meaning, a row kept so far."""
-    assert dedup.semantic is not None
+    """Add to `found` the rows whose vector is near that of a row kept so far."""
     left = order[found.kept[order] < 0]
     first = int((batch[left] == batch[left].min(initial=0)).sum())
-    near = find_semantic(embeddings, places[left], dedup.semantic, first=first)
+    near = find_semantic(vectors, places[left], threshold, first=first)
     kept, kind = found.kept.copy(), found.kind.copy()
-    settle(kept, kind, left, near, SEMANTIC)
+    settle(kept, kind, left, near, reason)
     return Duplicates(kept, kind)
 
 

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 HASH_BITS: Final = 64
-NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED = range(5)
-REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated")
+NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED, COPIES = range(6)
+REASONS: Final = ("", "exact", "perceptual", "semantic", "contaminated", "copies")
 
 MAX_CANDIDATES = 1 << 31  # pairs of rows compared in one pass; beyond that rows are split in halves
 MAX_PAIRS = 1 << 23  # near pairs held in memory

@@ -1,5 +1,6 @@
 """Scoring end to end, on images in a table: columns in the ledger, pinned and incremental; nothing is rebuilt."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from onnx_file import write_colour_descriptor
+from PIL import Image, ImageOps
 
 from capstan.pipeline import build
 from capstan.pipeline.config import Recipe, Resources
@@ -246,3 +249,50 @@ def test_missing_weights_are_reported_before_anything_is_fetched(
     with pytest.raises(RecipeError, match=message):
         build.build(recipe, progress=False)
     assert not list((tmp_path / "ds").rglob("*.parquet"))
+
+
+@pytest.mark.integration
+def test_copies_are_found_by_descriptors_also_in_rows_that_come_later(
+    tmp_path: Path, draw: Callable[[int], bytes]
+) -> None:
+    network = write_colour_descriptor(tmp_path / "colours.onnx")
+
+    def edited(number: int, edit: Callable[[Image.Image], Image.Image]) -> bytes:
+        out = io.BytesIO()
+        edit(Image.open(io.BytesIO(draw(number))).convert("RGB")).save(out, "JPEG", quality=90)
+        return out.getvalue()
+
+    def recipe(threshold: float | None = 0.9995) -> Recipe:
+        files = [str(file) for file in sorted(tmp_path.glob("*.parquet"))]
+        copies = None if threshold is None else {"model": str(network), "threshold": threshold, "size": 64}
+        sections = {"image": {"size": 64}, "dedup": {"perceptual": 6, "copies": copies}, "unit": {"rows": 8}}
+        source = {"path": files, "image": "image"}
+        return Recipe.model_validate({"dataset": str(tmp_path / "dataset"), "source": source} | sections)
+
+    def add(name: str, images: list[bytes]) -> None:
+        captions = [f"{name} {number}" for number in range(len(images))]
+        pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / f"{name}.parquet")
+
+    def copies() -> dict[str, str]:
+        ledger = Dataset(Storage(str(tmp_path / "dataset"))).ledger().to_pylist()
+        caption = {row["key"]: row["caption"] for row in ledger}
+        found = [row for row in ledger if row["reason"] == "copies"]
+        assert all(row["outcome"] == "duplicate" for row in found)
+        return {row["caption"]: caption[row["detail"]] for row in found}
+
+    add("a", [draw(0), draw(1), draw(2), edited(0, ImageOps.mirror)])
+    build.build(recipe(None), progress=False)
+    with pytest.raises(RecipeError, match=r"dedup.copies: 4 rows have not been scored.*capstan score"):
+        build.select(recipe(), dry_run=True, progress=False)
+    summary = build.build(recipe(), progress=False)
+    assert summary["counts"]["duplicate"] == 1
+    assert {frozenset(pair) for pair in copies().items()} == {frozenset({"a 0", "a 3"})}
+    assert [step["step"] for step in summary["funnel"]][-2:] == ["near duplicates", "edited copies"]
+
+    shards = tars(tmp_path / "dataset")
+    add("b", [edited(1, ImageOps.mirror), draw(4)])
+    build.build(recipe(), progress=False)
+    assert copies()["b 0"] == "a 1"
+    assert {name: tars(tmp_path / "dataset")[name] for name in shards} == shards  # not even written again
+    assert verify(Storage(str(tmp_path / "dataset"))) == []
+    assert build.select(recipe(1.0), dry_run=True, progress=False)["counts"]["duplicate"] == 0

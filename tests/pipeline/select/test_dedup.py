@@ -38,9 +38,11 @@ def measured(images: list[bytes]) -> tuple[np.ndarray, ...]:
     )
 
 
-def repeats(storage: Storage, images: list[bytes], embeddings: Any = None, **dedup: Any) -> Repeats:
+def repeats(
+    storage: Storage, images: list[bytes], embeddings: Any = None, descriptors: Any = None, **dedup: Any
+) -> Repeats:
     recipe = Recipe.model_validate({"dataset": storage.url, "image": {"size": 64}, "dedup": dedup})
-    return find_repeats(recipe, storage, *measured(images), embeddings)
+    return find_repeats(recipe, storage, *measured(images), embeddings, descriptors=descriptors)
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
@@ -128,3 +130,13 @@ def test_semantic_repeats_come_last_and_follow_what_is_kept(storage: Storage, dr
     found = repeats(storage, images, embeddings, semantic=0.9)
     assert [REASONS[kind] for kind in found.kind] == ["", "", "semantic", "", "exact"]
     assert found.kept.tolist() == [-1, -1, 0, -1, 1]
+
+
+def test_copies_come_before_semantic_repeats(storage: Storage, draw: Draw) -> None:
+    embeddings = np.eye(8, dtype=np.float16)[[0, 1, 0, 2, 1]]
+    descriptors = np.eye(8, dtype=np.float16)[[0, 0, 1, 2, 3]]
+    images = [draw(0), draw(1), draw(2), draw(3), draw(1)]
+    copies = {"model": "unused.onnx", "threshold": 0.9}
+    found = repeats(storage, images, embeddings, descriptors, semantic=0.9, copies=copies)
+    assert [REASONS[kind] for kind in found.kind] == ["", "copies", "semantic", "", "exact"]
+    assert found.kept.tolist() == [-1, 0, 0, -1, 0]  # the last repeats row 1, which is a copy of row 0
