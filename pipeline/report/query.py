@@ -11,11 +11,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,6 +22,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged, staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
 from capstan.pipeline.source.plan import read_plan
+from capstan.pipeline.sql import lock, open_sealed
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import MarkerLog
@@ -79,11 +78,12 @@ class Rows:
 
     def __enter__(self) -> Rows:
         self._scratch = scratch()
-        self.db = _connect(self._scratch.__enter__())
+        folder = self._scratch.__enter__()  # where it spills to if memory does not suffice
+        self.db = open_sealed({"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)})
         view, schema, names = self._table()
         self.db.register("table", self.storage.dataset(names, schema) if names else schema.empty_table())
         self.db.execute(f"CREATE VIEW rows AS {view}")
-        self.db.execute("SET lock_configuration = true")
+        lock(self.db)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -188,14 +188,6 @@ class Rows:
         among = f"key BETWEEN {literal(wanted[0])} AND {literal(wanted[-1])} AND key IN ({listed})"
         found = self.query(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
         return {row[0]: Row(*row) for row in found}
-
-
-def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
-    """Open a database that sees only the registered rows; it spills to `folder` if memory does not suffice."""
-    limits: dict[str, str | bool] = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)}
-    db = duckdb.connect(config={**limits, "python_enable_replacements": False})
-    db.execute("SET enable_progress_bar = false; SET enable_external_access = false")
-    return db
 
 
 def _schema(storage: Storage, names: Sequence[str], least: pa.Schema) -> pa.Schema:

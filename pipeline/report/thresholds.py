@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import duckdb
+
+from capstan.pipeline.sql import Node, expression_of, parse, walk
 
 _OPERATORS: Final = {
     "COMPARE_GREATERTHANOREQUALTO": "≥",
@@ -22,8 +24,6 @@ _OPERATORS: Final = {
 _FLIPPED: Final = {"≥": "≤", ">": "<", "≤": "≥", "<": ">"}
 _ARITHMETIC: Final = {"+", "-", "*", "/"}
 _UNCLEAR: Final = {"SUBQUERY", "WINDOW", "STAR", "LAMBDA", "PARAMETER"}
-
-Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> 
     """Return the thresholds in `conditions` (name → SQL), in order."""
     found = []
     for name, where in conditions.items():
-        if statement := _parse(db, where):
-            for subject, operator, constant in _comparisons(_expression(statement)):
+        if statement := parse(db, where):
+            for subject, operator, constant in _comparisons(expression_of(statement)):
                 text, value = _sql(db, statement, subject), _number(db, statement, constant)
                 if text is not None and value is not None:
                     found.append(Threshold(name, text, operator, value))
@@ -54,30 +54,11 @@ def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> 
 
 def canonical(db: duckdb.DuckDBPyConnection, expression: str) -> str:
     """Return an expression in DuckDB's canonical form, without differences in spaces or brackets."""
-    statement = _parse(db, expression)
+    statement = parse(db, expression)
     assert statement is not None, expression
-    text = _sql(db, statement, _expression(statement))
+    text = _sql(db, statement, expression_of(statement))
     assert text is not None, expression
     return text
-
-
-def _parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
-    """Return the syntax tree of `SELECT (expression)`, or None if it is not a single valid statement."""
-    try:
-        (text,) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({expression}\n)"]).fetchone() or ("",)
-    except duckdb.Error:
-        return None
-    tree: Node = json.loads(text)
-    single = not tree.get("error") and len(tree["statements"]) == 1 and len(_list(tree)) == 1
-    return tree if single else None
-
-
-def _list(statement: Node) -> list[Node]:
-    return list(statement["statements"][0]["node"].get("select_list", []))  # a UNION has no select_list of its own
-
-
-def _expression(statement: Node) -> Node:
-    return _list(statement)[0]
 
 
 def _comparisons(node: Node) -> Iterator[tuple[Node, str, Node]]:
@@ -99,26 +80,14 @@ def _comparisons(node: Node) -> Iterator[tuple[Node, str, Node]]:
 
 def _is_constant(node: Node) -> bool:
     """Return whether the node consists of literals only."""
-    inner = list(_walk(node))
+    inner = list(walk(node))
     functions = [n["function_name"] for n in inner if n["class"] == "FUNCTION"]
     return all(n["class"] in ("CONSTANT", "CAST", "FUNCTION", "TYPE") for n in inner) and set(functions) <= _ARITHMETIC
 
 
 def _is_subject(node: Node) -> bool:
-    classes = {inner["class"] for inner in _walk(node)}
+    classes = {inner["class"] for inner in walk(node)}
     return "COLUMN_REF" in classes and not classes & _UNCLEAR
-
-
-def _walk(node: Any) -> Iterator[Node]:
-    """Yield the expressions in a syntax tree."""
-    if isinstance(node, dict):
-        if "class" in node:
-            yield node
-        for value in node.values():
-            yield from _walk(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _walk(value)
 
 
 def _sql(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> str | None:
@@ -143,5 +112,5 @@ def _number(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> float
 
 def is_condition(db: duckdb.DuckDBPyConnection, text: str) -> bool:
     """Return whether a text is one SQL expression: not a list, not several statements, not a query."""
-    statement = _parse(db, text) if text.strip() else None
-    return statement is not None and not {node["class"] for node in _walk(_expression(statement))} & _UNCLEAR
+    statement = parse(db, text) if text.strip() else None
+    return statement is not None and not {node["class"] for node in walk(expression_of(statement))} & _UNCLEAR

@@ -9,11 +9,10 @@ therefore be evaluated in blocks, in order and in little memory, and only the co
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import duckdb
 import numpy as np
@@ -31,6 +30,7 @@ from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
+from capstan.pipeline.sql import lock, open_sealed, parse, walk
 from capstan.pipeline.storage import Storage
 
 # A row's step; n > 0: it does not meet the n-th condition. A row that was kept until it was taken down still holds its
@@ -76,7 +76,12 @@ def check_conditions(recipe: Recipe) -> None:
         for condition in recipe.select:
             for key, sql in condition.expressions.items():
                 try:
-                    if any(node.get("class") in ("SUBQUERY", "WINDOW") for node in _nodes(db, sql)):
+                    tree = parse(db, sql)
+                    if tree is None:
+                        db.extract_statements(f"SELECT ({sql}\n)")  # raises where the syntax is wrong
+                        hint = "write one expression, without other clauses, and without ; between statements"
+                        raise RecipeError(_field(condition, key), "is not one SQL expression", hint)
+                    if any(node["class"] in ("SUBQUERY", "WINDOW") for node in walk(tree)):
                         hint = "use the row's own columns only; at_most, balance and top compare rows"
                         raise RecipeError(_field(condition, key), "refers to other rows", hint)
                     kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows(schema.names)}").types[1])  # no aggregates
@@ -157,7 +162,7 @@ class _Query:
             name.casefold()
             for condition in self._conditions
             for sql in condition.expressions.values()
-            for node in _nodes(self._db, sql)
+            for node in walk(parse(self._db, sql))
             for name in node.get("column_names", ())
         }
         known = [*_BASE, *(field.name for field in added(self._columns))]
@@ -226,19 +231,6 @@ def _rows(columns: Sequence[str]) -> str:
     return f"(SELECT *, {_DOMAIN_SQL} AS {_DOMAIN} FROM block)" if "url" in columns else "block"
 
 
-def _nodes(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[Mapping[str, Any]]:
-    """Yield every node of an expression, as DuckDB parses it."""
-    ((text,),) = db.execute("SELECT json_serialize_sql(?)", [f"SELECT ({sql}\n)"]).fetchall()
-
-    def walk(value: Any) -> Iterator[Mapping[str, Any]]:
-        if isinstance(value, dict):
-            yield value
-        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            yield from walk(inner)
-
-    return walk(json.loads(text))  # text that is not SQL has no nodes; running it reports what is wrong
-
-
 def raw_digits(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
     """Convert hexadecimal digits to `width` raw bytes; zeros for empty values, as failed rows have no hash."""
     text = column.combine_chunks()
@@ -257,8 +249,8 @@ def raw_digits(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.bytes_]:
 
 def _connect() -> duckdb.DuckDBPyConnection:
     """Open a database that sees the registered rows and nothing else."""
-    db = duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "enable_external_access": False})
-    db.execute("SET enable_progress_bar = false")  # it would go to stdout, which is reserved for the summary
+    db = open_sealed({"memory_limit": _MEMORY_LIMIT})
+    lock(db)
     return db
 
 
