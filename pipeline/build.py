@@ -25,6 +25,7 @@ from capstan.pipeline.pack.job import content_recipe, pack, selection_of
 from capstan.pipeline.pack.repair import broken_units, drop_broken
 from capstan.pipeline.pack.takedown import finish, recipe_of, resume, take_down
 from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.pack.verify_derived import forget_derived
 from capstan.pipeline.records import KEPT
 from capstan.pipeline.run_history import note_run
 from capstan.pipeline.score import registry
@@ -34,7 +35,7 @@ from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.review import check_reviews
-from capstan.pipeline.source.plan import Plan, plan, read_plan
+from capstan.pipeline.source.plan import Plan, plan, read_plan, restore_keys
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import run
 
@@ -62,32 +63,38 @@ def repair(dataset: str, options: Mapping[str, Any] | None = None, *, progress: 
     """Verify a dataset and rebuild what is missing or damaged, as far as something still holds it.
 
     Images are taken from staged files and shards, the rest from the source. In the summary, `repaired` and `problems`
-    are verify's lines that are gone and left; `lost` is the number of kept rows whose image is nowhere: they failed.
+    are verify's lines that are gone and left; `forgotten` names damaged captions and latents that were removed, and the
+    command that makes them again; `lost` is the number of kept rows whose image is nowhere: they failed.
     """
     storage = Storage(dataset, options, field="DATASET")
     storage.check_writable()
     before = verify(storage, progress=progress)
     if not before:
-        return {"dataset": dataset, "ok": True, "repaired": [], "problems": [], "lost": 0}
+        return {"dataset": dataset, "ok": True, "repaired": [], "problems": [], "forgotten": [], "lost": 0}
     with lease(storage, "verify --repair") as held:
         try:
             manifest, recipe = read_manifest(storage), recipe_of(storage)
         except CapstanError as error:
             problems = [*before, f"not repaired: {error}"]
-            return {"dataset": dataset, "ok": False, "repaired": [], "problems": problems, "lost": 0}
+            return {"dataset": dataset, "ok": False, "repaired": [], "problems": problems, "forgotten": [], "lost": 0}
         assert manifest is not None
         assert recipe is not None
+        forgotten = forget_derived(storage, {line.partition(": ")[0] for line in before})
         for line in before:
             name, _, problem = line.partition(": ")
             note_damage(storage, name, problem)
-        summary = _build(recipe, storage, held, [], progress, planned=read_plan(storage))
+        planned = read_plan(storage)
+        restore_keys(storage, planned.units)
+        summary = _build(recipe, storage, held, [], progress, planned=planned)
         left = verify(storage, progress=progress)
         forget_damage(storage, {line.partition(": ")[0] for line in before if line not in left})
+    again = {line.partition(": ")[0] for line in forgotten}
     return {
         "dataset": dataset,
         "ok": not left,
-        "repaired": [line for line in before if line not in left],
+        "repaired": [line for line in before if line not in left and line.partition(": ")[0] not in again],
         "problems": left,
+        "forgotten": forgotten,
         "lost": max(0, sum(entry.samples for entry in manifest.shards) - summary["counts"].get(KEPT, 0)),
         "counts": summary["counts"],
         "quarantined": summary["quarantined"],

@@ -32,6 +32,7 @@ from capstan.recaption.lint import linter
 ROOT: Final = "captions"
 GIVEN: Final = "given"  # the engine name of layers that people wrote
 
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a layer's folder
 _STRINGS: Final = pa.list_(pa.field("item", pa.string(), nullable=False))
 SCHEMA: Final = pa.schema(
     [
@@ -125,6 +126,7 @@ def aside(layer: str) -> str:
 def list_layers(storage: Storage) -> list[str]:
     """Return the ids of the dataset's published layers, oldest first."""
     recipes = [name for name in storage.names(ROOT) if name.count("/") == 2 and name.endswith("/recipe.json")]
+    recipes = [name for name in recipes if _NAME.fullmatch(name.split("/")[1])]
     numbered = [(_read_recipe(storage, name)["number"], name.split("/")[1]) for name in recipes]
     return [layer for _, layer in sorted(numbered)]
 
@@ -144,7 +146,7 @@ def find_layer(storage: Storage, name: str) -> str:
 def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
     """Return a layer's recipe.json: {layer, number, slots, lint, engine}. Raises RecipeError if it does not exist."""
     name = f"{ROOT}/{layer}/recipe.json"
-    if not storage.exists(name):
+    if not _NAME.fullmatch(layer) or not storage.exists(name):
         known = ", ".join(list_layers(storage)) or "none"
         hint = f"run `capstan recaption`, or use one of its layers: {known}"
         raise RecipeError("layer", f"no caption layer {layer!r} in {storage.url}", hint)
@@ -156,6 +158,8 @@ def _read_recipe(storage: Storage, name: str) -> dict[str, Any]:
     recipe = storage.read_json(name, hint)
     if not isinstance(recipe.get("number"), int):
         raise DamagedFile(storage.path(name), "it has no number", hint)
+    if recipe.get("layer") != name.split("/")[1]:
+        raise DamagedFile(storage.path(name), "it names another layer than its folder", hint)
     return recipe
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage import Storage, is_inside
 from capstan.pipeline.storage.local import as_disk_full
 from capstan.training.config import TrainConfig
 
@@ -143,15 +143,6 @@ def check_names(storage: Storage, names: Iterable[str]) -> None:
         if not is_inside(name.removesuffix("/")):
             problem = f"{storage.url} has a file named {name!r}, which leads out of its folder"
             raise RecipeError(storage.field, problem, "remove that file, and check who can write to the bucket")
-
-
-def is_inside(name: str) -> bool:
-    """Return whether an object's name, read as a path, stays within the folder it is joined to.
-
-    >>> [is_inside(name) for name in ("unet/model.bin", "..", "a/../../b", "/etc/passwd", "a\\\\b", "a//b", "a\\0")]
-    [True, False, False, False, False, False, False]
-    """
-    return not any(part in ("", ".", "..") for part in name.split("/")) and not {"\\", "\0"} & set(name)
 
 
 def last_record(log: Path) -> dict[str, Any] | None:

@@ -12,17 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.records import FORMAT_VERSION
-from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage import Storage, is_inside
 
 MANIFEST = "dataset.json"
 
@@ -127,6 +136,21 @@ def to_json(fields: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+# Names and sums become parts of file names, so nothing else may stand in their place.
+_Name = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\z")]
+_Sum = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{0,64}\z")]
+_Count = Annotated[int, Field(ge=0)]
+
+
+def _inside(name: str) -> str:
+    if not is_inside(name):
+        raise ValueError(f"{name[:200]!r} is not the name of a file inside the dataset")
+    return name
+
+
+_Path = Annotated[str, AfterValidator(_inside)]
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -137,11 +161,11 @@ class ShardEntry(_Entry):
     The content of the index follows from the table.
     """
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    table_sha256: str
+    name: _Name
+    samples: _Count
+    bytes: _Count
+    sha256: _Sum
+    table_sha256: _Sum
 
     @property
     def tar(self) -> str:
@@ -159,9 +183,9 @@ class ShardEntry(_Entry):
 class LedgerEntry(_Entry):
     """A ledger table: ledger/NAME.parquet."""
 
-    name: str
-    rows: int
-    sha256: str
+    name: _Name
+    rows: _Count
+    sha256: _Sum
 
     @property
     def table(self) -> str:
@@ -185,8 +209,15 @@ class Manifest(_Entry):
     funnel: list[dict[str, Any]] = []  # {step, rows}: rows left after each step of the selection
     shards: list[ShardEntry] = []
     ledger: list[LedgerEntry] = []
-    indexes: dict[str, str] = {}
+    indexes: dict[_Path, _Sum] = {}
     scores: list[dict[str, Any]] = []  # identifies the scorers of the tables' columns (pipeline.score.store.pins)
+
+    @model_validator(mode="after")
+    def _every_name_once(self) -> Manifest:
+        for kind, names in (("shards", self.shards), ("ledger", self.ledger)):
+            if twice := [name for name, count in Counter(entry.name for entry in names).items() if count > 1]:
+                raise ValueError(f"{kind} lists {twice[0]} twice")
+        return self
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
@@ -200,7 +231,7 @@ def read_manifest(storage: Storage) -> Manifest | None:
         manifest = Manifest.model_validate_json(storage.read(MANIFEST))
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where = " ".join(".".join(str(part)[:200] for part in problem["loc"]).split())
         raise CapstanError(f"{storage.url}/{MANIFEST} is not a manifest: {where}: {problem['msg']}") from None
     if manifest.format_version > FORMAT_VERSION:
         raise CapstanError(f"{storage.url} was written by a newer Capstan (format {manifest.format_version})")

@@ -43,6 +43,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.store import pinned_columns
+from capstan.pipeline.source.plan import plan_problems
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import MarkerLog
@@ -82,6 +83,7 @@ def verify(storage: Storage, *, progress: bool = False) -> list[str]:
         problems += _indexes(storage, manifest, tables_are_whole=sums is not None)
         problems += [f"{name}: not listed in {MANIFEST}" for name in unlisted(storage, manifest)]
         problems += _staged(storage)
+    problems += plan_problems(storage)
     problems += verify_derived(storage, manifest)
     return problems
 

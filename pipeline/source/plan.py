@@ -2,7 +2,7 @@
 
     state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
     state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
-    state/plan/batch-0000/batch.json                  the batch: its units; written last
+    state/plan/batch-0000/batch.json                  the batch: its units, and the SHA-256 of keys.bin; written last
     state/plan/source.json                            the source as last planned, so that planning can be skipped
 
 Rows whose key is in an earlier batch are dropped; the others become a new batch. Existing batches never change. Only
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import io
 import itertools
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,19 +131,62 @@ def _restore_batch(storage: Storage, batch: int) -> list[int]:
     """Write batch.json again from the batch's tables, which were all written before it; return the units' rows."""
     folder = _batch_name(batch).rpartition("/")[0]
     tables = [name for name in storage.names(folder) if name.endswith(".parquet")]
-    counts = [len(storage.read_table(name, ["key"])) for name in tables]
+    keys = [storage.read_table(name, ["key"])["key"].to_pylist() for name in tables]
+    counts = [len(part) for part in keys]
     log.warning("%s is damaged: written again from %d tables", storage.path(_batch_name(batch)), len(tables))
-    storage.write(_batch_name(batch), json.dumps({"batch": batch, "units": counts}).encode())
+    _write_facts(storage, batch, counts, hashlib.sha256(_raw(keys)).hexdigest())
     return counts
 
 
-def _check_keys(storage: Storage, units: list[PlannedUnit], batch: int) -> None:
-    """Write the keys of a batch again if their file has another size than they have."""
-    own, name = [unit for unit in units if unit.batch == batch], _keys_of(batch)
-    if storage.exists(name) and storage.size(name) != KEY_BYTES * sum(unit.rows for unit in own):
-        log.warning("%s is damaged: written again from the batch's tables", storage.path(name))
-        keys = [key for unit in own for key in storage.read_table(unit.table, ["key"])["key"].to_pylist()]
-        storage.write(name, bytes.fromhex("".join(keys)))
+def _write_facts(storage: Storage, batch: int, counts: list[int], keys_sha256: str) -> None:
+    facts = {"batch": batch, "units": counts, "keys_sha256": keys_sha256}
+    storage.write(_batch_name(batch), json.dumps(facts).encode())
+
+
+def plan_problems(storage: Storage) -> list[str]:
+    """Return what is wrong with the batches' facts and keys, one line each that names the file; write nothing."""
+    problems = []
+    for name in storage.names("state/plan"):
+        batch = name.split("/")[2].removeprefix("batch-")
+        if name.endswith("/batch.json") and batch.isdigit():
+            try:
+                counts = storage.read_json(name, "")["units"]
+                if not _keys_hold(storage, int(batch), sum(counts)):
+                    problems.append(f"{_keys_of(int(batch))}: missing, or not what was written")
+            except (DamagedFile, KeyError, TypeError):
+                problems.append(f"{name}: damaged; the next build writes it again")
+    return problems
+
+
+def _keys_hold(storage: Storage, batch: int, rows: int) -> bool:
+    """Return whether a batch's file of keys is what was written. Batches of older versions have no SHA-256."""
+    name, digest = _keys_of(batch), hashlib.sha256()
+    try:
+        if storage.size(name) != KEY_BYTES * rows:
+            return False
+        expected = storage.read_json(_batch_name(batch), "").get("keys_sha256")
+        if expected is None:
+            return True
+        with storage.open(name) as file:
+            while data := file.read(_KEYS_BYTES):
+                digest.update(data)
+    except FileNotFoundError:
+        return False
+    return digest.hexdigest() == expected
+
+
+def restore_keys(storage: Storage, units: Sequence[PlannedUnit]) -> None:
+    """Write files of keys again that are missing or damaged, from the tables of their batches."""
+    for batch in sorted({unit.batch for unit in units}):
+        own = [unit for unit in units if unit.batch == batch]
+        if not _keys_hold(storage, batch, sum(unit.rows for unit in own)):
+            log.warning("%s is damaged: written again from the batch's tables", storage.path(_keys_of(batch)))
+            keys = _raw(storage.read_table(unit.table, ["key"])["key"].to_pylist() for unit in own)
+            storage.write(_keys_of(batch), keys)
+
+
+def _raw(keys: Iterable[list[str]]) -> bytes:
+    return bytes.fromhex("".join(key for part in keys for key in part))
 
 
 def _batch_name(batch: int) -> str:
@@ -162,8 +206,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
     unwanted = blocked(recipe, storage)
     earlier = sorted({unit.batch for unit in before.units})
     batch = earlier[-1] + 1 if earlier else 0
-    for number in earlier:
-        _check_keys(storage, before.units, number)
+    restore_keys(storage, before.units)
     with (
         scratch() as folder,
         Progress("plan", None, unit="rows", enabled=progress) as bar,
@@ -173,11 +216,12 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
             captions += _captions(table)
             sort.add(unwanted.without(table))
             bar.advance(len(table))
-        units = _write_batch(sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder)
+        units, keys_sha256 = _write_batch(
+            sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder
+        )
     made = Plan(before.units + units, sort.rows, sort.repeats, captions, dict(rows.unused))
     if units:
-        written = json.dumps({"batch": batch, "units": [unit.rows for unit in units]})
-        storage.write(_batch_name(batch), written.encode())
+        _write_facts(storage, batch, [unit.rows for unit in units], keys_sha256)
     counts = {"read": made.read, "repeats": made.repeats, "captions": captions, "unused": made.unused}
     storage.write(_SOURCE, json.dumps({"signature": rows.signature, **counts}).encode())
     return _warned(made)
@@ -250,16 +294,18 @@ class _Keys:
 
 def _write_batch(
     tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
-) -> list[PlannedUnit]:
-    """Write the units, several small ones at a time, then their keys."""
+) -> tuple[list[PlannedUnit], str]:
+    """Write the units, several small ones at a time, then their keys; return the units, and the SHA-256 of the keys."""
     units: list[PlannedUnit] = []
-    keys = scratch / "keys.bin"
+    keys, digest = scratch / "keys.bin", hashlib.sha256()
     with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
         writing: deque[Future[None]] = deque()
         for table in _cut(tables, unit_rows):
             unit = PlannedUnit(batch, len(units), len(table))
             units.append(unit)
-            file.write(memoryview(raw_keys(table["key"]).buffers()[1]))
+            raw = memoryview(raw_keys(table["key"]).buffers()[1])
+            file.write(raw)
+            digest.update(raw)
             writing.append(writers.submit(_write_unit, storage, unit, table))
             while len(writing) > (_WRITERS if table.nbytes < _SMALL_BYTES else 0):
                 writing.popleft().result()
@@ -267,7 +313,7 @@ def _write_batch(
             left.result()
     if units:
         storage.put(keys, _keys_of(batch))
-    return units
+    return units, digest.hexdigest()
 
 
 def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:

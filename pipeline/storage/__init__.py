@@ -40,6 +40,9 @@ from capstan.pipeline.storage.remote import Remote, stamp
 
 _HASH_IN_NAME = re.compile(r"staged/.*-([0-9a-f]{16})\.parquet$")  # the start of the file's SHA-256
 
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")  # control characters, and what other systems read as a slash
+_LONGEST_NAME = 1024  # characters: S3 has no longer keys
+_LONGEST_PART = 255  # bytes: no file system has longer names
 _AT_ONCE = 32  # objects in flight when many small ones are read or removed
 
 T = TypeVar("T")
@@ -73,7 +76,16 @@ class Storage:
         return Storage(f"{self.url}/{name}", self.options, field=self.field)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
+        """Return the full path of a name. Raises RecipeError for a name that leads out of this folder.
+
+        Names come from manifests and markers too, which a stranger may have written.
+        """
+        if not name:
+            return self._root
+        if not is_inside(name):
+            problem = f"{self.url} refers to a file {name[:200]!r}, which is not a name inside it"
+            raise RecipeError(self.field, problem, "check who wrote this folder; it may be damaged, or made to do harm")
+        return f"{self._root}/{name}"
 
     def _name(self, path: str) -> str:
         return path.removeprefix(self._root.rstrip("/") + "/")
@@ -226,6 +238,20 @@ class Storage:
             else:
                 problem, hint = "cannot write to", "check the URL, the bucket, storage.endpoint_url and credentials"
             raise RecipeError(self.field, f"{problem} {self.url} ({message})", hint) from None
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a name with forward slashes, joined to a folder, stays within it on every system.
+
+    >>> [is_inside(name) for name in ("unet/model.bin", ".nv-meta/x", "a..b", "a b/ü")]
+    [True, True, True, True]
+    >>> [is_inside(name) for name in ("", ".", "..", "a/../../b", "/etc/passwd", "a\\\\b", "a//b", "a/", "a\\0")]
+    [False, False, False, False, False, False, False, False, False]
+    """
+    parts = name.split("/")
+    if len(name) > _LONGEST_NAME or any(len(part.encode("utf-8", "replace")) > _LONGEST_PART for part in parts):
+        return False
+    return not any(part in ("", ".", "..") or _UNSAFE.search(part) for part in parts)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

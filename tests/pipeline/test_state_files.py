@@ -62,14 +62,37 @@ def test_these_are_made_again(build: Callable[..., Any], storage: Storage, file:
     assert len({row["key"] for row in Dataset(storage).ledger().to_pylist()}) == ROWS
 
 
-def test_keys_that_were_cut_off_are_written_again(build: Callable[..., Any], storage: Storage) -> None:
+def _cut(data: bytes) -> bytes:
+    return data[:20]
+
+
+def _flipped(data: bytes) -> bytes:
+    return data[:21] + bytes([data[21] ^ 4]) + data[22:]
+
+
+@pytest.mark.parametrize("heal", ["build", "repair"])
+@pytest.mark.parametrize("harm", [_cut, _flipped, None], ids=["cut", "one bit", "gone"])
+def test_damaged_keys_are_seen_and_written_again(
+    build: Callable[..., Any], storage: Storage, harm: Callable[[bytes], bytes] | None, heal: str
+) -> None:
     build(ROWS - 2)
     name = "state/plan/batch-0000/keys.bin"
     whole = storage.read(name)
-    storage.write(name, whole[:20])
+    if harm is None:
+        storage.delete(name)
+    else:
+        storage.write(name, harm(whole))
+    assert verify(storage) == verify_lines(name)
+    if heal == "repair":
+        assert stages.repair(storage.url, progress=False)["repaired"] == verify_lines(name)
+        assert verify(storage) == []
     build(ROWS)
     assert storage.read(name) == whole
     assert len(Dataset(storage).ledger()) == ROWS, "no row twice"
+
+
+def verify_lines(name: str) -> list[str]:
+    return [f"{name}: missing, or not what was written"]
 
 
 def test_a_damaged_log_of_markers_is_named(build: Callable[..., Any], storage: Storage) -> None:

@@ -15,6 +15,7 @@ from capstan.pipeline.dataset.damage import noted_damage
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import MarkerLog
 
 Make = Callable[..., Recipe]
 IMAGES = 12
@@ -167,3 +168,28 @@ def test_without_staged_images_a_damaged_shard_comes_from_the_source(make: Make,
         keys = {row["key"] for name in Dataset(storage).shard_names for row in Dataset(storage).table(name).to_pylist()}
         assert len(keys) == 9
         assert place["key"] not in keys
+
+
+def test_damaged_captions_and_latents_are_forgotten_and_captions_of_people_are_named(make: Make) -> None:
+    recipe = make()
+    build(recipe)
+    storage = Storage(recipe.dataset)
+    shard = Dataset(storage).shard_names[0]
+    before = content(storage)
+    made, encoded, written = (
+        f"captions/{'a' * 16}/{shard}.parquet",
+        f"latents/enc/{shard}.safetensors",
+        f"captions/people/{shard}.parquet",
+    )
+    for name in (made, encoded, written):
+        storage.write(name, b"damaged")
+    MarkerLog(storage, f"recaption-{'a' * 16}").mark(shard, {})
+    summary = stages.repair(storage.url, progress=False)
+    assert not summary["ok"]
+    assert [line.partition(": ")[0] for line in summary["problems"]] == [written]
+    assert [line.partition(": ")[0] for line in summary["forgotten"]] == [made, encoded]
+    assert summary["repaired"] == []
+    assert not storage.exists(made)
+    assert not storage.exists(encoded)
+    assert storage.exists(written)
+    assert content(storage) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 from small_dataset import as_if_a_model_wrote_it, write_dataset
 
+from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import DamagedFile
-from capstan.pipeline.pack.verify_derived import verify_derived
+from capstan.pipeline.pack.verify_derived import forget_derived, verify_derived
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
-from capstan.recaption.store import read_layer, write_given_layer
+from capstan.recaption.lint.linter import Settings
+from capstan.recaption.store import layer_id, publish, read_layer, write_given_layer
 
 
 @pytest.fixture
@@ -61,6 +64,57 @@ def test_a_layer_that_is_not_complete_yet_is_no_damage(storage: Storage) -> None
     MarkerLog(storage, "recaption-x").forget(["shard-000000"])
     storage.delete("captions/x/shard-000000.parquet")
     assert derived(storage) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"number": "1"}'])
+def test_a_damaged_recipe_of_a_layer_is_named(storage: Storage, content: bytes) -> None:
+    storage.write("captions/x/recipe.json", content)
+    (problem,) = derived(storage)
+    assert problem.startswith("captions/x/recipe.json: damaged")
+
+
+def test_the_id_of_a_layer_and_of_latents_tells_a_changed_recipe(storage: Storage) -> None:
+    settings, identity = Settings(), {"weights": "w", "size": 32}
+    layer, encoder = layer_id({"engine": "e", "prompt": "p"}, settings), fingerprint(identity)
+    publish(storage, layer, ["short"], {"engine": "e", "prompt": "p"}, settings)
+    storage.write(f"latents/{encoder}/recipe.json", json.dumps(identity).encode())
+    storage.write(f"latents/{encoder}/shard-000000.safetensors", tensor_file.save({"a": np.zeros(3)}, {}))
+    assert derived(storage) == []
+    for name, old, new in (
+        (f"captions/{layer}/recipe.json", b'"prompt": "p"', b'"prompt": "q"'),
+        (f"latents/{encoder}/recipe.json", b"32", b"33"),
+    ):
+        data = storage.read(name)
+        assert old in data
+        storage.write(name, data.replace(old, new))
+        (problem,) = derived(storage)
+        assert problem.startswith(f"{name}: damaged")
+        storage.write(name, data)
+    storage.delete(f"latents/{encoder}/recipe.json")
+    assert derived(storage) == [f"latents/{encoder}/recipe.json: missing: run `capstan encode` to make it again"]
+
+
+def test_what_a_model_made_is_forgotten_and_what_people_wrote_is_left(storage: Storage) -> None:
+    write_given_layer(storage, "people", {})
+    damaged = [
+        f"captions/{layer}/{file}" for layer in ("x", "people") for file in ("shard-000000.parquet", "recipe.json")
+    ]
+    damaged += ["latents/e/shard-000001.safetensors", "latents/e/recipe.json", "review/mine.parquet", "dataset.json"]
+    markers = {"recaption-x": MarkerLog(storage, "recaption-x"), "latents-e": MarkerLog(storage, "latents-e")}
+    for unit in ("shard-000000-0123", "shard-000001-0123", "shard-0000010-0123"):
+        markers["latents-e"].mark(unit, {})
+    for name in damaged:
+        storage.write(name, b"damaged")
+    lines = forget_derived(storage, damaged)
+    assert lines == [
+        "captions/x/recipe.json: run `capstan recaption` to make it again",
+        "captions/x/shard-000000.parquet: run `capstan recaption` to make it again",
+        "latents/e/shard-000001.safetensors: run `capstan encode` to make it again",
+    ]
+    gone = {line.partition(": ")[0] for line in lines}
+    assert {name for name in damaged if not storage.exists(name)} == gone
+    assert set(markers["recaption-x"].read()) == {"shard-000001"}
+    assert set(markers["latents-e"].read()) == {"shard-000000-0123", "shard-0000010-0123"}
 
 
 def cut(data: bytes) -> bytes:
