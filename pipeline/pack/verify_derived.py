@@ -82,7 +82,7 @@ def _caption_recipes(storage: Storage, names: list[str]) -> Iterator[str]:
             recipe, layer = _json(storage, name), name.split("/")[1]
             engine, lint = (recipe.get(key) for key in ("engine", "lint"))
             sound = isinstance(recipe.get("number"), int) and isinstance(engine, dict)
-            if sound and _ID.fullmatch(layer) and engine.get("engine") != "given":
+            if sound and _ID.fullmatch(layer) and engine != {"engine": "given"}:
                 sound = fingerprint({"engine": engine, "lint": lint}) == layer
             if not sound:
                 yield f"{name}: damaged: restore it from a copy, or delete it and {_RECAPTION}"
