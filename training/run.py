@@ -24,11 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.storage import Storage, is_inside
 from capstan.pipeline.storage.local import as_disk_full
 from capstan.training.config import TrainConfig
 
+logger = logging.getLogger(__name__)
+
+_RESTORE = "restore it from a copy (a bucket's run has one), or start a new run in another folder"
 _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
 
 
@@ -47,7 +50,7 @@ class Run:
         storage = Storage(str(self.folder), field="train.run")
         identity = self.train.identity()
         if (self.folder / "recipe.json").exists():
-            before = json.loads((self.folder / "recipe.json").read_text())["identity"]
+            before = storage.read_json("recipe.json", _RESTORE).get("identity")
             if changed := differences(before, json.loads(json.dumps(identity))):
                 problem = f"{self.folder} holds a run of another recipe (different: {', '.join(changed)})"
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
@@ -73,7 +76,7 @@ class Run:
     def pinned(self, name: str, choose: Callable[[], str | None]) -> str | None:
         """Return the first result of `choose` for `name` in this run, so that "latest" does not change during a run."""
         path = self.folder / "pinned.json"
-        known: dict[str, str | None] = json.loads(path.read_text()) if path.exists() else {}
+        known: dict[str, str | None] = Storage(str(self.folder)).read_json(path.name, _RESTORE) if path.exists() else {}
         if name not in known:
             known[name] = choose()
             Storage(str(self.folder)).write(path.name, json.dumps(known).encode())
@@ -102,16 +105,22 @@ class Run:
     def finished(self) -> dict[str, Any] | None:
         """Return the summary if the run has finished the recipe's steps, else None."""
         path = self.folder / "finished.json"
-        summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return summary if summary and summary["steps"] >= self.train.steps and self.product.is_dir() else None
+        if not path.exists():
+            return None
+        try:
+            summary = Storage(str(self.folder)).read_json(path.name, "")
+            done = int(summary["steps"]) >= self.train.steps
+        except (DamagedFile, KeyError, TypeError, ValueError):
+            logger.warning("%s is damaged: the run's end is made again from its last checkpoint", path)
+            return None
+        return summary if done and self.product.is_dir() else None
 
     def truncate_logs(self, step: int) -> None:
         """Remove the logs' lines after `step`: a run that resumes there writes them again."""
         for log in (self.log, self.evaluations):
             if log.exists():
-                lines = log.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-                Storage(str(self.folder)).write(log.name, "".join(kept).encode())
+                kept = [line for line, record in whole_lines(log) if record["step"] <= step]
+                Storage(str(self.folder)).write(log.name, b"".join(line + b"\n" for line in kept))
 
 
 def versions() -> dict[str, str]:
@@ -152,7 +161,27 @@ def last_record(log: Path) -> dict[str, Any] | None:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))
         whole = file.read().rpartition(b"\n")[0].splitlines()
-    return json.loads(whole[-1]) if whole else None
+    return next((record for line in reversed(whole) if (record := _record(line)) is not None), None)
+
+
+def whole_lines(log: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of a log with a step each, and their records. Damaged ones are left out, with a warning.
+
+    The last line has no end if its writer was killed; nothing is said of it.
+    """
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    found = [(line, record) for line in lines if (record := _record(line)) is not None]
+    if len(found) < len(lines):
+        logger.warning("%s: %d damaged lines are left out", log, len(lines) - len(found))
+    return found
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 @contextlib.contextmanager

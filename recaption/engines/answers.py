@@ -6,6 +6,7 @@ content in parts. Any text is a caption; only known words for a cut flag it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,20 +18,13 @@ from capstan.recaption.lint.linter import Finish
 CONTENT_FILTER: Final = "content_filter"
 EMPTY: Final = "empty"
 
-# Words for a cut by the token limit, and for a filter; lower case, without _ and -. Any other word is a normal end.
-_LENGTHS: Final = frozenset({"length", "maxtokens", "maxlength", "modellength", "maxoutputtokens", "tokenlimit"})
-_FILTERS: Final = frozenset(
-    {
-        "contentfilter",
-        "contentfiltered",
-        "safety",
-        "imagesafety",
-        "recitation",
-        "blocklist",
-        "prohibitedcontent",
-        "spii",
-    }
-    | {"refusal", "guardrail", "guardrailintervened", "sensitive"}
+# Words for a cut by the token limit, and for a filter; only letters, lower case. Any other word is a normal end.
+_LENGTHS: Final = re.compile(
+    r"^length$|max\w*(?:tokens?|length)|(?:length|token|output|context)limit|modellength|contextwindow|contextlength"
+    r"|lengthcapped|truncated|incomplete"
+)
+_FILTERS: Final = re.compile(
+    r"filter|safety|recitation|blocklist|blocked|prohibited|spii|refus|guardrail|sensitive|moderat|policy"
 )
 
 
@@ -47,7 +41,7 @@ def read_answer(answer: Any, seed: int) -> Answer:
     choice = answer["choices"][0]
     usage = answer.get("usage") or {}
     tokens, total = int(usage.get("completion_tokens") or 0), int(usage.get("total_tokens") or 0)
-    message = choice["message"]
+    message = choice["message"] if "message" in choice else {"content": choice["text"]}
     content = message.get("content")
     text = _text(content)
     finish, reason = _finish(choice.get("finish_reason"))
@@ -72,7 +66,9 @@ def _text(content: Any) -> str:
 
 def _finish(word: Any) -> tuple[Finish, str]:
     """Return how a finish reason ended a caption, and the flag for it: "" unless a filter cut it."""
-    plain = str(word or "").lower().replace("_", "").replace("-", "").replace(" ", "")
-    if plain in _FILTERS:
+    if isinstance(word, dict):  # {"type": "length", "length": 30}
+        word = word.get("type") or word.get("reason")
+    plain = re.sub(r"[^a-z]", "", str(word or "").lower())
+    if _FILTERS.search(plain):
         return "length", CONTENT_FILTER
-    return ("length" if plain in _LENGTHS else "end"), ""
+    return ("length" if _LENGTHS.search(plain) else "end"), ""

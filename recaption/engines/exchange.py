@@ -102,26 +102,38 @@ def _message_in(text: str) -> tuple[str, str]:
     """Return the message in the body of an error, and its code and type."""
     try:
         content = json.loads(text)
-        error = content.get("error", content)
+        error = content.get("error") or content.get("errors") or content.get("detail") or content
+        while isinstance(error, list) and error:
+            error = error[0]
         if isinstance(error, dict):
-            message = error.get("message") or text
-            return storable(str(message)), f"{error.get('code', '')} {error.get('type', '')}"
+            words = next((error[name] for name in ("message", "msg", "detail", "title") if error.get(name)), text)
+            return storable(str(words)), f"{error.get('code', '')} {error.get('type', '')}"
         return storable(str(error)), ""
     except (ValueError, AttributeError, RecursionError):
         return storable(text), ""
 
 
 def _error_in(answer: Mapping[str, Any]) -> Any:
-    """Return the error in an answer of status 200 or in its first choice; None if there is none."""
+    """Return the error in an answer of status 200 or in its first choice; None if there is none.
+
+    Servers name it `error`, `errors` or `detail`, or the whole answer is one ({"object": "error", "message": …}).
+    """
     choices = answer.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
-    inner = first.get("error") if isinstance(first, dict) else None
-    return answer.get("error") or inner
+    if isinstance(first, dict):
+        return answer.get("error") or first.get("error")
+    named = next((answer[name] for name in ("error", "errors", "detail") if answer.get(name)), None)
+    whole = answer.get("object") == "error" or ("message" in answer and "choices" not in answer)
+    return named or (dict(answer) if whole else None)
 
 
 def _status_of(error: Any) -> int:
     """Return the status that an error names as its code."""
-    code = error.get("code") or error.get("status") or error.get("status_code") if isinstance(error, dict) else None
+    if isinstance(error, list) and error:
+        error = error[0]
+    names = ("code", "status", "status_code", "statusCode", "http_status")
+    codes = [error.get(name) for name in names] if isinstance(error, dict) else []
+    code = next((code for code in codes if str(code).isdigit()), None)
     if isinstance(code, str) and code.isdigit():
         code = int(code)
     if isinstance(code, int) and 400 <= code < 600:

@@ -102,7 +102,8 @@ class Checkpoints:
         if newest is None:
             return 0, {}, {}
         shared = read_mark(newest)
-        reader = StateReader(sorted(newest.glob("worker-*.pt")))
+        names = shared.get("files") or [path.name for path in newest.iterdir()]  # earlier versions list no files
+        reader = StateReader(newest / name for name in sorted(names) if name.startswith("worker-"))
         self.engine.load_from(reader)
         for part in self.ema.slices():
             part.load_from(reader)

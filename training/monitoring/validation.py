@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 
 from capstan.pipeline.config import Recipe
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import Best, Evaluate, Samples
@@ -35,7 +36,7 @@ from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept
 from capstan.training.metrics.samples import EvalSet, make_eval_set
 from capstan.training.monitoring.metrics_logger import MetricsLogger
-from capstan.training.run import Run
+from capstan.training.run import Run, whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -206,18 +207,26 @@ class Validation:
 
     def _evaluated(self) -> set[int]:
         """Return the steps that have an evaluation."""
-        if not self.run.evaluations.exists():
-            return set()
-        return {int(json.loads(line)["step"]) for line in self.run.evaluations.read_text().splitlines()}
+        return {record["step"] for _, record in whole_lines(self.run.evaluations)}
 
     # The best --------------------------------------------------------------------------------------------------------
+
+    def _best_before(self, pointer: Path) -> dict[str, Any] | None:
+        """Return the content of best.json; None, with a warning, if it is damaged."""
+        try:
+            content = Storage(str(self.run.folder)).read_json(pointer.name, "")
+            float(content["value"])
+        except (DamagedFile, KeyError, TypeError, ValueError):
+            logger.warning("%s is damaged: this evaluation counts as the best", pointer)
+            return None
+        return content
 
     def _keep_if_best(
         self, step: int, best: Best, wanted: Evaluate, measures: dict[str, float], save: Callable[[], None]
     ) -> None:
         value, pointer = measures[best.measure], self.run.folder / "best.json"
         terms = {"measure": best.measure, **wanted.terms(best.measure)}
-        before = json.loads(pointer.read_text()) if self.engine.is_main and pointer.exists() else None
+        before = self._best_before(pointer) if self.engine.is_main and pointer.exists() else None
         if before is not None and terms != {name: before.get(name) for name in terms}:
             before = None  # the recipe changed, so the values are not comparable
         better = not math.isnan(value) and (before is None or best.sign * (value - before["value"]) > 0)

@@ -64,6 +64,20 @@ def test_one_images_refusal_is_that_images(server: ChatServer, status: int, plac
         (completion("<think>a dog or", "length"), "recaption.max_tokens", "reasoning"),
         (completion(None, "content_filter"), "recaption.server", "content_filter"),
         ("<html>", "recaption.server", "malformed"),
+        (
+            {"object": "error", "message": "no such adapter", "code": 40},
+            "recaption.server",
+            "HTTP 500: no such adapter",
+        ),
+        ({"detail": "model is loading"}, "recaption.server", "HTTP 500: model is loading"),
+        ({"detail": [{"msg": "bad field", "type": "value"}]}, "recaption.server", "HTTP 500: bad field"),
+        ({"errors": [{"message": "token expired", "code": 401}]}, "recaption.server.key_env", "token expired"),
+        ({"message": "who are you", "statusCode": 401}, "recaption.server.key_env", "who are you"),
+        (
+            {"choices": [], "error": {"status": "UNAUTHENTICATED", "code": "401"}},
+            "recaption.server.key_env",
+            "HTTP 401",
+        ),
     ],
 )
 def test_what_fails_for_every_image_stops_the_run_early(

@@ -186,12 +186,22 @@ def test_finish_reasons_and_token_counts_are_the_servers(server: ChatServer) -> 
 
 
 @pytest.mark.parametrize(
-    "finish", ["stop", "eos_token", "eos", "stop_sequence", "end_turn", "STOP", "", None, "a word of tomorrow"]
+    "finish",
+    [
+        *["stop", "eos_token", "eos", "stop_sequence", "end_turn", "STOP", "", None, "a word of tomorrow"],
+        *["</s>", "tool_calls", "COMPLETE", 2, {"type": "stop", "matched": 2}, ["stop"], "unlimited"],
+    ],
 )
-def test_text_with_any_finish_reason_is_a_caption(server: ChatServer, finish: str | None) -> None:
+def test_text_with_any_finish_reason_is_a_caption(server: ChatServer, finish: Any) -> None:
     server.misbehave = lambda body, tries: (200, {}, completion("a brown dog", finish))
     caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.raw, caption.tokens, caption.finish, caption.reason) == ("a brown dog", 3, "end", "")
+
+
+def test_a_text_that_stands_beside_its_message_is_a_caption(server: ChatServer) -> None:
+    """As servers of the older completions API answer."""
+    server.misbehave = lambda body, tries: (200, {}, {"choices": [{"text": "a brown dog", "finish_reason": "stop"}]})
+    assert engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"].raw == "a brown dog"
 
 
 def test_a_missing_finish_reason_is_an_end(server: ChatServer) -> None:
@@ -203,9 +213,14 @@ def test_a_missing_finish_reason_is_an_end(server: ChatServer) -> None:
 
 @pytest.mark.parametrize(
     ("finish", "flag"),
-    [("MAX_TOKENS", ""), ("max_tokens", ""), ("content_filter", "content_filter"), ("SAFETY", "content_filter")],
+    [
+        *[(word, "") for word in ("MAX_TOKENS", "max_tokens", "max_new_tokens", "MaxOutputTokens", "token-limit")],
+        *[(word, "") for word in ("model_context_window_exceeded", "truncated", {"type": "length", "length": 30})],
+        *[(word, "content_filter") for word in ("content_filter", "SAFETY", "IMAGE_PROHIBITED_CONTENT", "moderation")],
+        *[(word, "content_filter") for word in ("content_policy_violation", "guardrail_intervened", "BLOCKED")],
+    ],
 )
-def test_only_a_known_cut_flags_a_text(server: ChatServer, finish: str, flag: str) -> None:
+def test_only_a_known_cut_flags_a_text(server: ChatServer, finish: Any, flag: str) -> None:
     server.misbehave = lambda body, tries: (200, {}, completion("a dog on a", finish))
     caption = engine(server).caption(IMAGES[:1], REQUESTS[:1])[0]["short"]
     assert (caption.raw, caption.finish, caption.reason) == ("a dog on a", "length", flag)

@@ -7,6 +7,7 @@ the tracker cannot be reached they stay in the file, and are sent when it is bac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -15,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
+
+from capstan.training.run import whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,10 @@ class Delivery:
         """
         self.name, self.file, self._open, self._rejects = name, file, open_tracker, rejects
         self._records = deque(record for record in _read(self.file) if record["step"] <= step)
-        self._rewrite()
+        with contextlib.suppress(OSError):  # written again when they are sent
+            self._rewrite()
         self._changed, self._lock = threading.Event(), threading.Lock()
-        self._closing = self._failed = False
+        self._closing = self._failed = self._unkept = False
         self._last_answer = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -63,8 +67,13 @@ class Delivery:
         """Append a record to those that are sent."""
         with self._lock:
             self._records.append(record)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:  # sent from memory, unless this process ends before
+                if not self._unkept:
+                    logger.warning("tracker %s: cannot keep records in %s (%s)", self.name, self.file, error)
+                self._unkept = True
         self._changed.set()
 
     def close(self) -> None:
@@ -156,9 +165,13 @@ class Delivery:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """Return the records of a pending file; a last line cut off by a kill is left out."""
-    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    """Return the records of a pending file; a last line cut off by a kill, and damaged ones, are left out."""
+    return [record for _, record in whole_lines(file) if _is_sound(record)]
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    what = isinstance(record.get("scalars"), dict) or (isinstance(record.get("file"), str) and "image" in record)
+    return what and isinstance(record.get("time"), int | float)
 
 
 def _first_line(error: Exception) -> str:

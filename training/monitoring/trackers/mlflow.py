@@ -17,6 +17,8 @@ from capstan.pipeline.errors import MissingExtra
 from capstan.pipeline.storage import Storage
 from capstan.training.run import Run
 
+logger = logging.getLogger(__name__)
+
 # By default the client tries for minutes; here Capstan tries again, without holding up the end of a run.
 _IMPATIENT: Final = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _TRANSIENT: Final = (401, 403, 408, 429)  # of the 4xx: what an administrator, or time, changes
@@ -58,7 +60,10 @@ class Tracker:
         """Return the MLflow run's id, created at the first start."""
         known = run.folder / "mlflow.json"
         if known.exists():
-            return str(json.loads(known.read_text())["run_id"])
+            try:
+                return str(json.loads(known.read_bytes())["run_id"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s is damaged: the records go to a new MLflow run from here on", known)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "capstan")
         existing: Any = self.client.get_experiment_by_name(name)
         experiment = existing.experiment_id if existing else self.client.create_experiment(name, artifacts)
