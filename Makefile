@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment lock test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train
+.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train bench-view
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -86,6 +86,9 @@ bench-submit: $(STAMP)
 
 bench-train: $(STAMP)
 	$(BIN)/python benchmarks/train.py
+
+bench-view: $(STAMP)
+	$(BIN)/python benchmarks/view.py
 
 # Write the tree of docs/architecture.md, from the first line of every docstring.
 architecture: $(STAMP)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from capstan.cluster.view.runs import RunsViewer
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer, Judged
-from capstan.pipeline.report.query import SAMPLE, Row, Rows
+from capstan.pipeline.report.query import Row, Rows
 from capstan.pipeline.report.thumbnails import why_missing
 from capstan.pipeline.select.review import VERDICTS, Verdict
 from capstan.pipeline.storage import Storage
@@ -52,6 +53,8 @@ class Viewer:
     def __init__(self, rows: Rows, *, read_only: bool = False, options: Sequence[str] = ()) -> None:
         self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
         self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
+        self._preparing = threading.Thread(target=self.explorer.prepare, name="capstan-index", daemon=True)
+        self._preparing.start()
         self.access = Access()
         self.app = web.Application(middlewares=[self.access.check, problems], client_max_size=_MOST_BYTES)
         add_static(self.app, "index.html")
@@ -68,21 +71,24 @@ class Viewer:
         self.app.router.add_post("/api/takedown", self.take_down)
 
     def close(self) -> None:
-        """Give back the lease of a review."""
+        """Give back the lease of a review, and end the work on the index."""
         self.reviews.close()
+        self.explorer.close()
+        self._preparing.join()
 
     async def dataset(self, _: web.Request) -> web.Response:
         """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
         rows, explorer = self.rows, self.explorer
         manifest = rows.manifest
         layers = await asyncio.to_thread(list_layers, rows.storage)
+        outcomes = await asyncio.to_thread(lambda: explorer.outcomes)
         return json_answer(
             {
                 "dataset": rows.storage.url,
                 "finished": rows.finished,
                 "rows": rows.count,
-                "sampled": SAMPLE if rows.sampled else None,
-                "outcomes": [{"outcome": o, "reason": r, "rows": n} for (o, r), n in explorer.outcomes.items()],
+                "preparing": explorer.preparing,
+                "outcomes": [{"outcome": o, "reason": r, "rows": n} for (o, r), n in outcomes.items()],
                 "funnel": manifest.funnel if manifest else [],
                 "conditions": [{"name": name, "where": where} for name, where in rows.conditions.items()],
                 "columns": explorer.columns,
@@ -118,7 +124,9 @@ class Viewer:
         await asyncio.to_thread(self.images.load, found.rows, 256)
         given = among(review, [row.key for row in found.rows]) if review is not None else {}
         cards = [_card(row) | asdict(given.get(row.key, Verdict(""))) for row in found.rows]
-        return json_answer({"rows": cards, "next": found.next, "total": found.total})
+        return json_answer(
+            {"rows": cards, "next": found.next, "total": found.total, "low": found.low, "high": found.high}
+        )
 
     async def row(self, request: web.Request) -> web.Response:
         """Return all that is known of a row, with its captions in every layer."""

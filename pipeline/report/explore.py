@@ -7,10 +7,12 @@ is interrupted.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import duckdb
@@ -21,7 +23,10 @@ from capstan.pipeline.html.plots import Histogram
 from capstan.pipeline.records import LEDGER_SCHEMA
 from capstan.pipeline.report.histograms import Subject, histograms, subjects, value
 from capstan.pipeline.report.query import SHOWN, Row, Rows, literal, quoted
+from capstan.pipeline.report.row_index import IndexedRows, RowIndex, SampledRows, covers
 from capstan.pipeline.report.thresholds import is_condition
+
+log = logging.getLogger(__name__)
 
 DEADLINE_S: Final = 20.0
 _TEXT: Final = 2000  # characters of a text column in a detail
@@ -36,6 +41,8 @@ class Page:
     rows: list[Row]
     next: list[Any] | None
     total: int | None
+    low: int | None = None  # with `high`: bounds of an estimated total (95%)
+    high: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,73 @@ class Judged:
 
 
 class Explorer:
-    """Answers questions about `rows`, one at a time; safe to call from several threads."""
+    """Answers questions about `rows`, one at a time; safe to call from several threads.
 
-    def __init__(self, rows: Rows, deadline_s: float = DEADLINE_S) -> None:
+    A dataset of more than a million rows is answered from its index, once `prepare` has built it; before, and about
+    columns that it lacks, from a sample.
+    """
+
+    def __init__(self, rows: Rows, deadline_s: float = DEADLINE_S, *, cache: Path | None = None) -> None:
         self.rows, self._deadline_s = rows, deadline_s
-        self._lock = threading.Lock()
+        self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
+        self._index: IndexedRows | None = None
+        self._builder: RowIndex | None = None
+        self._sample: SampledRows | None = None
+        self._failed = False  # whether there will be no index
+        if rows.sampled and rows.finished:
+            self._builder = RowIndex(rows.storage, cache)
+            self._keep_index(self._builder.open())
+            self._sample = self._stack.enter_context(SampledRows(rows.storage))
         with self._lock:
             self._subjects = {subject.title: subject for subject in subjects(rows)}
-            self.outcomes = rows.outcomes
             self.columns = rows.columns
+
+    def prepare(self) -> None:
+        """Build the index of a large dataset and answer from it from then on. Does nothing for others."""
+        if self._builder is None or self._index is not None:
+            return
+        try:
+            self._builder.build()
+        except (duckdb.Error, OSError) as error:
+            self._failed = True
+            log.warning("no index of the rows, so counts stay those of a sample: %s", str(error).splitlines()[0])
+            return
+        index = self._builder.open()
+        with self._lock:
+            self._keep_index(index)
+
+    def _keep_index(self, index: IndexedRows | None) -> None:
+        if index is not None:
+            self._stack.push(index.__exit__)
+            self._index = index
+
+    def close(self) -> None:
+        """Interrupt a build of the index, and close what this explorer opened."""
+        if self._builder is not None:
+            self._builder.close()
+        with self._lock:
+            self._stack.close()
+
+    @property
+    def preparing(self) -> bool:
+        """Whether the index is not there yet."""
+        return self._sample is not None and self._index is None and not self._failed
+
+    def _among(self, *expressions: str) -> tuple[Rows, bool]:
+        """Return the rows to ask about what SQL expressions name, and whether they are a sample."""
+        if self._sample is None:
+            return self.rows, False
+        if self._index is not None and covers(self._index, *expressions):
+            return self._index, False
+        return self._sample, True
+
+    @property
+    def outcomes(self) -> dict[tuple[str, str], int]:
+        """(outcome, reason) → rows; estimates while answers come from a sample."""
+        with self._lock, self._asked("outcome"):
+            chosen, sampled = self._among()
+            part = self.rows.count / max(chosen.count, 1) if sampled else 1
+            return {name: round(count * part) for name, count in chosen.outcomes.items()}
 
     @property
     def subjects(self) -> list[Subject]:
@@ -108,20 +173,37 @@ class Explorer:
         way = "DESC" if descending else "ASC"
         last = "" if order == "key" else ", key"
         ordered = f"ORDER BY {column} {way} NULLS LAST{last} LIMIT {limit}"
-        query = f"SELECT key, {column} FROM rows WHERE {chosen} AND {bound} {ordered}"
-        with self._lock, self._asked("where"):
-            if judged is not None:
-                self.rows.db.register(_VERDICTS, judged.review)
-            found = self.rows.query(query, parameters)
-            total = None if after is not None else self.rows.query(f"SELECT count(*) FROM rows WHERE {chosen}")[0][0]
-            rows = self.rows.rows(key for key, _ in found)
+        query = f"SELECT key, {column}, unit FROM rows WHERE {chosen} AND {bound} {ordered}"
+        with self._lock:
+            asked, sampled = self._among(where, column)
+            if sampled and not self.preparing:  # a text that the index lacks: slower, but exact
+                asked, sampled = self.rows, False
+            with self._asked("where", asked):
+                if judged is not None:
+                    asked.db.register(_VERDICTS, judged.review)
+                found = asked.query(query, parameters)
+                count = None if after is not None else asked.query(f"SELECT count(*) FROM rows WHERE {chosen}")[0][0]
+                rows = self.rows.rows((key for key, _, _ in found), {unit for _, _, unit in found})
+            total, low, high = self._whole(count, asked) if sampled and count is not None else (count, None, None)
         more = [found[-1][1], found[-1][0]] if len(found) == limit else None
-        return Page([rows[key] for key, _ in found], more, total)
+        return Page([rows[key] for key, _, _ in found], more, total, low, high)
+
+    def _whole(self, hits: int, sample: Rows) -> tuple[int, int, int]:
+        """Return how many of all rows there are for so many of a sample, and the bounds of that (95%)."""
+        low, high = wilson(hits, sample.count)
+        rows = self.rows.count
+        return round(hits / max(sample.count, 1) * rows), round(low * rows), round(high * rows)
+
+    def _unit_of(self, key: str) -> list[str]:
+        """Return the unit that holds a key, if an index says so."""
+        if self._index is None:
+            return []
+        return [unit for (unit,) in self._index.query("SELECT unit FROM rows WHERE key = ?", [key])]
 
     def row(self, key: str) -> Row | None:
         """Return the row of a key, texts cut, or None."""
         with self._lock, self._asked("key"):
-            return self.rows.rows([key]).get(key)
+            return self.rows.rows([key], self._unit_of(key)).get(key)
 
     def rows_of(self, keys: Iterable[str]) -> dict[str, Row]:
         """Return key → row for those of `keys` that exist."""
@@ -134,19 +216,25 @@ class Explorer:
         texts = {name for name in shown if self.columns[name] == "VARCHAR"}
         listed = ", ".join(f"left({quoted(n)}, {_TEXT})" if n in texts else quoted(n) for n in shown)
         with self._lock, self._asked("key"):
-            found = self.rows.query(f"SELECT {listed} FROM rows WHERE key = ?", [key])
-            before = self.rows.query("SELECT max(key) FROM rows WHERE key < ?", [key])[0][0]
-            after = self.rows.query("SELECT min(key) FROM rows WHERE key > ?", [key])[0][0]
+            units, every = self._unit_of(key), self._index or self.rows
+            table = self.rows.near(units) if units else "rows"
+            found = self.rows.query(f"SELECT {listed} FROM {table} WHERE key = ?", [key])
+            before = every.query("SELECT key FROM rows WHERE key < ? ORDER BY key DESC LIMIT 1", [key])
+            after = every.query("SELECT key FROM rows WHERE key > ? ORDER BY key LIMIT 1", [key])
         if not found:
             return None
         facts = {name: _plain(cell) for name, cell in zip(shown, found[0], strict=True)}
         scores = {name: facts.pop(name) for name in list(facts) if name not in LEDGER_SCHEMA.names}
-        return {"row": facts, "scores": scores, "before": before, "after": after}
+        nearby = {name: keys[0][0] if keys else None for name, keys in (("before", before), ("after", after))}
+        return {"row": facts, "scores": scores, **nearby}
 
     def histogram(self, title: str) -> Histogram | None:
         """Return the histogram of a subject over rows with an image; None if its values do not differ."""
-        with self._lock, self._asked("subject"):
-            drawn, _ = histograms(self.rows, [self._subject(title)])
+        subject = self._subject(title)
+        with self._lock:
+            asked, _ = self._among(subject.sql)
+            with self._asked("subject", asked):
+                drawn, _ = histograms(asked, [subject])
         return drawn[0] if drawn else None
 
     def funnel(self, conditions: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -158,13 +246,15 @@ class Explorer:
         steps = [self.condition(where) for _, where in conditions]
         among = [" AND ".join(steps[: number + 1]) for number in range(len(steps))]
         counts = ", ".join(["count(*)", *(f"count(*) FILTER ({term})" for term in among)])
-        with self._lock, self._asked("conditions"):
-            found = self.rows.query(f"SELECT {counts} FROM rows WHERE {SHOWN} AND {self.rows.sample}")[0]
-            whole = self.rows.query(f"SELECT count(*) FROM rows WHERE {SHOWN}")[0][0] if self.rows.sampled else found[0]
+        with self._lock:
+            asked, sampled = self._among(*(where for _, where in conditions))
+            with self._asked("conditions", asked):
+                found = asked.query(f"SELECT {counts} FROM rows WHERE {SHOWN}")[0]
+            whole = self._whole(found[0], asked)[0] if sampled else found[0]
         names, before, answer = ["images", *(name for name, _ in conditions)], found[0], []
         for name, left in zip(names, found, strict=True):
             step: dict[str, Any] = {"step": name, "left": left, "lost": before - left}
-            if self.rows.sampled:
+            if sampled and found[0]:
                 low, high = wilson(left, found[0])
                 step |= {"sample": found[0], "low": round(low * whole), "high": round(high * whole)}
                 step |= {"left": round(left / found[0] * whole), "lost": round((before - left) / found[0] * whole)}
@@ -177,14 +267,15 @@ class Explorer:
         number = value(self._subject(title).sql)
         found = {}
         for side, sign, way in (("below", "<", "DESC"), ("above", ">=", "ASC")):
-            where = f"{SHOWN} AND {self.rows.sample} AND v {sign} ?"
-            query = (
-                f"SELECT key FROM (SELECT *, {number} AS v FROM rows) WHERE {where} ORDER BY v {way}, key LIMIT {count}"
-            )
-            with self._lock, self._asked("threshold"):
-                keys = [key for (key,) in self.rows.query(query, [threshold])]
-                rows = self.rows.rows(keys)
-            found[side] = [rows[key] for key in keys]
+            where = f"{SHOWN} AND v {sign} ?"
+            valued = f"SELECT *, {number} AS v FROM rows"
+            query = f"SELECT key, unit FROM ({valued}) WHERE {where} ORDER BY v {way}, key LIMIT {count}"
+            with self._lock:
+                asked, _ = self._among(number)
+                with self._asked("threshold", asked):
+                    keys = asked.query(query, [threshold])
+                    rows = self.rows.rows((key for key, _ in keys), {unit for _, unit in keys})
+            found[side] = [rows[key] for key, _ in keys]
         return found
 
     def _subject(self, title: str) -> Subject:
@@ -193,9 +284,15 @@ class Explorer:
         return self._subjects[title]
 
     @contextlib.contextmanager
-    def _asked(self, field: str) -> Iterator[None]:
-        """Interrupt the question at its deadline; report what DuckDB rejects as the user's mistake."""
-        timer = threading.Timer(self._deadline_s, self.rows.db.interrupt)
+    def _asked(self, field: str, rows: Rows | None = None) -> Iterator[None]:
+        """Interrupt a question to `rows` at its deadline; report what DuckDB rejects as the user's mistake."""
+        asked = [rows.db for rows in {self.rows, rows or self.rows, self._index or self.rows}]
+
+        def interrupt() -> None:
+            for db in asked:
+                db.interrupt()
+
+        timer = threading.Timer(self._deadline_s, interrupt)
         timer.start()
         try:
             yield

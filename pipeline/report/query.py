@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # SQL: rows w
 _MEMORY_LIMIT: Final = "1500MB"
 _TEXT: Final = 400  # characters read of a text
 SAMPLE: Final = 1_000_000  # rows: approximate size of the random sample of longer tables
+NEAR: Final = 64  # unit files that are read whole rather than all files searched
 _TEXTS: Final = ("url", "caption", "outcome", "reason", "detail")
 _NUMBERS: Final = ("width", "height", "original_width", "original_height", "bytes", "phash")
 
@@ -76,11 +77,12 @@ class Rows:
         if self.manifest is None and not self.planned:
             raise RecipeError(storage.field, f"no dataset at {storage.url}", "run `capstan build` first")
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> Self:
         self._scratch = scratch()
         folder = self._scratch.__enter__()  # where it spills to if memory does not suffice
         self.db = open_sealed({"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)})
         view, schema, names = self._table()
+        self._columns = schema
         self.db.register("table", self.storage.dataset(names, schema) if names else schema.empty_table())
         self.db.execute(f"CREATE VIEW rows AS {view}")
         lock(self.db)
@@ -142,6 +144,9 @@ class Rows:
 
     @property
     def count(self) -> int:
+        """Number of rows; of a finished dataset, without reading them."""
+        if self.finished:
+            return sum(entry.rows for entry in self._manifest.ledger)
         return sum(self.outcomes.values())
 
     def having(self, outcome: str) -> int:
@@ -177,16 +182,41 @@ class Rows:
                 break
         return found
 
-    def rows(self, keys: Iterable[str]) -> dict[str, Row]:
-        """Return key → row for those of `keys` that exist."""
+    @cached_property
+    def _ledger(self) -> dict[str, str]:
+        """Unit → its ledger table."""
+        return {entry.name.removeprefix("unit-"): entry.table for entry in self._manifest.ledger}
+
+    def near(self, units: Collection[str], columns: Collection[str] = ()) -> str:
+        """Register the rows of a few units of a finished dataset as a table, or some columns; return its name for SQL.
+
+        Columns that a unit does not have are null.
+        """
+        fields = [field.with_nullable(True) for field in self._columns if not columns or field.name in columns]
+        tables = []
+        for unit in sorted(units):
+            found = self.storage.read_table(self._ledger[unit], [field.name for field in fields])
+            there = set(found.column_names)
+            nulls = (pa.nulls(len(found), field.type) for field in fields)
+            arrays = [
+                found[f.name].cast(f.type) if f.name in there else null for f, null in zip(fields, nulls, strict=True)
+            ]
+            tables.append(pa.table(arrays, schema=pa.schema(fields)))
+        self.db.register("near", pa.concat_tables(tables))
+        return "near"
+
+    def rows(self, keys: Iterable[str], units: Collection[str] = ()) -> dict[str, Row]:
+        """Return key → row for those of `keys` that exist; of a few `units`, if the caller knows which hold them."""
         wanted = sorted(set(keys))
         if not wanted:
             return {}
+        needed = ("key", *_TEXTS, *_NUMBERS, "unit", "shard")
+        table = self.near(units, needed) if 0 < len(units) <= NEAR and self.finished else "rows"
         columns = [f"left({name}, {_TEXT})" for name in _TEXTS] + [*_NUMBERS, "unit", "shard"]
         # As literals in the query, their range lets the scan skip files that cannot hold them.
         listed = ", ".join(map(literal, wanted))
         among = f"key BETWEEN {literal(wanted[0])} AND {literal(wanted[-1])} AND key IN ({listed})"
-        found = self.query(f"SELECT key, {', '.join(columns)} FROM rows WHERE {among}")
+        found = self.query(f"SELECT key, {', '.join(columns)} FROM {table} WHERE {among}")
         return {row[0]: Row(*row) for row in found}
 
 

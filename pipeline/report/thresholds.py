@@ -95,7 +95,7 @@ def _sql(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> str | No
     inner = statement["statements"][0]
     part = {**statement, "statements": [{**inner, "node": {**inner["node"], "select_list": [node]}}]}
     try:
-        (text,) = db.execute("SELECT json_deserialize_sql(?)", [json.dumps(part)]).fetchone() or ("",)
+        (text,) = db.execute("SELECT json_deserialize_sql(?)", [json.dumps(part)]).fetchall()[0]
     except duckdb.Error:
         return None
     return str(text).removeprefix("SELECT ")
@@ -104,10 +104,17 @@ def _sql(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> str | No
 def _number(db: duckdb.DuckDBPyConnection, statement: Node, node: Node) -> float | None:
     text = _sql(db, statement, node)
     try:
-        (value,) = db.execute(f"SELECT ({text})::DOUBLE").fetchone() or (None,)
+        (value,) = db.execute(f"SELECT ({text})::DOUBLE").fetchall()[0]
     except duckdb.Error:
         return None
     return value if value is not None and abs(value) < float("inf") else None
+
+
+def named_columns(db: duckdb.DuckDBPyConnection, expression: str) -> set[str]:
+    """Return the columns that an expression names, in lower case."""
+    statement = parse(db, expression)
+    nodes = walk(expression_of(statement)) if statement else ()
+    return {str(name).casefold() for node in nodes for name in node.get("column_names", ())}
 
 
 def is_condition(db: duckdb.DuckDBPyConnection, text: str) -> bool:

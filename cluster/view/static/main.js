@@ -8,7 +8,7 @@ import { showSide } from "./side.js";
 import { onchange, state } from "./state.js";
 import { loadTakedown } from "./takedown.js";
 
-const dataset = await ask("/api/dataset");
+let dataset = await ask("/api/dataset");
 setReadOnly(dataset.read_only);
 await loadTakedown();
 document.title = `${dataset.dataset} – Capstan`;
@@ -32,3 +32,13 @@ showSide(dataset);
 await showRows().catch(failed);
 if (state.key) await showDetail().catch(failed);
 document.body.dataset.ready = "yes";
+
+// Until the index of a large dataset is built, answers are samples; then they are asked again.
+const watch = async () => {
+  const now = await ask("/api/dataset").catch(() => dataset);
+  if (now.preparing) return setTimeout(watch, 1500);
+  dataset = now;
+  showSide(dataset);
+  return showRows().catch(failed);
+};
+if (dataset.preparing) setTimeout(watch, 1500);

@@ -16,7 +16,9 @@ export async function showRows() {
   if (own !== asked) return; // a later question was asked meanwhile
   shown = page.rows;
   const list = state.look === "table" ? h("tbody") : h("ul", { class: "grid" });
-  const title = h("p", { class: "total" }, `${number(page.total)} ${page.total === 1 ? "row" : "rows"}`);
+  const title = h("p", { class: "total" }, page.low === null
+    ? `${number(page.total)} ${page.total === 1 ? "row" : "rows"}`
+    : `about ${number(page.total)} rows, ${number(page.low)} to ${number(page.high)} by a sample`);
   main.replaceChildren(title, state.look === "table" ? table(list) : list);
   fill(list, page.rows);
   more(list, query, page.next, own);

@@ -25,7 +25,7 @@ function facets(dataset) {
     const reasons = dataset.outcomes.filter((one) => one.outcome === outcome && one.reason);
     buttons.push(...reasons.map((one) => facet(one.reason, outcome, one.reason, one.rows, "reason")));
   }
-  return h("section", {}, h("h2", {}, "Rows"), h("ul", { class: "facets" }, buttons));
+  return h("section", {}, h("h2", {}, dataset.preparing ? "Rows (by a sample)" : "Rows"), h("ul", { class: "facets" }, buttons));
 
   function facet(title, outcome, reason, rows, kind = "") {
     const pressed = chosen({ outcome, reason });
@@ -108,9 +108,7 @@ function whatIf(dataset) {
   draw();
   count();
   show();
-  const note = dataset.sampled
-    ? "Counted on a random sample: the range holds 95% of the time. Duplicates are not looked for."
-    : "Of rows with an image. Duplicates are not looked for: capstan select --dry-run counts them.";
+  const note = "Of rows with an image. A range in brackets comes from a sample and holds 95% of the time. Duplicates are not looked for: capstan select --dry-run counts them.";
   return fold("What if", list, steps, h("p", { class: "note" }, note),
     h("div", { class: "buttons" }, copy), yaml,
     h("label", { for: "subject" }, "Threshold on"), choice, plots);
