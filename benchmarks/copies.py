@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="open_nsfw", help="ONNX file of a descriptor")
     parser.add_argument("--threshold", type=float, default=0.75)
-    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--size", type=int, help="of prepared images; default: the network's, or 320")
     arguments = parser.parse_args()
     copies = config.CopyDetection(**vars(arguments))
     pdq = importlib.util.find_spec("pdqhash") is not None

@@ -246,7 +246,7 @@ class CopyDetection(Section):
 
     model: str  # .onnx: one float32 input, 1×3×H×W or 1×H×W×3; the first output is the descriptor. Or open_nsfw
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.75  # cosine of descriptors from which images are copies
-    size: Annotated[int, Field(ge=8, le=2048)] = 320  # images are resized to size × size, whatever their shape
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None  # images become size × size; null: the network's, or 320
     mean: Three = [0.485, 0.456, 0.406]  # of RGB in 0 … 1, subtracted; the default is ImageNet's
     std: Three = [0.229, 0.224, 0.225]  # of RGB in 0 … 1, divided by
 

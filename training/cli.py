@@ -141,23 +141,35 @@ def _add_run_commands(app: typer.Typer) -> None:
         ] = None,
         features: Annotated[
             Path | None,
-            typer.Option("--features", metavar="FILE", help="Feature network for fid and kid: .pth or .safetensors."),
+            typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
         ] = None,
         trust_torchscript: Annotated[
             bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")
         ] = False,
+        copies: Annotated[
+            str | None,
+            typer.Option("--copies", metavar="FILE", help="Find copies of training images: an .onnx, or open_nsfw."),
+        ] = None,
+        copies_threshold: Annotated[
+            float | None, typer.Option("--copies-threshold", min=0.01, max=1, help="Cosine of copies. Default: 0.75.")
+        ] = None,
         as_json: JsonOption = False,
     ) -> None:
         """Measure a finished run on unseen data.
 
         Reports each metric next to its chance level and its ceiling.
         """
+        from capstan.pipeline.config import CopyDetection
         from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
         from capstan.training.evaluate import evaluate as measure
 
         judge = None if clip is None else ClipSettings(model=clip, pretrained=pretrained)
         network = None if features is None else Fid(features=str(features), trust_torchscript=trust_torchscript)
-        finish(measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network), as_json)
+        stated = {} if copies_threshold is None else {"threshold": copies_threshold}
+        memory = None if copies is None else CopyDetection.model_validate({"model": copies, **stated})
+        finish(
+            measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network, copies=memory), as_json
+        )
 
     @app.command()
     def export(

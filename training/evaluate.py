@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from capstan.pipeline.config import Recipe, WorldSource, validate
+from capstan.pipeline.config import CopyDetection, Recipe, WorldSource, validate
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.world import oracle
@@ -39,6 +39,8 @@ from capstan.training.sample import grid, open_sampler
 
 if TYPE_CHECKING:
     import torch
+
+    from capstan.training.metrics.memorisation import Memorisation
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,14 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     batch: int = 32,
+    copies: CopyDetection | None = None,
 ) -> Evaluation:
     """Measure a run on `count` unseen scenes or held-out samples; return the summary.
 
     Writes evaluation.json and evaluation.png into the run's folder. `clip` and `fid` name the judging networks
     (default: train.watch.evaluate of the run's recipe). `world` is the captioned world that the run was trained on
-    (default: from its recipe). Raises RecipeError if a file, a package or the ground truth is missing.
+    (default: from its recipe). `copies` names the network that finds copies of training images; the nearest pairs are
+    drawn to evaluation-copies.png. Raises RecipeError if a file, a package or the ground truth is missing.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
@@ -73,16 +77,23 @@ def evaluate(
         problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
         raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
     if kind != "diffusion":
+        if copies is not None:
+            problem = f"{kind} draws no images of its own"
+            raise RecipeError("--copies", problem, "name a run of model: diffusion, or remove it")
         scenes = Scenes(world or _world_of(product), count).scenes
         result, image = _first_stage(product, scenes, kind=kind, batch=batch)
     else:
-        recipe = None if world is not None and tuple(measures) == ("oracle",) else _recipe_of(product)
+        alone = world is not None and tuple(measures) == ("oracle",) and copies is None
+        recipe = None if alone else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
+        memory = None if copies is None else _memorisation(recipe, copies)
         judges, unused = (_judges(recipe, measures, clip, fid, count) for _ in range(2))
         for judge in judges:
             judge.check(subjects)
         pairs = list(zip(judges, unused, strict=True))
-        result, image = _diffusion(product, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        result, image, images = _diffusion(product, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        if memory is not None:
+            result |= _copies(memory, result["measures"], images, subjects, run)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     image.save(png, format="PNG")
@@ -153,8 +164,8 @@ def _diffusion(
     steps: int | None,
     guidance: float | None,
     batch: int,
-) -> tuple[Evaluation, Any]:
-    """Return the metrics of images generated from prompts, and a grid of the first of them.
+) -> tuple[Evaluation, Any, np.ndarray]:
+    """Return the metrics of images generated from prompts, a grid of the first of them, and all of them.
 
     Each metric comes twice: its second copy measures the ceiling of a distance.
     """
@@ -184,7 +195,31 @@ def _diffusion(
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
     sampling = {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
     result = {"measures": measures, **reliability, "sampling": sampling}
-    return result, grid(images[:_SHOWN], prompts[:_SHOWN])
+    return result, grid(images[:_SHOWN], prompts[:_SHOWN]), images
+
+
+def _memorisation(recipe: Recipe | None, copies: CopyDetection) -> Memorisation:
+    """Return the measure of copies; the recipe's `dedup.copies` says how its own network's images are prepared."""
+    from capstan.training.metrics.memorisation import Memorisation
+
+    assert recipe is not None
+    own = recipe.dedup.copies
+    if own is not None and own.model == copies.model:
+        stated = copies.model_dump(exclude_unset=True)
+        copies = own.model_copy(update=stated)
+    return Memorisation(recipe, copies, "--copies")
+
+
+def _copies(
+    memory: Memorisation, measures: Evaluation, images: np.ndarray, subjects: EvalSet, run: str | Path
+) -> Evaluation:
+    """Add the share of copies to `measures`, write the nearest pairs to evaluation-copies.png, and return them."""
+    share, facts, shown = memory.measure(images, subjects.prompts(range(len(subjects))), subjects)
+    measures["copies"] = {**{kind: _or_none(value) for kind, value in share.items()}, "ceiling": None}
+    sheet, png = grid(np.stack([image for image, _ in shown]), [label for _, label in shown], columns=4), io.BytesIO()
+    sheet.save(png, format="PNG")
+    Storage(str(run), field="RUN").write("evaluation-copies.png", png.getvalue())
+    return {"copies": facts}
 
 
 def _measure(

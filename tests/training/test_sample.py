@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
+from capstan.training.data.transforms import square
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
 from capstan.training.models.diffusion.schedulers import most_steps
@@ -60,7 +62,8 @@ def runs(squares, tmp_path_factory):
         family = kind(train, root / name / "assets")
         family.save(family.model, root / name / "product")
         source = {"format": "world", "world": {"scenes": 10, "size": 16}}
-        recipe = {"dataset": str(squares), "source": source, "train": sections[name]}
+        section = sections[name] | {"run": str(root / name), "steps": 1}
+        recipe = {"dataset": str(squares), "source": source, "train": section}
         (root / name / "recipe.json").write_text(json.dumps({"identity": {}, "recipe": recipe}))
     return root
 
@@ -254,6 +257,41 @@ def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
     (name, row), *others = json.loads(capsys.readouterr().out.splitlines()[-1])["measures"].items()
     assert (name, others) == ("clip", [])
     assert all(-1 <= row[kind] <= 1 for kind in ("value", "chance", "ceiling"))
+
+
+def test_copies_of_training_images_are_found_and_shown(runs, tmp_path, capsys):
+    from onnx_file import write_colour_descriptor
+
+    from capstan.cluster.cli import run as capstan
+    from capstan.pipeline.config import CopyDetection
+    from capstan.training.metrics.memorisation import Memorisation
+
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run", run)
+    network = write_colour_descriptor(tmp_path / "colours.onnx")
+    command = ["evaluate", str(run), "--count", "4", "--json", "--copies"]
+    assert capstan([*command, str(tmp_path / "no.onnx")]) == 2
+    assert "--copies: no file" in capsys.readouterr().err
+    assert capstan([*command, str(network), "--copies-threshold", "0.2"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["measures"]["copies"]["chance"] == 1.0
+    assert 0 <= found["measures"]["copies"]["value"] <= 1
+    assert (run / "evaluation-copies.png").is_file()
+    cosines = [pair["cosine"] for pair in found["copies"]["pairs"]]
+    assert (len(cosines), cosines) == (4, sorted(cosines, reverse=True))
+
+    # A drawn image that is a training image, mirrored, is found as it; one without a descriptor is near nothing.
+    recipe = Recipe.model_validate(json.loads((run / "recipe.json").read_text())["recipe"])
+    memory = Memorisation(recipe, CopyDetection(model=str(network), size=32, mean=[0, 0, 0], std=[1, 1, 1]), "x")
+    trained = [square(memory.trained[0].sample(index).jpeg, 32) for index in (5, 0)]
+    blank = write_colour_descriptor(tmp_path / "edges.onnx", kernel=3)
+    nearest = memory.nearest(memory.describe([image[:, ::-1] for image in trained]), 32)
+    assert nearest.place.tolist() == [[0, 5], [0, 0]]
+    assert nearest.cosine.min() > 0.999
+    edges = Memorisation(recipe, CopyDetection(model=str(blank), size=32, mean=[0, 0, 0], std=[1, 1, 1]), "x")
+    nearest = edges.nearest(edges.describe([np.zeros((32, 32, 3), np.uint8)]), 32)
+    assert nearest.cosine.tolist() == [-1]
+    assert found["copies"]["training_images"] == memory.total
 
 
 def test_an_autoencoder_run_is_measured_by_psnr(runs, tmp_path):

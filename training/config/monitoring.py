@@ -38,7 +38,7 @@ class ClipSettings(Section):
 class Fid(Section):
     """The feature network of FID and KID."""
 
-    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors); .pt: see trust_torchscript
+    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors); .pt: see trust_torchscript. Or open_nsfw
     trust_torchscript: bool = False  # run the program in a .pt file; it can do anything that you can
 
 

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from capstan.pipeline.errors import MissingExtra, RecipeError
+from capstan.pipeline.score import open_nsfw
+from capstan.pipeline.score.descriptors import OPEN_NSFW
 from capstan.training.config.monitoring import Fid
 from capstan.training.metrics.metric import Metric, Total, random_state_kept
 from capstan.training.metrics.samples import EvalSet
@@ -39,6 +41,9 @@ class FrechetDistance(Metric):
 
     def __init__(self, settings: Fid, field: str) -> None:
         self.file, self.field, self.trusted = Path(settings.features), f"{field}.features", settings.trust_torchscript
+        self.packaged = settings.features == OPEN_NSFW
+        if self.packaged:
+            self.file = open_nsfw.weights_file(self.field)
         self.section = field.rpartition(".")[0]
         self.metric: Any = None
         self.true: dict[str, torch.Tensor] = {}  # sums over all workers, once computed
@@ -62,7 +67,9 @@ class FrechetDistance(Metric):
 
         self._refuse_untrusted_code()
         try:
-            if self.file.suffix == ".pt":
+            if self.packaged:
+                metric = FrechetInceptionDistance(_OpenNsfw(self.field), sync_on_compute=False)
+            elif self.file.suffix == ".pt":
                 metric = FrechetInceptionDistance(_Script(self.file), sync_on_compute=False)
             else:
                 with _without_code(self.file) as weights:
@@ -88,6 +95,8 @@ class FrechetDistance(Metric):
             self.metric = None
 
     def _count_features(self) -> int:
+        if self.packaged:
+            return open_nsfw.FEATURES
         if self.file.suffix != ".pt":
             return _INCEPTION_FEATURES
         cpu = torch.device("cpu")
@@ -148,6 +157,19 @@ def _without_code(file: Path) -> Iterator[Path]:
         copy = Path(folder) / "weights.pth"
         torch.save(weights, copy)
         yield copy
+
+
+class _OpenNsfw(torch.nn.Module):
+    """open_nsfw's features of uint8 images [N, 3, H, W] → [N, 1024]; it runs on the CPU."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.network = open_nsfw.features(field)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.permute(0, 2, 3, 1).to("cpu", torch.uint8).contiguous().numpy()
+        rows = [self.network.run(open_nsfw.prepared(image)) for image in pixels]
+        return torch.from_numpy(np.stack(rows)).to(images.device)
 
 
 class _Script(torch.nn.Module):

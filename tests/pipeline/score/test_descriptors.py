@@ -40,6 +40,12 @@ def test_a_descriptor_has_length_1_and_survives_edits(file: Path, noise: Noise) 
     assert float(whole @ of(made, np.full((96, 96, 3), 250, np.uint8))) < 0.9
 
 
+def test_the_size_is_the_networks_unless_stated(tmp_path: Path, file: Path) -> None:
+    own = CopyDetection(model=str(write_colour_descriptor(tmp_path / "48.onnx", side=48)))
+    assert CopyDescriptors(own).settings()["size"] == 48
+    assert CopyDescriptors(CopyDetection(model=str(file))).settings()["size"] == 320
+
+
 def test_planes_and_pixels_in_either_order_are_the_same(file: Path, tmp_path: Path, noise: Noise) -> None:
     other = write_colour_descriptor(tmp_path / "last.onnx", channels_last=True, side=64)
     assert np.allclose(of(scorer(file), noise(2)), of(scorer(other), noise(2)), atol=2e-3)

@@ -311,3 +311,15 @@ def test_measures_by_default_are_those_that_mean_something() -> None:
     wanted = Evaluate(clip=clip, fid=fid)
     assert wanted.terms("kid")["judge"] == {"features": "inception.pth", "subsets": 100, "size": None}
     assert wanted.terms("cmmd")["judge"] == {"model": "m", "pretrained": None}
+
+
+def test_open_nsfw_is_a_feature_network_that_needs_no_file() -> None:
+    truth = Images(8, 20)
+    kid = KernelDistance(Kid(subsets=2, size=8), Fid(features="open_nsfw"), "watch.evaluate.fid")
+    kid.check(truth)
+    near, far = (result(kid, truth, Images(8, level).made)["kid"] for level in (21, 160))
+    assert near < far
+    assert kid.truth is not None
+    assert kid.truth.shape == (8, 1024)
+    with pytest.raises(RecipeError, match="8 images are too few for a Fréchet distance of 1024 features"):
+        FrechetDistance(Fid(features="open_nsfw"), "watch.evaluate.fid").check(truth)
