@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from capstan.pipeline.errors import RecipeError
 
@@ -31,8 +31,51 @@ _TOKEN: Final = re.compile(
     r"|(AKIA|ASIA)[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)|^\s*(bearer|basic)\s+\S{6,}\s*$",
     re.IGNORECASE,
 )
+_URL: Final = re.compile(
+    r"(?P<scheme>\s*(?:[a-z][a-z0-9+.-]*:)?[/\\]{2})(?P<authority>[^/\\?#]*)"
+    r"(?P<path>[^?#]*)(?P<query>\?[^#]*)?(?P<fragment>#.*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_URL_IN_TEXT: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//[^\s\"'<>()]+", re.IGNORECASE)
+_PARAMETER: Final = re.compile(r"(?<=[?&;#])(?P<name>[^=&;#]*)=(?P<value>[^&;#]*)")
+_SIGNATURES: Final = {
+    *("auth", "authkey", "hmac", "jwt", "session", "sessionid"),
+    *("hdnea", "hdnts", "__gda__", "__token__"),  # of content delivery networks
+}
+_REDACTED: Final = "REDACTED"
 _KEPT: Final = "and recipes are kept and shown"
 _HINT: Final = "remove it here and set it in the environment (AWS_ACCESS_KEY_ID, ...), a profile, or the machine's role"
+
+
+def public_url(url: str) -> str:
+    """Return a row's URL as it may be stored and shown: without userinfo and without the values of credentials.
+
+    Parameters count by their name (`token`, `sig`, `X-Amz-Signature`, ...) or if their value looks like a well-known
+    token. Anything that is not a URL is returned as it is.
+
+    >>> public_url("https://me:pw@a.org/x.jpg?w=640&X-Amz-Signature=2f1c#top")
+    'https://a.org/x.jpg?w=640&X-Amz-Signature=REDACTED#top'
+    """
+    found = _URL.fullmatch(url)
+    if found is None:
+        return url
+    host, scheme = found["authority"].rpartition("@")[2], found["scheme"].strip().lower()
+    query, fragment = found["query"] or "", found["fragment"] or ""
+    if scheme.startswith(("http:", "https:")):  # of others, such as a tar in a bucket, # leads to a member
+        fragment = _PARAMETER.sub(_without_value, fragment)
+    return f"{found['scheme']}{host}{found['path']}{_PARAMETER.sub(_without_value, query)}{fragment}"
+
+
+def public_text(text: str) -> str:
+    """Return a message with its URLs as `public_url` returns them."""
+    return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    name, value = unquote_plus(found["name"]), unquote_plus(found["value"])
+    named = is_secret_name(name) or name.lower() in _SIGNATURES
+    hidden = named or _TOKEN.search(value) or public_url(value) != value  # a URL within the URL
+    return f"{found['name']}={_REDACTED}" if hidden and value else found[0]
 
 
 def refuse_secrets(value: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.lease import lease
+from capstan.pipeline.secrets import public_url
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 
@@ -53,9 +54,12 @@ def write(storage: Storage, layer: str, file: Path, slots: Mapping[str, str] = S
     _refuse_other(storage, layer, {slot for captions_of in texts.values() for slot in captions_of})
     captions, used = dict[str, dict[str, str]](), set[str]()
     dataset = Dataset(storage)
+    named = dict[str, list[str]]()
+    for name in texts:  # the tables' URLs are without credentials
+        named.setdefault(public_url(name), []).append(name)
     for shard in dataset.shard_names:
         for row in dataset.table(shard, ["key", "url"]).to_pylist():
-            for name in {row["key"], row["url"]} & texts.keys():
+            for name in named.get(row["key"], []) + named.get(row["url"], []):
                 captions[row["key"]] = texts[name]
                 used.add(name)
     if not used:

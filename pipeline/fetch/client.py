@@ -43,10 +43,17 @@ class FetchError(Exception):
     """Why an attempt failed, whether another one may succeed, and how long the host asked us to wait first."""
 
     def __init__(
-        self, reason: str, detail: str = "", *, is_retryable: bool = False, pause_s: float | None = None
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        is_retryable: bool = False,
+        pause_s: float | None = None,
+        body: bytes = b"",
     ) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail, self.is_retryable, self.pause_s = reason, detail, is_retryable, pause_s
+        self.body = body  # what came before the failure, if it may be whole
 
 
 class RobotsCache:
@@ -165,6 +172,8 @@ class HttpClient:
             except FetchError as why:
                 pause_s = why.pause_s or 0.0
                 if not why.is_retryable or attempt == self._fetch.retries or pause_s > _LONGEST_PAUSE_S:
+                    if why.body:
+                        return why.body
                     raise
                 await asyncio.sleep(max(pause_s, self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)))
             attempt += 1
@@ -268,15 +277,20 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
     stated = response.content_length
     if stated is not None and stated > limit and not cut:
         raise FetchError("too_large_bytes", f"{stated} bytes stated")
-    chunks, size = [], 0
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            if not cut:
-                raise FetchError("too_large_bytes", f"more than {limit} bytes")
-            break
-    data = b"".join(chunks)
+    received = bytearray()  # a list would cost 60 bytes for each chunk, and chunks may have one byte
+    try:
+        async for chunk in response.content.iter_any():
+            received += chunk
+            if len(received) > limit:
+                if not cut:
+                    raise FetchError("too_large_bytes", f"more than {limit} bytes")
+                break
+    except aiohttp.ClientPayloadError as error:
+        if stated is not None or response.headers.get("Content-Encoding") or cut:
+            raise
+        # Chunks without the last, empty one: only the image itself can tell whether it is whole.
+        raise FetchError("truncated", _message(error), is_retryable=True, body=bytes(received)) from None
+    data = bytes(received)
     packings = response.headers.get("Content-Encoding", "").lower().replace(",", " ").split()
     if len(packings) > _MOST_PACKINGS:
         raise FetchError("unsupported", f"{len(packings)} Content-Encodings")
@@ -305,6 +319,8 @@ def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:
         except zlib.error as error:
             if out:  # padding after whole members
                 break
+            if packing != "deflate" and not data.startswith(b"\x1f\x8b"):
+                return data  # plain bytes in spite of the header
             raise FetchError("corrupt", f"Content-Encoding: {packing}: {error}") from None
         if len(out) > limit:
             if cut:

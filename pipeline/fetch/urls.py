@@ -23,7 +23,8 @@ _DOT: Final = re.compile(r"(?:\.|%2e){1,2}", re.IGNORECASE)
 def as_sent(text: str, base: URL | None = None) -> URL:
     """Return the http or https URL to request for `text`; for a redirect, relative to `base`.
 
-    Raises ValueError for anything else.
+    A URL of a table that starts with // is requested by http, which most servers redirect to https. Raises ValueError
+    for anything else.
 
     >>> str(as_sent("http://a.org/x%27y é.jpg?q=%7e&r=a b#part"))
     'http://a.org/x%27y%20%C3%A9.jpg?q=%7e&r=a%20b'
@@ -33,6 +34,8 @@ def as_sent(text: str, base: URL | None = None) -> URL:
     text = before.replace("\\", "/") + mark + query
     if base is not None:
         text = urljoin(str(base), text)
+    elif text.startswith("//"):
+        text = f"http:{text}"
     found = _PARTS.match(text)
     if found is None:
         raise ValueError("not an http or https URL")

@@ -33,8 +33,9 @@ from capstan.pipeline.fetch.fetcher import Fetcher
 from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
 from capstan.pipeline.ingest.retry_rows import matches
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
+from capstan.pipeline.secrets import public_text, public_url
 from capstan.pipeline.source.blocklist import blocked, is_removed
-from capstan.pipeline.source.columns import has_no_text
+from capstan.pipeline.source.columns import why_no_text
 from capstan.pipeline.source.image_reader import Span, TooLarge, read_images, span_of
 from capstan.pipeline.source.plan import PlannedUnit
 from capstan.pipeline.storage import Storage, parquet_bytes
@@ -200,8 +201,8 @@ class Ingest(Job):
         for index, row in enumerate(rows):
             if is_removed(row):
                 yield index, Failure(REMOVED)
-            elif has_no_text(row["extra"]):
-                yield index, Failure("bad_caption", f"{row['caption'][:200]} is not text")
+            elif why := why_no_text(row["extra"], row["caption"]):
+                yield index, Failure("bad_caption", why)
             elif row["image"] is not None:
                 yield index, row["image"] or Failure("empty", "no bytes in the source's column")
             elif not row["file"]:
@@ -293,6 +294,7 @@ def _measured(image: StoredImage, source_bytes: int) -> Outcome:
 
 def _failed(reason: str, detail: str) -> Outcome:
     nothing = {field.name: "" if field.type == pa.string() else 0 for field in MEASURED}
+    detail = public_text(detail)
     cut = detail if len(detail) <= _LONGEST_DETAIL else f"{detail[: _LONGEST_DETAIL - 1]}…"
     return {"reason": reason, "detail": storable(cut), **nothing}
 
@@ -302,7 +304,7 @@ def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[
     records = []
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         place = places.get(index, Place(0, 0, 0, None))
-        source = {name: row[name] for name in ("key", "url", "caption", "extra")}
+        source = {name: row[name] for name in ("key", "url", "caption", "extra")} | {"url": public_url(row["url"])}
         records.append({**source, **outcome, "unit": unit, "offset": place.offset, "size": place.size})
         records[-1][CRC32.name] = place.crc32
     return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)

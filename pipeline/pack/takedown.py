@@ -204,7 +204,7 @@ def _note(storage: Storage, name: str, wanted: Blocklist, found: dict[str, dict[
         if hit and (urls[row] or marks[row] != REMOVED):
             seen = found.setdefault(keys[row], {"sha256": "", "url_digest": "", "url": ""})
             seen["sha256"] = seen["sha256"] or sums[row]
-            if urls[row]:
+            if urls[row] and not seen["url"]:  # planned tables come first, with the URL as the source has it
                 seen |= {"url_digest": url_digest(urls[row]), "url": urls[row]}
 
 

@@ -57,11 +57,24 @@ def of_rows(rows: Sequence[Row]) -> pa.Table:
 
 
 def of_urls(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) -> pa.Table:
-    """Return rows that have a URL as a table of PLAN_SCHEMA. All columns are text without nulls."""
-    keys = make_keys(url, caption)
+    """Return rows that have a URL as a table of PLAN_SCHEMA. All columns are text without nulls.
+
+    A data: URI holds the image itself, so its row has the image in place of the URL.
+    """
+    keys, images = make_keys(url, caption), list[bytes | None]()
+    inline = pc.indices_nonzero(pc.starts_with(pc.utf8_ltrim_whitespace(url), "data:", ignore_case=True)).to_pylist()
+    if inline:
+        urls = url.to_pylist()
+        images = [None] * len(urls)
+        for index in inline:
+            images[index], urls[index] = decoded(urls[index]), ""
+            keys[index] = Row("", caption[index].as_py(), images[index], extra=extra[index].as_py()).key
+        url = pa.array(urls, pa.string())
     for index in pc.indices_nonzero(pc.equal(url, "")).to_pylist():
-        keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
-    nothing = {"image": pa.nulls(len(url), pa.binary()), "file": pa.repeat("", len(url))}
+        if not images or images[index] is None:
+            keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
+    image = pa.array(images, pa.binary()) if images else pa.nulls(len(url), pa.binary())
+    nothing = {"image": image, "file": pa.repeat("", len(url))}
     zeros = pa.repeat(0, len(url)).cast(pa.int64())
     columns = {"key": keys, "url": url, "caption": caption, "extra": extra, "hash": hash_, **nothing}
     return pa.table({name: columns.get(name, zeros) for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
@@ -116,13 +129,15 @@ def one_of(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
 
 
-def has_no_text(extra: str) -> bool:
-    """Return whether the caption of a row with this `extra` was not text.
+def why_no_text(extra: str, caption: str) -> str:
+    """Return why the caption of a row with this `extra` is none; "" if it is one.
 
-    >>> has_no_text('{"unreadable_caption":["a","b"]}'), has_no_text('{"n":1}')
-    (True, False)
+    >>> why_no_text('{"unreadable_caption":["a","b"]}', '["a","b"]'), why_no_text('{"n":1}', "a cat")
+    ('["a","b"] is not text', '')
     """
-    return f'"{NO_TEXT}":' in extra and NO_TEXT in json.loads(extra)
+    if f'"{NO_TEXT}":' not in extra or NO_TEXT not in (fields := json.loads(extra)):
+        return ""
+    return fields[NO_TEXT] if isinstance(fields[NO_TEXT], str) else f"{caption[:200]} is not text"
 
 
 def as_text(column: pa.Array) -> pa.StringArray:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.source.bounds import MOST_TEXT, OVERSIZED, too_long
 from capstan.pipeline.source.carried import carried_fields
 from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_of, to_json
 from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_metadata
@@ -97,10 +98,10 @@ def _parts(images: list[SourceFile], named: Mapping[str, SourceFile]) -> Iterato
 def _images(
     part: list[tuple[SourceFile, _Sidecars]], source: Source, read: ReadAll, metadata: ImageMetadata | None
 ) -> Iterator[Row]:
-    content = read([file for _, sidecars in part for file in sidecars if file])
+    content = read([file for _, sidecars in part for file in sidecars if file and file.size <= MOST_TEXT])
     for image, sidecars in part:
-        text, fields = (content[file.path] if file else None for file in sidecars)
-        record = _json_object(fields or b"{}")
+        text, fields = (content.get(file.path) if file else None for file in sidecars)
+        record = _record(fields, *(file.size if file else 0 for file in sidecars))
         described = metadata.of(image.path) if metadata else None
         caption = _caption(text, described, record, source)
         yield _row(image.path, caption, image.path, 0, image.size, record, source)
@@ -196,7 +197,7 @@ def _sample(
     if sample.image is None:
         return
     text, fields = (_content(member, stream) for member in (sample.text, sample.record))
-    record = _json_object(fields or b"{}")
+    record = _record(fields, *(member.size if member else 0 for member in (sample.text, sample.record)))
     caption = _caption(text, None, record, source)
     url = text_of(f"{file.path}#{sample.image.name}")
     name = _hash(url)
@@ -207,7 +208,7 @@ def _sample(
 
 
 def _content(member: Member | None, stream: BinaryIO) -> bytes | None:
-    if member is None:
+    if member is None or member.size > MOST_TEXT:
         return None
     stream.seek(member.offset)
     return stream.read(member.size)
@@ -223,6 +224,8 @@ def _caption(text: bytes | None, described: Described | None, record: dict[str, 
 
     It is removed from `record`, into which the other fields of the metadata go.
     """
+    if NO_TEXT in record:  # the file is too long
+        return ""
     own = caption_of(record, source.caption)
     caption = (text or b"").decode("utf-8", "replace").strip()
     if described is not None:
@@ -231,6 +234,16 @@ def _caption(text: bytes | None, described: Described | None, record: dict[str, 
     if caption:
         record.pop(NO_TEXT, None)
     return caption or own
+
+
+def _record(fields: bytes | None, text_size: int, fields_size: int) -> dict[str, Any]:
+    """Return the fields of NAME.json, and what the sizes of NAME.txt and NAME.json (bytes) say of those not read."""
+    record = _json_object(fields or b"{}")
+    if text_size > MOST_TEXT:
+        record[NO_TEXT] = too_long(text_size)
+    if fields_size > MOST_TEXT:
+        record[OVERSIZED] = fields_size
+    return record
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

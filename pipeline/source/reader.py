@@ -28,6 +28,7 @@ import pyarrow as pa
 from capstan.pipeline.config import Recipe, Source, WorldSource
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.source import tables
+from capstan.pipeline.source.bounds import bounded
 from capstan.pipeline.source.columns import Row, of_rows, to_json
 from capstan.pipeline.source.folders import folder, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
@@ -76,6 +77,10 @@ class SourceReader:
 
         Raises RecipeError for a file that cannot be read.
         """
+        for rows in self._tables():
+            yield bounded(rows)
+
+    def _tables(self) -> Iterator[pa.Table]:
         if self.source.format == "world":
             yield from _in_tables(_world(self.source))
             return

@@ -139,7 +139,7 @@ def test_a_cookie_lives_as_long_as_its_exchange(site: Site) -> None:
     assert [b"Cookie" in head for head in server.heads] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("url", ["http:///a", "http://h:0/", "http://[::1/", "ftp://h/", "//h/a", ""])
+@pytest.mark.parametrize("url", ["http:///a", "http://h:0/", "http://[::1/", "ftp://h/", "///a", ""])
 def test_what_is_not_a_url(url: str) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         as_sent(url)
@@ -153,7 +153,6 @@ def test_names_of_hosts_are_encoded() -> None:
     "answer",
     [
         ok().replace(b"Content-Length: ", b"Content-Length: 9"),
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnot a size\r\n",
     ],
 )
