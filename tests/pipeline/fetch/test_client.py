@@ -350,7 +350,7 @@ def test_broken_connections_stalls_and_cut_bodies_are_tried_again(site: Site) ->
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")
 
     url = f"http://127.0.0.1:{site.raw(moody)}/a.jpg"
-    assert fetch(site, url, allow_private=True, robots=False, retries=3, timeout_s=1).data == b"body"
+    assert fetch(site, url, allow_private=True, robots=False, retries=3, timeout_s=3).data == b"body"
     assert tries == 4
 
 
