@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: architecture demo docs experiment lock test test-cluster test-slow check format clean
+.PHONY: architecture demo docs experiment lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
 .PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train bench-view
 
@@ -98,6 +98,11 @@ architecture: $(STAMP)
 PYTHONS ?= python3.11 python3.12 python3.13
 lock:
 	$(PYTHON) .ci/lock.py $(PYTHONS)
+
+# Write build/sbom.cdx.json, which a release carries: every package of requirements.lock, with hashes and licences.
+sbom: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,transformers]'
+	$(BIN)/python .ci/sbom.py build/sbom.cdx.json
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

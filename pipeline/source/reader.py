@@ -53,6 +53,8 @@ _TABLES: dict[str, Reader] = {
     "txt": tables.txt,
 }
 
+_OUTSIDE = "links out of the folder"  # counted next to the suffixes of files that are not used
+
 
 class SourceReader:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
@@ -70,6 +72,7 @@ class SourceReader:
         self.unused = Counter[str]()
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
         self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
+        self._outside = dict[str, int]()  # path of the source → links to texts outside it, which are not read
         self.signature = self._signature()
 
     def tables(self) -> Generator[pa.Table, None, None]:
@@ -79,6 +82,8 @@ class SourceReader:
         """
         for rows in self._tables():
             yield bounded(rows)
+        if outside := sum(self._outside.values()):
+            self.unused[_OUTSIDE] = outside
 
     def _tables(self) -> Iterator[pa.Table]:
         if self.source.format == "world":
@@ -158,11 +163,19 @@ class SourceReader:
         return [replace(file, named=True) if kind_of(file.path) == "parquet" else file for file in files]
 
     def _listed(self, path: str) -> Batches:
-        kinds = FormatGuess(path)
+        kinds, outside = FormatGuess(path), list[str]()
         for batch in list_files(path, options_of(path, self._recipe)):
-            kinds.note(batch)
-            yield batch
+            inside = [file for file in batch if not file.outside]
+            outside += [file.path for file in batch if file.outside]
+            kinds.note(inside)
+            yield inside
         self._kinds[path] = kinds
+        if outside and path not in self._outside:
+            message = (
+                "source: %d links to texts outside %s are not read, the first is %s. Fix: copy the files themselves"
+            )
+            log.warning(message, len(outside), path, outside[0])
+        self._outside[path] = len(outside)
 
     def _signature(self) -> str:
         """Return 16 hexadecimal digits: a hash of the recipe's source and its files' paths, sizes and stamps."""

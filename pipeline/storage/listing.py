@@ -1,6 +1,7 @@
 """List a disk's files in batches
 
-Links are followed, and memory holds the names of one folder at a time.
+Links are followed, but for links to texts that lead out of the folder: an image folder from elsewhere must not be able
+to make a caption of a file of this machine. Memory holds the names of one folder at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -29,13 +30,15 @@ T = TypeVar("T")
 class SourceFile:
     """A user's file: its path (see `as_text`) or URL, size in bytes, and a stamp that changes when its content does.
 
-    `named`: the user named the file itself, not a folder or a glob that contains it.
+    `named`: the user named the file itself, not a folder or glob that contains it. `outside`: it is a text, and a link
+    that leads out of the folder that the user named; it must not be read.
     """
 
     path: str
     size: int
     stamp: str
     named: bool = False
+    outside: bool = False
 
 
 Batches = Iterator[list[SourceFile]]  # files of a folder that share their name (see stem_of) are in one batch
@@ -50,7 +53,7 @@ def walk(
     anyway; and folders without read permission.
     """
     _root = _root or os.path.realpath(folder)
-    names, folders = list[str](), list[str]()
+    names, folders, links = list[str](), list[str](), set[str]()
     try:
         info = Path(folder).stat()
         if (info.st_dev, info.st_ino) in _above:
@@ -64,6 +67,8 @@ def walk(
                 if is_macos_file(entry.name):
                     continue
                 (folders if _is_folder(entry) else names).append(entry.name)
+                if entry.is_symlink():
+                    links.add(entry.name)
     except OSError as error:
         log.warning("source: skipped %s (%s)", folder, error.strerror or error)
         return
@@ -71,7 +76,12 @@ def walk(
     names.sort()
     names.sort(key=stem_of)
     for batch in _cut(names, stem_of):
-        yield [file for name in batch if (file := file_at(f"{base}/{name}"))]
+        files = [(name, file_at(f"{base}/{name}")) for name in batch]
+        yield [
+            replace(file, outside=True) if name in links and _is_text_outside(f"{base}/{name}", _root) else file
+            for name, file in files
+            if file
+        ]
     if depth != 1:
         for name in sorted(folders):
             yield from walk(f"{base}/{name}", depth and depth - 1, _above | {(info.st_dev, info.st_ino)}, _root)
@@ -125,6 +135,27 @@ def on_disk(path: str) -> str | None:
 
 def _lies_in(path: str, root: str) -> bool:
     return path.startswith(f"{root.rstrip('/')}/")
+
+
+def _is_text_outside(link: str, root: str) -> bool:
+    """Return whether a link may be to a text, and leads out of the folder `root`.
+
+    Images, tars and Parquet files elsewhere are no texts: what is none of these cannot be read as one. The files of a
+    snapshot in Hugging Face's cache are links to the blobs next to it: DATASET/snapshots/REVISION/x → DATASET/blobs/y.
+    """
+    if link.lower().endswith((*_IMAGE_ENDS, ".tar", ".parquet", ".arrow")):
+        return False
+    target = os.path.realpath(link)
+    return not any(_lies_in(target, folder) for folder in (root, *_blobs(root)))
+
+
+def _blobs(root: str) -> list[str]:
+    """Return the folder of blobs of the repository in Hugging Face's cache that `root` is part of, if it is."""
+    for folder in Path(f"{root}/x").parents:
+        repository = folder.parent
+        if folder.name == "snapshots" and repository.name.startswith(("datasets--", "models--", "spaces--")):
+            return [str(repository / "blobs")]
+    return []
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -107,10 +107,10 @@ def serving() -> Iterator[ChatServer]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(120)
+    assert ready.wait(10)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(120)
+        thread.join(10)
         loop.close()
