@@ -11,7 +11,8 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-submit bench-train bench-view
+.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-startup bench-submit bench-train
+.PHONY: bench-view
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -80,6 +81,9 @@ bench-score: $(STAMP)
 
 bench-select: $(STAMP)
 	$(BIN)/python benchmarks/selection.py
+
+bench-startup: $(STAMP)
+	$(BIN)/python benchmarks/startup.py
 
 bench-submit: $(STAMP)
 	$(BIN)/python benchmarks/submit.py
