@@ -251,6 +251,8 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
 
 def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
     """Return the first frame in sRGB at full size, its layout, and the EXIF orientation still to be applied."""
+    whole = png.closed(data) if kind == "png" else data
+    mended, data = whole is not data, whole
     source, profile = png.bare(data) if kind == "png" else (data, b"")
     if kind == "webp":
         source = sniff.padded_webp(data)
@@ -265,7 +267,7 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
             png.check_size(data)
         patch = frame.tile[0].extents if kind == "gif" and frame.tile else None
         frame.load()
-        if kind == "png" and _is_blank(frame, png.last_row(data)):
+        if kind == "png" and (mended or _is_blank(frame, png.last_row(data))):
             png.check_pixels(data)
         shown = _flatten(frame, kind, data)
     if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas

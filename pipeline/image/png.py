@@ -2,7 +2,8 @@
 
 Chunks and fields are named as in the PNG specification (W3C, third edition), whose sections are cited.
 
-Files read here have passed `sniff.check_whole`: every chunk up to IEND is within the file.
+Files read here have passed `sniff.check_whole`: every chunk up to IEND is within the file. What may be wrong with IEND
+itself, `closed` sets right first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
-from capstan.pipeline.image.sniff import PNG_MAGIC, Unreadable
+from capstan.pipeline.image.sniff import PNG_END, PNG_MAGIC, Unreadable
 
 _SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type → samples per pixel (11.2.1)
 # The passes of Adam7 (8.2): first column and row, steps to the next ones.
@@ -34,6 +35,17 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if name == b"IEND":
             return
         at = end
+
+
+def closed(data: bytes) -> bytes:
+    """Return the file with a sound IEND at its end, unchanged if it has one (bytes after it are ignored)."""
+    end = len(data)
+    for name, start, after in _chunks(data):
+        if name == b"IEND" and data[start:after] == PNG_END:
+            return data
+        if name == b"IEND" or after > len(data):
+            end = start
+    return data[:end] + PNG_END
 
 
 def bare(data: bytes) -> tuple[bytes, bytes]:

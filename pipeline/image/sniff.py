@@ -22,6 +22,7 @@ class Unreadable(Exception):
 
 
 PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
+PNG_END: Final = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
 _READ: Final = {
     b"\xff\xd8\xff": "jpeg",
     PNG_MAGIC: "png",
@@ -125,17 +126,23 @@ def _check_length(size: int, data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Walk the chunks up to IEND; the critical ones must match their checksums (PNG specification, 5.3)."""
-    at, count = len(PNG_MAGIC), 0
+    """Walk the chunks up to IEND; the critical ones must match their checksums (PNG specification, 5.3).
+
+    IEND itself holds nothing, so viewers do without it: after IDAT it may be missing, cut or damaged (png.closed).
+    """
+    at, count, pixels = len(PNG_MAGIC), 0, False
     if len(data) >= at + 8 and data[at + 4 : at + 8] != b"IHDR":
         raise Unreadable("corrupt", f"the PNG starts with chunk {data[at + 4 : at + 8]!r}")
     while True:
         size = int.from_bytes(data[at : at + 4], "big")
         name, end = data[at + 4 : at + 8], at + 12 + size
+        if pixels and (name == b"IEND" or PNG_END.startswith(data[at : at + len(PNG_END)])):
+            return
         _check_length(max(end, at + 12), data)
         critical = not name[0] & 0x20  # the first letter is a capital
         if critical and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise Unreadable("corrupt", f"checksum of chunk {name!r}")
+        pixels = pixels or name == b"IDAT"
         if name == b"IEND":
             return
         count += 1

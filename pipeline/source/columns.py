@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,16 @@ def text_of(value: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # lone surrogates do not pass through Arrow
 
 
+def text_in_file(data: bytes) -> str:
+    r"""Return the text of a file: UTF-16 with a byte order mark (Windows writes it), else UTF-8 with or without one.
+
+    >>> text_in_file("größe".encode("utf-16")), text_in_file(b"\xef\xbb\xbfa cat"), text_in_file(b"a cat")
+    ('größe', 'a cat', 'a cat')
+    """
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig", "replace")
+
+
 NO_TEXT: Final = "unreadable_caption"
 UNREADABLE: Final = "unreadable_line"
 
@@ -188,8 +199,8 @@ def is_words(kind: pa.DataType) -> bool:
 def decoded(text: str) -> bytes:
     """Return the bytes in base64 or in a data: URI (RFC 2397); of any other text its own bytes.
 
-    >>> decoded("data:image/gif;base64,R0lGODlh"), decoded("R0lGODlh"), decoded("data:,a%20b"), decoded("a cat")
-    (b'GIF89a', b'GIF89a', b'a b', b'a cat')
+    >>> decoded("data:image/gif;base64,R0lGODlh"), decoded("R0lGODlh"), decoded("data:,a%20b"), decoded("a cat.")
+    (b'GIF89a', b'GIF89a', b'a b', b'a cat.')
     """
     body, packed = "".join(text.split()), True
     if body[:5].lower() == "data:":

@@ -18,7 +18,7 @@ from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.source.bounds import MOST_TEXT, OVERSIZED, too_long
 from capstan.pipeline.source.carried import carried_fields
-from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_of, to_json
+from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_in_file, text_of, to_json
 from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_metadata
 from capstan.pipeline.source.samples import (
     IMAGES,
@@ -227,7 +227,7 @@ def _caption(text: bytes | None, described: Described | None, record: dict[str, 
     if NO_TEXT in record:  # the file is too long
         return ""
     own = caption_of(record, source.caption)
-    caption = (text or b"").decode("utf-8", "replace").strip()
+    caption = text_in_file(text or b"").strip()
     if described is not None:
         record.update(described.fields)
         own = described.caption

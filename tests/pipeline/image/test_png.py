@@ -109,3 +109,20 @@ def test_chunks_that_repeat_take_no_memory() -> None:
 
 def test_unknown_critical_chunks_are_ignored_like_ancillary_ones() -> None:
     assert_shows(stored(with_chunk(sample("png"), b"AbCD", bytes(100))), ramp())
+
+
+def test_what_is_wrong_with_the_last_chunk_is_not_wrong_with_the_pixels() -> None:
+    """As viewers show it: IEND holds nothing."""
+    rows = b"".join(b"\0" + bytes(range(n, n + 129)) for n in range(60, 80)) + b"\0" + bytes(129)
+    data = png_of((43, 21), 8, 2, rows)
+    whole = stored(data)
+    damaged = [data[:-cut] for cut in range(1, 13)]
+    damaged += [data[:-1] + b"\0", data[:-12] + b"\0\0\0\4IENDjunk\0\0\0\0", data + b"junk"]
+    assert all(stored(other).jpeg == whole.jpeg for other in damaged)
+    for cut in (13, 60, 200):  # a chunk of pixels, or its checksum
+        assert reason(data[:-cut]) == "truncated"
+    # Without IEND, too, pixels that are missing are noticed, also where the last row would not be blank.
+    for count in (20, 10, 0):
+        assert reason(png_of((43, 21), 8, 2, rows[: 130 * count])[:-12]) == "truncated"
+        assert reason(png_of((43, 21), 8, 2, rows[: 130 * count + 70])[:-12]) == "truncated"
+    assert reason(data[:33]) == "truncated"

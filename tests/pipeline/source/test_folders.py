@@ -241,3 +241,15 @@ def test_a_tar_that_was_rewritten_gives_no_image_of_another(tmp_path: Path, name
     for answer in images(found, recipe(tmp_path)):
         assert isinstance(answer, OSError)
         assert "t.tar has changed since it was planned" in str(answer)
+
+
+def test_captions_as_windows_writes_them(tmp_path: Path) -> None:
+    """UTF-16, and UTF-8 with a byte order mark, in folders and tars."""
+    texts = {"a": "größe".encode("utf-16"), "b": b"\xfe\xff" + "größe".encode("utf-16-be"), "c": b"\xef\xbb\xbfcat\n"}
+    members = [member for name, text in texts.items() for member in ((f"{name}.jpg", b"x"), (f"{name}.txt", text))]
+    (tmp_path / "folder").mkdir()
+    for name, data in members:
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "x.tar", members)
+    for path in ("folder", "x.tar"):
+        assert sorted(row["caption"] for row in rows(tmp_path / path)) == ["cat", "größe", "größe"]
