@@ -24,6 +24,7 @@ section { margin-top: 2.6rem; padding-top: 1.3rem; border-top: 1px solid var(--l
 p { margin: .3rem 0 .9rem; max-width: 46rem; overflow-wrap: anywhere }
 .soft { color: var(--soft); font-size: .9rem }
 small { display: block; color: var(--soft); font-size: .78rem; line-height: 1.4; overflow-wrap: anywhere }
+.key { font-family: ui-monospace, monospace; font-size: .68rem; user-select: all }
 i { color: var(--soft) }
 code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 code { color: var(--soft); font-weight: 400; overflow-wrap: anywhere }

@@ -218,17 +218,21 @@ def frame(data: bytes | None, alt: str, missing: str = "no image") -> Html:
     return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
 
 
-def card(image: Html, text: str, *facts: str) -> Html:
-    """Return a framed image with its caption, and small facts below."""
-    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact)
+def card(image: Html, text: str, *facts: str, key: str = "") -> Html:
+    """Return a framed image with its caption, and small facts below; a click selects all of its `key`."""
+    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact) + _key(key)
     shown = user_text(text) if text.strip() else Html("<i>no caption</i>")
     return Html(f"<figure>{image}<figcaption><p>{shown}</p>{lines}</figcaption></figure>")
 
 
-def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str) -> Html:
-    """Return two framed images side by side, each with a word above it, and facts below."""
+def _key(key: str) -> str:
+    return f'<small class="key">{escape(key)}</small>' if key else ""
+
+
+def pair(left: tuple[Html, str], right: tuple[Html, str], *facts: str, keys: Sequence[str] = ()) -> Html:
+    """Return two framed images side by side, each with a word above it, and facts and keys below."""
     sides = "".join(f"<div><b>{escape(word)}</b>{image}</div>" for image, word in (left, right))
-    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact)
+    lines = "".join(f"<small>{user_text(fact)}</small>" for fact in facts if fact) + "".join(map(_key, keys))
     return Html(f'<figure class="pair"><div class="sides">{sides}</div><figcaption>{lines}</figcaption></figure>')
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from capstan.pipeline.errors import DiskFull, RecipeError
 from capstan.pipeline.html.page import clean, clip
-from capstan.pipeline.records import OUTCOMES
+from capstan.pipeline.records import FAILED, OUTCOMES
 from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
 from capstan.pipeline.report.thumbnails import find_images, shrink, why_missing
 from capstan.pipeline.storage import Storage
@@ -30,6 +31,8 @@ _COLUMNS: Final = 8
 _SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of an image, between cells, around the sheet
 _KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: font sizes
 _LINES: Final = 2  # lines of a caption
+_BOX_LINES: Final = 10  # lines in the frame of a row without an image
+_BOX_LETTERS: Final = 26
 _INK, _SOFT, _LINE, _PAPER, _PANEL = "#1b1f24", "#59626e", "#aeb5bf", "#ffffff", "#f4f5f7"
 _LISTED: Final = 12  # values listed if nothing was found
 _FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Arial Unicode.ttf")
@@ -177,7 +180,20 @@ class _Cell:
 def _cell(row: Row, jpeg: bytes | None) -> _Cell:
     image = shrink(jpeg, _SIDE) if jpeg else None
     missing = "cannot be decoded" if jpeg and image is None else why_missing(row)
+    if row.outcome == FAILED:  # what was asked for, and what came back
+        missing = "\n".join([missing, clip(_without_query(row.url), 120), clip(row.detail, 120)])
     return _Cell(image, missing, clean(row.key), clean(clip(row.caption, 200)))
+
+
+def _without_query(url: str) -> str:
+    """Return a URL without user, password, query and fragment, which may hold signatures and secrets.
+
+    >>> _without_query("https://me:pw@host.example/a/b.jpg?X-Amz-Signature=1#x")
+    'https://host.example/a/b.jpg'
+    """
+    scheme, separator, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _sheet(cells: Sequence[_Cell], title: str) -> Image.Image:
@@ -205,7 +221,8 @@ def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, x: int, y: 
     box = (x, y, x + _SIDE - 1, y + _SIDE - 1)
     if cell.image is None:
         pen.rectangle(box, outline=_LINE)
-        message = "\n".join(textwrap.wrap(cell.missing, 22)[:4])
+        parts = clean(cell.missing).split("\n")
+        message = "\n".join([line for part in parts for line in textwrap.wrap(part, _BOX_LETTERS)][:_BOX_LINES])
         pen.text((x + _SIDE / 2, y + _SIDE / 2), message, fill=_SOFT, font=_font(_TEXT), anchor="mm", align="center")
     else:
         pen.rectangle(box, fill=_PANEL)

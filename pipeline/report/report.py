@@ -12,6 +12,7 @@ from capstan.pipeline.html import page
 from capstan.pipeline.report import sections
 from capstan.pipeline.report.examples import choose
 from capstan.pipeline.report.layer_diffs import comparisons
+from capstan.pipeline.report.layers import layers
 from capstan.pipeline.report.query import Rows
 from capstan.pipeline.report.thumbnails import find_images, thumbnails
 from capstan.pipeline.run_history import read_runs
@@ -46,11 +47,17 @@ def report(rows: Rows) -> str:
     notes = [page.note(text) for text in (_state(rows), rows.coverage) if text]
     made = page.Page(name, *notes, sections.key_figures(rows, size))
     if rows.manifest and rows.finished:
-        made.section("Funnel", sections.funnel(rows.manifest.funnel, rows.conditions))
-    made.section("What is kept" if rows.finished else "What is staged", sections.kept(examples, thumbs))
+        made.section("Funnel", sections.funnel(sections.steps_run(rows.manifest), rows.conditions))
+    made.section(
+        "What is kept" if rows.finished else "What is staged",
+        sections.kept(examples, thumbs),
+        sections.takedown_note(rows),
+    )
     if examples.steps:
         made.section("What the conditions dropped", *sections.by_step(examples, thumbs, rows))
     made.section("Sizes, captions and scores", *sections.distributions(rows))
+    if captioned := layers(rows, examples, thumbs):
+        made.section("Caption layers", *captioned)
     if compared := comparisons(rows.storage):
         made.section("Captions compared", *compared)
     if examples.pairs:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any, Final
 
+from capstan.pipeline.dataset.shards import Manifest
 from capstan.pipeline.html import page, plots
 from capstan.pipeline.html.axes import short
 from capstan.pipeline.html.page import Cell, Html, percent
@@ -52,6 +54,9 @@ _KINDS: Final = {
     CONTAMINATED: "They repeat images of the evaluation set (dedup.decontaminate), which are not shown.",
 }
 
+# Step of the funnel → the key of `dedup` that turns it off.
+_SEARCHES: Final = {"exact duplicates": "exact", "near duplicates": "perceptual", "semantic duplicates": "semantic"}
+
 Thumbs = Mapping[str, bytes]
 
 
@@ -67,6 +72,19 @@ def key_figures(rows: Rows, size: int) -> Html:
     counts |= {name: percent(rows.having(outcome), total) for name, outcome in names.items()}
     shards = len(rows.manifest.shards) if rows.manifest else 0
     return page.figures(counts | {"Shards": f"{shards:,}", "Size": _bytes(size)})
+
+
+def steps_run(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the steps of the manifest's funnel without the searches for duplicates that its recipe turns off."""
+    dedup = manifest.recipe.get("dedup") or {}
+    off = {step for step, key in _SEARCHES.items() if key in dedup and dedup[key] in (None, False)}
+    return [step for step in manifest.funnel if step["step"] not in off or step["lost"]]
+
+
+def takedown_note(rows: Rows) -> Html:
+    """Return how an image that is seen here is removed."""
+    command = f"capstan remove {shlex.quote(rows.storage.url)} --keys FILE"
+    return page.note(f"Below each image is its key. To remove images, write their keys into a file: {command}")
 
 
 def funnel(steps: list[dict[str, Any]], conditions: Mapping[str, str]) -> Html:
@@ -205,7 +223,8 @@ def _image(row: Row, thumbs: Thumbs) -> Html:
 
 def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
     shown = page.clip(row.caption, _CAPTION)
-    return page.card(_image(row, thumbs), shown, *facts, _sizes(row))
+    why = ": ".join(text for text in (row.outcome, row.reason) if text) if row.outcome not in (KEPT, STAGED) else ""
+    return page.card(_image(row, thumbs), shown, *facts, _sizes(row), why, key=row.key)
 
 
 def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
@@ -219,14 +238,14 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
     if kept_row is None:
         word = "evaluation image" if dropped.reason == CONTAMINATED else "kept"
         left = (page.frame(None, "", page.clip(dropped.detail, _DETAIL) or "not in this dataset"), word)
-        return page.pair(left, right, page.clip(dropped.caption, _CAPTION))
+        return page.pair(left, right, page.clip(dropped.caption, _CAPTION), keys=[dropped.key])
     bits = (dropped.phash ^ kept_row.phash).bit_count()
     apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
     sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     texts = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
     word = "kept" if kept_row.is_shown else kept_row.reason  # a row that was taken down holds its place
-    return page.pair((_image(kept_row, thumbs), word), right, *texts, sizes)
+    return page.pair((_image(kept_row, thumbs), word), right, *texts, sizes, keys=[kept_row.key, dropped.key])
 
 
 def _sizes(row: Row) -> str:

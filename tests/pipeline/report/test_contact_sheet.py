@@ -12,7 +12,7 @@ from PIL import Image
 
 from capstan.cluster.cli import run
 from capstan.pipeline.report import contact_sheet
-from capstan.pipeline.report.query import Rows
+from capstan.pipeline.report.query import Row, Rows
 from capstan.pipeline.report.thumbnails import find_images
 from capstan.pipeline.storage import Storage
 
@@ -131,3 +131,11 @@ def test_no_link_is_written_through(sheet, tmp_path: Path) -> None:
         (tmp_path / "some" / name).symlink_to(victim)
     assert sheet("--samples", "outcome=kept")[0] == 0
     assert victim.read_text() == "precious"
+
+
+def test_a_failed_row_names_url_and_detail_without_secrets() -> None:
+    texts = dict.fromkeys(("key", "caption", "unit", "shard"), "") | {"outcome": "failed", "reason": "http_404"}
+    numbers = dict.fromkeys(("width", "height", "original_width", "original_height", "bytes", "phash"), 0)
+    url = "https://me:secret@host.example/a/b.jpg?X-Amz-Signature=secret#secret"
+    cell = contact_sheet._cell(Row(**texts, **numbers, url=url, detail="Not Found"), None)
+    assert cell.missing == "http_404\nhttps://host.example/a/b.jpg\nNot Found"

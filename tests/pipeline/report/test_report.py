@@ -15,13 +15,15 @@ from typing import Any
 import browser
 import hostile
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from capstan.cluster.cli import run
 from capstan.pipeline.build import select
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.dataset.shards import Dataset, Manifest, write_manifest
+from capstan.pipeline.dataset.shards import Dataset, Manifest, read_manifest, write_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report import query as report_rows
 from capstan.pipeline.report.histograms import histograms, subjects
@@ -30,6 +32,7 @@ from capstan.pipeline.report.report import LIMIT, report, write_report
 from capstan.pipeline.report.thresholds import thresholds
 from capstan.pipeline.report.thumbnails import find_images, thumbnails
 from capstan.pipeline.storage import Storage
+from capstan.recaption.store import write_given_layer
 
 pytestmark = pytest.mark.integration
 
@@ -317,3 +320,43 @@ def test_where_there_is_nothing_it_is_said_with_exit_code_2(tmp_path: Path, caps
     assert "no dataset at" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="no dataset"):
         Dataset(Storage(str(tmp_path)))
+
+
+def test_cards_name_key_and_reason_and_how_to_remove_them(page: Path) -> None:
+    source = page.read_text(encoding="utf-8")
+    parsed = Parsed(source)
+    ledger = pq.read_table(page.parent / "ledger").to_pylist()
+    keys = {row["key"]: row for row in ledger}
+    shown = re.findall(r'<small class="key">([0-9a-f]{32})</small>', source)
+    assert len(shown) > 30
+    assert set(shown) <= keys.keys()
+    dropped = parsed.sections["What the conditions dropped"]
+    assert "rejected: score" in dropped
+    assert "capstan remove" in parsed.sections["What is kept"]
+
+
+def test_searches_that_did_not_run_are_not_in_the_funnel(copy: Storage) -> None:
+    manifest = read_manifest(copy)
+    assert manifest is not None
+    for exact, perceptual in ((True, None), (False, 6)):
+        recipe = manifest.recipe | {"dedup": {"exact": exact, "perceptual": perceptual}}
+        funnel = [step if "duplicates" not in step["step"] else {**step, "lost": 0} for step in manifest.funnel]
+        write_manifest(copy, manifest.model_copy(update={"recipe": recipe, "funnel": funnel}))
+        write_report(copy)
+        text = Parsed(copy.read("report.html").decode()).sections["Funnel"]
+        assert ("exact duplicates" in text, "near duplicates" in text) == (exact, perceptual is not None)
+
+
+def test_every_caption_layer_is_shown(copy: Storage) -> None:
+    write_report(copy)
+    assert "Caption layers" not in Parsed(copy.read("report.html").decode()).sections
+    dataset = Dataset(copy)
+    keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
+    write_given_layer(copy, "people", {key: {"short": f"<b>three words</b> {key}"} for key in keys})
+    copy.write_table(f"captions/other/{dataset.shard_names[0]}.parquet", pa.table({"key": ["x"]}))
+    copy.write("captions/other/recipe.json", b"{}")  # not a layer of ours: left out
+    write_report(copy)
+    text = Parsed(copy.read("report.html").decode()).sections["Caption layers"]
+    assert "people, short" in text
+    assert f"<b>three words</b> {min(keys)}" in text
+    assert f" {len(keys)} " in text
