@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset import energon
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.storage import Storage
@@ -69,7 +70,7 @@ def test_hugging_face(odd_dataset: Path, expected: Samples, streaming: bool, tmp
         assert json.loads(row["json"]["extra"])["key"] == "mine"
 
 
-def test_ray_data(odd_dataset: Path, expected: Samples) -> None:
+def test_ray_data(odd_dataset: Path, expected: Samples, ray_session: Resources) -> None:
     import ray.data
 
     rows = ray.data.read_webdataset(tars(odd_dataset)).take_all()
