@@ -119,7 +119,7 @@ def export(
         raise RecipeError(source.field, f"{source.url} is incomplete", "run `capstan build` again")
     recipe = dataset.manifest.recipe | {SECTION: {"layer": layer, "slot": slot}}
     before = _check_target(source, target)
-    if before is None:
+    if before is None and not target.exists(_STARTED):  # another process may be exporting
         target.write(_STARTED, json.dumps(recipe[SECTION]).encode() + b"\n")
     with lease(target, "captions export"):
         return _export(Export(dataset, layer, slot, target), recipe, before, resources, progress)
