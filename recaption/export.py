@@ -55,10 +55,14 @@ class Export(Job):
             store.layer_recipe(dataset.storage, layer)
         )  # layers that people wrote may be partial
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"dataset": self.dataset.part()}  # a unit has the entry of its shard
+
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Write the shard; yield one piece: its manifest entry and the number of samples with a text of the layer."""
         name = unit.spec["shard"]
-        table = self.dataset.table(name)
+        dataset = self.dataset.part(unit.spec["entry"])
+        table = dataset.table(name)
         if self.whole:
             self._check(name, table)
         texts = store.read_layer(self.dataset.storage, self.layer, name, table)
@@ -66,7 +70,7 @@ class Export(Job):
         digest = hashlib.sha256()
         with scratch() as folder:
             tar = folder / "shard.tar"
-            places = write_samples(tar, self._samples(name, rows), digest)
+            places = write_samples(tar, self._samples(dataset.read_images(name), rows), digest)
             size = tar.stat().st_size
             placed = [row | place._asdict() for row, place in zip(rows, places, strict=True)]
             table = pa.Table.from_pylist(placed, SHARD_SCHEMA)
@@ -97,8 +101,9 @@ class Export(Job):
             problem = f"layer {self.layer} has no captions for {len(unseen):,} newer sample(s) of {shard}"
             raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
 
-    def _samples(self, shard: str, rows: list[dict[str, Any]]) -> Iterator[Sample]:
-        for row, (key, jpeg) in zip(rows, self.dataset.read_images(shard), strict=True):
+    @staticmethod
+    def _samples(images: Iterator[tuple[str, bytes]], rows: list[dict[str, Any]]) -> Iterator[Sample]:
+        for row, (key, jpeg) in zip(rows, images, strict=True):
             assert key == row["key"]
             report({"samples": 1, "bytes": len(jpeg)})
             yield Sample(key, jpeg, sample_fields(row), row["caption"])
@@ -194,7 +199,7 @@ def _units(job: Export) -> list[Unit]:
     return [
         Unit(
             f"{entry.name}-{fingerprint([FORMAT_VERSION, entry.sha256, captions, job.layer, job.slot])}",
-            {"shard": entry.name, "rows": entry.samples},
+            {"shard": entry.name, "rows": entry.samples, "entry": entry.model_dump()},
         )
         for entry, captions in zip(entries, texts, strict=True)
     ]

@@ -58,6 +58,9 @@ class RecaptionJob(units.Job):
         self.layer = store.layer_id(self.description, config.lint)
         self.name = f"recaption-{self.layer}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"dataset": self.dataset.part()}  # a unit has the entry of its shard
+
     @property
     def stop_file(self) -> str:
         """The file that says why an engine stopped: shards that have not started are then left for the next run."""
@@ -66,13 +69,13 @@ class RecaptionJob(units.Job):
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         if why := self.stopped():
             raise CaptionsFailed(f"not captioned: {why}")
-        shard, table = unit.spec["shard"], self._images(unit)
+        shard, table, dataset = unit.spec["shard"], self._images(unit), self.dataset.part(unit.spec["entry"])
         reused, elsewhere = self._reused(unit), self._elsewhere(unit)
         missing = {image.content: lacking(self.slots, reused.get(image.content, {})) for image in table}
         first = {image.content: row for row, image in reversed(list(enumerate(table)))}
         rows = sorted(row for content, row in first.items() if missing[content] and content not in elsewhere)
         piece = _Piece()
-        for row, (_, jpeg) in zip(rows, self.dataset.read_images(shard, rows), strict=True):
+        for row, (_, jpeg) in zip(rows, dataset.read_images(shard, rows), strict=True):
             try:
                 engine_input = self.engine.prepare(jpeg)
             except Exception as error:  # noqa: BLE001 - sample boundary: a broken image becomes a flagged row
@@ -158,7 +161,8 @@ class RecaptionJob(units.Job):
         return {Content(*content) for content in unit.spec["elsewhere"]}
 
     def _images(self, unit: units.Unit) -> list[Image]:
-        return images(self.dataset, unit.spec["shard"], quoting=self.engine.uses_original)
+        dataset = self.dataset.part(unit.spec["entry"])
+        return images(dataset, unit.spec["shard"], quoting=self.engine.uses_original)
 
     def _reused(self, unit: units.Unit) -> Captions:
         """Return content → slot → row of the captions that the unit's images already have."""
@@ -225,6 +229,7 @@ def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
             job.storage.write_table(f"{name}.parquet", shard.reused)
         spec = {
             "shard": shard.entry.name,
+            "entry": shard.entry.model_dump(),
             "source": shard.entry.sha256,
             "reuse": f"{name}.parquet" if len(shard.reused) else "",
             "elsewhere": sorted(shard.elsewhere),

@@ -82,7 +82,8 @@ def outline(
     only for the first of them.
     """
     names = dataset.storage.names(f"{store.ROOT}/{layer}")  # including aside/
-    entries = [entry for entry in dataset.manifest.shards if not _is_done(done.get(entry.name), entry, layer, names)]
+    present = set(names)
+    entries = [entry for entry in dataset.manifest.shards if not _is_done(done.get(entry.name), entry, layer, present)]
     own = [{image.content for image in images(dataset, entry.name, quoting=quoting)} for entry in entries]
     captions = _captioned(dataset.storage, names, set[Content]().union(*own), slots)
     places: dict[Content, dict[str, int]] = {}
@@ -105,7 +106,7 @@ def lacking(slots: Sequence[str], have: Collection[str]) -> tuple[str, ...]:
     return tuple(slot for slot in slots if slot not in have)
 
 
-def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names: list[str]) -> bool:
+def _is_done(facts: dict[str, Any] | None, entry: ShardEntry, layer: str, names: Collection[str]) -> bool:
     """Return whether the shard is complete. One with failed captions is not: they are requested again.
 
     Unreadable images are retried too, since the cause may have been temporary (memory, a missing package).

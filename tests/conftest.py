@@ -3,7 +3,17 @@
 import os
 import signal
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs: children would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_runs_need_no_ray() -> None:
+    """Run on Ray only what asks for it, also after a test of this process has started Ray: that is several times slower."""
+    from capstan.pipeline import units
+
+    units.ray_runs_here = lambda: False

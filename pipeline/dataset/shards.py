@@ -262,12 +262,23 @@ def _sealed(fields: dict[str, Any]) -> bytes:
 class Dataset:
     """A finished dataset for readers. Can be pickled to workers. Raises RecipeError if there is none."""
 
-    def __init__(self, storage: Storage) -> None:
-        storage.check_reachable()
-        manifest = read_manifest(storage)
+    def __init__(self, storage: Storage, manifest: Manifest | None = None) -> None:
+        """Open the dataset at `storage`; `manifest`, if given, is what is known of it already."""
+        if manifest is None:
+            storage.check_reachable()
+            manifest = read_manifest(storage)
         if manifest is None:
             raise RecipeError(storage.field, f"no dataset at {storage.url}", "run `capstan build` first")
         self.storage, self.manifest = storage, manifest
+        self._entries = {entry.name: entry for entry in manifest.shards}
+
+    def part(self, *entries: Mapping[str, Any]) -> Dataset:
+        """Return the dataset of these shards alone (fields of ShardEntry), without reading anything.
+
+        Jobs travel to workers with no shard, and units with the entry of theirs: the manifest of 100,000 shards has
+        42 MB, and would be sent with every unit.
+        """
+        return Dataset(self.storage, Manifest(shards=[ShardEntry(**entry) for entry in entries]))
 
     @property
     def shard_names(self) -> list[str]:
@@ -275,7 +286,7 @@ class Dataset:
 
     def table(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """Return the table of a shard's samples in tar order (records.SHARD_SCHEMA). Raises DamagedFile."""
-        (entry,) = (entry for entry in self.manifest.shards if entry.name == shard)
+        entry = self._entries[shard]
         return self.storage.read_table(entry.table, columns, sha256=entry.table_sha256)
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:

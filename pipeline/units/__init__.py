@@ -139,10 +139,15 @@ def _on_ray(job: Job, units: Sequence[Unit], resources: Resources) -> bool:
     """
     if resources.executor != "auto":
         return resources.executor == "ray"
-    ray = sys.modules.get("ray")
-    running = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+    running = bool(os.environ.get("RAY_ADDRESS")) or ray_runs_here()
     gpus = has_model(job) and (has_gpu() if resources.gpus is None else resources.gpus > 0)
     return running or gpus or resources.metrics_port is not None or len(units) > SMALL_RUN
+
+
+def ray_runs_here() -> bool:
+    """Return whether this process has started Ray or joined a cluster."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def has_gpu() -> bool:

@@ -93,9 +93,15 @@ class LatentsJob(units.Job):
         self.encoder = fingerprint(identity)
         self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"dataset": self.dataset.part()}  # a unit has the entry of its shard
+
     def unit(self, entry: ShardEntry) -> units.Unit:
         """Return the unit of a shard. A rewritten shard is a new unit, so it is encoded again."""
-        return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
+        return units.Unit(
+            f"{entry.name}-{entry.sha256[:12]}",
+            {"shard": entry.name, "sha256": entry.sha256, "entry": entry.model_dump()},
+        )
 
     def stale(self, work: Iterable[units.Unit]) -> set[str]:
         """Return committed units whose latents are gone: deleted, or replaced by those of a newer shard."""
@@ -109,8 +115,8 @@ class LatentsJob(units.Job):
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         """Yield batches of images of one size, with their rows in the shard. Reads the tar once, in order."""
-        shard = unit.spec["shard"]
-        sizes, buckets = _buckets(self.dataset, shard, self.identity)
+        shard, dataset = unit.spec["shard"], self.dataset.part(unit.spec["entry"])
+        sizes, buckets = _buckets(dataset, shard, self.identity)
         waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
 
         def piece(bucket: int) -> units.Piece:
@@ -118,7 +124,7 @@ class LatentsJob(units.Job):
             waiting[bucket] = []
             return {"jpegs": list(jpegs), "rows": list(rows), "size": sizes[bucket]}
 
-        for row, (_, jpeg) in enumerate(self.dataset.read_images(shard)):
+        for row, (_, jpeg) in enumerate(dataset.read_images(shard)):
             waiting[buckets[row]].append((row, jpeg))
             if len(waiting[buckets[row]]) == _BATCH:
                 yield piece(buckets[row])
@@ -144,7 +150,9 @@ class LatentsJob(units.Job):
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         latents = self._in_order(pieces)
-        refuse_not_finite(self.dataset, unit.spec["shard"], f"the autoencoder ({_FIELD})", latents)
+        refuse_not_finite(
+            self.dataset.part(unit.spec["entry"]), unit.spec["shard"], f"the autoencoder ({_FIELD})", latents
+        )
         data = tensor_file.save({"latents": latents}, {"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
         return {"samples": len(latents), "bytes": len(data)}

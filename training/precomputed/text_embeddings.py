@@ -55,8 +55,14 @@ class TextStatesJob(units.Job):
         self.encoder = fingerprint(identity)
         self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"dataset": self.dataset.part()}  # a unit has the entry of its shard
+
     def unit(self, entry: ShardEntry) -> units.Unit:
-        return units.Unit(f"{entry.name}-{entry.sha256[:12]}", {"shard": entry.name, "sha256": entry.sha256})
+        return units.Unit(
+            f"{entry.name}-{entry.sha256[:12]}",
+            {"shard": entry.name, "sha256": entry.sha256, "entry": entry.model_dump()},
+        )
 
     def stale(self, work: Sequence[units.Unit]) -> set[str]:
         """Return committed units whose states are gone, or belong to other captions than the layer's current ones."""
@@ -81,7 +87,7 @@ class TextStatesJob(units.Job):
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
         """Yield batches of captions of one slot, with their rows in the shard."""
-        captions = captions_of(self.dataset, unit.spec["shard"], self.identity)
+        captions = captions_of(self.dataset.part(unit.spec["entry"]), unit.spec["shard"], self.identity)
         facts = {"captions": fingerprint(captions), "samples": len(captions[ORIGINAL])}
         for slot, texts in captions.items():
             rows = [row for row, text in enumerate(texts) if text is not None]

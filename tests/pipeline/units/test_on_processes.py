@@ -76,7 +76,7 @@ def few(count: int = 1) -> list[Unit]:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this process had no Ray and the machine no GPU."""
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(units, "ray_runs_here", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(units, "has_gpu", lambda: False)
 
@@ -96,6 +96,11 @@ def test_small_runs_need_no_ray(alone: None, storage: Storage, monkeypatch: pyte
 
 def test_a_cluster_takes_every_run(alone: None, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert units._on_ray(Plain(storage), few(), Resources())
+
+
+def test_a_process_with_ray_uses_it(alone: None, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "ray_runs_here", lambda: True)
     assert units._on_ray(Plain(storage), few(), Resources())
 
 
