@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 @pytest.fixture(autouse=True, scope="session")
 def _small_runs_need_no_ray() -> None:
-    """Run on Ray only what asks for it, also after a test of this process has started Ray: that is several times slower."""
+    """Run on Ray only what asks for it, also after a test of this process has started Ray: it is far slower."""
     from capstan.pipeline import units
 
     units.ray_runs_here = lambda: False
