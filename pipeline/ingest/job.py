@@ -31,6 +31,7 @@ from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of
 from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
 from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
+from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
 from capstan.pipeline.ingest.retry_rows import matches
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.secrets import public_text, public_url
@@ -89,6 +90,7 @@ class Ingest(Job):
     """Job that fetches, decodes and stages units. Staged images depend on `image`, so its hash is in the job's name."""
 
     title = "ingest"
+    decode_s: float = DECODE_S
 
     def __init__(self, recipe: Recipe, storage: Storage, resolve: Mapping[str, str] | None = None) -> None:
         self.recipe, self.storage, self.resolve = recipe, storage, dict(resolve or {})
@@ -104,7 +106,8 @@ class Ingest(Job):
         with scratch() as folder, _Spool(folder) as spool:
             kept = self._kept(unit, rows, spool)
             left = [index for index in range(len(rows)) if index not in kept]
-            fresh = self._outcomes([rows[index] for index in left], spool.only(left))
+            with guarded(self.decoder(), is_retry=unit.is_retry, seconds=self.decode_s) as decoder:
+                fresh = self._outcomes([rows[index] for index in left], spool.only(left), decoder)
             by_index = kept | dict(zip(left, fresh, strict=True))
             outcomes = [by_index[index] for index in range(len(rows))]
             digest = hashlib.sha256()
@@ -123,6 +126,10 @@ class Ingest(Job):
             {"freed": True} if len(places) + sum(bool(outcome["reason"]) for outcome in outcomes) < len(rows) else {}
         )
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+
+    def decoder(self) -> Decoder:
+        """Return the function that decodes a source file's bytes; pickled for a child process in a unit's retries."""
+        return functools.partial(decode, image=self.recipe.image)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (marker,) = pieces
@@ -172,12 +179,12 @@ class Ingest(Job):
             elif again["refetch"]:
                 del kept[index]
 
-    def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool) -> list[Outcome]:
+    def _outcomes(self, rows: list[dict[str, Any]], spool: _Spool, decoder: Decoder) -> list[Outcome]:
         """Return the outcome of each row. JPEGs go to the spool, so that memory does not grow with the unit."""
         outcomes: list[Outcome] = [{}] * len(rows)
         unwanted = blocked(self.recipe, self.storage)
         for index, data in self._bytes(rows):
-            result = decode(data, self.recipe.image) if isinstance(data, bytes) else data
+            result = decoder(data) if isinstance(data, bytes) else data
             if isinstance(result, StoredImage) and result.sha256 not in unwanted.sha256:
                 spool.add(index, result.jpeg)
                 outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)

@@ -25,10 +25,12 @@ class Unit:
     """A unit of work: an id that is a good file name, and what `prepare` needs to know, as plain JSON data.
 
     `spec["rows"]`, if present, is the number of samples that it will report: the display shows progress by it.
+    `is_retry`, set for workers: the unit was started before in this run, and failed or ended its worker.
     """
 
     id: str
     spec: dict[str, Any] = field(default_factory=dict)
+    is_retry: bool = False
 
 
 class Job(ABC):

@@ -102,7 +102,8 @@ class ProcessWorkers:
             worker = free[0] if free else self._add(model)
             worker.item = item
             # A worker that has just died is found when it is read.
-            worker.send(("piece", tuple(item)) if isinstance(item, Wire) else ("unit", (item.id, item.spec)))
+            is_retry = self._starts[name] > 1
+            worker.send(("piece", tuple(item)) if isinstance(item, Wire) else ("unit", (item.id, item.spec, is_retry)))
 
     def _add(self, model: bool) -> _Worker:
         worker = _take_idle() or _launch()

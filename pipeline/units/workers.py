@@ -10,6 +10,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from capstan.pipeline.errors import CapstanError
@@ -54,9 +55,11 @@ class Prepare:
         self.job, self.tracker, self.attempts = job, tracker, attempts
 
     def __call__(self, unit: Unit) -> Iterator[Wire]:
-        if self.tracker.start(unit.id) > self.attempts:
+        starts = self.tracker.start(unit.id)
+        if starts > self.attempts:
             yield died(unit.id, self.attempts)
             return
+        unit = replace(unit, is_retry=unit.is_retry or starts > 1)
         start_reporting(self.tracker)
         place = 0
         try:
