@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import socket
 import ssl
 import time
@@ -211,7 +212,7 @@ class HttpClient:
                 target = response.headers.get("Location")
                 if response.status in _REDIRECTS and target:
                     return _parse(target, base=url)
-                if response.status not in (200, 203):
+                if response.status not in (200, 203) and not _is_whole(response):
                     raise self._refused(response, host)
                 tags = response.headers.getall("X-Robots-Tag", ()) if self._fetch.robots and not for_robots else ()
                 if tag := robots.forbidden_by(tags, self._token):
@@ -286,9 +287,9 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
                     raise FetchError("too_large_bytes", f"more than {limit} bytes")
                 break
     except aiohttp.ClientPayloadError as error:
-        if stated is not None or response.headers.get("Content-Encoding") or cut:
+        if response.headers.get("Content-Encoding") or cut:
             raise
-        # Chunks without the last, empty one: only the image itself can tell whether it is whole.
+        # Chunks without the last, empty one, or a length that is too large: the image tells whether it is whole.
         raise FetchError("truncated", _message(error), is_retryable=True, body=bytes(received)) from None
     data = bytes(received)
     packings = response.headers.get("Content-Encoding", "").lower().replace(",", " ").split()
@@ -300,6 +301,12 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
     if not data:
         raise FetchError("empty", "no body")
     return data[:limit] if cut else data
+
+
+def _is_whole(response: aiohttp.ClientResponse) -> bool:
+    """Return whether a response 206 to a request for the whole body has all of it."""
+    size = re.fullmatch(r"bytes 0-(\d+)/(\d+)", response.headers.get("Content-Range", "bytes 0-0/1").strip())
+    return response.status == 206 and size is not None and int(size[1]) + 1 == int(size[2])
 
 
 def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capstan.pipeline.records import PLAN_SCHEMA
+from capstan.pipeline.secrets import public_url
 from capstan.pipeline.source.columns import NO_TEXT, to_json
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ def bounded(rows: pa.Table) -> pa.Table:
     for index in range(len(rows)):
         caption, extra, url = (columns[name][index] for name in ("caption", "extra", "url"))
         if (size := sizes["extra"][index].as_py()) > MOST_TEXT:
-            log.warning("source: left out %s bytes of other columns of the row of %s", f"{size:,}", url[:_SHOWN])
+            log.warning(
+                "source: left out %s bytes of other columns of the row of %s", f"{size:,}", public_url(url)[:_SHOWN]
+            )
             columns["extra"][index] = extra = to_json({OVERSIZED: size})
         if (size := sizes["caption"][index].as_py()) > MOST_TEXT:
             columns["caption"][index] = caption[:_SHOWN]

@@ -40,7 +40,7 @@ def start(folder: Path, ray_folder: Path, executor: str) -> subprocess.Popen[str
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120  # a bound for hangs
+    deadline = time.monotonic() + 300  # a bound for hangs
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

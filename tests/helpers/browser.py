@@ -28,7 +28,7 @@ _SWITCHES = [
     "--no-first-run",
     "--remote-debugging-port=0",
 ]
-_PATIENCE_S = 60.0
+_PATIENCE_S = 300.0
 
 
 def find() -> str | None:
@@ -154,7 +154,7 @@ def start(binary: str) -> Iterator[Browser]:
             yield Browser(_port(Path(profile), process))
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
 
 
 def _port(profile: Path, process: subprocess.Popen[bytes]) -> int:

@@ -69,4 +69,4 @@ class Faulty:
 
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGTERM)
-        self.counts = json.loads(self.process.communicate(timeout=20)[0])
+        self.counts = json.loads(self.process.communicate(timeout=240)[0])

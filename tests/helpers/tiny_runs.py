@@ -36,7 +36,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def wait_for_step(run: Path, step: int, limit_s: float = 200) -> None:
+def wait_for_step(run: Path, step: int, limit_s: float = 500) -> None:
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         if (seen := records(run)) and seen[-1]["step"] >= step:

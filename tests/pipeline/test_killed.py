@@ -49,13 +49,13 @@ def start(folder: Path, cpus: int = 2, executor: str = "auto", **environment: st
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     """The summary, which is all that stdout may carry."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return json.loads(out)
 
 
 def wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -66,7 +66,7 @@ def when(process: subprocess.Popen[str], ready: Callable[[], bool], signal_: sig
     """Send `signal_` as soon as `ready`, and wait for the end."""
     wait(process, ready)
     os.kill(process.pid, signal_)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
 def published(folder: Path) -> dict[str, bytes]:

@@ -83,7 +83,7 @@ def test_killed_or_failed_runs_go_on_and_end_with_the_same_bytes(
         "recaption(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), progress=False)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(file)], start_new_session=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not storage.names("captions") and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)

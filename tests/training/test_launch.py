@@ -76,10 +76,10 @@ def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tm
     first = launch(TORCHRUN, slow, tmp_path)
     wait_for_step(run, 6)
     first.terminate()  # as a scheduler does that takes the machine back
-    assert first.wait(60) != 0
+    assert first.wait(300) != 0
     (stopped,) = re.findall(r"stopped after step (\d+)", (run / "train.log").read_text())
     assert (run / "checkpoints" / f"step-{int(stopped):06d}" / "checkpoint.json").exists()
-    assert launch(ACCELERATE, slow, tmp_path).wait(200) == 0
+    assert launch(ACCELERATE, slow, tmp_path).wait(450) == 0
     words = (run / "train.log").read_text()
     assert words.count("DeepSpeed, ZeRO stage 2, world size 2") == 2
     assert "resuming from" in words
@@ -190,7 +190,7 @@ def test_an_interrupt_saves_ends_soon_and_leaves_no_worker(recipe, tmp_path: Pat
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.json")], env=environment)
     wait_for_step(run, 5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     saved = max((run / "checkpoints").glob("step-*/checkpoint.json"))
     assert json.loads(saved.read_text())["step"] >= 5
     assert not (run / "stop").exists()
@@ -269,7 +269,7 @@ def test_a_scheduler_takes_the_machine_back(recipe, tmp_path: Path, launcher: st
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
     wait_for_step(run, 5)
     process.terminate()
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     (stopped,) = re.findall(r"stopped after step (\d+)", (run / "train.log").read_text())
     assert (run / "checkpoints" / f"step-{int(stopped):06d}" / "checkpoint.json").exists()
 

@@ -199,6 +199,6 @@ def test_a_spoilt_sample_is_named_or_skipped_and_the_run_is_the_same_else(make_d
 def test_without_its_packages_the_trainer_names_the_extra() -> None:
     hidden = "import runpy, sys; sys.modules['torch'] = None; "  # find_spec and import see no torch
     code = f"{hidden}runpy.run_module('capstan.training.trainer', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, "recipe.yaml"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, "recipe.yaml"], capture_output=True, text=True, timeout=300)
     named = "capstan.training.trainer: needs the package torch. Fix: pip install 'capstan-t2i[train]'"
     assert (done.returncode, done.stderr) == (2, f"error: {named}\n")

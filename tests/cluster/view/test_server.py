@@ -34,7 +34,7 @@ def viewing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewing]:
 def status(viewing: Viewing, path: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> int:
     request = urllib.request.Request(viewing.origin + path, data=data, headers=headers or {})
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=120) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -56,7 +56,7 @@ def test_only_the_token_opens_it(viewing: Viewing) -> None:
 def test_the_cookie_is_not_for_scripts_or_other_sites(viewing: Viewing) -> None:
     request = urllib.request.Request(viewing.url)
     try:
-        answer = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+        answer = urllib.request.build_opener(NoRedirect).open(request, timeout=120)
     except urllib.error.HTTPError as error:
         answer = error
     cookie = answer.headers["Set-Cookie"]
@@ -143,12 +143,12 @@ def test_it_listens_on_this_machine_only(viewing: Viewing) -> None:
 def test_it_ends_at_ctrl_c(tmp_path: Path) -> None:
     with Viewing(write_viewed(tmp_path)) as running:
         running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(timeout=60) == 0
+        assert running.process.wait(timeout=300) == 0
 
 
 def test_what_is_no_dataset_is_a_mistake(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "capstan", "view", str(tmp_path / "nothing"), "--no-browser"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 2
     assert "capstan build" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import ray
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe, Resources
@@ -22,7 +23,8 @@ from capstan.pipeline.ingest.job import Ingest
 from capstan.pipeline.source.plan import plan
 from capstan.pipeline.storage import Storage
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+for library in (cloudpickle, ray.cloudpickle):
+    library.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
 BAD = b"ends its process"
 

@@ -73,7 +73,7 @@ def running(tmp_path: Path, port: int) -> Iterator[subprocess.Popen]:
 def scrape(port: int) -> dict[tuple[str, ...], float]:
     """Capstan's series now: (name, stage, what the other label says) → value."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
     except OSError:
         return {}  # not listening yet

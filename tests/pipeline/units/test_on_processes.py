@@ -162,7 +162,7 @@ def test_an_interrupt_ends_the_workers(waiting: tuple[subprocess.Popen[bytes], l
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120  # a bound for hangs
+    deadline = time.monotonic() + 300  # a bound for hangs
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -40,7 +40,7 @@ def site() -> Iterator[Site]:
 
 def fetch(site: Site, url: str) -> tuple[HTTPResponse, bytes]:
     assert url.startswith(f"http://{HOST}/")
-    with urllib.request.urlopen(url.replace(HOST, site.address), timeout=10) as response:
+    with urllib.request.urlopen(url.replace(HOST, site.address), timeout=60) as response:
         return response, response.read()
 
 
@@ -200,14 +200,14 @@ def test_the_site_dies_with_its_parent(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         address = parent.stdout.readline().split()[1]
-        urllib.request.urlopen(f"http://{address}/robots.txt", timeout=10).close()
+        urllib.request.urlopen(f"http://{address}/robots.txt", timeout=60).close()
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             urllib.request.urlopen(f"http://{address}/robots.txt", timeout=1).close()
         except OSError:
             return
         time.sleep(0.1)
-    pytest.fail("the site still answers ten seconds after its parent was killed")
+    pytest.fail("the site still answers two minutes after its parent was killed")

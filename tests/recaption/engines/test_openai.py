@@ -344,7 +344,7 @@ def test_against_transformers_serve(tmp_path: Path) -> None:
 
 
 def _until_ready(address: str, process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while True:
         try:
             with urllib.request.urlopen(address, timeout=5) as answer:

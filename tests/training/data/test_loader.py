@@ -87,7 +87,7 @@ def test_loader_prepares_ahead_and_in_order(squares: Path) -> None:
     third = data.at(16).key
     with Loader(data, prepare, batch=8, start=0, stop=10**9, prefetch=3) as loader:
         first = next(iter(loader))
-        assert started.wait(10)
+        assert started.wait(120)
         assert first.batch["length"].shape == (8,)
         assert first.slots == {"original": 8}
 

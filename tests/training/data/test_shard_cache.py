@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> Counted:
 
 
 def wait_for(condition) -> None:
-    for _ in range(1000):
+    for _ in range(12_000):
         if condition():
             return
         time.sleep(0.01)
@@ -92,7 +92,7 @@ def test_processes_share_a_folder_and_copy_each_file_once(files: Counted, tmp_pa
     command = [sys.executable, "-c", code, files.url, str(tmp_path / "cache")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].split() for process in started]
+    said = [process.communicate(timeout=300)[0].split() for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert sorted([*said[0], *said[1]]) == list("01234")
 

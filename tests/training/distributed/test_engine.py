@@ -85,7 +85,7 @@ def run_workers(phase: str, folder: Path, before: Path, processes: int, **enviro
         )
         for rank in range(processes)
     ]
-    logs = [worker.communicate(timeout=240)[1] for worker in workers]
+    logs = [worker.communicate(timeout=480)[1] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(logs)[-4000:]
     return logs[0]
 

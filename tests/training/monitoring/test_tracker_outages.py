@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
     return Run(TrainConfig.from_section(section))
 
 
-def wait_for(condition, limit_s: float = 60) -> None:
+def wait_for(condition, limit_s: float = 300) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
