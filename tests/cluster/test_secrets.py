@@ -197,9 +197,9 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(
     ours = [line for line in arguments if b"rclone" not in line]
     assert any(worker in line for line in ours)
     assert [line for line in ours if CANARY.encode() in line] == []
+    # Ray's session, logs included, is removed at the end.
     looked = [path for folder in (tmp_path, short) for path in folder.rglob("*") if path.is_file()]
     assert len([path for path in looked if "/s3/" in str(path)]) > 5
-    assert executor != "ray" or len([path for path in looked if path.suffix in (".log", ".out", ".err")]) > 5
     assert [path for path in looked if CANARY.encode() in path.read_bytes()] == []
     assert CANARY not in out + err
 

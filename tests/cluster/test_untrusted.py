@@ -17,6 +17,7 @@ from source_files import rows, write_tar
 FLOORS = ("pipeline", "recaption", "training", "cluster")
 # Pickles that Capstan itself wrote a moment ago, for another process of the same run.
 OWN_PICKLES = {
+    "pipeline/ingest/guarded.py",
     "pipeline/units/__init__.py",
     "pipeline/units/on_processes.py",
     "pipeline/units/process_worker.py",
