@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from capstan.pipeline.errors import CapstanError
-from capstan.pipeline.records import storable
+from capstan.pipeline.score.by_halves import by_halves, shown
 from capstan.recaption.engines import CUT_BEFORE_TEXT, Caption, CaptionEngine, EngineInput, Request
 from capstan.recaption.engines.reasoning import without_reasoning
 from capstan.recaption.lint import linter
@@ -21,7 +20,6 @@ from capstan.recaption.store import Row
 log = logging.getLogger(__name__)
 
 ENGINE_ERROR: Final = "engine_error"  # reason: the engine raised on this image alone
-MOST_SHOWN: Final = 300  # characters of an error
 
 
 @dataclass
@@ -78,51 +76,23 @@ def _caption(
 
     Raises the error if every one of several images raises: then the engine is at fault, not an image.
     """
-    try:
-        return _bisect(engine, images, requests, attempt)
-    except CapstanError:
-        raise
-    except Exception as error:
-        if len(requests) > 1:
-            raise
-        return [_failed(requests[0], error)]
 
+    def caption(places: Sequence[int]) -> list[dict[str, Caption]]:
+        return engine.caption(
+            [images[place] for place in places], [requests[place] for place in places], attempt=attempt
+        )
 
-def _bisect(
-    engine: CaptionEngine, images: Sequence[EngineInput], requests: Sequence[Request], attempt: int
-) -> list[dict[str, Caption]]:
-    """Return the captions; halve a batch that raises until the images that do are found. Raises if all of them do."""
-    try:
-        return engine.caption(images, requests, attempt=attempt)
-    except CapstanError:
-        raise  # the recipe, a server or the storage, not an image
-    except Exception as error:
-        if len(requests) == 1:
-            raise
-        log.debug("a batch of %d images raised %s: trying its halves", len(requests), type(error).__name__)
-    middle, halves, errors = len(requests) // 2, list[list[dict[str, Caption]] | None](), list[Exception]()
-    parts = [slice(None, middle), slice(middle, None)]
-    for part in parts:
-        try:
-            halves.append(_bisect(engine, images[part], requests[part], attempt))
-        except CapstanError:
-            raise
-        except Exception as error:  # noqa: BLE001 - sample boundary: every image of this half raises
-            halves.append(None)
-            errors.append(error)
-    if len(errors) == len(parts):
-        raise errors[0]
-    captions = list[dict[str, Caption]]()
-    for part, half in zip(parts, halves, strict=True):
-        captions += half if half is not None else [_failed(request, errors[0]) for request in requests[part]]
-    return captions
+    found, errors = by_halves(range(len(requests)), caption)
+    captions = {place: _failed(requests[place], error) for place, error in errors.items()}
+    for places, made in found:
+        captions |= dict(zip(places, made, strict=True))
+    return [captions[place] for place in range(len(requests))]
 
 
 def _failed(request: Request, error: Exception) -> dict[str, Caption]:
     """Return failed captions for an image on which the engine raised."""
-    message = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
-    log.warning("image %s: the engine raised %s", request.sha256, message)
-    return {slot: Caption("", 0, "none", 0, ENGINE_ERROR, storable(message)) for slot in request.slots}
+    log.warning("image %s: the engine raised %s", request.sha256, shown(error))
+    return {slot: Caption("", 0, "none", 0, ENGINE_ERROR, shown(error)) for slot in request.slots}
 
 
 def _answered(caption: Caption) -> Caption:

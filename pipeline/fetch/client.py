@@ -304,9 +304,10 @@ async def _body(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
 
 
 def _is_whole(response: aiohttp.ClientResponse) -> bool:
-    """Return whether a response 206 to a request for the whole body has all of it."""
-    size = re.fullmatch(r"bytes 0-(\d+)/(\d+)", response.headers.get("Content-Range", "bytes 0-0/1").strip())
-    return response.status == 206 and size is not None and int(size[1]) + 1 == int(size[2])
+    """Return whether a response 206 to a request for the whole body has all of it, or does not say what it has."""
+    stated = response.headers.get("Content-Range")
+    size = re.fullmatch(r"bytes 0-(\d+)/(\d+)", stated.strip()) if stated else None
+    return response.status == 206 and (not stated or (size is not None and int(size[1]) + 1 == int(size[2])))
 
 
 def _unpack(data: bytes, packing: str, limit: int, *, cut: bool) -> bytes:

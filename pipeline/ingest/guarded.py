@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import pickle
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import cloudpickle  # by value what the child cannot import
 
 from capstan.pipeline.image.decode import Failure, StoredImage
+from capstan.pipeline.units import child
+from capstan.pipeline.units.child import start_child
 
 Decoder = Callable[[bytes], StoredImage | Failure]
 
 DECODE_S: Final = 120.0  # of one image; the largest allowed ones take seconds
 _START_S: Final = 300.0  # a child imports the codecs, maybe from a slow disk
 _TRIES: Final = 2  # a child that ends may have been killed for another process's memory
-_CODE: Final = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from capstan.pipeline.ingest.guarded import main
-main()
-"""
 
 
 @contextlib.contextmanager
@@ -98,15 +92,7 @@ class _Child:
     def _start(self) -> None:
         if self.process is not None:
             return
-        self._connection, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        self.process, self._connection = start_child("capstan.pipeline.ingest.guarded")
         try:
             self._connection.send_bytes(self._pickled)
             if not self._connection.poll(_START_S):
@@ -127,9 +113,9 @@ class _Child:
 
 
 def main() -> None:
-    """Decode what comes through the connection whose file descriptor is the first argument, until it is closed."""
+    """Decode what comes through the pipe, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    connection = child.connection()
     with contextlib.suppress(EOFError, OSError):  # the parent has closed its end, or is gone
         decoder: Decoder = pickle.loads(connection.recv_bytes())
         connection.send_bytes(b"ready")

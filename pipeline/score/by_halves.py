@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.records import storable
 
 Result = TypeVar("Result")
 
-MODEL_ERROR: Final = "model_error"  # reason: the model raised on this sample alone
-_SHOWN: Final = 300  # characters of an error
+_SHOWN = 300  # characters of an error
 
 
 def by_halves(
     places: Sequence[int], compute: Callable[[Sequence[int]], Result]
-) -> tuple[list[tuple[list[int], Result]], dict[int, str]]:
-    """Return [(places, their result)] and place → reason of those that `compute` raises on.
+) -> tuple[list[tuple[list[int], Result]], dict[int, Exception]]:
+    """Return [(places, their result)] and place → error of those that `compute` raises on.
 
     A batch that raises is halved until the places at fault are found. Raises the error if every one of several places
     raises: then the model is at fault. Errors of the recipe, a server or the storage (CapstanError) are raised, too.
@@ -25,7 +24,7 @@ def by_halves(
     found, errors = _halved(list(places), compute)
     if len(errors) == len(places) > 1:
         raise next(iter(errors.values()))
-    return found, {place: _reason(error) for place, error in errors.items()}
+    return found, errors
 
 
 def _halved(
@@ -43,5 +42,11 @@ def _halved(
     return first + second, errors | others
 
 
-def _reason(error: Exception) -> str:
-    return storable(" ".join(f"{MODEL_ERROR}: {type(error).__name__}: {error}".split())[:_SHOWN])
+def shown(error: Exception) -> str:
+    """Return an error's type and message as one line that a table can hold."""
+    return storable(" ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN])
+
+
+def model_errors(errors: dict[int, Exception]) -> dict[int, str]:
+    """Return place → reason of samples on which a model raised."""
+    return {place: f"model_error: {shown(error)}" for place, error in errors.items()}

@@ -29,7 +29,7 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, images
 from capstan.pipeline.records import storable
 from capstan.pipeline.score import store
-from capstan.pipeline.score.by_halves import by_halves
+from capstan.pipeline.score.by_halves import by_halves, model_errors
 from capstan.pipeline.score.clip_model import ClipModel, Loaded
 from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
 from capstan.pipeline.storage import Storage
@@ -159,7 +159,7 @@ def _read(scorer: EmbeddingScorer, batch: Batch) -> tuple[Found, dict[int, str]]
         values = [part[field.name] for _, part in parts]
         arrays = all(isinstance(some, np.ndarray) for some in values)
         columns[field.name] = np.concatenate(values) if arrays else [value for some in values for value in some]
-    return ([place for places, _ in parts for place in places], columns), errors
+    return ([place for places, _ in parts for place in places], columns), model_errors(errors)
 
 
 class _Piece:

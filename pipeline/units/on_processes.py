@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import pickle
 import subprocess
@@ -18,24 +17,19 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
 import cloudpickle  # by value what workers cannot import: jobs of a notebook or of a script
 
 from capstan.pipeline.config import Resources
+from capstan.pipeline.units.child import start_child
 from capstan.pipeline.units.job import Job, Unit
 from capstan.pipeline.units.process_worker import ONE_THREAD, Done, Start
 from capstan.pipeline.units.workers import Wire, died, has_model, item_of
 
 _WAITING_PIECES: Final = 2  # per model worker, as on Ray
-_CODE: Final = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from capstan.pipeline.units.process_worker import main
-main()
-"""
 
 
 class ProcessWorkers:
@@ -166,18 +160,7 @@ def _take_idle() -> _Worker | None:
 
 
 def _launch() -> _Worker:
-    ours, theirs = Pipe()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, str(theirs.fileno()), json.dumps(sys.path)],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | ONE_THREAD,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # the driver's is for the summary
-            stderr=subprocess.DEVNULL,  # as on Ray: what matters comes as a reason
-            start_new_session=True,  # an interrupt is for the driver
-        )
-    return _Worker(process, ours)
+    return _Worker(*start_child("capstan.pipeline.units.process_worker", ONE_THREAD))
 
 
 @atexit.register

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
+from capstan.pipeline.units import child
 from capstan.pipeline.units.job import Unit
 from capstan.pipeline.units.workers import Model, Prepare, Wire, reason_of, stand_in
 
@@ -42,9 +43,9 @@ class Done(NamedTuple):
 
 
 def main() -> None:
-    """Work for the driver at the other end of the connection whose file descriptor is the first argument."""
+    """Work for the driver at the other end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    connection, inbox = Connection(int(sys.argv[1])), queue.Queue[Any](1)
+    connection, inbox = child.connection(), queue.Queue[Any](1)
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     work: Callable[[Any], Iterator[Wire]] | None = None
     while True:

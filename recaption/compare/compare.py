@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.score.by_halves import by_halves
+from capstan.pipeline.score.by_halves import by_halves, model_errors
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 from capstan.recaption.compare import contact_sheet, metrics
@@ -125,7 +125,7 @@ def _embedded(
     for part, embeddings in found:
         stops = np.cumsum([1 if chunks is None else len(chunks[place]) for place in part])
         rows |= dict(zip(part, np.split(embeddings, stops[:-1]), strict=True))
-    return rows, errors
+    return rows, model_errors(errors)
 
 
 def compare(

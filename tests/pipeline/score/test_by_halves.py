@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from capstan.pipeline.errors import StorageError
-from capstan.pipeline.score.by_halves import by_halves
+from capstan.pipeline.score.by_halves import by_halves, model_errors
 from capstan.pipeline.score.clip_model import ClipModel
 from capstan.pipeline.score.clip_score import ClipSimilarity, Embeddings
 from capstan.pipeline.score.job import Batch, _read
@@ -30,13 +30,14 @@ def test_only_those_at_fault_are_flagged(bad: tuple[int, ...]) -> None:
     assert {place: value for places, values in found for place, value in zip(places, values, strict=True)} == {
         place: place * 10 for place in range(7) if place not in bad
     }
-    assert errors == {place: f"model_error: ValueError: cannot take {place}" for place in bad}
+    assert model_errors(errors) == {place: f"model_error: ValueError: cannot take {place}" for place in bad}
 
 
 def test_a_model_that_raises_on_everything_is_at_fault_itself() -> None:
     with pytest.raises(ValueError, match="cannot take"):
         by_halves(range(4), raising_on(*range(4)))
-    assert by_halves([3], raising_on(3)) == ([], {3: "model_error: ValueError: cannot take 3"})
+    found, errors = by_halves([3], raising_on(3))
+    assert (found, model_errors(errors)) == ([], {3: "model_error: ValueError: cannot take 3"})
 
     def storage_is_out(places: Sequence[int]) -> None:
         raise StorageError("dataset", "the bucket is away", "wait")
