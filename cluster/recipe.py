@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from capstan.pipeline import extras
-from capstan.pipeline.config import Recipe, apply_overrides, read_recipe, validate
+from capstan.pipeline.config import Recipe, validate
 from capstan.pipeline.secrets import refuse_secrets
+from capstan.pipeline.text.recipe_file import apply_overrides, read_recipe
 from capstan.recaption.config import RecaptionConfig
 from capstan.training.config import FAMILIES, TrainConfig, json_schema
 from capstan.training.experiment.config import ExperimentConfig

@@ -188,8 +188,9 @@ def open_dataset(dataset: str, overrides: Sequence[str], *, field: str = "DATASE
 
     Raises RecipeError for other keys, and if the storage cannot be reached.
     """
-    from capstan.pipeline.config import Recipe, apply_overrides, validate
+    from capstan.pipeline.config import Recipe, validate
     from capstan.pipeline.storage import Storage
+    from capstan.pipeline.text.recipe_file import apply_overrides
 
     raw = apply_overrides({}, overrides)
     if unused := sorted(raw.keys() - {"storage"}):

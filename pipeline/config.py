@@ -9,9 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -26,7 +24,6 @@ from pydantic import (
 )
 
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.text import safe_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Typed = TypeVar("Typed")
@@ -409,51 +406,6 @@ def _walk_types(annotation: Any) -> list[Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe file as plain data and apply `a.b=value` overrides (values are YAML).
-
-    Raises RecipeError if the file cannot be read or is not a YAML mapping.
-    """
-    file = Path(path)
-    try:
-        raw = safe_yaml.parse_file(file)
-    except FileNotFoundError:
-        raise RecipeError("RECIPE", f"no file {file}", "check the path, or write one with `capstan init`") from None
-    except OSError as error:
-        raise RecipeError("RECIPE", f"cannot read {file} ({error.strerror})", "choose a readable YAML file") from None
-    except safe_yaml.InvalidYaml as error:
-        raise RecipeError("RECIPE", f"{file} is not valid YAML: {error}", "correct the file") from None
-    if not isinstance(raw, dict):
-        raise RecipeError("RECIPE", f"{file} is not a mapping", "start from `capstan init`")
-    return apply_overrides(raw, overrides)
-
-
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `a.b=value` overrides to `raw` in place and return it."""
-    for override in overrides:
-        _apply(raw, override)
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise RecipeError("--set", f"{override!r} is not a.b=value", "use e.g. --set image.size=256")
-    *parents, last = name.split(".")
-    node = raw
-    for depth, parent in enumerate(parents):
-        inner = node.get(parent)
-        if inner is None:
-            inner = node[parent] = {}
-        if not isinstance(inner, dict):
-            raise RecipeError("--set", f"{'.'.join(parents[: depth + 1])} is not a section", "name a key of a section")
-        node = inner
-    try:
-        node[last] = safe_yaml.parse(text)
-    except safe_yaml.InvalidYaml as error:
-        raise RecipeError("--set", f"the value of {name} is not valid YAML ({error})", "quote it") from None
 
 
 def fingerprint(value: Any) -> str:

@@ -32,8 +32,9 @@ if __name__ == "__main__":
 
 import torch
 
-from capstan.pipeline.config import Recipe, read_recipe, validate
+from capstan.pipeline.config import Recipe, validate
 from capstan.pipeline.text.printable import PrintableFormatter
+from capstan.pipeline.text.recipe_file import read_recipe
 from capstan.training.config import Shape, TrainConfig, family_class
 from capstan.training.data.bad_samples import FILE, BadSamples
 from capstan.training.data.dataset import TrainingData

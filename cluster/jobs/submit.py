@@ -18,10 +18,11 @@ from typing import Any, Final
 from capstan.cluster.jobs.store import JobRecord, save, state_of, still_running
 from capstan.cluster.recipe import load
 from capstan.cluster.targets.base import JobSpec, State, Target
-from capstan.pipeline.config import Recipe, apply_overrides
+from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.secrets import refuse_assignments, refuse_secrets
 from capstan.pipeline.text.printable import printable
+from capstan.pipeline.text.recipe_file import apply_overrides
 
 _HERE_ONLY: Final = {"submit", "jobs", "init", "schema"}
 _ASK_EVERY_S: Final = 1.0

@@ -1,7 +1,7 @@
 """Verdicts given in the browser → review files, published under a lease; takedown lists → key files
 
-A verdict is on storage before the browser is told so. The lease of a review is held while verdicts come, and given back
-after a pause, since a build needs the whole dataset.
+A verdict is on storage before the browser sees it as saved. The lease of a review is held while verdicts come, and
+released after a pause, since a build needs the whole dataset.
 """
 
 from __future__ import annotations

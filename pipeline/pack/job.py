@@ -210,18 +210,8 @@ def pack(
     tables = ledger.units(decisions)
     ledger.forget_stale(tables)
     summary = run(ledger, tables, recipe.resources, progress=progress)
-    work = [
-        Unit(
-            unit.id,
-            {
-                **unit.spec,
-                "shelf": shelf.get(unit.spec["shard"], []),
-                **({"packed": done[unit.id]} if unit.id in changed else {}),
-            },
-        )
-        for unit in units
-    ]
     if not summary.quarantined:  # a shard takes its rows from the ledger
+        work = [_with_sources(unit, shelf, done[unit.id] if unit.id in changed else None) for unit in units]
         summary = run(job, work, recipe.resources, redo=changed, progress=progress)
     done = job.markers.read()
     listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
@@ -244,6 +234,12 @@ def pack(
         if not recipe.keep_staged:
             free(storage, decisions.units)
     return manifest, summary
+
+
+def _with_sources(unit: Unit, shelf: Mapping[str, list[Packed]], packed: Mapping[str, Any] | None) -> Unit:
+    """Return a shard's unit with the copies that hold its images, and its entry if only its table is `packed` again."""
+    more = {} if packed is None else {"packed": packed}
+    return Unit(unit.id, {**unit.spec, "shelf": shelf.get(unit.spec["shard"], []), **more})
 
 
 def unlisted(storage: Storage, manifest: Manifest) -> list[str]:

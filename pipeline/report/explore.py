@@ -189,7 +189,7 @@ class Explorer:
         return Page([rows[key] for key, _, _ in found], more, total, low, high)
 
     def _whole(self, hits: int, sample: Rows) -> tuple[int, int, int]:
-        """Return how many of all rows there are for so many of a sample, and the bounds of that (95%)."""
+        """Return the estimated number of all rows for a number of sampled ones, with its bounds (95%)."""
         low, high = wilson(hits, sample.count)
         rows = self.rows.count
         return round(hits / max(sample.count, 1) * rows), round(low * rows), round(high * rows)

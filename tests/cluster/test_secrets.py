@@ -186,10 +186,11 @@ def test_a_build_into_a_bucket_writes_no_secret_anywhere(
         ]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             arguments: set[bytes] = set()
-            while process.poll() is None:
+            while True:
                 arguments |= _command_lines()
                 try:
                     out, err = process.communicate(timeout=0.1)
+                    break
                 except subprocess.TimeoutExpired:
                     continue
         assert process.returncode == 0, err

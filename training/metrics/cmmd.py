@@ -16,7 +16,7 @@ import torch
 from capstan.training.config.monitoring import ClipSettings
 from capstan.training.metrics.clip_score import ClipScore
 from capstan.training.metrics.metric import Total
-from capstan.training.metrics.mmd import FeatureRows, gaussian, mmd2
+from capstan.training.metrics.mmd import FeaturePair, gaussian, mmd2
 from capstan.training.metrics.samples import EvalSet
 
 _SCALE = 1000
@@ -29,25 +29,20 @@ class ClipDistance(ClipScore):
 
     def __init__(self, model: ClipSettings, field: str) -> None:
         super().__init__(model, field)
-        self.truth: torch.Tensor | None = None  # [count, dim]
-        self.drawn_rows, self.true_rows = FeatureRows(), FeatureRows()
-        self.count = 0  # images in all, over all workers
+        self.pair = FeaturePair()
 
     def check(self, eval_set: EvalSet) -> None:
         super().check(eval_set)
-        self.count = len(eval_set)
+        self.pair.count = len(eval_set)
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
-        self.drawn_rows, self.true_rows = FeatureRows(), FeatureRows()
+        self.pair.reset()
         with super().ready(device):
             yield
 
     def add(self, eval_set: EvalSet, numbers: Sequence[int], pictures: np.ndarray) -> None:
-        self.count = len(eval_set)
-        self.drawn_rows.add(list(numbers), self._embed(pictures))
-        if self.truth is None:
-            self.true_rows.add(list(numbers), self._embed(eval_set.images(numbers, pictures.shape[1])))
+        self.pair.add(eval_set, numbers, pictures, self._embed)
 
     def _embed(self, images: np.ndarray) -> torch.Tensor:
         assert self.loaded is not None
@@ -55,7 +50,4 @@ class ClipDistance(ClipScore):
         return torch.nn.functional.normalize(features, dim=-1)
 
     def result(self, total: Total) -> dict[str, float]:
-        if self.truth is None:
-            self.truth = self.true_rows.whole(self.count, self.tower.dim, total)
-        drawn = self.drawn_rows.whole(self.count, self.tower.dim, total)
-        return {"cmmd": _SCALE * mmd2(drawn, self.truth, gaussian)}
+        return {"cmmd": _SCALE * mmd2(*self.pair.whole(self.tower.dim, total), gaussian)}

@@ -17,7 +17,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config.monitoring import Fid, Kid
 from capstan.training.metrics.fid import FrechetDistance
 from capstan.training.metrics.metric import Total
-from capstan.training.metrics.mmd import FeatureRows, polynomial, subsets_mmd2
+from capstan.training.metrics.mmd import FeaturePair, polynomial, subsets_mmd2
 from capstan.training.metrics.samples import EvalSet
 
 _FEWEST = 4  # images: a subset is at most half of them, and needs two
@@ -29,13 +29,11 @@ class KernelDistance(FrechetDistance):
     def __init__(self, settings: Kid, network: Fid, field: str) -> None:
         super().__init__(network, field)
         self.settings = settings
-        self.truth: torch.Tensor | None = None  # [count, F]
-        self.drawn_rows, self.true_rows = FeatureRows(), FeatureRows()
-        self.count = 0  # images in all, over all workers
+        self.pair = FeaturePair()
 
     def check(self, eval_set: EvalSet) -> None:
         super().check(eval_set)
-        self.count = len(eval_set)
+        self.pair.count = len(eval_set)
 
     def refuse_few_images(self, count: int) -> None:
         if count < _FEWEST:
@@ -44,15 +42,12 @@ class KernelDistance(FrechetDistance):
 
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
-        self.drawn_rows, self.true_rows = FeatureRows(), FeatureRows()
+        self.pair.reset()
         with super().ready(device):
             yield
 
     def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
-        self.count = len(eval_set)
-        self.drawn_rows.add(list(numbers), self._features(images))
-        if self.truth is None:
-            self.true_rows.add(list(numbers), self._features(eval_set.images(numbers, images.shape[1])))
+        self.pair.add(eval_set, numbers, images, self._features)
 
     def _features(self, images: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
@@ -61,11 +56,8 @@ class KernelDistance(FrechetDistance):
         return torch.as_tensor(features).reshape(len(images), -1)
 
     def result(self, total: Total) -> dict[str, float]:
-        width = len(self.metric.real_features_sum)
-        if self.truth is None:
-            self.truth = self.true_rows.whole(self.count, width, total)
-        drawn = self.drawn_rows.whole(self.count, width, total)
+        drawn, truth = self.pair.whole(len(self.metric.real_features_sum), total)
         size = self.settings.size or min(1000, len(drawn) // 2)
         size = min(size, len(drawn))
-        mean, std = subsets_mmd2(drawn, self.truth, polynomial, self.settings.subsets, size)
+        mean, std = subsets_mmd2(drawn, truth, polynomial, self.settings.subsets, size)
         return {"kid": mean, "kid_std": std}

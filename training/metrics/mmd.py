@@ -8,13 +8,15 @@ Fréchet distance of so few images is mostly bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from capstan.training.metrics.metric import Total
+from capstan.training.metrics.samples import EvalSet
 
+Features = Callable[[np.ndarray], torch.Tensor]  # uint8 images [N, H, W, 3] → [N, F]
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [N, F], [M, F] → [N, M]
 
 _ROWS = 1024  # of a kernel matrix that are held at once
@@ -74,3 +76,29 @@ class FeatureRows:
         for number, row in self.rows.items():
             mine[number] = row
         return total(mine)
+
+
+class FeaturePair:
+    """The features of drawn images and of the true ones; the latter are kept from one evaluation to the next."""
+
+    def __init__(self) -> None:
+        self.count = 0  # images in all, over all workers
+        self.truth: torch.Tensor | None = None  # [count, F]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the drawn images, for another evaluation."""
+        self._drawn, self._true = FeatureRows(), FeatureRows()
+
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], drawn: np.ndarray, features: Features) -> None:
+        """Add the features of drawn images, and of the true ones of these numbers."""
+        self.count = len(eval_set)
+        self._drawn.add(list(numbers), features(drawn))
+        if self.truth is None:
+            self._true.add(list(numbers), features(eval_set.images(numbers, drawn.shape[1])))
+
+    def whole(self, width: int, total: Total) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features of all drawn and of all true images [count, width]; the same on all workers."""
+        if self.truth is None:
+            self.truth = self._true.whole(self.count, width, total)
+        return self._drawn.whole(self.count, width, total), self.truth

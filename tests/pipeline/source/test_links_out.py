@@ -101,7 +101,7 @@ def test_hugging_faces_cache_is_read(tmp_path: Path, named: str) -> None:
 
 @pytest.mark.parametrize("name", ["datasets--someone--photos", "photos"])
 def test_a_cache_is_no_way_out(tmp_path: Path, name: str) -> None:
-    """Neither a link beside the blobs, nor a folder that only has a folder `snapshots`, nor another's blobs."""
+    """Neither a link next to the blobs, nor a folder that only has a folder `snapshots`, nor another's blobs."""
     (tmp_path / "secret").write_text(SECRET)
     snapshot = _cache(tmp_path / "hub", name)
     other = _cache(tmp_path / "hub", "datasets--other--private")

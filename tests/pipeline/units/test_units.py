@@ -146,7 +146,7 @@ def test_what_keeps_failing_is_quarantined_and_the_others_finish(resources: Reso
     assert "Traceback" in record["reason"]
     assert not job.storage.exists("out/bad.json")
 
-    assert run(job, units, resources, progress=False).done == 1  # its reasons are gone: it heals
+    assert run(job, units, resources, progress=False).done == 1  # its reasons are gone
     assert not job.storage.exists("state/squares/quarantine/bad.json")
 
 

@@ -76,7 +76,7 @@ def result(metric: Metric, eval_set: EvalSet, images: np.ndarray, workers: int =
             if isinstance(metric, FrechetDistance):
                 metric.true = {}
             if isinstance(metric, KernelDistance | ClipDistance):
-                metric.truth = None
+                metric.pair.truth = None
             with metric.ready(CPU):
                 numbers = list(range(worker, len(eval_set), workers))
                 metric.add(eval_set, numbers, images[numbers])
@@ -280,7 +280,7 @@ def test_cmmd_is_the_mmd_of_clips_embeddings(tmp_path: Path) -> None:
     )
     expected = 1000 * brute(a, b, lambda p, q: np.exp(-((p - q) ** 2).sum() / 200))
     assert result(metric, truth, drawn)["cmmd"] == pytest.approx(expected, abs=1e-4)
-    metric.truth = None
+    metric.pair.truth = None
     assert result(metric, truth, drawn, workers=3)["cmmd"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -319,7 +319,7 @@ def test_open_nsfw_is_a_feature_network_that_needs_no_file() -> None:
     kid.check(truth)
     near, far = (result(kid, truth, Images(8, level).made)["kid"] for level in (21, 160))
     assert near < far
-    assert kid.truth is not None
-    assert kid.truth.shape == (8, 1024)
+    assert kid.pair.truth is not None
+    assert kid.pair.truth.shape == (8, 1024)
     with pytest.raises(RecipeError, match="8 images are too few for a Fréchet distance of 1024 features"):
         FrechetDistance(Fid(features="open_nsfw"), "watch.evaluate.fid").check(truth)

@@ -61,7 +61,7 @@ class TextSettings(Section):
     pretrained: str | tuple[str | EncoderSettings, ...] | None = None
     vocab_size: Annotated[int, Field(ge=514)] = 8192  # at most; fewer if the captions yield fewer
     length: Annotated[int, Field(ge=4)] = 77  # tokens, including start and end; longer prompts are truncated
-    chunks: Positive | None = None  # frozen CLIPs only: long texts are read in so many chunks (null: 1); no export then
+    chunks: Positive | None = None  # frozen CLIPs only: chunks in which a long text is read (null: 1); no export then
     width: Positive = 512
     layers: Positive = 6
     heads: Positive = 8
