@@ -24,8 +24,13 @@ export function say(text) {
   document.getElementById("message").textContent = text;
 }
 
-// Questions to the server. A mistake comes back as {field, problem, hint} and is shown.
+// Questions to the server. A mistake comes back as {field, problem, hint} and is shown, until a later question of the
+// same kind is answered: other answers, and late ones to earlier questions, must not wipe it off.
+let asked = 0;
+let mistake = { kind: "", number: 0 };
+
 export async function ask(path, body) {
+  const question = { kind: path.split(/[?]/)[0].split("/", 3).join("/"), number: (asked += 1) };
   const options = body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": "application/json", "X-Capstan": "1" }, body: JSON.stringify(body),
   };
@@ -33,9 +38,11 @@ export async function ask(path, body) {
   try {
     answer = await fetch(path, options);
   } catch {
+    mistake = question;
     say("The viewer has ended. Run capstan view again.");
     throw new Error("no answer");
   }
+  if (!answer.ok) mistake = question;
   if (answer.status === 400) {
     const { field, problem, hint } = await answer.json();
     say(`${field}: ${problem}. Fix: ${hint}`);
@@ -45,7 +52,7 @@ export async function ask(path, body) {
     say(await answer.text());
     throw new Error(answer.statusText);
   }
-  say("");
+  if (mistake.kind === question.kind && mistake.number < question.number) say("");
   return answer.json();
 }
 
