@@ -303,6 +303,7 @@ def _publish(
     return {
         "dataset": recipe.dataset,
         "counts": manifest.counts,
+        **({"licenses": manifest.licenses} if manifest.licenses else {}),
         "funnel": manifest.funnel,
         "quarantined": bad,
     }

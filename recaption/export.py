@@ -33,7 +33,7 @@ from capstan.pipeline.errors import Quarantined, RecipeError
 from capstan.pipeline.lease import lease
 from capstan.pipeline.pack.job import sample_fields, unlisted
 from capstan.pipeline.prefetch import ahead
-from capstan.pipeline.records import FORMAT_VERSION, SHARD_SCHEMA
+from capstan.pipeline.records import CRC32, FORMAT_VERSION
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import Job, Piece, Unit, report, run
@@ -73,7 +73,7 @@ class Export(Job):
             places = write_samples(tar, self._samples(dataset.read_images(name), rows), digest)
             size = tar.stat().st_size
             placed = [row | place._asdict() for row, place in zip(rows, places, strict=True)]
-            table = pa.Table.from_pylist(placed, SHARD_SCHEMA)
+            table = pa.Table.from_pylist(placed, _with_crc32(table.schema))
             data = parquet_bytes(table)
             entry = ShardEntry(
                 name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256=sha256_of(data)
@@ -107,6 +107,11 @@ class Export(Job):
             assert key == row["key"]
             report({"samples": 1, "bytes": len(jpeg)})
             yield Sample(key, jpeg, sample_fields(row), row["caption"])
+
+
+def _with_crc32(schema: pa.Schema) -> pa.Schema:
+    """Return a shard table's schema, its scores included, with the checksums that older tables lack."""
+    return schema if CRC32.name in schema.names else schema.append(CRC32)
 
 
 def export(

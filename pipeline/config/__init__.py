@@ -23,7 +23,7 @@ from capstan.pipeline.config.score import (
 )
 from capstan.pipeline.config.section import Section, fingerprint, validate
 from capstan.pipeline.config.select import Blocklist, Condition, CopyDetection, Dedup
-from capstan.pipeline.config.source import Fetch, Image, Source, WorldSource
+from capstan.pipeline.config.source import Fetch, Image, OneLicense, Source, WorldSource
 from capstan.pipeline.errors import RecipeError
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ImageScore",
     "LanguageScore",
     "NsfwScore",
+    "OneLicense",
     "Recipe",
     "Resources",
     "Score",

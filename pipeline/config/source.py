@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from capstan.pipeline.config.section import Section
+from capstan.pipeline.config.section import Section, without_unset
 
 
 class WorldSource(Section):
@@ -24,6 +24,12 @@ class WorldSource(Section):
     max_objects: Annotated[int, Field(ge=1, le=3)] = 3
 
 
+class OneLicense(Section):
+    """One licence for all rows."""
+
+    all: Annotated[str, Field(min_length=1)]
+
+
 class Source(Section):
     path: str | list[str] | None = None
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
@@ -36,6 +42,12 @@ class Source(Section):
     hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
     storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if in the same storage
     world: WorldSource | None = None
+    license: str | OneLicense | None = None  # column with the rows' licences, or {all: CC-BY-4.0}
+
+    @model_serializer(mode="wrap")
+    def _without_license(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset `license`, so that recipes of earlier versions keep their hash."""
+        return without_unset(dump(self), "license")
 
     @model_validator(mode="after")
     def _has_rows(self) -> Source:

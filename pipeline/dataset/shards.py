@@ -206,6 +206,7 @@ class Manifest(_Entry):
     selection: str = ""
     complete: bool = True
     counts: dict[str, int] = {}
+    licenses: dict[str, int] = {}  # SPDX expression → kept rows, if the recipe names the source's licences
     funnel: list[dict[str, Any]] = []  # {step, rows}: rows left after each step of the selection
     shards: list[ShardEntry] = []
     ledger: list[LedgerEntry] = []

@@ -44,6 +44,7 @@ from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import pins
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
+from capstan.pipeline.select.licenses import LICENSE, identity, setting_of
 from capstan.pipeline.select.review import reviews_signature
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.storage import Storage, parquet_bytes
@@ -141,10 +142,11 @@ def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
     """Return the content of KEY.json: the same keys for every sample, and no nulls.
 
     `phash` is hexadecimal, since it exceeds signed 64 bits. `extra` is JSON text, since the source's columns may be
-    null or change their type from row to row.
+    null or change their type from row to row. `license` is there if the dataset has that column.
     """
     names = ["key", "url", "caption", "width", "height", "original_width", "original_height", "sha256"]
-    return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"]}
+    more = {LICENSE.name: row[LICENSE.name]} if LICENSE.name in row else {}
+    return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"], **more}
 
 
 def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
@@ -163,6 +165,7 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
     outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
     if any(step.review is not None for step in recipe.select):
         outside.append(reviews_signature(recipe, storage))
+    outside += identity(setting_of(recipe))
     return fingerprint(
         [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
     )
@@ -223,6 +226,7 @@ def pack(
             "funnel": decisions.funnel,
             "shards": [ShardEntry(**entry) for entry in listed],
             "ledger": ledger.entries(tables),
+            "licenses": ledger.licenses(tables),
         }
     )
     manifest = manifest.model_copy(update={"indexes": write_indexes(storage, manifest)})
@@ -267,7 +271,8 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
         if not len(rows):  # all its rows were taken down
             continue
         image = recipe.image.model_dump(mode="json")
-        content = fingerprint([FORMAT_VERSION, image, decisions.keys(rows), decisions.hashes(rows)])
+        facts = [image, decisions.keys(rows), decisions.hashes(rows), *identity(setting_of(recipe))]
+        content = fingerprint([FORMAT_VERSION, *facts])
         segments = _segments(decisions, starts, int(rows[0]), int(rows[-1]) + 1)
         files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
         scores = fingerprint([pinned, files]) if pinned else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +22,11 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.damage import noted_damage
 from capstan.pipeline.dataset.shards import LedgerEntry, sha256_of
 from capstan.pipeline.ingest.job import Staged
-from capstan.pipeline.records import FORMAT_VERSION, LEDGER_SCHEMA, with_scores
+from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, with_scores
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import added, joined
 from capstan.pipeline.select.decide import Decisions
+from capstan.pipeline.select.licenses import LICENSE, identity, license_fields, licenses, setting_of
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import Job, Piece, Unit
 
@@ -45,8 +47,10 @@ class WriteLedger(Job):
     def __init__(self, recipe: Recipe, storage: Storage, pinned: list[dict[str, Any]]) -> None:
         self.storage, self._scores = storage, registry.columns(recipe)
         metadata = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
-        self._schema = with_scores(LEDGER_SCHEMA, added(self._scores), metadata)
-        self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned])
+        self._license = setting_of(recipe)
+        more = [*license_fields(self._license), *added(self._scores)]
+        self._schema = with_scores(LEDGER_SCHEMA, more, metadata)
+        self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned, *identity(self._license)])
 
     def units(self, decisions: Decisions) -> list[Unit]:
         """Return a unit for every ingest unit, in order. The decisions on its rows travel in the spec."""
@@ -70,6 +74,13 @@ class WriteLedger(Job):
         done = self.markers.read()
         return [_entry(done[unit.id]) for unit in wanted if unit.id in done]
 
+    def licenses(self, wanted: list[Unit]) -> dict[str, int]:
+        """Return the number of kept rows by licence, the most frequent first; {} if the recipe names no licences."""
+        done, total = self.markers.read(), Counter[str]()
+        for unit in wanted:
+            total.update(done.get(unit.id, {}).get("licenses", {}))
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Yield one piece: the table's entry in the manifest."""
         spec = unit.spec
@@ -80,9 +91,14 @@ class WriteLedger(Job):
         columns |= {name: decided[name] for name in ("outcome", "shard")}
         columns |= {name: pc.coalesce(decided[name], rows[name]) for name in ("reason", "detail")}
         columns |= {name: scored[name] for name in scored.column_names}
+        counts: dict[str, int] = {}
+        if self._license is not None:
+            columns[LICENSE.name] = licenses(rows["extra"], self._license)
+            counts = _count(columns[LICENSE.name].filter(pc.equal(columns["outcome"], KEPT)))
         data = parquet_bytes(pa.table([columns[name] for name in self._schema.names], schema=self._schema))
         self.storage.write(ledger_name(staged.unit), data)
-        yield {"name": f"unit-{staged.unit}", "rows": len(rows), "sha256": sha256_of(data)}
+        facts = {"name": f"unit-{staged.unit}", "rows": len(rows), "sha256": sha256_of(data)}
+        yield facts | ({"licenses": counts} if counts else {})
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (entry,) = pieces
@@ -91,6 +107,10 @@ class WriteLedger(Job):
 
 def _entry(facts: dict[str, Any]) -> LedgerEntry:
     return LedgerEntry(name=facts["name"], rows=facts["rows"], sha256=facts["sha256"])
+
+
+def _count(values: pa.Array) -> dict[str, int]:
+    return {item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist()}
 
 
 def _to_text(decided: pa.Table) -> str:

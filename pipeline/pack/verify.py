@@ -43,6 +43,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.store import pinned_columns
+from capstan.pipeline.select.licenses import fields_of
 from capstan.pipeline.source.plan import plan_problems
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
@@ -107,7 +108,7 @@ def _shards(
     firsts: list[npt.NDArray[np.uint64]] = []
     sums: Sums | None = Sums()
     with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
-        schema = with_scores(SHARD_SCHEMA, pinned_columns(manifest.scores))
+        schema = with_scores(SHARD_SCHEMA, [*fields_of(manifest.recipe), *pinned_columns(manifest.scores)])
         verified = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
         for entry, shard in zip(manifest.shards, verified, strict=True):
             problems += shard.problems
@@ -301,7 +302,7 @@ def _ledger(storage: Storage, manifest: Manifest, shards: Sums | None) -> list[s
     """Return the problems of the ledger's tables and counts, and where ledger and shards differ."""
     problems: list[str] = []
     outcomes, sums = Counter[str](), Sums()
-    schema = with_scores(LEDGER_SCHEMA, pinned_columns(manifest.scores))
+    schema = with_scores(LEDGER_SCHEMA, [*fields_of(manifest.recipe), *pinned_columns(manifest.scores)])
     for entry, (table, found) in zip(
         manifest.ledger,
         ahead(lambda entry: _table(storage, entry.table, entry.sha256, schema), manifest.ledger),

@@ -64,6 +64,8 @@ def report(rows: Rows) -> str:
         made.section("Duplicates", *sections.duplicates(examples, thumbs, rows))
     if hosts := sections.domains(rows):
         made.section("Hosts", *hosts)
+    if rows.manifest and (licensed := sections.licenses(rows.manifest)):
+        made.section("Licences", *licensed)
     made.section("Failures", *sections.failures(rows, examples))
     made.section("Throughput", *sections.throughput(read_runs(rows.storage)))
     if rows.manifest:

@@ -20,6 +20,7 @@ from capstan.pipeline.run_history import Run
 _CAPTION: Final = 140  # characters shown of a caption
 _DETAIL: Final = 110  # characters shown of a URL, and of a fetch error
 _DOMAINS: Final = 20
+_LICENSES: Final = 40
 _RUNS: Final = 12
 _RECIPE: Final = 20_000  # characters
 
@@ -164,6 +165,22 @@ def domains(rows: Rows) -> list[Html]:
         plots.legend("kept", "not kept"),
         page.table(["host", "rows", "kept", "share kept", "failed", ""], table),
     ]
+
+
+def licenses(manifest: Manifest) -> list[Html]:
+    """Return the licences of the kept rows; [] if the recipe does not name the source's."""
+    total = sum(manifest.licenses.values())
+    listed = list(manifest.licenses.items())[:_LICENSES]
+    table = [
+        [name, count, percent(count, total), Cell(plots.bar((count / max(1, listed[0][1]), "kept")))]
+        for name, count in listed
+    ]
+    if not table:
+        return []
+    left = len(manifest.licenses) - len(listed)
+    about = "SPDX license expressions. NOASSERTION: the source says nothing. LicenseRef-…: it says something else."
+    more = [page.note(f"And {left:,} more.")] if left else []
+    return [page.note(about), page.table(["licence", "kept rows", "share", ""], table), *more]
 
 
 def failures(rows: Rows, examples: Examples) -> list[Html]:

@@ -1,9 +1,10 @@
 """Evaluate the recipe's SQL conditions on measured rows.
 
 The result is the first condition that a row does not meet, and the values that sampling steps need. A condition sees
-one row at a time: the columns of `STAGED_SCHEMA` (without offset and size), those of the recipe's scorers, and
-`domain`, the host of the URL. `extra` is JSON, so extra->>'$.license' = 'cc0' tests a column of the source. Rows can
-therefore be evaluated in blocks, in order and in little memory, and only the columns that conditions name are read.
+one row at a time: the columns of `STAGED_SCHEMA` (without offset and size), those of the recipe's scorers, `license` if
+the recipe sets `source.license`, and `domain`, the host of the URL. `extra` is JSON, so extra->>'$.year' = '1999' tests
+a column of the source. Rows can therefore be evaluated in blocks, in order and in little memory, and only the columns
+that conditions name are read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
+from capstan.pipeline.select.licenses import LICENSE, Setting, license_fields, licenses, setting_of
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
 from capstan.pipeline.sql import lock, open_sealed, parse, walk
@@ -70,7 +72,8 @@ class QueryResult:
 def check_conditions(recipe: Recipe) -> None:
     """Raise RecipeError for a condition that names an unknown column, is not SQL, or refers to other rows."""
     columns = registry.columns(recipe)
-    schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *added(columns)])
+    more = [*license_fields(setting_of(recipe)), *added(columns)]
+    schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *more])
     with _connect() as db:
         db.register("block", schema.empty_table())
         for condition in recipe.select:
@@ -100,7 +103,7 @@ def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged
     coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
     with _connect() as db:
         reviews = reviews_of(recipe, storage)
-        query = _Query(db, recipe.select, columns, unwanted, reviews, coloured=coloured)
+        query = _Query(db, recipe, columns, unwanted, reviews, coloured=coloured)
         blocks = list(ahead(lambda part: query.run(storage, part), _blocks(units))) or [query.empty()]
     first = blocks[0]
     whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
@@ -130,14 +133,16 @@ class _Query:
     def __init__(
         self,
         db: duckdb.DuckDBPyConnection,
-        conditions: Sequence[Condition],
+        recipe: Recipe,
         columns: Columns,
         unwanted: Blocklist,
         reviews: Mapping[int, pa.Array],
         *,
         coloured: bool,
     ) -> None:
+        conditions: Sequence[Condition] = recipe.select
         self._db, self._conditions, self._columns = db, conditions, columns
+        self._license: Setting = setting_of(recipe)
         self._unwanted, self._reviews, self._coloured = unwanted, reviews, coloured
         cases, self._groups, self._ranks = "", list[int](), list[int]()
         taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
@@ -167,19 +172,24 @@ class _Query:
         }
         known = [*_BASE, *(field.name for field in added(self._columns))]
         needed = {"url"} if _DOMAIN in named or self._unwanted else set()
+        if self._license is not None and LICENSE.name in named:
+            needed |= {"extra", LICENSE.name}
         return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
     def run(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
         return self._result(pa.concat_tables([self._read(storage, unit) for unit in units]))
 
     def empty(self) -> QueryResult:
-        return self._result(pa.schema([*STAGED_SCHEMA, *added(self._columns)]).empty_table())
+        more = [*license_fields(self._license), *added(self._columns)]
+        return self._result(pa.schema([*STAGED_SCHEMA, *more]).empty_table())
 
     def _read(self, storage: Storage, unit: Staged) -> pa.Table:
         rows = storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])
         scores = joined(storage, unit, self._columns, self._named)
         for field in scores.schema:
             rows = rows.append_column(field, scores[field.name])
+        if self._license is not None and LICENSE.name in self._named:
+            rows = rows.append_column(LICENSE, licenses(rows["extra"], self._license))
         return rows
 
     def _result(self, rows: pa.Table) -> QueryResult:
@@ -265,5 +275,7 @@ def _explain(condition: Condition, key: str, error: duckdb.Error, columns: Seque
         known = [*columns, _DOMAIN]
         near = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(known)}"
+        if unknown[1].casefold() == LICENSE.name:
+            hint = "set source.license to the source's column that holds the licences"
         message = f"no column {unknown[1]!r}"
     return RecipeError(_field(condition, key), message, hint)

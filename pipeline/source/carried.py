@@ -25,8 +25,11 @@ _VECTOR: Final = 16  # a list of more numbers is a vector; a box or a few tags a
 def is_carried(name: str, source: Source, *, vector: bool = False) -> bool:
     """Return whether a column is carried: by the last pattern of `source.columns` that matches its name.
 
-    If there are only patterns that leave out (!glob), all others but vectors are carried.
+    If there are only patterns that leave out (!glob), all others but vectors are carried. That of the licences
+    (`source.license`) always is.
     """
+    if name == source.license:
+        return True
     if source.columns is None or source.columns == "all":
         return source.columns == "all" or not vector
     keep = bool(source.columns) and all(pattern.startswith("!") for pattern in source.columns) and not vector

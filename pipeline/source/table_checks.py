@@ -93,6 +93,7 @@ def check_columns(source: Source, names: list[str], file: SourceFile) -> None:
         )
     wanted: list[tuple[str, str | None]] = [("image", source.image) if source.image else ("url", source.url)]
     wanted += [("caption", source.caption), ("hash", source.hash)]
+    wanted += [("license", source.license if isinstance(source.license, str) else None)]
     if isinstance(source.columns, list):  # a glob may match nothing
         wanted += [("columns", name) for name in source.columns if not set(name) & set("!*?[")]
     for key, column in wanted:

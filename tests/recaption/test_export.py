@@ -18,6 +18,7 @@ from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, read_manifest,
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.records import LEDGER_SCHEMA, make_key
+from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.recaption import export as export_module
 from capstan.recaption import store
@@ -93,6 +94,25 @@ def test_the_copy_verifies_and_has_the_layers_text(source: Storage, tmp_path: Pa
     dataset = Dataset(Storage(str(tmp_path / "copy")))
     assert dataset.manifest.recipe == {"a": 1, "captions": {"layer": "given", "slot": "descriptive"}}
     assert dataset.ledger(["caption"]) == Dataset(source).ledger(["caption"])
+
+
+def test_the_columns_of_scores_and_licences_stay(source: Storage, tmp_path: Path) -> None:
+    manifest = read_manifest(source)
+    assert manifest is not None
+    shards = []
+    for entry in manifest.shards:
+        table = source.read_table(entry.table)
+        table = table.append_column(LICENSE, pa.repeat("CC0-1.0", len(table)))
+        source.write_table(entry.table, table.append_column("clip_score", pa.repeat(0.25, len(table))))
+        shards.append(entry.model_copy(update={"table_sha256": sha256_of(source.read(entry.table))}))
+    write_manifest(source, manifest.model_copy(update={"shards": shards}))
+    run(source, tmp_path / "copy")
+    copy = Dataset(Storage(str(tmp_path / "copy")))
+    for name in copy.shard_names:
+        assert set(copy.table(name)["license"].to_pylist()) == {"CC0-1.0"}
+        assert set(copy.table(name)["clip_score"].to_pylist()) == {0.25}
+    fields = json.loads(members(tmp_path / "copy", "shard-000000")[f"{KEY[0]}.json"])
+    assert fields["license"] == "CC0-1.0"
 
 
 def test_another_slot(source: Storage, tmp_path: Path) -> None:
