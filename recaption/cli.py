@@ -75,6 +75,10 @@ def _add_import_and_export(captions: typer.Typer) -> None:
                 help="Slot, and the field with its text. Repeatable. Default: short, descriptive.",
             ),
         ] = [],  # noqa: B006
+        over: Annotated[
+            str | None,
+            typer.Option("--over", metavar="LAYER", help="Layer to correct: what FILE does not name keeps its text."),
+        ] = None,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
@@ -82,7 +86,7 @@ def _add_import_and_export(captions: typer.Typer) -> None:
         from capstan.recaption import import_captions
 
         slots = import_captions.fields(slot)
-        finish(import_captions.write(open_dataset(dataset, overrides), layer, file, slots), as_json)
+        finish(import_captions.write(open_dataset(dataset, overrides), layer, file, slots, over), as_json)
 
     @captions.command()
     def export(

@@ -51,9 +51,7 @@ class Export(Job):
 
     def __init__(self, dataset: Dataset, layer: str, slot: str, target: Storage) -> None:
         self.dataset, self.layer, self.slot, self.storage = dataset, layer, slot, target
-        self.whole = store.is_model(
-            store.layer_recipe(dataset.storage, layer)
-        )  # layers that people wrote may be partial
+        self.covering = store.model_layer(dataset.storage, layer)  # layers that people wrote may be partial
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"dataset": self.dataset.part()}  # a unit has the entry of its shard
@@ -63,8 +61,8 @@ class Export(Job):
         name = unit.spec["shard"]
         dataset = self.dataset.part(unit.spec["entry"])
         table = dataset.table(name)
-        if self.whole:
-            self._check(name, table)
+        if self.covering is not None:
+            self._check(self.covering, name, table)
         texts = store.read_layer(self.dataset.storage, self.layer, name, table)
         rows = [self._row(row, texts.get(row["key"], {})) for row in table.to_pylist()]
         digest = hashlib.sha256()
@@ -94,11 +92,11 @@ class Export(Job):
         text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         return row | {"caption": texts.get(self.slot, row["caption"]), "extra": text}
 
-    def _check(self, shard: str, table: pa.Table) -> None:
-        """Raise RecipeError if the shard has images that the layer does not cover."""
-        seen = store.pairs(store.read_rows(self.dataset.storage, self.layer, shard, ["key", "sha256"]))
+    def _check(self, layer: str, shard: str, table: pa.Table) -> None:
+        """Raise RecipeError if the shard has images that the model's layer does not cover."""
+        seen = store.pairs(store.read_rows(self.dataset.storage, layer, shard, ["key", "sha256"]))
         if unseen := store.pairs(table) - seen:
-            problem = f"layer {self.layer} has no captions for {len(unseen):,} newer sample(s) of {shard}"
+            problem = f"layer {layer} has no captions for {len(unseen):,} newer sample(s) of {shard}"
             raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
 
     @staticmethod

@@ -9,6 +9,9 @@ layer, and the same recipe always adds to the same one. All model output is kept
 
 Code that removes images from a dataset relies on one rule: every table below captions/ has a column `key`, and stays
 valid when rows are removed.
+
+A layer that people wrote may lie over another layer: `over` in its recipe.json. An image and slot that it lacks then
+has the text of the layer below. One layer lies over another, never over a layer that lies over a third.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from capstan.recaption.lint import linter
 ROOT: Final = "captions"
 GIVEN: Final = "given"  # the engine name of layers that people wrote
 
+_GIVEN_LINT: Final = linter.Settings(retries=0, language=None)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a layer's folder
 _STRINGS: Final = pa.list_(pa.field("item", pa.string(), nullable=False))
 SCHEMA: Final = pa.schema(
@@ -39,9 +43,7 @@ SCHEMA: Final = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),  # of the image's source bytes, as in the shard's table
         pa.field("slot", pa.string(), nullable=False),
-        pa.field(
-            "quoted", pa.string(), nullable=False
-        ),  # `quote` of the original caption if the prompt quoted it, else ""
+        pa.field("quoted", pa.string(), nullable=False),  # `quote` of the original caption if the prompt quoted it
         pa.field("raw", pa.string(), nullable=False),  # the model's output; for `failed` rows also a server's message
         pa.field("text", pa.string(), nullable=False),  # cleaned, or the original (flag `original`); "": no caption
         pa.field("tokens", pa.int32(), nullable=False),
@@ -144,7 +146,10 @@ def find_layer(storage: Storage, name: str) -> str:
 
 
 def layer_recipe(storage: Storage, layer: str) -> dict[str, Any]:
-    """Return a layer's recipe.json: {layer, number, slots, lint, engine}. Raises RecipeError if it does not exist."""
+    """Return a layer's recipe.json: {layer, number, slots, lint, engine, over}; `over` only if it lies over a layer.
+
+    Raises RecipeError if it does not exist.
+    """
     name = f"{ROOT}/{layer}/recipe.json"
     if not _NAME.fullmatch(layer) or not storage.exists(name):
         known = ", ".join(list_layers(storage)) or "none"
@@ -168,24 +173,43 @@ def read_rows(storage: Storage, layer: str, shard: str, columns: list[str] | Non
     return storage.read_table(file_name(layer, shard), columns)
 
 
-def rows_of_shard(storage: Storage, layer: str, shard: str, images: pa.Table | None = None) -> pa.Table:
-    """Return the layer's rows (`TEXT_COLUMNS`) of the images now in a shard.
+def rows_of_shard(
+    storage: Storage, layer: str, shard: str, images: pa.Table | None = None, columns: list[str] | None = None
+) -> pa.Table:
+    """Return the layer's rows (`columns`, by default `TEXT_COLUMNS`) of the images now in a shard.
 
-    `images`: the shard's table, or its columns `key` and `sha256`.
-
-    A caption belongs to one image: if its key now has another image, it is left out. A model's captions are in the
-    file of the shard's name, which `capstan recaption` keeps up to date. Captions that people wrote stay in the file
-    where they were written even if shards are repacked, so all of the layer's files are searched.
+    `images` is the shard's table, or its columns `key` and `sha256`. A caption belongs to one image: if its key now
+    has another image, it is left out. A model's captions are in the file of the shard's name, which `capstan recaption`
+    keeps up to date. Captions that people wrote stay in the file where they were written even if shards are repacked,
+    so all of the layer's files are searched. If the layer lies over another, that one's rows follow, without those of
+    an image and slot that the layer has itself.
 
     Raises FileNotFoundError if a model has not captioned the shard yet.
     """
     if images is None:
         images = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
+    columns, recipe = columns or TEXT_COLUMNS, _published(storage, layer)
+    own = _own_rows(storage, layer, recipe, shard, images, columns)
+    if recipe is None or not (base := recipe.get("over")):
+        return own
+    below = _own_rows(storage, base, layer_recipe(storage, base), shard, images, columns)
+    return pa.concat_tables([own, below.filter(pc.invert(pc.is_in(_places(below), _places(own).combine_chunks())))])
+
+
+def _places(rows: pa.Table) -> pa.ChunkedArray:
+    """Return image and slot of each row as one text."""
+    return pc.binary_join_element_wise(rows["key"], rows["slot"], " ")
+
+
+def _own_rows(
+    storage: Storage, layer: str, recipe: Mapping[str, Any] | None, shard: str, images: pa.Table, columns: list[str]
+) -> pa.Table:
+    """Return the rows of a shard's images in the layer's own files."""
     name = file_name(layer, shard)
-    if not _is_given(storage, layer):
-        return _rows_of(images, storage.read_table(name, TEXT_COLUMNS))
+    if recipe is None or is_model(recipe):
+        return _rows_of(images, storage.read_table(name, columns))
     names = storage.names(f"{ROOT}/{layer}")
-    own = [_rows_of(images, storage.read_table(name, TEXT_COLUMNS))] if name in names else []
+    own = [_rows_of(images, storage.read_table(name, columns))] if name in names else []
     left = images["key"]
     if own:
         left = left.filter(pc.invert(pc.is_in(left, own[0]["key"].combine_chunks())))
@@ -194,8 +218,8 @@ def rows_of_shard(storage: Storage, layer: str, shard: str, images: pa.Table | N
         # The bounds skip files of other keys: shards are sorted by key, and Parquet stores each column's range.
         bounds, key = pc.min_max(left), pc.field("key")
         wanted = (key >= bounds["min"]) & (key <= bounds["max"]) & key.isin(left.combine_chunks())
-        own.append(_rows_of(images, storage.dataset(others, SCHEMA).to_table(TEXT_COLUMNS, filter=wanted)))
-    return pa.concat_tables(own) if own else SCHEMA.empty_table().select(TEXT_COLUMNS)
+        own.append(_rows_of(images, storage.dataset(others, SCHEMA).to_table(columns, filter=wanted)))
+    return pa.concat_tables(own) if own else SCHEMA.empty_table().select(columns)
 
 
 def _rows_of(images: pa.Table, rows: pa.Table) -> pa.Table:
@@ -222,16 +246,16 @@ def read_layer(storage: Storage, layer: str, shard: str, images: pa.Table | None
 def check_layer(storage: Storage, layer: str, shard: str, images: pa.Table) -> None:
     """Raise RecipeError unless a model's layer covers the shard's current `images` (key, sha256).
 
-    A layer that people wrote may be partial.
+    A layer that people wrote may be partial; the model's layer below it may not.
     """
-    if _is_given(storage, layer):
+    if (model := model_layer(storage, layer)) is None:
         return
-    if not storage.exists(file_name(layer, shard)):
-        problem = f"layer {layer} has no captions for {shard}"
-    elif pairs(read_rows(storage, layer, shard, ["key", "sha256"])) == pairs(images):
+    if not storage.exists(file_name(model, shard)):
+        problem = f"layer {model} has no captions for {shard}"
+    elif pairs(read_rows(storage, model, shard, ["key", "sha256"])) == pairs(images):
         return
     else:
-        problem = f"the captions of {shard} in layer {layer} belong to an earlier version of that shard"
+        problem = f"the captions of {shard} in layer {model} belong to an earlier version of that shard"
     hint = "run `capstan recaption` again; it captions only the images without captions"
     raise RecipeError("train.data.layer", problem, hint)
 
@@ -242,7 +266,8 @@ def empty_slots(storage: Storage, layer: str, slots: Iterable[str]) -> list[str]
     Reads the layer's files only until each slot has one: one file for a healthy layer.
     """
     left = {slot for slot in slots if slot != linter.ORIGINAL}
-    for name in storage.names(f"{ROOT}/{layer}"):
+    base = (_published(storage, layer) or {}).get("over")
+    for name in [name for one in (layer, base) if one for name in storage.names(f"{ROOT}/{one}")]:
         if not left:
             break
         if name.endswith(".parquet") and "/aside/" not in name:
@@ -258,12 +283,26 @@ def pairs(table: pa.Table) -> set[tuple[str, str]]:
 
 def is_captioned(storage: Storage, layer: str, shard: str) -> bool:
     """Return whether the shard is captioned. A layer that people wrote may be partial, so it always is."""
-    return _is_given(storage, layer) or storage.exists(file_name(layer, shard))
+    model = model_layer(storage, layer)
+    return model is None or storage.exists(file_name(model, shard))
 
 
-def _is_given(storage: Storage, layer: str) -> bool:
+def model_layer(storage: Storage, layer: str) -> str | None:
+    """Return the model's layer that must cover all images: `layer`, or the one it lies over; None if people wrote it.
+
+    Raises RecipeError if the layer below does not exist.
+    """
+    recipe = _published(storage, layer)
+    if recipe is None or is_model(recipe):
+        return layer
+    base: str = recipe.get("over", "")
+    return base if base and is_model(layer_recipe(storage, base)) else None
+
+
+def _published(storage: Storage, layer: str) -> dict[str, Any] | None:
+    """Return a layer's recipe.json; None while a model is still writing the layer."""
     name = f"{ROOT}/{layer}/recipe.json"
-    return storage.exists(name) and not is_model(_read_recipe(storage, name))
+    return _read_recipe(storage, name) if storage.exists(name) else None
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -289,7 +328,12 @@ def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -
 
 
 def publish(
-    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: linter.Settings
+    storage: Storage,
+    layer: str,
+    slots: Iterable[str],
+    engine: Mapping[str, Any],
+    settings: linter.Settings,
+    over: str = "",
 ) -> None:
     """Publish the layer: write its recipe.json, unless it exists."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):
@@ -302,18 +346,21 @@ def publish(
         "slots": list(slots),
         "lint": _lint(settings),
         "engine": dict(engine),
+        **({"over": over} if over else {}),
     }
     storage.write(f"{ROOT}/{layer}/recipe.json", json.dumps(recipe, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
-    """Write captions that people wrote, key → slot → text, as the layer `layer`.
+def write_given_layer(
+    storage: Storage, layer: str, captions: Mapping[str, Mapping[str, str]], over: str = ""
+) -> dict[str, int]:
+    """Write captions that people wrote, key → slot → text, as the layer `layer`, which may lie over another.
 
     Returns {images, missing}: the number of images that got captions, and of keys that are not in the dataset.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", layer):
         raise RecipeError("layer", f"{layer!r} is not a valid layer name", "use lower-case letters, digits, - and _")
-    dataset, settings = Dataset(storage), linter.Settings(retries=0, language=None)
+    dataset = Dataset(storage)
     slots = sorted({slot for texts in captions.values() for slot in texts})
     images = 0
     for shard in dataset.shard_names:
@@ -323,10 +370,31 @@ def write_given_layer(storage: Storage, layer: str, captions: Mapping[str, Mappi
             texts = captions.get(key, {})
             images += bool(texts)
             for slot in (slot for slot in slots if slot in texts):
-                linted = linter.lint(texts[slot], "given", settings, slot=slot)
-                rows.append((Place(key, sha256, "", slot), Row.of_caption(texts[slot], 0, "given", 0, linted)))
+                rows.append((Place(key, sha256, "", slot), given_row(texts[slot], slot)))
         write_rows(storage, file_name(layer, shard), rows)
-    publish(storage, layer, slots, {"engine": GIVEN}, settings)
+    publish_given(storage, layer, slots, over)
     own = {f"{ROOT}/{layer}/recipe.json", *(file_name(layer, shard) for shard in dataset.shard_names)}
     storage.delete(*(name for name in storage.names(f"{ROOT}/{layer}") if name not in own))  # of former shards
     return {"images": images, "missing": len(captions) - images}
+
+
+def given_row(text: str, slot: str) -> Row:
+    """Return the row of a text that a person wrote: unchanged, with the lint rules' flags."""
+    return Row.of_caption(text, 0, "given", 0, linter.lint(text, "given", _GIVEN_LINT, slot=slot))
+
+
+def publish_given(storage: Storage, layer: str, slots: Iterable[str], over: str = "") -> None:
+    """Publish a layer that people wrote; over another layer it has that one's slots, too."""
+    publish(storage, layer, slots_over(storage, slots, over), {"engine": GIVEN}, _GIVEN_LINT, over)
+
+
+def slots_over(storage: Storage, slots: Iterable[str], over: str) -> list[str]:
+    """Return the slots of a given layer with `slots`, over the layer `over` if that is not "".
+
+    Raises RecipeError if a layer cannot lie over `over`.
+    """
+    below = layer_recipe(storage, over) if over else {"slots": []}
+    if "over" in below:
+        problem = f"layer {over} lies over layer {below['over']} itself"
+        raise RecipeError("over", problem, f"use {below['over']}")
+    return sorted({*slots, *below["slots"]})

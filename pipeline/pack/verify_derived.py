@@ -86,6 +86,8 @@ def _caption_recipes(storage: Storage, names: list[str]) -> Iterator[str]:
                 sound = fingerprint({"engine": engine, "lint": lint}) == layer
             if not sound:
                 yield f"{name}: damaged: restore it from a copy, or delete it and {_RECAPTION}"
+            elif (base := recipe.get("over")) is not None and f"captions/{base}/recipe.json" not in names:
+                yield f"{name}: lies over the layer {base}, which is missing: restore that layer from a copy"
 
 
 def _latent_recipes(storage: Storage, names: list[str]) -> Iterator[str]:

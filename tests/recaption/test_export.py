@@ -244,3 +244,20 @@ def test_captions_of_another_image_are_not_exported(source: Storage, tmp_path: P
     replace_image(source, "shard-000002", KEY[5])
     with pytest.raises(RecipeError, match=r"layer whole has no captions for 1 newer sample\(s\) of shard-000002"):
         export(source, "whole", Storage(str(tmp_path / "other")), slot="descriptive", resources=Resources())
+
+
+def test_a_layer_over_another_is_exported_with_both_texts(source: Storage, tmp_path: Path) -> None:
+    store.write_given_layer(source, "model", {key: {"descriptive": "a dog"} for key in KEY[:6]})
+    as_if_a_model_wrote_it(source, "model")
+    store.write_given_layer(source, "mine", {KEY[0]: {"descriptive": "a cat"}}, over="model")
+    target = Storage(str(tmp_path / "copy"), field="DEST")
+    summary = export(source, "mine", target, slot="descriptive", resources=Resources())
+    assert (summary["from_layer"], summary["original"]) == (6, 0)
+    texts = members(tmp_path / "copy", "shard-000000")
+    assert [texts[f"{key}.txt"] for key in KEY[:2]] == [b"a cat", b"a dog"]
+    store.write_given_layer(source, "mine", {KEY[3]: {"descriptive": "a cow"}}, over="model")
+    summary = export(source, "mine", target, slot="descriptive", resources=Resources())
+    assert summary["written"] == 2  # only the shards whose texts changed
+    replace_image(source, "shard-000002", KEY[5])
+    with pytest.raises(RecipeError, match=r"layer model has no captions for 1 newer sample\(s\) of shard-000002"):
+        export(source, "mine", Storage(str(tmp_path / "other")), slot="descriptive", resources=Resources())

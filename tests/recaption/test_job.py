@@ -217,6 +217,25 @@ def test_another_recipe_is_another_layer(build: Build, captioner: Path, captione
     assert {name: after[name] for name in before} == before
 
 
+def test_what_people_corrected_stays_over_new_captions(build: Build, captioner: Path, captioned: Counter[str]) -> None:
+    storage = build(STEPS)
+    layer = recaption(recipe(captioner, storage))["layer"]
+    corrected = {make_key("0"): {"short": "a cat"}}
+    store.write_given_layer(storage, "mine", corrected, over=layer)
+    before = layer_files(storage)
+    build([*STEPS, [8]])
+    assert not store.is_captioned(storage, "mine", "shard-000003")
+    assert recaption(recipe(captioner, storage))["new"] == 1
+    assert {name: data for name, data in layer_files(storage).items() if name in before} == before
+    rows = store.rows_of_shard(storage, "mine", "shard-000000").to_pylist()
+    below = store.rows_of_shard(storage, layer, "shard-000000").to_pylist()
+    assert [row["text"] for row in rows if (row["key"], row["slot"]) == (make_key("0"), "short")] == ["a cat"]
+    assert sorted((row["key"], row["slot"]) for row in rows) == sorted((row["key"], row["slot"]) for row in below)
+    assert store.rows_of_shard(storage, "mine", "shard-000003").equals(
+        store.rows_of_shard(storage, layer, "shard-000003")
+    )
+
+
 def test_the_same_image_has_the_same_caption_wherever_it_stands(
     build: Build, captioner: Path, captioned: Counter[str]
 ) -> None:

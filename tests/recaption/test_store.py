@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pyarrow.compute as pc
 import pytest
-from small_dataset import as_if_a_model_wrote_it, image, replace_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_dataset import as_if_a_model_wrote_it, image, replace_image, write_dataset
 
 from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.errors import RecipeError
@@ -17,6 +19,7 @@ from capstan.recaption.lint import linter
 from capstan.recaption.lint.linter import Settings
 from capstan.recaption.store import Place, Row
 
+Texts = dict[str, dict[str, str]]
 KEY = [make_key(str(number)) for number in range(5)]
 SHA256 = [sha256_of(image(number)) for number in range(5)]
 
@@ -168,3 +171,60 @@ def test_layer_id_changes_with_the_engine_the_cleaning_and_the_settings(monkeypa
     store.linter.identity.cache_clear()
     assert first != store.layer_id({"weights": "a"}, Settings())
     store.linter.identity.cache_clear()
+
+
+def test_a_layer_over_a_models_layer_resolves_by_image_and_slot(build: Callable[..., Storage]) -> None:
+    storage = build([[0, 1], [2]])
+    texts = {key: {"short": f"dog {key}", "descriptive": f"a dog, {key}."} for key in KEY[:3]}
+    store.write_given_layer(storage, "model", texts)
+    as_if_a_model_wrote_it(storage, "model")
+    store.write_given_layer(storage, "mine", {KEY[0]: {"short": "a cat"}, KEY[2]: {"tags": "cat, sofa"}}, over="model")
+    assert store.layer_recipe(storage, "mine")["slots"] == ["descriptive", "short", "tags"]
+    assert store.read_layer(storage, "mine", "shard-000000") == {
+        KEY[0]: {"short": "a cat", "descriptive": f"a dog, {KEY[0]}."},
+        KEY[1]: texts[KEY[1]],
+    }
+    assert store.read_layer(storage, "mine", "shard-000001") == {KEY[2]: {**texts[KEY[2]], "tags": "cat, sofa"}}
+    assert store.read_layer(storage, "model", "shard-000000") == {key: texts[key] for key in KEY[:2]}
+    assert store.empty_slots(storage, "mine", ["descriptive", "tags", "fused"]) == ["fused"]
+    assert [store.model_layer(storage, layer) for layer in ("mine", "model")] == ["model", "model"]
+    replace_image(storage, "shard-000000", KEY[0])  # the correction was of another image
+    assert store.read_layer(storage, "mine", "shard-000000") == {KEY[1]: texts[KEY[1]]}
+
+
+def test_a_layer_over_an_incomplete_one_is_incomplete(build: Callable[..., Storage]) -> None:
+    storage = build([[0], [1]])
+    store.write_given_layer(storage, "model", {key: {"short": "a dog"} for key in KEY[:2]})
+    as_if_a_model_wrote_it(storage, "model")
+    store.write_given_layer(storage, "mine", {KEY[1]: {"short": "a cat"}}, over="model")
+    images = storage.read_table("shards/shard-000001.parquet", ["key", "sha256"])
+    store.check_layer(storage, "mine", "shard-000001", images)
+    storage.delete(store.file_name("model", "shard-000001"))
+    assert [store.is_captioned(storage, "mine", shard) for shard in ("shard-000000", "shard-000001")] == [True, False]
+    with pytest.raises(RecipeError, match="layer model has no captions for shard-000001"):
+        store.check_layer(storage, "mine", "shard-000001", images)
+    with pytest.raises(RecipeError, match=r"layer mine lies over layer model itself\. Fix: use model"):
+        store.write_given_layer(storage, "third", {KEY[0]: {"short": "a cow"}}, over="mine")
+    storage.delete(*storage.names("captions/model"))
+    with pytest.raises(RecipeError, match="no caption layer 'model'"):
+        store.read_layer(storage, "mine", "shard-000000")
+
+
+TEXTS_OF = st.dictionaries(st.sampled_from(KEY), st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from("xyz")))
+
+
+@settings(max_examples=5, deadline=None)
+@given(below=TEXTS_OF, above=TEXTS_OF, packed=st.permutations(range(5)), cut=st.integers(1, 4))
+def test_each_image_and_slot_has_the_upper_text_else_the_lower(
+    tmp_path_factory: pytest.TempPathFactory, below: Texts, above: Texts, packed: list[int], cut: int
+) -> None:
+    """Whatever people wrote, and wherever the images are packed afterwards."""
+    storage = Storage(str(tmp_path_factory.mktemp("ds")))
+    write_dataset(storage, [[0, 1, 2], [3, 4]])
+    store.write_given_layer(storage, "lower", below)
+    store.write_given_layer(storage, "upper", above, over="lower")
+    write_dataset(storage, [sorted(packed[:cut]), sorted(packed[cut:])])
+    found: Texts = {}
+    for shard in ("shard-000000", "shard-000001"):
+        found |= store.read_layer(storage, "upper", shard)
+    assert found == {key: both for key in KEY if (both := {**below.get(key, {}), **above.get(key, {})})}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from repo import HELPERS
+from small_dataset import as_if_a_model_wrote_it
 
+from capstan.cluster.cli import run as main
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import write_given_layer
-from capstan.training.config import TrainConfig
-from capstan.training.data.dataset import TrainingData
+from capstan.training.config import Data, TrainConfig
+from capstan.training.data.dataset import TrainingData, find_layer
 from capstan.training.data.mixture import MixedData
 from capstan.training.run import Run
 from capstan.training.run_data import open_data, pin, weighted_datasets
@@ -71,6 +75,27 @@ def test_what_is_meant_by_latest_does_not_move_under_a_run(squares: Path, drawin
     assert [part.layer for part in data.parts] == [None, "own"]
     counts = Counter(data.at(number).text == "a drawing" for number in range(64))
     assert 25 <= counts[True] <= 32
+
+
+def test_a_run_trains_on_corrections_and_on_what_they_leave(squares: Path, tmp_path: Path) -> None:
+    """`capstan train` with a layer that lies over a model's: `latest`, as the corrections came last."""
+    storage = Storage(str(shutil.copytree(squares, tmp_path / "ds")))
+    shards = Dataset(storage).shard_names
+    keys = [key for shard in shards for key in Dataset(storage).table(shard, ["key"])["key"].to_pylist()]
+    write_given_layer(storage, "model", {key: {"descriptive": "as a model saw it"} for key in keys})
+    as_if_a_model_wrote_it(storage, "model")
+    write_given_layer(storage, "mine", {keys[0]: {"descriptive": "as a person saw it"}}, over="model")
+    recipe = make_recipe(Path(storage.url), tmp_path / "run", layer="latest", blend={"descriptive": 1})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    few = ["--set", "train.steps=2", "--set", "train.engine.launcher=local"]
+    assert main(["train", str(tmp_path / "recipe.yaml"), *few]) == 0
+    pinned = json.loads((tmp_path / "run" / "pinned.json").read_text())
+    assert "mine" in pinned.values()
+    (learnt,) = (tmp_path / "run").rglob("captions.json")
+    assert set(json.loads(learnt.read_text())) == {"as a model saw it", "as a person saw it"}
+    storage.delete(f"captions/model/{shards[-1]}.parquet")
+    with pytest.raises(RecipeError, match=f"layer model has no captions of {shards[-1]}"):
+        find_layer(storage, Data(layer="mine"))
 
 
 def test_one_dataset_is_the_recipes_own(squares: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.recaption.store import empty_slots, is_model, latest_layer, layer_recipe, list_layers
+from capstan.recaption.store import empty_slots, latest_layer, layer_recipe, list_layers, model_layer
 from capstan.training.config import ORIGINAL, Data
 from capstan.training.data.bad_samples import Location
 from capstan.training.data.buckets import Size, assign, shapes, sizes_of
@@ -195,11 +195,12 @@ def find_layer(storage: Storage, data: Data) -> str | None:
             near = difflib.get_close_matches(slot, slots, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(slots)}"
             raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", hint)
-    existing = set(storage.names(f"captions/{layer}"))
-    for shard in Dataset(storage).shard_names if is_model(recipe) else []:  # layers written by people may be partial
-        if f"captions/{layer}/{shard}.parquet" not in existing:
+    model = model_layer(storage, layer)  # layers written by people may be partial
+    existing = set(storage.names(f"captions/{model}"))
+    for shard in [] if model is None else Dataset(storage).shard_names:
+        if f"captions/{model}/{shard}.parquet" not in existing:
             hint = "run `capstan recaption` to complete it"
-            raise RecipeError("train.data.layer", f"layer {layer} has no captions of {shard}", hint)
+            raise RecipeError("train.data.layer", f"layer {model} has no captions of {shard}", hint)
     if empty := empty_slots(storage, layer, (slot for slot, weight in data.weights.items() if weight)):
         hint = "run `capstan recaption` again (its summary lists why captions failed), or use another layer"
         raise RecipeError("train.data.layer", f"layer {layer} has no caption in slot {', '.join(empty)}", hint)

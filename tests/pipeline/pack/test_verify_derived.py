@@ -55,6 +55,15 @@ def test_a_flipped_bit_in_captions_is_seen_by_readers_and_by_verify(storage: Sto
         read_layer(storage, "x", "shard-000001")
 
 
+def test_a_layer_over_one_that_is_gone_is_named(storage: Storage) -> None:
+    write_given_layer(storage, "mine", {}, over="x")
+    assert derived(storage) == []
+    storage.delete("captions/x/recipe.json")
+    assert derived(storage) == [
+        "captions/mine/recipe.json: lies over the layer x, which is missing: restore that layer from a copy"
+    ]
+
+
 def test_a_deleted_caption_file_is_named(storage: Storage) -> None:
     storage.delete("captions/x/shard-000000.parquet")
     assert derived(storage) == ["captions/x/shard-000000.parquet: missing: run `capstan recaption` to make it again"]
