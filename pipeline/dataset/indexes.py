@@ -3,6 +3,7 @@
 sizes.json, shards/sizes.json     samples per tar, for open_clip (which looks next to the tars) and datacomp's tools
 wids.json                         webdataset's index of shards for random access
 .nv-meta/                         Megatron-Energon's indexes (see energon.py)
+croissant.json                    the dataset for catalogues, and for mlcroissant (see croissant.py)
 
 Equal shards give equal files.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from capstan.pipeline.dataset import energon
+from capstan.pipeline.dataset import croissant, energon
 from capstan.pipeline.dataset.shards import Manifest, sha256_of
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
@@ -28,6 +29,7 @@ def indexes(manifest: Manifest) -> dict[str, bytes]:
         "shards/sizes.json": sizes,
         "wids.json": json.dumps(wids, indent=1).encode(),
         **energon.metadata(manifest),
+        **({croissant.NAME: croissant.croissant(manifest)} if manifest.shards else {}),
     }
 
 
@@ -49,5 +51,5 @@ def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
 
 def hide_indexes(storage: Storage) -> None:
     """Remove all indexes, Energon's first: readers that use them must not see shards that are being replaced."""
-    for name in (*energon.NAMES, "shards/sizes.json", "sizes.json", "wids.json"):
+    for name in (*energon.NAMES, "shards/sizes.json", "sizes.json", "wids.json", croissant.NAME):
         storage.delete(name)

@@ -23,7 +23,7 @@ from capstan.pipeline.storage import Storage
 pytestmark = pytest.mark.integration
 
 TAR, TABLE = "shards/shard-000001.tar", "shards/shard-000001.parquet"
-INDEXES = ["sizes.json", "shards/sizes.json", "wids.json", TAR + ".idx", *energon.NAMES]
+INDEXES = ["sizes.json", "shards/sizes.json", "wids.json", "croissant.json", TAR + ".idx", *energon.NAMES]
 
 
 @pytest.fixture(scope="module")
