@@ -28,7 +28,7 @@ from capstan.cluster.view.runs import RunsViewer
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer, Judged
-from capstan.pipeline.report.query import Row, Rows
+from capstan.pipeline.report.query import LONG, Row, Rows
 from capstan.pipeline.report.thumbnails import why_missing
 from capstan.pipeline.select.review import VERDICTS, Verdict
 from capstan.pipeline.storage import Storage
@@ -54,7 +54,7 @@ class Viewer:
         self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
         self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
         self._preparing = threading.Thread(target=self.explorer.prepare, name="capstan-index", daemon=True)
-        self._preparing.start()
+        self._images_ahead: set[asyncio.Task[None]] = set()
         self.access = Access()
         self.app = web.Application(middlewares=[self.access.check, problems], client_max_size=_MOST_BYTES)
         add_static(self.app, "index.html")
@@ -74,7 +74,20 @@ class Viewer:
         """Give back the lease of a review, and end the work on the index."""
         self.reviews.close()
         self.explorer.close()
-        self._preparing.join()
+        if self._preparing.ident is not None:
+            self._preparing.join()
+
+    def _prepare(self) -> None:
+        """Start to build the index, once: not before the first page is answered, which would wait for a core."""
+        if self._preparing.ident is None:
+            self._preparing.start()
+
+    def _load_ahead(self, rows: Sequence[Row]) -> None:
+        """Start to read thumbnails that the page is going to ask for: each tar is opened once."""
+        self.images.remember(rows)
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(self.images.load, rows, 256))
+        self._images_ahead.add(task)
+        task.add_done_callback(self._images_ahead.discard)
 
     async def dataset(self, _: web.Request) -> web.Response:
         """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
@@ -102,7 +115,7 @@ class Viewer:
         )
 
     async def page(self, request: web.Request) -> web.Response:
-        """Return a page of rows, and read their thumbnails ahead."""
+        """Return a page of rows, and read their thumbnails ahead. `look=grid` needs no text but captions."""
         asked = request.query
         after = json.loads(asked["after"]) if "after" in asked else None
         if after is not None and not (isinstance(after, list) and len(after) == 2 and isinstance(after[1], str)):
@@ -120,8 +133,10 @@ class Viewer:
             after,
             _PAGE,
             judged,
+            ("caption",) if asked.get("look") == "grid" else LONG,
         )
-        await asyncio.to_thread(self.images.load, found.rows, 256)
+        self._load_ahead(found.rows)
+        self._prepare()
         given = among(review, [row.key for row in found.rows]) if review is not None else {}
         cards = [_card(row) | asdict(given.get(row.key, Verdict(""))) for row in found.rows]
         return json_answer(
@@ -166,7 +181,7 @@ class Viewer:
         except ValueError:
             raise RecipeError("threshold", "is not a number", "write e.g. threshold=0.28") from None
         found = await asyncio.to_thread(self.explorer.nearest, request.query.get("subject", ""), threshold)
-        await asyncio.to_thread(self.images.load, [row for side in found.values() for row in side], 256)
+        self._load_ahead([row for side in found.values() for row in side])
         return json_answer({side: [_card(row) for row in rows] for side, rows in found.items()})
 
     async def image(self, request: web.Request) -> web.Response:
@@ -174,7 +189,7 @@ class Viewer:
         key, side = _key(request), request.match_info["side"]
         if side not in map(str, _SIDES):
             raise web.HTTPNotFound(text="no such size")
-        row = await asyncio.to_thread(self.explorer.row, key)
+        row = self.images.remembered(key) or await asyncio.to_thread(self.explorer.row, key)
         data = await asyncio.to_thread(self.images.get, row, int(side)) if row is not None and row.is_shown else None
         if data is None:
             raise web.HTTPNotFound(text="no image")

@@ -21,8 +21,9 @@ import pyarrow as pa
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.html.plots import Histogram
 from capstan.pipeline.records import LEDGER_SCHEMA
-from capstan.pipeline.report.histograms import Subject, histograms, subjects, value
-from capstan.pipeline.report.query import SHOWN, Row, Rows, literal, quoted
+from capstan.pipeline.report.histograms import Subject, histograms, is_numeric, subjects, value
+from capstan.pipeline.report.ordered import Order, Place, page_of
+from capstan.pipeline.report.query import LONG, SHOWN, Row, Rows, literal, quoted
 from capstan.pipeline.report.row_index import IndexedRows, RowIndex, SampledRows, covers
 from capstan.pipeline.report.thresholds import is_condition
 
@@ -146,9 +147,11 @@ class Explorer:
         after: Sequence[Any] | None = None,
         limit: int = 60,
         judged: Judged | None = None,
+        texts: Sequence[str] = LONG,
     ) -> Page:
         """Return a page of rows, ordered by a column and then by key; `after` is the `next` of the page before.
 
+        A large dataset is answered faster if only some `texts` are asked for; the others may be empty.
         `judged` leaves the rows that have a certain verdict in a review, or none.
         """
         if order not in self.columns:
@@ -161,32 +164,26 @@ class Explorer:
             if not judged.verdict:
                 terms[-1] = f"key NOT IN (SELECT key FROM {_VERDICTS})"
         chosen = " AND ".join(terms) or "true"
-        column, sign = quoted(order), "<" if descending else ">"
-        bound, parameters = "true", list[Any]()
-        if after is not None and order == "key":
-            bound, parameters = f"key {sign} ?", [after[1]]
-        elif after is not None and after[0] is None:
-            bound, parameters = f"{column} IS NULL AND key > ?", [after[1]]
-        elif after is not None:
-            bound = f"({column} {sign} ? OR {column} IS NULL OR ({column} = ? AND key > ?))"
-            parameters = [after[0], after[0], after[1]]
-        way = "DESC" if descending else "ASC"
-        last = "" if order == "key" else ", key"
-        ordered = f"ORDER BY {column} {way} NULLS LAST{last} LIMIT {limit}"
-        query = f"SELECT key, {column}, unit FROM rows WHERE {chosen} AND {bound} {ordered}"
+        by = Order(quoted(order), self.columns[order], descending)
         with self._lock:
-            asked, sampled = self._among(where, column)
+            asked, sampled = self._among(where, by.sql)
             if sampled and not self.preparing:  # a text that the index lacks: slower, but exact
                 asked, sampled = self.rows, False
             with self._asked("where", asked):
                 if judged is not None:
                     asked.db.register(_VERDICTS, judged.review)
-                found = asked.query(query, parameters)
+                found = page_of(asked, chosen, by, after, limit)
                 count = None if after is not None else asked.query(f"SELECT count(*) FROM rows WHERE {chosen}")[0][0]
-                rows = self.rows.rows((key for key, _, _ in found), {unit for _, _, unit in found})
+                rows = self._rows_at(found, texts)
             total, low, high = self._whole(count, asked) if sampled and count is not None else (count, None, None)
         more = [found[-1][1], found[-1][0]] if len(found) == limit else None
-        return Page([rows[key] for key, _, _ in found], more, total, low, high)
+        return Page([rows[place[0]] for place in found], more, total, low, high)
+
+    def _rows_at(self, places: Sequence[Place], texts: Sequence[str] = LONG) -> dict[str, Row]:
+        """Return key → row for what `page_of` found."""
+        if places and len(places[0]) > len(("key", "value", "unit")):
+            return self.rows.placed_rows(places, texts)
+        return self.rows.rows((place[0] for place in places), {place[2] for place in places})
 
     def _whole(self, hits: int, sample: Rows) -> tuple[int, int, int]:
         """Return the estimated number of all rows for a number of sampled ones, with its bounds (95%)."""
@@ -217,7 +214,7 @@ class Explorer:
         listed = ", ".join(f"left({quoted(n)}, {_TEXT})" if n in texts else quoted(n) for n in shown)
         with self._lock, self._asked("key"):
             units, every = self._unit_of(key), self._index or self.rows
-            table = self.rows.near(units) if units else "rows"
+            table = self.rows.near(units, [key]) if units else "rows"
             found = self.rows.query(f"SELECT {listed} FROM {table} WHERE key = ?", [key])
             before = every.query("SELECT key FROM rows WHERE key < ? ORDER BY key DESC LIMIT 1", [key])
             after = every.query("SELECT key FROM rows WHERE key > ? ORDER BY key LIMIT 1", [key])
@@ -264,19 +261,27 @@ class Explorer:
 
     def nearest(self, title: str, threshold: float, count: int = 6) -> dict[str, list[Row]]:
         """Return the rows whose value of a subject is nearest to a threshold: `below` it, and `above` or equal."""
-        number = value(self._subject(title).sql)
+        number, finite = self._number(self._subject(title).sql)
         found = {}
-        for side, sign, way in (("below", "<", "DESC"), ("above", ">=", "ASC")):
-            where = f"{SHOWN} AND v {sign} ?"
-            valued = f"SELECT *, {number} AS v FROM rows"
-            query = f"SELECT key, unit FROM ({valued}) WHERE {where} ORDER BY v {way}, key LIMIT {count}"
+        for side, sign, descending in (("below", "<", True), ("above", ">=", False)):
+            where = f"{SHOWN} AND {finite} AND {number} {sign} {threshold!r}::DOUBLE"
             with self._lock:
                 asked, _ = self._among(number)
                 with self._asked("threshold", asked):
-                    keys = asked.query(query, [threshold])
-                    rows = self.rows.rows((key for key, _ in keys), {unit for _, unit in keys})
-            found[side] = [rows[key] for key, _ in keys]
+                    places = page_of(asked, where, Order(number, "DOUBLE", descending), None, count)
+                    rows = self._rows_at(places)
+            found[side] = [rows[place[0]] for place in places]
         return found
+
+    def _number(self, sql: str) -> tuple[str, str]:
+        """Return SQL for a subject as a number, and SQL that is true where it has one.
+
+        A column is named as it is, since a condition on it skips what cannot hold.
+        """
+        kind = next((kind for name, kind in self.columns.items() if sql in (name, quoted(name))), "")
+        if is_numeric(kind):
+            return sql, f"isfinite({sql})" if kind in ("FLOAT", "DOUBLE") else "true"
+        return value(sql), "true"
 
     def _subject(self, title: str) -> Subject:
         if title not in self._subjects:

@@ -57,11 +57,11 @@ def subjects(rows: Rows) -> list[Subject]:
     """Return the subjects: the fixed ones, every score column, and all else that a condition compares."""
     found = {canonical(rows.db, sql): (title, proportional) for title, sql, proportional in _ALWAYS}
     for name, kind in rows.columns.items():
-        if name not in LEDGER_SCHEMA.names and name not in ("offset", "size", "crc32") and _is_numeric(kind):
+        if name not in LEDGER_SCHEMA.names and name not in ("offset", "size", "crc32") and is_numeric(kind):
             found.setdefault(canonical(rows.db, quoted(name)), (name, False))
     compared = thresholds(rows.db, rows.conditions)
     for threshold in compared:
-        if threshold.subject not in found and _is_numeric(_type(rows, threshold.subject)):
+        if threshold.subject not in found and is_numeric(_type(rows, threshold.subject)):
             found[threshold.subject] = (threshold.subject, False)
     return [
         Subject(title, sql, proportional, tuple(t for t in compared if t.subject == sql))
@@ -166,7 +166,8 @@ def _count(
     return [found.get(number, (0, 0)) for number in range(bins)], sum(found.get(-1, (0, 0)))
 
 
-def _is_numeric(kind: str) -> bool:
+def is_numeric(kind: str) -> bool:
+    """Return whether a DuckDB type is one of numbers."""
     return (
         kind.startswith((*_NUMERIC, "BIGINT", "SMALLINT", "TINYINT", "UINT", "UBIGINT", "USMALLINT", "UTINYINT"))
         and "[" not in kind

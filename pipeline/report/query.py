@@ -6,6 +6,7 @@ and no file. Rows that are not decided yet have the outcome `staged`.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,11 +16,13 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capstan.pipeline.dataset.shards import Manifest, read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged, staged
+from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.sql import lock, open_sealed
@@ -35,7 +38,10 @@ _TEXT: Final = 400  # characters read of a text
 SAMPLE: Final = 1_000_000  # rows: approximate size of the random sample of longer tables
 NEAR: Final = 64  # unit files that are read whole rather than all files searched
 _TEXTS: Final = ("url", "caption", "outcome", "reason", "detail")
+LONG: Final = ("url", "caption", "detail")  # texts that an index leaves out
 _NUMBERS: Final = ("width", "height", "original_width", "original_height", "bytes", "phash")
+SHORT: Final = ("outcome", "reason", *_NUMBERS, "shard")  # what an index has of a Row, next to key and unit
+PLACE: Final = "place"  # an index's column: the row's number in its unit's file
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Rows:
 
     Raises RecipeError if there is neither a dataset nor a started one.
     """
+
+    placed: tuple[str, ...] = ()  # columns that a page of these rows brings along
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -187,23 +195,58 @@ class Rows:
         """Unit → its ledger table."""
         return {entry.name.removeprefix("unit-"): entry.table for entry in self._manifest.ledger}
 
-    def near(self, units: Collection[str], columns: Collection[str] = ()) -> str:
-        """Register the rows of a few units of a finished dataset as a table, or some columns; return its name for SQL.
+    def near(self, units: Collection[str], keys: Collection[str], columns: Collection[str] = ()) -> str:
+        """Register the rows of `keys` in a few units of a finished dataset as a table; return its name for SQL.
 
         Columns that a unit does not have are null.
         """
-        fields = [field.with_nullable(True) for field in self._columns if not columns or field.name in columns]
-        tables = []
-        for unit in sorted(units):
-            found = self.storage.read_table(self._ledger[unit], [field.name for field in fields])
-            there = set(found.column_names)
-            nulls = (pa.nulls(len(found), field.type) for field in fields)
-            arrays = [
-                found[f.name].cast(f.type) if f.name in there else null for f, null in zip(fields, nulls, strict=True)
-            ]
-            tables.append(pa.table(arrays, schema=pa.schema(fields)))
-        self.db.register("near", pa.concat_tables(tables))
+        fields = [field for field in self.fields if not columns or field.name in columns]
+        wanted = pa.array(list(keys), pa.string())
+        read = functools.partial(self._rows_in, wanted=wanted, fields=fields)
+        self.db.register("near", pa.concat_tables(list(ahead(read, sorted(units)))))
         return "near"
+
+    def _rows_in(self, unit: str, wanted: pa.Array, fields: Sequence[pa.Field]) -> pa.Table:
+        found = self.unit_table(unit, fields)
+        return found.filter(pc.is_in(found["key"], wanted))
+
+    @property
+    def units(self) -> list[str]:
+        """The units of a finished dataset, in the ledger's order."""
+        return list(self._ledger)
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns of the rows' files."""
+        return [field.with_nullable(True) for field in self._columns]
+
+    def unit_table(self, unit: str, fields: Sequence[pa.Field]) -> pa.Table:
+        """Return columns of a unit's rows, in the order of its file; nulls for a column that it does not have."""
+        found = self.storage.read_table(self._ledger[unit], [field.name for field in fields])
+        there, rows = set(found.column_names), len(found)
+        arrays = [found[f.name].cast(f.type) if f.name in there else pa.nulls(rows, f.type) for f in fields]
+        return pa.table(arrays, schema=pa.schema(fields))
+
+    def placed_rows(self, places: Iterable[Sequence[Any]], texts: Sequence[str] = LONG) -> dict[str, Row]:
+        """Return key → row of what an index found: (key, a value, unit, place, *SHORT).
+
+        Only `texts` are read from the ledger; others are "".
+        """
+        by_unit: dict[str, list[Sequence[Any]]] = {}
+        for place in places:
+            by_unit.setdefault(place[2], []).append(place)
+        fields = [field for field in self.fields if field.name in texts]
+        found = {}
+        read = ahead(lambda unit: self._texts_in(unit, by_unit[unit], fields), by_unit)
+        for unit, written in zip(by_unit, read, strict=True):
+            for text, (key, _, _, _, *short) in zip(written, by_unit[unit], strict=True):
+                facts: dict[str, Any] = dict.fromkeys(LONG, "") | dict(zip(SHORT, short, strict=True))
+                facts |= {name: value[:_TEXT] for name, value in text.items()}
+                found[key] = Row(key=key, unit=unit, **facts)
+        return found
+
+    def _texts_in(self, unit: str, places: Sequence[Sequence[Any]], fields: Sequence[pa.Field]) -> list[dict[str, str]]:
+        return self.unit_table(unit, fields).take([place[3] for place in places]).to_pylist()
 
     def rows(self, keys: Iterable[str], units: Collection[str] = ()) -> dict[str, Row]:
         """Return key → row for those of `keys` that exist; of a few `units`, if the caller knows which hold them."""
@@ -211,7 +254,7 @@ class Rows:
         if not wanted:
             return {}
         needed = ("key", *_TEXTS, *_NUMBERS, "unit", "shard")
-        table = self.near(units, needed) if 0 < len(units) <= NEAR and self.finished else "rows"
+        table = self.near(units, wanted, needed) if 0 < len(units) <= NEAR and self.finished else "rows"
         columns = [f"left({name}, {_TEXT})" for name in _TEXTS] + [*_NUMBERS, "unit", "shard"]
         # As literals in the query, their range lets the scan skip files that cannot hold them.
         listed = ", ".join(map(literal, wanted))

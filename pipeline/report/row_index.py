@@ -1,6 +1,7 @@
 """An index of a large dataset's rows in the user's cache, and the sample that answers until it is there
 
-    <cache>/capstan/rows/<sum>-<version>.duckdb      the ledger's short columns: numbers, outcome, reason, unit, shard
+    <cache>/capstan/rows/<sum>-<version>.duckdb      the ledger's short columns: numbers, outcome, reason, unit, shard;
+                                                     and `place`, the row's number in its unit's file
 
 It is named by a sum of the sealed manifest, so it belongs to one state of one dataset, and is never out of date.
 Losing it costs the time to build it.
@@ -15,16 +16,18 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
 import duckdb
+import numpy as np
 import platformdirs
 import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import MANIFEST
-from capstan.pipeline.report.query import SAMPLE, Rows, quoted
+from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.report.query import PLACE, SAMPLE, SHORT, Rows
 from capstan.pipeline.report.thresholds import named_columns
 from capstan.pipeline.sql import lock
 from capstan.pipeline.storage import Storage
@@ -32,7 +35,7 @@ from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 KEPT: Final = 4  # indexes of datasets that were looked at last; older ones are removed
 _TEXTS: Final = ("key", "outcome", "reason", "unit", "shard")  # texts that are short; all others are left out
 _MEMORY_LIMIT: Final = "1200MB"
@@ -60,6 +63,8 @@ class SampledRows(Rows):
 
 class IndexedRows(Rows):
     """All rows of a dataset, with the columns of its index only."""
+
+    placed = (PLACE, *SHORT)
 
     def __init__(self, storage: Storage, file: Path) -> None:
         super().__init__(storage)
@@ -126,7 +131,6 @@ class RowIndex:
     def _fill(self, file: Path, rows: Rows, folder: Path) -> None:
         texts = {name for name, kind in rows.columns.items() if not _is_short(kind)}
         names = [name for name in rows.columns if name not in texts or name in _TEXTS]
-        view, schema, files = rows._table()
         limits: dict[str, Any] = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder)}
         with self._lock:
             if self._closed:
@@ -134,9 +138,8 @@ class RowIndex:
             self._db = duckdb.connect(str(file), config={**limits, "python_enable_replacements": False})
         try:
             self._db.execute("SET enable_progress_bar = false")
-            self._db.register("table", self._storage.dataset(files, schema))
-            listed = ", ".join(map(quoted, names))
-            self._db.execute(f"CREATE TABLE indexed AS SELECT {listed} FROM ({view})")
+            self._db.register("table", _numbered(rows, names))
+            self._db.execute('CREATE TABLE indexed AS SELECT * FROM "table"')
             self._db.unregister("table")
         finally:
             with self._lock:
@@ -160,6 +163,19 @@ class RowIndex:
             self._closed = True
             if self._db is not None:
                 self._db.interrupt()
+
+
+def _numbered(rows: Rows, names: Sequence[str]) -> pa.RecordBatchReader:
+    """Return columns of all rows in the order of the ledger's files, with each row's place in its file."""
+    fields = [field for field in rows.fields if field.name in names]
+    schema = pa.schema([*fields, pa.field(PLACE, pa.uint32())])
+
+    def read(unit: str) -> pa.Table:
+        table = rows.unit_table(unit, fields)
+        return table.append_column(schema.field(PLACE), pa.array(np.arange(len(table), dtype=np.uint32)))
+
+    batches = (batch for table in ahead(read, rows.units) for batch in table.to_batches())
+    return pa.RecordBatchReader.from_batches(schema, batches)
 
 
 def first_files(names: Iterable[str], share: float) -> list[str]:

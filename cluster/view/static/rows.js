@@ -11,7 +11,7 @@ let shown = [];
 export async function showRows() {
   const own = ++asked;
   const query = new URLSearchParams({ where: state.where, outcome: state.outcome, reason: state.reason,
-    order: state.order, descending: state.descending, review: state.review, verdict: state.verdict });
+    order: state.order, descending: state.descending, look: state.look, review: state.review, verdict: state.verdict });
   const page = await ask(`/api/rows?${query}`);
   if (own !== asked) return; // a later question was asked meanwhile
   shown = page.rows;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def row(unit: int, index: int, random: np.random.Generator) -> dict[str, Any]:
     plain = {name: "" if kind == pa.string() else 0 for name, kind in zip(SCORED.names, SCORED.types, strict=True)}
     own = {"key": f"{unit:016x}{index:016x}", "unit": f"0000-{unit:06d}", "width": int(random.integers(1, 1000))}
     own |= {"outcome": ["kept", "rejected"][index % 3 == 0], "caption": f"a {['cat', 'dog'][index % 2]} {index}"}
+    own |= {"url": "https://images.example"}
     return plain | own | {"clip_score": float(random.random())}
 
 
@@ -59,6 +61,8 @@ def explorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Explor
 QUESTIONS: list[dict[str, Any]] = [
     {},
     {"order": "clip_score", "descending": True},
+    {"order": "clip_score"},
+    {"order": "outcome", "descending": True},  # hundreds of equal values
     {"order": "caption"},
     {"where": "width > 500"},
     {"where": "caption LIKE '%cat%'"},  # a text that the index lacks
@@ -84,6 +88,15 @@ def test_pages_are_those_of_the_ledger(explorer: Explorer, asked: dict[str, Any]
         if after is None:
             break
     assert keys == expected
+
+
+def test_a_grid_reads_captions_only(explorer: Explorer) -> None:
+    explorer.prepare()
+    whole = explorer.page(order="width", limit=30).rows
+    assert {found.url for found in whole} == {"https://images.example"}
+    grid = explorer.page(order="width", limit=30, texts=["caption"]).rows
+    assert grid == [dataclasses.replace(found, url="") for found in whole]
+    assert all(explorer.rows.rows([found.key])[found.key] == found for found in whole)
 
 
 def test_before_the_index_answers_are_a_sample_with_bounds(explorer: Explorer) -> None:
