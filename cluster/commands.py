@@ -130,6 +130,15 @@ COMMANDS: Final[dict[str, Command]] = {
     "export": Command(
         TRAINING, "Export a run as a diffusers pipeline.", ("capstan export out/run pipeline --precision fp16",), _T
     ),
+    "style": Command(
+        TRAINING,
+        "Redraw an image in another's style.",
+        (
+            "capstan style photo.jpg painting.jpg -o out.png --vgg ./lpips",
+            "capstan style photo.jpg painting.jpg -o out.png --features out/ae",
+        ),
+        _T,
+    ),
     "experiment": Command(TRAINING, "Compare several models side by side.", ()),
     "experiment blend": Command(
         TRAINING, "Compare caption blends on your dataset.", ("capstan experiment blend recipe.yaml",), _T

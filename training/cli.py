@@ -1,4 +1,4 @@
-"""The commands train, encode, sample, evaluate and export."""
+"""The commands train, encode, sample, evaluate, export and style."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 from capstan.pipeline.errors import RecipeError
+from capstan.training.style.cli import add_command as add_style
 
 
 def _local_run(run: str) -> Path:
@@ -30,6 +31,7 @@ def add_commands(app: typer.Typer, load: Load) -> None:
     _add_recipe_commands(app, load)
     _add_sample(app, load)
     _add_run_commands(app)
+    add_style(app)
 
 
 def _add_recipe_commands(app: typer.Typer, load: Load) -> None:

@@ -21,6 +21,7 @@ VGG: Final = "vgg16-397923af.pth"  # torchvision's VGG16 (IMAGENET1K_V1), under 
 HEADS: Final = "vgg.pth"  # the linear heads, lpips/weights/v0.1/vgg.pth of the package lpips
 _ENDS: Final = (4, 9, 16, 23, 30)  # in VGG16's `features`, the index after the last ReLU of each block
 _CHANNELS: Final = (64, 128, 256, 512, 512)  # after each block
+_UNSET: Final = "set perceptual: null"
 
 
 class PerceptualSettings(Section):
@@ -63,22 +64,11 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
 
 def load_lpips(settings: PerceptualSettings, field: str) -> Lpips:
     """Load the network from `settings.network`. Raises RecipeError naming `field` and the missing file."""
-    from torchvision.models import vgg16
-
     folder, field = Path(settings.network), f"{field}.network"
-    with torch.device("meta"):  # never allocates the classifier, nine tenths of the weights
-        features = vgg16(weights=None).features[: _ENDS[-1]]
-    # An in-place ReLU would overwrite the features that are compared.
-    for layer in features.modules():
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False
-    weights = _read(folder / VGG, "torchvision's VGG16", field)
-    heads = _read(folder / HEADS, "LPIPS' heads for VGG16, lpips/weights/v0.1/vgg.pth of the package lpips", field)
-    own = {name.removeprefix("features."): tensor for name, tensor in weights.items() if name.startswith("features.")}
-    try:
-        features.load_state_dict(own, assign=True)
-    except RuntimeError as error:
-        raise RecipeError(field, f"{folder / VGG} is not a VGG16 ({error})", "download torchvision's file") from None
+    features = load_vgg16(folder, field, _UNSET)
+    heads = _read(
+        folder / HEADS, "LPIPS' heads for VGG16, lpips/weights/v0.1/vgg.pth of the package lpips", field, _UNSET
+    )
     try:
         weights_by_block = [
             heads[f"lin{number}.model.1.weight"].float().view(width).clone() for number, width in enumerate(_CHANNELS)
@@ -88,9 +78,32 @@ def load_lpips(settings: PerceptualSettings, field: str) -> Lpips:
     return Lpips(features, weights_by_block)
 
 
-def _read(path: Path, description: str, field: str) -> dict[str, torch.Tensor]:
+def load_vgg16(path: Path, field: str, otherwise: str) -> nn.Sequential:
+    """Load the convolutions of torchvision's VGG16 from its file, or from the folder that holds it.
+
+    Raises RecipeError naming `field`; its hint ends with `otherwise`, which needs no such file.
+    """
+    from torchvision.models import vgg16
+
+    file = path if path.is_file() else path / VGG
+    with torch.device("meta"):  # never allocates the classifier, nine tenths of the weights
+        features: nn.Sequential = vgg16(weights=None).features[: _ENDS[-1]]
+    # An in-place ReLU would overwrite the features that are compared.
+    for layer in features.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    weights = _read(file, "torchvision's VGG16", field, otherwise)
+    own = {name.removeprefix("features."): tensor for name, tensor in weights.items() if name.startswith("features.")}
+    try:
+        features.load_state_dict(own, assign=True)
+    except RuntimeError as error:
+        raise RecipeError(field, f"{file} is not a VGG16 ({error})", "download torchvision's file") from None
+    return features
+
+
+def _read(path: Path, description: str, field: str, otherwise: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise RecipeError(field, f"no {path}", f"copy {path.name} there ({description}), or set perceptual: null")
+        raise RecipeError(field, f"no {path}", f"copy {path.name} there ({description}), or {otherwise}")
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.models import vgg16
+from vgg_file import write_vgg16
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
@@ -50,15 +50,7 @@ def data(squares):
 def network(tmp_path_factory):
     """Files of the shapes of torchvision's VGG16 and of LPIPS' heads, with random weights."""
     folder, draw = tmp_path_factory.mktemp("network"), torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in vgg16(weights=None).features.state_dict().items()}
-    weights = {
-        f"features.{name}": torch.randn(shape, generator=draw) * (2 / max(1, shape[1:].numel())) ** 0.5
-        if len(shape) > 1
-        else torch.zeros(shape)
-        for name, shape in shapes.items()
-    }
-    torch.save(weights | {"classifier.0.bias": torch.zeros(4096)}, folder / VGG)
+    write_vgg16(folder)
     heads = {
         f"lin{number}.model.1.weight": torch.rand(1, width, 1, 1, generator=draw)
         for number, width in enumerate((64, 128, 256, 512, 512))
