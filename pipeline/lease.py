@@ -176,6 +176,12 @@ def lease(storage: Storage, command: str, part: str = "", *, wait: bool = False)
         held.release()
 
 
+def writers(storage: Storage) -> list[Lease]:
+    """Return who writes the dataset, or a part of it, as far as its leases tell. Takes none and waits for none."""
+    found = [_read(storage, name) for name in (NAME, *storage.names(_PARTS))]
+    return [one for one in found if one is not None and not _has_ended(one) and time.time() - one.seen < STALE_S]
+
+
 def _read(storage: Storage, name: str) -> Lease | None:
     try:
         return Lease(**json.loads(storage.read(name)))
@@ -186,12 +192,17 @@ def _read(storage: Storage, name: str) -> Lease | None:
 
 
 def _is_stale(storage: Storage, name: str, other: Lease) -> bool:
-    if other.owner == owner() and not (is_alive(other.pid) and (other.pid != os.getpid() or other.id in _held)):
+    if _has_ended(other):
         return True
     if 0 <= time.time() - other.seen < STALE_S:
         return False
     time.sleep(2 * BEAT_S)
     return _read(storage, name) in (None, other)
+
+
+def _has_ended(other: Lease) -> bool:
+    """Return whether a writer ran on this machine and has ended."""
+    return other.owner == owner() and not (is_alive(other.pid) and (other.pid != os.getpid() or other.id in _held))
 
 
 def _in_use(storage: Storage, other: Lease) -> InUse:

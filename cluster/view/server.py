@@ -24,6 +24,7 @@ from capstan.cluster.view.answers import add_static, json_answer, problems
 from capstan.cluster.view.captions import captions_of
 from capstan.cluster.view.images import Images
 from capstan.cluster.view.reviews import Reviews, Takedown, among, count
+from capstan.cluster.view.running import RunningWork
 from capstan.cluster.view.runs import RunsViewer
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
@@ -51,9 +52,9 @@ class Viewer:
     """The application over one open dataset."""
 
     def __init__(self, rows: Rows, *, read_only: bool = False, options: Sequence[str] = ()) -> None:
-        self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
+        self._show(rows)
         self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
-        self._preparing = threading.Thread(target=self.explorer.prepare, name="capstan-index", daemon=True)
+        self._reopened = contextlib.ExitStack()
         self._images_ahead: set[asyncio.Task[None]] = set()
         self.access = Access()
         self.app = web.Application(middlewares=[self.access.check, problems], client_max_size=_MOST_BYTES)
@@ -65,17 +66,28 @@ class Viewer:
         self.app.router.add_post("/api/funnel", self.funnel)
         self.app.router.add_get("/api/nearest", self.nearest)
         self.app.router.add_get("/image/{key}/{side}", self.image)
+        RunningWork(rows.storage, lambda: self.rows, self._reopen).add_routes(self.app.router)
         self.app.router.add_get("/api/reviews", self.review_names)
         self.app.router.add_post("/api/review/{name}", self.review)
         self.app.router.add_get("/api/takedown", self.takedown_list)
         self.app.router.add_post("/api/takedown", self.take_down)
 
+    def _show(self, rows: Rows) -> None:
+        self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
+        self._preparing = threading.Thread(target=self.explorer.prepare, name="capstan-index", daemon=True)
+
+    async def _reopen(self) -> None:
+        """Show the rows as they are now. Questions about the former ones may still run: they are closed at the end."""
+        former, preparing = self.explorer, self._preparing
+        rows = await asyncio.to_thread(self._reopened.enter_context, Rows(self.rows.storage))
+        await asyncio.to_thread(self._show, rows)
+        self._reopened.callback(_end, former, preparing)
+
     def close(self) -> None:
         """Give back the lease of a review, and end the work on the index."""
         self.reviews.close()
-        self.explorer.close()
-        if self._preparing.ident is not None:
-            self._preparing.join()
+        _end(self.explorer, self._preparing)
+        self._reopened.close()
 
     def _prepare(self) -> None:
         """Start to build the index, once: not before the first page is answered, which would wait for a core."""
@@ -234,6 +246,12 @@ class Viewer:
         known = await asyncio.to_thread(self.explorer.rows_of, filter(_KEY.fullmatch, wanted))
         if len(known) < len(wanted):
             raise RecipeError("key", "is not of a row of this dataset", "reload the page")
+
+
+def _end(explorer: Explorer, preparing: threading.Thread) -> None:
+    explorer.close()
+    if preparing.ident is not None:
+        preparing.join()
 
 
 def _key(request: web.Request) -> str:

@@ -40,9 +40,12 @@ class MarkerLog:
     storage: Storage
     name: str
 
-    def read(self) -> dict[str, Facts]:
-        """Return what `commit` returned for every committed unit of this job, by unit id."""
-        return self._read_log() | self._read_markers({})
+    def read(self, known: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
+        """Return what `commit` returned for every committed unit of this job, by unit id.
+
+        `known` holds facts that need not be read again.
+        """
+        return self._read_log() | self._read_markers(known or {})
 
     def gather(self, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
         """Return the same as `read`, and move the markers into the log if there are many.

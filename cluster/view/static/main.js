@@ -4,21 +4,26 @@ import { showDetail } from "./detail.js";
 import { ask, number } from "./dom.js";
 import { setReadOnly } from "./review.js";
 import { showRows } from "./rows.js";
+import { watchRunning } from "./running.js";
 import { showSide } from "./side.js";
 import { onchange, state } from "./state.js";
 import { loadTakedown } from "./takedown.js";
 
-let dataset = await ask("/api/dataset");
+let dataset;
+const load = async () => {
+  dataset = await ask("/api/dataset");
+  document.title = `${dataset.dataset} – Capstan`;
+  document.getElementById("name").textContent = dataset.dataset;
+  const kept = dataset.outcomes.filter((one) => one.outcome === "kept").reduce((sum, one) => sum + one.rows, 0);
+  document.getElementById("counts").textContent = [
+    `${number(dataset.rows)} rows`,
+    dataset.finished ? `${number(kept)} kept` : "not finished: what is staged so far",
+    dataset.layers.length ? `${dataset.layers.length} caption ${dataset.layers.length === 1 ? "layer" : "layers"}` : "no caption layers",
+  ].join(" · ");
+};
+await load();
 setReadOnly(dataset.read_only);
 await loadTakedown();
-document.title = `${dataset.dataset} – Capstan`;
-document.getElementById("name").textContent = dataset.dataset;
-const kept = dataset.outcomes.filter((one) => one.outcome === "kept").reduce((sum, one) => sum + one.rows, 0);
-document.getElementById("counts").textContent = [
-  `${number(dataset.rows)} rows`,
-  dataset.finished ? `${number(kept)} kept` : "not finished: what is staged so far",
-  dataset.layers.length ? `${dataset.layers.length} caption ${dataset.layers.length === 1 ? "layer" : "layers"}` : "no caption layers",
-].join(" · ");
 
 const failed = () => {}; // `ask` has shown the problem already
 onchange((names) => {
@@ -32,6 +37,12 @@ showSide(dataset);
 await showRows().catch(failed);
 if (state.key) await showDetail().catch(failed);
 document.body.dataset.ready = "yes";
+watchRunning(async () => {
+  await load();
+  showSide(dataset);
+  await showRows();
+  if (dataset.preparing) setTimeout(watch, 1500);
+});
 
 // Until the index of a large dataset is built, answers are samples; then they are asked again.
 const watch = async () => {
