@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: architecture demo docs experiment lock sbom test test-cluster test-slow check format clean
+.PHONY: architecture demo docs experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
 .PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-startup bench-submit bench-train
 .PHONY: bench-view
@@ -32,6 +32,11 @@ test-cluster: $(STAMP)
 # Twenty kills, full disks, schedulers, whole runs: too slow for every change.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Ten minutes per reader of strangers' files (SECONDS=60: one): no traceback, no second, no 512 MB. Inputs go to build/fuzz.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python benchmarks/fuzz.py --seconds $(or $(SECONDS),600)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

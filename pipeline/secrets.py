@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote_plus, urlsplit
 
@@ -36,18 +37,19 @@ _URL: Final = re.compile(
     r"(?P<path>[^?#]*)(?P<query>\?[^#]*)?(?P<fragment>#.*)?",
     re.IGNORECASE | re.DOTALL,
 )
-_URL_IN_TEXT: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//[^\s\"'<>()]+", re.IGNORECASE)
+_URL_IN_TEXT: Final = re.compile(r"(?:[a-z][a-z0-9+.-]{0,30}:)?//[^\s\"'<>()]+", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r"(?<=[?&;#])(?P<name>[^=&;#]*)=(?P<value>[^&;#]*)")
 _SIGNATURES: Final = {
     *("auth", "authkey", "hmac", "jwt", "session", "sessionid"),
     *("hdnea", "hdnts", "__gda__", "__token__"),  # of content delivery networks
 }
+_MOST_NESTED: Final = 8  # URLs within URLs that are looked into; what is deeper is not shown
 _REDACTED: Final = "REDACTED"
 _KEPT: Final = "and recipes are kept and shown"
 _HINT: Final = "remove it here and set it in the environment (AWS_ACCESS_KEY_ID, ...), a profile, or the machine's role"
 
 
-def public_url(url: str) -> str:
+def public_url(url: str, _depth: int = 0) -> str:
     """Return a row's URL as it may be stored and shown: without userinfo and without the values of credentials.
 
     Parameters count by their name (`token`, `sig`, `X-Amz-Signature`, ...) or if their value looks like a well-known
@@ -59,11 +61,12 @@ def public_url(url: str) -> str:
     found = _URL.fullmatch(url)
     if found is None:
         return url
+    without_value = partial(_without_value, depth=_depth)
     host, scheme = found["authority"].rpartition("@")[2], found["scheme"].strip().lower()
     query, fragment = found["query"] or "", found["fragment"] or ""
     if scheme.startswith(("http:", "https:")):  # of others, such as a tar in a bucket, # leads to a member
-        fragment = _PARAMETER.sub(_without_value, fragment)
-    return f"{found['scheme']}{host}{found['path']}{_PARAMETER.sub(_without_value, query)}{fragment}"
+        fragment = _PARAMETER.sub(without_value, fragment)
+    return f"{found['scheme']}{host}{found['path']}{_PARAMETER.sub(without_value, query)}{fragment}"
 
 
 def public_text(text: str) -> str:
@@ -71,11 +74,18 @@ def public_text(text: str) -> str:
     return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)
 
 
-def _without_value(found: re.Match[str]) -> str:
+def _without_value(found: re.Match[str], depth: int) -> str:
     name, value = unquote_plus(found["name"]), unquote_plus(found["value"])
     named = is_secret_name(name) or name.lower() in _SIGNATURES
-    hidden = named or _TOKEN.search(value) or public_url(value) != value  # a URL within the URL
+    hidden = named or _TOKEN.search(value) or _is_secret_url(value, depth + 1)
     return f"{found['name']}={_REDACTED}" if hidden and value else found[0]
+
+
+def _is_secret_url(value: str, depth: int) -> bool:
+    """Return whether a parameter is a URL with credentials, or one within too many others."""
+    if depth > _MOST_NESTED:
+        return _URL.fullmatch(value) is not None
+    return public_url(value, depth) != value
 
 
 def refuse_secrets(value: Any, where: str) -> None:

@@ -17,6 +17,7 @@ _PARTS: Final = re.compile(r"(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?", re.IGNOREC
 _LONE_PERCENT: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _IN_PATH: Final = re.compile(rb"[^\x21\x24-\x3b\x3d\x40-\x5d\x5f\x61-\x7a\x7c\x7e%]")  # bytes to escape; \x25 is %
 _IN_QUERY: Final = re.compile(rb"[^\x21\x24-\x3b\x3d\x3f-\x7e]")
+_NOT_IN_HOST: Final = re.compile(r"[\x00-\x20#%/:<>?@\[\\\]^|\x7f]")  # forbidden domain code points
 _DOT: Final = re.compile(r"(?:\.|%2e){1,2}", re.IGNORECASE)
 
 
@@ -43,6 +44,8 @@ def as_sent(text: str, base: URL | None = None) -> URL:
     named = URL(f"{scheme}://{authority}/")  # checks and encodes the host
     if not named.host or named.port == 0:
         raise ValueError("not an http or https URL")
+    if _NOT_IN_HOST.search(named.raw_host or ""):
+        raise ValueError("a character that no host name has")
     target = _escaped(_without_dots(path), _IN_PATH) + _escaped(query, _IN_QUERY)
     return URL(f"{scheme}://{named.raw_authority}{target}", encoded=True)
 
@@ -61,11 +64,11 @@ def _without_dots(path: str) -> str:
     for segment in folders:
         dots = _dots(segment)
         if dots == 2:
-            kept = kept[:-1]
+            del kept[-1:]
         elif dots == 0:
             kept.append(segment)
     if _dots(last) == 2:
-        kept = kept[:-1]
+        del kept[-1:]
     return "/" + "".join(f"{segment}/" for segment in kept) + ("" if _dots(last) else last)
 
 

@@ -5,6 +5,7 @@ No pixel is decoded here. Marker names follow ITU-T T.81, table B.1.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _MARKER_IN_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # FF00 is a s
 PROGRESSIVE: Final = frozenset({0xC2, 0xCA})
 _END: Final = b"\xff\xd9"
 _MISSING: Final = 16  # more bits than a coefficient can be short of
+_MARKER: Final = re.compile(rb"\xff[\x01-\xfe]")  # after fill bytes (FF) and stray zeros
+_MOST_SEGMENTS: Final = 100_000  # encoders write a few dozen; metadata comes in segments of up to 64 kB
 _USUAL_SCANS: Final = 20  # per file, whatever its size: encoders write 1 to 14
 _MOST_DECODED: Final = 2_000_000_000  # pixels, summed over all scans
 HUFFMAN: Final = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
@@ -57,7 +60,8 @@ def read_header(data: bytes) -> Header:
     """
     exif, icc_parts, frame = b"", {}, None
     at = 2
-    while True:
+    for count in itertools.count(1):
+        _check_count(count)
         marker, start, end = _segment(data, at)
         if marker in _FRAMES and frame is None:
             frame = (marker, data[start:end])
@@ -83,13 +87,18 @@ def read_header(data: bytes) -> Header:
     return Header(process, width, height, components, exif, icc, body[6:end:3], body[7:end:3])
 
 
+def _check_count(count: int) -> None:
+    """Refuse files of so many segments that walking them would take seconds."""
+    if count > _MOST_SEGMENTS:
+        raise Unreadable("unsupported", f"more than {_MOST_SEGMENTS} JPEG segments")
+
+
 def _segment(data: bytes, at: int) -> tuple[int, int, int]:
     """Return the next marker at or after `at`, and the start and end of its payload."""
-    at = data.find(b"\xff", at)
-    while 0 <= at < len(data) - 1 and data[at + 1] in (0xFF, 0x00):  # fill bytes, stray zeros
-        at = data.find(b"\xff", at + 1)
-    if at < 0 or at + 1 >= len(data):
+    found = _MARKER.search(data, at)
+    if found is None:
         raise Unreadable("truncated", "the JPEG ends between segments")
+    at = found.start()
     marker = data[at + 1]
     if marker in _ALONE or marker in (_SOI, _EOI):
         return marker, at + 2, at + 2
@@ -104,7 +113,8 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int]:
 def segments(data: bytes, *, needs_end: bool = True) -> Iterator[Segment]:
     """Yield the segments up to EOI. Raises Unreadable if the file ends before EOI, unless `needs_end` is false."""
     at = 2
-    while True:
+    for count in itertools.count(1):
+        _check_count(count)
         try:
             marker, start, end = _segment(data, at)
         except Unreadable:

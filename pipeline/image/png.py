@@ -98,7 +98,7 @@ def last_row(data: bytes) -> int:
 
 
 def check_pixels(data: bytes) -> None:
-    """Raise Unreadable(`truncated`) if the data end before the last row, although all checksums hold.
+    """Raise Unreadable(`truncated`, or `corrupt`) if the data end before the last row, although all checksums hold.
 
     Decoders leave missing pixels black without a warning. Unpacking again adds 40% to decoding.
     """
@@ -106,7 +106,10 @@ def check_pixels(data: bytes) -> None:
     unpacker, view = zlib.decompressobj(), memoryview(data)
     for name, start, end in _chunks(data):
         for at in range(start + 8, end - 4, _AT_ONCE) if name == b"IDAT" else ():
-            missing -= len(unpacker.decompress(view[at : min(at + _AT_ONCE, end - 4)]))
+            try:
+                missing -= len(unpacker.decompress(view[at : min(at + _AT_ONCE, end - 4)]))
+            except zlib.error as error:
+                raise Unreadable("corrupt", f"packed pixels: {error}") from None
             if missing <= 0:
                 return
             if unpacker.eof:

@@ -52,7 +52,8 @@ _NOT_READ: Final = {
     b"IIU\0": "RW2 camera raw",
     b"FUJIFILMCCD-RAW": "RAF camera raw",
 }
-_MOST_CHUNKS: Final = 100_000  # of a PNG; encoders write one per 8 to 64 kB
+_MOST_PARTS: Final = 100_000  # PNG or WebP chunks, boxes; encoders write one per 8 to 64 kB, or per frame
+_MOST_SUB_BLOCKS: Final = 1_000_000  # of a GIF; encoders fill all but the last of an image with 255 bytes
 _BMP_HEADER_SIZES: Final = (12, 40, 52, 56, 64, 108, 124)
 
 
@@ -120,6 +121,12 @@ def check_whole(kind: str, data: bytes) -> None:
         _check_isobmff(data)
 
 
+def _check_count(count: int, what: str, most: int = _MOST_PARTS) -> None:
+    """Refuse files of so many parts that walking them would take seconds."""
+    if count > most:
+        raise Unreadable("unsupported", f"more than {most} {what}")
+
+
 def _check_length(size: int, data: bytes) -> None:
     if size > len(data):
         raise Unreadable("truncated", f"{len(data)} of {size} bytes")
@@ -146,16 +153,17 @@ def _check_png(data: bytes) -> None:
         if name == b"IEND":
             return
         count += 1
-        if count > _MOST_CHUNKS:
-            raise Unreadable("unsupported", f"more than {_MOST_CHUNKS} PNG chunks")
+        _check_count(count, "PNG chunks")
         at = end
 
 
 def _check_gif(data: bytes) -> None:
     """Walk the blocks up to the end of the first image (GIF89a, appendix B); later frames are not needed."""
     _check_length(13, data)
-    at = 13 + _colour_table(data[10])
+    at, count = 13 + _colour_table(data[10]), 0
     while True:
+        count += 1
+        _check_count(count, "GIF blocks")
         _check_length(at + 1, data)
         block = data[at]
         if block == 0x21:  # an extension
@@ -174,17 +182,20 @@ def _colour_table(flags: int) -> int:
 
 
 def _past_sub_blocks(data: bytes, at: int) -> int:
-    while True:
+    for _ in range(_MOST_SUB_BLOCKS):
         _check_length(at + 1, data)
         if data[at] == 0:
             return at + 1
         at += 1 + data[at]
+    raise Unreadable("unsupported", f"more than {_MOST_SUB_BLOCKS} sub-blocks in a GIF")
 
 
 def _check_isobmff(data: bytes) -> None:
     """Check that the top-level boxes are within the file."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        _check_count(count, "boxes")
         _check_length(at + 8, data)
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 0:  # reaches to the end of the file
@@ -203,8 +214,10 @@ def _webp_length(data: bytes) -> int:
     Some writers count that byte (RFC 9649, 2.3) and do not write it; no pixel is in it.
     """
     length = int.from_bytes(data[4:8], "little") + 8
-    at = 12
-    while at + 8 <= length:
+    at, count = 12, 0
+    while at + 8 <= min(length, len(data)):
+        count += 1
+        _check_count(count, "WebP chunks")
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         if at + 8 + size + 1 == length and size % 2:
             return length - 1
@@ -227,11 +240,15 @@ def avif_sizes(data: bytes) -> list[tuple[int, int]]:
 
     They are in the `ispe` boxes (ISO/IEC 23008-12, 6.5.3) of the `meta` box. Only the top-level boxes are walked.
     """
-    at = 0
+    at = count = 0
     while at + 8 <= len(data):
+        count += 1
+        _check_count(count, "boxes")
         size = int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] == b"meta":
-            found = (match.end() + 4 for match in re.finditer(b"ispe", data[at : at + size]))
+            meta = data[at : at + size]
+            _check_count(meta.count(b"ispe"), "images in an AVIF")
+            found = (match.end() + 4 for match in re.finditer(b"ispe", meta))
             return [struct.unpack_from(">II", data, at + start) for start in found if at + start + 8 <= len(data)]
         at += size if size >= 8 else len(data)
     return []

@@ -9,7 +9,7 @@ import yaml
 
 from capstan.pipeline.text.printable import printable
 
-MAX_CHARACTERS: Final = 4 << 20
+MAX_CHARACTERS: Final = 1 << 18
 MAX_DEPTH: Final = 50
 MAX_NODES: Final = 200_000  # with each alias expanded, as whoever walks the data sees it
 
@@ -19,7 +19,15 @@ class InvalidYaml(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without integers that no field can hold."""
+    """SafeLoader without integers that no field can hold, and without the depth at which its scanner takes seconds."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        _check_depth(self.flow_level + 1)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        _check_depth(len(self.indents))
+        return super().add_indent(column)
 
     def construct_yaml_int(self, node: Any) -> int:
         value = int(super().construct_yaml_int(node))
@@ -64,6 +72,11 @@ def parse(text: str) -> Any:
         loader.dispose()
 
 
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise InvalidYaml(f"nested deeper than {MAX_DEPTH} levels")
+
+
 def _one_line(error: Exception) -> str:
     return printable(" ".join(str(error).split()))[:300]
 
@@ -85,8 +98,7 @@ def _measure(root: Any) -> None:
             raise InvalidYaml(f"an alias in line {node.start_mark.line + 1} contains itself")
         elif id(node) not in sizes:
             above.add(id(node))
-            if len(above) > MAX_DEPTH:
-                raise InvalidYaml(f"nested deeper than {MAX_DEPTH} levels")
+            _check_depth(len(above))
             stack.append((node, True))
             stack += [(child, False) for child in children]
 

@@ -33,6 +33,8 @@ HOSTILE = {
     "a mapping in itself": "a: &a {b: *a}\n",
     "depth": "dataset: " + "[" * 60 + "]" * 60,
     "great depth": "dataset: " + "[" * 20_000,
+    "great depth of blocks": "- " * 20_000,
+    "depth of both": "- [{a: " * 5_000,
     "many digits": "image: {size: " + "9" * 5000 + "}",
     "more than 64 bits": "image: {size: 99999999999999999999}",
     "NUL": "dataset: a\0b\n",

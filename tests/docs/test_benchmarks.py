@@ -11,7 +11,7 @@ from repo import HELPERS, ROOT
 from source_tree import MODULES, imports, module_of
 
 FOLDER = ROOT / "benchmarks"
-EXTRA = {"skimage", "sklearn", "pdqhash"}  # of the extra `bench`; copies.py does without pdqhash
+EXTRA = {"skimage", "sklearn", "pdqhash", "atheris"}  # of the extras `bench` and `fuzz`; copies.py does without pdqhash
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

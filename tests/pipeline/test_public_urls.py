@@ -1,5 +1,7 @@
 """A row's URL is stored without credentials: in shards, tables, failures' details and logs."""
 
+import time
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,3 +86,16 @@ def test_no_file_but_the_plan_holds_a_credential(tmp_path, site) -> None:
     files = [path for path in (tmp_path / "ds").rglob("*") if path.is_file() and "plan" not in path.parts]
     assert not [path for path in files if path.suffix != ".parquet" and CANARY.encode() in path.read_bytes()]
     assert not [path for path in files if path.suffix == ".parquet" and CANARY in str(pq.read_table(path).to_pydict())]
+
+
+def test_urls_within_urls_are_looked_into_and_not_without_end() -> None:
+    inner = "https%3A%2F%2Fme%3Apw%40b.org%2F"
+    assert public_url(f"https://a.org/?u=https://c.org/?v={inner}") == "https://a.org/?u=REDACTED"
+    shown = public_url("https://a.org/?u=" * 3000 + f"x{CANARY}")  # of a URL's greatest length
+    assert shown == "https://a.org/?u=REDACTED"
+
+
+def test_a_long_text_without_a_url_takes_no_time() -> None:
+    start = time.process_time()
+    assert public_text("a" * 500_000) == "a" * 500_000
+    assert time.process_time() - start < 10  # it took minutes

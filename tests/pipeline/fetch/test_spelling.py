@@ -1,6 +1,7 @@
 """URLs are sent as written, and heads of responses taken as browsers take them: a raw server sees the bytes."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -45,6 +46,20 @@ class Server:
 
 def get(site: Site, server: Server, url: str) -> Fetched:
     return fetch(site, url.replace("AT", f"127.0.0.1:{server.port}"), allow_private=True, retries=0)
+
+
+@pytest.mark.parametrize("host", ["a b.org", "ü\x01b.org", "a%2Fb.org", "ü%00.org", "a<b.org", "ü|b.org", "a\x7fb.org"])
+def test_a_host_with_what_no_name_has_is_no_url(host: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        as_sent(f"http://{host}/x.jpg")
+    with pytest.raises(ValueError, match=r"\w"):
+        as_sent(f"//{host}/x.jpg", as_sent("http://a.org/"))
+
+
+def test_a_path_of_a_hundred_thousand_steps_takes_no_time() -> None:
+    start = time.process_time()
+    assert as_sent("http://a.org" + "/a" * 100_000 + "/.." * 100_000).path == "/"
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

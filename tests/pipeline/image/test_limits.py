@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import pytest
 from drawn import file_of, ramp, reason, sample, stored
@@ -69,3 +70,32 @@ def test_all_images_of_an_avif_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert sniff.avif_sizes(made) == [(64, 64), (30_000, 30_000)]
     monkeypatch.setitem(decode._PLUGINS, "avif", lambda *_: pytest.fail("opened"))
     assert reason(made) == "too_many_pixels"
+
+
+MANY = 20_000_000  # bytes: what is read of a file
+PARTS = {
+    "a WebP that says 4 GB": (lambda: b"RIFF\xf8\xff\xff\xffWEBPVP8L" + bytes(40), "truncated"),
+    "WebP chunks": (lambda: b"RIFF" + struct.pack("<I", MANY) + b"WEBP" + b"VP8L\0\0\0\0" * (MANY // 8), "unsupported"),
+    "GIF sub-blocks": (lambda: b"GIF89a\x01\0\x01\0\0\0\0!\xfe" + b"\x01a" * (MANY // 2), "unsupported"),
+    "GIF extensions": (lambda: b"GIF89a\x01\0\x01\0\0\0\0" + b"!\xfe\0" * (MANY // 3), "unsupported"),
+    "AVIF boxes": (lambda: box(b"ftyp", b"avif\0\0\0\0avif") + box(b"free", b"") * (MANY // 8), "unsupported"),
+    "AVIF sizes": (lambda: box(b"ftyp", b"avif\0\0\0\0avif") + box(b"meta", b"ispe" * (MANY // 4)), "unsupported"),
+    "JPEG segments": (lambda: b"\xff\xd8" + b"\xff\xe1\0\2" * (MANY // 4), "unsupported"),
+    "JPEG segments after the frame": (
+        lambda: sample("jpeg")[:-2] + b"\xff\xfe\0\2" * (MANY // 4) + b"\xff\xd9",
+        "unsupported",
+    ),
+    "JPEG markers alone": (lambda: b"\xff\xd8" + b"\xff\x01" * (MANY // 2), "unsupported"),
+    "JPEG fill bytes": (lambda: b"\xff\xd8" + b"\xff" * MANY, "truncated"),
+    "JPEG zeros": (lambda: b"\xff\xd8" + b"\xff\0" * (MANY // 2), "truncated"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_files_of_millions_of_parts_end_at_once(name: str) -> None:
+    """The clock is against hangs only: some of these took minutes to walk."""
+    make, expected = PARTS[name]
+    data = make()
+    start = time.process_time()
+    assert reason(data) == expected
+    assert time.process_time() - start < 10
