@@ -45,6 +45,7 @@ from capstan.pipeline.score.store import pins
 from capstan.pipeline.select.decide import Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
 from capstan.pipeline.select.licenses import LICENSE, identity, setting_of
+from capstan.pipeline.select.pairs import pairs_signature
 from capstan.pipeline.select.review import reviews_signature
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.storage import Storage, parquet_bytes
@@ -165,6 +166,8 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
     outside = [blocked(recipe, storage).digest, evaluation_signature(recipe)]
     if any(step.review is not None for step in recipe.select):
         outside.append(reviews_signature(recipe, storage))
+    if different := pairs_signature(storage):
+        outside.append(different)
     outside += identity(setting_of(recipe))
     return fingerprint(
         [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]

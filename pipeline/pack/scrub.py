@@ -2,6 +2,7 @@
 
     captions/**.parquet                              tables with a column `key`, also those of unfinished layers
     review/*.parquet                                 verdicts and notes of people
+    pairs/verdicts.parquet                           verdicts of people on pairs of rows
     latents/<encoder id>/shard-000000.safetensors    tensors whose first axis is the shard's samples
 
 Latents are stored by a sample's position in its shard and carry the shard's sum. That sum is known only once the shard
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
+from capstan.pipeline.select.pairs import read_pairs, without, write_pairs
 from capstan.pipeline.select.review import FOLDER
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
@@ -43,6 +45,8 @@ def scrub_derived(
     for name in [*storage.names("captions"), *storage.names(FOLDER)]:
         if name.endswith(".parquet"):
             _scrub_table(storage, name, keys)
+    if len(judged := read_pairs(storage)) and len(left := without(judged, keys)) < len(judged):
+        write_pairs(storage, left)
     for name in storage.names(_LATENTS):
         path = PurePosixPath(name)
         if path.suffix != ".safetensors" or _KEYS in (metadata := _metadata(storage, name)):

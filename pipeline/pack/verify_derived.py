@@ -17,6 +17,7 @@ from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.prefetch import ahead
+from capstan.pipeline.select.pairs import verify_pairs
 from capstan.pipeline.select.review import verify_reviews
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
@@ -27,14 +28,14 @@ _ID: Final = re.compile(r"[0-9a-f]{16}")  # a layer or encoder that is named by 
 
 
 def verify_derived(storage: Storage, manifest: Manifest) -> list[str]:
-    """Return every problem of caption layers, latents and reviews, one line each that names the file."""
+    """Return every problem of captions, latents, reviews and verdicts on pairs, one line each that names the file."""
     captions, latents = storage.names("captions"), storage.names("latents")
     problems = [*_missing_captions(storage, manifest, captions), *_missing_latents(storage, manifest, latents)]
     problems += [*_caption_recipes(storage, captions), *_latent_recipes(storage, latents)]
     files = [name for name in captions if name.endswith(".parquet")]
     files += [name for name in latents if name.endswith(".safetensors")]
     problems += [problem for problem in ahead(lambda name: _problem(storage, name), files) if problem is not None]
-    return [*problems, *verify_reviews(storage)]
+    return [*problems, *verify_reviews(storage), *verify_pairs(storage)]
 
 
 def _problem(storage: Storage, name: str) -> str | None:

@@ -22,6 +22,7 @@ from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import FORMAT_VERSION
+from capstan.pipeline.select.apart import NOTHING, Apart
 from capstan.pipeline.select.near_duplicates import (
     CONTAMINATED,
     COPIES,
@@ -83,12 +84,13 @@ def find_repeats(
     embeddings: Embeddings | None = None,
     places: Ints | None = None,
     descriptors: Embeddings | None = None,
+    apart: Apart = NOTHING,
 ) -> Repeats:
     """Find repeats among n rows, ordered by batch and, within a batch, by key.
 
     `sha256` is 32 raw bytes per row, `colours` [n, phash.COLOUR_BYTES] (None: compare hashes only), `area` is in
     pixels. `embeddings` [m, d] serve `dedup.semantic`, `descriptors` [m, e] `dedup.copies`; `places` holds the rows'
-    indices in them, if they are not in order.
+    indices in them, if they are not in order. Rows that are `apart` do not repeat each other.
 
     Raises RecipeError for evaluation images that cannot be read.
     """
@@ -96,7 +98,7 @@ def find_repeats(
     evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours)
     kept, kind = np.full(n, -1, np.int64), np.zeros(n, np.int8)
     (clean,) = np.nonzero(contaminated < 0)
-    order = precedence(batch[clean], area[clean])
+    order, apart = precedence(batch[clean], area[clean]), apart.take(clean)
     found = find_duplicates(
         order,
         sha256[clean],
@@ -105,14 +107,15 @@ def find_repeats(
         distance=dedup.perceptual,
         colours=None if colours is None else colours[clean],
         tolerance=dedup.colours or 0,
+        apart=apart,
     )
     at = clean if places is None else places[clean]
     if dedup.copies is not None:
         assert descriptors is not None
-        found = _by_vectors(found, order, batch[clean], descriptors, at, dedup.copies.threshold, COPIES)
+        found = _by_vectors(found, order, batch[clean], descriptors, at, dedup.copies.threshold, COPIES, apart)
     if dedup.semantic is not None:
         assert embeddings is not None
-        found = _by_vectors(found, order, batch[clean], embeddings, at, dedup.semantic, SEMANTIC)
+        found = _by_vectors(found, order, batch[clean], embeddings, at, dedup.semantic, SEMANTIC, apart)
     kept[clean] = np.where(found.kept >= 0, clean[found.kept], -1)
     kind[clean] = found.kind
     hit = contaminated >= 0
@@ -121,14 +124,21 @@ def find_repeats(
 
 
 def _by_vectors(
-    found: Duplicates, order: Ints, batch: Ints, vectors: Embeddings, places: Ints, threshold: float, reason: int
+    found: Duplicates,
+    order: Ints,
+    batch: Ints,
+    vectors: Embeddings,
+    places: Ints,
+    threshold: float,
+    reason: int,
+    apart: Apart,
 ) -> Duplicates:
     """Add to `found` the rows whose vector is near that of a row kept so far."""
     left = order[found.kept[order] < 0]
     first = int((batch[left] == batch[left].min(initial=0)).sum())
-    near = find_semantic(vectors, places[left], threshold, first=first)
+    near = find_semantic(vectors, places[left], threshold, first=first, apart=apart.take(left))
     kept, kind = found.kept.copy(), found.kind.copy()
-    settle(kept, kind, left, near, reason)
+    settle(kept, kind, left, near, reason, apart)
     return Duplicates(kept, kind)
 
 

@@ -20,13 +20,16 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.equal_rows import as_words, decide_equal, first_equal
 
 HASH_BITS: Final = 64
 NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED, COPIES = range(6)
@@ -79,69 +82,48 @@ def find_duplicates(
     distance: int | None,
     colours: Bytes | None = None,
     tolerance: int = 0,
+    apart: Apart = NOTHING,
 ) -> Duplicates:
     """Find the rows that repeat another.
 
     `order` [n] is their precedence; `sha256` is text, or words [n, w]. `distance` is in bits of `phash` (None: no near
-    duplicates). `colours` [n, bytes], if given, must then agree too, within `tolerance`.
+    duplicates). `colours` [n, bytes], if given, must then agree too, within `tolerance`. Pairs that are `apart` do not
+    repeat each other.
     """
     n = len(order)
     kept = np.full(n, -1, np.int64)
+    words = as_words(sha256).T if exact else np.zeros((0, n), np.uint64)
     if exact:
-        first = first_equal(as_words(sha256).T, order)
+        # Rows of pairs are left to the search for near ones, which asks about each pair.
+        own = [apart.alone(np.arange(n))] if len(apart.codes) and distance is not None else []
+        first = first_equal([*words, *own], order)
         kept = np.where(first != np.arange(n), first, -1)
+        if len(apart.codes) and distance is None:
+            decide_equal(kept, first, order, apart)
     kind = np.where(kept >= 0, EXACT, NONE).astype(np.int8)
     if distance is not None:
         left = order[kept[order] < 0]
-        near = _near(_Prints(phash, colours, distance, tolerance).take(left))
+        near = _near(_Prints(phash, colours, distance, tolerance, np.arange(n), apart).take(left))
         settle(kept, kind, left, near, PERCEPTUAL)
+        if exact and len(apart.codes):
+            (found,) = np.nonzero(kind == PERCEPTUAL)
+            kind[found[(words[:, found] == words[:, kept[found]]).all(axis=0)]] = EXACT
     return Duplicates(kept, kind)
 
 
-def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int) -> None:
+def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int, apart: Apart = NOTHING) -> None:
     """Record that row left[i] repeats left[near[i]] (-1: none).
 
-    Rows that repeated a row which is no longer kept now repeat the row which that one repeats.
+    Rows that repeated a row which is no longer kept now repeat the row which that one repeats, unless they are `apart`
+    from it: then they are kept.
     """
     before = np.flatnonzero(kept >= 0)
     kept[left] = np.where(near >= 0, left[near], -1)
     kind[left[near >= 0]] = reason
     root = kept[kept[before]]
     kept[before] = np.where(root >= 0, root, kept[before])
-
-
-def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
-    """Convert text of one width to 64-bit words [n, w]; words are returned unchanged."""
-    if values.dtype.kind != "S":
-        return cast(Words, values)
-    width = -(-max(values.dtype.itemsize, 1) // 8) * 8
-    return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), width // 8)
-
-
-def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
-    """Return for each of n rows of `columns`, each [n], the equal row that is first in `order`.
-
-    Rows are sorted by a hash of their words; all words are compared afterwards, so collisions cannot change the result.
-    """
-    n = len(order)
-    if not n:
-        return np.zeros(0, np.int64)
-    rank = np.empty(n, np.int64)
-    rank[order] = np.arange(n)
-    mixed = np.zeros(n, np.uint64)
-    for column in columns:
-        mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) ^ column
-    by = np.argsort(mixed)
-    mixed = mixed[by]
-    starts = np.flatnonzero(np.concatenate([[True], mixed[1:] != mixed[:-1]]))
-    least = np.minimum.reduceat(rank[by], starts)
-    first = np.empty(n, np.int64)
-    first[by] = np.repeat(order[least], np.diff(starts, append=n))
-    (repeats,) = np.nonzero(first != np.arange(n))
-    if not all((column[first[repeats]] == column[repeats]).all() for column in columns):
-        _, inverse = np.unique(np.stack([*columns], axis=1), axis=0, return_inverse=True)
-        return first_equal([inverse.astype(np.uint64).reshape(-1)], order)
-    return first
+    free = before[apart.has(before, kept[before])]
+    kept[free], kind[free] = -1, NONE
 
 
 # Near duplicates -----------------------------------------------------------------------------------------------------
@@ -155,19 +137,25 @@ class _Prints:
     colours: Bytes | None  # [n, bytes]
     distance: int
     tolerance: int
+    rows: Ints | None = None  # [n], as `apart` numbers them
+    apart: Apart = NOTHING  # pairs that are not near, whatever their hashes
 
     def __len__(self) -> int:
         return len(self.phash)
 
     def take(self, rows: Ints | slice) -> _Prints:
         colours = None if self.colours is None else self.colours[rows]
-        return _Prints(self.phash[rows], colours, self.distance, self.tolerance)
+        own = None if self.rows is None else self.rows[rows]
+        return _Prints(self.phash[rows], colours, self.distance, self.tolerance, own, self.apart)
 
     def agree(self, rows: Ints, later: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
-        """Return whether the colours of rows[i] agree with those of the later others[i]."""
-        if self.colours is None or later.colours is None:
-            return np.ones(len(rows), bool)
-        return colours_agree(self.colours[rows], later.colours[others], self.tolerance)
+        """Return whether the colours of rows[i] agree with those of the later others[i], and they are not apart."""
+        close = np.ones(len(rows), bool)
+        if self.colours is not None and later.colours is not None:
+            close = colours_agree(self.colours[rows], later.colours[others], self.tolerance)
+        if self.rows is not None and later.rows is not None and len(self.apart.codes):
+            close &= ~self.apart.has(self.rows[rows], later.rows[others])
+        return close
 
 
 def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
@@ -202,6 +190,8 @@ def _near(prints: _Prints) -> Ints:
     columns = [prints.phash]
     if prints.colours is not None:
         columns += list(np.ascontiguousarray(prints.colours).view(np.uint64).T)
+    if prints.rows is not None and len(prints.apart.codes):
+        columns.append(prints.apart.alone(prints.rows))
     first = first_equal(columns, np.arange(n))
     (unique,) = np.nonzero(first == np.arange(n))
     found = _first_kept(prints.take(unique))

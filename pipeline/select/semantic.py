@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
+
+from capstan.pipeline.select.apart import NOTHING, Apart
 
 CLUSTER_ROWS: Final = 1000  # rows of the first batch per cluster, on average
 _TRAINED_ON: Final = 64  # rows per cluster in the sample for k-means
@@ -31,12 +33,15 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-def find_semantic(embeddings: npt.NDArray[np.float16], order: Ints, threshold: float, *, first: int) -> Ints:
+def find_semantic(
+    embeddings: npt.NDArray[np.float16], order: Ints, threshold: float, *, first: int, apart: Apart = NOTHING
+) -> Ints:
     """Return for each position of `order` the position of the first kept row that it repeats, or -1.
 
     `order` lists rows of `embeddings` [n, d] by precedence. A row repeats an earlier row of its cluster if their cosine
     is `threshold` or more. The first `first` positions are those of the first batch. A row of zeros (no embedding)
-    repeats nothing. `embeddings` may be a memory map: it is read in pieces.
+    repeats nothing. `embeddings` may be a memory map: it is read in pieces. Positions that are `apart` do not repeat
+    each other.
     """
     near = np.full(len(order), -1, np.int64)
     if not len(order):
@@ -49,7 +54,7 @@ def find_semantic(embeddings: npt.NDArray[np.float16], order: Ints, threshold: f
 
         def of_cluster(number: int) -> tuple[Ints, Ints]:
             rows = by[bounds[number] : bounds[number + 1]]
-            return rows, _first_kept(embeddings, order[rows], threshold)
+            return rows, _first_kept(embeddings, order[rows], threshold, apart.take(rows).pairs.tolist())
 
         for rows, found in pool.map(of_cluster, range(len(centres))):
             near[rows] = np.where(found >= 0, rows[found], -1)
@@ -96,10 +101,13 @@ def _pieces(rows: npt.NDArray) -> Iterator[npt.NDArray]:
     return (rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE))
 
 
-def _first_kept(embeddings: npt.NDArray[np.float16], rows: Ints, threshold: float) -> Ints:
+def _first_kept(
+    embeddings: npt.NDArray[np.float16], rows: Ints, threshold: float, apart: Sequence[tuple[int, int]]
+) -> Ints:
     """Return for each of a cluster's rows, in order of precedence, the first kept row before it that is near, or -1.
 
-    Each piece is compared with the rows kept so far, and its remaining rows with each other.
+    Each piece is compared with the rows kept so far, and its remaining rows with each other. `apart` are pairs of
+    places in `rows`.
     """
     near = np.full(len(rows), -1, np.int64)
     kept: list[int] = []
@@ -108,10 +116,12 @@ def _first_kept(embeddings: npt.NDArray[np.float16], rows: Ints, threshold: floa
         own = unit(embeddings[rows[start : start + _PIECE // 4]])
         if len(held):
             close = own @ held.T >= threshold
+            _part(close, range(start, start + len(own)), kept, apart)
             hit = close.any(axis=1)
             near[start : start + len(own)] = np.where(hit, np.array(kept)[close.argmax(axis=1)], -1)
         (left,) = np.nonzero(near[start : start + len(own)] < 0)
         close = own[left] @ own[left].T >= threshold
+        _part(close, (start + left).tolist(), (start + left).tolist(), apart)
         alone = np.ones(len(left), bool)
         for row in np.flatnonzero(np.tril(close, -1).any(axis=1)).tolist():  # the others are near nothing before them
             before = np.flatnonzero(close[row, :row] & alone[:row])
@@ -121,3 +131,15 @@ def _first_kept(embeddings: npt.NDArray[np.float16], rows: Ints, threshold: floa
         kept += (start + left[alone]).tolist()
         held = np.concatenate([held, own[left[alone]]])
     return near
+
+
+def _part(
+    close: npt.NDArray[np.bool_], rows: Sequence[int], columns: Sequence[int], apart: Sequence[tuple[int, int]]
+) -> None:
+    """Clear `close` [rows, columns] where a row and a column are apart."""
+    if not apart:
+        return
+    row, column = ({place: number for number, place in enumerate(places)} for places in (rows, columns))
+    for one, other in [*apart, *((b, a) for a, b in apart)]:
+        if one in row and other in column:
+            close[row[one], column[other]] = False

@@ -11,6 +11,7 @@ from capstan.pipeline.config import WorldSource
 from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours
 from capstan.pipeline.select import near_duplicates
+from capstan.pipeline.select.apart import Apart
 from capstan.pipeline.select.near_duplicates import (
     close_pairs,
     colours_agree,
@@ -190,3 +191,25 @@ def test_planted_duplicates_are_found_and_nothing_else() -> None:
     assert precision >= 0.99
     assert recall >= 0.99
     assert quality(None)[0] < 0.9
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 60), distance=st.integers(0, 8), few=st.booleans())
+def test_rows_that_are_apart_repeat_only_others(seed: int, n: int, distance: int, few: bool) -> None:
+    """The first kept row that is near, or the same file, and from which a row is not apart; also in halves."""
+    rng = np.random.default_rng(seed)
+    hashes, area = clustered(seed, n), rng.integers(1, 4, n)
+    pairs = np.array([rng.choice(n, 2, replace=False) for _ in range(rng.integers(0, 2 * n))], np.int64).reshape(-1, 2)
+    apart, order = Apart.of(n, pairs), precedence(np.zeros(n, np.int64), area)
+    sums = hashes.reshape(-1, 1)  # files are equal where their hashes are
+    with pytest.MonkeyPatch.context() as patch:
+        if few:
+            patch.setattr(near_duplicates, "_FEW", 8)
+            patch.setattr(near_duplicates, "MAX_PAIRS", 4)
+        found = find_duplicates(order, sums, hashes, exact=True, distance=distance, apart=apart)
+    told, kept = {frozenset(pair) for pair in pairs.tolist()}, list[int]()
+    for row in order.tolist():
+        near = [k for k in kept if int(hashes[k] ^ hashes[row]).bit_count() <= distance and {k, row} not in told]
+        assert found.kept[row] == (near[0] if near else -1)
+        assert found.exact[row] == (bool(near) and hashes[near[0]] == hashes[row])
+        kept += [] if near else [row]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capstan.pipeline.select import semantic
+from capstan.pipeline.select.apart import Apart
 from capstan.pipeline.select.semantic import find_semantic, unit
 
 
@@ -33,6 +34,22 @@ def test_in_one_cluster_it_is_the_first_kept_row_that_is_near(seed: int, n: int,
         close = [other for other in kept if cosine[position, other] >= threshold]
         assert near[position] == (close[0] if close else -1)
         kept += [] if close else [position]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 60), threshold=st.sampled_from([0.5, 0.8]))
+def test_rows_that_are_apart_do_not_repeat_each_other(seed: int, n: int, threshold: float) -> None:
+    rows, rng = embeddings(seed, n), np.random.default_rng(seed)
+    pairs = np.array([rng.choice(n, 2, replace=False) for _ in range(n)], np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(semantic, "_PIECE", 40)
+        near = find_semantic(rows, np.arange(n), threshold, first=n, apart=Apart.of(n, pairs))
+    cosine, told = unit(rows) @ unit(rows).T, {frozenset(pair) for pair in pairs.tolist()}
+    kept: list[int] = []
+    for row in range(n):
+        close = [k for k in kept if cosine[row, k] >= threshold and {k, row} not in told]
+        assert near[row] == (close[0] if close else -1)
+        kept += [] if close else [row]
 
 
 def test_pieces_of_a_large_cluster_agree_with_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
