@@ -18,7 +18,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
@@ -37,6 +37,7 @@ from PIL import (
 
 from capstan.pipeline import config
 from capstan.pipeline.image import jpeg, png, sniff
+from capstan.pipeline.image.flatten import flatten, loaded, still_webp
 from capstan.pipeline.image.icc import is_srgb, to_srgb
 from capstan.pipeline.image.jpeg_pixels import RareSubsamplingError, decode_strictly
 from capstan.pipeline.image.limits import check_header, check_tiff
@@ -246,10 +247,10 @@ def _decode_other(kind: str, data: bytes, image: config.Image) -> StoredImage:
             shown, layout, orientation = _shown(kind, data, image)
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error) as error:
         raise _explain(kind, data, error) from None
-    return _encode(_fit(np.asarray(shown), layout, orientation), data, layout, image)
+    return _encode(_fit(shown, layout, orientation), data, layout, image)
 
 
-def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _Layout, int]:
+def _shown(kind: str, data: bytes, image: config.Image) -> tuple[np.ndarray, _Layout, int]:
     """Return the first frame in sRGB at full size, its layout, and the EXIF orientation still to be applied."""
     whole = png.closed(data) if kind == "png" else data
     mended, data = whole is not data, whole
@@ -266,14 +267,14 @@ def _shown(kind: str, data: bytes, image: config.Image) -> tuple[Image.Image, _L
         if kind == "png":
             png.check_size(data)
         patch = frame.tile[0].extents if kind == "gif" and frame.tile else None
-        frame.load()
+        still = kind == "webp" and not sniff.webp_is_animated(data)
+        cut = still_webp(source) if still else loaded(frame)
         if kind == "png" and (mended or _is_blank(frame, png.last_row(data))):
             png.check_pixels(data)
-        shown = _flatten(frame, kind, data)
-    if patch is not None and patch != (0, 0, *shown.size):  # a GIF's first frame on a larger, transparent canvas
-        canvas = Image.new("RGB", shown.size, "white")
-        canvas.paste(shown.crop(patch), patch)
-        shown = canvas
+        shown = flatten(frame, cut, bits=data[24] if kind == "png" else 8)
+    if patch is not None:  # a GIF's first frame may be on a larger, transparent canvas
+        left, top, right, bottom = patch
+        shown[:top], shown[bottom:], shown[:, :left], shown[:, right:] = 255, 255, 255, 255
     return shown, layout, orientation
 
 
@@ -302,58 +303,6 @@ def _explain(kind: str, data: bytes, error: Exception) -> Unreadable:
     if not cut and re.search("nsupported|unknown (pixel|data|raw)", str(error)):
         return Unreadable("unsupported", detail)
     return Unreadable("truncated" if cut else "corrupt", detail)
-
-
-def _flatten(frame: Image.Image, kind: str, data: bytes) -> Image.Image:
-    """Convert any Pillow mode to sRGB: 16 bits scaled to 8, palettes looked up, transparency laid on white."""
-    profile = frame.info.get("icc_profile") or b""
-    if frame.mode.startswith("I;16"):
-        colours, alpha = _from_16_bits(frame)
-    elif frame.mode in ("I", "F", "LAB", "HSV", "YCbCr"):
-        raise Unreadable("unsupported", f"pixels of mode {frame.mode}")
-    else:
-        colours, alpha = _colours_and_alpha(frame, bits=data[24] if kind == "png" else 8)
-    flat = to_srgb(colours, profile)
-    if alpha is None:
-        return flat
-    canvas = Image.new("RGB", flat.size, "white")
-    canvas.paste(flat, mask=alpha)
-    return canvas
-
-
-def _from_16_bits(frame: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Convert grey of 9 to 16 bits to mode L, full 8-bit range; also return alpha if one grey is transparent."""
-    levels = np.asarray(frame).astype(np.uint32)
-    tags: Any = getattr(frame, "tag_v2", {})
-    bits = tags.get(258, (16,))[0]
-    grey = ((levels * 255 + (1 << bits - 1)) // ((1 << bits) - 1)).clip(0, 255).astype(np.uint8)
-    if tags.get(262) == 0:  # WhiteIsZero, which Pillow leaves alone above 8 bits
-        grey = 255 - grey
-    key = frame.info.get("transparency")
-    alpha = None if key is None else Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))
-    return Image.fromarray(grey), alpha
-
-
-def _colours_and_alpha(frame: Image.Image, *, bits: int) -> tuple[Image.Image, Image.Image | None]:
-    """Return an 8-bit image's colours in mode L, RGB or CMYK, ready for a profile, and its alpha channel if any.
-
-    `bits` is the number of bits per sample in the file: Pillow converts samples to 8 bits but not the transparent
-    colour.
-    """
-    key = frame.info.get("transparency")
-    if bits == 16 and isinstance(key, tuple):  # Pillow kept the upper 8 bits of each sample
-        frame.info["transparency"] = tuple(value >> 8 for value in key)
-    elif bits in (2, 4) and frame.mode == "L" and isinstance(key, int):
-        top = (1 << bits) - 1
-        frame.info["transparency"] = (key & top) * 255 // top  # the other bits are to be ignored (PNG, 11.3.1.1)
-    if frame.mode in ("La", "RGBa"):  # premultiplied
-        frame = frame.convert(frame.mode[:-1] + "A")
-    alpha = frame.convert("RGBA").getchannel("A") if frame.has_transparency_data else None
-    if frame.mode == "LA":
-        return frame.getchannel("L"), alpha
-    if frame.mode == "1":
-        return frame.convert("L"), alpha
-    return (frame if frame.mode in ("L", "RGB", "CMYK") else frame.convert("RGB")), alpha
 
 
 # Out -----------------------------------------------------------------------------------------------------------------
