@@ -108,6 +108,7 @@ class HeldLease:
                 if name != self._name:
                     self._storage.delete(self._name)
                 raise _in_use(self._storage, other)
+        self._storage.sweep()
         self._beats.start()
 
     def _excluded(self) -> list[str]:

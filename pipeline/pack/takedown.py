@@ -69,10 +69,15 @@ _SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class Takedown:
-    """The rows being removed (_SCHEMA), and the number of requested entries of each kind."""
+    """The rows being removed (_SCHEMA), and the numbers of entries of each kind by request."""
 
     rows: pa.Table
-    asked: dict[str, int]
+    requests: dict[str, dict[str, int]]
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """The number of requested entries of each kind."""
+        return dict(sum((Counter(counts) for counts in self.requests.values()), Counter()))
 
     @property
     def keys(self) -> pa.Array:
@@ -101,10 +106,10 @@ def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
         raise RecipeError(storage.field, f"no dataset at {storage.url}", "name a folder that `capstan build` made")
     before = resume(storage)
     rows = _find(storage, [unit.table for unit in plan.units], asked)
-    counts = Counter({kind: len(getattr(asked, kind)) for kind in KINDS if getattr(asked, kind)})
-    if before is not None:  # an interrupted takedown: both end together
-        rows, counts = before.rows.to_pylist() + rows, counts + Counter(before.asked)
-    pending = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata({"asked": json.dumps(dict(counts))})
+    requests = {_request_id(asked): {kind: len(getattr(asked, kind)) for kind in KINDS if getattr(asked, kind)}}
+    if before is not None:  # an interrupted takedown, perhaps of the same entries: both end together
+        rows, requests = before.rows.to_pylist() + rows, before.requests | requests
+    pending = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata({"requests": json.dumps(requests)})
     # The blocklist comes first: a build in between must not bring these rows back.
     add_removed(storage, asked)
     storage.write_table(_PENDING, pending)
@@ -169,7 +174,14 @@ def _pending(storage: Storage) -> Takedown | None:
     except DamagedFile as error:
         hint = "remove this file, and run the same `capstan remove` again"
         raise DamagedFile(error.file, error.problem, hint) from None
-    return Takedown(rows, json.loads(rows.schema.metadata[b"asked"]))
+    known: dict[bytes, bytes] = rows.schema.metadata
+    # Pending since before requests were told apart: they are one.
+    requests = json.loads(known[b"requests"]) if b"requests" in known else {"": json.loads(known[b"asked"])}
+    return Takedown(rows, requests)
+
+
+def _request_id(asked: Blocklist) -> str:
+    return config.fingerprint({kind: sorted(getattr(asked, kind)) for kind in KINDS})
 
 
 # Finding -------------------------------------------------------------------------------------------------------------

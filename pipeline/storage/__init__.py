@@ -235,6 +235,8 @@ class Storage:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             if isinstance(cause, PermissionError):
                 problem, hint = "no permission to write to", "grant it, or choose another folder"
+            elif isinstance(self._files, Local):
+                problem, hint = "cannot write to", "make the folder writable, or choose another one"
             else:
                 problem, hint = "cannot write to", "check the URL, the bucket, storage.endpoint_url and credentials"
             raise RecipeError(self.field, f"{problem} {self.url} ({message})", hint) from None

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -21,12 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from capstan.pipeline.errors import DiskFull
+from capstan.pipeline.errors import DiskFull, StorageError
 
 PARTIAL = ".partial-"  # prefix of every temporary name; never listed
 _SCRATCH = "capstan-scratch-"
 _OLD_S = 24 * 3600.0  # a temporary file of another machine is abandoned after this time
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class Local:
@@ -70,7 +72,12 @@ class Local:
                 os.fsync(file.fileno())
 
     def delete(self, path: str) -> None:
-        Path(path).unlink(missing_ok=True)
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            if shown := as_unwritable("remove", Path(path), error):
+                raise shown from error
+            raise
 
     def sweep(self, folder: str) -> int:
         """Remove the temporary files of writers that have ended; return how many."""
@@ -90,6 +97,10 @@ def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> Dis
         return None
     while not folder.exists():
         folder = folder.parent
+    if (files := os.statvfs(folder)).f_files and not files.f_favail:
+        problem = f"{os.strerror(errno.ENOSPC)}: the file system holds as many files as it can (inodes)"
+        hint = f"remove files on the disk at {_mount(folder)} and run the same command again: it resumes"
+        return DiskFull(f"write to {folder}", problem, hint)
     free = shutil.disk_usage(folder).free
     at_least = f"at least {_megabytes(max(needed - free, 1))} more" if needed else "space"
     return DiskFull(
@@ -140,9 +151,19 @@ def _publish(target: Path, size: int) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and (full := as_disk_full(error, target.parent, size)):
-            raise full from error
+        if isinstance(error, OSError):
+            shown = as_disk_full(error, target.parent, size) or as_unwritable("write", target, error)
+            if shown:
+                raise shown from error
         raise
+
+
+def as_unwritable(verb: str, path: Path, error: OSError) -> StorageError | None:
+    """Return the error to show if `error` means that the disk takes no changes: read-only, not permitted, failing."""
+    if error.errno not in _UNWRITABLE:
+        return None
+    hint = "make the folder writable, then run the same command again: it resumes"
+    return StorageError(f"{verb} {path}", os.strerror(error.errno or 0), hint)
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -203,4 +224,4 @@ def _mount(folder: Path) -> Path:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{math.ceil(size / 1e5) / 10:,.1f} MB"  # rounded up: nobody can free 0.0 MB

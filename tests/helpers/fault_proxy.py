@@ -1,9 +1,10 @@
 """An HTTP proxy that does to requests what bad networks and busy buckets do. Run as a program; prints its port.
 
     python fault_proxy.py UPSTREAM_PORT --rate 0.05 [--seed 0] [--from-request 0] [--kinds 503,reset,...]
+    python fault_proxy.py UPSTREAM_PORT --rate 0.2 --kinds late --delay 30 --most 3
 
-Which requests suffer is drawn from the seed, and each kind of fault comes in turn. When ended by SIGTERM it prints, as
-JSON, how many requests came and how often each fault struck.
+Which requests suffer is drawn from the seed, and each kind of fault comes in turn, `--most` in all. When ended by
+SIGTERM it prints, as JSON, how many requests came and how often each fault struck.
 
     500 503        an error answer, without asking the server
     refused        the connection is reset before the server is asked
@@ -12,11 +13,13 @@ JSON, how many requests came and how often each fault struck.
     stalled_body   half of the answer comes, and then nothing
     truncated      half of the answer's body, then the end of the connection
     short          half of the answer's body, with a Content-Length that hides it
+    late           the whole answer, --delay seconds after the request; never by default
 """
 
 import argparse
 import asyncio
 import json
+import math
 import random
 import signal
 import socket
@@ -29,17 +32,21 @@ STALL_S = 60.0
 
 
 class Proxy:
-    def __init__(self, upstream: int, rate: float, seed: int, first: int, kinds: list[str]) -> None:
+    def __init__(
+        self, upstream: int, rate: float, seed: int, first: int, kinds: list[str], delay: float, most: float
+    ) -> None:
         self.upstream, self.rate, self.first, self.kinds = upstream, rate, first, kinds
+        self.delay, self.most = delay, most
         self.drawn = random.Random(seed)
         self.counts: Counter[str] = Counter(requests=0)
 
     def fault(self) -> str:
         """What happens to the next request; "" if it goes well."""
         self.counts["requests"] += 1
-        if self.counts["requests"] <= self.first or self.drawn.random() >= self.rate:
+        struck = self.counts.total() - self.counts["requests"]
+        if self.counts["requests"] <= self.first or struck >= self.most or self.drawn.random() >= self.rate:
             return ""
-        kind = self.kinds[(self.counts.total() - self.counts["requests"]) % len(self.kinds)]
+        kind = self.kinds[struck % len(self.kinds)]
         self.counts[kind] += 1
         return kind
 
@@ -62,6 +69,8 @@ class Proxy:
         if fault == "refused":
             reset(writer)
             return
+        if fault == "late":
+            await asyncio.sleep(self.delay)
         answered, content = await self.ask(head, body)
         half = content[: len(content) // 2]
         if fault in OF_BODIES and not content:
@@ -131,8 +140,11 @@ async def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--from-request", type=int, default=0)
     options.add_argument("--kinds", default=",".join(KINDS))
+    options.add_argument("--delay", type=float, default=30.0)
+    options.add_argument("--most", type=float, default=math.inf)
     chosen = options.parse_args()
-    proxy = Proxy(chosen.upstream, chosen.rate, chosen.seed, chosen.from_request, chosen.kinds.split(","))
+    kinds = chosen.kinds.split(",")
+    proxy = Proxy(chosen.upstream, chosen.rate, chosen.seed, chosen.from_request, kinds, chosen.delay, chosen.most)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20)
     print(server.sockets[0].getsockname()[1], flush=True)
     ended = asyncio.Event()

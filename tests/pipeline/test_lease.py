@@ -61,8 +61,11 @@ def test_one_whose_process_was_killed_is_taken_over_at_once(storage: Storage, mo
     killed = subprocess.Popen([sys.executable, "-S", "-c", ""])
     killed.wait()
     write(storage, pid=killed.pid, owner=owner())
+    unfinished = Path(storage.url) / f".partial-{owner()}-{killed.pid}-0-shard.tar"
+    unfinished.touch()
     with lease.lease(storage, "build"):
         assert read(storage)["pid"] == os.getpid()
+        assert not unfinished.exists()
 
 
 def test_one_that_this_process_could_not_remove_is_no_hindrance(

@@ -227,6 +227,16 @@ def test_a_takedown_that_was_cut_off_is_completed_by_the_next_build(
     assert not storage.exists("removed/pending.parquet")
 
 
+def test_a_takedown_that_is_run_again_after_a_kill_is_counted_once(folder: Path) -> None:
+    storage = storage_of(folder)
+    lists = Blocklist(keys=listed(folder, key_of(storage, 5), key_of(storage, 6)))
+    takedown.take_down(storage, lists)  # and killed before it was finished
+    build.remove(storage.url, lists, progress=False)
+    (line,) = storage.read("removed/log.jsonl").decode().splitlines()
+    assert json.loads(line)["asked"] == {"keys": 2}
+    assert json.loads(line)["rows"] == 2
+
+
 @pytest.mark.integration
 def test_a_shard_of_which_all_is_removed_is_no_more(folder: Path) -> None:
     storage = storage_of(folder)

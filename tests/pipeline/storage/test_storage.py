@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from small_disk import Disk
 
 from capstan.pipeline.errors import DiskFull, RecipeError, StorageError
 from capstan.pipeline.storage import Storage, find_files, local, open_file, read_ranges
@@ -121,6 +122,28 @@ def test_another_machines_unfinished_files_are_left_for_a_day(storage: Storage) 
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(other, (two_days_ago, two_days_ago))
     assert storage.sweep() == 1
+
+
+def test_a_read_only_disk_and_one_without_inodes_are_named(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "disk")
+    try:
+        storage = Storage(str(disk.folder / "ds"))
+        storage.write("file", b"old")
+        assert disk.read_only()
+        for change in (lambda: storage.write("file", b"new"), lambda: storage.delete("file")):
+            with pytest.raises(
+                StorageError, match=rf"cannot \w+ {storage.url}/file \(Read-only file system\). Fix: make"
+            ):
+                change()
+        with pytest.raises(RecipeError, match=r"^dataset: cannot write to .* Fix: make the folder writable"):
+            storage.check_writable()
+        assert disk.read_only(False)
+        disk.leave_files(0)
+        with pytest.raises(DiskFull, match=r"as many files as it can \(inodes\)\)\. Fix: remove files on the disk"):
+            storage.write("other", b"new")
+        assert storage.read("file") == b"old"
+    finally:
+        disk.close()
 
 
 def test_a_full_disk_is_named_with_what_is_needed(tmp_path: Path) -> None:
