@@ -78,6 +78,14 @@ COMMANDS: Final[dict[str, Command]] = {
         "Remove rows for good (takedown).",
         ("capstan remove out/ds --urls urls.txt", "capstan remove out/ds --domains domains.txt"),
     ),
+    "publish": Command(
+        DATA,
+        "Publish a dataset with its card.",
+        (
+            "capstan publish out/ds hf://datasets/me/birds --create",
+            "capstan publish out/ds s3://bucket/birds --dry-run",
+        ),
+    ),
     "schema": Command(DATA, "Print the recipe's JSON Schema.", ("capstan schema > recipe.schema.json",), _T),
     "recaption": Command(
         CAPTIONS,

