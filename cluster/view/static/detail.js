@@ -3,6 +3,7 @@
 import { ask, h, short } from "./dom.js";
 import { note, panel, readOnly, reviewing } from "./review.js";
 import { neighbour, picture } from "./rows.js";
+import { likeButton } from "./similar.js";
 import { change, state } from "./state.js";
 import { takedownPanel } from "./takedown.js";
 
@@ -36,7 +37,7 @@ export async function showDetail() {
     h("h2", {}, row.caption || "no caption"),
     h("p", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason, row.detail].filter(Boolean).join(": ")),
     panel(row.key),
-    h("div", { class: "buttons" }, copy, steps),
+    h("div", { class: "buttons" }, copy, likeButton(card), steps),
     captions.length ? texts(row.caption, captions) : null,
     Object.keys(scores).length ? facts("Scores", scores) : null,
     facts("Row", row),

@@ -6,6 +6,7 @@ import { setReadOnly } from "./review.js";
 import { showRows } from "./rows.js";
 import { watchRunning } from "./running.js";
 import { showSide } from "./side.js";
+import { showSimilar } from "./similar.js";
 import { onchange, state } from "./state.js";
 import { loadTakedown } from "./takedown.js";
 
@@ -25,22 +26,23 @@ await load();
 setReadOnly(dataset.read_only);
 await loadTakedown();
 
+const showMain = () => (state.like || state.text ? showSimilar() : showRows());
 const failed = () => {}; // `ask` has shown the problem already
 onchange((names) => {
-  if (names.some((name) => ["outcome", "reason", "where", "order", "descending", "look", "review", "verdict"].includes(name))) {
+  if (names.some((name) => ["outcome", "reason", "where", "order", "descending", "look", "review", "verdict", "like", "text"].includes(name))) {
     showSide(dataset);
-    showRows().catch(failed);
+    showMain().catch(failed);
   }
   if (names.includes("key")) showDetail().catch(failed);
 });
 showSide(dataset);
-await showRows().catch(failed);
+await showMain().catch(failed);
 if (state.key) await showDetail().catch(failed);
 document.body.dataset.ready = "yes";
 watchRunning(async () => {
   await load();
   showSide(dataset);
-  await showRows();
+  await showMain();
   if (dataset.preparing) setTimeout(watch, 1500);
 });
 
@@ -50,6 +52,6 @@ const watch = async () => {
   if (now.preparing) return setTimeout(watch, 1500);
   dataset = now;
   showSide(dataset);
-  return showRows().catch(failed);
+  return showMain().catch(failed);
 };
 if (dataset.preparing) setTimeout(watch, 1500);

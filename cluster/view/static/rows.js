@@ -24,6 +24,15 @@ export async function showRows() {
   more(list, query, page.next, own);
 }
 
+// Show rows that are not a page of the ledger, in their order, below a title.
+export function showFound(title, rows) {
+  asked += 1;
+  shown = rows;
+  const list = state.look === "table" ? h("tbody") : h("ul", { class: "grid" });
+  main.replaceChildren(title, state.look === "table" ? table(list) : list);
+  fill(list, rows);
+}
+
 export const shownKeys = () => shown.map((row) => row.key);
 export const rowOf = (key) => main.querySelector(`[data-key="${key}"]`);
 

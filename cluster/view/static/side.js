@@ -3,13 +3,14 @@
 import { ask, debounce, h, number } from "./dom.js";
 import { histogram } from "./histogram.js";
 import { reviewSection } from "./review.js";
+import { searchSection } from "./similar.js";
 import { change, state } from "./state.js";
 import { takedownSection } from "./takedown.js";
 
 const side = document.getElementById("side");
 
 export function showSide(dataset) {
-  const parts = [facets(dataset), reviewSection(), filter(dataset), whatIf(dataset), dataset.read_only ? null : takedownSection()];
+  const parts = [facets(dataset), dataset.embeddings ? searchSection() : null, reviewSection(), filter(dataset), whatIf(dataset), dataset.read_only ? null : takedownSection()];
   side.replaceChildren(...parts.filter(Boolean));
 }
 
@@ -29,7 +30,7 @@ function facets(dataset) {
 
   function facet(title, outcome, reason, rows, kind = "") {
     const pressed = chosen({ outcome, reason });
-    const press = () => change({ outcome, reason });
+    const press = () => change({ outcome, reason, like: "", text: "" });
     return h("li", {}, h("button", { class: kind, "aria-pressed": String(pressed), onclick: press },
       h("span", {}, title), h("span", { class: "count" }, number(rows))));
   }

@@ -1,6 +1,6 @@
 // What the page shows, kept in its address: a link or a reload brings the same view back.
 
-const EMPTY = { outcome: "", reason: "", where: "", order: "key", descending: "", look: "grid", subject: "", key: "", review: "", verdict: "" };
+const EMPTY = { outcome: "", reason: "", where: "", order: "key", descending: "", look: "grid", subject: "", key: "", review: "", verdict: "", like: "", text: "" };
 
 export const state = read();
 const listeners = [];

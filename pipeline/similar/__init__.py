@@ -1,0 +1,1 @@
+"""Embeddings that a dataset keeps → the rows most like an image or a text"""
