@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from capstan.open_dataset import OpenDataset
-    from capstan.training.models.diffusion.schedulers import SamplerName
+    from capstan.training.models.noise.schedulers import SamplerName
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | PathLike[str]
 
@@ -134,7 +134,7 @@ def sample(
     prompts, seeds = paired([prompts] if isinstance(prompts, str) else prompts, seeds)
     drawer = open_sampler(Path(run), sampler=sampler)
     drawn = drawer.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
-    return [Image.fromarray(pixels) for pixels in drawn]
+    return [Image.fromarray(pixels) for pixels in drawn.arrays]
 
 
 def report(dataset: str | PathLike[str], *, storage: Mapping[str, Any] | None = None) -> str:

@@ -2,11 +2,11 @@
 
 Measures unseen scenes of the captioned world, or held-out samples (training.metrics.samples).
 
-    diffusion     prompts → images → oracle, CLIP score, KID, CMMD, FID. Chance: the same metrics for images of other
-                  prompts. Ceiling: for true images that went through the autoencoder; of a distance (KID, CMMD, FID):
-                  between two disjoint halves of the true images
-    autoencoder   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour
-    vqgan         the same, and codebook use. Chance: a codebook with one code in use
+    a generator     prompts → images → oracle, CLIP score, KID, CMMD, FID. Chance: the same metrics for images of other
+                    prompts. Ceiling: for true images, after the autoencoder if there is one; of a distance (KID, CMMD,
+                    FID): between two disjoint halves of the true images
+    a first stage   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour. A VQGAN's
+                    codebook use, too. Chance: a codebook with one code in use
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
 from capstan.pipeline.config import CopyDetection, Recipe, WorldSource, validate
 from capstan.pipeline.errors import RecipeError
@@ -30,16 +31,15 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
+from capstan.training.drawing.drawer import Codec, Drawer
+from capstan.training.drawing.grid import grid
 from capstan.training.metrics.ceiling import ceiling
-from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept, single_worker
+from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept, single_worker
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
-from capstan.training.product import find_product, kind_of, read_facts
-from capstan.training.sample import grid, open_sampler
+from capstan.training.product import family_of, find_product, kind_of
 
 if TYPE_CHECKING:
-    import torch
-
     from capstan.training.metrics.memorisation import Memorisation
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,9 @@ def evaluate(
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
     product = find_product(run)
-    kind = kind_of(product)
-    if kind not in ("diffusion", "autoencoder", "vqgan"):
-        problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
-        raise RecipeError("RUN", problem, "name a run of model: diffusion, autoencoder or vqgan")
-    if kind != "diffusion":
-        if copies is not None:
-            problem = f"{kind} draws no images of its own"
-            raise RecipeError("--copies", problem, "name a run of model: diffusion, or remove it")
-        scenes = Scenes(world or _world_of(product), count).scenes
-        result, image = _first_stage(product, scenes, kind=kind, batch=batch)
-    else:
+    family, kind = family_of(product), kind_of(product)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if family is not None and family.draws is not None:
         alone = world is not None and tuple(measures) == ("oracle",) and copies is None
         recipe = None if alone else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
@@ -90,10 +82,21 @@ def evaluate(
         judges, unused = (_judges(recipe, measures, clip, fid, count) for _ in range(2))
         for judge in judges:
             judge.check(subjects)
+        check_kinds(judges, family.draws, "--measures")
         pairs = list(zip(judges, unused, strict=True))
-        result, image, images = _diffusion(product, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        drawer = family.open(product, device)
+        result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
         if memory is not None:
             result |= _copies(memory, result["measures"], images, subjects, run)
+    else:
+        if copies is not None:
+            hint = "name a run of a model that draws, e.g. model: diffusion, or remove it"
+            raise RecipeError("--copies", f"{kind} draws no images of its own", hint)
+        codec = None if family is None else family.codec(product, device)
+        if codec is None:
+            problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
+            raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
+        result, image = _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
     storage, png = Storage(str(run), field="RUN"), io.BytesIO()
     image.save(png, format="PNG")
@@ -153,11 +156,11 @@ def _judges(
     return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate")
 
 
-# Diffusion -----------------------------------------------------------------------------------------------------------
+# Generators ----------------------------------------------------------------------------------------------------------
 
 
-def _diffusion(
-    product: Path,
+def _drawn(
+    drawer: Drawer,
     subjects: EvalSet,
     judges: Sequence[tuple[Metric, Metric]],
     *,
@@ -169,22 +172,21 @@ def _diffusion(
 
     Each metric comes twice: its second copy measures the ceiling of a distance.
     """
-    sampler = open_sampler(product)
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
-    images = sampler.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
+    images = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch).arrays
     side = images.shape[1]
-    reconstructed = _reconstruct(sampler.pipeline.vae, subjects.images(numbers, side), batch)
+    reconstructed = drawer.ceiling(subjects.images(numbers, side), batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
     reliability: Evaluation = {}
     for judge, unused in judges:
-        judged = functools.partial(_measure, judge, subjects, batch=batch, device=sampler.pipeline.device)
+        judged = functools.partial(_measure, judge, subjects, batch=batch, device=drawer.device)
         value = judged(numbers, images)
         if judge.uses_prompts:
             best = judged(numbers, reconstructed)
         else:
-            best = _ceiling(unused, subjects, side, batch, sampler.pipeline.device)
+            best = _ceiling(unused, subjects, side, batch, drawer.device)
         if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))
             reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
@@ -193,8 +195,7 @@ def _diffusion(
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
-    sampling = {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
-    result = {"measures": measures, **reliability, "sampling": sampling}
+    result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
     return result, grid(images[:_SHOWN], prompts[:_SHOWN]), images
 
 
@@ -251,61 +252,18 @@ def _or_none(value: float) -> float | None:
 # First stages --------------------------------------------------------------------------------------------------------
 
 
-def _first_stage(product: Path, scenes: Sequence[Scene], *, kind: str, batch: int) -> tuple[Evaluation, Any]:
-    """Return PSNR and oracle measures of drawings after the autoencoder, and a grid of before and after."""
-    from capstan.training.models.autoencoder.family import load_autoencoder
-    from capstan.training.models.vqgan.family import load_vq
-
-    vae = load_vq(str(product), "RUN") if kind == "vqgan" else load_autoencoder(str(product), "RUN")
-    side = int(read_facts(product).get("size", vae.config.sample_size))
-    drawn = np.stack([render(scene, side) for scene in scenes])
-    made = _reconstruct(vae, drawn, batch)
+def _encoded(codec: Codec, scenes: Sequence[Scene], *, batch: int) -> tuple[Evaluation, Any]:
+    """Return PSNR and oracle measures of drawings after the first stage, and a grid of before and after."""
+    drawn = np.stack([render(scene, codec.size) for scene in scenes])
+    made = codec.reconstruct(drawn, batch)
     flat = np.broadcast_to(drawn.mean((1, 2), keepdims=True), drawn.shape)
     measures: Evaluation = {"psnr": {"value": _psnr(drawn, made), "chance": _psnr(drawn, flat)}}
-    if kind == "vqgan":
-        measures |= _codebook_use(vae, drawn, batch)
+    measures |= codec.measures(drawn, batch)
     chance = oracle.chance(scenes, list(made))
     for name, value in _scored(scenes, made).items():
         measures[name] = {"value": value, "chance": _or_none(chance[name])}
     shown = np.stack([drawn, made], axis=1).reshape(-1, *drawn.shape[1:])[: 2 * _SHOWN]
     return {"measures": measures}, grid(shown, ["drawn", "decoded"] * (len(shown) // 2), columns=8, cell=128)
-
-
-def _codebook_use(vq: Any, images: np.ndarray, batch: int) -> Evaluation:
-    """Return the perplexity of the codes over all latents of the images, and the share of the codebook in use."""
-    import torch
-
-    from capstan.training.models.vqgan.model import nearest, usage
-
-    codebook = vq.quantize.embedding.weight
-    indices = torch.cat([nearest(latents, codebook).cpu() for latents in _latents(vq, images, batch)])
-    perplexity, used = usage(indices, len(codebook))
-    return {
-        "perplexity": {"value": round(float(perplexity), 2), "chance": 1.0},
-        "codes_used": {"value": round(float(used), 4), "chance": round(1 / len(codebook), 4)},
-    }
-
-
-def _latents(vae: Any, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
-    """Yield the latents of uint8 images [N, H, W, 3] by batch: a VQModel's, or an AutoencoderKL's posterior mean."""
-    import torch
-
-    for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch):
-        with torch.no_grad():
-            encoded = vae.encode(part.to(vae.device, vae.dtype) / 127.5 - 1)
-        yield encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-
-
-def _reconstruct(vae: Any, images: np.ndarray, batch: int) -> np.ndarray:
-    """Encode and decode uint8 images [N, H, W, 3]; return uint8 [N, H, W, 3]."""
-    import torch
-
-    made = []
-    for latents in _latents(vae, images, batch):
-        with torch.no_grad():
-            decoded: torch.Tensor = vae.decode(latents).sample
-        made.append(((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(made).permute(0, 2, 3, 1).numpy()
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:

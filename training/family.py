@@ -3,6 +3,7 @@
 The training loop knows nothing about models; a family knows nothing about workers.
 
     Sample (bytes, caption) ──prepare──▶ batch of tensors ──loss──▶ scalar          and at the end   save ──▶ product/
+    product/ ──open──▶ Drawer ──draw──▶ images, for samples and metrics             and to leave   export ──▶ a folder
 
 A family is a folder: a class derived from `Family`, its settings (a pydantic `Section`) and its model, named in
 `capstan.training.config.FAMILIES` or in a recipe as `package.module:Class`.
@@ -10,6 +11,7 @@ A family is a folder: a class derived from `Family`, its settings (a pydantic `S
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from capstan.pipeline.config import Section
 from capstan.training.config import TrainConfig
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.step import Step
+from capstan.training.drawing.drawer import Codec, Drawer, Kind, refuse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,15 @@ def finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
+def gradient_only(term: torch.Tensor) -> torch.Tensor:
+    """Return a term that adds its gradient to a loss and nothing to its value.
+
+    The value of an adversarial term shows which side is ahead, not how good the model is, and would make the loss look
+    divergent (`train.diverged`).
+    """
+    return term - term.detach()
+
+
 class Family(ABC):
     """Interface that every trainable kind of model implements.
 
@@ -103,6 +115,7 @@ class Family(ABC):
     settings: ClassVar[type[Section]]
     captions: ClassVar[bool] = True
     buckets: ClassVar[bool] = False  # whether batches may have other shapes than squares
+    draws: ClassVar[Kind | None] = None  # what `open` draws: image, clip, sound, scene; None: it is not a generator
 
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # modules that are not trained: never sharded, moved to the device
@@ -155,8 +168,8 @@ class Family(ABC):
 
         Gradients of the parts' losses are averaged over parts and workers. A loss that is a mean over samples needs
         nothing here; any other one (a mean over tokens, a comparison of samples) does, so that what is learnt does not
-        depend on `accumulate` or the number of workers. `step` sums and gathers over workers. Runs in the precision of
-        `loss`.
+        depend on `accumulate` or the number of workers. `step` sums and gathers over workers, and its number is there
+        for weights and temperatures that change during a run. Runs in the precision of `loss`.
         """
 
     @abstractmethod
@@ -175,6 +188,26 @@ class Family(ABC):
 
         `model` is a plain copy of `self.model` with the EMA weights: fp32, on the CPU, in evaluation mode.
         """
+
+    @classmethod
+    def open(cls, product: Path, device: torch.device) -> Drawer:
+        """Open a product that `save` or `export` wrote, to draw with it; only families with `draws`."""
+        raise TypeError(f"the family {cls.name} does not draw")
+
+    @classmethod
+    def codec(cls, product: Path, device: torch.device) -> Codec | None:
+        """Open a product to encode and decode images with it; None if the family is not a first stage."""
+        return None
+
+    @classmethod
+    def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
+        """Write into `folder`, which does not exist, what others open without Capstan; return its kind, for people.
+
+        By default a copy of the product. Raises RecipeError for a precision or a sampler that it cannot have.
+        """
+        refuse_options({"sampler": sampler, "precision": None if precision == "fp32" else precision})
+        shutil.copytree(product, folder)
+        return cls.name
 
     def to(self, device: torch.device) -> None:
         """Move the frozen modules to `device`, in evaluation mode."""

@@ -7,19 +7,24 @@ is accepted as well.
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.training.config import scratch_folder
+from capstan.training.config import FAMILIES, family_class, scratch_folder
 from capstan.training.run import download
+
+if TYPE_CHECKING:
+    from capstan.training.family import Family
 
 FACTS: Final = "capstan.json"  # facts about a product that its library's own format does not hold
 _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # every product has one of them
-_KINDS: Final = {"AutoencoderKL": "autoencoder", "VQModel": "vqgan"}  # diffusers' class → the family that trains it
+# diffusers' class → the family that trains it; pipelines that are not named here are the family diffusion's
+_KINDS: Final = {"AutoencoderKL": "autoencoder", "VQModel": "vqgan"}
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:
@@ -56,16 +61,52 @@ def download_run(url: str, field: str = "RUN") -> Path:
 
 
 def kind_of(product: Path) -> str:
-    """Return `diffusion`, `autoencoder`, `vqgan`, `captioner` or another family's name; "" if the format is unknown."""
+    """Return the name of the family that a product is of (`package.module:Class` for your own); "" if unknown."""
     facts = read_facts(product)
     if "family" in facts:
         return str(facts["family"])
     if (product / "model_index.json").is_file():
-        return "diffusion"
+        return _KINDS.get(_class_in(product / "model_index.json"), "diffusion")
     if (product / "config.json").is_file():
-        config = json.loads((product / "config.json").read_text(encoding="utf-8"))
-        return _KINDS.get(config.get("_class_name"), "")
+        return _KINDS.get(_class_in(product / "config.json"), "")
     return "captioner" if (product / "open_clip_config.json").is_file() else ""
+
+
+def _class_in(config: Path) -> str:
+    return str(json.loads(config.read_text(encoding="utf-8")).get("_class_name", ""))
+
+
+def family_of(product: Path) -> type[Family] | None:
+    """Return the family that a product is of, or None if its format is unknown. Raises RecipeError.
+
+    A product may be a stranger's, so it can name a family that is installed here, but none that lies beside it.
+    """
+    from capstan.training.family import Family
+
+    name = kind_of(product)
+    if name in FAMILIES:
+        return family_class(name)  # type: ignore[no-any-return]
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return None
+    _refuse_beside(product, module)
+    found = family_class(name, "RUN")
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise RecipeError("RUN", f"{name}, named in {product / FACTS}, is not a model family", "name another run")
+    return found
+
+
+def _refuse_beside(product: Path, module: str) -> None:
+    """Raise RecipeError if the module's top-level package lies in the product's folder or its run's."""
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except ValueError:
+        spec = None
+    places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin or ""]
+    run = (product.parent if product.name == "product" else product).resolve()
+    if any(Path(place).resolve().is_relative_to(run) for place in places if place):
+        problem = f"{product / FACTS} names code that lies in {run}, and a model's folder must not choose what runs"
+        raise RecipeError("RUN", problem, f"install {module}, or put it elsewhere on PYTHONPATH, if you trust it")
 
 
 def quieten() -> None:
@@ -81,6 +122,12 @@ def read_facts(product: Path) -> dict[str, Any]:
     """Return what `write_facts` wrote; empty for a model from another tool."""
     path = product / FACTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def name_family(product: Path, model: str) -> None:
+    """Note in a product which family outside Capstan it is of (`package.module:Class`); its own are known by name."""
+    if ":" in model:
+        write_facts(product, **read_facts(product) | {"family": model})
 
 
 def write_facts(product: Path, **facts: Any) -> None:

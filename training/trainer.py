@@ -51,7 +51,7 @@ from capstan.training.family import Batch, Family
 from capstan.training.monitoring.divergence import DivergenceMonitor
 from capstan.training.monitoring.metrics_logger import MetricsLogger
 from capstan.training.monitoring.validation import Validation
-from capstan.training.product import find_product
+from capstan.training.product import find_product, name_family
 from capstan.training.run import Run, last_record, logging_to
 from capstan.training.run_data import open_data, pin
 from capstan.training.signals import Interrupts
@@ -199,7 +199,7 @@ class _Fit:
         if self.adversary is not None:
             self.adversary.set_step(step, learning_rate(train, step))
         dropout = hash64(train.seed, "dropout", step, engine.rank) >> 1
-        whole = Step(train.accumulate, engine.rank, engine.world, dropout)
+        whole = Step(train.accumulate, engine.rank, engine.world, dropout, step)
         parts = [place(part, train, engine.device) for part in _split(loaded.batch, train.accumulate)]
         with engine.computing():
             self.family.begin_step(self.model, parts, whole)
@@ -317,7 +317,12 @@ class _Fit:
                         parameter.copy_(weights[name])
                 for name, buffer in bare.named_buffers():
                     buffer.copy_(buffers[name])
-            self.disk.publish(folder, lambda partial: self.family.save(bare, partial))
+
+            def fill(partial: Path) -> None:
+                self.family.save(bare, partial)
+                name_family(partial, self.train.model)
+
+            self.disk.publish(folder, fill)
             self.family.to(self.engine.device)  # saving may have moved frozen modules to the CPU
 
     def _summary(self, step: int, stopped: bool = False) -> dict[str, Any]:

@@ -113,5 +113,5 @@ def test_the_exported_folder_draws_the_same_image_without_capstan(
     subprocess.run([sys.executable, "-c", theirs, str(exported), str(grid)], check=True, capture_output=True, cwd="/")
     from capstan.training.sample import open_sampler
 
-    ours = open_sampler(folder / "diffusion").draw(["a red circle"], [7], steps=15, guidance=3.0)
+    ours = open_sampler(folder / "diffusion").draw(["a red circle"], [7], steps=15, guidance=3.0).arrays
     assert np.abs(np.load(grid)[0] - ours[0] / 255).max() <= 1e-3 + 0.5 / 255  # ours is rounded to 8 bits

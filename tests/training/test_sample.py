@@ -12,10 +12,11 @@ from PIL import Image
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.training.data.transforms import square
+from capstan.training.drawing.grid import grid
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
-from capstan.training.models.diffusion.schedulers import most_steps
-from capstan.training.sample import grid, open_sampler, sample, style_of
+from capstan.training.models.noise.schedulers import most_steps
+from capstan.training.sample import open_sampler, sample, style_of
 
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
@@ -87,9 +88,9 @@ def test_one_prompt_with_several_seeds(runs, tmp_path):
 
 def test_a_image_depends_on_prompt_and_seed_not_on_its_batch(runs):
     sampler = open_sampler(runs / "run")
-    together = sampler.draw(PROMPTS, [1, 2, 3], batch=3).astype(int)
-    alone = sampler.draw(PROMPTS, [1, 2, 3], batch=1).astype(int)
-    other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).astype(int)
+    together = sampler.draw(PROMPTS, [1, 2, 3], batch=3).arrays.astype(int)
+    alone = sampler.draw(PROMPTS, [1, 2, 3], batch=1).arrays.astype(int)
+    other = sampler.draw(PROMPTS, [4, 5, 6], batch=3).arrays.astype(int)
     assert np.abs(together - alone).max() <= 1
     assert np.abs(together - other).max() > 1
 
@@ -107,7 +108,7 @@ def test_a_image_depends_on_prompt_and_seed_not_on_its_batch(runs):
 def test_steps_beyond_what_the_schedule_holds_are_refused_by_name(runs, objective, sampler, most):
     """The most that is allowed still samples finite images; one more would fail inside diffusers, or be black."""
     from capstan.training.models.diffusion.config import DiffusionSettings
-    from capstan.training.models.diffusion.process import process_of
+    from capstan.training.models.noise.process import process_of
 
     settings = DiffusionSettings.model_validate({"autoencoder": "x", **objective, "sampling": {"sampler": sampler}})
     sampler = open_sampler(runs / "run")
@@ -177,7 +178,7 @@ def test_prompts_are_expanded_into_the_style_that_the_run_was_trained_on(runs, t
 def test_guidance_and_negative_prompts_change_the_image(runs):
     sampler = open_sampler(runs / "run")
     plain, guided, negated = (
-        sampler.draw(PROMPTS[:1], [0], **options).astype(int)
+        sampler.draw(PROMPTS[:1], [0], **options).arrays.astype(int)
         for options in ({"guidance": 1.0}, {"guidance": 9.0}, {"guidance": 9.0, "negative": "a blue square"})
     )
     assert np.abs(plain - guided).max() > 0

@@ -240,12 +240,6 @@ class TrainConfig(Section):
         sizes = range(self.engine.most, self.engine.least - 1, -1)
         return [size for size in sizes if self.batch % (size * self.accumulate) == 0]
 
-    @model_validator(mode="after")
-    def _watched_model_draws(self) -> TrainConfig:
-        if self.model in FAMILIES and self.model != "diffusion" and (drawing := self.watch.draws()):
-            raise ValueError(f"watch.{drawing[0]} generates images from prompts, and {self.model} cannot; remove it")
-        return self
-
     @property
     def settings(self) -> Any:
         """Return the settings of the family that `model` names (an instance of `Family.settings`)."""
@@ -283,6 +277,9 @@ class TrainConfig(Section):
             config._settings = validate(chosen.settings, {}, f"train.{section}")
         if chosen and config.data.buckets is not None and not chosen.buckets:
             raise RecipeError("train.data.buckets", f"the family {chosen.name} supports squares only", "remove it")
+        if chosen and chosen.draws is None and (drawing := config.watch.draws()):
+            problem = f"generates images from prompts, and {name} cannot"
+            raise RecipeError(f"train.watch.{drawing[0]}", problem, "remove it")
         if chosen:
             chosen.check(config)
         return config
@@ -311,19 +308,19 @@ def scratch_folder(url: str) -> Path:
     return root / f"{url.rstrip('/').rpartition('/')[2]}-{fingerprint(url.rstrip('/'))}"
 
 
-def family_class(name: str) -> Any:
-    """Return the `Family` class that `train.model` names. Raises RecipeError if there is none."""
+def family_class(name: str, field: str = "train.model") -> Any:
+    """Return the `Family` class of this name, as in `train.model`. Raises RecipeError naming `field` if none."""
     target = FAMILIES.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
         hint = f"use one of {', '.join(sorted(FAMILIES))}, or package.module:Class"
-        raise RecipeError("train.model", f"no model family {name!r}", hint)
+        raise RecipeError(field, f"no model family {name!r}", hint)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if name in FAMILIES:
             raise  # a broken installation, not a mistake in the recipe
-        raise RecipeError("train.model", f"cannot load {name} ({error})", "name an importable class") from None
+        raise RecipeError(field, f"cannot load {name} ({error})", "name an importable class") from None
 
 
 def json_schema() -> dict[str, Any]:

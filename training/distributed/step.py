@@ -20,6 +20,7 @@ class Step:
     rank: int = 0
     world: int = 1
     seed: int = 0  # of torch's global generator, which dropout draws from, on this worker
+    number: int = 0  # 0, 1, …: for weights and temperatures that change during a run
 
     @property
     def shares(self) -> int:

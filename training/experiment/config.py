@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from capstan.pipeline.config import Recipe, Section, validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
-from capstan.training.config import ORIGINAL, TrainConfig
+from capstan.training.config import ORIGINAL, TrainConfig, family_class
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -139,10 +139,9 @@ class ExperimentConfig(Section):
     def _checked(cls, raw: dict[str, Any], train: TrainConfig) -> ExperimentConfig:
         config = validate(cls, raw, "experiment")
         _ = config.writer
-        if train.model != "diffusion":
-            raise RecipeError(
-                "train.model", f"{train.model} cannot generate images from prompts", "set train.model: diffusion"
-            )
+        if family_class(train.model).draws != "image":
+            hint = "name a model that draws, e.g. train.model: diffusion"
+            raise RecipeError("train.model", f"{train.model} cannot generate images from prompts", hint)
         if "://" in train.run:
             hint = "use a folder that all workers share; runs are copied to train.checkpoint.upload"
             raise RecipeError("train.run", "is a bucket, but an experiment needs a folder", hint)

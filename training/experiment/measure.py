@@ -24,9 +24,9 @@ from capstan.pipeline.storage import Storage
 from capstan.pipeline.world import prompt_score
 from capstan.recaption.compare.clip import Clip
 from capstan.recaption.compare.metrics import chunks, scores
+from capstan.training.drawing.drawer import Drawer
 from capstan.training.experiment.config import Scorer
 from capstan.training.experiment.prompts import Prompt, Prompts
-from capstan.training.sample import Sampler
 
 CLIP_MEASURES: Final = ("clip_mean", "clip_min")
 SHOWN: Final = 8  # images kept per set
@@ -46,12 +46,12 @@ def open_scorer(scorer: Scorer | None) -> Clip | None:
         raise RecipeError(f"experiment.scorer.{name}", error.problem, error.hint) from None
 
 
-def measure(sampler: Sampler, prompts: Prompts, clip: Clip | None, batch: int = 64) -> tuple[Values, dict[str, Any]]:
+def measure(sampler: Drawer, prompts: Prompts, clip: Clip | None, batch: int = 64) -> tuple[Values, dict[str, Any]]:
     """Generate and score the images of each set; return the values and the images by set, uint8 [N, H, W, 3]."""
     values, images = Values(), {}
     for name, of_set in prompts.items():
         texts = [prompt.drawn or prompt.text for prompt in of_set]
-        images[name] = sampler.draw(texts, [prompt.seed for prompt in of_set], batch=batch)
+        images[name] = sampler.draw(texts, [prompt.seed for prompt in of_set], batch=batch).arrays
         values[name] = score_images(of_set, images[name], clip)
     return values, images
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from capstan.training.metrics.samples import EvalSet
 
 class ClipScore(Metric):
     """The mean CLIP score over all images."""
+
+    name: ClassVar[str] = "clip"
 
     def __init__(self, model: ClipSettings, field: str) -> None:
         self.tower, self.field = ClipModel(model.model, model.pretrained, "fp32", field), field

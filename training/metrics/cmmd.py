@@ -25,6 +25,7 @@ _SCALE = 1000
 class ClipDistance(ClipScore):
     """CMMD; the true images' embeddings are kept from one evaluation to the next."""
 
+    name: ClassVar[str] = "cmmd"
     uses_prompts: ClassVar[bool] = False
 
     def __init__(self, model: ClipSettings, field: str) -> None:

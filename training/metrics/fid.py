@@ -37,6 +37,7 @@ _WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth, which torch-fideli
 class FrechetDistance(Metric):
     """Fréchet distance; the true images' sums are kept from one evaluation to the next."""
 
+    name: ClassVar[str] = "fid"
     uses_prompts: ClassVar[bool] = False
 
     def __init__(self, settings: Fid, field: str) -> None:

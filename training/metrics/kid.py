@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ _FEWEST = 4  # images: a subset is at most half of them, and needs two
 
 class KernelDistance(FrechetDistance):
     """KID, by FID's network; the true images' features are kept from one evaluation to the next."""
+
+    name: ClassVar[str] = "kid"
 
     def __init__(self, settings: Kid, network: Fid, field: str) -> None:
         super().__init__(network, field)

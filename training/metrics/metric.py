@@ -17,7 +17,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from capstan.pipeline.errors import RecipeError
 from capstan.training.config.monitoring import Evaluate
+from capstan.training.drawing.drawer import Kind
 from capstan.training.metrics.samples import EvalSet
 
 Total = Callable[[torch.Tensor], torch.Tensor]  # one worker's CPU tensor → the sum over all workers
@@ -26,6 +28,8 @@ Total = Callable[[torch.Tensor], torch.Tensor]  # one worker's CPU tensor → th
 class Metric(ABC):
     """A metric; its sums are reset by `ready`."""
 
+    name: ClassVar[str]  # as in `measures`
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"image"})  # of what is drawn that it can judge
     uses_prompts: ClassVar[bool] = True  # whether the value depends on the prompts
 
     @abstractmethod
@@ -67,6 +71,14 @@ def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
         elif name == "cmmd" and (judge := wanted.cmmd or wanted.clip) is not None:
             metrics.append(ClipDistance(judge, f"{field}.{'cmmd' if wanted.cmmd else 'clip'}"))
     return metrics
+
+
+def check_kinds(metrics: Sequence[Metric], kind: Kind, field: str) -> None:
+    """Raise RecipeError if a metric cannot judge what the model draws; `field` is the list of metrics."""
+    for metric in metrics:
+        if kind not in metric.kinds:
+            problem = f"{metric.name} judges {' and '.join(sorted(metric.kinds))}s, and this model draws {kind}s"
+            raise RecipeError(field, problem, f"remove {metric.name}")
 
 
 def single_worker(tensor: torch.Tensor) -> torch.Tensor:

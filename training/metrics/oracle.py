@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from capstan.training.metrics.samples import EvalSet, Scenes
 
 class OracleScore(Metric):
     """The mean of each oracle measure over the images for which it is defined."""
+
+    name: ClassVar[str] = "oracle"
 
     def __init__(self, field: str) -> None:
         self.field = field

@@ -29,15 +29,16 @@ def needs_upcast(vae: Any) -> bool:
 @contextlib.contextmanager
 def frozen_outside_autocast(pipeline: Any) -> Iterator[None]:
     """Run the text encoders of a diffusers pipeline, and its autoencoder if it needs it, outside any autocast."""
-    vae, encoders = pipeline.vae, [part for name, part in _parts(pipeline) if name.startswith("text_encoder")]
-    decode = vae.decode
+    vae: Any = getattr(pipeline, "vae", None)  # pixel models have none
+    encoders = [part for name, part in _parts(pipeline) if name.startswith("text_encoder")]
+    decode: Any = getattr(vae, "decode", None)
 
     def decode_outside(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with outside_autocast(latents.device):
             return decode(latents.to(vae.dtype), *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        if needs_upcast(vae):
+        if vae is not None and needs_upcast(vae):
             vae.decode = decode_outside
             stack.callback(delattr, vae, "decode")
         for encoder in encoders:

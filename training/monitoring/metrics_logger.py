@@ -154,7 +154,9 @@ class MetricsLogger:
             for name in names
         }
         waited = sum(worker["waited_s"] for worker in workers) / len(workers)
-        rates = {"images_per_s": self.steps * self.run.train.batch / seconds, "data_wait": min(1.0, waited / seconds)}
+        rate = self.steps * self.run.train.batch / seconds
+        # images_per_s is the same number, by the name that it has had since every sample was an image.
+        rates = {"samples_per_s": rate, "images_per_s": rate, "data_wait": min(1.0, waited / seconds)}
         rates["flops_per_s"] = sum(worker["flops"] for worker in workers) / seconds
         if self.peak is not None:
             rates["mfu"] = rates["flops_per_s"] / (len(workers) * self.peak)
@@ -207,14 +209,14 @@ def _memory(device: torch.device) -> dict[str, float]:
 def progress_line(name: str, record: Mapping[str, Any], steps: int, batch: int) -> str:
     """Return the log line of a record.
 
-    >>> record = {"step": 30, "loss": 0.25, "lr": 0.001, "images_per_s": 64.0, "data_wait": 0.015}
+    >>> record = {"step": 30, "loss": 0.25, "lr": 0.001, "samples_per_s": 64.0, "data_wait": 0.015}
     >>> progress_line("diffusion", record, 120, 16)
-    'train diffusion: step 30/120 · loss 0.2500 · lr 1.0e-03 · 64.0 images/s · data wait 2% · ETA 0:22'
+    'train diffusion: step 30/120 · loss 0.2500 · lr 1.0e-03 · 64.0 samples/s · data wait 2% · ETA 0:22'
     """
-    rate = record["images_per_s"]
+    rate = record["samples_per_s"]
     mfu = f" · MFU {record['mfu']:.1%}" if "mfu" in record else ""
     left_s = round((steps - record["step"]) * batch / rate) if rate else 0
     return (
         f"train {name}: step {record['step']}/{steps} · loss {record['loss']:.4f} · lr {record['lr']:.1e} · "
-        f"{rate:.1f} images/s{mfu} · data wait {record['data_wait']:.0%} · ETA {left_s // 60}:{left_s % 60:02}"
+        f"{rate:.1f} samples/s{mfu} · data wait {record['data_wait']:.0%} · ETA {left_s // 60}:{left_s % 60:02}"
     )

@@ -171,6 +171,8 @@ class RunFiles:
         columns: dict[str, tuple[list[float], list[float]]] = {}
         for record in self.records:
             for name, value in _flat(record):
+                if name == "samples_per_s" and "images_per_s" in record:  # one number, by two names
+                    continue
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)

@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,11 +30,13 @@ import numpy as np
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
-from capstan.training.config import TrainConfig
+from capstan.training.config import TrainConfig, family_class
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
+from capstan.training.drawing.drawer import Drawer, Drawn
+from capstan.training.drawing.grid import sheet
 from capstan.training.metrics.ceiling import ceiling
-from capstan.training.metrics.metric import Metric, make_metrics, random_state_kept
+from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept
 from capstan.training.metrics.samples import EvalSet, make_eval_set
 from capstan.training.monitoring.metrics_logger import MetricsLogger
 from capstan.training.run import Run, whole_lines
@@ -69,6 +72,7 @@ class Validation:
             field = "train.watch.evaluate"
             self.eval_set = make_eval_set(recipe, train, layer, wanted.count, f"{field}.count")
             self.metrics = make_metrics(wanted, field)
+            check_kinds(self.metrics, family_class(train.model).draws, f"{field}.measures")
             for metric in self.metrics:
                 metric.check(self.eval_set)
 
@@ -110,7 +114,7 @@ class Validation:
         return wanted is not None and step > 0 and (step % wanted.every == 0 or step == self.train.steps)
 
     @contextlib.contextmanager
-    def _drawing(self) -> Iterator[Any]:
+    def _drawing(self) -> Iterator[Drawer]:
         """Yield a sampler with the averaged weights, on every worker."""
         from capstan.training.sample import open_sampler
 
@@ -131,31 +135,28 @@ class Validation:
 
     # Samples ---------------------------------------------------------------------------------------------------------
 
-    def _draw_grid(self, step: int, wanted: Samples, sampler: Any) -> None:
-        from capstan.training.sample import grid
-
+    def _draw_grid(self, step: int, wanted: Samples, sampler: Drawer) -> None:
         mine = self._mine(len(self.prompts))
-        images = self._draw(sampler, [self.prompts[n] for n in mine], mine, wanted, _AT_ONCE) if mine else None
-        shares = self.engine.collect(images)
+        drawn = self._draw(sampler, [self.prompts[n] for n in mine], mine, wanted, _AT_ONCE) if mine else None
+        shares = self.engine.collect(drawn)
         if self.engine.is_main:
             world, png = self.engine.world, io.BytesIO()
-            whole = np.stack([shares[n % world][n // world] for n in range(len(self.prompts))])
-            grid(whole, self.prompts).save(png, format="PNG")
+            whole = np.stack([shares[n % world].arrays[n // world] for n in range(len(self.prompts))])
+            sheet(replace(shares[0], arrays=whole), self.prompts).save(png, format="PNG")
             Storage(str(self.run.folder), field="train.run").write(_grid_name(step), png.getvalue())
             self.meter.trackers.image(step, "samples", self.run.folder / _grid_name(step))
             logger.info("samples after step %d: %s", step, self.run.folder / _grid_name(step))
 
     def _draw(
-        self, sampler: Any, prompts: list[str], seeds: list[int], wanted: Samples | Evaluate, batch: int
-    ) -> np.ndarray:
-        """Return images uint8 [N, H, W, 3], sampled in the precision of training."""
+        self, sampler: Drawer, prompts: list[str], seeds: list[int], wanted: Samples | Evaluate, batch: int
+    ) -> Drawn:
+        """Draw in the precision of training."""
         with self.engine.computing():
-            images: np.ndarray = sampler.draw(prompts, seeds, steps=wanted.steps, guidance=wanted.guidance, batch=batch)
-        return images
+            return sampler.draw(prompts, seeds, steps=wanted.steps, guidance=wanted.guidance, batch=batch)
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
-    def _measure(self, wanted: Evaluate, sampler: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+    def _measure(self, wanted: Evaluate, sampler: Drawer, stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """Sample and measure, each worker its share. Return None if a stop is requested."""
         assert self.eval_set is not None
         started, mine, side = time.monotonic(), self._mine(wanted.count), 0
@@ -167,7 +168,7 @@ class Validation:
                 if self.engine.raised(stopping())[0]:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
-                    images = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch)
+                    images = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch).arrays
                     side = images.shape[1]
                     for metric in self.metrics:
                         metric.add(self.eval_set, numbers, images)

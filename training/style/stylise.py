@@ -17,7 +17,7 @@ from capstan.pipeline.config import Image
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.image.decode import Failure, decode
 from capstan.training.data.transforms import to_signed
-from capstan.training.sample import grid
+from capstan.training.drawing.grid import grid
 from capstan.training.style.features import open_encoder, open_vgg
 from capstan.training.style.transfer import Goal, Stage, Weights, transfer
 

@@ -75,9 +75,9 @@ def test_an_autoencoder_that_needs_no_upcast_computes_in_the_precision_of_traini
 
 def test_images_drawn_under_autocast_are_finite(run: Path) -> None:
     sampler = open_sampler(run)
-    exact = sampler.draw(["a red square"], [0], steps=2)
+    exact = sampler.draw(["a red square"], [0], steps=2).arrays
     with torch.autocast("cpu", torch.float16):
-        halved = sampler.draw(["a red square"], [0], steps=2)
+        halved = sampler.draw(["a red square"], [0], steps=2).arrays
     assert np.abs(exact.astype(int) - halved.astype(int)).mean() < 16
     assert not {"decode", "forward"} & {*vars(sampler.pipeline.vae), *vars(sampler.pipeline.text_encoder)}
 

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.drawing.grid import grid
 from capstan.training.metrics.oracle import OracleScore
-from capstan.training.sample import grid, open_sampler, sample
+from capstan.training.sample import open_sampler, sample
 from capstan.training.trainer import fit
 
 PROMPTS = ["a red square", "a blue square", "a green square"]
@@ -52,7 +53,7 @@ def watched(recipe_in, metrics, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tmp_path: Path) -> None:
     fit(recipe("plain"))
-    timed = {"images_per_s", "data_wait", "flops_per_s", "host_memory_gib"}
+    timed = {"samples_per_s", "images_per_s", "data_wait", "flops_per_s", "host_memory_gib"}
     ours, theirs = (
         [{name: value for name, value in line.items() if name not in timed} for line in lines(run / "log.jsonl")]
         for run in (watched, tmp_path / "plain")
@@ -77,7 +78,7 @@ def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tm
     assert [path.name for path in (watched / "best").iterdir()] == [f"step-{best['step']:06d}"]
     kept = watched / best["folder"]
     assert json.loads((kept / "checkpoint" / "checkpoint.json").read_text())["step"] == best["step"]
-    assert open_sampler(kept).draw(PROMPTS[:1], [0]).shape == (1, 16, 16, 3)
+    assert open_sampler(kept).draw(PROMPTS[:1], [0]).arrays.shape == (1, 16, 16, 3)
     assert not (watched / "drawing").exists()
 
 
@@ -159,7 +160,7 @@ def test_held_out_samples_are_the_prompts_where_there_is_no_world(recipe, metric
     assert list(record["measures"]) == ["clip"]
     sampler = open_sampler(tmp_path / "run")
     texts = [f"a {name} square, number {number}" for name, number in (("red", 60), ("green", 61))]
-    expected, png = grid(sampler.draw(texts, [0, 1]), texts), io.BytesIO()
+    expected, png = grid(sampler.draw(texts, [0, 1]).arrays, texts), io.BytesIO()
     expected.save(png, format="PNG")
     drawn = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000001.png")).astype(int)
     assert np.abs(drawn - np.asarray(Image.open(png)).astype(int)).max() <= 1

@@ -18,9 +18,10 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
 from capstan.training.draws import normal
 from capstan.training.family import Batch, Metrics, finite
+from capstan.training.models.autoencoder.codec import ImageCodec
 from capstan.training.models.autoencoder.first_stage import FirstStage, StageSettings, factor_of, load_weights
 from capstan.training.models.autoencoder.model import Autoencoder, kl_divergence, lower_log_variance, standardise
-from capstan.training.product import find_product, write_facts
+from capstan.training.product import find_product, read_facts, write_facts
 
 __all__ = ["AutoencoderFamily", "AutoencoderSettings", "build", "factor_of", "load_autoencoder"]
 
@@ -46,7 +47,7 @@ class AutoencoderFamily(FirstStage):
         if self.train.pretrained is None:
             lower_log_variance(vae, self.train.log_variance)
         self.model = Autoencoder(vae)
-        self.open(assets, vae.config)
+        self.set_up(assets, vae.config)
 
     @staticmethod
     def build(settings: Any) -> Any:
@@ -75,6 +76,11 @@ class AutoencoderFamily(FirstStage):
         vae.save_pretrained(folder, safe_serialization=True)
         scale = {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(images)}
         write_facts(folder, family=self.name, size=self.size, factor=self.factor, latents_before=scale)
+
+    @classmethod
+    def codec(cls, product: Path, device: torch.device) -> ImageCodec:
+        vae = load_autoencoder(str(product), "RUN").to(device)
+        return ImageCodec(vae, int(read_facts(product).get("size", vae.config.sample_size)))
 
 
 def build(settings: AutoencoderSettings) -> Any:

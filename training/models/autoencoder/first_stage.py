@@ -22,7 +22,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import Crop, batch_of, image_size, psnr, square, to_signed
 from capstan.training.distributed.adversary import refuse_without_ddp
-from capstan.training.family import Batch, Family, Metrics, Sample, Samples
+from capstan.training.family import Batch, Family, Metrics, Sample, Samples, gradient_only
 from capstan.training.models.autoencoder.discriminator import DiscriminatorSettings, PatchAdversary
 from capstan.training.models.autoencoder.lpips import Lpips, PerceptualSettings, load_lpips
 from capstan.training.models.autoencoder.model import edge_difference
@@ -119,7 +119,7 @@ class FirstStage(Family):
         indices = [number * len(samples) // count for number in range(count)]
         np.save(folder / _IMAGES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
 
-    def open(self, assets: Path, config: Any) -> None:
+    def set_up(self, assets: Path, config: Any) -> None:
         """Finish __init__ once `self.train` and `self.model` are set; `config` is that of the diffusers model."""
         self.images = np.load(assets / _IMAGES, mmap_mode="r")
         self.size, self.factor = int(self.images.shape[1]), factor_of(config)
@@ -155,8 +155,7 @@ class FirstStage(Family):
         if self.adversary is None:
             return loss, metrics
         adversarial, more = self.adversary.adversarial_loss(made, images, loss, last)
-        # Only its gradient: its value shows which side is ahead, and would make the loss look divergent.
-        return loss + (adversarial - adversarial.detach()), {**metrics, **more}
+        return loss + gradient_only(adversarial), {**metrics, **more}
 
     def describe(self) -> dict[str, Any]:
         facts = {**super().describe(), "size": self.size, "latents": [self.channels, *[self.size // self.factor] * 2]}

@@ -1,7 +1,7 @@
 """Captioned images → a text-to-image latent diffusion pipeline.
 
-Order: presets, schedulers → config → open_clip_text, load_text_encoder → text_encoders → backbone → unet, dit, mmdit →
-registry → denoiser → objectives, process → family.
+Order: presets → config → open_clip_text, load_text_encoder → text_encoders → backbone → unet, dit, mmdit → registry →
+denoiser, drawer → family. Objectives, processes and samplers are those of training.models.noise.
 """
 
 from capstan.training.models.diffusion.config import DiffusionSettings

@@ -22,17 +22,20 @@ from capstan.training.config import AUTO, TrainConfig
 from capstan.training.data.buckets import sizes_of
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.data.transforms import batch_of, conditions_of, to_signed
+from capstan.training.drawing.drawer import Kind
 from capstan.training.draws import normal
 from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.backbone import LatentSpec
 from capstan.training.models.diffusion.config import DiffusionSettings
 from capstan.training.models.diffusion.denoiser import Denoiser
-from capstan.training.models.diffusion.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
-from capstan.training.models.diffusion.process import process_of
+from capstan.training.models.diffusion.drawer import LatentDrawer
 from capstan.training.models.diffusion.registry import backbone_of
-from capstan.training.models.diffusion.schedulers import STEPS, check_steps
 from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
+from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
+from capstan.training.models.noise.process import process_of
+from capstan.training.models.noise.schedulers import STEPS, check_steps
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.latents import measure
@@ -50,6 +53,7 @@ class DiffusionFamily(Family):
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
     buckets: ClassVar[bool] = True
+    draws: ClassVar[Kind | None] = "image"
 
     @classmethod
     def check(cls, train: TrainConfig) -> None:
@@ -170,6 +174,18 @@ class DiffusionFamily(Family):
         if (chunks := self.train.text.chunks or 1) > 1:
             facts["text_chunks"] = chunks
         write_facts(folder, family=self.name, **facts, **({"style": style} if style else {}))
+
+    @classmethod
+    def open(cls, product: Path, device: torch.device) -> LatentDrawer:
+        return LatentDrawer(product, device)
+
+    @classmethod
+    def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
+        """Write the pipeline. Raises RecipeError if it would read prompts otherwise than the model was trained."""
+        if (chunks := read_facts(product).get("text_chunks", 1)) > 1:
+            problem = f"{product} reads prompts in {chunks} chunks, and a diffusers pipeline reads one"
+            raise RecipeError("RUN", problem, "use capstan sample, or train with train.diffusion.text.chunks: 1")
+        return export_pipeline(open_pipeline(product, torch.device("cpu")), folder, precision, sampler)
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the longest text encoder reads."""

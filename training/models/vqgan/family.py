@@ -6,9 +6,11 @@ codes (Esser et al. 2021, eq. 4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -16,10 +18,11 @@ from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
-from capstan.training.family import Batch, Metrics, finite
+from capstan.training.family import Batch, Metrics, finite, gradient_only
+from capstan.training.models.autoencoder.codec import ImageCodec, latents_of
 from capstan.training.models.autoencoder.first_stage import FirstStage, Positive, StageSettings, load_weights
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
-from capstan.training.product import find_product, write_facts
+from capstan.training.product import find_product, read_facts, write_facts
 
 _BATCH = 16  # images encoded at once
 
@@ -49,7 +52,7 @@ class VqganFamily(FirstStage):
         self.train = train.settings
         self.model = Vqgan(self.build(self.train))
         self.codes = int(self.model.vq.config.num_vq_embeddings)
-        self.open(assets, self.model.vq.config)
+        self.set_up(assets, self.model.vq.config)
         if self.train.pretrained is None and self.train.start == "latents":
             self._start_from_latents()
 
@@ -78,10 +81,9 @@ class VqganFamily(FirstStage):
         loss, metrics = self.image_loss(made, images, self.model.vq.decoder.conv_out.weight)
         codebook = codebook_loss(latents, codes, self.train.commitment)
         self.finite = {"the encoder": finite([latents]), "the decoder": finite([made])}
-        # Only the gradient of the revival loss: its value says nothing about the images.
         perplexity, used = usage(indices, self.codes)
         more = {"codebook": codebook.detach(), "perplexity": perplexity, "codes_used": used}
-        loss = loss + self.train.codebook * codebook + self.train.revival * (abandoned - abandoned.detach())
+        loss = loss + self.train.codebook * codebook + self.train.revival * gradient_only(abandoned)
         return loss, {**metrics, **more}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
@@ -93,6 +95,11 @@ class VqganFamily(FirstStage):
         use = {"perplexity": float(perplexity), "used": float(used), "pictures": len(self.images)}
         facts = {"codes": self.codes, "codebook_use": use}
         write_facts(folder, family=self.name, size=self.size, factor=self.factor, **facts)
+
+    @classmethod
+    def codec(cls, product: Path, device: torch.device) -> VqCodec:
+        vq = load_vq(str(product), "RUN").to(device)
+        return VqCodec(vq, int(read_facts(product).get("size", vq.config.sample_size)))
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"codes": self.codes}
@@ -110,6 +117,20 @@ class VqganFamily(FirstStage):
         chosen = chosen.repeat(-(-self.codes // len(chosen)))[: self.codes]
         with torch.no_grad():
             self.model.codebook.copy_(latents[chosen])
+
+
+class VqCodec(ImageCodec):
+    """A VQModel, whose use of its codebook is worth measuring."""
+
+    def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
+        """Return the perplexity of the codes over all latents, and the share of the codebook in use."""
+        codebook = self.vae.quantize.embedding.weight
+        indices = torch.cat([nearest(latents, codebook).cpu() for latents in latents_of(self.vae, images, batch)])
+        perplexity, used = usage(indices, len(codebook))
+        return {
+            "perplexity": {"value": round(float(perplexity), 2), "chance": 1.0},
+            "codes_used": {"value": round(float(used), 4), "chance": round(1 / len(codebook), 4)},
+        }
 
 
 def load_vq(path: str, field: str) -> Any:

@@ -15,7 +15,7 @@ from capstan.training.family import Sample
 from capstan.training.models.autoencoder import AutoencoderFamily
 from capstan.training.models.diffusion import DiffusionFamily
 from capstan.training.models.diffusion.config import DdpmSettings, FlowSettings
-from capstan.training.models.diffusion.process import Ddpm, Flow
+from capstan.training.models.noise.process import Ddpm, Flow
 from capstan.training.product import kind_of, read_facts
 
 UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "heads": 2}

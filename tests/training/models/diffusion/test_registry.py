@@ -243,7 +243,10 @@ def test_diffusers_alone_draws_the_image_that_we_draw(make, run_of, root, square
         folder = str(root / f"exported-{name}")
         summary = export(run, folder, sampler=sampler)
         assert summary["pipeline"] == _PIPELINES[name.partition("-")[0]]
-        asked[folder], ours[folder] = more, open_sampler(run, sampler=sampler).draw(["a red square"], [3])[0] / 255
+        asked[folder], ours[folder] = (
+            more,
+            open_sampler(run, sampler=sampler).draw(["a red square"], [3]).arrays[0] / 255,
+        )
     subprocess.run([sys.executable, "-c", _ELSEWHERE, json.dumps(asked)], check=True, cwd=root, timeout=300)
     for folder, image in ours.items():
         theirs = np.load(folder + ".npy")
@@ -263,17 +266,19 @@ _PIPELINES = {
 def test_images_follow_prompt_seed_guidance_negative_and_sampler(run_of, network):
     run = run_of(network)
     sampler = open_sampler(run)
-    base = sampler.draw([CAPTION, "a blue square"], [1, 2]).astype(int)
-    alone = sampler.draw([CAPTION], [1]).astype(int)
+    base = sampler.draw([CAPTION, "a blue square"], [1, 2]).arrays.astype(int)
+    alone = sampler.draw([CAPTION], [1]).arrays.astype(int)
     assert np.abs(base[0] - alone[0]).max() <= 1
     others = {
-        "seed": sampler.draw([CAPTION], [7]),
-        "guidance": sampler.draw([CAPTION], [1], guidance=9.0),
-        "negative": sampler.draw([CAPTION], [1], negative="a green square, number 8"),
-        "sampler": open_sampler(run, sampler="dpm++" if network == "mmdit" else "euler").draw([CAPTION], [1], steps=4),
-        "prompt": sampler.draw(["a yellow square, number 7"], [1]),
+        "seed": sampler.draw([CAPTION], [7]).arrays,
+        "guidance": sampler.draw([CAPTION], [1], guidance=9.0).arrays,
+        "negative": sampler.draw([CAPTION], [1], negative="a green square, number 8").arrays,
+        "sampler": open_sampler(run, sampler="dpm++" if network == "mmdit" else "euler")
+        .draw([CAPTION], [1], steps=4)
+        .arrays,
+        "prompt": sampler.draw(["a yellow square, number 7"], [1]).arrays,
     }
-    reference = {"sampler": sampler.draw([CAPTION], [1], steps=4).astype(int)}
+    reference = {"sampler": sampler.draw([CAPTION], [1], steps=4).arrays.astype(int)}
     for name, drawn in others.items():
         assert np.abs(drawn.astype(int)[0] - reference.get(name, alone)[0]).max() > 0, name
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from capstan.training.models.diffusion import objectives as o
+from capstan.training.models.noise import objectives as o
 
 
 @pytest.fixture

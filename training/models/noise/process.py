@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from capstan.training.draws import integers, normal
-from capstan.training.models.diffusion import objectives
-from capstan.training.models.diffusion.config import DdpmSettings, DiffusionSettings, FlowSettings
-from capstan.training.models.diffusion.schedulers import STEPS, SamplerName, ddpm_scheduler, flow_scheduler
+from capstan.training.models.noise import objectives
+from capstan.training.models.noise.schedulers import STEPS, SamplerName, ddpm_scheduler, flow_scheduler
+from capstan.training.models.noise.settings import DdpmSettings, FlowSettings
 
 
 class Task(NamedTuple):
@@ -102,8 +102,8 @@ class Ddpm(Process):
         )
 
 
-def process_of(settings: DiffusionSettings, size: int, *, exact: bool) -> Process:
-    """Return the process that `objective` names, for images of `size` pixels per side."""
+def process_of(settings: Any, size: int, *, exact: bool) -> Process:
+    """Return the process that `objective` of a family's settings names, for images of `size` pixels per side."""
     sampler = settings.sampling.sampler
     if settings.objective == "flow":
         return Flow(settings.flow, sampler, size=size, exact=exact)

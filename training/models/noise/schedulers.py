@@ -18,7 +18,7 @@ SamplerName = Literal["ddim", "dpm++", "euler"]
 STEPS: Final = 1000  # timesteps 0 … 999 are thousandths of the way from data to noise
 
 
-def flow_scheduler(sampler: SamplerName | None, shift: float, *, exact: bool) -> Any:
+def flow_scheduler(sampler: str | None, shift: float, *, exact: bool) -> Any:
     """Return the scheduler for rectified flow (default dpm++, or euler if `exact`), with times shifted by `shift`.
 
     `exact`: the pipeline takes FlowMatchEulerDiscreteScheduler, which passes exact times to the model, not whole
@@ -45,7 +45,7 @@ def flow_scheduler(sampler: SamplerName | None, shift: float, *, exact: bool) ->
     )
 
 
-def ddpm_scheduler(sampler: SamplerName | None, **schedule: Any) -> Any:
+def ddpm_scheduler(sampler: str | None, **schedule: Any) -> Any:
     """Return the scheduler for DDPM (default ddim); `schedule` is its noise schedule and prediction type.
 
     Raises RecipeError for euler.
@@ -90,7 +90,7 @@ def most_steps(scheduler: Any) -> int:
     return bisect.bisect_left(range(1, timesteps + 1), True, key=repeats)
 
 
-def set_sampler(pipeline: Any, sampler: SamplerName) -> None:
+def set_sampler(pipeline: Any, sampler: str) -> None:
     """Set another sampler on `pipeline`. Raises RecipeError if it is not for the pipeline's objective."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 

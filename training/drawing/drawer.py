@@ -1,0 +1,100 @@
+"""Interfaces of opened models: a drawer makes things from prompts, a codec takes images apart and together again
+
+    Family.open(product, device) → Drawer       Drawer.draw(prompts, seeds, …) → Drawn(kind, arrays, fps, rate)
+    Family.codec(product, device) → Codec       images → latents → images
+
+Sampling, watching, evaluation and experiments know no family: they ask the family that trained a product to open it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+
+from capstan.pipeline.errors import RecipeError
+
+Kind = Literal["image", "clip", "sound", "scene"]
+Size = tuple[int, int]  # width and height, pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a model drew, one item per seed.
+
+    image   uint8 [N, H, W, 3]
+    clip    uint8 [N, frames, H, W, 3], `fps` frames per second
+    sound   float32 [N, values, channels] in −1 … 1, `rate` values per second
+    scene   objects [N]: one list of things each
+    """
+
+    kind: Kind
+    arrays: np.ndarray
+    fps: float | None = None
+    rate: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+class Drawer(ABC):
+    """An opened model that draws."""
+
+    kind: ClassVar[Kind] = "image"
+    prompted: bool = True  # whether what it draws depends on the prompts
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: Size | None = None,
+        batch: int = 16,
+    ) -> Drawn:
+        """Draw one item per prompt and seed, which does not depend on the others of its batch.
+
+        None means the model's own default. An option that the model does not have is refused by `refuse_options`.
+        """
+
+    def settings(self, *, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        """Return the sampling settings that these options amount to, for records of what was measured."""
+        return {}
+
+    def use_sampler(self, sampler: str) -> None:
+        """Draw by another sampler. Raises RecipeError if the model has no such sampler."""
+        raise RecipeError("--sampler", f"this model cannot be sampled by {sampler}", "remove it")
+
+    def ceiling(self, images: np.ndarray, batch: int) -> np.ndarray:
+        """Return true images, uint8 [N, H, W, 3], as the best model of this kind would draw them.
+
+        A model that draws latents can draw no better than its autoencoder decodes.
+        """
+        return images
+
+
+class Codec(Protocol):
+    """An opened first stage."""
+
+    size: int  # pixels, both sides of the images that it was trained on
+
+    def reconstruct(self, images: np.ndarray, batch: int) -> np.ndarray:
+        """Encode and decode uint8 images [N, H, W, 3]; return uint8 [N, H, W, 3]."""
+
+    def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
+        """Return what else than its images is worth measuring: name → {value, chance}."""
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Raise RecipeError for the first option that is set: the model has no such setting."""
+    for name, value in options.items():
+        if value is not None:
+            raise RecipeError(f"--{name}", "this model has no such setting", "remove it")

@@ -1,0 +1,128 @@
+"""Drawing by a diffusers pipeline, and its export
+
+Images are what `DiffusionPipeline.from_pretrained` generates anywhere else: no sampling code of our own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.training.drawing.drawer import Drawer, Drawn, Size
+from capstan.training.models.noise.schedulers import check_steps, set_sampler
+from capstan.training.models.precision import FiniteChecks, frozen_outside_autocast
+from capstan.training.product import quieten, read_facts
+
+# PixArt's pipelines would generate another size and crop to the requested one, and rewrite prompts if beautifulsoup4
+# is installed. Training does neither.
+_AS_TRAINED: Final = ("use_resolution_binning", "clean_caption")
+
+
+class PipelineDrawer(Drawer):
+    """A diffusers pipeline and its default sampling settings."""
+
+    def __init__(self, product: Path, device: torch.device) -> None:
+        self.pipeline, self.device = open_pipeline(product, device), device
+        facts = read_facts(product)
+        sampling = {"steps": 25, "guidance": 5.0} | facts.get("sampling", {})
+        self.steps, self.guidance = int(sampling["steps"]), float(sampling["guidance"])
+
+    def settings(self, *, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        return {"steps": steps or self.steps, "guidance": self.guidance if guidance is None else guidance}
+
+    def use_sampler(self, sampler: str) -> None:
+        set_sampler(self.pipeline, sampler)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: Size | None = None,
+        batch: int = 16,
+    ) -> Drawn:
+        """Draw uint8 images [N, H, W, 3], one per prompt; each one's noise depends on its seed, not on its batch."""
+        count = self.steps if steps is None else steps
+        check_steps(self.pipeline.scheduler, count, "--steps")
+        options: dict[str, Any] = {name: False for name in _AS_TRAINED if name in self.accepted}
+        if size is not None:
+            self.check_size(size)
+            options |= {"width": size[0], "height": size[1]}
+        images = []
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            arguments = self.arguments(part, negative, guidance) | options
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
+            checks = FiniteChecks()
+            with frozen_outside_autocast(self.pipeline), checks.watching(self.pipeline):
+                result = self.pipeline(**arguments, num_inference_steps=count, generator=generators, output_type="np")
+            if (bad := checks.first_bad()) is not None or not np.isfinite(result.images).all():
+                source = bad or "image processor"
+                problem = f"sample: the images are not finite; the first values that are not came from the {source}"
+                raise CapstanError(f"{problem}. Fix: use weights in fp32 or bf16, or an earlier state of the run")
+            images.append(result.images)
+        return Drawn("image", (np.concatenate(images) * 255).round().astype(np.uint8))
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """The names of the arguments that the pipeline takes."""
+        return frozenset(inspect.signature(self.pipeline.__call__).parameters)
+
+    def arguments(self, prompts: list[str], negative: str | None, guidance: float | None) -> dict[str, Any]:
+        """Return the pipeline's arguments for prompts and guidance."""
+        negatives = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+        return {"prompt": prompts, "guidance_scale": self.guidance if guidance is None else guidance, **negatives}
+
+    def check_size(self, size: Size) -> None:
+        """Raise RecipeError if the model cannot draw this size."""
+        raise RecipeError("--size", "this model draws images of one size", "remove it")
+
+
+def open_pipeline(product: Path, device: torch.device) -> Any:
+    """Open the diffusers pipeline in a folder, in fp32 on `device`."""
+    from diffusers import DiffusionPipeline
+
+    quieten()
+    pipeline = DiffusionPipeline.from_pretrained(product, torch_dtype=torch.float32, trust_remote_code=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def export_pipeline(pipeline: Any, folder: Path, precision: str, sampler: str | None) -> str:
+    """Write a pipeline on the CPU into `folder` as safetensors in `precision`; return its class's name."""
+    if sampler is not None:
+        set_sampler(pipeline, sampler)
+    check_weights(pipeline, precision)
+    pipeline.to(dtype=_dtype(precision))
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return type(pipeline).__name__
+
+
+def check_weights(pipeline: Any, precision: str) -> None:
+    """Raise CapstanError for weights that are not finite, RecipeError for those that `precision` cannot hold."""
+    largest = torch.finfo(_dtype(precision)).max
+    for name, part in pipeline.components.items():
+        weights = part.state_dict() if isinstance(part, torch.nn.Module) else {}
+        for key, weight in weights.items():
+            if not weight.is_floating_point():
+                continue
+            if not weight.isfinite().all():
+                raise CapstanError(f"export: {name} has weights that are not finite ({key}). Fix: use an earlier state")
+            if overflowing := int((weight.abs() > largest).sum()):
+                problem = (
+                    f"{precision} cannot hold {overflowing} weights of {name} ({key}: up to {weight.abs().max():.3g})"
+                )
+                raise RecipeError("--precision", problem, "use bf16 or fp32")
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -1,0 +1,50 @@
+"""Settings of noise processes: rectified flow and DDPM."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from capstan.pipeline.config import Section
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class FlowSettings(Section):
+    """Rectified flow (`objective: flow`)."""
+
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0  # of the logit: above 0, noisier times are drawn more often
+    std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0  # above 1: noisier times in training and sampling, for large images
+    base: Positive | None = None  # pixels per side: if set, the shift is multiplied by size / base (SD3: 256)
+
+
+class DdpmSettings(Section):
+    """DDPM (`objective: ddpm`), with the noise schedule of Stable Diffusion."""
+
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    zero_terminal_snr: bool = True  # the last step is pure noise, as at the start of sampling
+    min_snr: Annotated[float, Field(gt=0)] | None = (
+        None  # γ of min-SNR weighting, e.g. 5; needs zero_terminal_snr: false
+    )
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> DdpmSettings:
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "prediction epsilon has no information where there is only noise; "
+                "use zero_terminal_snr: false, or prediction: v_prediction"
+            )
+        # Min-SNR weights x0's error by min(SNR, γ) (Hang et al. 2023, §3.4), and sampling starts at an SNR of 0 (Lin et
+        # al. 2023, §3.3). No paper has a floor of 1 there: the neighbouring step's weight is a millionth of that.
+        if self.min_snr is not None and self.zero_terminal_snr:
+            raise ValueError(
+                "min_snr leaves the pure-noise step untrained, at which sampling starts; "
+                "use zero_terminal_snr: false, or remove min_snr"
+            )
+        return self
