@@ -42,6 +42,17 @@ class _WorkersDied(Exception):
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
+    """Train the recipe's model, after the runs of `train.before`; return the summary of the last run.
+
+    All of it is checked before the first run starts. A run that is finished is not trained again.
+    """
+    for number, earlier in enumerate(TrainConfig.from_recipe(recipe).before):
+        logger.info("train: run %d of those before %s: %s", number, (recipe.train or {})["run"], earlier["run"])
+        train_one(recipe.model_copy(update={"train": earlier}))
+    return train_one(recipe)
+
+
+def train_one(recipe: Recipe) -> dict[str, Any]:
     """Train the recipe's model; return the summary {run, model, steps, samples, loss, product, stopped}.
 
     A finished run is not trained again. Raises CapstanError, and KeyboardInterrupt if it was stopped: then the same

@@ -26,7 +26,8 @@ def url_of(world: WorldSource, index: int) -> str:
 
 
 def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
-    """Yield one row per scene: `url`, `caption` (as `world.captions` says), and `world_index` as a further column.
+    """Yield one row per scene: `url`, `caption` (as `world.captions` says), and as further columns `world_index` and
+    the truth: `background` and `objects`.
 
     Raises: RecipeError for a vocabulary that cannot be drawn, before the first row.
     """
@@ -38,7 +39,26 @@ def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
             caption = alt(scene, vocab, row=index)
         else:
             caption = short(scene) if world.captions == "short" else descriptive(scene)
-        yield {"url": f"{folder}/{index:08d}.jpg", "caption": caption, "world_index": index}
+        row = {"url": f"{folder}/{index:08d}.jpg", "caption": caption, "world_index": index}
+        yield row | {"background": scene.background, "objects": objects_of(scene)}
+
+
+def objects_of(scene: Scene) -> list[dict[str, Any]]:
+    """Return the things of a scene, from left to right: `label`, `box` (left, top, right, bottom; the image's sides
+    are 1), and what else is true of them.
+
+    The form of a dataset with boxes, whose objects may have a label and a box alone.
+    """
+    return [
+        {
+            "label": thing.shape,
+            "box": [round(centre + edge, 4) for edge in (-thing.r, thing.r) for centre in (thing.x, thing.y)],
+            "colour": thing.colour,
+            "size": thing.size,
+            "texture": thing.texture,
+        }
+        for thing in scene.things
+    ]
 
 
 def index_of_url(world: WorldSource, url: str) -> int:

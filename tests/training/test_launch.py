@@ -23,7 +23,7 @@ from repo import HELPERS, ROOT
 from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ports import free_port
 from capstan.training.launch import _largest, train
 from capstan.training.trainer import fit
@@ -105,6 +105,24 @@ def test_workers_that_are_killed_are_started_again(recipe, whole: Path, tmp_path
     killer.join()
     assert (run / "train.log").read_text().count("world size 2") == 3
     assert_same(run, whole)
+
+
+@pytest.mark.integration
+def test_runs_that_come_before_are_trained_first_and_once(recipe, tmp_path: Path) -> None:
+    local = {"strategy": "ddp", "launcher": "local"}
+    first = recipe("first", engine=local, steps=3).train
+    last = recipe("last", engine=local, steps=2, init=str(tmp_path / "first"), before=[first])
+    wrong = {**last.train, "before": [{**first, "batch": 0}]}
+    with pytest.raises(RecipeError, match=r"^train\.before\.0\.batch: "):  # before anything is trained
+        train(last.model_copy(update={"train": wrong}))
+    assert not (tmp_path / "first" / "log.jsonl").exists()
+    assert train(last)["run"] == str(tmp_path / "last")
+    ends = [json.loads((tmp_path / run / "finished.json").read_text())["steps"] for run in ("first", "last")]
+    assert ends == [3, 2]
+    written = (tmp_path / "first" / "finished.json").stat().st_mtime_ns
+    (tmp_path / "last" / "finished.json").unlink()
+    assert train(last)["steps"] == 2
+    assert (tmp_path / "first" / "finished.json").stat().st_mtime_ns == written
 
 
 def epochs_seen(record: Path, batch: int, an_epoch: int) -> list[Counter[str]]:

@@ -191,6 +191,7 @@ class TrainConfig(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1  # number of parts in which each worker processes its share of a batch
     seed: int = 0
     init: str | None = None  # a run folder or its product: start from these weights
+    before: list[dict[str, Any]] = []  # noqa: RUF012 - runs that this one uses, each a section `train`; trained first
     lr: Annotated[float, Field(gt=0)] = 1e-4  # peak learning rate of AdamW
     schedule: Shape | Restart = "constant"  # after warm-up: hold, or decay to final_lr at the last step
     warmup: Annotated[int, Field(ge=0)] = 100  # steps in which the learning rate rises linearly from 0
@@ -282,15 +283,17 @@ class TrainConfig(Section):
             raise RecipeError(f"train.watch.{drawing[0]}", problem, "remove it")
         if chosen:
             chosen.check(config)
+        for number, earlier in enumerate(config.before):
+            _check_earlier(number, earlier, config.run)
         return config
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change when a run resumes, as plain data.
 
         Left out: where and on how many workers it runs, how often it logs and saves, `watch`, `steps`, and a schedule's
-        restart.
+        restart. Runs that come `before` have an identity of their own.
         """
-        free = {"run", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
+        free = {"run", "before", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
         fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache", "bad"})
         fixed["schedule"] = self.schedule if isinstance(self.schedule, str) else self.schedule.before
@@ -300,6 +303,20 @@ class TrainConfig(Section):
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with anything in `identity`."""
         return fingerprint(self.identity())
+
+
+def _check_earlier(number: int, section: dict[str, Any], last: str) -> None:
+    """Raise RecipeError if a run of `train.before` is wrong; it is named by its place."""
+    field = f"train.before.{number}"
+    try:
+        earlier = TrainConfig.from_section(section)
+    except RecipeError as error:
+        where = field + error.field.removeprefix("train")
+        raise RecipeError(where, error.problem, error.hint) from None
+    if earlier.before:
+        raise RecipeError(f"{field}.before", "is a list within a list", "name all runs in one list, in their order")
+    if earlier.run == last:
+        raise RecipeError(f"{field}.run", f"is {last}, the folder of the last run", "give each run its own folder")
 
 
 def scratch_folder(url: str) -> Path:

@@ -20,6 +20,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.records import PLAN_SCHEMA, make_key
 from capstan.pipeline.source import SourceReader, tables
 from capstan.pipeline.source.columns import as_objects, of_urls, to_json
+from capstan.pipeline.world.scene import draw_scene, vocabulary
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.tsv", "t.jsonl"])
@@ -329,7 +330,14 @@ def test_the_captioned_world() -> None:
     world = Recipe.model_validate({"dataset": "x", "source": {"format": "world", "world": {"scenes": 5}}})
     (table,) = SourceReader(world).tables()
     assert len(table) == 5
-    assert json.loads(table["extra"][3].as_py()) == {"world_index": 3}
+    scene = draw_scene(0, 3, vocabulary(world.source.world))
+    extra = json.loads(table["extra"][3].as_py())
+    assert (extra["world_index"], extra["background"]) == (3, scene.background)
+    for found, thing in zip(extra["objects"], scene.things, strict=True):
+        left, top, right, bottom = found["box"]
+        assert (found["label"], found["colour"], found["size"]) == (thing.shape, thing.colour, thing.size)
+        middle = ((left + right) / 2, (top + bottom) / 2, right - left)
+        assert middle == pytest.approx((thing.x, thing.y, 2 * thing.r), abs=1e-3)
 
 
 def test_of_two_columns_of_one_name_the_last_is_read(tmp_path: Path) -> None:
