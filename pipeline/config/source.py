@@ -71,7 +71,14 @@ class Fetch(Section):
     retries: Annotated[int, Field(ge=0, le=20)] = 2
     allow_private: bool = False
     robots: bool = True
+    noai: bool = True  # refuse images whose own metadata (IPTC, C2PA) forbids training; of any source
     user_agent: str = "capstan/0.1 (image-text dataset builder)"
+
+    @model_serializer(mode="wrap")
+    def _without_noai(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `noai` where it is true, so that recipes of earlier versions keep their hash."""
+        values: dict[str, Any] = dump(self)
+        return values if not self.noai else {name: value for name, value in values.items() if name != "noai"}
 
 
 class Image(Section):

@@ -41,6 +41,7 @@ from capstan.pipeline.image.flatten import flatten, loaded, still_webp
 from capstan.pipeline.image.icc import is_srgb, to_srgb
 from capstan.pipeline.image.jpeg_pixels import RareSubsamplingError, decode_strictly
 from capstan.pipeline.image.limits import check_header, check_tiff
+from capstan.pipeline.image.opt_out import opt_out
 from capstan.pipeline.image.phash import fingerprints
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
@@ -104,15 +105,18 @@ class _Layout:
         return self.source == self.scaled == self.out
 
 
-def decode(data: bytes, image: config.Image) -> StoredImage | Failure:
+def decode(data: bytes, image: config.Image, *, noai: bool = False) -> StoredImage | Failure:
     """Decode `data` and return it as the settings in `image` say: an 8-bit sRGB JPEG without metadata.
+
+    With `noai`, an image whose metadata forbids training fails.
 
     Bad bytes produce a Failure, never an exception. The same bytes and settings produce the same image.
     """
     _one_thread()
     try:
         kind = sniff.sniff(data)
-        return _decode_jpeg(data, image) if kind == "jpeg" else _decode_other(kind, data, image)
+        stored = _decode_jpeg(data, image) if kind == "jpeg" else _decode_other(kind, data, image)
+        return Failure("noai", why_not) if noai and (why_not := opt_out(kind, data)) else stored
     except Unreadable as why:
         return Failure(why.reason, why.detail)
     except MemoryError:

@@ -129,7 +129,7 @@ class Ingest(Job):
 
     def decoder(self) -> Decoder:
         """Return the function that decodes a source file's bytes; pickled for a child process in a unit's retries."""
-        return functools.partial(decode, image=self.recipe.image)
+        return functools.partial(decode, image=self.recipe.image, noai=self.recipe.fetch.noai)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (marker,) = pieces

@@ -34,7 +34,7 @@ _MEANING: Final = {
     "timeout": "not finished within fetch.timeout_s",
     "redirects": "redirected too often, or without a target",
     "robots": "disallowed by robots.txt",
-    "noai": "the site opts out of AI training",
+    "noai": "the site or the file opts out of AI training (fetch.robots, fetch.noai)",
     "too_large_bytes": "larger than fetch.max_bytes",
     "empty": "no bytes",
     "not_an_image": "not an image, often an HTML page",
