@@ -27,6 +27,7 @@ import capstan.training.cli
 import capstan.training.experiment.cli
 from capstan.cluster.commands import describe
 from capstan.cluster.jobs.cli import ClustersOption
+from capstan.cluster.trackers import tracked
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, SetOption, finish
 from capstan.pipeline.errors import CapstanError, RecipeError
@@ -63,9 +64,9 @@ def _report_of_run(storage: Storage) -> str | None:
     return report_of_run(storage)
 
 
-capstan.pipeline.cli.add_commands(app, _load, _report_of_run)
-for floor in (capstan.recaption.cli, capstan.training.cli):
-    floor.add_commands(app, _load)
+capstan.pipeline.cli.add_commands(app, _load, _report_of_run, tracked)
+capstan.recaption.cli.add_commands(app, _load, tracked)
+capstan.training.cli.add_commands(app, _load)
 capstan.cluster.jobs.cli.add_commands(app)
 capstan.cluster.view.cli.add_commands(app)
 experiments = capstan.training.experiment.cli.experiments(_load)

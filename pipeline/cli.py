@@ -33,20 +33,30 @@ StorageOption = Annotated[
 
 Load = Callable[[Path, list[str]], "Recipe"]
 ReportOfRun = Callable[["Storage"], str | None]
+Summary = Mapping[str, Any]
+Tracked = Callable[[str, "Recipe", Callable[[], Summary]], Summary]  # command, its recipe, what it does → its summary
 
 
-def add_commands(app: typer.Typer, load: Load, report_of_run: ReportOfRun | None = None) -> None:
+def untracked(command: str, recipe: Recipe, run: Callable[[], Summary]) -> Summary:
+    """Return the summary of a command, and log it nowhere."""
+    return run()
+
+
+def add_commands(
+    app: typer.Typer, load: Load, report_of_run: ReportOfRun | None = None, tracked: Tracked = untracked
+) -> None:
     """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides.
 
     `report_of_run` writes the report of a training run, which is a matter of a higher floor; None if there is no run.
+    `tracked` runs a command and logs its summary where the recipe says.
     """
-    _add_recipe_commands(app, load)
+    _add_recipe_commands(app, load, tracked)
     _add_takedown(app)
     _add_publish(app)
     _add_read_only_commands(app, report_of_run or (lambda storage: None))
 
 
-def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
+def _add_recipe_commands(app: typer.Typer, load: Load, tracked: Tracked) -> None:
     @app.command()
     def build(
         recipe: RecipeArgument,
@@ -67,7 +77,8 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
         """
         from capstan.pipeline.build import build as run
 
-        finish(run(load(recipe, overrides), retry=retry), as_json)
+        ready = load(recipe, overrides)
+        finish(tracked("build", ready, lambda: run(ready, retry=retry)), as_json)
 
     @app.command()
     def score(recipe: RecipeArgument, overrides: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
@@ -77,7 +88,8 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
         """
         from capstan.pipeline.build import score as run
 
-        finish(run(load(recipe, overrides)), as_json)
+        ready = load(recipe, overrides)
+        finish(tracked("score", ready, lambda: run(ready)), as_json)
 
     @app.command()
     def select(
@@ -92,7 +104,9 @@ def _add_recipe_commands(app: typer.Typer, load: Load) -> None:
         """
         from capstan.pipeline.build import select as run
 
-        finish(run(load(recipe, overrides), dry_run=dry_run), as_json)
+        ready = load(recipe, overrides)
+        note = untracked if dry_run else tracked
+        finish(note("select", ready, lambda: run(ready, dry_run=dry_run)), as_json)
 
 
 def _add_takedown(app: typer.Typer) -> None:

@@ -14,16 +14,21 @@ from capstan.pipeline.cli import (
     RecipeArgument,
     SetOption,
     StorageOption,
+    Tracked,
     concluded,
     finish,
     open_dataset,
+    untracked,
 )
 
 LayerHelp = "Layer id, or `latest`."
 
 
-def add_commands(app: typer.Typer, load: Load) -> None:
-    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides."""
+def add_commands(app: typer.Typer, load: Load, tracked: Tracked = untracked) -> None:
+    """Add this floor's commands to `app`; `load` reads and validates a recipe file with its overrides.
+
+    `tracked` runs a command and logs its summary where the recipe says.
+    """
 
     @app.command()
     def recaption(
@@ -42,7 +47,8 @@ def add_commands(app: typer.Typer, load: Load) -> None:
         from capstan.recaption import job
 
         run, ready = (job.plan if plan else job.recaption), load(recipe, overrides)
-        summary = concluded(lambda: run(ready))
+        note = untracked if plan else tracked
+        summary = note("recaption", ready, lambda: concluded(lambda: run(ready)))
         finish(summary, as_json)
         if not plan and (failure := job.failure_of(summary)):
             raise failure

@@ -103,6 +103,7 @@ class Recipe(Section):
     shards: Shards = Shards()
     unit: Unit = Unit()
     resources: Resources = Resources()
+    trackers: list[Literal["mlflow", "wandb"]] = Field(default=[])  # of summaries of build, score, select, recaption
     recaption: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
     experiment: dict[str, Any] | None = None

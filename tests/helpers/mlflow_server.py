@@ -19,6 +19,7 @@ class Server:
 
     def __init__(self, artifacts: Path) -> None:
         self.artifacts, self.metrics, self.ended = artifacts, list[tuple[int, str, float]](), False
+        self.tags: dict[str, str] = {}
         self.rejected: set[int] = set()  # steps that are answered with 400
         self.port = 0
 
@@ -50,6 +51,9 @@ class Server:
             if body["metrics"][0]["step"] in self.rejected:
                 return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "not this one"}
             self.metrics += [(metric["step"], metric["key"], metric["value"]) for metric in body["metrics"]]
+            return 200, {}
+        if path == "runs/set-tag":
+            self.tags[body["key"]] = body["value"]
             return 200, {}
         if path == "runs/update":
             self.ended = True

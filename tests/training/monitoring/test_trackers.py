@@ -42,6 +42,7 @@ def test_both_are_told_of_one_run_that_was_stopped(run: Run, monkeypatch, tmp_pa
         trackers = open_trackers(run, start)
         for number, loss in enumerate(losses):
             trackers.scalars(start + number + 1, {"loss": loss, "blend/original": 1.0})
+        trackers.notes(start + 1, {"dataset_seal": f"seal {start}"})
         trackers.image(start + 1, "samples", tmp_path / "step-000001.png")
         trackers.close()
         trackers.close()  # a second time changes nothing
@@ -53,12 +54,14 @@ def test_both_are_told_of_one_run_that_was_stopped(run: Run, monkeypatch, tmp_pa
     assert known.info.run_id == json.loads((run.folder / "mlflow.json").read_text())["run_id"]
     told = [(metric.step, metric.value) for metric in client.get_metric_history(known.info.run_id, "loss")]
     assert sorted(told) == [(1, 0.5), (2, 0.2), (2, 0.25)]
+    assert client.get_run(known.info.run_id).data.tags["dataset_seal"] == "seal 1"
     assert {file.path for file in client.list_artifacts(known.info.run_id)} == {"recipe.json", "samples"}
 
     offline = sorted((run.folder / "wandb").glob("offline-run-*"))
     assert len({path.name.rpartition("-")[2] for path in offline}) == 1  # one run there, by its id
     histories = [history for path in offline for history in read_history(next(path.glob("*.wandb")))]
     assert [(row["step"], row["loss"]) for row in histories if "loss" in row] == [(1, 0.5), (2, 0.25), (2, 0.2)]
+    assert any(b"seal 1" in path.read_bytes() for path in (run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert list((run.folder / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
 
 

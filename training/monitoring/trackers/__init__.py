@@ -1,7 +1,8 @@
 """Curves and images → TensorBoard, MLflow, W&B; one file per tracker.
 
 Order: tensorboard, mlflow, wandb (clients, all alike) → delivery (in the background, through outages).
-A client's file has `require()`, which raises MissingExtra, the class `Tracker(run, step)` and `rejects(error)`.
+A client's file has `require(field)`, which raises MissingExtra, `rejects(error)`, and the class
+`Tracker(subject, step)`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.training.monitoring.trackers.delivery import Delivery
+from capstan.training.monitoring.trackers.subject import Subject
 from capstan.training.run import Run
 
 
@@ -26,6 +28,10 @@ class Trackers:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers, each under its name, after `step` steps."""
         self._add({"step": step, "time": time.time(), "scalars": dict(values)})
+
+    def notes(self, step: int, values: Mapping[str, str]) -> None:
+        """Keep texts, each under its name; a later one replaces an earlier one."""
+        self._add({"step": step, "time": time.time(), "notes": dict(values)})
 
     def image(self, step: int, name: str, file: Path) -> None:
         """Log a PNG file."""
@@ -49,25 +55,39 @@ def open_trackers(run: Run, step: int) -> Trackers:
 
     Raises MissingExtra if the package of one is not installed.
     """
-    return _open(run, step, list(dict.fromkeys(run.train.watch.trackers)))
+    return open_for(_subject(run), step, list(dict.fromkeys(run.train.watch.trackers)))
 
 
 def send_pending(run: Run) -> None:
     """Send a finished run's records that an outage kept from its trackers. Raises MissingExtra."""
-    pending = [name for name in dict.fromkeys(run.train.watch.trackers) if _pending(run, name).exists()]
-    _open(run, run.train.steps, pending).close()
+    names = dict.fromkeys(run.train.watch.trackers)
+    pending = [name for name in names if _pending(run.folder, name).exists()]
+    open_for(_subject(run), run.train.steps, pending).close()
 
 
-def _open(run: Run, step: int, names: Sequence[str]) -> Trackers:
+def require(names: Sequence[str], field: str) -> None:
+    """Raise MissingExtra, naming the recipe's `field`, if the package of a tracker is not installed."""
+    for name in names:
+        importlib.import_module(f"capstan.training.monitoring.trackers.{name}").require(field)
+
+
+def _subject(run: Run) -> Subject:
+    return Subject(run.folder, run.train.identity, run.folder.name)
+
+
+def open_for(subject: Subject, step: int, names: Sequence[str]) -> Trackers:
+    """Open the trackers `names` for records about `subject`. Raises MissingExtra."""
     clients = {name: importlib.import_module(f"capstan.training.monitoring.trackers.{name}") for name in names}
     for client in clients.values():
         client.require()
     deliveries = [
-        Delivery(name, functools.partial(client.Tracker, run, step), _pending(run, name), step, client.rejects)
+        Delivery(
+            name, functools.partial(client.Tracker, subject, step), _pending(subject.folder, name), step, client.rejects
+        )
         for name, client in clients.items()
     ]
-    return Trackers(run.folder, deliveries)
+    return Trackers(subject.folder, deliveries)
 
 
-def _pending(run: Run, name: str) -> Path:
-    return run.folder / f"{name}-pending.jsonl"
+def _pending(folder: Path, name: str) -> Path:
+    return folder / f"{name}-pending.jsonl"

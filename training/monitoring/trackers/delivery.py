@@ -2,7 +2,7 @@
 
 Training only appends records to RUN/TRACKER-pending.jsonl; a thread opens the tracker and sends them in order. While
 the tracker cannot be reached they stay in the file, and are sent when it is back: in the same run, or by the next
-`capstan train`. A record is {step, time, scalars} or {step, time, image, file}.
+same command. A record is {step, time, scalars}, {step, time, notes} or {step, time, image, file}.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class Tracker(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         """Log numbers, each under its name, measured after `step` steps at Unix time `time_s`."""
+
+    def notes(self, step: int, values: Mapping[str, str], time_s: float) -> None:
+        """Keep texts, each under its name; a later one replaces an earlier one."""
 
     def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         """Log a PNG file."""
@@ -86,7 +89,7 @@ class Delivery:
             self._thread.join(0.1)
         if self._records:
             logger.warning(
-                "tracker %s: %d records were not sent; they are kept in %s and sent by the next `capstan train`",
+                "tracker %s: %d records were not sent; they are kept in %s and sent by the next run of this command",
                 *(self.name, len(self._records), self.file),
             )
 
@@ -134,6 +137,8 @@ class Delivery:
     def _send(self, tracker: Tracker, record: Mapping[str, Any]) -> None:
         if "scalars" in record:
             tracker.scalars(record["step"], record["scalars"], record["time"])
+        elif "notes" in record:
+            tracker.notes(record["step"], record["notes"], record["time"])
         elif (file := self.file.parent / record["file"]).is_file():
             tracker.image(record["step"], record["image"], file, record["time"])
 
@@ -142,7 +147,7 @@ class Delivery:
         if not self._failed:
             self._failed = True
             logger.warning(
-                "tracker %s: unavailable (%s); training continues, records are kept in %s and sent when it is back",
+                "tracker %s: unavailable (%s); work continues, records are kept in %s and sent when it is back",
                 *(self.name, _first_line(error), self.file),
             )
 
@@ -170,7 +175,9 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
-    what = isinstance(record.get("scalars"), dict) or (isinstance(record.get("file"), str) and "image" in record)
+    what = isinstance(record.get("scalars") or record.get("notes"), dict) or (
+        isinstance(record.get("file"), str) and "image" in record
+    )
     return what and isinstance(record.get("time"), int | float)
 
 

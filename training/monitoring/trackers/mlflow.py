@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from capstan.pipeline.errors import MissingExtra
 from capstan.pipeline.storage import Storage
-from capstan.training.run import Run
+from capstan.training.monitoring.trackers.subject import FIELD, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,12 @@ _IMPATIENT: Final = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_M
 _TRANSIENT: Final = (401, 403, 408, 429)  # of the 4xx: what an administrator, or time, changes
 
 
-def require() -> None:
+def require(field: str = FIELD) -> None:
     """Raise MissingExtra if MLflow is not installed."""
     try:
         import mlflow  # noqa: F401
     except ModuleNotFoundError:
-        raise MissingExtra("train.watch.trackers", "mlflow", "mlflow") from None
+        raise MissingExtra(field, "mlflow", "mlflow") from None
 
 
 def rejects(error: Exception) -> bool:
@@ -43,22 +43,22 @@ def rejects(error: Exception) -> bool:
 class Tracker:
     """An MLflow run."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, subject: Subject, step: int) -> None:
         import mlflow
 
         for variable, value in _IMPATIENT.items():
             os.environ.setdefault(variable, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        local = f"sqlite:///{run.folder.absolute()}/mlflow.db"
+        local = f"sqlite:///{subject.folder.absolute()}/mlflow.db"
         uri = os.environ.get("MLFLOW_TRACKING_URI", local)
-        artifacts = f"file://{run.folder.absolute()}/mlflow" if uri == local else None
+        artifacts = f"file://{subject.folder.absolute()}/mlflow" if uri == local else None
         self.client = mlflow.MlflowClient(uri)
-        self.id = self._find(run, artifacts)
+        self.id = self._find(subject, artifacts)
 
-    def _find(self, run: Run, artifacts: str | None) -> str:
+    def _find(self, subject: Subject, artifacts: str | None) -> str:
         """Return the MLflow run's id, created at the first start."""
-        known = run.folder / "mlflow.json"
+        known = subject.folder / "mlflow.json"
         if known.exists():
             try:
                 return str(json.loads(known.read_bytes())["run_id"])
@@ -67,9 +67,9 @@ class Tracker:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "capstan")
         existing: Any = self.client.get_experiment_by_name(name)
         experiment = existing.experiment_id if existing else self.client.create_experiment(name, artifacts)
-        created: str = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
-        self.client.log_dict(created, run.train.identity(), "recipe.json")
-        Storage(str(run.folder)).write(known.name, json.dumps({"run_id": created}).encode())
+        created: str = self.client.create_run(experiment, run_name=subject.name).info.run_id
+        self.client.log_dict(created, dict(subject.config()), "recipe.json")
+        Storage(str(subject.folder)).write(known.name, json.dumps({"run_id": created}).encode())
         return created
 
     def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
@@ -77,6 +77,10 @@ class Tracker:
 
         metrics = [Metric(name, value, int(time_s * 1000), step) for name, value in values.items()]
         self.client.log_batch(self.id, metrics=metrics)
+
+    def notes(self, step: int, values: Mapping[str, str], time_s: float) -> None:
+        for name, value in values.items():
+            self.client.set_tag(self.id, name, value)
 
     def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         self.client.log_artifact(self.id, str(file), name)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from capstan.training.run import Run
+from capstan.training.monitoring.trackers.subject import Subject
 
 
-def require() -> None:
+def require(field: str = "") -> None:
     """Do nothing: TensorBoard comes with the extra `train`."""
 
 
@@ -23,14 +23,18 @@ def rejects(error: Exception) -> bool:
 class Tracker:
     """TensorBoard event files."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, subject: Subject, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
+        self.writer = SummaryWriter(str(subject.folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step, walltime=time_s)
+
+    def notes(self, step: int, values: Mapping[str, str], time_s: float) -> None:
+        for name, value in values.items():
+            self.writer.add_text(name, value, step, walltime=time_s)
 
     def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         with Image.open(file) as image:

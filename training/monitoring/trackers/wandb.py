@@ -12,17 +12,17 @@ from typing import Final
 
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import MissingExtra
-from capstan.training.run import Run
+from capstan.training.monitoring.trackers.subject import FIELD, Subject
 
 _PATIENCE_S: Final = 30  # of its client, which itself keeps what it has taken in RUN/wandb, for `wandb sync`
 
 
-def require() -> None:
+def require(field: str = FIELD) -> None:
     """Raise MissingExtra if W&B's client is not installed."""
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
-        raise MissingExtra("train.watch.trackers", "wandb", "wandb") from None
+        raise MissingExtra(field, "wandb", "wandb") from None
 
 
 def rejects(error: Exception) -> bool:
@@ -33,17 +33,17 @@ def rejects(error: Exception) -> bool:
 class Tracker:
     """A W&B run."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, subject: Subject, step: int) -> None:
         import wandb
 
         self.wandb = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "capstan"),
-            name=run.folder.name,
-            id=fingerprint({"folder": str(run.folder.absolute())}),
+            name=subject.name,
+            id=fingerprint({"folder": str(subject.folder.absolute())}),
             resume="allow",
-            dir=str(run.folder),
-            config=run.train.identity(),
+            dir=str(subject.folder),
+            config=dict(subject.config()),
             settings=wandb.Settings(console="off", silent=True, init_timeout=_PATIENCE_S, finish_timeout=_PATIENCE_S),
         )
         # W&B's own counter never goes back, and a killed run does: so the step is logged as a value like the others.
@@ -52,6 +52,9 @@ class Tracker:
 
     def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         self.run.log({**values, "step": step})
+
+    def notes(self, step: int, values: Mapping[str, str], time_s: float) -> None:
+        self.run.config.update(dict(values), allow_val_change=True)
 
     def image(self, step: int, name: str, file: Path, time_s: float) -> None:
         self.run.log({name: self.wandb.Image(str(file)), "step": step})
