@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +11,11 @@ from typing import Any, Final
 from aiohttp import web
 
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.report.explore import Explorer
+from capstan.pipeline.report.query import Row
 
+READ_ONLY: Final = web.AppKey("read_only", bool)  # whether nothing may be written
+KEY: Final = re.compile(r"[0-9a-f]{32}")
 _STATIC: Final = Path(__file__).with_name("static")
 _TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -42,6 +48,22 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Any]) 
     except (AttributeError, KeyError, TypeError, ValueError):
         problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
         return web.json_response(problem, status=400)
+
+
+async def writing(request: web.Request) -> dict[str, Any]:
+    """Return the body of a request that writes. Raises 403 if the viewer may only read."""
+    if request.app[READ_ONLY]:
+        raise web.HTTPForbidden(text="This viewer was started with --read-only.")
+    body: dict[str, Any] = await request.json()
+    return body
+
+
+async def known_row(explorer: Explorer, key: str) -> Row:
+    """Return the row of a key. Raises RecipeError if the dataset has none."""
+    row = await asyncio.to_thread(explorer.row, key) if KEY.fullmatch(key) else None
+    if row is None:
+        raise RecipeError("key", "is not of a row of this dataset", "reload the page")
+    return row
 
 
 def json_answer(answer: Any) -> web.Response:

@@ -23,15 +23,17 @@ def add_commands(app: typer.Typer) -> None:
         ],
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
         browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
-        read_only: Annotated[bool, typer.Option("--read-only", help="Allow no verdicts and no takedown list.")] = False,
+        read_only: Annotated[
+            bool, typer.Option("--read-only", help="Write nothing: no verdicts, votes, edits.")
+        ] = False,
         overrides: StorageOption = [],  # noqa: B006
         as_json: JsonOption = False,
     ) -> None:
         """Look at a dataset or runs in a browser.
 
-        Of a dataset: kept, rejected, duplicate and failed rows with their reasons, all caption layers, what other
-        thresholds would keep, and reviews. Of training runs: a table, curves, and all sample grids at one step.
-        Listens on this machine only. Ctrl-C ends it.
+        Of a dataset: kept, rejected, duplicate and failed rows with their reasons, all caption layers to compare, vote
+        on and edit, groups of duplicates, what other thresholds would keep, and reviews. Of training runs: a table,
+        curves, and all sample grids at one step. Listens on this machine only. Ctrl-C ends it.
         """
         from capstan.cluster.view.server import serve
 

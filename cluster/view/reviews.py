@@ -1,25 +1,18 @@
-"""Verdicts given in the browser → review files, published under a lease; takedown lists → key files
-
-A verdict is on storage before the browser sees it as saved. The lease of a review is held while verdicts come, and
-released after a pause, since a build needs the whole dataset.
-"""
+"""Verdicts given in the browser → review files; takedown lists → key files"""
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import logging
 import shlex
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from capstan.cluster.user_dirs import state_folder
+from capstan.cluster.view.leased import Kept, LeasedTables
 from capstan.pipeline.config import fingerprint
-from capstan.pipeline.lease import HeldLease, lease
 from capstan.pipeline.select.review import (
     KEEP,
     REJECT,
@@ -32,22 +25,12 @@ from capstan.pipeline.select.review import (
 )
 from capstan.pipeline.storage import Storage
 
-log = logging.getLogger(__name__)
-
-IDLE_S: Final = 20.0
-
 
 class Reviews:
     """The reviews of one dataset; safe to call from several threads."""
 
-    def __init__(self, storage: Storage, idle_s: float = IDLE_S) -> None:
-        self._storage, self._idle_s = storage, idle_s
-        self.who = _user()
-        self._lock = threading.Lock()
-        self._name, self._table = "", pa.table({})  # the review whose lease is held, and its verdicts
-        self._held: HeldLease | None = None
-        self._leases = contextlib.ExitStack()
-        self._timer: threading.Timer | None = None
+    def __init__(self, tables: LeasedTables) -> None:
+        self._tables, self._storage, self.who = tables, tables.storage, tables.who
 
     def counts(self) -> list[dict[str, Any]]:
         """Return {name, reject, keep} of every review."""
@@ -55,56 +38,23 @@ class Reviews:
 
     def read(self, name: str) -> pa.Table:
         """Return a review's verdicts (select.review.SCHEMA)."""
-        review_file(name)
-        with self._lock:
-            return self._table if self._held is not None and name == self._name else read_review(self._storage, name)
+        return self._tables.read(self._kept(name))
 
     def give(self, name: str, verdicts: Mapping[str, Verdict]) -> tuple[dict[str, Verdict], pa.Table]:
         """Publish verdicts (key → verdict, "" for none); return those before, and the review.
 
         Raises CapstanError if another process writes this review or the whole dataset.
         """
+        before, after = self._tables.change(self._kept(name), lambda table: changed(table, verdicts, self.who))
+        return {key: Verdict("") for key in verdicts} | among(before, verdicts), after
+
+    def _kept(self, name: str) -> Kept:
         review_file(name)
-        with self._lock:
-            held = self._hold(name)
-            try:
-                held.check()
-                before = {key: Verdict("") for key in verdicts} | among(self._table, verdicts)
-                table = changed(self._table, verdicts, self.who)
-                write_review(self._storage, name, table)
-            except BaseException:
-                self._release()
-                raise
-            self._table = table
-            return before, table
-
-    def _hold(self, name: str) -> HeldLease:
-        """Take the lease of a review unless it is held, and read the review as it is now."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._held is None or name != self._name:
-            self._release()
-            self._held = self._leases.enter_context(lease(self._storage, "view", part=f"review-{name}"))
-            try:
-                self._name, self._table = name, read_review(self._storage, name)
-            except BaseException:
-                self._release()
-                raise
-        self._timer = threading.Timer(self._idle_s, self.close)
-        self._timer.daemon = True
-        self._timer.start()
-        return self._held
-
-    def _release(self) -> None:
-        self._held = None
-        self._leases.close()
-
-    def close(self) -> None:
-        """Give the lease back."""
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._release()
+        return Kept(
+            f"review-{name}",
+            lambda: read_review(self._storage, name),
+            lambda table: write_review(self._storage, name, table),
+        )
 
 
 class Takedown:
@@ -144,10 +94,3 @@ def among(table: pa.Table, keys: Iterable[str]) -> dict[str, Verdict]:
     """Return the verdicts on those of `keys` that have one."""
     found = table.filter(pc.is_in(table["key"], pa.array(list(keys), pa.string())))
     return {row["key"]: Verdict(row["verdict"], row["note"]) for row in found.to_pylist()}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

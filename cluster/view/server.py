@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import threading
 import webbrowser
 from collections.abc import Callable, Iterable, Sequence
@@ -20,13 +19,16 @@ import yaml
 from aiohttp import web
 
 from capstan.cluster.view.access import Access
-from capstan.cluster.view.answers import add_static, json_answer, problems
-from capstan.cluster.view.captions import captions_of
+from capstan.cluster.view.answers import KEY, READ_ONLY, add_static, json_answer, problems, writing
+from capstan.cluster.view.captions import Captions
+from capstan.cluster.view.duplicates import Duplicates
 from capstan.cluster.view.images import Images
+from capstan.cluster.view.leased import LeasedTables
 from capstan.cluster.view.reviews import Reviews, Takedown, among, count
 from capstan.cluster.view.running import RunningWork
 from capstan.cluster.view.runs import RunsViewer
 from capstan.cluster.view.similar import Similar
+from capstan.cluster.view.votes import Votes
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer, Judged
@@ -39,7 +41,6 @@ from capstan.training.monitoring.run_files import find_runs
 
 logger = logging.getLogger(__name__)
 
-_KEY: Final = re.compile(r"[0-9a-f]{32}")
 _SIDES: Final = (0, 256)  # sizes in which images are served; 0: as stored
 _PAGE: Final = 60
 _CARD: Final = (  # columns that the grid and the table show
@@ -54,11 +55,13 @@ class Viewer:
 
     def __init__(self, rows: Rows, *, read_only: bool = False, options: Sequence[str] = ()) -> None:
         self._show(rows)
-        self.reviews, self.takedown, self._read_only = Reviews(rows.storage), Takedown(rows.storage, options), read_only
+        self.tables, self.takedown = LeasedTables(rows.storage), Takedown(rows.storage, options)
+        self.reviews, self.captions = Reviews(self.tables), Captions(lambda: self.explorer, self.tables)
         self._reopened = contextlib.ExitStack()
         self._images_ahead: set[asyncio.Task[None]] = set()
         self.access = Access()
         self.app = web.Application(middlewares=[self.access.check, problems], client_max_size=_MOST_BYTES)
+        self.app[READ_ONLY] = read_only
         add_static(self.app, "index.html")
         self.app.router.add_get("/api/dataset", self.dataset)
         self.app.router.add_get("/api/rows", self.page)
@@ -73,6 +76,9 @@ class Viewer:
         self.app.router.add_post("/api/review/{name}", self.review)
         self.app.router.add_get("/api/takedown", self.takedown_list)
         self.app.router.add_post("/api/takedown", self.take_down)
+        self.captions.add_routes(self.app.router)
+        Votes(lambda: self.explorer, self.tables).add_routes(self.app.router)
+        Duplicates(lambda: self.explorer, self.tables, self._cards).add_routes(self.app.router)
 
     def _show(self, rows: Rows) -> None:
         self.rows, self.explorer, self.images = rows, Explorer(rows), Images(rows)
@@ -86,8 +92,8 @@ class Viewer:
         self._reopened.callback(_end, former, preparing)
 
     def close(self) -> None:
-        """Give back the lease of a review, and end the work on the index."""
-        self.reviews.close()
+        """Give back the lease of a table, and end the work on the index."""
+        self.tables.close()
         _end(self.explorer, self._preparing)
         self._reopened.close()
 
@@ -131,7 +137,7 @@ class Viewer:
                 ],
                 "layers": layers,
                 "embeddings": bool(((recipe.get("score") or {}).get("clip") or {}).get("embeddings")),
-                "read_only": self._read_only,
+                "read_only": self.app[READ_ONLY],
             }
         )
 
@@ -171,7 +177,7 @@ class Viewer:
         row = await asyncio.to_thread(self.explorer.row, key)
         if detail is None or row is None:
             raise web.HTTPNotFound(text="no such row")
-        captions = await asyncio.to_thread(captions_of, self.rows.storage, row.shard, key) if row.is_shown else []
+        captions = await asyncio.to_thread(self.captions.of, row)
         name = request.query.get("review")
         given = among(await asyncio.to_thread(self.reviews.read, name), [key]) if name else {}
         card = _card(row) | asdict(given.get(key, Verdict("")))
@@ -222,7 +228,7 @@ class Viewer:
 
     async def review(self, request: web.Request) -> web.Response:
         """Publish verdicts; return those before, with which the page can undo them."""
-        asked = (await self._writing(request))["verdicts"]
+        asked = (await writing(request))["verdicts"]
         given = {str(one["key"]): Verdict(str(one["verdict"]), str(one.get("note", ""))) for one in asked}
         if any(one.verdict not in ("", *VERDICTS) for one in given.values()):
             raise RecipeError("verdict", "is unknown", f"use {', '.join(VERDICTS)} or an empty text")
@@ -237,22 +243,15 @@ class Viewer:
 
     async def take_down(self, request: web.Request) -> web.Response:
         """Add keys to the takedown list, or take them out of it. Nothing is removed from the dataset."""
-        asked = await self._writing(request)
+        asked = await writing(request)
         add, remove = ([str(key) for key in asked.get(name, [])] for name in ("add", "remove"))
         await self._known(add)
         return json_answer(await asyncio.to_thread(self.takedown.change, add, remove))
 
-    async def _writing(self, request: web.Request) -> dict[str, Any]:
-        """Return the body of a request that writes. Raises 403 if the viewer may only read."""
-        if self._read_only:
-            raise web.HTTPForbidden(text="This viewer was started with --read-only.")
-        body: dict[str, Any] = await request.json()
-        return body
-
     async def _known(self, keys: Iterable[str]) -> None:
         """Raise RecipeError unless all keys are rows of the dataset."""
         wanted = set(keys)
-        known = await asyncio.to_thread(self.explorer.rows_of, filter(_KEY.fullmatch, wanted))
+        known = await asyncio.to_thread(self.explorer.rows_of, filter(KEY.fullmatch, wanted))
         if len(known) < len(wanted):
             raise RecipeError("key", "is not of a row of this dataset", "reload the page")
 
@@ -265,7 +264,7 @@ def _end(explorer: Explorer, preparing: threading.Thread) -> None:
 
 def _key(request: web.Request) -> str:
     key = request.match_info["key"]
-    if not _KEY.fullmatch(key):
+    if not KEY.fullmatch(key):
         raise web.HTTPNotFound(text="no such row")
     return key
 

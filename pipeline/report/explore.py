@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -122,6 +122,15 @@ class Explorer:
             chosen, sampled = self._among()
             part = self.rows.count / max(chosen.count, 1) if sampled else 1
             return {name: round(count * part) for name, count in chosen.outcomes.items()}
+
+    def ask(
+        self, field: str, query: str, parameters: Sequence[Any] = (), tables: Mapping[str, pa.Table] | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Return what a query over all rows finds; it may name `tables`, too."""
+        with self._lock, self._asked(field):
+            for name, table in (tables or {}).items():
+                self.rows.db.register(name, table)
+            return self.rows.query(query, parameters)
 
     @property
     def subjects(self) -> list[Subject]:

@@ -20,6 +20,7 @@ from capstan.pipeline.storage import Storage
 
 _LAYERS: Final = 8
 _SHARDS: Final = 4  # of each layer, whose captions are counted
+_EDITS: Final = "edits"  # instead of a shard, in a layer with corrections made in `capstan view`
 _EXAMPLES: Final = 8
 _TEXT: Final = 400  # characters of a caption
 _FLAGS: Final = 5
@@ -67,7 +68,7 @@ def _lines(storage: Storage, layer: str, shards: list[str]) -> Iterator[list[Any
     """Yield a line of the table for each slot of a layer."""
     slots: dict[str, _Slot] = {}
     read = 0
-    for shard in shards:
+    for shard in [*shards, _EDITS]:
         if read == _SHARDS:
             break
         captions = _read(storage, layer, shard)
@@ -107,7 +108,8 @@ def _examples(
         texts = {"original": page.clip(row.caption, _TEXT)}
         for layer in names:
             if (layer, row.shard) not in read:
-                read[layer, row.shard] = _read(rows.storage, layer, row.shard)
+                found = [_read(rows.storage, layer, name) for name in (row.shard, _EDITS)]
+                read[layer, row.shard] = found[0] or found[1]
             for one in read[layer, row.shard]:
                 if one["key"] == row.key:
                     flags = f" [{', '.join(one['flags'])}]" if one["flags"] else ""

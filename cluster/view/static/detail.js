@@ -1,17 +1,19 @@
-// One row: its image, what is known of it, and its captions in every layer with the words that differ marked.
+// One row: its image, what is known of it, and its captions in every layer.
 
+import { captionsSection } from "./captions.js";
 import { ask, h, short } from "./dom.js";
 import { note, panel, readOnly, reviewing } from "./review.js";
 import { neighbour, picture } from "./rows.js";
 import { likeButton } from "./similar.js";
 import { change, state } from "./state.js";
 import { takedownPanel } from "./takedown.js";
+import { visible } from "./words.js";
 
 const dialog = document.getElementById("detail");
 dialog.addEventListener("close", () => change({ key: "" }));
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 document.addEventListener("keydown", (event) => {
-  if (!dialog.open || event.target.matches("input, select")) return;
+  if (!dialog.open || event.target.matches("input, select, textarea")) return;
   const step = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
   const next = step && neighbour(state.key, step);
   if (next) change({ key: next });
@@ -34,11 +36,11 @@ export async function showDetail() {
   const parts = [close,
     h("div", { class: "big" }, picture(card, 0), twin ? h("figure", {}, picture(twin, 0),
       h("figcaption", {}, h("button", { class: "plain", onclick: () => change({ key: twin.key }) }, "The image that was kept"))) : null),
-    h("h2", {}, row.caption || "no caption"),
-    h("p", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason, row.detail].filter(Boolean).join(": ")),
+    h("h2", {}, visible(row.caption || "no caption")),
+    h("p", { class: `outcome ${row.outcome}` }, visible([row.outcome, row.reason, row.detail].filter(Boolean).join(": "))),
     panel(row.key),
     h("div", { class: "buttons" }, copy, likeButton(card), steps),
-    captions.length ? texts(row.caption, captions) : null,
+    captions.length ? captionsSection(row, captions, readOnly()) : null,
     Object.keys(scores).length ? facts("Scores", scores) : null,
     facts("Row", row),
     readOnly() ? null : takedownPanel(row.key)];
@@ -49,18 +51,5 @@ export async function showDetail() {
 function facts(title, values) {
   const lines = Object.entries(values).filter(([, value]) => value !== "" && value !== null);
   return h("section", {}, h("h3", {}, title), h("dl", {}, lines.flatMap(([name, value]) => [
-    h("dt", {}, name), h("dd", {}, typeof value === "number" ? short(value) : String(value))])));
-}
-
-function texts(original, captions) {
-  return h("section", {}, h("h3", {}, "Captions"), h("dl", { class: "captions" }, captions.flatMap((one) => [
-    h("dt", {}, one.slot, h("span", { class: "layer" }, one.layer)),
-    h("dd", {}, marked(original, one.text), one.flags.length ? h("span", { class: "flags" }, one.flags.join(", ")) : null)])));
-}
-
-// Mark the words of a text that the original caption does not have.
-function marked(original, text) {
-  const known = new Set(original.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []);
-  return text.split(/([\p{L}\p{N}]+)/u).map((part, place) =>
-    place % 2 && !known.has(part.toLowerCase()) ? h("mark", {}, part) : part);
+    h("dt", {}, name), h("dd", {}, typeof value === "number" ? short(value) : visible(String(value)))])));
 }

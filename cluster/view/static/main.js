@@ -9,6 +9,7 @@ import { showSide } from "./side.js";
 import { showSimilar } from "./similar.js";
 import { onchange, state } from "./state.js";
 import { loadTakedown } from "./takedown.js";
+import { showView } from "./views.js";
 
 let dataset;
 const load = async () => {
@@ -33,9 +34,11 @@ onchange((names) => {
     showSide(dataset);
     showMain().catch(failed);
   }
+  if (names.includes("view")) showView(dataset.read_only);
   if (names.includes("key")) showDetail().catch(failed);
 });
 showSide(dataset);
+showView(dataset.read_only);
 await showMain().catch(failed);
 if (state.key) await showDetail().catch(failed);
 document.body.dataset.ready = "yes";

@@ -121,7 +121,7 @@ function active(body) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea") || state.view) return;
   const open = document.getElementById("detail").open;
   if (!open && (event.key === "j" || event.key === "k")) {
     event.preventDefault();

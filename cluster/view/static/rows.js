@@ -3,6 +3,7 @@
 import { ask, h, number } from "./dom.js";
 import { badge, note } from "./review.js";
 import { change, state } from "./state.js";
+import { visible } from "./words.js";
 
 const main = document.getElementById("rows");
 let asked = 0;
@@ -76,7 +77,7 @@ export function picture(row, side = 256) {
 export function card(row) {
   const why = row.outcome === "kept" ? null : h("span", { class: `outcome ${row.outcome}` }, [row.outcome, row.reason].filter(Boolean).join(": "));
   return h("li", { "data-key": row.key }, h("button", { class: "card", onclick: () => change({ key: row.key }) },
-    picture(row), badge(row.key), why, h("span", { class: "caption" }, row.caption || "no caption")));
+    picture(row), badge(row.key), why, h("span", { class: "caption" }, visible(row.caption || "no caption"))));
 }
 
 function table(body) {
@@ -85,8 +86,8 @@ function table(body) {
 }
 
 function line(row) {
-  const cells = [row.caption, row.outcome, row.reason, row.detail,
-    row.original_width ? `${row.original_width} × ${row.original_height}` : "", row.url, row.key];
+  const cells = [visible(row.caption), row.outcome, row.reason, visible(row.detail),
+    row.original_width ? `${row.original_width} × ${row.original_height}` : "", visible(row.url), row.key];
   return h("tr", { "data-key": row.key, onclick: () => change({ key: row.key }) },
     h("td", {}, h("button", { class: "thumb", "aria-label": "Show this row" }, picture(row)), badge(row.key)), cells.map((cell, place) => h("td", { class: place === 1 || place === 2 ? "word" : "" }, cell)));
 }

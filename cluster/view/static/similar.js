@@ -21,7 +21,7 @@ export function searchSection() {
 
 export function likeButton(card) {
   if (!kept || !card.image) return null;
-  return h("button", { class: "plain", onclick: () => change({ key: "", like: card.key, text: "" }) }, "More like this");
+  return h("button", { class: "plain", onclick: () => change({ key: "", like: card.key, text: "", view: "" }) }, "More like this");
 }
 
 export async function showSimilar() {

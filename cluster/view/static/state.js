@@ -1,6 +1,7 @@
 // What the page shows, kept in its address: a link or a reload brings the same view back.
 
-const EMPTY = { outcome: "", reason: "", where: "", order: "key", descending: "", look: "grid", subject: "", key: "", review: "", verdict: "", like: "", text: "" };
+const EMPTY = { outcome: "", reason: "", where: "", order: "key", descending: "", look: "grid", subject: "", key: "", review: "", verdict: "", like: "", text: "",
+  view: "", sides: "", pairs: "" };
 
 export const state = read();
 const listeners = [];

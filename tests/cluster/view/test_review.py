@@ -15,6 +15,7 @@ import pytest
 from browser import Press
 from small_views import Viewing, wait, write_viewed
 
+from capstan.cluster.view.leased import LeasedTables
 from capstan.cluster.view.reviews import Reviews
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.lease import lease
@@ -110,18 +111,20 @@ def test_read_only_refuses_what_writes(dataset: Path) -> None:
 
 def test_a_build_and_a_review_exclude_each_other(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    reviews = Reviews(storage)
+    tables = LeasedTables(storage)
+    reviews = Reviews(tables)
     with lease(storage, "build"), pytest.raises(CapstanError, match="capstan build"):
         reviews.give("mine", {KEY: Verdict("reject")})
     reviews.give("mine", {KEY: Verdict("reject")})
     with pytest.raises(CapstanError, match="capstan view"), lease(storage, "build"):
         pass
-    other = Reviews(storage)
+    others = LeasedTables(storage)
+    other = Reviews(others)
     with pytest.raises(CapstanError, match="capstan view"):
         other.give("mine", {KEY: Verdict("keep")})
-    reviews.close()
+    tables.close()
     before, _ = other.give("mine", {KEY: Verdict("keep")})  # reads what the first one wrote
-    other.close()
+    others.close()
     assert before == {KEY: Verdict("reject")}
     with lease(storage, "build"):
         pass

@@ -32,7 +32,8 @@ from capstan.pipeline.report.report import LIMIT, report, write_report
 from capstan.pipeline.report.thresholds import thresholds
 from capstan.pipeline.report.thumbnails import find_images, thumbnails
 from capstan.pipeline.storage import Storage
-from capstan.recaption.store import write_given_layer
+from capstan.recaption.edits import changed, read_edits, write_edits
+from capstan.recaption.store import Place, write_given_layer
 
 pytestmark = pytest.mark.integration
 
@@ -353,6 +354,9 @@ def test_every_caption_layer_is_shown(copy: Storage) -> None:
     dataset = Dataset(copy)
     keys = [key for shard in dataset.shard_names for key in dataset.table(shard, ["key"])["key"].to_pylist()]
     write_given_layer(copy, "people", {key: {"short": f"<b>three words</b> {key}"} for key in keys})
+    row = copy.read_table(f"shards/{dataset.shard_names[0]}.parquet", ["key", "sha256"]).to_pylist()[0]
+    place = Place(row["key"], row["sha256"], "", "short")
+    write_edits(copy, "people", changed(read_edits(copy, "people"), place, "corrected by hand"))
     copy.write_table(f"captions/other/{dataset.shard_names[0]}.parquet", pa.table({"key": ["x"]}))
     copy.write("captions/other/recipe.json", b"{}")  # not a layer of ours: left out
     write_report(copy)
@@ -360,3 +364,4 @@ def test_every_caption_layer_is_shown(copy: Storage) -> None:
     assert "people, short" in text
     assert f"<b>three words</b> {min(keys)}" in text
     assert f" {len(keys)} " in text
+    assert "people-edited short 1 " in text
