@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import yaml
 
@@ -25,10 +25,12 @@ from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.world.captions import descriptive, short
+from capstan.pipeline.world.oracle import title
 from capstan.pipeline.world.table import scene_of_url
 from capstan.recaption.store import write_given_layer
 
 SCENES = 256  # unseen scenes on which the model is evaluated
+_TIMES: Final = "times.json"  # stage → seconds
 
 Stage = tuple[str, Callable[[], dict[str, Any]]]  # title, function
 
@@ -48,15 +50,31 @@ def run_stages(folder: Path, stages: Sequence[Stage], log: str, show: Sequence[s
     summary: dict[str, Any] = {}
     started = time.monotonic()
     with _log_to(folder / log) as terminal:
-        for number, (title, stage) in enumerate(stages, 1):
-            with _line(f"{number}/{len(stages)} {title}", terminal) as conclude:
+        for number, (name, stage) in enumerate(stages, 1):
+            began = time.monotonic()
+            with _line(f"{number}/{len(stages)} {name}", terminal) as conclude:
                 result = stage()
                 conclude(result.pop("outcome"))
                 summary |= result
+            _note_time(storage, name, time.monotonic() - began)
     print(f"done in {(time.monotonic() - started) / 60:.1f} min{'; see' if show else ''}", file=sys.stderr)
     for name in show:
         print(f"  {summary[name]}", file=sys.stderr)
     return summary
+
+
+def read_times(storage: Storage) -> dict[str, float]:
+    """Return stage → seconds that it took, over all runs in this folder."""
+    try:
+        return dict(storage.read_json(_TIMES, "remove it"))
+    except FileNotFoundError:
+        return {}
+
+
+def _note_time(storage: Storage, stage: str, seconds: float) -> None:
+    times = read_times(storage)
+    times[stage] = round(times.get(stage, 0) + seconds, 1)
+    storage.write(_TIMES, json.dumps(times, indent=1).encode())
 
 
 class Demo:
@@ -141,13 +159,14 @@ class Demo:
             measured = json.loads(known.read_text())
         else:
             measured = evaluate(run, count=self.scenes)
-        outcome = ", ".join(f"{name} {entry['value']:.2f}" for name, entry in measured["measures"].items())
+        outcome = ", ".join(f"{title(name)} {entry['value']:.2f}" for name, entry in measured["measures"].items())
         return {"outcome": outcome, "measures": measured["measures"], "grid": str(run / "evaluation.png")}
 
     def _report(self) -> dict[str, Any]:
         from capstan.cluster.demo.report import write_demo_report
 
-        path = write_demo_report(self.folder, {name: self.recipe(name) for name in self.recipes})
+        times = read_times(Storage(str(self.folder), field="DIR"))
+        path = write_demo_report(self.folder, {name: self.recipe(name) for name in self.recipes}, times)
         return {"outcome": str(path), "report": str(path)}
 
 

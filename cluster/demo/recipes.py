@@ -20,6 +20,7 @@ WEB_SCENES: Final = 6000
 LABELLED_SCENES: Final = 3000
 SEED_WEB, SEED_LABELLED = 0, 1
 LABELLED_LAYER: Final = "labelled"
+SHOWN: Final = 4  # prompts that are drawn again and again while the model trains
 
 # The captioner: a CoCa of about half a million parameters over 8 × 8 patches.
 _COCA: Final = {
@@ -46,6 +47,8 @@ def recipes(folder: Path, *, quick: bool = False) -> dict[str, dict[str, Any]]:
         recipe["shards"], recipe["unit"] = {"samples": 60}, {"rows": 60}
         if "train" in recipe:
             recipe["train"] |= {"steps": 6, "log_every": 1, "checkpoint": {"every": 2}}
+            if "watch" in recipe["train"]:
+                recipe["train"]["watch"] = {"samples": {"every": 3, "count": SHOWN}}
     return made
 
 
@@ -196,4 +199,5 @@ def diffusion(folder: Path) -> dict[str, Any]:
         },
         engine={**_UNSHARDED, "launcher": "ray"},
         checkpoint={"every": 200},
+        watch={"samples": {"every": 475, "count": SHOWN}},  # four times
     )

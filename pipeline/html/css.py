@@ -30,6 +30,7 @@ code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Deja
 code { color: var(--soft); font-weight: 400; overflow-wrap: anywhere }
 pre { margin: .6rem 0; padding: .9rem; overflow-x: auto; background: var(--panel); border-radius: 6px }
 summary { cursor: pointer }
+mark { background: none; color: var(--mark); text-decoration: underline; text-underline-offset: .15em }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.4rem 0 0; font-size: .9rem }
 td a { color: var(--kept) }
 nav a { padding: .2rem 0; color: var(--kept); text-decoration: none }
@@ -39,7 +40,11 @@ nav a:hover, nav a:focus { text-decoration: underline }
 .figures dd { margin: 0; font-size: 1.4rem; font-weight: 600; letter-spacing: -.01em;
          font-variant-numeric: tabular-nums }
 
-.wide { overflow-x: auto; margin: .4rem 0 1rem }
+.wide { overflow-x: auto; margin: .4rem 0 1rem; background:  /* a shade where there is more to scroll to */
+         linear-gradient(to right, var(--paper) 50%, transparent) left / 2rem 100% no-repeat local,
+         linear-gradient(to left, var(--paper) 50%, transparent) right / 2rem 100% no-repeat local,
+         linear-gradient(to right, var(--lost), transparent) left / .6rem 100% no-repeat scroll,
+         linear-gradient(to left, var(--lost), transparent) right / .6rem 100% no-repeat scroll }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .38rem 1.3rem .38rem 0; border-bottom: 1px solid var(--line); text-align: left;
          vertical-align: top }
@@ -93,9 +98,14 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px } .pixel
          font-size: .78rem; font-weight: 600; margin-bottom: .2rem }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem }
 .cards figure { display: grid; grid-template-columns: 7.5rem 1fr; gap: 0 1rem } .cards figcaption { margin: 0 }
+.strip > div { display: flex; flex-wrap: wrap; gap: .6rem } .strip > div > div { flex: 0 1 6.5rem; min-width: 4.4rem }
 dl { margin: 0 } dt { color: var(--soft); font-size: .78rem } dd { margin: 0 0 .45rem; overflow-wrap: anywhere }
 @media (max-width: 44rem) {
+  html { scroll-padding-top: 3.4rem }
   body { padding-top: 1.3rem }
+  nav { position: sticky; top: 0; z-index: 1; flex-wrap: nowrap; overflow-x: auto; margin: 1rem -1rem 0;
+        padding: .5rem 1rem; background: var(--paper); border-bottom: 1px solid var(--line) }
+  nav a { white-space: nowrap; padding: .35rem 0 }
   .steps li { grid-template-columns: 1fr auto 4rem } .steps .bar { grid-column: 1 / -1; grid-row: 2 }
   .steps .minus { grid-column: 1 / -1; grid-row: 3; text-align: left } .steps code { grid-row: 4 }
   th, td { padding-right: .9rem }

@@ -13,7 +13,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NewType
 from urllib.parse import quote
 
@@ -55,7 +55,7 @@ class Page:
             f"<title>{escape(self._title)}</title><style>{STYLE}</style></head><body>",
             f"<header><h1>{user_text(self._title)}</h1>",
             *self._lead,
-            f"{self._contents()}</header><main>",
+            f"</header>{self._contents()}<main>",
         ]
         body = [
             f'<section id="s{number}"><h2>{escape(title)}</h2>{"".join(blocks)}</section>'
@@ -109,6 +109,19 @@ def paragraph(text: str) -> Html:
 def note(text: str) -> Html:
     """Return a paragraph in a softer colour."""
     return Html(f'<p class="soft">{escape(text)}</p>')
+
+
+def commands(*lines: str) -> Html:
+    """Return commands to type, one per line."""
+    return Html(f"<pre>{escape(chr(10).join(lines))}</pre>")
+
+
+def marked(text: str, words: Container[str]) -> Html:
+    """Return text in which the words that are in `words` (in lower case) are marked."""
+    parts = re.split(r"([^\W_]+)", text)
+    return Html(
+        "<bdi>" + "".join(f"<mark>{escape(p)}</mark>" if p.lower() in words else escape(p) for p in parts) + "</bdi>"
+    )
 
 
 def heading(text: str, code: str = "") -> Html:
@@ -241,11 +254,19 @@ def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
     return Html(f'<div class="gallery{" pairs" if wide else ""}">{"".join(blocks)}</div>')
 
 
-def cards(items: Iterable[tuple[bytes, Mapping[str, str]]]) -> Html:
-    """Return images, each next to its named texts."""
+def strip(images: Iterable[tuple[bytes, str]], text: str) -> Html:
+    """Return images of one thing side by side, each with a word below it, and a text below all."""
+    shown = ((frame(data, f"{text}: {word}" if word else text), escape(word)) for data, word in images)
+    sides = "".join(f"<div>{image}<small>{word}</small></div>" for image, word in shown)
+    return Html(f'<figure class="strip"><div>{sides}</div><figcaption>{user_text(text)}</figcaption></figure>')
+
+
+def cards(items: Iterable[tuple[bytes, Mapping[str, str | Cell]]]) -> Html:
+    """Return images, each next to its named texts; the first describes it."""
     made = []
     for data, texts in items:
-        lines = "".join(f"<dt>{escape(name)}</dt><dd>{user_text(text)}</dd>" for name, text in texts.items())
-        image = frame(data, next(iter(texts.values()), ""))
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{_cell(text)}</dd>" for name, text in texts.items())
+        first = next(iter(texts.values()), "")
+        image = frame(data, "" if isinstance(first, Cell) else first)
         made.append(f"<figure>{image}<figcaption><dl>{lines}</dl></figcaption></figure>")
     return Html(f'<div class="cards">{"".join(made)}</div>')

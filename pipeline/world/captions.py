@@ -168,6 +168,18 @@ _THING: Final = re.compile(
 )
 
 
+_STATING: Final = frozenset(
+    word
+    for phrase in (*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *COUNTS, *_ALL_PLACES, *RELATIONS)
+    for word in phrase.split()
+) - {"the", "of", "in", "at", "on"}
+
+
+def stated_words(text: str) -> frozenset[str]:
+    """Return the words of a caption with which it could state a fact: colours, shapes, sizes, numbers, places."""
+    return _STATING.intersection(re.findall(r"[a-z]+", text.lower()))
+
+
 def facts(text: str) -> Facts:
     """Extract the facts that a caption states, in any order; never raises."""
     plain = " ".join(re.sub(r"[^a-z]+", " ", text.lower()).split())

@@ -23,6 +23,7 @@ from capstan.pipeline.world.render import INK, outline, render
 from capstan.pipeline.world.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, Vocabulary, draw_scene, relation
 
 MEASURES: Final = ("background", "colours", "count", "colour_shape", "relation")
+_TITLES: Final = {"colour_shape": "colour + shape"}
 
 _WORK: Final = 96  # images are judged at this side, pixels
 _BORDER: Final = 0.06  # share of the side that is taken as background
@@ -247,6 +248,11 @@ def _named(wanted: Thing, things: Sequence[Thing]) -> Thing | None:
     """Return the thing of the wanted colour, preferably of the wanted shape."""
     same = [thing for thing in things if thing.colour == wanted.colour]
     return next((thing for thing in same if thing.shape == wanted.shape), same[0] if same else None)
+
+
+def title(measure: str) -> str:
+    """Return a measure's name for people: the same in every page and line."""
+    return _TITLES.get(measure, measure.replace("_", " "))
 
 
 def aggregate(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

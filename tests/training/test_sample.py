@@ -12,7 +12,7 @@ from PIL import Image
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.training.data.transforms import square
-from capstan.training.drawing.grid import grid
+from capstan.training.drawing.grid import cut, grid
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
 from capstan.training.models.noise.schedulers import most_steps
@@ -190,6 +190,15 @@ def test_sampling_something_else_is_refused(runs, tmp_path):
         sample(runs / "ae", PROMPTS, tmp_path / "g.png")
     with pytest.raises(RecipeError, match="no model at"):
         sample(tmp_path / "nothing", PROMPTS, tmp_path / "g.png")
+
+
+def test_a_grid_is_cut_into_its_images_again():
+    images = np.random.default_rng(0).integers(0, 255, (5, 1, 1, 3), np.uint8).repeat(32, 1).repeat(32, 2)
+    labels = ["a", "a very long label indeed " * 8, "b", "c", "d"]
+    cells = cut(grid(images, labels), labels, 32)
+    assert [cell.getpixel((0, 0)) for cell in cells] == [tuple(image[0, 0].tolist()) for image in images]
+    assert {cell.size for cell in cells} == {(cells[0].width, cells[0].width)}
+    assert cut(grid(images, labels), labels[:4], 32) == []
 
 
 def test_the_grid_wraps_long_labels():

@@ -27,24 +27,48 @@ def sheet(drawn: Drawn, labels: Sequence[str], *, columns: int | None = None) ->
     raise CapstanError(f"a {drawn.kind} cannot be shown in an image")
 
 
+class _Layout:
+    """Where `grid` puts images and labels; pixels."""
+
+    def __init__(self, labels: Sequence[str], height: int, width: int, columns: int | None, cell: int) -> None:
+        from PIL import ImageFont
+
+        count = len(labels)
+        scale = max(1, -(-cell // max(height, width)))
+        self.width, self.height = width * scale, height * scale
+        self.across = columns or min(count, 4 if count % 4 == 0 or count > 6 else 3)
+        self.font = ImageFont.load_default(size=_FONT)
+        letters = int(self.width / self.font.getlength("n"))
+        self.wrapped = [textwrap.wrap(label, letters) or [""] for label in labels]
+        below = (_FONT + 4) * max(map(len, self.wrapped)) + 2 * _MARGIN
+        self.box = (self.width + _MARGIN, self.height + below)
+        down = -(-count // self.across)
+        self.size = (self.across * self.box[0] + _MARGIN, down * self.box[1] + _MARGIN)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return the upper left corner of an image."""
+        return _MARGIN + index % self.across * self.box[0], _MARGIN + index // self.across * self.box[1]
+
+
 def grid(images: np.ndarray, labels: Sequence[str], *, columns: int | None = None, cell: int = _CELL) -> Any:
     """Return a PIL image: every image enlarged to `cell` pixels or more, with its label wrapped below it."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     height, width = images.shape[1:3]
-    scale = max(1, -(-cell // max(height, width)))
-    across = columns or min(len(images), 4 if len(images) % 4 == 0 or len(images) > 6 else 3)
-    down = -(-len(images) // across)
-    font = ImageFont.load_default(size=_FONT)
-    letters = int(width * scale / font.getlength("n"))
-    wrapped = [textwrap.wrap(label, letters) or [""] for label in labels]
-    line = _FONT + 4
-    box = (width * scale + _MARGIN, height * scale + line * max(map(len, wrapped)) + 2 * _MARGIN)
-    sheet = Image.new("RGB", (across * box[0] + _MARGIN, down * box[1] + _MARGIN), "white")
+    layout = _Layout(labels, height, width, columns, cell)
+    sheet = Image.new("RGB", layout.size, "white")
     pen = ImageDraw.Draw(sheet)
-    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = _MARGIN + index % across * box[0], _MARGIN + index // across * box[1]
-        enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
-        sheet.paste(enlarged, (x, y))
-        pen.text((x, y + height * scale + 4), "\n".join(lines), fill="black", font=font, spacing=4)
+    for index, (image, lines) in enumerate(zip(images, layout.wrapped, strict=True)):
+        x, y = layout.place(index)
+        sheet.paste(Image.fromarray(image).resize((layout.width, layout.height), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x, y + layout.height + 4), "\n".join(lines), fill="black", font=layout.font, spacing=4)
     return sheet
+
+
+def cut(sheet: Any, labels: Sequence[str], side: int, *, columns: int | None = None, cell: int = _CELL) -> list[Any]:
+    """Return the images of a `grid` of squares, enlarged as they are there; [] if it is not one of these labels."""
+    layout = _Layout(labels, side, side, columns, cell)
+    if sheet.size != layout.size:
+        return []
+    corners = map(layout.place, range(len(labels)))
+    return [sheet.crop((x, y, x + layout.width, y + layout.height)) for x, y in corners]

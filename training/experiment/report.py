@@ -17,6 +17,7 @@ import numpy as np
 from capstan.pipeline.html import interval_plots, page
 from capstan.pipeline.html.page import Html
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.world import oracle
 from capstan.training.experiment.arms import Trial
 from capstan.training.experiment.config import MAIN
 from capstan.training.experiment.contact_sheet import side_by_side
@@ -95,7 +96,7 @@ def _by_arm(results: Results) -> Iterable[Html]:
             if part in sets:
                 label = {"truth": "(the true images)", "chance": "(images of other prompts)"}[name]
                 rows.append([label, *(page.number(sets[part].get(m)) for m in measures)])
-        yield page.table(["arm", *(m.replace("_", " ") for m in measures)], rows)
+        yield page.table(["arm", *map(oracle.title, measures)], rows)
 
 
 def _differences(results: Results) -> Iterable[Html]:
@@ -110,7 +111,7 @@ def _differences(results: Results) -> Iterable[Html]:
     )
     yield page.heading("All measures, main arms")
     rows_of_all = [
-        [part, m.replace("_", " "), *(_signed(d.value) for d in _main(results, part, m))]
+        [part, oracle.title(m), *(_signed(d.value) for d in _main(results, part, m))]
         for part, measures in results.differences.items()
         for m in measures
     ]
@@ -133,7 +134,7 @@ def _curves(results: Results) -> Iterable[Html]:
     yield page.note("Bands are 95% intervals over prompts and seeds.")
     for part, measures in results.curves.items():
         yield page.heading(f"{part} prompts")
-        yield page.grid(interval_plots.bands(m.replace("_", " "), _lines(results, part, m)) for m in measures)
+        yield page.grid(interval_plots.bands(oracle.title(m), _lines(results, part, m)) for m in measures)
 
 
 def _lines(
@@ -154,7 +155,7 @@ def _expanded(results: Results) -> Iterable[Html]:
         "against the original prompt. Mean [95% interval]."
     )
     for measure in results.expanding:
-        yield page.heading(measure.replace("_", " "))
+        yield page.heading(oracle.title(measure))
         rows = [
             [
                 arm,
@@ -193,7 +194,7 @@ def _truth(results: Results) -> Iterable[Html]:
         "Share of attributes that captions state correctly; an attribute that a caption does not mention counts as "
         "wrong. Size, texture and place refer to things named with the right colour and shape."
     )
-    yield page.table(["captions", *(name.replace("_", " + ") for name in names)], rows)
+    yield page.table(["captions", *map(oracle.title, names)], rows)
 
 
 def _cost(results: Results) -> Html:
@@ -228,7 +229,7 @@ def _method(results: Results) -> Iterable[Html]:
         [[part, *(page.number(values.get(name)) for name in _STATISTICS)] for part, values in results.asked.items()],
     )
     shown = {m for measures in results.table.values() for m in measures}
-    yield page.table(["measure", "definition"], [[m.replace("_", " "), _MEANS[m]] for m in _MEANS if m in shown])
+    yield page.table(["measure", "definition"], [[oracle.title(m), _MEANS[m]] for m in _MEANS if m in shown])
     if "clip_mean" not in shown:
         yield page.note("CLIP score: not run, because the recipe has no scorer (experiment.scorer).")
 
@@ -241,7 +242,7 @@ def _figures(results: Results, images: bytes | None) -> dict[str, bytes]:
         return {}
     arms = [arm for arm in results.arms if arm in MAIN or arm.startswith("truth")] or results.arms
     places = {arm: interval_plots.COLOURS[number % len(interval_plots.COLOURS)] for number, arm in enumerate(arms)}
-    name = results.primary.replace("_", " ")
+    name = oracle.title(results.primary)
     curves = [
         (
             f"{name}, {part} prompts",
