@@ -16,7 +16,7 @@ from source_tree import FILES, FLOORS, MODULES, PAGE, ROOT, folder_of, imports, 
 DOORS = {
     "fsspec": {"pipeline/storage/__init__.py"},
     "s3fs": {"pipeline/storage/__init__.py"},
-    "ray.data": {"pipeline/units/on_ray.py"},
+    "ray.data": set(),
     "ray.train": {"training/launch.py"},
     "accelerate": {"training/distributed/engine.py"},
     "deepspeed": {"training/distributed/engine.py"},

@@ -1,9 +1,12 @@
 """The unit map: run units on workers, commit each one exactly once
 
-    units ─▶ prepare(unit) on CPU workers ─▶ model()(piece) on model workers ─▶ commit(unit, pieces), marker
-             yields bounded pieces           optional                           in the driver
+    units ─▶ prepare(unit) ─▶ model()(piece) ─▶ commit(unit, pieces) ─▶ marker
+             a CPU worker     model workers,    the same CPU worker     the driver
+             yields pieces    optional
 
-Workers are processes of this machine if little is left to do, else Ray's (see `_on_ray`). What every job may rely on:
+Only how a unit ended travels to the driver, so that neither its memory nor its work grows with the data. Workers are
+processes of this machine if little is left to do (there, the driver commits), else Ray's (see `_on_ray`). What every
+job may rely on:
 
 - a committed unit (see markers.py) is never done again; nothing of an uncommitted one is visible to readers;
 - `commit` may be repeated for a unit after a crash: it must publish the same files again;
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pickle
 import sys
@@ -35,8 +39,9 @@ from capstan.pipeline.progress import Progress
 from capstan.pipeline.units.job import Job, Piece, Unit, report
 from capstan.pipeline.units.markers import MarkerLog
 from capstan.pipeline.units.on_processes import ProcessWorkers
-from capstan.pipeline.units.on_ray import RayWorkers, start_ray
-from capstan.pipeline.units.workers import Wire, has_model, reason_of
+from capstan.pipeline.units.on_ray import RayWorkers
+from capstan.pipeline.units.ray_session import count_nodes, start_ray
+from capstan.pipeline.units.workers import Ended, has_model, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +53,14 @@ SMALL_RUN: Final = 64  # units: no more run without Ray
 class Workers(Protocol):
     """The workers of one run, wherever they are."""
 
-    def stream(self, units: Sequence[Unit]) -> Iterator[Wire]:
-        """Yield the wire rows of all pieces, in the order in which they arrive."""
+    def stream(self, units: Sequence[Unit]) -> Iterator[list[Ended]]:
+        """Commit the units; yield how they ended, those together that end at the same time."""
 
     def starts(self, items: Sequence[str]) -> dict[str, int]:
         """Return how often each of the items was started."""
 
-    def ended(self, outcome: str) -> None:
-        """Count a unit that is `committed`, `quarantined`, or will be `retried`."""
+    def ended(self, outcome: str, units: Sequence[str]) -> None:
+        """Count units that are `committed`, `quarantined`, or will be `retried`."""
 
     def reported(self) -> dict[str, float]:
         """Return the counts that workers have reported so far, for the display."""
@@ -75,12 +80,14 @@ class Summary:
 
 
 def model_threads(resources: Resources) -> int:
-    """Return the CPU threads that one model worker may use.
+    """Return the CPU threads that one model worker may use: its share of the cores of its node.
 
     Workers have OMP_NUM_THREADS=1; models set their own.
     """
     cpus = resources.cpus or len(os.sched_getaffinity(0))
-    return max(1, cpus // (resources.model_workers or max(1, resources.gpus or 0)))
+    workers = resources.model_workers or max(1, resources.gpus or 0)
+    here = math.ceil(workers / count_nodes()) if ray_runs_here() else workers
+    return max(1, cpus // here)
 
 
 def run(
@@ -109,7 +116,7 @@ def run(
         counts.update(_numbers(facts))
     if not todo:
         return Summary(0, len(known), {}, dict(counts))
-    work = _Run(job, todo, resources, attempts)
+    work = _Run(job, todo, resources, attempts, found.keys())
     with (
         contextlib.closing(work.workers),
         Progress(
@@ -158,7 +165,8 @@ def has_gpu() -> bool:
 class _Run:
     """One call of `run`: rounds over the units that are left, until none are."""
 
-    def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int) -> None:
+    def __init__(self, job: Job, todo: list[Unit], resources: Resources, attempts: int, found: Collection[str]) -> None:
+        self._found = found  # units that were committed before
         self.job, self.todo, self.attempts = job, todo, attempts
         self.committed: dict[str, dict[str, Any]] = {}
         self.quarantined: dict[str, str] = {}
@@ -177,48 +185,42 @@ class _Run:
                 log.warning("%s: unit %s failed: %s", self.job.name, unit.id, first_line(reason))
                 if starts.get(unit.id, 0) >= self.attempts:
                     self._quarantine(unit, reason)
-                    self.workers.ended("quarantined")
+                    self.workers.ended("quarantined", [unit.id])
                     bar.advance(counts={"quarantined": 1})
                 else:
-                    self.workers.ended("retried")
+                    self.workers.ended("retried", [unit.id])
                     left.append(unit)
             if left:
                 time.sleep(1.0)  # a busy disk or server may recover in a moment
 
     def _round(self, units: list[Unit], bar: Progress) -> dict[str, str]:
         """Run `units` once; return unit id → reason for those that were not committed."""
-        by_id = {unit.id: unit for unit in units}
-        gathered: dict[str, _Gathered] = {unit.id: _Gathered() for unit in units}
-        failed: dict[str, str] = {}
-        for row in self.workers.stream(units):
-            unit, state = by_id[row.unit], gathered.get(row.unit)
-            if state is None or row.unit in failed:
-                continue  # a late piece of a unit that has ended
-            if row.error:
-                self._raise_if_fatal(pickle.loads(row.data) if row.data else None)
-                failed[unit.id] = row.error
-            elif (pieces := state.add(row)) is not None:
-                del gathered[unit.id]
-                if reason := self._commit(unit, pieces):
-                    failed[unit.id] = reason
-                else:
-                    self.workers.ended("committed")
-                    bar.advance()
-        for lost in gathered.keys() - failed.keys():
-            failed[lost] = "incomplete: its worker died while it was being read"
+        failed = {unit.id: "incomplete: its worker died while it was being read" for unit in units}
+        for batch in self.workers.stream(units):
+            for ended in batch:
+                if ended.error:
+                    self._raise_if_fatal(pickle.loads(ended.data) if ended.data else None)
+                    failed[ended.unit] = ended.error
+            committed = {ended.unit: ended.facts for ended in batch if not ended.error}
+            if reason := self._mark(committed):
+                failed |= dict.fromkeys(committed, reason)
+                continue
+            for unit in committed:
+                del failed[unit]
+                bar.advance()
+            self.workers.ended("committed", list(committed))
         return failed
 
-    def _commit(self, unit: Unit, pieces: list[Piece]) -> str:
-        """Publish the unit and its marker; return the reason if that failed, else ""."""
+    def _mark(self, committed: dict[str, dict[str, Any]]) -> str:
+        """Publish the markers of these units; return the reason if that failed, else ""."""
         try:
-            facts = self.job.commit(unit, pieces)
-            self.job.markers.mark(unit.id, facts)
-            if unit.id in self._once_bad:
-                self.job.markers.release(unit.id)
-        except Exception as error:  # noqa: BLE001 - a unit that cannot be published fails alone
+            self.job.markers.mark_all(committed, again=self._found)
+            for unit in committed.keys() & self._once_bad:
+                self.job.markers.release(unit)
+        except Exception as error:  # noqa: BLE001 - units that cannot be marked are done again
             self._raise_if_fatal(error)
             return reason_of(error)
-        self.committed[unit.id] = facts
+        self.committed |= committed
         return ""
 
     def _raise_if_fatal(self, error: Exception | None) -> None:
@@ -235,24 +237,6 @@ class _Run:
         self.quarantined[unit.id] = first_line(reason)
         self._once_bad.add(unit.id)
         self.job.markers.quarantine(unit.id, unit.spec, self.attempts, reason)
-
-
-class _Gathered:
-    """The pieces of one unit, until all of them have arrived."""
-
-    def __init__(self) -> None:
-        self.pieces: dict[int, Piece] = {}
-        self.expected: int | None = None
-
-    def add(self, row: Wire) -> list[Piece] | None:
-        """Add a wire row; return all pieces in order once they are complete. The last row is an empty end mark."""
-        if row.last:
-            self.expected = row.place
-        else:
-            self.pieces[row.place] = pickle.loads(row.data)
-        if self.expected is None or len(self.pieces) < self.expected:
-            return None
-        return [self.pieces[index] for index in range(self.expected)]
 
 
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:

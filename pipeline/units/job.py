@@ -66,7 +66,7 @@ class Job(ABC):
 
     @abstractmethod
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
-        """Publish the unit's outputs, in the driver. The result is kept in the marker, which is written next.
+        """Publish the unit's outputs, on a worker. The result is kept in the marker, which the driver writes next.
 
         Numbers are summed over units into `Summary.counts`; any other JSON value is kept in the marker only.
         """

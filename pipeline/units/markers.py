@@ -1,18 +1,20 @@
 """Which units of a job are committed, and what is kept of each
 
     state/<job>/done/<unit>.json          the marker of a unit, written when all its outputs are published
-    state/<job>/log.json                  unit → the content of its marker: many markers in one file
+    state/<job>/batches/<sum>.json        unit → the content of its marker: of units that ended at the same time
+    state/<job>/log.json                  the same, of all units before
     state/<job>/quarantine/<unit>.json    why a unit is not committed
 
-A unit is committed if it has a marker or is listed in the log. The log is published before the markers that it
-contains are removed, so at no moment is a unit in neither. Thousands of markers cost one read.
+A unit is committed if it has a marker or is listed in a batch or in the log. The log is published before the markers
+and batches that it contains are removed, so at no moment is a unit in none. Thousands of markers cost one read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]  # what `Job.commit` returned
 _GATHER_FROM = 100  # markers
+_BATCH_FROM = 8  # units that ended at the same time; fewer have a marker each
 
 
 class _HasId(Protocol):
@@ -45,27 +48,44 @@ class MarkerLog:
 
         `known` holds facts that need not be read again.
         """
-        return self._read_log() | self._read_markers(known or {})
+        return self._read_log() | self._read_batches() | self._read_markers(known or {})
 
     def gather(self, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
-        """Return the same as `read`, and move the markers into the log if there are many.
+        """Return the same as `read`, and move the markers into the log if there are many, or a batch.
 
         `fresh` holds facts that need not be read again.
         """
-        logged, single = self._read_log(), self._read_markers(fresh or {})
-        facts = logged | single
-        if len(single) >= _GATHER_FROM:
+        logged, batches, single = self._read_log(), self._batches(), self._read_markers(fresh or {})
+        facts = logged | self._read_batches() | single
+        if batches or len(single) >= _GATHER_FROM:
             self._write_log(facts)
-            self.storage.delete(*(self._marker(unit) for unit in single))
+            self.storage.delete(*batches, *(self._marker(unit) for unit in single))
         return facts
 
     def mark(self, unit: str, facts: Facts) -> None:
         """Commit a unit whose outputs are all published."""
         self.storage.write(self._marker(unit), json.dumps(facts, sort_keys=True).encode())
 
+    def mark_all(self, facts: Mapping[str, Facts], *, again: Collection[str] = ()) -> None:
+        """Commit units whose outputs are all published: many by one file.
+
+        Those that are committed `again` have a marker each, which comes after all that was written before.
+        """
+        new = {unit: content for unit, content in facts.items() if unit not in again}
+        if len(new) < _BATCH_FROM:
+            new = {}
+        else:
+            data = _json(new)
+            self.storage.write(f"{self._batch_folder}/{hashlib.sha256(data).hexdigest()[:32]}.json", data)
+        for unit in facts.keys() - new.keys():
+            self.mark(unit, facts[unit])
+
     def forget(self, units: Iterable[str]) -> None:
         """Remove the markers of these units, so that they will be done again."""
-        units, logged = set(units), self._read_log()
+        units = set(units)
+        if self._batches():
+            self.gather()
+        logged = self._read_log()
         if units & logged.keys():
             self._write_log({unit: facts for unit, facts in logged.items() if unit not in units})
         self.storage.delete(*(self._marker(unit) for unit in sorted(units)))
@@ -112,7 +132,13 @@ class MarkerLog:
             return {}
 
     def _write_log(self, facts: Mapping[str, Facts]) -> None:
-        self.storage.write(self._log, json.dumps(facts, separators=(",", ":"), sort_keys=True).encode())
+        self.storage.write(self._log, _json(facts))
+
+    def _read_batches(self) -> dict[str, Facts]:
+        facts: dict[str, Facts] = {}
+        for name, data in self.storage.read_many(self._batches()).items():
+            facts |= self._facts_in(name, data) or {}
+        return facts
 
     def _read_markers(self, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
         names = {_unit_of(name): name for name in self._markers()}
@@ -122,21 +148,28 @@ class MarkerLog:
         return {unit: known[unit] for unit in names if unit in known}
 
     def _facts_in(self, name: str, data: bytes) -> Facts | None:
-        """Return the content of a marker; None if it is damaged, so that its unit is done again."""
+        """Return the content of a marker or batch; None if it is damaged, so that its units are done again."""
         try:
             facts = json.loads(data)
         except ValueError:
             facts = None
         if isinstance(facts, dict):
             return facts
-        log.warning("%s is damaged: its unit is done again", self.storage.path(name))
+        log.warning("%s is damaged: what it lists is done again", self.storage.path(name))
         return None
 
     def _markers(self) -> list[str]:
         return self.storage.names(f"state/{self.name}/done")
 
+    def _batches(self) -> list[str]:
+        return self.storage.names(self._batch_folder)
+
     def _reasons(self) -> list[str]:
         return self.storage.names(f"state/{self.name}/quarantine")
+
+    @property
+    def _batch_folder(self) -> str:
+        return f"state/{self.name}/batches"
 
     @property
     def _log(self) -> str:
@@ -147,6 +180,10 @@ class MarkerLog:
 
     def _reason(self, unit: str) -> str:
         return f"state/{self.name}/quarantine/{unit}.json"
+
+
+def _json(facts: Mapping[str, Facts]) -> bytes:
+    return json.dumps(facts, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _reason_in(data: bytes) -> str:

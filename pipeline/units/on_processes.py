@@ -27,7 +27,7 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.units.child import start_child
 from capstan.pipeline.units.job import Job, Unit
 from capstan.pipeline.units.process_worker import ONE_THREAD, Done, Start
-from capstan.pipeline.units.workers import Wire, died, has_model, item_of
+from capstan.pipeline.units.workers import Ended, Wire, commits, died, has_model, item_of
 
 _WAITING_PIECES: Final = 2  # per model worker, as on Ray
 
@@ -43,7 +43,12 @@ class ProcessWorkers:
         self._pickled = cloudpickle.dumps(job)
         self._workers: list[_Worker] = []
 
-    def stream(self, units: Sequence[Unit]) -> Iterator[Wire]:
+    def stream(self, units: Sequence[Unit]) -> Iterator[list[Ended]]:
+        """Yield how units ended, as they do. They are committed here: few units are left, and small."""
+        for ended in commits(self.job, units, self._rows(units)):
+            yield [ended]
+
+    def _rows(self, units: Sequence[Unit]) -> Iterator[Wire]:
         """Yield the wire rows of all pieces, in the order in which they arrive."""
         left, pieces = deque(units), deque[Wire]()
         while True:
@@ -63,8 +68,8 @@ class ProcessWorkers:
         """Return how often each of the items was started."""
         return {item: self._starts[item] for item in items}
 
-    def ended(self, outcome: str) -> None:
-        """Do nothing: only Ray has an exporter of counts."""
+    def ended(self, outcome: str, units: Sequence[str]) -> None:
+        """Do nothing: only Ray has an exporter of counts, and a run without Ray is small."""
 
     def reported(self) -> dict[str, float]:
         """Return the counts that workers have reported so far, for the display."""

@@ -1,45 +1,46 @@
 """The unit map's workers on Ray: one machine or a cluster
 
-    from_items(units) ─▶ Prepare on CPU workers ─▶ Model on model workers ─▶ the driver
-                         a map; yields rows        an actor pool; optional
+    driver ─▶ a task for each unit: prepare, have the model applied, commit ─▶ driver: how the unit ended
+                       │  ▲
+                pieces ▼  │ outputs
+              actors that hold the model
 
-This is the only module that imports Ray Data. Ray by itself would retry a dying worker for ever; the tracker counts
-starts to bound that.
+Pieces and outputs go from worker to worker. A task is never repeated by Ray itself, which would retry one that kills
+its worker for ever; the tracker counts starts to bound that.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import json
 import logging
-import os
-import re
-import shutil
-import signal
-import socket
-import sys
-import tempfile
-import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import random
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import Any, Final, NamedTuple
 
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import RecipeError, first_line
+from capstan.pipeline.errors import first_line
 from capstan.pipeline.units.job import Job, Unit
-from capstan.pipeline.units.workers import Model, Prepare, Wire, has_model, stand_in
+from capstan.pipeline.units.ray_session import start_ray
+from capstan.pipeline.units.workers import (
+    Ended,
+    Model,
+    Prepare,
+    Wire,
+    commits,
+    has_model,
+    item_of,
+    reason_of,
+    stand_in,
+)
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 20  # smaller pieces travel together; a larger one is passed on at once
-_GIB = 1 << 30
-_CORE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] \S+\.cc:\d+:")  # as Ray's C++ core writes them
-_TYPES = {"unit": pa.string(), "place": pa.int32(), "last": pa.bool_(), "error": pa.string(), "data": pa.large_binary()}
-_WIRE = pa.schema([pa.field(name, _TYPES[name], nullable=False) for name in Wire._fields])
+_WAITING_TASKS: Final = 64  # at least: more than are running, so that an autoscaler sees what is left
+_LOOK_EVERY_S: Final = 5.0  # at how many CPUs and GPUs the cluster has, and at which model workers there are
+_AHEAD: Final = 2  # pieces that wait for each model worker
 
 
 class RayWorkers:
@@ -55,44 +56,39 @@ class RayWorkers:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(TrackerActor)
         self.tracker = actor.remote(job.name)
+        self._job = ray.put(job)
+        self._task = ray.remote(num_cpus=1, max_retries=0)(_run_unit)
+        self._running: dict[Any, Unit] = {}
+        self._models: list[Any] = []
+        self._cpus, self._looked = 1.0, float("-inf")
 
-    def stream(self, units: Sequence[Unit]) -> Iterator[Wire]:
-        """Yield the wire rows of all pieces, in the order in which they arrive."""
-        import ray.data
+    def stream(self, units: Sequence[Unit]) -> Iterator[list[Ended]]:
+        """Commit the units; yield how they ended, those together that end at the same time."""
+        import ray
 
-        rows = [{"unit": json.dumps({"id": unit.id, "spec": unit.spec})} for unit in units]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset.context.target_max_block_size = _BLOCK_BYTES
-        dataset = dataset.map_batches(
-            PrepareOnRay(self.job, self.tracker, self.attempts, str(Path.cwd())),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,
-        )
-        if has_model(self.job):
-            gpus = _gpus(self.resources)
-            workers = self.resources.model_workers or max(1, int(gpus))
-            dataset = dataset.map_batches(
-                ModelOnRay,
-                fn_constructor_args=(self.job, self.tracker, self.attempts, str(Path.cwd())),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-                num_cpus=0,  # unlike prepare's, so that Ray Data does not fuse the two stages
-                # An actor runs on one node: by default it requests at most one GPU.
-                num_gpus=self.job.gpus_per_worker or min(1.0, gpus / workers) or None,
-            )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from _rows_of(batch)
+        left = deque(units)
+        while left or self._running:
+            self._look()
+            while left and len(self._running) < max(_WAITING_TASKS, 2 * self._cpus):
+                unit = left.popleft()
+                self._running[self._start(unit)] = unit
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_EVERY_S)
+            if ready:  # and all others that are
+                ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            results = [(self._running.pop(task), _result(task)) for task in ready]
+            left.extendleft(unit for unit, result in results if result is None)
+            if ended := [result for _, result in results if result is not None]:
+                yield ended
 
     def starts(self, items: Sequence[str]) -> dict[str, int]:
         """Return how often each of the items was started."""
         counts: dict[str, int] = self._get(self.tracker.starts.remote(list(items)))
         return counts
 
-    def ended(self, outcome: str) -> None:
-        """Count a unit that is `committed`, `quarantined`, or will be `retried`."""
-        self.tracker.ended.remote(outcome)
+    def ended(self, outcome: str, units: Sequence[str]) -> None:
+        """Count units that are `committed`, `quarantined`, or will be `retried`."""
+        if units:
+            self.tracker.ended.remote(outcome, list(units))
 
     def reported(self) -> dict[str, float]:
         """Return the counts that workers have reported so far, for the display."""
@@ -105,7 +101,39 @@ class RayWorkers:
             return {}
 
     def close(self) -> None:
-        """Do nothing: Ray ends its workers."""
+        """Stop the units that are still running, and the model workers. Ray ends its own processes."""
+        import ray
+
+        for task in self._running:
+            ray.cancel(task, force=True)
+        for model in self._models:
+            ray.kill(model)
+        self._running, self._models = {}, []
+
+    def _start(self, unit: Unit) -> Any:
+        ahead = _AHEAD + _AHEAD * len(self._models) // max(1, int(self._cpus)) if self._models else 0
+        spec = (unit.id, unit.spec, unit.is_retry)
+        # In a list, a reference is passed on as it is: a worker reads the job once, not for each unit.
+        return self._task.remote([self._job], self.tracker, self.attempts, str(Path.cwd()), spec, ahead)
+
+    def _look(self) -> None:
+        """Look at the cluster now and then; start model workers if it has grown."""
+        import ray
+
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked, cluster = time.monotonic(), ray.cluster_resources()
+        self._cpus = cluster.get("CPU", 1.0)
+        if not has_model(self.job):
+            return
+        # The recipe's number of GPUs (an autoscaler may yet start them), or all that there are now.
+        gpus = float(cluster.get("GPU", 0) if self.resources.gpus is None else self.resources.gpus)
+        workers = self.resources.model_workers or max(1, int(gpus))
+        # An actor runs on one node: by default it requests at most one GPU.
+        each = self.job.gpus_per_worker or min(1.0, gpus / workers) or None
+        actor = ray.remote(num_cpus=0, num_gpus=each, max_restarts=-1)(ModelActor)
+        while len(self._models) < workers:
+            self._models.append(actor.remote([self._job], self.tracker, self.attempts, str(Path.cwd())))
 
     @staticmethod
     def _get(reference: Any) -> Any:
@@ -114,17 +142,26 @@ class RayWorkers:
         return ray.get(reference, timeout=60)
 
 
+class ModelWorker(NamedTuple):
+    """A model worker that is ready. `life` differs after each restart."""
+
+    life: str
+    actor: Any
+    node: str
+
+
 class TrackerActor:
     """A small actor that outlives workers. It counts how often each piece of work was started, and what was reported.
 
-    It alone writes to Ray's exporter, so that each series has one writer. docs/metrics.md describes the series; there
-    `stage` is the job's name up to its first hyphen.
+    It also knows the model workers that are ready. It alone writes to Ray's exporter, so that each series has one
+    writer. docs/metrics.md describes the series; there `stage` is the job's name up to its first hyphen.
     """
 
     def __init__(self, job: str) -> None:
         from ray.util.metrics import Counter as Metric
 
-        self._starts, self._counts, self._stage = Counter[str](), Counter[str](), job.partition("-")[0]
+        self._starts, self._counts, self._stage = dict[str, Counter[str]](), Counter[str](), job.partition("-")[0]
+        self._models: dict[str, ModelWorker] = {}
         about = {
             "samples": ("capstan_samples_total", "Samples looked at, good or failed", ("stage",)),
             "bytes": ("capstan_bytes_total", "Bytes of images read", ("stage",)),
@@ -133,13 +170,14 @@ class TrackerActor:
         }
         self._metrics = {name: Metric(*arguments) for name, arguments in about.items()}
 
-    def start(self, item: str) -> int:
-        """Count a start of `item`; return how often it was started."""
-        self._starts[item] += 1
-        return self._starts[item]
+    def start(self, unit: str, item: str) -> int:
+        """Count a start of `item`, the unit or one of its pieces; return how often it was started."""
+        starts = self._starts.setdefault(unit, Counter())
+        starts[item] += 1
+        return starts[item]
 
-    def starts(self, items: list[str]) -> dict[str, int]:
-        return {item: self._starts[item] for item in items}
+    def starts(self, units: list[str]) -> dict[str, int]:
+        return {unit: self._starts.get(unit, Counter())[unit] for unit in units}
 
     def add(self, counts: dict[str, float]) -> None:
         self._counts.update(counts)
@@ -148,12 +186,25 @@ class TrackerActor:
             if value > 0 and kind in self._metrics:
                 self._metrics[kind].inc(value, {"stage": self._stage} | ({"reason": reason} if reason else {}))
 
-    def ended(self, outcome: str) -> None:
-        """Count a unit that is `committed`, `quarantined`, or will be `retried`."""
-        self._metrics["units"].inc(1, {"stage": self._stage, "outcome": outcome})
+    def ended(self, outcome: str, units: list[str]) -> None:
+        """Count units that are `committed`, `quarantined`, or will be `retried`; forget those that will not."""
+        self._metrics["units"].inc(len(units), {"stage": self._stage, "outcome": outcome})
+        for unit in units if outcome != "retried" else ():
+            self._starts.pop(unit, None)
 
     def counts(self) -> dict[str, float]:
         return dict(self._counts)
+
+    def join(self, model: ModelWorker) -> None:
+        """Add a model worker that is ready."""
+        self._models[model.life] = model
+
+    def leave(self, life: str) -> None:
+        """Remove a model worker that has died."""
+        self._models.pop(life, None)
+
+    def models(self) -> list[ModelWorker]:
+        return list(self._models.values())
 
 
 class _Remote:
@@ -162,186 +213,131 @@ class _Remote:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def start(self, item: str) -> int:
+    def start(self, unit: str, item: str) -> int:
         import ray
 
-        return int(ray.get(self._actor.start.remote(item)))
+        return int(ray.get(self._actor.start.remote(unit, item)))
 
     def add(self, counts: dict[str, float]) -> None:
         self._actor.add.remote(counts)
 
 
-class PrepareOnRay:
-    """Prepare as Ray Data calls it: a table of units → tables of wire rows."""
+class ModelActor:
+    """A model worker."""
 
-    def __init__(self, job: Job, tracker: Any, attempts: int, folder: str) -> None:
-        self._prepare, self._folder = Prepare(job, _Remote(tracker), attempts), folder
+    def __init__(self, job: list[Any], tracker: Any, attempts: int, folder: str) -> None:
+        import ray
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        stand_in(self._folder)
-        for text in table["unit"].to_pylist():
-            yield from map(_table_of, self._prepare(Unit(**json.loads(text))))
-
-
-class ModelOnRay:
-    """Model as Ray Data calls it, an actor: tables of wire rows → tables of wire rows."""
-
-    def __init__(self, job: Job, tracker: Any, attempts: int, folder: str) -> None:
         stand_in(folder)
-        self._model = Model(job, _Remote(tracker), attempts)
+        self._job, self._tracker, self._attempts = job, tracker, attempts
+        self._model: Model | None = None
+        context = ray.get_runtime_context()
+        tracker.join.remote(ModelWorker(uuid.uuid4().hex, context.current_actor, context.get_node_id()))
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for row in _rows_of(table):
-            yield table if row.error or row.last else _table_of(self._model(row))
-
-
-def _table_of(row: Wire) -> pa.Table:
-    return pa.table([[value] for value in row], schema=_WIRE)
-
-
-def _rows_of(table: pa.Table) -> Iterator[Wire]:
-    return (Wire(**row) for row in table.to_pylist())
-
-
-# Starting Ray --------------------------------------------------------------------------------------------------------
-
-
-def start_ray(resources: Resources) -> None:
-    """Start Ray in this process, quietly and on loopback only, unless it runs already. RAY_ADDRESS joins a cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # see _without_core_lines
-    if not os.environ.get("RAY_ADDRESS"):
-        # Ray's only switch that keeps a one-machine Ray off the network (the default on the systems in its name).
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-    from ray._private import worker
-
-    worker._worker_logs_enabled = False  # else Ray reports dead nodes on stdout, which is for the summary
-    if not ray.is_initialized():
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not os.environ.get("RAY_ADDRESS"):
-            _check_free(resources.metrics_port)
-            options |= {
-                "address": "local",
-                "num_cpus": _cpus(resources),
-                "num_gpus": resources.gpus,
-                "object_store_memory": min(_GIB, max(_GIB // 8, _memory_bytes() // 12)),
-                "include_dashboard": False,
-                "_metrics_export_port": resources.metrics_port,
-            }
-            atexit.register(_remove_session, ray)
-        with _interrupts_held(), _without_core_lines():
-            ray.init(**options)
-    _configure()
-
-
-def _remove_session(ray: Any) -> None:
-    """End the Ray that this process started, however far it had come, and remove its folder of logs and sockets."""
-    from ray._common.utils import get_default_ray_temp_dir
-
-    ray.shutdown()
-    folder = Path(get_default_ray_temp_dir())
-    for session in folder.glob(f"session_*_{os.getpid()}"):
-        latest = folder / "session_latest"
-        with contextlib.suppress(OSError):
-            if latest.resolve() == session.resolve():
-                latest.unlink()
-        shutil.rmtree(session, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGINT or SIGTERM once Ray has started; at once for a second one.
-
-    Ray swallows exceptions at some points of its start, and would replace the handler of SIGTERM by one that ends the
-    process before it could save.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    from ray._private import utils
-
-    held = list[int]()
-
-    def hold(number: int, _: object) -> None:
-        held.append(number)
-        if len(held) > 1:
-            raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) is not None}
-    set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = set_by_ray
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if held:
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _without_core_lines() -> Iterator[None]:
-    """Hold stderr back while Ray starts, and drop the lines of its C++ core.
-
-    The core writes to the file descriptor, past Python. A log level of fatal silences it but for one line, which says
-    that the level was set.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    def apply(self, row: Wire) -> Wire:
+        """Return the model's output of a piece."""
         try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if not _CORE_LINE.match(line):
-                    os.write(2, line)
+            self._model = self._model or Model(_job(self._job), _Remote(self._tracker), self._attempts)
+        except Exception as error:  # noqa: BLE001 - a job that cannot be loaded fails every unit with this reason
+            return Wire(row.unit, error=reason_of(error))
+        return self._model(row)
 
 
-def _check_free(port: int | None) -> None:
-    """Raise RecipeError if the port is taken. Ray would start without its exporter and not report it."""
-    if port is not None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                problem = f"cannot listen on port {port} ({error.strerror})"
-                raise RecipeError("resources.metrics_port", problem, "set a free port") from None
+class _Models:
+    """The model workers as a unit's worker sees them: wire rows of pieces → wire rows of outputs, in any order.
+
+    At most `ahead` pieces wait. A piece goes to the model worker that has the fewest of this unit's, then to one on
+    this node. If a model worker dies, its pieces go to another.
+    """
+
+    def __init__(self, tracker: Any, ahead: int) -> None:
+        import ray
+
+        self._tracker, self._ahead = tracker, ahead
+        self._node = ray.get_runtime_context().get_node_id()
+        self._workers: list[ModelWorker] = []
+        self._looked = float("-inf")
+        self._waiting: dict[Any, tuple[Wire, ModelWorker]] = {}
+
+    def __call__(self, rows: Iterable[Wire]) -> Iterator[Wire]:
+        for row in rows:
+            if row.last or row.error:
+                yield row
+                continue
+            while len(self._waiting) >= self._ahead:
+                yield from self._outputs()
+            self._send(row)
+        while self._waiting:
+            yield from self._outputs()
+
+    def _outputs(self) -> Iterator[Wire]:
+        """Wait for an output."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        (ready,), _ = ray.wait(list(self._waiting), num_returns=1)
+        row, worker = self._waiting.pop(ready)
+        try:
+            yield ray.get(ready)
+        except RayTaskError:
+            raise
+        except RayError as error:  # it died, or its node
+            log.info("a model worker died with %s: %s", item_of(row), first_line(str(error)))
+            self._tracker.leave.remote(worker.life)
+            self._looked = float("-inf")
+            self._send(row)
+
+    def _send(self, row: Wire) -> None:
+        loads = Counter(worker.life for _, worker in self._waiting.values())
+        workers = self._ready()
+        worker = min(workers, key=lambda worker: (loads[worker.life], worker.node != self._node, random.random()))
+        self._waiting[worker.actor.apply.remote(row)] = row, worker
+
+    def _ready(self) -> list[ModelWorker]:
+        """Return the model workers that are ready; wait for one if none is."""
+        import ray
+
+        while not self._workers or time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._workers, self._looked = ray.get(self._tracker.models.remote()), time.monotonic()
+            if not self._workers:
+                time.sleep(0.2)
+        return self._workers
 
 
-def _configure() -> None:
-    """Silence Ray Data's own progress output; pipeline.progress replaces it."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a unit may yield its one piece at its end, after hours
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _cpus(resources: Resources) -> int:
-    return resources.cpus or len(os.sched_getaffinity(0))
+def _run_unit(job: list[Any], tracker: Any, attempts: int, folder: str, spec: tuple[Any, ...], ahead: int) -> Ended:
+    """Commit a unit, in a worker; return how it ended."""
+    stand_in(folder)
+    unit = Unit(*spec)
+    try:
+        prepare = Prepare(_job(job), _Remote(tracker), attempts)
+        rows = prepare(unit)
+        (ended,) = commits(prepare.job, [unit], _Models(tracker, ahead)(rows) if ahead else rows)
+    except Exception as error:  # noqa: BLE001 - a job that cannot be loaded fails every unit with this reason
+        return Ended(unit.id, {}, reason_of(error))
+    return ended
 
 
-def _gpus(resources: Resources) -> float:
-    """Return the GPUs for the model workers: the recipe's number (an autoscaler may yet start them), or all."""
+_loaded: dict[str, Any] = {}  # in a worker: the job of the unit before
+
+
+def _job(reference: list[Any]) -> Job:
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0) if resources.gpus is None else resources.gpus)
+    (job,) = reference
+    if job.hex() not in _loaded:
+        _loaded.clear()
+        _loaded[job.hex()] = ray.get(job)
+    loaded: Job = _loaded[job.hex()]
+    return loaded
 
 
-def _memory_bytes() -> int:
-    """Return the memory of this machine, or of this container if that is less."""
-    from ray._common.utils import get_system_memory
+def _result(task: Any) -> Ended | None:
+    """Return how the unit of this task ended; None if its worker or its node died."""
+    import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
-    return int(get_system_memory())
+    try:
+        ended: Ended = ray.get(task)
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError):
+        return None
+    return ended

@@ -85,7 +85,7 @@ class _Tracker:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def start(self, item: str) -> int:
+    def start(self, unit: str, item: str) -> int:
         return 1
 
     def add(self, counts: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
-"""What workers do: unit → pieces, and piece → piece by a model
+"""What workers do: unit → pieces, piece → piece by a model, and pieces → committed unit
 
-Results travel to the driver as wire rows. A piece in one is pickled, so Arrow never meets null-typed or ragged columns.
+Between processes a piece travels in a wire row, pickled. Only how a unit ended reaches the driver's main loop.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import contextlib
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from capstan.pipeline.errors import CapstanError
 from capstan.pipeline.records import storable
@@ -32,11 +32,23 @@ class Wire(NamedTuple):
     data: bytes = b""
 
 
+class Ended(NamedTuple):
+    """How an attempt at a unit ended: it is committed and has these facts, or it failed for a reason.
+
+    `error` is empty for a committed unit; with an error, `data` is a pickled CapstanError or empty.
+    """
+
+    unit: str
+    facts: dict[str, Any]
+    error: str = ""
+    data: bytes = b""
+
+
 class Tracker(Reports, Protocol):
     """Counts how often each piece of work was started, and what was reported."""
 
-    def start(self, item: str) -> int:
-        """Count a start of `item`; return how often it was started."""
+    def start(self, unit: str, item: str) -> int:
+        """Count a start of `item`, the unit or one of its pieces; return how often it was started."""
 
 
 def stand_in(folder: str) -> None:
@@ -55,7 +67,7 @@ class Prepare:
         self.job, self.tracker, self.attempts = job, tracker, attempts
 
     def __call__(self, unit: Unit) -> Iterator[Wire]:
-        starts = self.tracker.start(unit.id)
+        starts = self.tracker.start(unit.id, unit.id)
         if starts > self.attempts:
             yield died(unit.id, self.attempts)
             return
@@ -86,7 +98,7 @@ class Model:
         self.apply: Callable[[Piece], Piece] | None = None
 
     def __call__(self, row: Wire) -> Wire:
-        if self.tracker.start(item_of(row)) > self.attempts:
+        if self.tracker.start(row.unit, item_of(row)) > self.attempts:
             return died(row.unit, self.attempts)
         start_reporting(self.tracker)
         try:
@@ -99,6 +111,48 @@ class Model:
             return _failure(row.unit, error)
         finally:
             flush_reports()
+
+
+class Gathered:
+    """The pieces of one unit, until all of them have arrived, in any order."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, Piece] = {}
+        self.expected: int | None = None
+
+    def add(self, row: Wire) -> list[Piece] | None:
+        """Add a wire row; return all pieces in order once they are complete. The last row is an empty end mark."""
+        if row.last:
+            self.expected = row.place
+        else:
+            self.pieces[row.place] = pickle.loads(row.data)
+        if self.expected is None or len(self.pieces) < self.expected:
+            return None
+        return [self.pieces[index] for index in range(self.expected)]
+
+
+def commits(job: Job, units: Sequence[Unit], rows: Iterable[Wire]) -> Iterator[Ended]:
+    """Commit each of `units` once all of its rows have arrived; yield how each unit ended.
+
+    A unit whose rows do not all arrive is left out.
+    """
+    by_id, gathered = {unit.id: unit for unit in units}, {unit.id: Gathered() for unit in units}
+    for row in rows:
+        if row.unit not in gathered:
+            continue  # a late piece of a unit that has ended
+        if row.error:
+            del gathered[row.unit]
+            yield Ended(row.unit, {}, row.error, row.data)
+        elif (pieces := gathered[row.unit].add(row)) is not None:
+            del gathered[row.unit]
+            yield _commit(job, by_id[row.unit], pieces)
+
+
+def _commit(job: Job, unit: Unit, pieces: list[Piece]) -> Ended:
+    try:
+        return Ended(unit.id, job.commit(unit, pieces))
+    except Exception as error:  # noqa: BLE001 - a unit that cannot be published fails alone
+        return Ended(unit.id, {}, *_described(error))
 
 
 def has_model(job: Job) -> bool:
@@ -118,8 +172,12 @@ def died(unit: str, attempts: int) -> Wire:
 
 
 def _failure(unit: str, error: Exception) -> Wire:
-    ours = pickle.dumps(error) if isinstance(error, CapstanError) else b""
-    return Wire(unit, error=reason_of(error), data=ours)
+    reason, data = _described(error)
+    return Wire(unit, error=reason, data=data)
+
+
+def _described(error: Exception) -> tuple[str, bytes]:
+    return reason_of(error), pickle.dumps(error) if isinstance(error, CapstanError) else b""
 
 
 def reason_of(error: Exception) -> str:

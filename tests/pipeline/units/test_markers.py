@@ -53,6 +53,31 @@ def killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_units_that_end_together_have_one_file(log: MarkerLog) -> None:
+    log.mark_all(some(40))
+    log.mark_all(some(3, 40))
+    assert len(log.storage.names()) == 1 + 3
+    assert log.read() == some(43)
+    assert log.pending([Unit("u0007"), Unit("u0099")]) == [Unit("u0099")]
+    assert log.gather() == some(43)
+    assert log.storage.names() == ["state/nothing/log.json"]
+
+
+def test_a_unit_done_again_has_its_new_facts_however_it_was_marked(log: MarkerLog) -> None:
+    log.mark_all(some(9))
+    log.mark("u0100", {"samples": 1})
+    again = {unit: {"samples": 7} for unit in [*some(9), "u0100"]}
+    log.mark_all(again | some(20, 200), again=again)
+    assert log.read() == log.gather() == again | some(20, 200)
+
+
+def test_a_damaged_batch_is_done_again(log: MarkerLog) -> None:
+    log.mark_all(some(9))
+    (name,) = log.storage.names()
+    log.storage.write(name, b"{")
+    assert log.read() == {}
+
+
 def test_forgotten_units_are_pending_again(log: MarkerLog) -> None:
     commit(log, some(150))
     log.gather()
@@ -62,6 +87,12 @@ def test_forgotten_units_are_pending_again(log: MarkerLog) -> None:
     assert log.read() == left
     log.mark("u0003", {"samples": 99})
     assert log.read()["u0003"] == {"samples": 99}
+
+
+def test_units_of_a_batch_can_be_forgotten(log: MarkerLog) -> None:
+    log.mark_all(some(9))
+    log.forget(["u0003"])
+    assert log.read().keys() == some(9).keys() - {"u0003"}
 
 
 def test_facts_that_the_driver_knows_are_not_read_again(log: MarkerLog, monkeypatch: pytest.MonkeyPatch) -> None:

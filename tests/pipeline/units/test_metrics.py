@@ -119,7 +119,7 @@ def test_the_series_are_documented() -> None:
 
 
 def test_a_taken_port_is_named(port: int) -> None:
-    from capstan.pipeline.units.on_ray import _check_free
+    from capstan.pipeline.units.ray_session import _check_free
 
     with socket.create_server(("127.0.0.1", port)), pytest.raises(RecipeError, match=r"resources.metrics_port: .*Fix"):
         _check_free(port)

@@ -85,6 +85,15 @@ class ModelSquares(Squares):
         return square
 
 
+class Committer(ModelSquares):
+    """The same; it keeps the process that committed a unit."""
+
+    name = "committer"
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        return {**super().commit(unit, pieces), "pid": os.getpid()}
+
+
 @pytest.fixture
 def make(tmp_path: Path, storage: Storage) -> Callable[[type[Squares]], Squares]:
     scratch = tmp_path / "scratch"
@@ -148,6 +157,21 @@ def test_what_keeps_failing_is_quarantined_and_the_others_finish(resources: Reso
 
     assert run(job, units, resources, progress=False).done == 1  # its reasons are gone
     assert not job.storage.exists("state/squares/quarantine/bad.json")
+
+
+def test_pieces_never_reach_the_driver_of_a_ray_run(ray_session: Resources, make) -> None:
+    job = make(Committer)
+    run(job, [unit("a"), unit("b", 20)], ray_session, progress=False)
+    assert os.getpid() not in {facts["pid"] for facts in job.markers.read().values()}
+
+
+def test_starts_are_forgotten_with_their_unit(ray_session: Resources, make) -> None:
+    work = RayWorkers(make(Squares), ray_session, attempts=3)
+    ray.get([work.tracker.start.remote("a", "a"), work.tracker.start.remote("a", "a#1")])
+    work.ended("retried", ["a"])
+    assert work.starts(["a"]) == {"a": 1}
+    work.ended("committed", ["a"])
+    assert work.starts(["a"]) == {"a": 0}
 
 
 def test_counts_that_are_lost_stop_nothing(ray_session: Resources, make) -> None:
