@@ -58,6 +58,7 @@ Typed = TypeVar("Typed")
 
 class Shards(Section):
     samples: Annotated[int, Field(ge=1)] = 10_000
+    random_access: bool = False  # Energon's index of samples by key: about 320 bytes a sample, by one process
 
 
 class Unit(Section):

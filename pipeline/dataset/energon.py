@@ -1,7 +1,7 @@
 """Shard tables → the indexes that Megatron-Energon reads
 
     shards/NAME.tar.idx       where each sample starts and the last one ends: 64-bit little-endian byte offsets
-    .nv-meta/index.sqlite     samples and their parts by key, for random access and joins
+    .nv-meta/index.sqlite     samples and their parts by key, for random access and joins; on request
     .nv-meta/index.uuid       identifies the content
     .nv-meta/dataset.yaml     how a sample becomes a CaptioningSample
     .nv-meta/split.yaml       all shards are for training

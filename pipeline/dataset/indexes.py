@@ -34,9 +34,13 @@ def indexes(manifest: Manifest) -> dict[str, bytes]:
 
 
 def write_indexes(storage: Storage, manifest: Manifest) -> dict[str, str]:
-    """Publish all indexes of the manifest's shards; return name → SHA-256."""
+    """Publish all indexes of the manifest's shards; return name → SHA-256.
+
+    The index of samples by key only if the recipe asks for it: training does not need it, and one process has to write
+    it, from every shard.
+    """
     sums: dict[str, str] = {}
-    if manifest.shards:
+    if manifest.shards and manifest.recipe.get("shards", {}).get("random_access"):
         with scratch() as folder:
             path = folder / "index.sqlite"  # SQLite needs a disk; the finished file is uploaded to a bucket
             energon.write_sqlite(path, storage, manifest.shards)

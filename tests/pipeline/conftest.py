@@ -98,7 +98,7 @@ def odd_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "source": {"path": str(folder / "rows.parquet"), "image": "image"},
             "image": {"size": 48, "min_size": 8},
             "dedup": {"exact": False, "perceptual": None},
-            "shards": {"samples": 10},
+            "shards": {"samples": 10, "random_access": True},
         }
     )
     assert build(recipe, progress=False)["counts"]["kept"] == len(rows)

@@ -34,7 +34,7 @@ def manifest(storage: Storage, tmp_path: Path) -> Manifest:
         storage.put(tmp_path / "shard.tar", entry.tar)
         storage.write_table(entry.table, pa.Table.from_pylist(rows, SHARD_SCHEMA))
         entries.append(entry)
-    return Manifest(shards=entries)
+    return Manifest(shards=entries, recipe={"shards": {"random_access": True}})
 
 
 def test_every_part_is_where_the_index_says(storage: Storage, manifest: Manifest, tmp_path: Path) -> None:
@@ -75,6 +75,12 @@ def test_the_same_shards_give_the_same_bytes(storage: Storage, manifest: Manifes
     assert {name: storage.read(name) for name in sums} == first
     assert set(sums) >= set(energon.NAMES)
     assert first[energon.INDEX][96:100] == (3_040_001).to_bytes(4, "big")  # not the version of this machine's SQLite
+
+
+def test_the_index_by_key_is_written_on_request(storage: Storage, manifest: Manifest) -> None:
+    sums = write_indexes(storage, manifest.model_copy(update={"recipe": {"shards": {"random_access": False}}}))
+    assert set(energon.NAMES) - sums.keys() == {energon.INDEX}
+    assert not storage.exists(energon.INDEX)
 
 
 def test_the_identity_follows_the_content(manifest: Manifest) -> None:

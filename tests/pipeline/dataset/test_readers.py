@@ -95,12 +95,17 @@ def test_wids_lists_the_shards(odd_dataset: Path) -> None:
     assert [shard["nsamples"] for shard in index["shardlist"]] == [8, 8, 7]
 
 
-def test_energon(odd_dataset: Path, expected: Samples) -> None:
+@pytest.mark.parametrize("by_key", [False, True])
+def test_energon(odd_dataset: Path, expected: Samples, tmp_path: Path, by_key: bool) -> None:
     from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 
+    folder = odd_dataset
+    if not by_key:
+        folder = tmp_path / "without"
+        shutil.copytree(odd_dataset, folder, ignore=shutil.ignore_patterns("staged", "state", "index.sqlite"))
     workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
     dataset = get_train_dataset(
-        odd_dataset, worker_config=workers, batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None,
+        folder, worker_config=workers, batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None,
         repeat=False,
     )  # fmt: skip
     samples = list(get_savable_loader(dataset))
