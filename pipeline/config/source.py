@@ -65,7 +65,7 @@ class Source(Section):
 
 class Fetch(Section):
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests in flight per worker
-    per_host: Annotated[int, Field(ge=1)] = 8
+    per_host: Annotated[int, Field(ge=1)] = 8  # of all workers of a run together
     timeout_s: Annotated[float, Field(gt=0)] = 20.0  # over the whole exchange, body included
     max_bytes: Annotated[int, Field(ge=1)] = 20_000_000
     retries: Annotated[int, Field(ge=0, le=20)] = 2

@@ -12,7 +12,6 @@ import socket
 import ssl
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Final
@@ -23,7 +22,10 @@ from yarl import URL
 
 from capstan.pipeline import config
 from capstan.pipeline.fetch import robots
+from capstan.pipeline.fetch.errors import FetchError
+from capstan.pipeline.fetch.hosts import Host, Hosts, Shared
 from capstan.pipeline.fetch.resolver import PrivateAddress, check_literal
+from capstan.pipeline.fetch.robots_cache import RobotsCache
 from capstan.pipeline.fetch.urls import as_sent
 from capstan.pipeline.retry_after import retry_after
 
@@ -36,65 +38,7 @@ _MOST_MEMBERS: Final = 64  # in a gzip body; each costs a copy of the data after
 _ROBOTS_BYTES: Final = 512_000  # RFC 9309, 2.5: at least 500 KiB must be read; the rest may be ignored
 _RULES_LAST_S: Final = 24 * 3600.0  # RFC 9309, 2.4
 _FAILURES_LAST_S: Final = 60.0
-_RULES_BYTES: Final = 64 * 1024**2  # per worker: about 30,000 sites with 60 rules each, or 90,000 without any
 _LOST_BEFORE_RULES: Final = frozenset({"dns", "connect", "tls", "timeout", "private_address", "truncated"})
-
-
-class FetchError(Exception):
-    """Why an attempt failed, whether another one may succeed, and how long the host asked us to wait first."""
-
-    def __init__(
-        self,
-        reason: str,
-        detail: str = "",
-        *,
-        is_retryable: bool = False,
-        pause_s: float | None = None,
-        body: bytes = b"",
-    ) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail, self.is_retryable, self.pause_s = reason, detail, is_retryable, pause_s
-        self.body = body  # what came before the failure, if it may be whole
-
-
-class RobotsCache:
-    """The rules of many origins' robots.txt, each kept for a limited time. The least recently used go first."""
-
-    def __init__(self, most_bytes: int = _RULES_BYTES) -> None:
-        self._most, self._size = most_bytes, 0
-        self._known: OrderedDict[str, tuple[float, robots.Rules | FetchError]] = (
-            OrderedDict()
-        )  # until, monotonic seconds
-
-    def get(self, origin: str) -> robots.Rules | FetchError | None:
-        """Return the rules of an origin; None if they are unknown or too old."""
-        if (entry := self._known.get(origin)) is None:
-            return None
-        if entry[0] < time.monotonic():
-            self._forget(origin)
-            return None
-        self._known.move_to_end(origin)
-        return entry[1]
-
-    def put(self, origin: str, rules: robots.Rules | FetchError, last_s: float) -> None:
-        self._forget(origin)
-        now = time.monotonic()
-        self._known[origin] = (now + last_s, rules)
-        self._size += self._cost(rules)
-        while self._size > self._most or (self._known and self._known[next(iter(self._known))][0] < now):
-            self._forget(next(iter(self._known)))
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def _forget(self, origin: str) -> None:
-        if (entry := self._known.pop(origin, None)) is not None:
-            self._size -= self._cost(entry[1])
-
-    @staticmethod
-    def _cost(rules: robots.Rules | FetchError) -> int:
-        """Return roughly how many bytes the rules occupy, including the objects around the text."""
-        return 700 + (len(rules.detail) if isinstance(rules, FetchError) else rules.size)
 
 
 class _Deadline:
@@ -115,25 +59,6 @@ class _Deadline:
         await self._timeout.__aexit__(kind, error, trace)
 
 
-class _Host:
-    """The limits for one host: a number of simultaneous requests, and no request before a time that it named."""
-
-    def __init__(self, at_once: int) -> None:
-        self.slots = asyncio.Semaphore(at_once)
-        self._resume_at = 0.0  # monotonic seconds
-        self._reason = ""
-
-    def pause(self, seconds: float, reason: str) -> None:
-        self._resume_at, self._reason = max(self._resume_at, time.monotonic() + seconds), reason
-
-    async def ready(self) -> None:
-        """Wait for the end of the pause. Raises FetchError if that is too far away."""
-        while (left := self._resume_at - time.monotonic()) > 0:
-            if left > _LONGEST_PAUSE_S:
-                raise FetchError(self._reason, f"the host asked for a pause of another {left:.0f} s")
-            await asyncio.sleep(left)
-
-
 class HttpClient:
     """The state that rows fetched together share: the session, the hosts' limits, and the rules of robots.txt.
 
@@ -148,21 +73,23 @@ class HttpClient:
         *,
         backoff_s: float,
         fixed: Mapping[str, str],
+        shared: Shared | None = None,
     ) -> None:
         self._session, self._fetch, self._rules = session, fetch, rules
         self._backoff_s, self._fixed = backoff_s, fixed
         self._token = robots.product_token(fetch.user_agent)
-        self._hosts: dict[str, _Host] = {}
+        self._hosts = Hosts(fetch.per_host, shared)
         self._requesting: dict[str, asyncio.Task[robots.Rules | FetchError]] = {}
 
     async def body_of(self, url: str) -> bytes:
         """Return the unpacked body, never empty. Raises FetchError with the reason."""
         return await self._fetch_body(_parse(url))
 
-    def close(self) -> None:
-        """Stop requesting robots.txt. No row may be in flight."""
+    async def close(self) -> None:
+        """Stop requesting robots.txt, and leave the hosts to other workers. No row may be in flight."""
         for task in list(self._requesting.values()):
             task.cancel()
+        await self._hosts.close()
 
     async def _fetch_body(self, url: URL, *, for_robots: bool = False) -> bytes:
         """Return the body, after retries if they can help. Raises FetchError with the last attempt's reason."""
@@ -202,9 +129,8 @@ class HttpClient:
         name = url.host or ""
         if name not in self._fixed and not self._fetch.allow_private:
             check_literal(name)
-        host = self._hosts.setdefault(name, _Host(self._fetch.per_host))
-        async with host.slots:
-            await host.ready()
+        host = self._hosts.of(name)
+        async with host.slot():
             sent = "; ".join(f"{name}={cookie.coded_value}" for name, cookie in cookies.filter_cookies(url).items())
             headers = {"Cookie": sent} if sent else None
             async with deadline, self._session.get(url, allow_redirects=False, headers=headers) as response:
@@ -220,7 +146,7 @@ class HttpClient:
                 limit = _ROBOTS_BYTES if for_robots else self._fetch.max_bytes
                 return await _body(response, limit, cut=for_robots)
 
-    def _refused(self, response: aiohttp.ClientResponse, host: _Host) -> FetchError:
+    def _refused(self, response: aiohttp.ClientResponse, host: Host) -> FetchError:
         """Return the error for a status other than 200. A Retry-After applies to all requests to the host."""
         pause = retry_after(response.headers.get("Retry-After", ""))
         reason, is_retryable = f"http_{response.status}", response.status in _TRANSIENT
@@ -236,7 +162,7 @@ class HttpClient:
         rules = self._rules.get(origin)
         if rules is None:
             if origin not in self._requesting:  # all rows of an origin share one request
-                self._requesting[origin] = asyncio.create_task(self._read_robots_txt(origin))
+                self._requesting[origin] = asyncio.create_task(self._learn_rules(origin))
                 self._requesting[origin].add_done_callback(lambda _: self._requesting.pop(origin))
             rules = await asyncio.shield(self._requesting[origin])
         if isinstance(rules, FetchError):
@@ -244,7 +170,13 @@ class HttpClient:
         if not rules.allows(url.raw_path_qs):
             raise FetchError("robots", f"robots.txt of {origin}")
 
-    async def _read_robots_txt(self, origin: str) -> robots.Rules | FetchError:
+    async def _learn_rules(self, origin: str) -> robots.Rules | FetchError:
+        rules, last_s = await self._hosts.rules(origin, lambda: self._read_robots_txt(origin))
+        self._rules.put(origin, rules, last_s)
+        return rules
+
+    async def _read_robots_txt(self, origin: str) -> tuple[robots.Rules | FetchError, float]:
+        """Return the rules of an origin, and for how long they hold."""
         rules: robots.Rules | FetchError
         try:
             body = await self._fetch_body(URL(origin) / "robots.txt", for_robots=True)
@@ -256,9 +188,7 @@ class HttpClient:
                 rules = FetchError("robots", f"robots.txt answered {why.reason}")
             else:  # there is no robots.txt: http_404, empty, endless redirects
                 rules = robots.ALL_ALLOWED
-        last = _FAILURES_LAST_S if isinstance(rules, FetchError) else _RULES_LAST_S
-        self._rules.put(origin, rules, last)
-        return rules
+        return rules, _FAILURES_LAST_S if isinstance(rules, FetchError) else _RULES_LAST_S
 
 
 # URLs, bodies, errors ------------------------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ Each row passes robots.txt, request, redirects and a capped body, and is retried
   a free slot of `per_host`, for a pause that the host asked for, and for its robots.txt (which has the same deadline of
   its own) does not count;
 - up to `retries` further attempts, with exponential backoff and jitter, after transient failures: timeouts, broken
-  connections, cut bodies, 429 and some 5xx. Retry-After applies to the whole host, in the worker that received it, for
-  the rows of its unit; one of over a minute ends the row;
+  connections, cut bodies, 429 and some 5xx. Retry-After applies to the whole host, for all workers that share its
+  limits; one of over a minute ends the row;
 - a body of over `max_bytes`, as stated, received or unpacked, is abandoned at once;
-- `per_host` and `concurrency` apply per worker: a cluster of n workers may send n times as many requests;
+- `per_host` applies to all workers of a run together (see `hosts.py`), `concurrency` to each;
 - at most `concurrency` rows are in flight or waiting to be taken, so memory stays bounded.
 
 robots.txt: 4xx means that everything is allowed; 429 and 5xx forbid everything (RFC 9309, 2.3.1); if a host cannot be
-reached, its rows fail with that reason. Rules are kept for a day, in at most 64 MiB per worker. X-Robots-Tag is obeyed
+reached, its rows fail with that reason. Rules are kept for a day, in at most 64 MiB per worker, and read once for all
+workers of a run. X-Robots-Tag is obeyed
 too. `robots: false` turns both off.
 """
 
@@ -29,9 +30,12 @@ from dataclasses import dataclass
 import aiohttp
 
 from capstan.pipeline import config
-from capstan.pipeline.fetch.client import FetchError, HttpClient, RobotsCache
+from capstan.pipeline.fetch.client import HttpClient
+from capstan.pipeline.fetch.errors import FetchError
+from capstan.pipeline.fetch.hosts import Shared
 from capstan.pipeline.fetch.lenient import LenientConnector
 from capstan.pipeline.fetch.resolver import Resolver
+from capstan.pipeline.fetch.robots_cache import RobotsCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,19 @@ class Fetcher:
     """Fetches many URLs. Keep one per worker: it caches hosts' robots.txt between calls, in bounded memory.
 
     `resolve` maps host → "ip:port" on this machine, like curl --resolve; such hosts are exempt from the rule against
-    private addresses. `backoff_s` is the first pause before another attempt; it doubles.
+    private addresses. `backoff_s` is the first pause before another attempt; it doubles. `shared` is what it shares
+    with other workers; without, it has all slots of every host.
     """
 
     def __init__(
-        self, fetch: config.Fetch, resolve: Mapping[str, str] | None = None, *, backoff_s: float = 0.5
+        self,
+        fetch: config.Fetch,
+        resolve: Mapping[str, str] | None = None,
+        *,
+        backoff_s: float = 0.5,
+        shared: Shared | None = None,
     ) -> None:
-        self.fetch, self.backoff_s = fetch, backoff_s
+        self.fetch, self.backoff_s, self.shared = fetch, backoff_s, shared
         self.resolve = {host.lower(): address for host, address in (resolve or {}).items()}
         self._rules = RobotsCache()
 
@@ -122,11 +132,13 @@ class Fetcher:
                 auto_decompress=False,  # so that unpacking is capped too
                 max_field_size=65_536,
             ) as session:
-                client = HttpClient(session, fetch, self._rules, backoff_s=self.backoff_s, fixed=self.resolve)
+                client = HttpClient(
+                    session, fetch, self._rules, backoff_s=self.backoff_s, fixed=self.resolve, shared=self.shared
+                )
                 try:
                     yield client
                 finally:
-                    client.close()
+                    await client.close()
         finally:
             await resolver.close()
 

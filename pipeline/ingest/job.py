@@ -30,6 +30,7 @@ from capstan.pipeline.config import Fetch, Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of, write_samples
 from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
+from capstan.pipeline.fetch.host_limits import HostLimits
 from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
 from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
 from capstan.pipeline.ingest.retry_rows import matches
@@ -43,7 +44,7 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.listing import on_disk
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.storage.retry import is_unavailable
-from capstan.pipeline.units import Job, Piece, Unit, report
+from capstan.pipeline.units import Job, Piece, Unit, report, shared
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,10 @@ class Ingest(Job):
             {"freed": True} if len(places) + sum(bool(outcome["reason"]) for outcome in outcomes) < len(rows) else {}
         )
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+
+    def shared(self) -> HostLimits:
+        """Return what workers have to know together of the hosts."""
+        return HostLimits(self.recipe.fetch.per_host)
 
     def decoder(self) -> Decoder:
         """Return the function that decodes a source file's bytes; pickled for a child process in a unit's retries."""
@@ -224,6 +229,7 @@ class Ingest(Job):
             yield index, _readable(data)
         if remote:
             fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
+            fetcher.shared = shared()
             for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
                 failure = Failure(fetched.reason, fetched.detail)
                 yield remote[position], fetched.data if fetched.data is not None else failure

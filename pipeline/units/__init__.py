@@ -41,11 +41,12 @@ from capstan.pipeline.units.markers import MarkerLog
 from capstan.pipeline.units.on_processes import ProcessWorkers
 from capstan.pipeline.units.on_ray import RayWorkers
 from capstan.pipeline.units.ray_session import count_nodes, start_ray
+from capstan.pipeline.units.shared import shared
 from capstan.pipeline.units.workers import Ended, has_model, reason_of
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "report", "run", "start_ray"]
+__all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "report", "run", "shared", "start_ray"]
 
 SMALL_RUN: Final = 64  # units: no more run without Ray
 

@@ -64,6 +64,13 @@ class Job(ABC):
         """
         return None
 
+    def shared(self) -> object | None:
+        """Return an object for all workers of a run: they call its methods by `capstan.pipeline.units.shared()`.
+
+        On Ray there may be several, each responsible for some keys.
+        """
+        return None
+
     @abstractmethod
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         """Publish the unit's outputs, on a worker. The result is kept in the marker, which the driver writes next.

@@ -27,6 +27,7 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.units.child import start_child
 from capstan.pipeline.units.job import Job, Unit
 from capstan.pipeline.units.process_worker import ONE_THREAD, Done, Start
+from capstan.pipeline.units.shared import Served
 from capstan.pipeline.units.workers import Ended, Wire, commits, died, has_model, item_of
 
 _WAITING_PIECES: Final = 2  # per model worker, as on Ray
@@ -41,6 +42,7 @@ class ProcessWorkers:
         self._models = resources.model_workers or 1 if has_model(job) else 0
         self._starts, self._counts, self._lock = Counter[str](), Counter[str](), threading.Lock()
         self._pickled = cloudpickle.dumps(job)
+        self._served = Served(target) if (target := job.shared()) is not None else None
         self._workers: list[_Worker] = []
 
     def stream(self, units: Sequence[Unit]) -> Iterator[list[Ended]]:
@@ -84,6 +86,8 @@ class ProcessWorkers:
             else:
                 _idle.append(worker)
         self._workers = []
+        if self._served:
+            self._served.close()
 
     def _assign(self, queue: deque[Any], *, model: bool, most: int) -> Iterator[Wire]:
         """Send work to free workers; yield the rows of what has been started too often."""
@@ -107,7 +111,8 @@ class ProcessWorkers:
     def _add(self, model: bool) -> _Worker:
         worker = _take_idle() or _launch()
         worker.model = model
-        worker.send(("start", tuple(Start(self._pickled, model, str(Path.cwd()), sys.path, dict(os.environ)))))
+        served = (self._served.address, self._served.key) if self._served else None
+        worker.send(("start", tuple(Start(self._pickled, model, str(Path.cwd()), sys.path, dict(os.environ), served))))
         self._workers.append(worker)
         return worker
 

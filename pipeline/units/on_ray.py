@@ -24,6 +24,7 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import first_line
 from capstan.pipeline.units.job import Job, Unit
 from capstan.pipeline.units.ray_session import start_ray
+from capstan.pipeline.units.shared import hash_of, set_shared
 from capstan.pipeline.units.workers import (
     Ended,
     Model,
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _WAITING_TASKS: Final = 64  # at least: more than are running, so that an autoscaler sees what is left
 _LOOK_EVERY_S: Final = 5.0  # at how many CPUs and GPUs the cluster has, and at which model workers there are
+_CPUS_A_SHARE: Final = 64  # an actor answers about 1,400 calls a second, a worker makes a few
 _AHEAD: Final = 2  # pieces that wait for each model worker
 
 
@@ -57,6 +59,7 @@ class RayWorkers:
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(TrackerActor)
         self.tracker = actor.remote(job.name)
         self._job = ray.put(job)
+        self._shared = self._share()
         self._task = ray.remote(num_cpus=1, max_retries=0)(_run_unit)
         self._running: dict[Any, Unit] = {}
         self._models: list[Any] = []
@@ -106,15 +109,25 @@ class RayWorkers:
 
         for task in self._running:
             ray.cancel(task, force=True)
-        for model in self._models:
-            ray.kill(model)
-        self._running, self._models = {}, []
+        for actor in (*self._models, *self._shared):
+            ray.kill(actor)
+        self._running, self._models, self._shared = {}, [], []
 
     def _start(self, unit: Unit) -> Any:
         ahead = _AHEAD + _AHEAD * len(self._models) // max(1, int(self._cpus)) if self._models else 0
         spec = (unit.id, unit.spec, unit.is_retry)
         # In a list, a reference is passed on as it is: a worker reads the job once, not for each unit.
-        return self._task.remote([self._job], self.tracker, self.attempts, str(Path.cwd()), spec, ahead)
+        return self._task.remote([self._job], self.tracker, self.attempts, str(Path.cwd()), spec, ahead, self._shared)
+
+    def _share(self) -> list[Any]:
+        """Start the actors that hold what workers share: one for each `_CPUS_A_SHARE` CPUs."""
+        import ray
+
+        if type(self.job).shared is Job.shared:
+            return []
+        count = 1 + int(ray.cluster_resources().get("CPU", 1)) // _CPUS_A_SHARE
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(SharedActor)
+        return [actor.remote([self._job]) for _ in range(count)]
 
     def _look(self) -> None:
         """Look at the cluster now and then; start model workers if it has grown."""
@@ -304,9 +317,46 @@ class _Models:
         return self._workers
 
 
-def _run_unit(job: list[Any], tracker: Any, attempts: int, folder: str, spec: tuple[Any, ...], ahead: int) -> Ended:
+class SharedActor:
+    """One of the objects that workers share."""
+
+    def __init__(self, job: list[Any]) -> None:
+        self._target = _job(job).shared()
+
+    def call(self, method: str, *arguments: object) -> Any:
+        return getattr(self._target, method)(*arguments)
+
+
+class _OnActors:
+    """The shared objects as workers see them."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+
+    def key_of(self, name: str) -> int:
+        return hash_of(name) % len(self._actors)
+
+    async def call(self, key: int, method: str, *arguments: object) -> Any:
+        from ray.exceptions import RayActorError
+
+        try:
+            return await self._actors[key].call.remote(method, *arguments)
+        except RayActorError as error:
+            raise ConnectionError(first_line(str(error))) from error
+
+
+def _run_unit(
+    job: list[Any],
+    tracker: Any,
+    attempts: int,
+    folder: str,
+    spec: tuple[Any, ...],
+    ahead: int,
+    shared: list[Any],
+) -> Ended:
     """Commit a unit, in a worker; return how it ended."""
     stand_in(folder)
+    set_shared(_OnActors(shared) if shared else None)
     unit = Unit(*spec)
     try:
         prepare = Prepare(_job(job), _Remote(tracker), attempts)

@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 
 from capstan.pipeline.units import child
 from capstan.pipeline.units.job import Unit
+from capstan.pipeline.units.shared import OnSocket, set_shared
 from capstan.pipeline.units.workers import Model, Prepare, Wire, reason_of, stand_in
 
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as in Ray's workers
@@ -36,6 +37,7 @@ class Start(NamedTuple):
     folder: str
     path: list[str]
     environment: dict[str, str]
+    shared: tuple[str, bytes] | None  # where the driver serves what workers share, and the key to it
 
 
 class Done(NamedTuple):
@@ -67,6 +69,7 @@ def _begin(start: Start, tracker: _Tracker) -> Callable[[Any], Iterator[Wire]]:
     os.environ.clear()
     os.environ.update(start.environment | ONE_THREAD)
     stand_in(start.folder)
+    set_shared(OnSocket(*start.shared) if start.shared else None)
     try:
         job = pickle.loads(start.job)
     except Exception as error:  # noqa: BLE001 - a job that cannot be loaded fails every unit with this reason

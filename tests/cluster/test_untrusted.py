@@ -21,6 +21,7 @@ OWN_PICKLES = {
     "pipeline/units/__init__.py",
     "pipeline/units/on_processes.py",
     "pipeline/units/process_worker.py",
+    "pipeline/units/shared.py",
     "pipeline/units/workers.py",
     "training/launch.py",
 }

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from web_site import BODY, Site, fetch, fetcher, reason
 
-from capstan.pipeline.fetch.client import RobotsCache
 from capstan.pipeline.fetch.robots import ALL_ALLOWED, parse
+from capstan.pipeline.fetch.robots_cache import RobotsCache
 
 
 @pytest.fixture
