@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-rebuild bench-recaption bench-score bench-select bench-startup bench-submit bench-train
+.PHONY: bench-plan bench-rebuild bench-recaption bench-scale bench-score bench-select bench-startup bench-submit bench-train
 .PHONY: bench-view
 
 demo: $(STAMP)
@@ -80,6 +80,9 @@ bench-recaption: $(STAMP)
 	$(BIN)/python benchmarks/recaption.py accuracy
 	$(BIN)/python benchmarks/recaption.py decode --batches 2,8,16
 	$(BIN)/python benchmarks/recaption.py busy
+
+bench-scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py
 
 bench-score: $(STAMP)
 	$(BIN)/python benchmarks/score.py
