@@ -207,6 +207,13 @@ def _run(arguments: list[str] | None) -> int:
             raise
         _report(str(explained))
         return explained.exit_code
+    except Exception as error:
+        from capstan.pipeline.storage.local import disk_error  # here, so that --help is quick
+
+        if (full := disk_error(error)) is None:
+            raise
+        _report(str(full))
+        return full.exit_code
     return result if isinstance(result, int) else 0
 
 

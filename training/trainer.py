@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import torch
 
 from capstan.pipeline.config import Recipe, validate
+from capstan.pipeline.storage.local import disk_errors
 from capstan.pipeline.text.printable import PrintableFormatter
 from capstan.pipeline.text.recipe_file import read_recipe
 from capstan.training.config import Shape, TrainConfig, family_class
@@ -69,7 +70,7 @@ def fit(recipe: Recipe) -> dict[str, Any]:
     """
     train = TrainConfig.from_recipe(recipe)
     engine, run, upload = Engine(train), Run(train), None
-    with contextlib.ExitStack() as held:
+    with disk_errors(run.folder), contextlib.ExitStack() as held:
         held.callback(engine.close)
         if engine.is_main:
             run.open(recipe.model_dump(mode="json"))

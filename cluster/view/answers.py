@@ -13,6 +13,7 @@ from aiohttp import web
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.report.explore import Explorer
 from capstan.pipeline.report.query import Row
+from capstan.pipeline.storage.local import disk_errors
 
 READ_ONLY: Final = web.AppKey("read_only", bool)  # whether nothing may be written
 KEY: Final = re.compile(r"[0-9a-f]{32}")
@@ -39,7 +40,8 @@ def _file(name: str) -> Callable[[web.Request], Any]:
 async def problems(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
     """Return a user's mistake as JSON with its field, problem and hint."""
     try:
-        answer: web.StreamResponse = await handler(request)
+        with disk_errors():
+            answer: web.StreamResponse = await handler(request)
         return answer
     except RecipeError as error:
         return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -109,6 +110,41 @@ def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> Dis
         + (f", the next file has {_megabytes(needed)}" if needed else ""),
         f"free {at_least} on the disk at {_mount(folder)} and run the same command again: it resumes",
     )
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path | None = None) -> Iterator[None]:
+    """Raise a CapstanError in place of any error which means that a disk is full, read-only or failing.
+
+    `folder` is where the block writes, for errors that name no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shown := disk_error(error, folder):
+            raise shown from error
+        raise
+
+
+def disk_error(error: Exception, folder: Path | None = None) -> StorageError | None:
+    """Return the error that `disk_errors` raises in its place, if any."""
+    if not isinstance(error, OSError):
+        code = re.search(r"\(os error (\d+)\)", str(error))  # libraries written in Rust: safetensors, tokenizers
+        return disk_error(OSError(int(code[1]), os.strerror(int(code[1]))), folder) if code else None
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if (place := named.parent if named else folder) and (full := as_disk_full(error, place)):
+        return full
+    if error.errno in _FULL:
+        hint = "free space and run the same command again: it resumes"
+        return DiskFull("write a file", os.strerror(error.errno or 0), hint)
+    return as_unwritable("use", named or folder or Path(), error)
+
+
+def sweep_folders(parent: Path, name: str) -> None:
+    """Remove the temporary folders of killed processes that were to become `name` in `parent` (`partial_of`)."""
+    for path in parent.glob(f"{PARTIAL}*-{name}"):
+        if path.is_dir() and not path.is_symlink() and _has_ended(path.name.removeprefix(PARTIAL)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

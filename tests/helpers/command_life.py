@@ -1,7 +1,7 @@
 """Start `capstan` commands as processes that can be killed, waited for and asked how they ended.
 
 A process is forked from one that has imported what commands import, so that a test which kills a command ten times
-pays for ten pieces of work, not for ten starts of Python. With `cold`, it is started by `python -m capstan`.
+pays for ten pieces of work, not for ten starts of Python.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Ended:
 class Life:
     """One process of a command, in a session of its own; its stderr goes to the file `log`."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str], log: Path, *, cold: bool = False) -> None:
+    def __init__(self, arguments: list[str], env: Mapping[str, str], log: Path) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._popen: subprocess.Popen[bytes] | None = None
-        if cold or arguments[:2] != ["-m", "capstan"]:
+        if arguments[:2] != ["-m", "capstan"]:
             with log.open("wb") as file:
                 self._popen = subprocess.Popen(
                     [sys.executable, *arguments],

@@ -73,18 +73,18 @@ class Workshop:
         command.start(self, folder)
         return folder
 
-    def launch(self, command: Command, place: Place, *, cold: bool = False, **env: str) -> Life:
+    def launch(self, command: Command, place: Place) -> Life:
         """Start the command there, with its own folders for caches and scratch files."""
         self._count += 1
         own = self.root / "home" / f"{place.folder.parent.name}-{place.folder.name}"
         (own / "tmp").mkdir(parents=True, exist_ok=True)
         folders = {"CAPSTAN_RUNS": str(own / "runs"), "XDG_CACHE_HOME": str(own / "cache"), "TMPDIR": str(own / "tmp")}
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]), "CAPSTAN_STATE": str(own / "state")}
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | paths | folders | place.env | env
-        return Life(command.arguments(self, place), variables, own / f"{self._count}.log", cold=cold)
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | paths | folders | place.env
+        return Life(command.arguments(self, place), variables, own / f"{self._count}.log")
 
-    def run(self, command: Command, place: Place, *, cold: bool = False, **env: str) -> Ended:
-        return self.launch(command, place, cold=cold, **env).end()
+    def run(self, command: Command, place: Place) -> Ended:
+        return self.launch(command, place).end()
 
     @cache  # noqa: B019
     def undisturbed(self, command: Command) -> Undisturbed:
