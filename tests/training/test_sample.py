@@ -225,6 +225,8 @@ def test_an_export_is_a_pipeline_of_safetensors(runs, tmp_path):
     index = json.loads((tmp_path / "half" / "model_index.json").read_text())
     libraries = {value[0] for name, value in index.items() if isinstance(value, list)}
     assert libraries == {"diffusers", "transformers", None}
+    texts = [path.read_text() for path in (tmp_path / "half").rglob("*.json")]
+    assert not [text for text in texts if str(runs) in text]  # no path of this machine
     export(runs / "run", tmp_path / "half")  # an earlier export may be replaced …
     assert open_sampler(tmp_path / "half").pipeline.unet.dtype == torch.float32
     (tmp_path / "other").mkdir()

@@ -6,6 +6,7 @@ Images are what `DiffusionPipeline.from_pretrained` generates anywhere else: no 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -104,7 +105,16 @@ def export_pipeline(pipeline: Any, folder: Path, precision: str, sampler: str | 
     check_weights(pipeline, precision)
     pipeline.to(dtype=_dtype(precision))
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in sorted(folder.rglob("*.json")):
+        _forget_path(path)
     return type(pipeline).__name__
+
+
+def _forget_path(config: Path) -> None:
+    """Remove from a configuration where its model was opened: a path of this machine."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_weights(pipeline: Any, precision: str) -> None:
