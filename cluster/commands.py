@@ -86,7 +86,7 @@ COMMANDS: Final[dict[str, Command]] = {
             "capstan publish out/ds s3://bucket/birds --dry-run",
         ),
     ),
-    "schema": Command(DATA, "Print the recipe's JSON Schema.", ("capstan schema > recipe.schema.json",), _T),
+    "schema": Command(DATA, "Print the recipe's JSON Schema.", ("capstan schema > recipe.schema.json",)),
     "recaption": Command(
         CAPTIONS,
         "Write captions with a model.",

@@ -55,6 +55,8 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
+    if read_manifest(storage) is None:  # later builds may have nothing left to score
+        registry.check_machine(recipe)
     with lease(storage, "build") as held:
         return _build(recipe, storage, held, reasons, progress)
 

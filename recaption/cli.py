@@ -137,7 +137,8 @@ def _add_diff(captions: typer.Typer) -> None:
         most.
         """
         from capstan.recaption.compare.clip import Clip
-        from capstan.recaption.compare.compare import compare
+        from capstan.recaption.compare.compare import compare, sides_of
 
         storage = open_dataset(dataset, overrides)
+        sides_of(storage, a, b, slot)  # before the CLIP is loaded
         finish(compare(storage, a, b, slot=slot, clip=Clip(model, pretrained), sample=sample), as_json)

@@ -28,6 +28,7 @@ from capstan.recaption import generate, store
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.engines import CaptionEngine, EngineInput, Request, make, size_of
 from capstan.recaption.lint import linter
+from capstan.recaption.machine import check_machine
 from capstan.recaption.plan import Content, Image, Todo, count_stale, images, lacking, outline, take_sample
 from capstan.recaption.store import Place, Row
 
@@ -241,6 +242,7 @@ def _units(job: RecaptionJob, todo: list[Todo]) -> list[units.Unit]:
 
 def _job(recipe: Recipe) -> RecaptionJob:
     config = RecaptionConfig.from_recipe(recipe)
+    check_machine(config, recipe.resources)
     config.announce()
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
     resources = recipe.resources

@@ -90,6 +90,9 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
         as_json: JsonOption = False,
     ) -> None:
         """Generate a labelled image grid from prompts."""
+        from capstan.training.product import find_product
+
+        find_product(run)  # before torch is loaded
         from capstan.recaption.config import RecaptionConfig
         from capstan.training.sample import sample as draw
         from capstan.training.sample import upsampler_of
@@ -163,6 +166,9 @@ def _add_run_commands(app: typer.Typer) -> None:
         """
         from capstan.pipeline.config import CopyDetection
         from capstan.training.config.monitoring import ClipSettings, Fid, measures_in
+        from capstan.training.product import find_product
+
+        find_product(run)  # before torch is loaded
         from capstan.training.evaluate import evaluate as measure
 
         judge = None if clip is None else ClipSettings(model=clip, pretrained=pretrained)
@@ -185,6 +191,9 @@ def _add_run_commands(app: typer.Typer) -> None:
 
         diffusers.DiffusionPipeline.from_pretrained opens the folder.
         """
+        from capstan.training.product import find_product
+
+        find_product(run)  # before torch is loaded
         from capstan.training.export import export as write
 
         finish(write(run, folder, precision=precision, sampler=sampler), as_json)

@@ -14,11 +14,12 @@ from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import Quarantined
 from capstan.pipeline.lease import lease
-from capstan.training.config import AUTO, TrainConfig, WeightedDataset, family_class
-from capstan.training.data.dataset import find_layer
+from capstan.training.config import AUTO, TrainConfig, WeightedDataset
+from capstan.training.config.families import family_class
+from capstan.training.data.sources import data_for, find_layer, open_storage, weighted_datasets
 from capstan.training.precomputed import latents, text_embeddings
 from capstan.training.run import Run
-from capstan.training.run_data import open_storage, pin, weighted_datasets
+from capstan.training.run_data import pin
 
 Job = latents.LatentsJob | text_embeddings.TextStatesJob
 
@@ -33,7 +34,7 @@ def encode(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     summaries = [_images(recipe, train, source, progress) for source in weighted_datasets(recipe, train)]
     if family_class(train.model).text_encoder(train) is not None:
         for source in weighted_datasets(recipe, train):
-            layer = find_layer(open_storage(recipe, source), train.data.model_copy(update={"layer": source.layer}))
+            layer = find_layer(open_storage(recipe, source), data_for(train, source))
             summaries.append(_texts(recipe, train, source, layer, progress))
     return _sum(summaries)
 

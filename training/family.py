@@ -23,6 +23,7 @@ import torch
 
 from capstan.pipeline.config import Section
 from capstan.training.config import TrainConfig
+from capstan.training.config.families import FamilySettings
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.step import Step
 from capstan.training.drawing.drawer import Codec, Drawer, Kind, refuse_options
@@ -123,9 +124,11 @@ class Family(ABC):
     bounds: Mapping[str, tuple[float, float]] = {}  # weight of `model` → least and largest value, kept after each step
     finite: Mapping[str, torch.Tensor] = {}  # part → was its output in the last `loss` finite? In order, set by `loss`
 
-    @classmethod  # noqa: B027 - few families need it
+    @classmethod
     def check(cls, train: TrainConfig) -> None:
         """Raise RecipeError if the family's settings conflict with the run's; called when the recipe is read."""
+        if isinstance(train.settings, FamilySettings):
+            train.settings.check(train)
 
     @classmethod  # noqa: B027 - few families need it
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:

@@ -25,8 +25,11 @@ from typing import Any
 
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.storage import Storage
 from capstan.training.config import AUTO, TrainConfig
+from capstan.training.config.machine import check_machine, placement, too_few
 from capstan.training.monitoring.trackers import send_pending
+from capstan.training.ready import check_ready
 from capstan.training.run import Run
 from capstan.training.signals import Interrupts
 
@@ -46,7 +49,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     All of it is checked before the first run starts. A run that is finished is not trained again.
     """
-    for number, earlier in enumerate(TrainConfig.from_recipe(recipe).before):
+    config = TrainConfig.from_recipe(recipe)
+    for section in (*config.before, recipe.train or {}) if config.before else ():
+        check_machine(TrainConfig.from_section(section), recipe.resources)
+    for number, earlier in enumerate(config.before):
         logger.info("train: run %d of those before %s: %s", number, (recipe.train or {})["run"], earlier["run"])
         train_one(recipe.model_copy(update={"train": earlier}))
     return train_one(recipe)
@@ -60,11 +66,16 @@ def train_one(recipe: Recipe) -> dict[str, Any]:
     """
     config = TrainConfig.from_recipe(recipe)
     run = Run(config)
+    fresh = not run.started and not _is_in_bucket(recipe, config)
+    if fresh:  # before the folder exists: a corrected recipe may still use it
+        check_ready(recipe, config)
     run.open(recipe.model_dump(mode="json"))
     if finished := _already_finished(recipe, config, run):
         logger.info("train %s: already finished: %s", finished["model"], finished["product"])
         send_pending(run)
         return finished
+    if not fresh:
+        check_machine(config, recipe.resources)
     if AUTO in (config.data.latents, config.data.text_states):
         from capstan.training.encode import encode_missing
 
@@ -82,6 +93,10 @@ def train_one(recipe: Recipe) -> dict[str, Any]:
     if summary["stopped"]:
         raise KeyboardInterrupt
     return summary
+
+
+def _is_in_bucket(recipe: Recipe, config: TrainConfig) -> bool:
+    return config.bucket is not None and Storage(config.bucket, recipe.storage).exists("recipe.json")
 
 
 def _already_finished(recipe: Recipe, config: TrainConfig, run: Run) -> dict[str, Any] | None:
@@ -167,40 +182,14 @@ def _workers(config: TrainConfig, allowed: Resources) -> tuple[int, dict[str, fl
         if config.bucket == config.run and len(cpus) > 1:
             hint = "set train.run to a folder that all nodes share, and train.checkpoint.upload to the bucket"
             raise RecipeError("train.run", f"is a bucket, and the workers on {len(cpus)} nodes share no folder", hint)
-        if placement := _largest(sizes, gpus, cpus, config.engine.threads):
-            return placement
+        if fitting := placement(sizes, gpus, cpus, config.engine.threads):
+            return fitting
         if not os.environ.get("RAY_ADDRESS") or time.monotonic() - started > _JOIN_S:
-            have = f"{gpus} GPUs" if gpus else f"{sum(cpus)} CPUs"
-            hint = f"set engine.workers to at most {gpus or sum(cpus)}, or resources.cpus to {sizes[-1]}"
-            raise RecipeError("train.engine.workers", f"is {sizes[-1]}, but Ray has {have}", hint)
+            raise too_few(sizes, gpus, cpus)
         if time.monotonic() - started < _LOOK_EVERY_S:
             have = f"{sum(cpus)} CPUs, {gpus} GPUs"
             logger.info("waiting for nodes: %d workers requested, the cluster has %s", sizes[-1], have)
         time.sleep(_LOOK_EVERY_S)
-
-
-def _largest(sizes: list[int], gpus: int, cpus: list[int], threads: int | None) -> tuple[int, dict[str, float]] | None:
-    """Return the first of `sizes` that fits on nodes with these CPUs, and the resources of each worker.
-
-    >>> _largest([4, 2], 3, [16], None), _largest([4, 2, 1], 0, [2], None), _largest([4], 0, [2], None)
-    ((2, {'CPU': 1, 'GPU': 1}), (2, {'CPU': 1}), None)
-    """
-    for workers in sizes:
-        if gpus >= workers:
-            return workers, {"CPU": 1, "GPU": 1}
-        if not gpus and (each := _cpus_per_worker(cpus, workers, threads)):
-            return workers, {"CPU": each}
-    return None
-
-
-def _cpus_per_worker(cpus: list[int], workers: int, threads: int | None) -> int:
-    """Return the CPUs for each worker, the most that fit on nodes with `cpus`, or `threads`; 0 if they do not fit.
-
-    >>> [_cpus_per_worker(cpus, 2, None) for cpus in ([2], [4, 2], [1, 0])], _cpus_per_worker([8, 8], 2, 3)
-    ([1, 2, 0], 3)
-    """
-    wanted = [threads] if threads else range(sum(cpus) // workers, 0, -1)
-    return next((each for each in wanted if sum(cpu // each for cpu in cpus) >= workers), 0)
 
 
 def _fit_on_ray(trainer: Any) -> dict[str, Any]:

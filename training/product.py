@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.training.config import FAMILIES, family_class, scratch_folder
+from capstan.training.config import scratch_folder
+from capstan.training.config.families import FAMILIES, family_class
 from capstan.training.run import download
 
 if TYPE_CHECKING:

@@ -32,6 +32,8 @@ from capstan.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 _RESTORE = "restore it from a copy (a bucket's run has one), or start a new run in another folder"
+_NAMED = 5  # keys in a message
+_NAMED = 5  # differing keys in a message
 _LOCK_TRIES, _LOCK_WAIT_S = 60, 0.5
 
 
@@ -45,14 +47,19 @@ class Run:
         self.log, self.train_log, self.stop = (self.folder / name for name in ("log.jsonl", "train.log", "stop"))
         self.evaluations = self.folder / "evaluations.jsonl"
 
+    @property
+    def started(self) -> bool:
+        """Whether the folder holds a run already."""
+        return (self.folder / "recipe.json").exists()
+
     def open(self, recipe: dict[str, Any]) -> None:
         """Create the folder, or check that it holds a run of the same recipe. Raises RecipeError if it does not."""
         storage = Storage(str(self.folder), field="train.run")
         identity = self.train.identity()
-        if (self.folder / "recipe.json").exists():
+        if self.started:
             before = storage.read_json("recipe.json", _RESTORE).get("identity")
-            if changed := differences(before, json.loads(json.dumps(identity))):
-                problem = f"{self.folder} holds a run of another recipe (different: {', '.join(changed)})"
+            if other := other_recipe(before, json.loads(json.dumps(identity))):
+                problem = f"{self.folder} holds a run of {other}"
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
             return
         storage.check_writable()
@@ -198,6 +205,21 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def other_recipe(before: Any, now: dict[str, Any]) -> str:
+    """Return in words how the recipe of a run differs from the one now; "" if it does not.
+
+    >>> other_recipe({"model": "vqgan", "seed": 1, "lr": 1}, {"model": "captioner", "seed": 2, "lr": 3})
+    'model vqgan, and the recipe trains captioner'
+    >>> other_recipe({"model": "vqgan", "seed": 1}, {"model": "vqgan", "seed": 2})
+    'another recipe (different: seed)'
+    """
+    changed = differences(before, now)
+    if isinstance(before, dict) and before.get("model") != now["model"]:
+        return f"model {before.get('model')}, and the recipe trains {now['model']}"
+    more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+    return f"another recipe (different: {', '.join(changed[:_NAMED])}{more})" if changed else ""
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

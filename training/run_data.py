@@ -12,32 +12,17 @@ from pathlib import Path, PurePosixPath
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.storage import Storage
-from capstan.training.config import AUTO, Data, TrainConfig, WeightedDataset, family_class
-from capstan.training.data.dataset import TrainingData, find_layer
+from capstan.training.config import AUTO, TrainConfig, WeightedDataset
+from capstan.training.config.families import traits_of
+from capstan.training.data.dataset import TrainingData
 from capstan.training.data.mixture import MixedData
 from capstan.training.data.order import hash64
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.data.shard_reader import TARS
+from capstan.training.data.sources import data_for, find_layer, open_storage, weighted_datasets
 from capstan.training.precomputed import latents, text_embeddings
 from capstan.training.precomputed.files import file_pattern
 from capstan.training.run import Run
-
-_FIELD = "train.data.datasets"
-
-
-def weighted_datasets(recipe: Recipe, train: TrainConfig) -> list[WeightedDataset]:
-    """Return the datasets of a run, each with its weight and requested caption layer."""
-    data = train.data
-    sources = data.datasets or [WeightedDataset(dataset=recipe.dataset)]
-    return [
-        source if "layer" in source.model_fields_set else source.model_copy(update={"layer": data.layer})
-        for source in sources
-    ]
-
-
-def open_storage(recipe: Recipe, source: WeightedDataset) -> Storage:
-    return Storage(source.dataset, recipe.storage, field="dataset" if source.dataset == recipe.dataset else _FIELD)
 
 
 def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
@@ -60,16 +45,11 @@ def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
 
 def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, source: WeightedDataset) -> str | None:
     layer = None
-    if family_class(train.model).captions:
-        layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, _data_for(train, source)))
+    if traits_of(train.model).captions:
+        layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, data_for(train, source)))
     if train.data.text_states == AUTO:
         run.pinned(_name("text_states", number), lambda: fingerprint(text_embeddings.plan(train, dataset, layer)))
     return layer
-
-
-def _data_for(train: TrainConfig, source: WeightedDataset) -> Data:
-    """Return `train.data` for one dataset."""
-    return train.data.model_copy(update={"layer": source.layer})
 
 
 def open_data(recipe: Recipe, train: TrainConfig, run: Run) -> TrainingData | MixedData:
@@ -83,12 +63,12 @@ def open_data(recipe: Recipe, train: TrainConfig, run: Run) -> TrainingData | Mi
 
 
 def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: WeightedDataset) -> TrainingData:
-    data, storage = _data_for(train, source), open_storage(recipe, source)
+    data, storage = data_for(train, source), open_storage(recipe, source)
 
     def pinned(name: str) -> str | None:
         return run.pinned(name, lambda: None)
 
-    layer = pinned(_name("layer", number)) if family_class(train.model).captions else None
+    layer = pinned(_name("layer", number)) if traits_of(train.model).captions else None
     encoder = pinned("latents") if data.latents == AUTO else data.latents
     cache = states = None
     files = [TARS if encoder is None else file_pattern(encoder)]

@@ -36,7 +36,8 @@ from capstan.pipeline.config import Recipe, validate
 from capstan.pipeline.storage.local import disk_errors
 from capstan.pipeline.text.printable import PrintableFormatter
 from capstan.pipeline.text.recipe_file import read_recipe
-from capstan.training.config import Shape, TrainConfig, family_class
+from capstan.training.config import Shape, TrainConfig
+from capstan.training.config.families import family_class
 from capstan.training.data.bad_samples import FILE, BadSamples
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.loader import LoadedBatch, Loader

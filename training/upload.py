@@ -27,7 +27,7 @@ from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 from capstan.training.distributed.checkpoint import complete, is_checkpoint, step_of
 from capstan.training.distributed.integrity import MARK, problem_of, set_aside
-from capstan.training.run import Run, check_names, differences, download
+from capstan.training.run import Run, check_names, download, other_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +202,8 @@ class Upload:
         check_names(self.storage, there)
         if "recipe.json" in there:
             before = json.loads(self.storage.read("recipe.json"))["identity"]
-            if changed := differences(before, json.loads(json.dumps(self.run.train.identity()))):
-                problem = f"{self.storage.url} holds a run of another recipe (different: {', '.join(changed)})"
+            if other := other_recipe(before, json.loads(json.dumps(self.run.train.identity()))):
+                problem = f"{self.storage.url} holds a run of {other}"
                 raise RecipeError(_FIELD, problem, "choose another URL, or remove what is there")
         self._set_damaged_aside()
         here = max((step_of(path.name) for path in complete(folder / "checkpoints")), default=0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from capstan.pipeline.config import Recipe
-from capstan.training.config import TrainConfig, family_class
+from capstan.training.config import TrainConfig
+from capstan.training.config.families import family_class
 
 # Quality → bytes of a JPEG per pixel, measured on photographs; interpolated in between.
 _JPEG: Final = ((75, 0.16), (85, 0.24), (90, 0.31), (95, 0.46), (100, 1.1))

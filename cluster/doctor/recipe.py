@@ -11,18 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capstan.cluster.doctor.clock_skew import clock_against
+from capstan.cluster.doctor.commands import command_findings, failed
 from capstan.cluster.doctor.estimates import disk_bytes, parameters, state_bytes
 from capstan.cluster.doctor.finding import Finding, size
 from capstan.cluster.recipe import load
 from capstan.pipeline import extras
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.dataset.shards import read_manifest
+from capstan.pipeline.dataset.shards import Manifest, read_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.source.plan import survey
 from capstan.pipeline.storage import Storage, find_files
 from capstan.training.config import TrainConfig
 
-_SURVEYED: Final = 10_000  # rows of the source
 _ACTIVATIONS: Final = 0.4  # share of a GPU's memory that is left for activations and fragmentation
 
 
@@ -31,7 +30,7 @@ def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Findi
     try:
         recipe = load(path, overrides)
     except CapstanError as error:
-        yield _failed("recipe", error)
+        yield failed("recipe", error)
         return
     yield Finding("recipe", True, str(path))
     yield from _extras(recipe)
@@ -43,12 +42,17 @@ def recipe_findings(path: Path, overrides: Sequence[str] = ()) -> Iterator[Findi
     try:
         storage.check_writable()
     except CapstanError as error:
-        yield _failed("dataset", error)
+        yield failed("dataset", error)
         return
     yield Finding("dataset", True, f"{recipe.dataset}: a file was written, read and removed")
-    yield from _source(recipe)
-    yield from _room(recipe, storage)
-    yield from _shards(recipe, storage)
+    try:
+        manifest = read_manifest(storage)
+    except CapstanError as error:
+        yield failed("manifest", error)
+        return
+    yield from command_findings(recipe, storage, manifest)
+    yield from _room(recipe, storage, manifest)
+    yield from _shards(recipe, manifest)
     yield from _model(recipe)
 
 
@@ -82,35 +86,10 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(f"extra {extra}", package is None, seen, f"pip install 'capstan-t2i[{extra}]'")
 
 
-def _failed(name: str, error: CapstanError) -> Finding:
-    problem = getattr(error, "problem", None)
-    return Finding(
-        name,
-        False,
-        f"{getattr(error, 'field', name)}: {problem}" if problem else str(error),
-        getattr(error, "hint", "see above"),
-    )
-
-
-def _source(recipe: Recipe) -> Iterator[Finding]:
-    """Check the first rows of a source on a disk: whether they can be read, and have captions."""
-    paths = recipe.source.path if recipe.source and recipe.source.path else []
-    if not paths or any("://" in path for path in ([paths] if isinstance(paths, str) else paths)):
-        return
-    try:
-        seen = survey(recipe, _SURVEYED)
-    except CapstanError as error:
-        yield _failed("source", error)
-        return
-    text = ("the first rows: " if seen.read >= _SURVEYED else "") + seen.coverage()
-    hint = "check source.path and source.caption (see docs/sources.md), or add a recaption section"
-    yield Finding("source", bool(seen.captions) or recipe.recaption is not None, text, hint)
-
-
-def _room(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
+def _room(recipe: Recipe, storage: Storage, manifest: Manifest | None) -> Iterator[Finding]:
     """Compare free disk space with the expected size of the dataset."""
     rows, where = rows_of(recipe), storage.local_path()
-    if rows is None or where is None or read_manifest(storage) is not None:
+    if rows is None or where is None or manifest is not None:
         return
     while not where.exists():
         where = where.parent
@@ -138,9 +117,8 @@ def rows_of(recipe: Recipe) -> int | None:
         return None  # `capstan build` reports what is wrong with the source
 
 
-def _shards(recipe: Recipe, storage: Storage) -> Iterator[Finding]:
+def _shards(recipe: Recipe, manifest: Manifest | None) -> Iterator[Finding]:
     """Compare the number of shards with ranks × loader threads: each should have a tar of its own to read."""
-    manifest = read_manifest(storage)
     if recipe.train is None or manifest is None or not manifest.shards or extras.missing(extras.TRAIN) is not None:
         return
     train = TrainConfig.from_recipe(recipe)
@@ -173,6 +151,3 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     least = min(torch.cuda.get_device_properties(number).total_memory for number in range(gpus))
     hint = "set engine.zero: 3, more engine.workers, or a smaller model"
     yield Finding("model", needed < (1 - _ACTIVATIONS) * least, f"{seen}; the smallest GPU has {size(least)}", hint)
-    if train.engine.least > gpus:
-        hint = f"set engine.workers to at most {gpus}, or submit to a cluster"
-        yield Finding("workers", False, f"{train.engine.least} workers, {gpus} GPUs here", hint)

@@ -21,7 +21,7 @@ class Condition(Section):
     Without `by`, the first rows by key are kept. Keys are hashes, so this is a random choice.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["size"])]
     where: Annotated[str, Field(min_length=1)] | None = None
     at_most: Annotated[int, Field(ge=1)] | None = None
     balance: Annotated[str, Field(min_length=1)] | None = None

@@ -31,7 +31,7 @@ class OneLicense(Section):
 
 
 class Source(Section):
-    path: str | list[str] | None = None
+    path: str | list[str] | None = Field(default=None, examples=["urls.parquet"])
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
     url: str | None = "url"  # column with the URL; null: none, where `image` is named
     image: str | None = None  # column with embedded bytes, instead of a URL

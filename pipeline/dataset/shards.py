@@ -224,7 +224,7 @@ class Manifest(_Entry):
 def read_manifest(storage: Storage) -> Manifest | None:
     """Return the manifest of the dataset at `storage`, None if there is no dataset.
 
-    Raises CapstanError for a manifest that this version cannot read.
+    Raises CapstanError for a file that is no manifest, and RecipeError for one of a newer version.
     """
     if not storage.exists(MANIFEST):
         return None
@@ -235,7 +235,8 @@ def read_manifest(storage: Storage) -> Manifest | None:
         where = " ".join(".".join(str(part)[:200] for part in problem["loc"]).split())
         raise CapstanError(f"{storage.url}/{MANIFEST} is not a manifest: {where}: {problem['msg']}") from None
     if manifest.format_version > FORMAT_VERSION:
-        raise CapstanError(f"{storage.url} was written by a newer Capstan (format {manifest.format_version})")
+        newer = f"{storage.url} has format {manifest.format_version}, and this Capstan reads up to {FORMAT_VERSION}"
+        raise RecipeError(storage.field, newer, "upgrade: pip install --upgrade capstan-t2i")
     return manifest
 
 

@@ -62,10 +62,12 @@ Sums = Counter[str]  # shard → sum of its keys, independent of their order
 def verify(storage: Storage, *, progress: bool = False) -> list[str]:
     """Return every problem of the dataset at `storage`, one line each that names the file; [] if there is none.
 
-    Raises RecipeError if there is no dataset.
+    Raises RecipeError if there is no dataset, or if a newer Capstan wrote it.
     """
     try:
         manifest = read_manifest(storage)
+    except RecipeError:
+        raise  # a newer Capstan wrote it: no damage
     except CapstanError as error:
         return [f"{MANIFEST}: {error}"]
     if manifest is None:

@@ -33,7 +33,7 @@ _WEIGHTS: Final = (  # in the order in which open_clip prefers them
     "open_clip_pytorch_model.bin",
     "model.safetensors",
 )
-_FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
+FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
 _VERSION: Final = 1  # of the arithmetic in this file
 PART: Final = 16  # images or captions that one thread encodes together
 
@@ -124,7 +124,7 @@ class ClipModel:
     def _pretrained(self, pretrained: str | None, architecture: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
         """Return (weights, preprocessing) of an open_clip model: a file, or a tag that open_clip downloads."""
         field = f"{self.section}.pretrained"
-        if pretrained is not None and (Path(pretrained).is_file() or pretrained.endswith(_FILE_SUFFIXES)):
+        if pretrained is not None and (Path(pretrained).is_file() or pretrained.endswith(FILE_SUFFIXES)):
             return Path(pretrained).absolute(), {}
         import open_clip
 

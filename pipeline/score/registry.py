@@ -5,6 +5,7 @@ To add a scorer, write its class in a file of this folder and list it here.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pyarrow as pa
 from capstan.pipeline import extras
 from capstan.pipeline.config import ClipScore, HeadScore, Recipe
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.gpus import check_gpus, check_precision
 from capstan.pipeline.score.caption import CaptionMeasures
-from capstan.pipeline.score.clip_model import ClipModel
+from capstan.pipeline.score.clip_model import FILE_SUFFIXES, ClipModel
 from capstan.pipeline.score.clip_score import ClipSimilarity, Embeddings
 from capstan.pipeline.score.descriptors import CopyDescriptors
 from capstan.pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
@@ -37,6 +39,11 @@ _COLUMNS: Final[dict[str, type[Scorer]]] = {
 def columns(recipe: Recipe) -> dict[str, list[pa.Field]]:
     """Return scorer name → ledger columns, for the recipe's scorers. Needs no weights."""
     return {name: kind.columns for name, kind in _COLUMNS.items() if getattr(recipe.score, name) is not None}
+
+
+def scorer_of() -> dict[str, str]:
+    """Return ledger column → the key below `score` whose scorer measures it, for all scorers."""
+    return {field.name: name for name, kind in _COLUMNS.items() for field in kind.columns}
 
 
 def scorers(recipe: Recipe) -> list[Scorer]:
@@ -69,6 +76,29 @@ def scorers(recipe: Recipe) -> list[Scorer]:
         if isinstance(scorer, Head):
             scorer.layers()  # report a mistake before anything is fetched
     return made
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raise RecipeError if this machine lacks the GPUs that the recipe's models are to run on."""
+    score = recipe.score
+    if score.clip is not None:
+        check_precision(score.clip.precision, "score.clip.precision", recipe.resources)
+    if score.clip is not None or any(getattr(score, name) is not None for name in HEADS):
+        check_gpus(recipe.resources)
+
+
+def from_hub(recipe: Recipe) -> list[str]:
+    """Return the sections whose CLIP is named by a tag of open_clip: its weights may have to be downloaded."""
+    sections = {f"score.{name}": getattr(recipe.score, name) for name in ("clip", *HEADS)}
+    named = {key: section for key, section in sections.items() if section is not None and section.model is not None}
+    return [
+        f"{key} ({section.model})"
+        for key, section in named.items()
+        if section.pretrained is not None
+        and not section.pretrained.endswith(FILE_SUFFIXES)
+        and not Path(section.pretrained).is_file()
+        and not Path(section.model).is_dir()
+    ]
 
 
 def _clip_model(clip: ClipScore) -> ClipModel:

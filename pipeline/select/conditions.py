@@ -46,6 +46,7 @@ _DOMAIN: Final = "domain"
 _DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1))"
 _BLOCK_ROWS: Final = 100_000
 _MEMORY_LIMIT: Final = "1GB"
+_OTHER_ROWS: Final = "use the row's own columns only; at_most, balance and top compare rows"
 _ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
 _ALWAYS: Final = ["key", "reason", "detail", "original_width", "original_height", "sha256", "phash"]
 
@@ -75,7 +76,8 @@ def check_conditions(recipe: Recipe) -> None:
     more = [*license_fields(setting_of(recipe)), *added(columns)]
     schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *more])
     with _connect() as db:
-        db.register("block", schema.empty_table())
+        # A row of nulls rather than none, so that constants are cast: width > 'a' fails.
+        db.register("block", pa.table({field.name: pa.nulls(1, field.type) for field in schema}))
         for condition in recipe.select:
             for key, sql in condition.expressions.items():
                 try:
@@ -85,11 +87,11 @@ def check_conditions(recipe: Recipe) -> None:
                         hint = "write one expression, without other clauses, and without ; between statements"
                         raise RecipeError(_field(condition, key), "is not one SQL expression", hint)
                     if any(node["class"] in ("SUBQUERY", "WINDOW") for node in walk(tree)):
-                        hint = "use the row's own columns only; at_most, balance and top compare rows"
-                        raise RecipeError(_field(condition, key), "refers to other rows", hint)
-                    kind = str(db.sql(f"SELECT reason, ({sql}\n) FROM {_rows(schema.names)}").types[1])  # no aggregates
-                    if key == "by":
-                        db.sql(f"SELECT ({sql}\n)::DOUBLE FROM {_rows(schema.names)}").fetchall()
+                        raise RecipeError(_field(condition, key), "refers to other rows", _OTHER_ROWS)
+                    value = f"({sql}\n)::DOUBLE" if key == "by" else f"({sql}\n)"
+                    found = db.sql(f"SELECT reason, {value} FROM {_rows(schema.names)}")  # with reason: no aggregates
+                    kind = str(found.types[1])
+                    found.fetchall()
                 except duckdb.Error as error:
                     raise _explain(condition, key, error, schema.names) from None
                 if key == "where" and kind != "BOOLEAN":
@@ -269,13 +271,31 @@ def _field(condition: Condition, key: str) -> str:
 
 
 def _explain(condition: Condition, key: str, error: duckdb.Error, columns: Sequence[str]) -> RecipeError:
-    message = str(error).splitlines()[0]
-    hint = "correct the SQL"
-    if unknown := re.search(r'column "([^"]+)" not found', message):
-        known = [*columns, _DOMAIN]
-        near = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(known)}"
-        if unknown[1].casefold() == LICENSE.name:
-            hint = "set source.license to the source's column that holds the licences"
-        message = f"no column {unknown[1]!r}"
-    return RecipeError(_field(condition, key), message, hint)
+    problem, hint = _reason(str(error), columns, condition.expressions[key])
+    return RecipeError(_field(condition, key), problem, hint)
+
+
+def _reason(message: str, columns: Sequence[str], sql: str) -> tuple[str, str]:
+    """Return (problem, hint) for DuckDB's message about an expression; its own suggestions are passed on."""
+    line = message.splitlines()[0].rstrip("!.")
+    if unknown := re.search(r'column "([^"]+)" not found', line):
+        return f"no column {unknown[1]!r}", _hint_for_column(unknown[1], [*columns, _DOMAIN])
+    if unknown := re.search(r"Function with name (\S+) does not exist", line):
+        near = re.search(r'Did you mean "([^"]+)"', message)
+        return f"no function {unknown[1]!r}", f"did you mean {near[1]}?" if near else "use a function of DuckDB"
+    if "GROUP BY" in line:  # an aggregate
+        return "refers to other rows", _OTHER_ROWS
+    if 'near ")"' in line and ")" not in sql:
+        return "the SQL ends too early", "complete it, e.g. least(width, height) >= 200"
+    return line.partition(". You might")[0], "correct the SQL"
+
+
+def _hint_for_column(unknown: str, known: Sequence[str]) -> str:
+    if unknown.casefold() == LICENSE.name:
+        return "set source.license to the source's column that holds the licences"
+    measured = {name: scorer for name, scorer in registry.scorer_of().items() if name not in known}
+    near = difflib.get_close_matches(unknown, [*known, *measured], n=3, cutoff=0.6)
+    if near and near[0] in measured:
+        return f"add score.{measured[near[0]]}, which measures {near[0]}"
+    near = [name for name in near if name in known]
+    return f"did you mean {' or '.join(near)}?" if near else f"columns: {', '.join(known)}"

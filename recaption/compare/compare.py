@@ -82,6 +82,15 @@ def side_of(storage: Storage, name: str, slot: str) -> Side:
     return Side(layer, slot)
 
 
+def sides_of(storage: Storage, a: str, b: str, slot: str = DEFAULT_SLOT) -> tuple[Side, Side]:
+    """Return both sides of a comparison. Raises RecipeError if one does not exist, or both are the same."""
+    Dataset(storage)
+    sides = side_of(storage, a, slot), side_of(storage, b, slot)
+    if sides[0].name == sides[1].name:
+        raise RecipeError("B", f"{sides[0].name} is also A", "choose two layers, or two slots as LAYER:SLOT")
+    return sides
+
+
 @dataclass
 class Sampled:
     """Sampled images with captions of both sides."""
@@ -137,9 +146,7 @@ def compare(
     the image counts as `without` and is not scored. Raises RecipeError if fewer than two images are left.
     """
     dataset = Dataset(storage)
-    sides = side_of(storage, a, slot), side_of(storage, b, slot)
-    if sides[0].name == sides[1].name:
-        raise RecipeError("B", f"{sides[0].name} is also A", "choose two layers, or two slots as LAYER:SLOT")
+    sides = sides_of(storage, a, b, slot)
     sampled = Sampled()
     for keys, jpegs, texts in _sample(dataset, sides, sample):
         sampled.add(clip, keys, jpegs, texts)

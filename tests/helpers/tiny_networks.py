@@ -12,8 +12,8 @@ from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
-from capstan.training.models.autoencoder import AutoencoderFamily
-from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.models.autoencoder.family import AutoencoderFamily
+from capstan.training.models.diffusion.family import DiffusionFamily
 
 UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "heads": 2}
 OWN = {"vocab_size": 600, "length": 16, "width": 16, "layers": 2, "heads": 2}

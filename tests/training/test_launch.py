@@ -25,7 +25,8 @@ from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ports import free_port
-from capstan.training.launch import _largest, train
+from capstan.training.config.machine import placement
+from capstan.training.launch import train
 from capstan.training.trainer import fit
 
 
@@ -216,11 +217,11 @@ def test_an_interrupt_saves_ends_soon_and_leaves_no_worker(recipe, tmp_path: Pat
 
 def test_as_many_workers_as_there_is_room_for() -> None:
     gpu = {"CPU": 1, "GPU": 1}
-    assert _largest([4, 2, 1], 3, [16], None) == (2, gpu)
-    assert _largest([4, 2, 1], 0, [2], None) == (2, {"CPU": 1})
-    assert _largest([4, 2], 0, [4, 2], 3) is None
-    assert _largest([4, 2], 0, [4, 4], 3) == (2, {"CPU": 3})
-    assert _largest([4], 2, [64], None) is None  # CPUs do not stand in for GPUs that are too few
+    assert placement([4, 2, 1], 3, [16], None) == (2, gpu)
+    assert placement([4, 2, 1], 0, [2], None) == (2, {"CPU": 1})
+    assert placement([4, 2], 0, [4, 2], 3) is None
+    assert placement([4, 2], 0, [4, 4], 3) == (2, {"CPU": 3})
+    assert placement([4], 2, [64], None) is None  # CPUs do not stand in for GPUs that are too few
 
 
 def test_errors_of_workers_are_raised_as_they_are(recipe) -> None:

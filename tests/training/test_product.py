@@ -11,7 +11,7 @@ from tiny_family import TinyFamily
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.export import export
-from capstan.training.models.vqgan import VqganFamily
+from capstan.training.models.vqgan.family import VqganFamily
 from capstan.training.product import FACTS, family_of, name_family
 
 

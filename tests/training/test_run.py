@@ -13,7 +13,7 @@ from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training import run as run_module
 from capstan.training.config import TrainConfig
-from capstan.training.run import Run, differences, download, last_record, logging_to
+from capstan.training.run import Run, differences, download, last_record, logging_to, other_recipe
 
 
 def make_run(folder: Path, **section: Any) -> Run:
@@ -100,6 +100,14 @@ def test_a_folder_of_a_storage_is_downloaded(tmp_path: Path) -> None:
 def test_differences_are_named_by_their_path() -> None:
     assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}, "d": None}) == ["b.c"]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ["a"]
+
+
+def test_another_recipe_is_told_by_its_model_or_by_a_few_keys() -> None:
+    assert other_recipe({"model": "vqgan", "seed": 1}, {"model": "vqgan", "seed": 1}) == ""
+    assert other_recipe({"model": "vqgan"}, {"model": "captioner"}) == "model vqgan, and the recipe trains captioner"
+    assert other_recipe({"model": "vqgan"}, {"model": "vqgan", "seed": 2}) == "another recipe (different: seed)"
+    many = {"model": "vqgan", **dict.fromkeys("abcdefg", 1)}
+    assert other_recipe({"model": "vqgan"}, many).endswith("(different: a, b, c, d, e and 2 more)")
 
 
 @pytest.mark.parametrize(

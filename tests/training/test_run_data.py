@@ -20,10 +20,11 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import write_given_layer
 from capstan.training.config import Data, TrainConfig
-from capstan.training.data.dataset import TrainingData, find_layer
+from capstan.training.data.dataset import TrainingData
 from capstan.training.data.mixture import MixedData
+from capstan.training.data.sources import find_layer, weighted_datasets
 from capstan.training.run import Run
-from capstan.training.run_data import open_data, pin, weighted_datasets
+from capstan.training.run_data import open_data, pin
 from capstan.training.trainer import fit
 
 

@@ -36,8 +36,8 @@ def runs(squares, tmp_path_factory):
     from capstan.pipeline.storage import Storage
     from capstan.training.config import TrainConfig
     from capstan.training.data.dataset import TrainingData
-    from capstan.training.models.autoencoder import AutoencoderFamily
-    from capstan.training.models.diffusion import DiffusionFamily
+    from capstan.training.models.autoencoder.family import AutoencoderFamily
+    from capstan.training.models.diffusion.family import DiffusionFamily
 
     root = tmp_path_factory.mktemp("runs")
     small = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -127,7 +127,7 @@ def test_steps_beyond_what_the_schedule_holds_are_refused_by_name(runs, objectiv
 
 def test_a_recipe_with_too_many_sampling_steps_is_refused_before_the_first_step(runs):
     from capstan.training.config import TrainConfig
-    from capstan.training.models.diffusion import DiffusionFamily
+    from capstan.training.models.diffusion.family import DiffusionFamily
 
     section = json.loads((runs / "run" / "recipe.json").read_text())["recipe"]["train"] | {"run": "x", "steps": 1}
     for watch, sampling, field in (

@@ -8,7 +8,6 @@ section of its name (`train.diffusion`, ...); the family defines their schema.
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -17,15 +16,8 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from capstan.pipeline.config import Recipe, Section, fingerprint, validate
 from capstan.pipeline.errors import RecipeError
+from capstan.training.config.families import FAMILIES, traits_of
 from capstan.training.config.monitoring import Watch
-
-# A family is a folder. To add one, add it here: nothing else in training names families.
-FAMILIES: Final = {
-    "autoencoder": "capstan.training.models.autoencoder:AutoencoderFamily",
-    "captioner": "capstan.training.models.captioner:CaptionerFamily",
-    "diffusion": "capstan.training.models.diffusion:DiffusionFamily",
-    "vqgan": "capstan.training.models.vqgan:VqganFamily",
-}
 
 ORIGINAL: Final = "original"  # the slot of the caption that came with the image
 AUTO: Final = "auto"  # of latents: encode what is missing, then read them
@@ -265,12 +257,12 @@ class TrainConfig(Section):
     def from_section(cls, raw: dict[str, Any]) -> TrainConfig:
         """Return the same as `from_recipe`, from the section's mapping."""
         name = raw.get("model")
-        chosen = family_class(name) if isinstance(name, str) else None
+        chosen = traits_of(name) if isinstance(name, str) else None
         section = chosen.name if chosen else None
         inner = {key: raw[key] for key in raw if key in FAMILIES or key == section}
         config = validate(cls, {key: value for key, value in raw.items() if key not in inner}, "train")
         for key, value in inner.items():
-            family = chosen if chosen and key == section else family_class(key)
+            family = chosen if chosen and key == section else traits_of(key)
             settings = validate(family.settings, value or {}, f"train.{key}")
             if key == section:
                 config._settings = settings
@@ -325,26 +317,11 @@ def scratch_folder(url: str) -> Path:
     return root / f"{url.rstrip('/').rpartition('/')[2]}-{fingerprint(url.rstrip('/'))}"
 
 
-def family_class(name: str, field: str = "train.model") -> Any:
-    """Return the `Family` class of this name, as in `train.model`. Raises RecipeError naming `field` if none."""
-    target = FAMILIES.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon:
-        hint = f"use one of {', '.join(sorted(FAMILIES))}, or package.module:Class"
-        raise RecipeError(field, f"no model family {name!r}", hint)
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if name in FAMILIES:
-            raise  # a broken installation, not a mistake in the recipe
-        raise RecipeError(field, f"cannot load {name} ({error})", "name an importable class") from None
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of the section `train`, including the families' sections."""
     schema = TrainConfig.model_json_schema()
     for name in FAMILIES:
-        inner = family_class(name).settings.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        inner = traits_of(name).settings.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         for key, definition in inner.pop("$defs", {}).items():
             schema.setdefault("$defs", {})[f"{name}.{key}"] = definition
         schema["properties"][name] = inner

@@ -8,7 +8,6 @@ and each worker takes its slice. So a run can stop at any step and resume with a
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +17,6 @@ import numpy as np
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.storage import Storage
-from capstan.recaption.store import empty_slots, latest_layer, layer_recipe, list_layers, model_layer
 from capstan.training.config import ORIGINAL, Data
 from capstan.training.data.bad_samples import Location
 from capstan.training.data.buckets import Size, assign, shapes, sizes_of
@@ -174,34 +171,3 @@ def _states(states: Mapping[str, ShardRows], slot: str, row: int) -> dict[str, n
     """Return name → array of one sample, for the slot drawn for it (stored as SLOT.NAME)."""
     start = f"{slot}."
     return {name.removeprefix(start): np.asarray(rows[row]) for name, rows in states.items() if name.startswith(start)}
-
-
-def find_layer(storage: Storage, data: Data) -> str | None:
-    """Return the id of the caption layer that `train.data.layer` names, or None for the original captions.
-
-    Raises RecipeError if the layer, or a slot of the blend, does not exist, or if captions are missing.
-    """
-    if data.layer is None:
-        return None
-    layer = latest_layer(storage) if data.layer == "latest" else data.layer
-    if layer is None or layer not in list_layers(storage):
-        problem = f"{storage.url} has no caption layer" + ("" if layer is None else f" {layer}")
-        hint = "run `capstan recaption` first, or set layer: null to train on the original captions"
-        raise RecipeError("train.data.layer", problem, hint)
-    recipe = layer_recipe(storage, layer)
-    slots = [*recipe["slots"], ORIGINAL]
-    for slot in data.weights:
-        if slot not in slots:
-            near = difflib.get_close_matches(slot, slots, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(slots)}"
-            raise RecipeError("train.data.blend", f"layer {layer} has no slot {slot!r}", hint)
-    model = model_layer(storage, layer)  # layers written by people may be partial
-    existing = set(storage.names(f"captions/{model}"))
-    for shard in [] if model is None else Dataset(storage).shard_names:
-        if f"captions/{model}/{shard}.parquet" not in existing:
-            hint = "run `capstan recaption` to complete it"
-            raise RecipeError("train.data.layer", f"layer {model} has no captions of {shard}", hint)
-    if empty := empty_slots(storage, layer, (slot for slot, weight in data.weights.items() if weight)):
-        hint = "run `capstan recaption` again (its summary lists why captions failed), or use another layer"
-        raise RecipeError("train.data.layer", f"layer {layer} has no caption in slot {', '.join(empty)}", hint)
-    return layer

@@ -7,7 +7,6 @@ already have that size are only decoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,9 +14,8 @@ import simplejpeg
 import torch
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.config.families import Crop
 from capstan.training.family import Sample, Samples
-
-Crop = Literal["center", "random"]
 
 
 def square(jpeg: bytes, size: int, *, rng: np.random.Generator | None = None, flip: bool = False) -> np.ndarray:

@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from capstan.pipeline.errors import RecipeError
-
 if TYPE_CHECKING:
-    from capstan.training.config import TrainConfig
     from capstan.training.distributed.engine import Engine
     from capstan.training.family import Metrics
 
@@ -100,13 +97,3 @@ class Adversary(ABC):
         """Restore what `state` returned, on any number of workers."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def refuse_without_ddp(train: TrainConfig, field: str) -> None:
-    """Raise RecipeError if the engine does not support the second model that `field` adds."""
-    if train.engine.strategy != "ddp":
-        problem = f"{train.engine.strategy} trains one model, but {field} adds a second one"
-        raise RecipeError("train.engine.strategy", problem, "set engine: {strategy: ddp}, without zero")
-    if train.precision not in ("fp32", "bf16"):
-        problem = f"{train.precision} needs loss scaling, which {field} does not support"
-        raise RecipeError("train.precision", problem, "use bf16 or fp32")

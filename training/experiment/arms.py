@@ -18,7 +18,7 @@ from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training.config import ORIGINAL, Data, TrainConfig
-from capstan.training.data.dataset import find_layer
+from capstan.training.data.sources import find_layer
 from capstan.training.experiment.config import Arm, ExperimentConfig
 
 _NO_RATE: Final = 1e-12  # AdamW's first step moves a weight by about the rate

@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from capstan.pipeline.config import Recipe, Section, validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
-from capstan.training.config import ORIGINAL, TrainConfig, family_class
+from capstan.training.config import ORIGINAL, TrainConfig
+from capstan.training.config.families import traits_of
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -139,7 +140,7 @@ class ExperimentConfig(Section):
     def _checked(cls, raw: dict[str, Any], train: TrainConfig) -> ExperimentConfig:
         config = validate(cls, raw, "experiment")
         _ = config.writer
-        if family_class(train.model).draws != "image":
+        if traits_of(train.model).draws != "image":
             hint = "name a model that draws, e.g. train.model: diffusion"
             raise RecipeError("train.model", f"{train.model} cannot generate images from prompts", hint)
         if "://" in train.run:

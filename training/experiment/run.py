@@ -35,7 +35,7 @@ from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import layer_recipe
 from capstan.training.config import ORIGINAL, TrainConfig
-from capstan.training.data.dataset import find_layer
+from capstan.training.data.sources import find_layer
 from capstan.training.experiment import arms, prompts, upsample
 from capstan.training.experiment.arms import Trial
 from capstan.training.experiment.caption_accuracy import caption_accuracy, prompt_statistics, shown_captions

@@ -22,9 +22,9 @@ from capstan.pipeline.progress import Progress
 from capstan.pipeline.score.descriptors import Descriptor
 from capstan.training.config import Data, TrainConfig
 from capstan.training.data.dataset import TrainingData
+from capstan.training.data.sources import open_storage, weighted_datasets
 from capstan.training.data.transforms import square
 from capstan.training.metrics.samples import EvalSet
-from capstan.training.run_data import open_storage, weighted_datasets
 
 _TOGETHER = 64  # training images described before they are compared
 _PAIRS = 16  # pairs listed, nearest first

@@ -16,8 +16,8 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
 from capstan.training.config import Data, TrainConfig
 from capstan.training.data.dataset import TrainingData
+from capstan.training.data.sources import open_storage, weighted_datasets
 from capstan.training.data.transforms import square
-from capstan.training.run_data import open_storage, weighted_datasets
 
 _UNSEEN: Final = 7_919_000_003  # added to the world's seed: no dataset is generated from the sum
 

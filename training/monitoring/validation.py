@@ -30,7 +30,8 @@ import numpy as np
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
-from capstan.training.config import TrainConfig, family_class
+from capstan.training.config import TrainConfig
+from capstan.training.config.families import family_class
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
 from capstan.training.drawing.drawer import Drawer, Drawn

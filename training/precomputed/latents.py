@@ -27,7 +27,8 @@ from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.training.config import Data, TrainConfig, family_class
+from capstan.training.config import Data, TrainConfig
+from capstan.training.config.families import family_class
 from capstan.training.data.buckets import Size, assign, check_sizes, nearest_square, sizes_of
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.shard_cache import ShardCache

@@ -25,7 +25,8 @@ from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import layer_recipe, read_layer
-from capstan.training.config import ORIGINAL, TrainConfig, family_class
+from capstan.training.config import ORIGINAL, TrainConfig
+from capstan.training.config.families import family_class
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.family import Batch, Sample
 from capstan.training.precomputed.files import file_reader, metadata_of, parse, refuse_not_finite

@@ -103,5 +103,5 @@ def test_where_there_is_no_dataset(storage: Storage) -> None:
     with pytest.raises(CapstanError, match="is not a manifest"):
         Dataset(storage)
     write_manifest(storage, Manifest(format_version=99))
-    with pytest.raises(CapstanError, match="newer"):
+    with pytest.raises(CapstanError, match=r"format 99, and this Capstan reads up to.*upgrade: pip install"):
         Dataset(storage)

@@ -67,7 +67,7 @@ def test_balance_keeps_equal_counts(storage: Storage) -> None:
         ({}, "found: none"),
         ({"at_most": 3, "per": "domian"}, "select.x.per: no column 'domian'.*did you mean domain"),
         ({"top": 0.5, "by": "caption"}, "select.x.by: Conversion Error"),
-        ({"balance": "width +"}, "select.x.balance: Parser Error"),
+        ({"balance": "width +"}, "select.x.balance: the SQL ends too early"),
     ],
 )
 def test_a_bad_sampling_step_names_itself(storage: Storage, condition: dict[str, Any], message: str) -> None:

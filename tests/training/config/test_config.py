@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from repo import HELPERS
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import RecipeError
-from capstan.training.config import FAMILIES, TrainConfig, family_class, json_schema
+from capstan.training.config import TrainConfig, json_schema
+from capstan.training.config.families import FAMILIES, family_class, traits_of
 
 TINY = "tiny_family:TinyFamily"
 
@@ -86,7 +89,22 @@ def test_every_family_says_what_a_family_must() -> None:
         family = family_class(name)
         assert family.name == name
         assert not family.__abstractmethods__
+        traits = traits_of(name)
+        assert (family.settings, family.captions) == (traits.settings, traits.captions)
+        assert (family.buckets, family.draws) == (traits.buckets, traits.draws)
 
 
 def test_the_schema_holds_the_families_sections() -> None:
     assert {"model", "engine", *FAMILIES} <= json_schema()["properties"].keys()
+
+
+def test_checking_a_recipe_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys\n"
+        "from capstan.training.config import TrainConfig, json_schema\n"
+        "section = {'model': 'diffusion', 'run': 'r', 'steps': 1, 'diffusion': {'autoencoder': 'x'}}\n"
+        "TrainConfig.from_section(section), json_schema()\n"
+        "print(sorted({'torch', 'ray'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

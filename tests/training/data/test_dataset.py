@@ -16,8 +16,9 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import write_given_layer
 from capstan.training.config import Data
-from capstan.training.data.dataset import TrainingData, find_layer
+from capstan.training.data.dataset import TrainingData
 from capstan.training.data.order import hash64
+from capstan.training.data.sources import find_layer
 
 
 def open_data(folder: Path, data: Data | None = None, **options) -> TrainingData:

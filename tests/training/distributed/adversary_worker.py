@@ -12,7 +12,8 @@ import torch
 
 from capstan.training.config import TrainConfig
 from capstan.training.distributed.engine import Engine
-from capstan.training.models.autoencoder.discriminator import DiscriminatorSettings, PatchAdversary
+from capstan.training.models.autoencoder.config import DiscriminatorSettings
+from capstan.training.models.autoencoder.discriminator import PatchAdversary
 
 STEPS, BATCH, CLIP = 4, 8, 0.5
 

@@ -23,9 +23,8 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.distributed.engine import Engine
 from capstan.training.distributed.step import Step
-from capstan.training.models.captioner import CaptionerFamily
 from capstan.training.models.captioner.contrast import contrast, surrogate
-from capstan.training.models.captioner.family import refuse_batch_norm
+from capstan.training.models.captioner.family import CaptionerFamily, refuse_batch_norm
 from capstan.training.models.captioner.model import contrastive_loss
 from capstan.training.trainer import fit
 

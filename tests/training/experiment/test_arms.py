@@ -102,7 +102,7 @@ def test_an_arm_without_its_captions_is_refused(captioned: Path) -> None:
     shutil.rmtree(captioned / "captions" / "truth")
     recipe = recipe_of(captioned)
     config, train = ExperimentConfig.from_recipe(recipe), TrainConfig.from_recipe(recipe)
-    with pytest.raises(RecipeError, match=r"experiment\.arms\.truth95\.layer: .* no caption layer truth"):
+    with pytest.raises(RecipeError, match=r"experiment\.arms\.truth95\.layer: .* no caption layer 'truth'"):
         layers(recipe, config, train, "written")
     recipe = recipe.model_copy(update={"experiment": {"arms": {"original": None, "x": {"blend": {"shrt": 1}}}}})
     with pytest.raises(RecipeError, match=r"experiment\.arms\.x\.blend: .* no slot 'shrt'"):

@@ -13,7 +13,7 @@ import torch
 
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.training.export import export
-from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.models.diffusion.family import DiffusionFamily
 from capstan.training.sample import open_sampler
 
 OVERFLOW = 1e7  # times a weight: its products are beyond fp16's 65504, and far from fp32's limit

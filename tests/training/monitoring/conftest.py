@@ -15,7 +15,7 @@ from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
-from capstan.training.models.autoencoder import AutoencoderFamily
+from capstan.training.models.autoencoder.family import AutoencoderFamily
 
 SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 WORLD = {"format": "world", "world": {"scenes": 10, "size": 16}}

@@ -23,9 +23,8 @@ from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.data.transforms import batch_of, cut, to_signed
 from capstan.training.encode import encode, encode_missing
 from capstan.training.launch import train as train_
-from capstan.training.models.autoencoder import AutoencoderFamily
-from capstan.training.models.autoencoder.family import load_autoencoder
-from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.models.autoencoder.family import AutoencoderFamily, load_autoencoder
+from capstan.training.models.diffusion.family import DiffusionFamily
 from capstan.training.precomputed.files import metadata_of, parse
 from capstan.training.precomputed.latents import LatentsJob, encoder_identity, plan, reader
 from capstan.training.precomputed.text_embeddings import TextStatesJob

@@ -6,35 +6,17 @@ that balances its gradient with the reconstruction's), Lim & Ye 2017 (hinge loss
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Final
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
-from capstan.pipeline.config import Section
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.family import Metrics
+from capstan.training.models.autoencoder.config import DiscriminatorSettings
 
 _LARGEST: Final = 1e4  # upper bound of the adaptive weight
-
-
-class DiscriminatorSettings(Section):
-    """`discriminator`. The defaults are taming-transformers' for ImageNet."""
-
-    start: Annotated[int, Field(ge=0)] = (
-        10_000  # first step with the discriminator: the images must be recognisable before
-    )
-    weight: Annotated[float, Field(gt=0)] = (
-        0.8  # norm of its gradient at the last layer, relative to the reconstruction's
-    )
-    adaptive: bool = True  # false: `weight` multiplies its loss directly
-    loss: Literal["hinge", "vanilla"] = "hinge"
-    channels: Annotated[int, Field(ge=1)] = 64  # of its first layer; each further layer doubles them, up to 8 times
-    layers: Annotated[int, Field(ge=1)] = 3  # layers that halve the image: 3 see patches of 70 pixels, 2 of 34, 1 of 16
-    lr: Annotated[float, Field(gt=0)] = 1.0  # relative to train.lr at the same step
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)  # of its Adam
 
 
 class PatchDiscriminator(nn.Sequential):

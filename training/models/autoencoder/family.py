@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
@@ -19,18 +18,12 @@ from capstan.training.data.transforms import to_signed
 from capstan.training.draws import normal
 from capstan.training.family import Batch, Metrics, finite
 from capstan.training.models.autoencoder.codec import ImageCodec
-from capstan.training.models.autoencoder.first_stage import FirstStage, StageSettings, factor_of, load_weights
+from capstan.training.models.autoencoder.config import AutoencoderSettings
+from capstan.training.models.autoencoder.first_stage import FirstStage, factor_of, load_weights
 from capstan.training.models.autoencoder.model import Autoencoder, kl_divergence, lower_log_variance, standardise
 from capstan.training.product import find_product, read_facts, write_facts
 
-__all__ = ["AutoencoderFamily", "AutoencoderSettings", "build", "factor_of", "load_autoencoder"]
-
-
-class AutoencoderSettings(StageSettings):
-    """`train.autoencoder`. Defaults: Stable Diffusion's autoencoder (8× smaller, 4 channels)."""
-
-    kl: Annotated[float, Field(ge=0)] = 1e-6  # weight of the KL divergence per pixel value
-    log_variance: float = -6.0  # of the latents at the start; the prior's is 0
+__all__ = ["AutoencoderFamily", "build", "factor_of", "load_autoencoder"]
 
 
 class AutoencoderFamily(FirstStage):

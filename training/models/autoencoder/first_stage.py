@@ -1,4 +1,4 @@
-"""Settings, assets and image loss that both first stages share.
+"""Assets and image loss that both first stages share.
 
     image loss    reconstruction + edges · gradient difference + perceptual · LPIPS
     adversarial   λ · loss against a discriminator (discriminator.py), from its start step on
@@ -11,77 +11,27 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
-from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
-from capstan.training.data.transforms import Crop, batch_of, image_size, psnr, square, to_signed
-from capstan.training.distributed.adversary import refuse_without_ddp
+from capstan.training.data.transforms import batch_of, image_size, psnr, square, to_signed
 from capstan.training.family import Batch, Family, Metrics, Sample, Samples, gradient_only
-from capstan.training.models.autoencoder.discriminator import DiscriminatorSettings, PatchAdversary
-from capstan.training.models.autoencoder.lpips import Lpips, PerceptualSettings, load_lpips
+from capstan.training.models.autoencoder.config import StageSettings
+from capstan.training.models.autoencoder.discriminator import PatchAdversary
+from capstan.training.models.autoencoder.lpips import Lpips, load_lpips
 from capstan.training.models.autoencoder.model import edge_difference
 
 _IMAGES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: the images that latents are measured on
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-class StageSettings(Section):
-    """The settings that both first-stage families share."""
-
-    pretrained: str | None = None  # start from this model (a run, a product or a diffusers folder)
-    size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
-    crop: Crop = "center"  # how an image is made square
-    flip: bool = False  # mirror half of the images
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)  # one per level
-    layers_per_block: Positive = 2
-    latent_channels: Positive = 4
-    norm_num_groups: Positive = 32
-    mid_attention: bool = True  # self-attention at the lowest level
-    down_block_types: list[str] | None = None  # diffusers' names; null: DownEncoderBlock2D everywhere
-    up_block_types: list[str] | None = None  # diffusers' names; null: UpDecoderBlock2D everywhere
-    reconstruction: Literal["l1", "l2"] = "l1"
-    edges: Annotated[float, Field(ge=0)] = 0.0  # weight of the gradient difference
-    perceptual: PerceptualSettings | None = None  # null: off
-    discriminator: DiscriminatorSettings | None = None  # null: off
-    statistics: Positive = 128  # images from which the latents' scale is computed at the end
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels {channels} does not divide by norm_num_groups")
-        for name in ("down_block_types", "up_block_types"):
-            blocks = getattr(self, name)
-            if blocks is not None and len(blocks) != len(self.block_out_channels):
-                raise ValueError(f"{name} must name one block for each of block_out_channels")
-        return self
-
-    def shape(self) -> dict[str, Any]:
-        """Return the arguments that AutoencoderKL and VQModel have in common."""
-        levels = len(self.block_out_channels)
-        return {
-            "down_block_types": tuple(self.down_block_types or ["DownEncoderBlock2D"] * levels),
-            "up_block_types": tuple(self.up_block_types or ["UpDecoderBlock2D"] * levels),
-            "block_out_channels": self.block_out_channels,
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "norm_num_groups": self.norm_num_groups,
-            "mid_block_add_attention": self.mid_attention,
-            "sample_size": self.size or 512,
-        }
 
 
 class FirstStage(Family):
     """A family whose model maps images to latents and back; needs no captions."""
 
-    captions: ClassVar[bool] = False
+    captions: ClassVar[bool] = StageSettings.captions
 
     train: StageSettings
     size: int  # pixels, both sides of the images
@@ -93,17 +43,6 @@ class FirstStage(Family):
     @abstractmethod
     def build(settings: Any) -> Any:
         """Return a new diffusers model of the settings' shape, or the one that `pretrained` names."""
-
-    @classmethod
-    def check(cls, train: TrainConfig) -> None:
-        if train.settings.discriminator is not None:
-            refuse_without_ddp(train, f"train.{cls.name}.discriminator")
-            if train.engine.compile and train.settings.discriminator.adaptive:
-                problem = (
-                    f"a compiled model runs backward once per step, and the weight of train.{cls.name}.discriminator"
-                )
-                hint = "remove it, or set discriminator: {adaptive: false}"
-                raise RecipeError("train.engine.compile", f"{problem} needs its gradients before that", hint)
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
+from capstan.training.models.autoencoder.config import PerceptualSettings
 
 VGG: Final = "vgg16-397923af.pth"  # torchvision's VGG16 (IMAGENET1K_V1), under its published name
 HEADS: Final = "vgg.pth"  # the linear heads, lpips/weights/v0.1/vgg.pth of the package lpips
 _ENDS: Final = (4, 9, 16, 23, 30)  # in VGG16's `features`, the index after the last ReLU of each block
 _CHANNELS: Final = (64, 128, 256, 512, 512)  # after each block
 _UNSET: Final = "set perceptual: null"
-
-
-class PerceptualSettings(Section):
-    """`perceptual`: LPIPS as a part of the loss."""
-
-    network: str  # a folder with vgg16-397923af.pth (torchvision's VGG16) and vgg.pth (LPIPS' heads for it)
-    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Lpips(nn.Module):

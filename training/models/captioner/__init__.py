@@ -1,8 +1,5 @@
 """Images and captions → CoCa, a model that writes captions.
 
-Order: model (module, initialisation, losses) → initialize (`train.init`) → family (settings, batches, product).
+Order: config (settings, without torch) → model (module, initialisation, losses) → initialize (`train.init`) → family
+(batches, product).
 """
-
-from capstan.training.models.captioner.family import CaptionerFamily, CaptionerSettings
-
-__all__ = ["CaptionerFamily", "CaptionerSettings"]

@@ -11,7 +11,7 @@ from capstan.recaption.engines.coca import BPE_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from capstan.training.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from capstan.training.models.captioner.family import CaptionerSettings
+    from capstan.training.models.captioner.config import CaptionerSettings
 
 
 def inherit(product: Path, settings: CaptionerSettings) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from capstan.pipeline.config import Section
-from capstan.training.data.transforms import Crop
+from capstan.pipeline.errors import RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.config.families import Crop, FamilySettings
 from capstan.training.models.diffusion.presets import Preset
 from capstan.training.models.noise.schedulers import SamplerName
 from capstan.training.models.noise.settings import DdpmSettings, FlowSettings
@@ -93,8 +95,11 @@ class SamplingSettings(Section):
 
 
 # Keys added after the first release are null by default, so that older runs can resume.
-class DiffusionSettings(Section):
+class DiffusionSettings(FamilySettings):
     """`train.diffusion`. The network is given by `preset`, else by `config`, else by `unet`."""
+
+    buckets: ClassVar[bool] = True
+    draws: ClassVar[str | None] = "image"
 
     autoencoder: str  # a run of the family autoencoder, its product, or a diffusers AutoencoderKL
     size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
@@ -134,6 +139,14 @@ class DiffusionSettings(Section):
             hint = "dpm++ or euler" if self.objective == "flow" else "ddim or dpm++"
             raise ValueError(f"sampling.sampler {other} is not for objective {self.objective}; use {hint}")
         return self
+
+    def models(self) -> dict[str, str]:
+        return {"autoencoder": self.autoencoder}
+
+    def check(self, train: TrainConfig) -> None:
+        if train.data.latents is not None and self.crop != "center":
+            problem = "latents are precomputed from the center of images, whatever crop is"
+            raise RecipeError("train.diffusion.crop", problem, "set crop: center, or remove train.data.latents")
 
     @property
     def _mapping(self) -> dict[str, Any]:

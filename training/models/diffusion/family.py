@@ -52,14 +52,8 @@ class DiffusionFamily(Family):
 
     name: ClassVar[str] = "diffusion"
     settings: ClassVar[type[Section]] = DiffusionSettings
-    buckets: ClassVar[bool] = True
+    buckets: ClassVar[bool] = DiffusionSettings.buckets
     draws: ClassVar[Kind | None] = "image"
-
-    @classmethod
-    def check(cls, train: TrainConfig) -> None:
-        if train.data.latents is not None and train.settings.crop != "center":
-            problem = "latents are precomputed from the center of images, whatever crop is"
-            raise RecipeError("train.diffusion.crop", problem, "set crop: center, or remove train.data.latents")
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
@@ -20,24 +19,12 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
 from capstan.training.family import Batch, Metrics, finite, gradient_only
 from capstan.training.models.autoencoder.codec import ImageCodec, latents_of
-from capstan.training.models.autoencoder.first_stage import FirstStage, Positive, StageSettings, load_weights
+from capstan.training.models.autoencoder.first_stage import FirstStage, load_weights
+from capstan.training.models.vqgan.config import VqganSettings
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
 from capstan.training.product import find_product, read_facts, write_facts
 
 _BATCH = 16  # images encoded at once
-
-
-class VqganSettings(StageSettings):
-    """`train.vqgan`. Defaults: taming-transformers' VQGAN for ImageNet (16× smaller, 1024 codes)."""
-
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 128, 256, 256, 512)
-    latent_channels: Positive = 256
-    codes: Annotated[int, Field(ge=2)] = 1024  # in the codebook
-    code_channels: Positive | None = None  # values per code; null: latent_channels
-    codebook: Annotated[float, Field(gt=0)] = 1.0  # weight of the codebook's loss
-    commitment: Annotated[float, Field(ge=0)] = 0.25  # β, relative to `codebook`: pulls latents towards their codes
-    revival: Annotated[float, Field(ge=0)] = 1.0  # weight of the loss that pulls unused codes to latents; 0: off
-    start: Literal["latents", "uniform"] = "latents"  # initial codes: latents of images, or random values around 0
 
 
 class VqganFamily(FirstStage):
@@ -55,13 +42,6 @@ class VqganFamily(FirstStage):
         self.set_up(assets, self.model.vq.config)
         if self.train.pretrained is None and self.train.start == "latents":
             self._start_from_latents()
-
-    @classmethod
-    def check(cls, train: TrainConfig) -> None:
-        super().check(train)
-        if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
-            problem = "3 shards the codebook over the workers, and every latent is compared with all of it"
-            raise RecipeError("train.engine.zero", problem, "set zero: 2, or strategy: ddp")
 
     @staticmethod
     def build(settings: Any) -> Any:

@@ -13,8 +13,7 @@ from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.transforms import psnr, square, to_signed
-from capstan.training.models.autoencoder import AutoencoderFamily
-from capstan.training.models.autoencoder.family import load_autoencoder
+from capstan.training.models.autoencoder.family import AutoencoderFamily, load_autoencoder
 from capstan.training.models.autoencoder.model import kl_divergence, latent_moments, standardise
 from capstan.training.product import kind_of, read_facts
 

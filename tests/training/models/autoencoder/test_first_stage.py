@@ -11,15 +11,15 @@ from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.distributed.engine import Engine
-from capstan.training.models.autoencoder import AutoencoderFamily
+from capstan.training.models.autoencoder.config import DiscriminatorSettings, PerceptualSettings
 from capstan.training.models.autoencoder.discriminator import (
-    DiscriminatorSettings,
     PatchAdversary,
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
 )
-from capstan.training.models.autoencoder.lpips import HEADS, VGG, PerceptualSettings, load_lpips
+from capstan.training.models.autoencoder.family import AutoencoderFamily
+from capstan.training.models.autoencoder.lpips import HEADS, VGG, load_lpips
 
 SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 DISCRIMINATOR = {"start": 0, "channels": 4, "layers": 1}

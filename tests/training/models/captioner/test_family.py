@@ -25,7 +25,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.family import Sample
-from capstan.training.models.captioner import CaptionerFamily
+from capstan.training.models.captioner.family import CaptionerFamily
 from capstan.training.models.captioner.model import IGNORED, caption_loss, contrastive_loss
 from capstan.training.product import kind_of
 
@@ -360,7 +360,7 @@ def test_a_slot_without_a_prompt_is_refused(family: CaptionerFamily) -> None:
 def test_the_default_shape_is_coca_vit_b_32s_with_a_longer_context() -> None:
     import open_clip
 
-    from capstan.training.models.captioner import CaptionerSettings
+    from capstan.training.models.captioner.config import CaptionerSettings
 
     ours = CaptionerSettings().architecture(49408)
     theirs = open_clip.get_model_config("coca_ViT-B-32")

@@ -12,9 +12,9 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.family import Sample
-from capstan.training.models.autoencoder import AutoencoderFamily
-from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.models.autoencoder.family import AutoencoderFamily
 from capstan.training.models.diffusion.config import DdpmSettings, FlowSettings
+from capstan.training.models.diffusion.family import DiffusionFamily
 from capstan.training.models.noise.process import Ddpm, Flow
 from capstan.training.product import kind_of, read_facts
 

@@ -17,7 +17,7 @@ from capstan.pipeline.world import oracle
 from capstan.training.config import TrainConfig
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
-from capstan.training.models.diffusion import DiffusionFamily
+from capstan.training.models.diffusion.family import DiffusionFamily
 from capstan.training.models.diffusion.registry import backbone_of
 from capstan.training.product import read_facts
 from capstan.training.sample import open_sampler, sample

@@ -15,8 +15,7 @@ from capstan.training.data.dataset import TrainingData
 from capstan.training.data.transforms import to_signed
 from capstan.training.evaluate import evaluate
 from capstan.training.models.autoencoder.family import load_autoencoder
-from capstan.training.models.vqgan import VqganFamily
-from capstan.training.models.vqgan.family import load_vq
+from capstan.training.models.vqgan.family import VqganFamily, load_vq
 from capstan.training.models.vqgan.model import choices, codebook_loss, nearest, revival_loss, usage
 from capstan.training.product import kind_of, read_facts
 
