@@ -168,12 +168,19 @@ def _captions(manifest: Manifest, layers: Mapping[str, Sequence[str]]) -> list[s
 
 
 def _removal(wishes: Wishes) -> list[str]:
-    whom = _text(wishes.contact) if wishes.contact else ""
+    whom = _contact(wishes.contact)
     if not whom and wishes.url:
         whom = f"{wishes.url}/discussions"
     if not whom:
         return ["Ask whoever gave you this copy. Name the images by their key, URL or SHA-256."]
     return [f"Write to {whom}. Name the images by their key, URL or SHA-256; `shards/*.parquet` has all three."]
+
+
+def _contact(text: str) -> str:
+    """Return whom to ask, with a URL or an e-mail address as a link."""
+    plain = text.strip()
+    link = re.fullmatch(r"https?://[^\s<>]+|[^\s<>@]+@[^\s<>@]+", plain)
+    return f"<{plain}>" if link else _text(plain)
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from capstan.pipeline.dataset.croissant import PUBLISHED
 from capstan.pipeline.dataset.indexes import indexes
 from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, Manifest, ShardEntry, sha256_of
 from capstan.pipeline.errors import DamagedFile, RecipeError
-from capstan.pipeline.records import REJECTED, REMOVED
+from capstan.pipeline.records import FORMAT_VERSION, REJECTED, REMOVED
 from capstan.pipeline.secrets import public_url
 from capstan.pipeline.storage import Storage, parquet_bytes
 
@@ -71,6 +71,9 @@ def ready(storage: Storage) -> Manifest:
     Raises RecipeError if there is no dataset, if it is being rewritten, or if a removal is not finished.
     """
     manifest = Dataset(storage).manifest
+    if manifest.format_version < FORMAT_VERSION:
+        problem = f"{storage.url} was written by an older Capstan (format {manifest.format_version})"
+        raise RecipeError(storage.field, problem, _BUILD)
     if storage.exists("removed/pending.parquet"):
         raise RecipeError(storage.field, f"a removal from {storage.url} is not finished", _BUILD)
     if not manifest.complete:
@@ -98,8 +101,9 @@ def contents(storage: Storage, manifest: Manifest, wishes: Wishes) -> tuple[Mani
     files += [file for layer in wishes.layers for file in _layer(storage, manifest, layer)]
     published = manifest.model_copy(update=told)
     made = [PublishedFile.of(name, data) for name, data in indexes(published).items()]
-    sums = {file.name: file.sha256 for file in made} | {energon.INDEX: manifest.indexes[energon.INDEX]}
-    made.append(PublishedFile(energon.INDEX, storage.size(energon.INDEX), sums[energon.INDEX]))
+    if sqlite := manifest.indexes.get(energon.INDEX):
+        made.append(PublishedFile(energon.INDEX, storage.size(energon.INDEX), sqlite))
+    sums = {file.name: file.sha256 for file in made}
     return published.model_copy(update={"indexes": sums}), [*files, *made]
 
 

@@ -34,7 +34,7 @@ def check_image(data: bytes, kind: str, walk: Callable[[bytes], None]) -> None:
         if found == kind:
             walk(data)
     for settings in (_SMALL, _AS_IT_IS):
-        _check_stored(decode(data, settings))
+        _check_stored(decode(data, settings, noai=True))
 
 
 def _check_stored(result: StoredImage | Failure) -> None:

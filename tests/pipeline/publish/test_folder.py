@@ -1,6 +1,7 @@
 """A copy in a folder verifies, holds what the manifest lists and nothing else, and is written whole or not at all."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from capstan.pipeline.dataset.shards import Dataset, read_manifest, write_manife
 from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.publish import folder as folder_module
+from capstan.pipeline.publish.card import card
+from capstan.pipeline.publish.contents import Wishes
 from capstan.pipeline.publish.folder import Folder
 from capstan.pipeline.publish.job import publish
 from capstan.pipeline.storage import Storage
@@ -59,7 +62,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_whom_to_ask(dataset: Stora
     step = next(step for step in Dataset(dataset).manifest.funnel if step["step"] == "score")
     assert f"| `(extra->>'$.score')::int >= 3` | {step['left']} | {step['lost']} |" in text
     assert "| `CC-BY-4.0` |" in text
-    assert "Write to me@example.org" in text
+    assert "Write to <me@example.org>" in text
     assert "| `captions/mine` | `short` |" in text
 
 
@@ -156,6 +159,27 @@ def test_a_damaged_file_is_named_and_not_published(dataset: Storage, tmp_path: P
     with pytest.raises(DamagedFile, match=r"shard-000001\.tar"):
         run(dataset, tmp_path / "birds")
     assert not (tmp_path / "birds/dataset.json").exists()
+
+
+def test_a_bucket(dataset: Storage, bucket: dict[str, Any]) -> None:
+    target = Storage(bucket["dataset"], bucket["storage"], field="DEST")
+    assert publish(dataset, Folder(target), target.url, progress=False)["sent"] > 0
+    assert verify(target) == []
+    assert publish(dataset, Folder(target), target.url, progress=False)["sent"] == 0
+
+
+def test_text_of_recipes_and_sources_is_no_markup(dataset: Storage) -> None:
+    manifest = Dataset(dataset).manifest
+    odd = "caption LIKE '%`</code><img src=x onerror=alert(1)>|%'"
+    recipe = {**manifest.recipe, "select": [{"name": "odd", "where": odd}]}
+    step = {"step": "odd", "left": 1, "lost": 1}
+    wishes = Wishes("<b>birds</b>", contact="<script>alert(1)</script>\n# me")
+    text = card(manifest.model_copy(update={"recipe": recipe, "funnel": [step]}), wishes, {})
+    body = text.split("---\n", 2)[2]
+    assert not re.search(r"(?<!\\)<(?:script|b)>", body)
+    (line,) = [line for line in body.splitlines() if "onerror" in line]
+    assert line == "| odd | `caption LIKE '%'</code><img src=x onerror=alert(1)>\\|%'` | 1 | 1 |"
+    assert yaml.safe_load(text.split("---\n")[1])["pretty_name"] == wishes.name
 
 
 @pytest.mark.parametrize("what", ["itself", "another dataset", "other files", "incomplete", "removal", "layer"])
