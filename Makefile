@@ -11,8 +11,8 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-rebuild bench-recaption bench-scale bench-score bench-select bench-startup bench-submit bench-train
-.PHONY: bench-view
+.PHONY: bench-plan bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
+.PHONY: bench-train bench-view
 
 demo: $(STAMP)
 	$(BIN)/capstan demo
@@ -80,6 +80,9 @@ bench-recaption: $(STAMP)
 	$(BIN)/python benchmarks/recaption.py accuracy
 	$(BIN)/python benchmarks/recaption.py decode --batches 2,8,16
 	$(BIN)/python benchmarks/recaption.py busy
+
+bench-reshard: $(STAMP)
+	$(BIN)/python benchmarks/reshard.py
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

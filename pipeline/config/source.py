@@ -87,3 +87,16 @@ class Image(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
     min_size: Annotated[int, Field(ge=1)] = 64  # shorter side of the source, pixels
+    check: Literal["full", "header"] = "full"  # header: JPEGs that are stored as they are are copied, not decoded
+
+    @model_validator(mode="after")
+    def _copies_only_what_stays(self) -> Image:
+        if self.check == "header" and self.resize != "none":
+            raise ValueError(f"check: header copies images, and resize is {self.resize}; set resize: none")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_check(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `check: full`, so that recipes of earlier versions keep their hash."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if (name, value) != ("check", "full")}

@@ -201,20 +201,30 @@ def _swap(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 # JPEG ----------------------------------------------------------------------------------------------------------------
 
 
-def _decode_jpeg(data: bytes, image: config.Image) -> StoredImage:
-    header = jpeg.read_header(data)
-    orientation = jpeg.orientation(header.exif)
-    layout = _plan(*_swap((header.width, header.height), orientation), image)
-    colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[header.components]
-    if header.components == 1 and not header.icc:
-        colours = "RGB"
-    as_it_is = (
+def layout_of(header: jpeg.Header, image: config.Image) -> _Layout:
+    """Return the layout of a JPEG, as it is shown. Raises Unreadable if its size is not allowed."""
+    return _plan(*_swap((header.width, header.height), jpeg.orientation(header.exif)), image)
+
+
+def is_stored_as_it_is(header: jpeg.Header, layout: _Layout) -> bool:
+    """Return whether a JPEG is stored as it is but for its metadata, if it is whole."""
+    return (
         layout.changes_nothing
-        and orientation == 1
+        and jpeg.orientation(header.exif) == 1
         and header.components == 3
         and header.process in jpeg.HUFFMAN
         and is_srgb(header.icc)
     )
+
+
+def _decode_jpeg(data: bytes, image: config.Image) -> StoredImage:
+    header = jpeg.read_header(data)
+    orientation = jpeg.orientation(header.exif)
+    layout = layout_of(header, image)
+    colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[header.components]
+    if header.components == 1 and not header.icc:
+        colours = "RGB"
+    as_it_is = is_stored_as_it_is(header, layout)
     size = _swap(layout.scaled, orientation)
     needed = (min(size[0], _HASHED_SIDE), min(size[1], _HASHED_SIDE)) if as_it_is else size
     try:

@@ -42,7 +42,7 @@ def decode_strictly(
         return _strict(tidied, header, colours, needed), tidied
     except ValueError as error:
         left = str(error)
-    if "subsampling level" in left and _is_rare(header):  # TurboJPEG says so of any fault in the header, too
+    if "subsampling level" in left and is_rare(header):  # TurboJPEG says so of any fault in the header, too
         raise RareSubsamplingError
     if _LEFT_OVER.search(left):
         for candidate in jpeg.without_padding(tidied):
@@ -52,7 +52,7 @@ def decode_strictly(
     raise Unreadable("truncated" if cut else "corrupt", warning)
 
 
-def _is_rare(header: jpeg.Header) -> bool:
+def is_rare(header: jpeg.Header) -> bool:
     """Return whether the chroma subsampling is legal (T.81, A.1.1 and B.2.3), but not one that TurboJPEG reads."""
     factors = [divmod(both, 16) for both in header.sampling]
     legal = all(1 <= h <= 4 and 1 <= v <= 4 for h, v in factors) and sum(h * v for h, v in factors) <= 10

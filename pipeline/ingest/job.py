@@ -18,19 +18,22 @@ import functools
 import hashlib
 import io
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
 from capstan.pipeline.config import Fetch, Recipe, fingerprint
+from capstan.pipeline.dataset.own_shards import measured
 from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of, write_samples
 from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
 from capstan.pipeline.fetch.host_limits import HostLimits
+from capstan.pipeline.image.copied import copy_or_decode
 from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
 from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
 from capstan.pipeline.ingest.retry_rows import matches
@@ -134,7 +137,8 @@ class Ingest(Job):
 
     def decoder(self) -> Decoder:
         """Return the function that decodes a source file's bytes; pickled for a child process in a unit's retries."""
-        return functools.partial(decode, image=self.recipe.image, noai=self.recipe.fetch.noai)
+        how = copy_or_decode if self.recipe.image.check == "header" else decode
+        return functools.partial(how, image=self.recipe.image, noai=self.recipe.fetch.noai)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (marker,) = pieces
@@ -190,9 +194,11 @@ class Ingest(Job):
         unwanted = blocked(self.recipe, self.storage)
         for index, data in self._bytes(rows):
             result = decoder(data) if isinstance(data, bytes) else data
+            if isinstance(result, StoredImage) and isinstance(data, bytes):
+                result, size = _with_facts(result, rows[index].get("facts"), data)
             if isinstance(result, StoredImage) and result.sha256 not in unwanted.sha256:
                 spool.add(index, result.jpeg)
-                outcomes[index] = _measured(result, len(data) if isinstance(data, bytes) else 0)
+                outcomes[index] = _measured(result, size)
             elif isinstance(result, StoredImage):
                 outcomes[index] = _failed(REMOVED, "")
             else:
@@ -298,6 +304,18 @@ def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Tabl
     """Build a table of STAGED_SCHEMA for planned rows that all failed for one reason."""
     listed = rows.select(["key", "url", "caption", "extra"]).to_pylist()
     return _table(listed, [_failed(reason, detail)] * len(listed), {}, unit)
+
+
+def _with_facts(image: StoredImage, facts: str | None, data: bytes) -> tuple[StoredImage, int]:
+    """Return the image and the size of its source, as they were measured when a shard's table was made of `facts`.
+
+    An image that is not stored as it was there has been measured itself.
+    """
+    known = measured(facts, zlib.crc32(data)) if facts and image.jpeg == data else None
+    if known is None:
+        return image, len(data)
+    size = known.pop("bytes")
+    return replace(image, **known), size
 
 
 def _measured(image: StoredImage, source_bytes: int) -> Outcome:

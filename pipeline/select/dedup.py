@@ -94,8 +94,8 @@ def find_repeats(
 
     Raises RecipeError for evaluation images that cannot be read.
     """
-    dedup, n = recipe.dedup, len(phash)
-    evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours)
+    dedup, n, hashed = recipe.dedup, len(phash), _hashed(recipe, phash)
+    evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours, hashed)
     kept, kind = np.full(n, -1, np.int64), np.zeros(n, np.int8)
     (clean,) = np.nonzero(contaminated < 0)
     order, apart = precedence(batch[clean], area[clean]), apart.take(clean)
@@ -108,6 +108,7 @@ def find_repeats(
         colours=None if colours is None else colours[clean],
         tolerance=dedup.colours or 0,
         apart=apart,
+        hashed=hashed[clean],
     )
     at = clean if places is None else places[clean]
     if dedup.copies is not None:
@@ -121,6 +122,17 @@ def find_repeats(
     hit = contaminated >= 0
     kept[hit], kind[hit] = contaminated[hit], CONTAMINATED
     return Repeats(kept, kind, evaluation)
+
+
+def _hashed(recipe: Recipe, phash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Return which rows have a perceptual hash: images that were copied without decoding have 0."""
+    if recipe.image.check == "full" or recipe.dedup.perceptual is None:
+        return np.ones(len(phash), np.bool_)
+    hashed = phash != 0
+    if missing := len(hashed) - int(hashed.sum()):
+        message = "select: %s of %s images have no perceptual hash (image.check: header); near copies of these stay"
+        log.warning(message, f"{missing:,}", f"{len(hashed):,}")
+    return hashed
 
 
 def _by_vectors(
@@ -204,7 +216,12 @@ def _image_column(recipe: Recipe) -> str | None:
 
 
 def _contaminated(
-    recipe: Recipe, storage: Storage, sums: Sums, phash: npt.NDArray[np.uint64], colours: Colours
+    recipe: Recipe,
+    storage: Storage,
+    sums: Sums,
+    phash: npt.NDArray[np.uint64],
+    colours: Colours,
+    hashed: npt.NDArray[np.bool_],
 ) -> tuple[list[str], Ints]:
     """Return the evaluation images' names, and for each row the first of them that it repeats, or -1."""
     if recipe.dedup.decontaminate is None:
@@ -221,4 +238,4 @@ def _contaminated(
         return names, exact
     reference = images["phash"].to_numpy(), None if colours is None else read_colours(images["colours"])
     near = near_reference(reference, phash, colours, recipe.dedup.perceptual, recipe.dedup.colours or 0)
-    return names, np.where(exact >= 0, exact, near)
+    return names, np.where((exact >= 0) | ~hashed, exact, near)

@@ -83,12 +83,13 @@ def find_duplicates(
     colours: Bytes | None = None,
     tolerance: int = 0,
     apart: Apart = NOTHING,
+    hashed: npt.NDArray[np.bool_] | None = None,
 ) -> Duplicates:
     """Find the rows that repeat another.
 
     `order` [n] is their precedence; `sha256` is text, or words [n, w]. `distance` is in bits of `phash` (None: no near
     duplicates). `colours` [n, bytes], if given, must then agree too, within `tolerance`. Pairs that are `apart` do not
-    repeat each other.
+    repeat each other. `hashed` [n] masks the rows whose `phash` is known (None: all).
     """
     n = len(order)
     kept = np.full(n, -1, np.int64)
@@ -102,7 +103,7 @@ def find_duplicates(
             decide_equal(kept, first, order, apart)
     kind = np.where(kept >= 0, EXACT, NONE).astype(np.int8)
     if distance is not None:
-        left = order[kept[order] < 0]
+        left = order[(kept[order] < 0) & (True if hashed is None else hashed[order])]
         near = _near(_Prints(phash, colours, distance, tolerance, np.arange(n), apart).take(left))
         settle(kept, kind, left, near, PERCEPTUAL)
         if exact and len(apart.codes):

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.errors import DamagedFile, RecipeError, StorageError
-from capstan.pipeline.records import PLAN_SCHEMA, REMOVED
+from capstan.pipeline.records import REMOVED
 from capstan.pipeline.storage import Storage, find_files, open_file, parquet_bytes
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ def scrub_planned(planned: pa.Table, removed: Sequence[bool]) -> pa.Table:
         field.name: planned[field.name]
         if field.name == "key"
         else pc.if_else(mask, pa.scalar(nothing.get(field.name, ""), field.type), planned[field.name])
-        for field in PLAN_SCHEMA
+        for field in planned.schema
     }
-    return pa.table(columns, schema=PLAN_SCHEMA)
+    return pa.table(columns, schema=planned.schema)
 
 
 def is_removed(planned: dict[str, object]) -> bool:

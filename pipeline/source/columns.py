@@ -36,6 +36,7 @@ class Row:
     length: int = 0
     extra: str = "{}"
     hash: str = ""
+    facts: str = ""
 
     @property
     def key(self) -> str:
@@ -75,7 +76,7 @@ def of_urls(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) 
         if not images or images[index] is None:
             keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
     image = pa.array(images, pa.binary()) if images else pa.nulls(len(url), pa.binary())
-    nothing = {"image": image, "file": pa.repeat("", len(url))}
+    nothing = {"image": image} | dict.fromkeys(("file", "facts"), pa.repeat("", len(url)))
     zeros = pa.repeat(0, len(url)).cast(pa.int64())
     columns = {"key": keys, "url": url, "caption": caption, "extra": extra, "hash": hash_, **nothing}
     return pa.table({name: columns.get(name, zeros) for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)

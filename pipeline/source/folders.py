@@ -10,11 +10,13 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from capstan.pipeline.config import Source
+from capstan.pipeline.dataset.own_shards import Own
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.source.bounds import MOST_TEXT, OVERSIZED, too_long
 from capstan.pipeline.source.carried import carried_fields
@@ -117,8 +119,12 @@ def _sidecars(image: SourceFile, named: Mapping[str, SourceFile]) -> _Sidecars:
     return first(TEXTS), first([JSON])
 
 
-def webdataset(file: SourceFile, source: Source, open_: Open, unused: Unused) -> Iterator[Row]:
+def webdataset(
+    file: SourceFile, source: Source, open_: Open, unused: Unused, own: Mapping[int, Own] | None = None
+) -> Iterator[Row]:
     """Yield a row for each sample of a tar (see samples.py). Suffixes of members that are not used go to `unused`.
+
+    `own` holds what is known of the images of one of Capstan's shards, by their offsets.
 
     Raises RecipeError for a file that is compressed, is not a tar, is cut, or has samples that are links.
     """
@@ -129,7 +135,7 @@ def webdataset(file: SourceFile, source: Source, open_: Open, unused: Unused) ->
             for _, group in itertools.groupby(_members(stream, file), key=lambda member: first_split(member.name)[0]):
                 for sample in samples_of(list(group)):
                     unused.update(unused_suffix(member.name) for member in sample.left_over)
-                    yield from _sample(sample, stream, file, source, detached, seen)
+                    yield from _sample(sample, stream, file, source, detached, seen, own or {})
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
@@ -188,7 +194,13 @@ def _hash(name: str) -> bytes:
 
 
 def _sample(
-    sample: TarSample, stream: BinaryIO, file: SourceFile, source: Source, detached: _Detached, seen: set[bytes]
+    sample: TarSample,
+    stream: BinaryIO,
+    file: SourceFile,
+    source: Source,
+    detached: _Detached,
+    seen: set[bytes],
+    own: Mapping[int, Own],
 ) -> Iterator[Row]:
     present = {".txt": sample.text, ".json": sample.record}
     sidecars = {suffix for suffix, member in present.items() if member is not None}
@@ -204,7 +216,9 @@ def _sample(
     if name in seen:  # the first image of a name keeps the key that it would have alone
         url += f"@{sample.image.offset}"
     seen.add(name)
-    yield _row(url, caption, file.path, sample.image.offset, sample.image.size, record, source)
+    facts, scores = own.get(sample.image.offset, ("", {}))
+    row = _row(url, caption, file.path, sample.image.offset, sample.image.size, record | scores, source)
+    yield replace(row, facts=facts)
 
 
 def _content(member: Member | None, stream: BinaryIO) -> bytes | None:

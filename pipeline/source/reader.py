@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from capstan.pipeline.config import Recipe, Source, WorldSource
+from capstan.pipeline.dataset.own_shards import own_rows
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.source import tables
 from capstan.pipeline.source.bounds import bounded
@@ -188,7 +189,8 @@ class SourceReader:
 
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
         if kind == "webdataset":
-            return _in_tables(webdataset(file, self.source, self._open, self.unused))
+            own = own_rows(file.path, self._open) if self._recipe.image.check == "header" else {}
+            return _in_tables(webdataset(file, self.source, self._open, self.unused, own))
         return _TABLES[kind](file, self.source, self._open)
 
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from capstan.pipeline import config
 from capstan.pipeline.image import jpeg, sniff
+from capstan.pipeline.image.copied import copy_or_decode
 from capstan.pipeline.image.decode import Failure, StoredImage, decode
+from capstan.pipeline.image.opt_out import opt_out
 from capstan.pipeline.image.sniff import Unreadable
 from capstan.pipeline.records import is_reason
 
 _SMALL = config.Image(min_size=1, size=64, max_pixels=1_000_000)
-_AS_IT_IS = config.Image(min_size=1, resize="none", max_pixels=1_000_000)
+_AS_IT_IS = config.Image(min_size=1, resize="none", check="header", max_pixels=1_000_000)
 _METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # markers: APP1 to APP15 but Adobe's, and comments
 
 
@@ -31,10 +33,11 @@ def check_image(data: bytes, kind: str, walk: Callable[[bytes], None]) -> None:
     with typed():
         found = sniff.sniff(data)
         sniff.check_whole(found, data)
+        opt_out(found, data)
         if found == kind:
             walk(data)
-    for settings in (_SMALL, _AS_IT_IS):
-        _check_stored(decode(data, settings, noai=True))
+    for settings, how in ((_SMALL, decode), (_AS_IT_IS, copy_or_decode)):
+        _check_stored(how(data, settings, noai=True))
 
 
 def _check_stored(result: StoredImage | Failure) -> None:

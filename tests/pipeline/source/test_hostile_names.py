@@ -1,4 +1,4 @@
-"""Names in a source from elsewhere (columns `file_name`, members of tars, files) are compared and kept, never opened."""
+"""Names in a source from elsewhere (a column `file_name`, members of tars) are compared and kept, never opened."""
 
 from __future__ import annotations
 
