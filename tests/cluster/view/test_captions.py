@@ -11,7 +11,6 @@ import pytest
 from browser import Press
 from small_views import HOSTILE, Viewing, wait, write_model_layer, write_viewed
 
-from capstan.pipeline.lease import lease
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
@@ -85,24 +84,6 @@ def test_what_is_no_edit_changes_nothing(viewing: Viewing, dataset: Path, wrong:
     asked = {"key": kept(viewing)[0]["key"], "layer": "people", "slot": "short", "text": "red blocks"}
     assert viewing.post("/api/edit", asked | wrong)[0] == 400
     assert not (dataset / "captions/people-edited").exists()
-
-
-def test_an_edit_waits_for_nobody_and_read_only_refuses_it(tmp_path: Path, dataset: Path) -> None:
-    with Viewing(dataset, "--read-only") as running:
-        asked = {"key": kept(running)[0]["key"], "layer": "people", "slot": "short", "text": "red blocks"}
-        assert running.post("/api/edit", asked)[0] == 403
-    assert not (dataset / "captions/people-edited").exists()
-
-
-def test_a_build_excludes_edits(tmp_path: Path) -> None:
-    folder = write_viewed(tmp_path)
-    with Viewing(folder) as running:
-        asked = {"key": kept(running)[0]["key"], "layer": "people", "slot": "short", "text": "red blocks"}
-        with lease(Storage(str(folder)), "build"):
-            status, problem = running.post("/api/edit", asked)
-        assert status == 409
-        assert "capstan build" in problem
-        assert running.post("/api/edit", asked)[0] == 200
 
 
 CARD = "document.querySelector('[data-layer=\"{}\"][data-slot=short]')"

@@ -105,8 +105,16 @@ def test_read_only_refuses_what_writes(dataset: Path) -> None:
         key = running.json("/api/rows")["rows"][0]["key"]
         assert post(running, "/api/review/mine", {"verdicts": [{"key": key, "verdict": "keep"}]})[0] == 403
         assert post(running, "/api/takedown", {"add": [key]})[0] == 403
+        assert post(running, "/api/duplicates", {"chosen": {}, "verdict": "different"})[0] == 403
+        assert post(running, "/api/duplicates/undo", {})[0] == 403
+        sides = {"a": "original", "b": "people:short"}
+        assert running.json("/api/ballot?a=original&b=people:short")["ballot"] is not None
+        assert post(running, "/api/vote", {**sides, "key": key, "choice": "tie"})[0] == 403
+        edit = {"key": key, "layer": "people", "slot": "short", "text": "red blocks"}
+        assert post(running, "/api/edit", edit)[0] == 403
         assert running.json("/api/dataset")["read_only"] is True
-    assert not (dataset / "review/mine.parquet").exists()
+    written = ("review/mine.parquet", "pairs", "captions/votes.parquet", "captions/people-edited")
+    assert not any((dataset / name).exists() for name in written)
 
 
 def test_a_build_and_a_review_exclude_each_other(tmp_path: Path) -> None:

@@ -86,13 +86,6 @@ def test_what_is_no_vote_changes_nothing(viewing: Viewing, dataset: Path, wrong:
     assert stored(dataset) == []
 
 
-def test_read_only_shows_ballots_and_refuses_votes(dataset: Path) -> None:
-    with Viewing(dataset, "--read-only") as running:
-        key = running.json(QUERY)["ballot"]["key"]
-        assert running.post("/api/vote", {**PAIR, "key": key, "choice": "tie"})[0] == 403
-    assert stored(dataset) == []
-
-
 @pytest.mark.skipif(browser.find() is None, reason="needs Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_a_person_votes(viewing: Viewing, dataset: Path, width: int, dark: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from small_dataset import as_if_a_model_wrote_it
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import DamagedFile, RecipeError
+from capstan.pipeline.pack.scrub import scrub_derived
 from capstan.pipeline.records import make_key
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
@@ -95,6 +97,15 @@ def test_votes_are_changed_taken_back_and_counted(storage: Storage) -> None:
         "rate": 0.7,
     }
     assert ours["low"] < 0.5 < 0.7 < ours["high"] < 1  # five votes decide nothing
+
+
+def test_a_takedown_removes_votes(storage: Storage) -> None:
+    table = read_votes(storage)
+    for key in KEY[:2]:
+        table = changed(table, PAIR, key, "a", "somebody")
+    write_votes(storage, table)
+    scrub_derived(storage, pa.array(KEY[:1]), [], [])
+    assert voted(read_votes(storage), PAIR) == {KEY[1]}
 
 
 def test_a_file_that_holds_no_votes_is_named(storage: Storage) -> None:
