@@ -19,6 +19,8 @@ from capstan.pipeline.report.duplicates import Chosen, Group
 from capstan.pipeline.report.explore import Explorer
 from capstan.pipeline.report.query import Row
 from capstan.pipeline.select import pairs
+from capstan.pipeline.select.near_duplicates import REASONS, SEMANTIC
+from capstan.pipeline.similar.vectors import cosines
 
 
 class Duplicates:
@@ -61,7 +63,14 @@ class Duplicates:
         keys = {key for group in found for key in (group.kept, *(one.key for one in group.members))}
         rows = await asyncio.to_thread(explorer.rows_of, keys)
         cards = {card["key"]: card for card in self._cards(list(rows.values()))}
-        return json_answer({"groups": [_shown(group, cards) for group in found if group.kept in cards], "next": more})
+        near = await asyncio.to_thread(self._cosines, found, rows)
+        shown = [_shown(group, cards, near) for group in found if group.kept in cards]
+        return json_answer({"groups": shown, "next": more})
+
+    def _cosines(self, groups: Sequence[Group], rows: Mapping[str, Row]) -> dict[pairs.Pair, float]:
+        """Return the cosines of the pairs that embeddings found."""
+        found = [(group.kept, one.key) for group in groups for one in group.members if one.reason == REASONS[SEMANTIC]]
+        return cosines(self._tables.storage, found, {key: row.unit for key, row in rows.items()}) if found else {}
 
     async def judge(self, request: web.Request) -> web.Response:
         """Publish a verdict on pairs: those listed, or all that the page has chosen. Return how many."""
@@ -106,6 +115,10 @@ class Duplicates:
         return {"judged": number, "undo": len(self._undone)}
 
 
-def _shown(group: Group, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    members = [{**vars(one), "card": cards[one.key]} for one in group.members if one.key in cards]
+def _shown(group: Group, cards: Mapping[str, Mapping[str, Any]], near: Mapping[pairs.Pair, float]) -> dict[str, Any]:
+    members = [
+        {**vars(one), "card": cards[one.key], "cosine": near.get((group.kept, one.key))}
+        for one in group.members
+        if one.key in cards
+    ]
     return {"kept": cards[group.kept], "members": members, "more": group.more}

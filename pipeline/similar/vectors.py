@@ -15,7 +15,7 @@ import json
 import os
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,16 +25,19 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.score.store import EMBEDDINGS, ROOT, file_name
+from capstan.pipeline.select.semantic import unit
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units.markers import MarkerLog
 
 KEPT: Final = 2  # datasets whose embeddings stay in the cache; those used last
+MOST_FILES: Final = 32  # unit files that are read for a few pairs
 _KEY_BYTES: Final = 16
 _SUFFIXES: Final = ("json", "f16", "keys", "usearch")
 
@@ -150,6 +153,28 @@ def _write(storage: Storage, source: Source, base: Path, said: Callable[[float],
     finally:
         for left in (vectors, keys, partial):
             left.unlink(missing_ok=True)
+
+
+def cosines(
+    storage: Storage, pairs: Sequence[tuple[str, str]], units: Mapping[str, str]
+) -> dict[tuple[str, str], float]:
+    """Return the cosine of each pair of keys of which both embeddings are read; `units`: key → its unit.
+
+    A few unit files are read, `MOST_FILES` at most; nothing is cached. {} if no embeddings were kept.
+    """
+    try:
+        source = find(storage)
+    except RecipeError:
+        return {}
+    wanted = {units[key] for pair in pairs for key in pair if key in units}
+    files = [file for unit, file in source.files if unit in wanted][:MOST_FILES]
+    keys = pa.array(sorted({key for pair in pairs for key in pair}), pa.string())
+    held: dict[str, npt.NDArray[np.float32]] = {}
+    for table in ahead(lambda file: storage.read_table(file, ["key", "embedding"]), files):
+        here = table.filter(pc.and_(pc.is_in(table["key"], keys), pc.is_valid(table["embedding"])))
+        if len(here):
+            held |= dict(zip(here["key"].to_pylist(), unit(_block(here)), strict=True))
+    return {(a, b): float(held[a] @ held[b]) for a, b in pairs if a in held and b in held}
 
 
 def _block(table: pa.Table) -> npt.NDArray[np.float16]:

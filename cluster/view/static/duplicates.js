@@ -146,7 +146,8 @@ function member(one, kept, judge) {
     element.dataset.verdict = value;
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.value === value));
   };
-  element.append(h("p", { class: "distance" }, `${one.distance} ${one.distance === 1 ? "bit" : "bits"}`, one.reason ? ` · ${one.reason}` : ""));
+  element.append(h("p", { class: "distance" }, `${one.distance} ${one.distance === 1 ? "bit" : "bits"}`,
+    typeof one.cosine === "number" ? ` · cosine ${one.cosine.toFixed(3)}` : "", one.reason ? ` · ${one.reason}` : ""));
   if (judge) element.append(h("div", { class: "buttons" }, buttons));
   mark(verdict);
   return { element, mark };

@@ -40,6 +40,14 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
+def test_pairs_have_the_cosine_of_what_was_kept(storage: Storage, tmp_path: Path) -> None:
+    pairs = [(key(0, 1), key(2, 3)), (key(0, 0), key(1, 1)), (key(1, 2), "f" * 32), (key(1, 1), key(0, 0))]
+    units = {one: f"0000-{int(one[:16], 16):06d}" for pair in pairs for one in pair if one != "f" * 32}
+    assert vectors.cosines(storage, pairs, units) == {pairs[0]: pytest.approx(1, abs=1e-3)}
+    assert vectors.cosines(storage, pairs, {key(0, 1): "0000-000000"}) == {}
+    assert vectors.cosines(Storage(str(tmp_path / "none")), pairs, units) == {}
+
+
 def test_rows_keys_and_units_are_those_of_the_files(storage: Storage, tmp_path: Path) -> None:
     source = vectors.find(storage)
     assert source.model == {"weights": "abc"}
