@@ -227,7 +227,9 @@ def image(data: bytes, alt: str) -> Html:
 
 def frame(data: bytes | None, alt: str, missing: str = "no image") -> Html:
     """Return an image in a square, or the reason why it is missing."""
-    inner = image(data, alt or "an image without a caption") if data else Html(f"<span>{user_text(missing)}</span>")
+    inner = (
+        image(data, alt.strip() or "an image without a caption") if data else Html(f"<span>{user_text(missing)}</span>")
+    )
     return Html(f'<div class="frame{"" if data else " none"}">{inner}</div>')
 
 

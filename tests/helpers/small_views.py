@@ -117,7 +117,7 @@ def wait(condition: str, value: str = "true") -> str:
 class Viewing:
     """`capstan view` of a dataset, in a process of its own."""
 
-    def __init__(self, dataset: Path, *options: str) -> None:
+    def __init__(self, dataset: Path | str, *options: str) -> None:
         command = [sys.executable, "-m", "capstan", "view", str(dataset), "--no-browser", "--json", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None

@@ -69,7 +69,7 @@ function more(list, query, next, own) {
 
 export function picture(row, side = 256) {
   if (!row.image) return h("span", { class: "empty" }, row.why);
-  const image = h("img", { src: `/image/${row.key}/${side}`, alt: row.caption.slice(0, 200), loading: "lazy" });
+  const image = h("img", { src: `/image/${row.key}/${side}`, alt: row.caption.trim().slice(0, 200) || "no caption", loading: "lazy" });
   image.addEventListener("error", () => image.replaceWith(h("span", { class: "empty" }, row.why)));
   return image;
 }
@@ -89,5 +89,5 @@ function line(row) {
   const cells = [visible(row.caption), row.outcome, row.reason, visible(row.detail),
     row.original_width ? `${row.original_width} × ${row.original_height}` : "", visible(row.url), row.key];
   return h("tr", { "data-key": row.key, onclick: () => change({ key: row.key }) },
-    h("td", {}, h("button", { class: "thumb", "aria-label": "Show this row" }, picture(row)), badge(row.key)), cells.map((cell, place) => h("td", { class: place === 1 || place === 2 ? "word" : "" }, cell)));
+    h("td", {}, h("button", { class: "thumb", "aria-label": row.image ? "Show this row" : `Show this row: ${row.why}` }, picture(row)), badge(row.key)), cells.map((cell, place) => h("td", { class: place === 1 || place === 2 ? "word" : "" }, cell)));
 }
