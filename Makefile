@@ -105,6 +105,24 @@ bench-train: $(STAMP)
 bench-view: $(STAMP)
 	$(BIN)/python benchmarks/view.py
 
+# On a machine with an NVIDIA GPU: eight minutes of tests and measurements; again, until nothing is left. With wheels in
+# build/gpu-wheels it installs from there next to the machine's own torch, without a network; else into .venv.
+.PHONY: gpu gpu-wheels
+GPU_WHEELS := build/gpu-wheels
+GPU_SITE := build/gpu-site
+OFFLINE := $(wildcard $(GPU_WHEELS))
+gpu: $(if $(OFFLINE),$(GPU_SITE),$(STAMP))
+	$(if $(OFFLINE),PYTHONPATH=$(CURDIR)/$(GPU_SITE) $(PYTHON),$(BIN)/python) -m benchmarks.gpu --minutes 8 --json build/gpu.json
+
+$(GPU_SITE): $(GPU_WHEELS)
+	$(PYTHON) -m benchmarks.gpu.wheels install $(GPU_WHEELS) $@
+	touch $@
+
+# The wheels that such a machine lacks. HAVE: a file with what `pip list --format=freeze` prints there.
+GPU_PYTHON_VERSION ?= 3.12
+gpu-wheels: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.wheels collect $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) $(if $(HAVE),--have $(HAVE))
+
 # Write the tree of docs/architecture.md, from the first line of every docstring.
 architecture: $(STAMP)
 	$(BIN)/python tests/helpers/source_tree.py

@@ -282,10 +282,11 @@ def _plain(loaded: Any, engine: Any, pictures: list[np.ndarray], prompt: list[in
 
     mean, std = (torch.tensor(v)[:, None, None] for v in (engine.preprocessing.mean, engine.preprocessing.std))
     images = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    images = images.to(loaded.device, loaded.dtype)
     latent, embeddings = loaded.model._encode_image(images)
     tokens, model = loaded.tokens, loaded.model
-    out = torch.tensor([[tokens.start, *prompt]]).expand(len(pictures), -1)
-    ended = torch.zeros(len(pictures), dtype=torch.bool)
+    out = torch.tensor([[tokens.start, *prompt]], device=loaded.device).expand(len(pictures), -1)
+    ended = torch.zeros(len(pictures), dtype=torch.bool, device=loaded.device)
     for _ in range(limit):
         answer = model(images, out, image_latent=latent, image_embs=embeddings, output_labels=False)
         logits = answer["logits"][:, -1]

@@ -143,17 +143,18 @@ def waiting(folder: Path) -> tuple[float, float]:
 
 
 def make(folder: Path, images: int, model: str, batch: int) -> None:
-    """Write staged units, and return a recipe with a CLIP of random weights."""
+    """Write staged units, and a recipe with a CLIP of random weights: an open_clip name, or a folder."""
     import open_clip
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    weights = folder.parent / "weights.safetensors"
-    if not weights.exists():
-        save_file(open_clip.create_model(model).state_dict(), weights)
-    settings = {"dataset": str(folder / "ds"), "score": {"clip": {"model": model, "pretrained": str(weights)}}}
-    settings["score"]["clip"]["batch"] = batch  # type: ignore[index]
-    (folder / "recipe.json").write_text(json.dumps(settings))
+    clip = {"model": model, "batch": batch}
+    if not Path(model).is_dir():
+        weights = folder.parent / "weights.safetensors"
+        if not weights.exists():
+            save_file(open_clip.create_model(model).state_dict(), weights)
+        clip["pretrained"] = str(weights)
+    (folder / "recipe.json").write_text(json.dumps({"dataset": str(folder / "ds"), "score": {"clip": clip}}))
     storage, units = Storage(str(folder / "ds")), list[Staged]()
     jpegs = [draw(seed) for seed in range(100)]
     for number, first in enumerate(range(0, images, UNIT_ROWS)):

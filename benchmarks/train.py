@@ -30,7 +30,8 @@ import simplejpeg
 import torch
 import yaml
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # this folder has a recaption.py of its own
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).resolve().parent))  # this folder has a recaption.py of its own
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
@@ -310,12 +311,13 @@ def make(folder: Path) -> None:
     (folder / "encoder").write_text(json.loads(done.stdout.splitlines()[-1])["encoder"])
 
 
-def write_dataset(folder: Path, samples: list[Sample]) -> None:
+def write_dataset(folder: Path, samples: list[Sample], side: int = SIZE) -> None:
+    """Write square images of `side` pixels as a dataset of one shard."""
     storage, name = Storage(str(folder)), "shard-000000"
     (folder / "shards").mkdir(parents=True)
     spans = write_tar(folder / "shards" / f"{name}.tar", samples)
     nothing = {f.name: "" if pa.types.is_string(f.type) else 0 for f in SHARD_SCHEMA}
-    sizes = {"width": SIZE, "height": SIZE, "original_width": SIZE, "original_height": SIZE, "extra": "{}"}
+    sizes = {"width": side, "height": side, "original_width": side, "original_height": side, "extra": "{}"}
     rows = [
         nothing | sizes | {"key": sample.key, "caption": sample.caption, "offset": offset, "size": size, "crc32": None}
         for sample, (offset, size) in zip(samples, spans, strict=True)

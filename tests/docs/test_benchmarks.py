@@ -12,9 +12,9 @@ from source_tree import MODULES, imports, module_of
 
 FOLDER = ROOT / "benchmarks"
 EXTRA = {"skimage", "sklearn", "pdqhash", "atheris"}  # of the extras `bench` and `fuzz`; copies.py does without pdqhash
-SCRIPTS = sorted(FOLDER.glob("*.py"))
+SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
-pytestmark = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+pytestmark = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(FOLDER).as_posix())
 
 
 def test_imports_exist(script: Path) -> None:
@@ -25,6 +25,9 @@ def test_imports_exist(script: Path) -> None:
             assert module is not None
             rest = name.removeprefix(module).lstrip(".")
             assert not rest or rest in defined(MODULES[module]), name
+        elif top == FOLDER.name:
+            found = [ROOT / Path(*name.split(".")[:parts]) for parts in range(2, 5)]
+            assert any(path.is_dir() or path.with_suffix(".py").exists() for path in found), name
         elif (HELPERS / f"{top}.py").exists():
             assert '"tests" / "helpers"' in script.read_text(), f"{name} is not on its path"
         elif top not in EXTRA and not (FOLDER / f"{top}.py").exists():

@@ -45,8 +45,15 @@ def llava(folder: Path) -> Path:
     return _save(LlavaForConditionalGeneration, config, processor, folder)
 
 
-def qwen2_vl(folder: Path) -> Path:
-    """Images in their own sizes: the larger, the more tokens."""
+def qwen2_vl(
+    folder: Path,
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    sizes: dict[str, Any] | None = None,
+    **where: Any,
+) -> Path:
+    """Images in their own sizes: the larger, the more tokens. `text`, `vision` and `sizes` replace the tiny shape."""
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -57,22 +64,24 @@ def qwen2_vl(folder: Path) -> Path:
 
     tokenizer = _tokenizer("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
+    tiny = {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "patch_size": 7}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
     config = Qwen2VLConfig(
-        vision_config={"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "patch_size": 7},
-        text_config=_text(None, tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config=vision or tiny,
+        text_config=_text(None, tokenizer) | {"rope_parameters": rope} | (text or {}),
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    sizes = {"patch_size": 7, "size": {"shortest_edge": 14 * 14, "longest_edge": 70 * 70}}
+    sizes = sizes or {"patch_size": 7, "size": {"shortest_edge": 14 * 14, "longest_edge": 70 * 70}}
     processor = Qwen2VLProcessor(
         Qwen2VLImageProcessor(**sizes),
         tokenizer,
         Qwen2VLVideoProcessor(**sizes),
         chat_template=CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return _save(Qwen2VLForConditionalGeneration, config, processor, folder)
+    return _save(Qwen2VLForConditionalGeneration, config, processor, folder, **where)
 
 
 def language_model(folder: Path) -> Path:
@@ -117,14 +126,30 @@ def _text(config: Any, tokenizer: Any) -> Any:
     return shape if config is None else config(**shape)
 
 
-def _save(model_class: Any, config: Any, processor: Any, folder: Path) -> Path:
+def _save(
+    model_class: Any,
+    config: Any,
+    processor: Any,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: Any = None,
+    std: float = 0.4,
+) -> Path:
+    """Write a model of random weights, made on `device` as `dtype` (None: fp32)."""
     import torch
 
     torch.manual_seed(0)
-    model = model_class(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device(device):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)  # far apart logits, so that captions vary
+            torch.nn.init.normal_(parameter, std=std)  # far apart logits, so that captions vary
     model.generation_config.eos_token_id = config.get_text_config().eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
