@@ -27,6 +27,7 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 
 _READ_BYTES: Final = 4 << 20
 _CAPTIONS: Final = "captions"
+_EDITS: Final = "edits.parquet"  # in a layer of corrections made in `capstan view`, instead of a file per shard
 _BUILD: Final = "run `capstan build` again, then publish"
 
 
@@ -161,6 +162,13 @@ def _layer(storage: Storage, manifest: Manifest, layer: str) -> Iterator[Publish
             keys = storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"]
             table = storage.read_table(name)
             yield PublishedFile.of(name, parquet_bytes(table.filter(pc.is_in(table["key"], _set(keys)))))
+    if storage.exists(name := f"{_CAPTIONS}/{layer}/{_EDITS}"):
+        table = storage.read_table(name)
+        there = pa.nulls(len(table), pa.bool_()).fill_null(False)
+        for entry in manifest.shards:
+            keys = storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"]
+            there = pc.or_(there, pc.is_in(table["key"], _set(keys)))
+        yield PublishedFile.of(name, parquet_bytes(table.filter(there)))
     name = f"{_CAPTIONS}/{layer}/recipe.json"
     yield PublishedFile.of(name, storage.read(name))
 

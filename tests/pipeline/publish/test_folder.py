@@ -20,6 +20,8 @@ from capstan.pipeline.publish.contents import Wishes
 from capstan.pipeline.publish.folder import Folder
 from capstan.pipeline.publish.job import publish
 from capstan.pipeline.storage import Storage
+from capstan.recaption.edits import changed, read_edits, write_edits
+from capstan.recaption.store import Place, list_layers
 
 PRIVATE = b"intranet.example"
 
@@ -102,6 +104,20 @@ def test_an_interrupted_copy_is_no_dataset_and_resumes(
     summary = run(dataset, target)
     assert summary["unchanged"] == 5
     assert verify(Storage(str(target))) == []
+
+
+def test_corrections_are_published_with_the_layer_that_they_correct(dataset: Storage, tmp_path: Path) -> None:
+    first = Dataset(dataset).shard_names[0]
+    key, sha256 = (column[0].as_py() for column in Dataset(dataset).table(first, ["key", "sha256"]).columns)
+    table = read_edits(dataset, "mine")
+    for place in (Place(key, sha256, "", "short"), Place("0" * 32, sha256, "", "short")):  # the latter has left
+        table = changed(table, place, "corrected by hand")
+    write_edits(dataset, "mine", table)
+    run(dataset, tmp_path / "birds", layers=["mine-edited"])
+    copy = Storage(str(tmp_path / "birds"))
+    assert verify(copy) == []
+    assert list_layers(copy) == ["mine", "mine-edited"]
+    assert read_edits(copy, "mine")["key"].to_pylist() == [key]
 
 
 def test_removed_rows_leave_the_copy_and_are_in_no_ledger(dataset: Storage, tmp_path: Path) -> None:
