@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -75,6 +74,8 @@ app.add_typer(experiments, name="experiment")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata  # here, so that --help is quick
+
         typer.echo(f"capstan {importlib.metadata.version(DISTRIBUTION)}")
         raise typer.Exit
 
@@ -93,7 +94,10 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to write recipe.yaml to.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Write a commented starter recipe, recipe.yaml. Never overwrites an existing one."""
+    """Write a commented starter recipe, recipe.yaml. Never overwrites an existing one.
+
+    Next to it, recipe.schema.json lets editors complete and check the recipe.
+    """
     from capstan.cluster.init import write_starter
 
     finish({"recipe": str(write_starter(folder))}, as_json)

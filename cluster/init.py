@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Final
 
+from capstan.cluster.recipe import schema
 from capstan.pipeline.errors import RecipeError
 
+SCHEMA_FILE: Final = "recipe.schema.json"  # named in the first line of the recipe
+
 STARTER = """\
+# yaml-language-server: $schema=./recipe.schema.json
 # A Capstan recipe. `capstan schema` prints every key; `capstan doctor recipe.yaml` checks it against this machine.
 
 dataset: ./out/ds                # a folder or any fsspec URL (s3://bucket/ds)
@@ -50,12 +56,16 @@ train:
 
 
 def write_starter(folder: Path) -> Path:
-    """Write recipe.yaml into `folder` and return its path. Raises RecipeError if there is one already."""
+    """Write recipe.yaml into `folder`, and next to it the schema by which editors help; return the recipe's path.
+
+    Raises RecipeError if there is a recipe already.
+    """
     path = folder / "recipe.yaml"
     if path.exists():
         raise RecipeError("DIR", f"{path} already exists", "choose another folder, or move the file away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / SCHEMA_FILE).write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
         path.write_text(STARTER, encoding="utf-8")
     except OSError as error:
         problem = f"cannot write {path} ({error.strerror})"

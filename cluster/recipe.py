@@ -64,5 +64,7 @@ def schema() -> dict[str, Any]:
     ):
         definitions.update(inner.pop("$defs", {}))
         definitions[inner["title"]] = inner
-        whole["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{inner['title']}"}, {"type": "null"}]}
+        described = {"description": whole["properties"][section]["description"]}
+        either = [{"$ref": f"#/$defs/{inner['title']}"}, {"type": "null"}]
+        whole["properties"][section] = described | {"anyOf": either}
     return whole

@@ -17,31 +17,38 @@ class Decoding(Section):
     """Decoding settings. Retries of bad captions always sample with `top_p`."""
 
     method: Literal["greedy", "top_p", "beam"] = "greedy"
-    top_p: Annotated[float, Field(gt=0, le=1)] = (
-        0.9  # nucleus sampling: the smallest set of tokens with this total probability
-    )
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # method top_p
-    seed: int = 0  # method top_p; the seed of each image, slot and attempt is derived from it
-    beams: Annotated[int, Field(ge=2, le=64)] = 4  # method beam
-    length_penalty: Annotated[float, Field(ge=0)] = (
-        1.0  # method beam: a caption's score is log-probability / tokens^this
-    )
+    """How tokens are chosen: always the most probable one, by nucleus sampling, or by beam search."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus sampling: tokens are drawn from the smallest set with this total probability."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of method top_p."""
+    seed: int = 0
+    """Seed of method top_p; the seed of each image, slot and attempt is derived from it."""
+    beams: Annotated[int, Field(ge=2, le=64)] = 4
+    """Number of beams of method beam."""
+    length_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Exponent of the length for method beam: a caption's score is log-probability / tokens^this."""
 
 
 class Server(Section):
     """The server of engine `openai`. Only `extra` is part of a layer's id: a server may move."""
 
-    url: str | None = None  # up to /v1, e.g. http://127.0.0.1:8000/v1
-    key_env: str = "OPENAI_API_KEY"  # variable with the API key (see keys.py); none is sent if it is unset
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 32  # requests in flight per model worker
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # over all model workers
-    tokens_per_minute: Annotated[float, Field(gt=0)] | None = (
-        None  # over all model workers, prompts and captions; estimated
-    )
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per request
-    retries: Annotated[int, Field(ge=0, le=100)] = 6  # per request, after 408, 409, 429, 5xx or no answer
-    # additional request fields, e.g. {chat_template_kwargs: {enable_thinking: false}}; part of a layer's id
+    url: str | None = None
+    """URL of the server up to /v1, e.g. http://127.0.0.1:8000/v1; null: only for other engines."""
+    key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable with the API key; none is sent if it is unset."""
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 32
+    """Number of requests in flight per model worker."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Largest number of requests per minute, over all model workers; null: no limit."""
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Largest number of tokens per minute (prompts and captions, estimated), over all model workers; null: no limit."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds per request."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 6
+    """Number of further tries per request, after 408, 409, 429, 5xx or no answer."""
     extra: dict[str, Any] = Field(default={})
+    """More request fields, e.g. {chat_template_kwargs: {enable_thinking: false}}; part of a layer's id."""
 
     @field_validator("url")
     @classmethod
@@ -54,45 +61,56 @@ class Server(Section):
 class Vllm(Section):
     """Engine `vllm`: servers that Capstan starts. Only `serve` and `max_model_len` are part of a layer's id."""
 
-    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # servers; auto: as many as the GPUs allow
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1  # GPUs per server
-    serve: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm on a GPU, `transformers serve` without one
-    max_model_len: Annotated[int, Field(ge=64)] | None = None  # context in tokens; null: the model's, if it fits
-    start_s: Annotated[float, Field(gt=0)] = 1800.0  # until a server must be healthy, downloads included
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Number of servers; auto: as many as the GPUs allow."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Number of GPUs per server."""
+    serve: Literal["auto", "vllm", "transformers"] = "auto"
+    """What serves the model; auto: vllm on a GPU, `transformers serve` without one."""
+    max_model_len: Annotated[int, Field(ge=64)] | None = None
+    """Context in tokens; null: the model's, if it fits."""
+    start_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds until a server must be healthy, downloads included."""
 
 
 class RecaptionConfig(Section):
     """Settings of a recaptioning run. All but `server` (except `extra`), `batch` and `device` enter the layer's id."""
 
     engine: Literal["coca", "transformers", "openai", "vllm"] = "coca"
-    # coca: an open_clip model name, or the folder of a trained captioner (or of its run); transformers: a folder or
-    # a hub name; openai: the server's name for the model
+    """What writes the captions: an open_clip CoCa, a transformers model, an OpenAI-compatible server, or vLLM."""
     model: str = "coca_ViT-L-14"
-    # coca: an open_clip tag or a checkpoint file; null for a folder, which has its own weights. transformers: the hub
-    # revision. openai: a free label for the weights on the server
+    """The model: an open_clip name or a captioner's folder (coca), a folder or hub name (transformers, vllm), or the
+    server's name (openai)."""
     pretrained: str | None = None
+    """Weights: an open_clip tag or checkpoint file (coca), a hub revision (transformers), a free label (openai); null:
+    the folder's own."""
     slots: list[SlotName] = Field(default=["short", "descriptive"], min_length=1)
-    # slot → prompt. coca: words that the caption continues, instead of the model's own; other engines: the instruction,
-    # in which {original} is replaced by the image's original caption
+    """Kinds of captions to write, e.g. short and descriptive."""
     prompts: dict[SlotName, str] = Field(default={})
-    system: str | None = None  # transformers, openai: the system message
-    max_tokens: Annotated[int, Field(ge=1)] | None = (
-        None  # new tokens per caption; null: coca as many as fit, others 256
-    )
-    context: Annotated[int, Field(ge=8)] | None = (
-        None  # coca: context length in tokens; positions are interpolated if it is longer than the model's
-    )
-    max_side: Annotated[int, Field(ge=16)] | None = (
-        1024  # transformers, openai: longest side in pixels; null: full size
-    )
+    """Slot → prompt: words that the caption continues (coca), or the instruction, in which {original} is the original
+    caption."""
+    system: str | None = None
+    """The system message of chat engines; null: none."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Largest number of new tokens per caption; null: as many as fit (coca), 256 (others)."""
+    context: Annotated[int, Field(ge=8)] | None = None
+    """Context length of engine coca in tokens; null: the model's. Positions are interpolated if it is longer."""
+    max_side: Annotated[int, Field(ge=16)] | None = 1024
+    """Longest side in pixels of images that chat engines see; null: full size."""
     decoding: Decoding = Decoding()
-    # null: coca fp32; transformers bf16 on a GPU and fp32 elsewhere. bf16 is faster on GPUs
+    """How captions are decoded: greedily, by sampling or by beam search."""
     precision: Literal["fp32", "bf16"] | None = None
+    """Number format; null: fp32 (coca), or bf16 on a GPU and fp32 elsewhere (transformers)."""
     server: Server = Server()
+    """The server of engine openai."""
     vllm: Vllm = Vllm()
-    lint: LintSettings = LintSettings()  # how bad captions are detected and handled
-    batch: Annotated[int, Field(ge=1)] = 32  # images per batch
+    """Servers of engine vllm."""
+    lint: LintSettings = LintSettings()
+    """How bad captions are detected and handled."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Number of images per batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model; auto: the GPU if there is one, else the CPU."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sys
@@ -35,6 +34,8 @@ def add_commands(app: typer.Typer) -> None:
         on and edit, groups of duplicates, what other thresholds would keep, and reviews. Of training runs: a table,
         curves, and all sample grids at one step. Listens on this machine only. Ctrl-C ends it.
         """
+        import asyncio  # here, so that --help is quick
+
         from capstan.cluster.view.server import serve
 
         storage = open_dataset(dataset, overrides)

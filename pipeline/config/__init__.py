@@ -58,19 +58,27 @@ Typed = TypeVar("Typed")
 
 class Shards(Section):
     samples: Annotated[int, Field(ge=1)] = 10_000
-    random_access: bool = False  # Energon's index of samples by key: about 320 bytes a sample, by one process
+    """Samples per shard; the last shard may have fewer."""
+    random_access: bool = False
+    """Whether to write Energon's index of samples by key: about 320 bytes per sample, by one process."""
 
 
 class Unit(Section):
     rows: Annotated[int, Field(ge=1)] = 10_000
+    """Rows per unit; a unit is fetched, scored and committed as a whole."""
 
 
 class Resources(Section):
-    executor: Literal["auto", "processes", "ray"] = "auto"  # auto: processes of this machine for small runs, else Ray
+    executor: Literal["auto", "processes", "ray"] = "auto"
+    """What runs the work: processes of this machine, or Ray; auto: processes for small runs, Ray otherwise."""
     cpus: Annotated[int, Field(ge=1)] | None = None
+    """Number of CPU cores to use; null: all."""
     gpus: Annotated[int, Field(ge=0)] | None = None
+    """Number of GPUs to use; 0: none; null: all."""
     model_workers: Annotated[int, Field(ge=1)] | None = None
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # Ray's Prometheus exporter; null: a free port
+    """Number of model workers, which hold a copy of the model each; null: one per GPU, or one without GPUs."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of Ray's Prometheus exporter; null: a free port."""
 
 
 class _Parsed:
@@ -91,23 +99,40 @@ class _Parsed:
 class Recipe(Section):
     """A recipe: it drives every stage, and each stage reads its own sections."""
 
-    dataset: str
-    storage: dict[str, Any] = Field(default={})  # fsspec options; secrets only from the environment
+    dataset: str = Field(examples=["./out/ds"])
+    """The dataset's folder, or its fsspec URL such as s3://bucket/ds."""
+    storage: dict[str, Any] = Field(default={})
+    """Options of fsspec for the dataset's storage, e.g. endpoint_url; secrets only from the environment."""
     source: Source | None = None
+    """Where the rows (URL or image, and caption) come from."""
     fetch: Fetch = Fetch()
+    """How images are downloaded."""
     image: Image = Image()
+    """How images are resized and stored."""
     score: Score = Score()
+    """Scorers, each of which adds columns to the ledger; null: off."""
     select: list[Condition] = Field(default=[])
+    """Steps of the selection, in order; each is one step of the funnel."""
     dedup: Dedup = Dedup()
+    """How duplicates are found; of each group the largest image is kept."""
     blocklist: Blocklist = Blocklist()
-    keep_staged: bool = True  # false: remove staged images once they are packed
+    """Lists of rows that must not be in the dataset."""
+    keep_staged: bool = True
+    """Whether staged images are kept once they are packed; false saves half of the disk space."""
     shards: Shards = Shards()
+    """Size of the tar shards."""
     unit: Unit = Unit()
+    """Size of the pieces of work that are committed one by one."""
     resources: Resources = Resources()
-    trackers: list[Literal["mlflow", "wandb"]] = Field(default=[])  # of summaries of build, score, select, recaption
+    """Limits on the CPUs and GPUs that are used; by default all of the machine or cluster."""
+    trackers: list[Literal["mlflow", "wandb"]] = Field(default=[])
+    """Where summaries of build, score, select and recaption are sent to."""
     recaption: dict[str, Any] | None = None
+    """The model that writes captions (`capstan recaption`) and how; null: none."""
     train: dict[str, Any] | None = None
+    """The model to train (`capstan train`) and how; null: none."""
     experiment: dict[str, Any] | None = None
+    """Which caption blends `capstan experiment blend` compares; null: none."""
     _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
 
     def section(self, name: str, parse: Callable[[dict[str, Any]], Typed], hint: str) -> Typed:

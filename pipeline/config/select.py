@@ -22,14 +22,23 @@ class Condition(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["size"])]
+    """Name of the step: the reason of the rows that it rejects."""
     where: Annotated[str, Field(min_length=1)] | None = None
+    """SQL condition over the ledger's columns; rows for which it is not true are rejected."""
     at_most: Annotated[int, Field(ge=1)] | None = None
+    """Largest number of rows per value of `per`; the highest `by` are kept."""
     balance: Annotated[str, Field(min_length=1)] | None = None
+    """SQL expression; every value keeps as many rows as the rarest one has."""
     top: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of rows to keep, highest `by` first."""
     review: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    """Name of a review (`capstan view`); the rows that it rejects are rejected."""
     per: Annotated[str, Field(min_length=1)] | None = None
+    """SQL expression whose values form the groups of at_most and top; null (top): all rows are one group."""
     by: Annotated[str, Field(min_length=1)] | None = None
+    """SQL expression that ranks rows, highest first; null: by key, which is a random choice."""
     at_least: Annotated[int, Field(ge=1)] = 1
+    """With `balance`: the smallest number of rows that each value keeps."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,11 +83,17 @@ Three = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_
 class CopyDetection(Section):
     """Copies found by descriptors from a network such as SSCD: an ONNX file of images → one vector."""
 
-    model: str  # .onnx: one float32 input, 1×3×H×W or 1×H×W×3; the first output is the descriptor. Or open_nsfw
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75  # cosine of descriptors from which images are copies
-    size: Annotated[int, Field(ge=8, le=2048)] | None = None  # images become size × size; null: the network's, or 320
-    mean: Three = Field(default=[0.485, 0.456, 0.406])  # of RGB in 0 … 1, subtracted; the default is ImageNet's
-    std: Three = Field(default=[0.229, 0.224, 0.225])  # of RGB in 0 … 1, divided by
+    model: str
+    """Network of the descriptors: an .onnx file with one float32 input of images and the descriptor as its first
+    output; or open_nsfw."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Cosine of two descriptors from which images are copies."""
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side in pixels to which images are resized for the network; null: the network's own, or 320."""
+    mean: Three = Field(default=[0.485, 0.456, 0.406])
+    """Mean per channel (RGB in 0 … 1), subtracted before the network; the default is ImageNet's."""
+    std: Three = Field(default=[0.229, 0.224, 0.225])
+    """Standard deviation per channel (RGB in 0 … 1), divided by before the network."""
 
     @model_validator(mode="after")
     def _preparation_fits(self) -> CopyDetection:
@@ -93,11 +108,17 @@ class CopyDetection(Section):
 
 class Dedup(Section):
     exact: bool = True
-    perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6  # Hamming distance of 64-bit pHash; null: off
-    colours: Annotated[int, Field(ge=0, le=255)] | None = 8  # largest colour difference of duplicates; null: any
-    semantic: Annotated[float, Field(gt=0, le=1)] | None = None  # cosine of score.clip's embeddings; null: off
-    decontaminate: str | list[str] | None = None  # evaluation images (a folder, tars, tables); near rows are dropped
-    copies: CopyDetection | None = None  # edited copies: cropped, mirrored, framed; null: off
+    """Whether files with the same SHA-256 are duplicates."""
+    perceptual: Annotated[int, Field(ge=0, le=16)] | None = 6
+    """Largest Hamming distance of the 64-bit perceptual hashes of duplicates; null: off."""
+    colours: Annotated[int, Field(ge=0, le=255)] | None = 8
+    """Largest colour difference of perceptual duplicates, 0 to 255; null: any."""
+    semantic: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Cosine of score.clip's embeddings from which images are duplicates; null: off."""
+    decontaminate: str | list[str] | None = None
+    """Evaluation images (a folder, tars or tables): rows near one of them are dropped; null: none."""
+    copies: CopyDetection | None = None
+    """Finds edited copies: cropped, mirrored or framed; null: off."""
 
     @model_serializer(mode="wrap")
     def _without_copies(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -109,6 +130,10 @@ class Blocklist(Section):
     """Text files, one entry per line: matching rows are neither fetched nor kept."""
 
     keys: str | None = None
+    """File of keys that must not be in the dataset, one per line."""
     urls: str | None = None
-    domains: str | None = None  # subdomains included
-    sha256: str | None = None  # of source files
+    """File of URLs that must not be in the dataset, one per line."""
+    domains: str | None = None
+    """File of domains that must not be in the dataset, one per line; subdomains are included."""
+    sha256: str | None = None
+    """File of SHA-256 sums of source files that must not be in the dataset, one per line."""

@@ -13,36 +13,57 @@ class WorldSource(Section):
     """The captioned world (`source.format: world`): drawn scenes, served as a loopback web site during the build."""
 
     scenes: Annotated[int, Field(ge=1)] = 1000
-    size: Annotated[int, Field(ge=16, le=2048)] = 256  # pixels, both sides
+    """Number of scenes, one row each."""
+    size: Annotated[int, Field(ge=16, le=2048)] = 256
+    """Side of the drawn images in pixels."""
     seed: int = 0
-    captions: Literal["alt", "short", "descriptive"] = "alt"  # alt: like careless alt texts of the web
-    defects: bool = True  # serve every known defect of the web, in known proportions
-    shapes: list[str] | None = None  # restrict the vocabulary (None: all)
+    """Seed of the scenes: the same seed draws the same scenes."""
+    captions: Literal["alt", "short", "descriptive"] = "alt"
+    """Captions of the rows: like careless alt texts of the web, or true short or descriptive ones."""
+    defects: bool = True
+    """Whether the site serves every known defect of the web, in known proportions."""
+    shapes: list[str] | None = None
+    """Shapes that occur; null: all."""
     colours: list[str] | None = None
+    """Colours that occur; null: all."""
     textures: list[str] | None = None
+    """Textures that occur; null: all."""
     min_objects: Annotated[int, Field(ge=1, le=3)] = 1
+    """Smallest number of objects in a scene."""
     max_objects: Annotated[int, Field(ge=1, le=3)] = 3
+    """Largest number of objects in a scene."""
 
 
 class OneLicense(Section):
     """One licence for all rows."""
 
     all: Annotated[str, Field(min_length=1)]
+    """The licence of all rows, as an SPDX expression or a URL."""
 
 
 class Source(Section):
     path: str | list[str] | None = Field(default=None, examples=["urls.parquet"])
+    """A file, glob, folder or fsspec URL, or a list of them."""
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "txt", "folder", "webdataset", "world"] = "auto"
-    url: str | None = "url"  # column with the URL; null: none, where `image` is named
-    image: str | None = None  # column with embedded bytes, instead of a URL
+    """Format of the files; auto: by their names."""
+    url: str | None = "url"
+    """Column with the URL; null: none, where `image` is set."""
+    image: str | None = None
+    """Column with embedded image bytes, instead of a URL; null: none."""
     caption: str = "caption"
-    columns: Literal["all"] | list[str] | None = None  # carried in `extra`: names and globs, !glob leaves out;
-    # all; null: all but vectors
-    quoted: bool | None = None  # CSV, TSV: cells may be quoted as in RFC 4180; null: in CSV, not in TSV
-    hash: str | None = None  # column with the md5, sha1, sha256 or sha512 that the image's bytes must have
-    storage: dict[str, Any] | None = None  # fsspec options of the source; null: the dataset's, if in the same storage
+    """Column with the caption."""
+    columns: Literal["all"] | list[str] | None = None
+    """Columns to carry in `extra`: names and globs, !glob leaves out; or all; null: all but vectors."""
+    quoted: bool | None = None
+    """Whether cells of CSV and TSV may be quoted as in RFC 4180; null: in CSV, not in TSV."""
+    hash: str | None = None
+    """Column with the md5, sha1, sha256 or sha512 that the image's bytes must have; null: not compared."""
+    storage: dict[str, Any] | None = None
+    """Options of fsspec for the source's storage; null: the dataset's, if it is the same storage."""
     world: WorldSource | None = None
-    license: str | OneLicense | None = None  # column with the rows' licences, or {all: CC-BY-4.0}
+    """Settings of the captioned world, for format: world."""
+    license: str | OneLicense | None = None
+    """Column with the rows' licences, or {all: CC-BY-4.0}; null: none."""
 
     @model_serializer(mode="wrap")
     def _without_license(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -64,15 +85,24 @@ class Source(Section):
 
 
 class Fetch(Section):
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests in flight per worker
-    per_host: Annotated[int, Field(ge=1)] = 8  # of all workers of a run together
-    timeout_s: Annotated[float, Field(gt=0)] = 20.0  # over the whole exchange, body included
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Number of requests in flight per worker."""
+    per_host: Annotated[int, Field(ge=1)] = 8
+    """Number of requests in flight per host, of all workers of a run together."""
+    timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds for a whole exchange, body included."""
     max_bytes: Annotated[int, Field(ge=1)] = 20_000_000
+    """Largest body in bytes; larger ones fail as `too_large_bytes`."""
     retries: Annotated[int, Field(ge=0, le=20)] = 2
+    """Number of further tries after a transient failure."""
     allow_private: bool = False
+    """Whether hosts on private and loopback addresses may be fetched from."""
     robots: bool = True
-    noai: bool = True  # refuse images whose own metadata (IPTC, C2PA) forbids training; of any source
+    """Whether robots.txt and X-Robots-Tag are obeyed."""
+    noai: bool = True
+    """Whether images whose metadata or headers forbid training are refused."""
     user_agent: str = "capstan/0.1 (image-text dataset builder)"
+    """The User-Agent that sites see."""
 
     @model_serializer(mode="wrap")
     def _without_noai(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -82,12 +112,19 @@ class Fetch(Section):
 
 
 class Image(Section):
-    size: Annotated[int, Field(ge=8, le=16384)] = 512  # pixels
+    size: Annotated[int, Field(ge=8, le=16384)] = 512
+    """Size of stored images in pixels (see resize); images are never enlarged."""
     resize: Literal["keep_ratio", "center_crop", "border", "none"] = "keep_ratio"
+    """How images get their size: shorter side (keep_ratio), cut to a square (center_crop), padded to a square (border),
+    or none."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """JPEG quality of stored images, 1 to 100."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
-    min_size: Annotated[int, Field(ge=1)] = 64  # shorter side of the source, pixels
-    check: Literal["full", "header"] = "full"  # header: JPEGs that are stored as they are are copied, not decoded
+    """Largest number of pixels of a source image; larger ones fail as `too_many_pixels` before they are decoded."""
+    min_size: Annotated[int, Field(ge=1)] = 64
+    """Smallest shorter side of a source image in pixels; smaller ones fail as `too_small`."""
+    check: Literal["full", "header"] = "full"
+    """Whether each image is decoded to check it; header: JPEGs that are stored as they are are copied undecoded."""
 
     @model_validator(mode="after")
     def _copies_only_what_stays(self) -> Image:

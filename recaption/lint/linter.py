@@ -39,9 +39,12 @@ _SENTENCE_END = re.compile(r"[.!?؟।](?=\s|$)|[。！？]+[」』”’）]*")
 class Settings(Section):
     """The recipe's section `recaption.lint`; part of the layer's id."""
 
-    retries: Annotated[int, Field(ge=0, le=10)] = 2  # maximum number of further attempts at a bad caption
-    language: str | None = "en"  # required language of captions; null: any
-    actions: dict[str, Action] = Field(default={})  # rule → original, retry or note; overrides the rule's own action
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    """Maximum number of further attempts at a bad caption."""
+    language: str | None = "en"
+    """Required language of captions; null: any."""
+    actions: dict[str, Action] = Field(default={})
+    """Rule → original, retry or note; overrides the rule's own action."""
 
     @field_validator("language")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,34 @@ def test_init_writes_a_recipe_that_is_valid_and_never_overwrites(
     assert run(["init", str(tmp_path / "mine")]) == 2
 
 
+def test_editors_find_the_schema_next_to_the_recipe(tmp_path: Path) -> None:
+    assert run(["init", str(tmp_path)]) == 0
+    first = (tmp_path / "recipe.yaml").read_text().partition("\n")[0]
+    found = re.fullmatch(r"# yaml-language-server: \$schema=\./(\S+)", first)
+    assert found
+    properties = json.loads((tmp_path / found[1]).read_text())["properties"]
+    assert properties.keys() >= yaml.safe_load((tmp_path / "recipe.yaml").read_text()).keys()
+
+
 def test_schema_covers_every_floor(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert {"source", "fetch", "recaption", "train"} <= schema["properties"].keys()
     assert "slots" in schema["$defs"]["RecaptionConfig"]["properties"]
+
+
+def _keys(section: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, value in section.get("properties", {}).items():
+        yield f"{where}.{key}", value
+        yield from _keys(value, f"{where}.{key}")
+
+
+def test_every_key_of_the_schema_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    """Editors show these sentences."""
+    assert run(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    keys = [*_keys(schema, "recipe")]
+    for name, section in schema["$defs"].items():
+        keys += _keys(section, name)
+    assert len(keys) > 300
+    assert [key for key, value in keys if not value.get("description", "").endswith(".")] == []

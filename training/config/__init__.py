@@ -28,10 +28,14 @@ Positive = Annotated[int, Field(ge=1)]
 class Buckets(Section):
     """Aspect-ratio buckets: every batch holds images of one size. List the sizes, or generate them in steps."""
 
-    sizes: Annotated[list[tuple[Positive, Positive]], Field(min_length=1)] | None = None  # width, height in pixels
-    size: Positive | None = None  # or: generate all sizes up to the area of a square with this side
-    step: Positive = 64  # pixels
-    ratio: Annotated[float, Field(ge=1)] = 2.0  # largest ratio of the longer side to the shorter
+    sizes: Annotated[list[tuple[Positive, Positive]], Field(min_length=1)] | None = None
+    """Sizes of the buckets as [width, height] in pixels; null: generate them from `size`."""
+    size: Positive | None = None
+    """Side in pixels of the square whose area all generated buckets have; null: use `sizes`."""
+    step: Positive = 64
+    """Multiple in pixels of which generated sides are."""
+    ratio: Annotated[float, Field(ge=1)] = 2.0
+    """Largest ratio of the longer side to the shorter."""
 
     @model_validator(mode="after")
     def _has_sizes(self) -> Buckets:
@@ -49,40 +53,59 @@ class Buckets(Section):
 class Cache(Section):
     """Whole shards of a bucket, copied before use into a folder that all workers of a machine share."""
 
-    folder: str
-    gib: Annotated[float, Field(gt=0)]  # size limit of the folder; best with room for two windows (2 × block shards)
+    folder: str = Field(examples=["/tmp/shards"])
+    """Folder on a local disk for the copies."""
+    gib: Annotated[float, Field(gt=0)]
+    """Size limit of the folder in GiB; best with room for two windows (2 × block shards)."""
 
 
 class WeightedDataset(Section):
     """One of several datasets, with its share of the samples."""
 
-    dataset: str  # a folder or a URL; storage options are the recipe's
-    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the samples is weight / sum of weights
-    layer: str | None = "latest"  # default: train.data.layer
+    dataset: str
+    """The dataset's folder or URL; storage options are the recipe's."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the dataset: its share of the samples is weight / sum of weights."""
+    layer: str | None = "latest"
+    """Caption layer of this dataset: an id, latest, or null for original captions; default: that of train.data."""
 
 
 class Bad(Section):
     """Samples that cannot be read or decoded. Without this section the first one ends the run."""
 
-    skip: Positive  # at most this many in the whole run, each replaced by another sample of its batch
+    skip: Positive
+    """Largest number of bad samples in the whole run; each is replaced by another sample of its batch."""
 
 
 class Data(Section):
     """Which samples, captions and precomputed states a training step sees, and in which order."""
 
-    layer: str | None = "latest"  # caption layer: an id, "latest", or null for original captions only
-    blend: dict[str, Annotated[float, Field(ge=0)]] | None = None  # slot → weight; null: see `Data.weights`
-    datasets: Annotated[list[WeightedDataset], Field(min_length=1)] | None = None  # mixed; null: the recipe's dataset
-    latents: str | None = None  # encoder id of a latents/ folder, or "auto": read latents instead of images
-    text_states: Literal["auto"] | None = None  # auto: precompute them; the text encoder must be frozen
-    buckets: Buckets | None = None  # aspect-ratio buckets; null: images are cut to squares
-    holdout: Annotated[int, Field(ge=0)] = 0  # number of samples, the last of each dataset, to exclude from training
-    block: Annotated[int, Field(ge=1)] = 8  # shards whose samples are shuffled together within an epoch
-    prefetch: Annotated[int, Field(ge=1)] = 4  # prepared batches kept ready on each worker
-    threads: Annotated[int, Field(ge=1)] = 1  # loader threads on each worker
-    cache: Cache | None = None  # for datasets in a bucket; null: one request per image
+    layer: str | None = "latest"
+    """Caption layer: an id, latest, or null for the original captions."""
+    blend: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Slot → weight with which its caption is drawn; null: 95% descriptive, 5% original (as far as there are layers).
+"""
+    datasets: Annotated[list[WeightedDataset], Field(min_length=1)] | None = None
+    """Datasets to mix, with weights; null: the recipe's dataset alone."""
+    latents: str | None = None
+    """Precomputed latents to read instead of images: an encoder id, or auto (encode what is missing); null: images."""
+    text_states: Literal["auto"] | None = None
+    """Whether text states are precomputed (auto), which needs a frozen text encoder; null: computed in each step."""
+    buckets: Buckets | None = None
+    """Aspect-ratio buckets; null: images are cut to squares."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Number of samples to exclude from training: the last of each dataset."""
+    block: Annotated[int, Field(ge=1)] = 8
+    """Number of shards whose samples are shuffled together within an epoch."""
+    prefetch: Annotated[int, Field(ge=1)] = 4
+    """Number of prepared batches that each worker keeps ready."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Number of loader threads on each worker."""
+    cache: Cache | None = None
+    """Local copies of the shards of a bucket; null: one request per image."""
 
-    bad: Bad | None = None  # skip samples that cannot be read; null: the first one ends the run
+    bad: Bad | None = None
+    """Skips samples that cannot be read; null: the first one ends the run."""
 
     @model_validator(mode="after")
     def _blend_has_weight(self) -> Data:
@@ -105,15 +128,25 @@ class Engine(Section):
     """How the work is distributed over processes. All of it may change when a run resumes."""
 
     strategy: Literal["deepspeed", "ddp"] = "deepspeed"
-    zero: Annotated[int, Field(ge=0, le=3)] = 2  # DeepSpeed: 0 nothing sharded, 1 optimizer, 2 + gradients, 3 + weights
-    workers: int | tuple[int, int] = 1  # processes, one per GPU; [least, most]: as many as resources allow
-    launcher: Literal["ray", "local"] = "ray"  # ray: Ray Train; local: plain processes on this machine
-    retries: Annotated[int, Field(ge=0)] = 2  # restarts after a worker died, each from the last checkpoint
-    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of each worker; null: cores / workers
-    offload: bool = False  # ZeRO 1 to 3: keep Adam's state in CPU memory and step it there
-    checkpointing: bool = False  # gradient checkpointing: recompute activations in the backward pass
-    compile: bool = False  # torch.compile
-    channels_last: bool = False  # images as [B, H, W, C] in memory
+    """What keeps the workers in step: DeepSpeed, or PyTorch's DDP."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 2
+    """Level of DeepSpeed's ZeRO: 0 nothing is sharded, 1 optimizer, 2 and gradients, 3 and weights."""
+    workers: int | tuple[int, int] = 1
+    """Number of processes, one per GPU; [least, most]: as many as resources allow."""
+    launcher: Literal["ray", "local"] = "ray"
+    """What starts the workers: Ray Train, or plain processes on this machine."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Number of restarts after a worker died, each from the last checkpoint."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of each worker; null: cores / workers."""
+    offload: bool = False
+    """Whether Adam's state is kept in CPU memory and stepped there (ZeRO 1 to 3)."""
+    checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass (gradient checkpointing), which saves memory."""
+    compile: bool = False
+    """Whether the model is compiled by torch.compile."""
+    channels_last: bool = False
+    """Whether images are [B, H, W, C] in memory."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -147,16 +180,21 @@ class Engine(Section):
 class Checkpoint(Section):
     """When the state of a run is saved, and where to. All of it may change when a run resumes."""
 
-    every: Annotated[int, Field(ge=1)] = 500  # steps
-    keep: Annotated[int, Field(ge=1)] = 2  # number of checkpoints to keep, the newest
-    upload: str | None = None  # a bucket's URL (s3://bucket/run): also upload checkpoints and the product
+    every: Annotated[int, Field(ge=1)] = 500
+    """Steps from one checkpoint to the next."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Number of checkpoints to keep, the newest ones."""
+    upload: str | None = None
+    """URL of a bucket that checkpoints and product are also uploaded to; null: none."""
 
 
 class Diverged(Section):
     """When a loss counts as diverging: the run then stops and writes the keys of the batches to a file."""
 
-    factor: Annotated[float, Field(gt=1)] = 10.0  # a loss above factor × the median of the losses before it is high
-    steps: Annotated[int, Field(ge=1)] = 50  # number of high losses in a row that stop the run
+    factor: Annotated[float, Field(gt=1)] = 10.0
+    """A loss above this factor times the median of the losses before it is high."""
+    steps: Annotated[int, Field(ge=1)] = 50
+    """Number of high losses in a row that stop the run."""
 
 
 Shape = Literal["constant", "cosine", "linear"]
@@ -168,38 +206,65 @@ class Restart(Section):
     A warm restart (Loshchilov & Hutter 2017, SGDR): from step `restart` on the rate warms up again, to `lr`.
     """
 
-    before: Shape = "cosine"  # the schedule that ended at step `restart`, as it was in the recipe
-    restart: Positive  # steps: what train.steps was
-    then: Shape = "cosine"  # from there to train.steps
+    before: Shape = "cosine"
+    """Shape of the schedule that ended at step `restart`, as it was in the recipe."""
+    restart: Positive
+    """Step at which the learning rate starts again: what train.steps was."""
+    then: Shape = "cosine"
+    """Shape of the schedule from there to train.steps."""
 
 
 class TrainConfig(Section):
     """One training run."""
 
-    model: str  # a name of FAMILIES, or package.module:Class
-    run: Annotated[str, Field(min_length=1)]  # the run folder, or a bucket's URL: log, checkpoints, product
-    steps: Annotated[int, Field(ge=1)]  # optimizer steps
-    batch: Annotated[int, Field(ge=1)] = 64  # samples per step, over all workers
-    accumulate: Annotated[int, Field(ge=1)] = 1  # number of parts in which each worker processes its share of a batch
+    model: str = Field(examples=["diffusion"])
+    """The model family: autoencoder, captioner, diffusion, vqgan, or package.module:Class of your own."""
+    run: Annotated[str, Field(min_length=1, examples=["./out/run"])]
+    """Folder of the run, or a bucket's URL: its log, checkpoints and product."""
+    steps: Annotated[int, Field(ge=1, examples=[100_000])]
+    """Number of optimizer steps."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Samples per step, over all workers."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Number of parts in which each worker processes its share of a batch."""
     seed: int = 0
-    init: str | None = None  # a run folder or its product: start from these weights
-    before: list[dict[str, Any]] = []  # noqa: RUF012 - runs that this one uses, each a section `train`; trained first
-    lr: Annotated[float, Field(gt=0)] = 1e-4  # peak learning rate of AdamW
-    schedule: Shape | Restart = "constant"  # after warm-up: hold, or decay to final_lr at the last step
-    warmup: Annotated[int, Field(ge=0)] = 100  # steps in which the learning rate rises linearly from 0
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # end of cosine and linear, as a fraction of lr
+    """Seed of the initial weights, the order of samples, and all other random choices."""
+    init: str | None = None
+    """A run folder or its product whose weights training starts from; null: random weights."""
+    before: list[dict[str, Any]] = []  # noqa: RUF012
+    """Runs that this one needs, each a section `train`; they are trained first."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Shape | Restart = "constant"
+    """Learning rate after warm-up: constant, or falling to final_lr at the last step; or {restart: STEP}."""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """Steps in which the learning rate rises linearly from 0."""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end of cosine and linear, as a fraction of lr."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Both betas of AdamW."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and kernels, not on biases, norms and scalars
-    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; null: no clipping
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; fp16 (GPUs only) with loss scaling
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999  # decay of the weights' moving average; null: no average
-    log_every: Annotated[int, Field(ge=1)] = 10  # steps
+    """Epsilon of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW, on matrices and kernels, not on biases, norms and scalars."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null: no clipping."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass; fp16 needs GPUs and scales the loss."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
+    """Decay of the weights' moving average; null: no average."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps from one line of the log to the next."""
     data: Data = Data()
+    """Which samples and captions a step sees, and in which order."""
     diverged: Diverged | None = Diverged()
+    """When a loss counts as diverging, which stops the run; null: never."""
     engine: Engine = Engine()
+    """How the work is distributed over processes."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state of the run is saved, and where to."""
     watch: Watch = Watch()
+    """Trackers, sample grids and evaluations during training."""
 
     _settings: Any = PrivateAttr(default=None)
 

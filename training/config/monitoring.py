@@ -19,49 +19,69 @@ _INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 class Samples(Section):
     """A grid of images from the averaged weights, always with the same prompts and noise."""
 
-    every: Positive = 1000  # steps; also after the last one
-    prompts: Annotated[list[str], Field(min_length=1)] | None = (
-        None  # null: prompts of unseen scenes or held-out samples
-    )
-    count: Positive = 8  # number of prompts if `prompts` is null
-    steps: Positive | None = None  # null: train.diffusion.sampling
+    every: Positive = 1000
+    """Steps from one grid to the next; one is also made after the last step."""
+    prompts: Annotated[list[str], Field(min_length=1)] | None = None
+    """The prompts; null: those of unseen scenes or held-out samples."""
+    count: Positive = 8
+    """Number of prompts if `prompts` is null."""
+    steps: Positive | None = None
+    """Sampling steps; null: train.diffusion.sampling."""
     guidance: Guidance | None = None
+    """Guidance scale; null: train.diffusion.sampling."""
 
 
 class ClipSettings(Section):
     """The judging CLIP: an open_clip name with a tag or a file, or a folder with its weights."""
 
     model: str
+    """An open_clip name, or a folder with its weights."""
     pretrained: str | None = None
+    """Checkpoint file or open_clip tag; null: the folder's own weights."""
 
 
 class Fid(Section):
     """The feature network of FID and KID."""
 
-    features: str  # a file: torch-fidelity's Inception (.pth, .safetensors); .pt: see trust_torchscript. Or open_nsfw
-    trust_torchscript: bool = False  # run the program in a .pt file; it can do anything that you can
+    features: str
+    """File of the feature network: torch-fidelity's Inception (.pth, .safetensors, or .pt with trust_torchscript); or
+    open_nsfw."""
+    trust_torchscript: bool = False
+    """Whether to run the program in a .pt file, which can do anything that you can."""
 
 
 class Kid(Section):
     """Subsets of images over which KID is the mean."""
 
     subsets: Annotated[int, Field(ge=2)] = 100
-    size: Annotated[int, Field(ge=2)] | None = None  # images of each; null: half of all, at most 1000
+    """Number of subsets."""
+    size: Annotated[int, Field(ge=2)] | None = None
+    """Images of each subset; null: half of all, at most 1000."""
 
 
 class Evaluate(Section):
     """Metrics of images generated from prompts that the run does not train on."""
 
-    every: Positive = 5000  # steps; also after the last one
-    count: Annotated[int, Field(ge=2)] = 1000  # images, divided among the workers
-    measures: Annotated[list[Measure], Field(min_length=1)] | None = None  # null: what the networks below allow
-    batch: Positive = 16  # images generated at once on each worker
+    every: Positive = 5000
+    """Steps from one evaluation to the next; one is also made after the last step."""
+    count: Annotated[int, Field(ge=2)] = 1000
+    """Number of generated images, divided among the workers."""
+    measures: Annotated[list[Measure], Field(min_length=1)] | None = None
+    """Metrics to compute; null: those that the networks below allow."""
+    batch: Positive = 16
+    """Images that each worker generates at once."""
     steps: Positive | None = None
+    """Sampling steps of the generated images; null: train.diffusion.sampling."""
     guidance: Guidance | None = None
+    """Guidance scale of the generated images; null: train.diffusion.sampling."""
     clip: ClipSettings | None = None
-    fid: Fid | None = None  # of kid, too
+    """The CLIP that judges images and prompts (clip, cmmd); null: none."""
+    fid: Fid | None = None
+    """The feature network of FID and KID; null: none."""
     kid: Kid = Kid()
-    cmmd: ClipSettings | None = None  # null: the CLIP of `clip`
+    """Subsets over which KID is computed."""
+    cmmd: ClipSettings | None = None
+    """The CLIP of CMMD; null: that of `clip`."""
 
     @model_validator(mode="after")
     def _measures_have_what_they_need(self) -> Evaluate:
@@ -108,8 +128,10 @@ class Evaluate(Section):
 class Best(Section):
     """Which evaluation's state is kept, regardless of train.checkpoint.keep."""
 
-    measure: str  # a name in evaluations.jsonl: clip, fid, colour_shape, ...
-    mode: Literal["max", "min"] | None = None  # null: min for fid, kid and cmmd, else max
+    measure: str
+    """The metric that decides, by its name in evaluations.jsonl: clip, fid, colour_shape and others."""
+    mode: Literal["max", "min"] | None = None
+    """Whether more or less is better; null: less for fid, kid and cmmd, more for the others."""
 
     @property
     def sign(self) -> int:
@@ -122,11 +144,17 @@ class Watch(Section):
     """Trackers, sample grids and evaluations of a run."""
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]  # noqa: RUF012
-    bands: Positive = 10  # number of timestep ranges of loss_by_time
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU; null: from a table of GPUs
+    """Where curves and images are sent to."""
+    bands: Positive = 10
+    """Number of timestep ranges of loss_by_time."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak TFLOP/s of one device, for MFU; null: from a table of GPUs."""
     samples: Samples | None = None
+    """Sample grids during training; null: none."""
     evaluate: Evaluate | None = None
+    """Evaluations during training; null: none."""
     best: Best | None = None
+    """Which evaluation's state is kept as the best; null: none."""
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Watch:

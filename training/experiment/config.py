@@ -22,8 +22,10 @@ ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class Arm(Section):
     """The captions of one arm."""
 
-    blend: dict[str, Annotated[float, Field(ge=0)]]  # slot → weight, as in train.data.blend
-    layer: str | None = None  # the caption layer; null: that of train.data.layer
+    blend: dict[str, Annotated[float, Field(ge=0)]]
+    """Slot → weight, as in train.data.blend."""
+    layer: str | None = None
+    """Caption layer of the arm; null: that of train.data.layer."""
 
     @field_validator("blend")
     @classmethod
@@ -61,26 +63,32 @@ MAIN: Final = ("original", "short95", "descriptive95")  # the arms of the paper'
 class Scorer(Section):
     """The CLIP that scores images against prompts; it should not be used in the training."""
 
-    model: str  # an open_clip name or a folder with open_clip_config.json
-    pretrained: str | None = None  # a checkpoint file or an open_clip tag; null: the folder's own weights
+    model: str
+    """An open_clip name, or a folder with open_clip_config.json."""
+    pretrained: str | None = None
+    """A checkpoint file or an open_clip tag; null: the folder's own weights."""
 
 
 class ExperimentConfig(Section):
     """An experiment on caption blends. `arms` is a list of standard arms, or a mapping with custom blends."""
 
     arms: Annotated[dict[ArmName, Arm], Field(min_length=2)] = Field(default={**PAPER})
-    # seeds of weights, order and noise; every arm is trained with each
+    """The arms to compare: names of standard ones, or name and blend of your own."""
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[0, 1, 2])
-    steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = (
-        None  # to measure at; null: the last
-    )
-    prompts: Annotated[int, Field(ge=2)] = 128  # per set; there are two sets
-    scorer: Scorer | None = None  # null: no CLIP score
-    # expands short prompts: `captions` uses the nearest training caption; or a section like `recaption` whose engine
-    # writes text; null: off
+    """Seeds of weights, order and noise; every arm is trained with each."""
+    steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Steps at which the arms are measured; null: the last one."""
+    prompts: Annotated[int, Field(ge=2)] = 128
+    """Number of prompts in each of the two sets."""
+    scorer: Scorer | None = None
+    """The CLIP that scores images and prompts; null: no CLIP score."""
     upsampler: Literal["captions"] | dict[str, Any] | None = None
-    parallel: Annotated[int, Field(ge=1)] | None = None  # runs trained at once; null: as many as cores or GPUs allow
-    draws: Annotated[int, Field(ge=100)] = 2000  # bootstrap samples
+    """Expands short prompts: captions uses the nearest training caption; or a section like `recaption` whose engine
+    writes text; null: off."""
+    parallel: Annotated[int, Field(ge=1)] | None = None
+    """Number of runs trained at once; null: as many as cores or GPUs allow."""
+    draws: Annotated[int, Field(ge=100)] = 2000
+    """Number of bootstrap samples of the intervals."""
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -17,34 +17,52 @@ Positive = Annotated[int, Field(ge=1)]
 class Vision(Section):
     """The vision tower: a ViT over square images."""
 
-    image_size: Positive = 224  # pixels, both sides
+    image_size: Positive = 224
+    """Side of the square images in pixels."""
     patch_size: Positive = 32
+    """Side of a patch in pixels; divides image_size."""
     width: Positive = 768
+    """Width of the layers; a multiple of head_width."""
     head_width: Positive = 64
+    """Width of each attention head."""
     layers: Positive = 12
-    queries: Annotated[int, Field(ge=0)] = 256  # of the attentional pooler, which the decoder sees; 0: all patches
+    """Number of layers."""
+    queries: Annotated[int, Field(ge=0)] = 256
+    """Queries of the attentional pooler, which the decoder sees; 0: it sees all patches."""
 
 
 class Text(Section):
     """The text tower and, with the same width and heads, the decoder."""
 
-    context_length: Annotated[int, Field(ge=4)] = 128  # tokens, start, prompt and end included
-    vocab_size: Positive | None = None  # of a vocabulary trained on the captions; null: CLIP's own
-    tokenizer: str | None = None  # a folder with a vocabulary (data.tokenizer), instead of vocab_size
+    context_length: Annotated[int, Field(ge=4)] = 128
+    """Longest caption in tokens, with start, prompt and end."""
+    vocab_size: Positive | None = None
+    """Size of a vocabulary trained on the captions; null: CLIP's own vocabulary."""
+    tokenizer: str | None = None
+    """Folder with a vocabulary, instead of vocab_size; null: none."""
     width: Positive = 512
+    """Width of text tower and decoder; a multiple of heads."""
     heads: Positive = 8
+    """Attention heads per layer."""
     layers: Positive = 12
+    """Number of layers of the text tower."""
     decoder_layers: Positive = 12
+    """Number of layers of the decoder."""
 
 
 class CaptionerSettings(FamilySettings):
     """`train.captioner`. Defaults: coca_ViT-B-32 with a longer context for long captions."""
 
     vision: Vision = Vision()
+    """The vision tower."""
     text: Text = Text()
-    contrastive: Annotated[float, Field(ge=0)] = 1.0  # weights of the losses, as in CoCa
+    """The text tower and the decoder."""
+    contrastive: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the contrastive loss; 0: off."""
     caption: Annotated[float, Field(ge=0)] = 2.0
-    prompts: dict[str, str] = Field(default=dict(prompts.PREFIXES))  # slot → the prompt before its captions
+    """Weight of the captioning loss; 0: off."""
+    prompts: dict[str, str] = Field(default=dict(prompts.PREFIXES))
+    """Slot → the prompt that precedes its captions."""
 
     @model_validator(mode="after")
     def _fits(self) -> CaptionerSettings:

@@ -20,15 +20,20 @@ Positive = Annotated[int, Field(ge=1)]
 class UNetSettings(Section):
     """diffusers' UNet2DConditionModel. Defaults: Stable Diffusion 1 (860 M parameters)."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (320, 640, 1280, 1280)  # one per level
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (320, 640, 1280, 1280)
+    """Channels at each level."""
     layers_per_block: Positive = 2
-    attention: tuple[bool, ...] | None = (
-        None  # cross-attention per level; null: all levels but the lowest (unless it is the only one)
-    )
-    heads: Positive = 8  # per attention layer
-    transformer_layers: Positive = 1  # per attention block
+    """Number of ResNet layers at each level."""
+    attention: tuple[bool, ...] | None = None
+    """Whether each level has cross-attention; null: all levels but the lowest (unless it is the only one)."""
+    heads: Positive = 8
+    """Number of heads per attention layer."""
+    transformer_layers: Positive = 1
+    """Number of transformer layers per attention block."""
     norm_num_groups: Positive = 32
+    """Groups of the group normalisation; all channel counts must be multiples of it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability."""
 
     @model_validator(mode="after")
     def _fits(self) -> UNetSettings:
@@ -52,22 +57,30 @@ class UNetSettings(Section):
 class EncoderSettings(Section):
     """A frozen text encoder."""
 
-    model: str  # a folder (CLIP or T5 of transformers, or open_clip), or an open_clip model name
-    pretrained: str | None = None  # with a name: a checkpoint file, or an open_clip tag
+    model: str
+    """A folder with a CLIP or T5 of transformers or an open_clip model; or an open_clip model name."""
+    pretrained: str | None = None
+    """For an open_clip name: a checkpoint file or a tag; null: the folder's own weights."""
 
 
 class TextSettings(Section):
     """A CLIPTextModel trained with the model, on a tokenizer learnt from the captions; or frozen encoders."""
 
-    # Frozen encoders: folders with a CLIP or T5 encoder and its tokenizer, in the pipeline's order (SDXL: two CLIPs;
-    # MMDiT: two CLIPs and optionally a T5); or the folder of a pipeline that has them all.
     pretrained: str | tuple[str | EncoderSettings, ...] | None = None
-    vocab_size: Annotated[int, Field(ge=514)] = 8192  # at most; fewer if the captions yield fewer
-    length: Annotated[int, Field(ge=4)] = 77  # tokens, including start and end; longer prompts are truncated
-    chunks: Positive | None = None  # frozen CLIPs only: chunks in which a long text is read (null: 1); no export then
+    """Frozen encoders, in the pipeline's order: folders with a CLIP or T5 and its tokenizer, or the folder of a
+    pipeline; null: train one."""
+    vocab_size: Annotated[int, Field(ge=514)] = 8192
+    """Largest size of the vocabulary of a trained encoder; smaller if the captions yield less."""
+    length: Annotated[int, Field(ge=4)] = 77
+    """Longest text in tokens, with start and end; longer prompts are truncated."""
+    chunks: Positive | None = None
+    """For frozen CLIPs: number of chunks in which a long text is read; null: 1. With more, there is no export."""
     width: Positive = 512
+    """Width of a trained encoder; a multiple of heads."""
     layers: Positive = 6
+    """Number of layers of a trained encoder."""
     heads: Positive = 8
+    """Attention heads per layer of a trained encoder."""
 
     @model_validator(mode="after")
     def _fits(self) -> TextSettings:
@@ -90,8 +103,11 @@ class SamplingSettings(Section):
     """Defaults of `capstan sample` and `capstan evaluate`."""
 
     steps: Positive = 25
-    guidance: Annotated[float, Field(ge=1)] = 4.0  # 1: off
-    sampler: SamplerName | None = None  # null: dpm++ for flow (MMDiT: euler), ddim for ddpm
+    """Number of sampling steps."""
+    guidance: Annotated[float, Field(ge=1)] = 4.0
+    """Scale of classifier-free guidance; 1: off."""
+    sampler: SamplerName | None = None
+    """The sampler; null: dpm++ for flow (MMDiT: euler), ddim for ddpm."""
 
 
 # Keys added after the first release are null by default, so that older runs can resume.
@@ -101,25 +117,33 @@ class DiffusionSettings(FamilySettings):
     buckets: ClassVar[bool] = True
     draws: ClassVar[str | None] = "image"
 
-    autoencoder: str  # a run of the family autoencoder, its product, or a diffusers AutoencoderKL
-    size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
-    crop: Crop = "center"  # how an image is made square
-    preset: Preset | None = None  # a network by name
-    # A diffusers configuration: a config.json, its folder, or a mapping with _class_name; with a preset, a mapping of
-    # the differences. Keys that follow from autoencoder, text encoders and size are filled in.
+    autoencoder: str
+    """The first stage: a run of the family autoencoder, its product, or a diffusers AutoencoderKL."""
+    size: Positive | None = None
+    """Side of the square images in pixels; null: the stored images' shorter side."""
+    crop: Crop = "center"
+    """How an image is made square: its center, or a random part."""
+    preset: Preset | None = None
+    """A network by name; null: given by config or unet."""
     config: str | dict[str, Any] | None = None
+    """A diffusers configuration: a config.json, its folder, or a mapping with _class_name; with a preset, a mapping of
+    the differences."""
     unet: UNetSettings = UNetSettings()
+    """Shape of the network, if neither preset nor config names one."""
     text: TextSettings = TextSettings()
+    """The text encoders."""
     objective: Literal["flow", "ddpm"] = "flow"
+    """What the network learns: rectified flow, or DDPM."""
     flow: FlowSettings = FlowSettings()
+    """Settings of objective flow."""
     ddpm: DdpmSettings = DdpmSettings()
-    drop_text: Annotated[float, Field(ge=0, lt=1)] = (
-        0.1  # share of captions replaced by the empty one, for classifier-free guidance
-    )
-    drop_each: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # share zeroed of each text encoder independently (SD3)
-    )
+    """Settings of objective ddpm."""
+    drop_text: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    drop_each: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of samples of which each text encoder's states are zeroed independently (SD3); null: none."""
     sampling: SamplingSettings = SamplingSettings()
+    """Steps, guidance and sampler of `capstan sample` and `capstan evaluate`, unless they are set there."""
 
     @model_validator(mode="after")
     def _one_network(self) -> DiffusionSettings:

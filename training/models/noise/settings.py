@@ -15,23 +15,32 @@ class FlowSettings(Section):
     """Rectified flow (`objective: flow`)."""
 
     times: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0  # of the logit: above 0, noisier times are drawn more often
+    """How times are drawn in training: concentrated in the middle (logit-normal), or uniformly."""
+    mean: float = 0.0
+    """Mean of the logit of the time: above 0, noisier times are drawn more often."""
     std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0  # above 1: noisier times in training and sampling, for large images
-    base: Positive | None = None  # pixels per side: if set, the shift is multiplied by size / base (SD3: 256)
+    """Standard deviation of the logit of the time."""
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """Shift of the times: above 1, noisier ones in training and sampling, for large images."""
+    base: Positive | None = None
+    """Pixels per side for which shift is meant: it is multiplied by size / base (SD3: 256); null: as it is."""
 
 
 class DdpmSettings(Section):
     """DDPM (`objective: ddpm`), with the noise schedule of Stable Diffusion."""
 
     prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    """What the network predicts: the noise (epsilon), v, or the image (sample)."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    """Noise variance of the first timestep."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
-    zero_terminal_snr: bool = True  # the last step is pure noise, as at the start of sampling
-    min_snr: Annotated[float, Field(gt=0)] | None = (
-        None  # γ of min-SNR weighting, e.g. 5; needs zero_terminal_snr: false
-    )
+    """Noise variance of the last timestep."""
+    zero_terminal_snr: bool = True
+    """Whether the last step is pure noise, as at the start of sampling."""
+    min_snr: Annotated[float, Field(gt=0)] | None = None
+    """Γ of min-SNR weighting, e.g. 5, which needs zero_terminal_snr: false; null: off."""
     offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of offset noise, which helps very dark and very bright images; 0: off."""
 
     @model_validator(mode="after")
     def _can_be_sampled(self) -> DdpmSettings:
