@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_server import serving
 from drawn import drawing
 from mlflow_server import Server
 
@@ -36,11 +37,12 @@ trackers: [mlflow]
 
 
 def test_mlflow_has_the_numbers_and_the_seal_of_each_command(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Server(tmp_path).up() as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
-        assert run(["build", recipe]) == 0
+        assert run(["build", recipe, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["counts"]["kept"] == 3  # the client writes nothing next to it
         numbers = {name: value for _, name, value in server.metrics}
         assert numbers["build/counts/kept"] == 3
         assert numbers["build/failed/empty"] == 1
@@ -55,6 +57,17 @@ def test_mlflow_has_the_numbers_and_the_seal_of_each_command(
         assert {name: value for _, name, value in server.metrics}["select/counts/kept"] == 0
         assert server.tags["dataset_seal"] != seal
     assert not (tmp_path / "birds/mlflow.json").exists()  # the dataset's folder holds the dataset
+
+
+@pytest.mark.slow
+def test_a_layer_of_captions_is_in_the_same_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(tmp_path).up() as server, serving() as chat:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
+        assert run(["build", recipe]) == 0
+        section = f"{{engine: openai, model: m, slots: [short], server: {{url: '{chat.url}'}}}}"
+        assert run(["recaption", recipe, "--set", f"recaption={section}"]) in (0, 3)
+    names = {name for _, name, _ in server.metrics}
+    assert {name.partition("/")[0] for name in names} == {"build", "recaption"}
 
 
 def test_an_outage_is_a_line_and_the_next_command_sends_what_is_left(

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # By default the client tries for minutes; here Capstan tries again, without holding up the end of a run.
 _IMPATIENT: Final = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_QUIET: Final = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}  # stdout is for a command's summary
 _TRANSIENT: Final = (401, 403, 408, 429)  # of the 4xx: what an administrator, or time, changes
 
 
@@ -46,7 +47,7 @@ class Tracker:
     def __init__(self, subject: Subject, step: int) -> None:
         import mlflow
 
-        for variable, value in _IMPATIENT.items():
+        for variable, value in (_IMPATIENT | _QUIET).items():
             os.environ.setdefault(variable, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
