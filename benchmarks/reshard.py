@@ -5,7 +5,8 @@
 A dataset of JPEGs of about 100 kB with a column of scores is the source. Three jobs: shards of another size, two
 datasets merged, a tenth selected by its scores. Each round runs `capstan build` and then `cp` and `sync` of the shards
 that it wrote. "build": the stages of the build, without the start of Python; "whole": with it. The ratio is of
-speeds: 1 is as fast as cp. `full` decodes every image (`check: full`), as all builds did before.
+speeds: 1 is as fast as cp. "CPU": of the command and of cp and sync, all processes; other work on the machine changes
+it least. `full` decodes every image (`check: full`), as all builds did before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import io
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=2_000_000_000, help="of the source")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="decode as well, once: slow")
+    parser.add_argument("--job", type=int, default=None, help="run this one only, from 0")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -52,22 +55,27 @@ def main() -> None:
             "two merged": {"source": {"path": shards}},
             "a tenth by its scores": {"source": {"path": shards}, "select": few},
         }
-        print("| job | bytes written | build, s | whole, s | cp, s | ratio (build) | ratio (whole) |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for job, recipe in jobs.items():
+        columns = "bytes written | build, s | whole, s | cp, s | ratio (build) | ratio (whole) | CPU, s | CPU of cp, s"
+        print(f"| job | {columns} |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        chosen = list(jobs.items())
+        for job, recipe in chosen if arguments.job is None else [chosen[arguments.job]]:
             for check in ["header"] + ["full"] * arguments.full:
                 rounds = [_round(folder, recipe, check) for _ in range(arguments.rounds if check == "header" else 1)]
-                written, build, whole, copy = (statistics.median(column) for column in zip(*rounds, strict=True))
+                medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+                written, build, whole, copy, cpu, cpu_copy = medians
                 times = f"{build:.2f} | {whole:.2f} | {copy:.2f} | {copy / build:.2f} | {copy / whole:.2f}"
+                times += f" | {cpu:.2f} | {cpu_copy:.2f}"
                 print(f"| {job}, {check} | {written / 1e6:,.0f} MB | {times} |", flush=True)
 
 
-def _round(folder: Path, recipe: dict[str, Any], check: str) -> tuple[int, float, float, float]:
-    """Return the bytes written, and the seconds of the build, of its command, and of cp."""
-    target, copy = folder / "out", folder / "copy"
+def _round(folder: Path, recipe: dict[str, Any], check: str) -> tuple[int, float, float, float, float, float]:
+    """Return the bytes written; the seconds of the build, of its command, of cp; CPU seconds of the command, of cp."""
+    target, copy, before = folder / "out", folder / "copy", _cpu()
     whole, summary = _build(folder, {**recipe, "dataset": str(target), "image": {"resize": "none", "check": check}})
     tars = sorted((target / "shards").glob("*.tar"))
     copy.mkdir()
+    between = _cpu()
     start = time.monotonic()
     subprocess.run(["cp", *map(str, tars), str(copy)], check=True)
     subprocess.run(["sync", *(str(copy / tar.name) for tar in tars)], check=True)
@@ -77,7 +85,13 @@ def _round(folder: Path, recipe: dict[str, Any], check: str) -> tuple[int, float
     shutil.rmtree(copy)
     stages = summary["seconds"]
     print(stages, file=sys.stderr)
-    return written, sum(stages.values()), whole, seconds
+    return written, sum(stages.values()), whole, seconds, between - before, _cpu() - between
+
+
+def _cpu() -> float:
+    """Return the CPU seconds of all children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _build(folder: Path, recipe: dict[str, Any]) -> tuple[float, dict[str, Any]]:
