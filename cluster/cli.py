@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import os
@@ -235,7 +237,21 @@ def _interrupt(*_: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the console command."""
-    sys.exit(run())
+    code = [1]  # of a traceback
+    atexit.register(_end_at_once, code)  # registered first, so that it runs last
+    code[0] = run()
+    sys.exit(code[0])
+
+
+def _end_at_once(code: list[int]) -> None:
+    """End without the clean-up of C++ libraries: Arrow's waits forever for a thread of its own that reads from a bucket
+    through Python, which has ended by then.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code[0])
 
 
 if __name__ == "__main__":

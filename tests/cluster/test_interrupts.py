@@ -83,3 +83,41 @@ def test_a_second_interrupt_while_it_ends(tmp_path: Path, ray_folder: Path, exec
     assert "Traceback" not in err
     assert not list(ray_folder.glob("ray/session_*"))
     until(lambda: not processes_naming(str(ray_folder)))
+
+
+# A thread of Arrow's waits for a read that never ends, as when a viewer is stopped while it indexes a bucket.
+READING = """
+import io, sys, threading
+import fsspec, pyarrow as pa, pyarrow.dataset as ds
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+begun = threading.Event()
+
+class Stuck(io.RawIOBase):
+    def readable(self): return True
+    def seekable(self): return True
+    def seek(self, *_): return 1000
+    def tell(self): return 1000
+    def read(self, *_):
+        begun.set()
+        threading.Event().wait()
+
+class Handler(FSSpecHandler):
+    def open_input_file(self, path): return pa.PythonFile(Stuck(), mode="r")
+
+memory = fsspec.filesystem("memory")
+memory.pipe_file("/x.parquet", bytes(1000))
+scan = ds.dataset(["/x.parquet"], schema=pa.schema([("a", pa.int64())]), format="parquet",
+                  filesystem=PyFileSystem(Handler(memory)))
+threading.Thread(target=scan.to_table, daemon=True).start()
+assert begun.wait(60)
+sys.argv = ["capstan", "--version"]
+from capstan.cluster.cli import main
+main()
+"""
+
+
+def test_a_command_ends_although_a_read_from_a_bucket_does_not() -> None:
+    done = subprocess.run([sys.executable, "-c", READING], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("capstan ")
