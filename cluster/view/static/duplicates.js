@@ -40,7 +40,12 @@ export function duplicatesView(readOnly) {
     notice.replaceChildren(text ?? `${number(pairs)} ${pairs === 1 ? "pair" : "pairs"} marked. `, summary(judged));
     controls.querySelector("[data-undo]")?.toggleAttribute("disabled", !undo);
   };
-  const judge = async (pairs, verdict) => say(await ask("/api/duplicates", { pairs, verdict }));
+  const judge = async (pairs, verdict) => {
+    const answer = await ask("/api/duplicates", { pairs, verdict });
+    const { counts, judged, undo: undone } = await ask(`/api/duplicates/counts?verdict=${chosen.verdict}`);
+    draw(counts, judged, undone); // what a mark on all pairs would be about has changed
+    say(answer);
+  };
   const all = (verdict) => ask("/api/duplicates", { chosen: limits(), verdict })
     .then(async (answer) => { await load(); say(answer); }).catch(() => {});
   const undo = () => ask("/api/duplicates/undo", {})
