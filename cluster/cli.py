@@ -32,6 +32,7 @@ from capstan.cluster.trackers import tracked
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, SetOption, finish
 from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.text.completion import offer_settings, split_setting
 from capstan.pipeline.text.printable import PrintableFormatter, printable
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ def _report_of_run(storage: Storage) -> str | None:
     return report_of_run(storage)
 
 
+def _settings(incomplete: str) -> list[str]:
+    from capstan.cluster.recipe import settings
+
+    return settings(incomplete)
+
+
+offer_settings(_settings)
 capstan.pipeline.cli.add_commands(app, _load, _report_of_run, tracked)
 capstan.recaption.cli.add_commands(app, _load, tracked)
 capstan.training.cli.add_commands(app, _load)
@@ -236,7 +244,8 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the console command."""
+    """Run the console command, or complete one."""
+    split_setting(os.environ)
     code = [1]  # of a traceback
     atexit.register(_end_at_once, code)  # registered first, so that it runs last
     code[0] = run()

@@ -68,3 +68,40 @@ def schema() -> dict[str, Any]:
         either = [{"$ref": f"#/$defs/{inner['title']}"}, {"type": "null"}]
         whole["properties"][section] = described | {"anyOf": either}
     return whole
+
+
+def settings(incomplete: str) -> list[str]:
+    """Return what A.B=VALUE may become: keys of the recipe, one section at a time, then a key's known values."""
+    whole = schema()
+    key, equals, value = incomplete.partition("=")
+    *parents, last = key.split(".")
+    sections = [whole]
+    for parent in parents:
+        sections = [
+            inner
+            for section in sections
+            for inner in _alternatives(section.get("properties", {}).get(parent, {}), whole)
+        ]
+    keys = {name: inner for section in sections for name, inner in section.get("properties", {}).items()}
+    start = "".join(f"{parent}." for parent in parents)
+    if equals:
+        known = [text for inner in _alternatives(keys.get(last, {}), whole) for text in _values(inner)]
+        return [f"{key}={text}" for text in known if text.startswith(value)]
+    found = {name: _alternatives(inner, whole) for name, inner in keys.items() if name.startswith(last)}
+    ends = {name: "." if any("properties" in one for one in inner) else "=" for name, inner in found.items()}
+    return [f"{start}{name}{end}" for name, end in ends.items()]
+
+
+def _alternatives(part: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas that a schema stands for, without references."""
+    if "$ref" in part:
+        return _alternatives(whole["$defs"][part["$ref"].removeprefix("#/$defs/")], whole)
+    either = part.get("anyOf")
+    return [part] if either is None else [inner for one in either for inner in _alternatives(one, whole)]
+
+
+def _values(part: dict[str, Any]) -> list[str]:
+    """Return the values that a schema lists."""
+    if part.get("type") == "boolean":
+        return ["true", "false"]
+    return ["null"] if part.get("type") == "null" else [str(value) for value in part.get("enum", [])]

@@ -16,6 +16,7 @@ import typer
 
 from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
 from capstan.pipeline.secrets import refuse_secrets
+from capstan.pipeline.text.completion import complete_reasons, complete_rows, complete_setting
 from capstan.pipeline.text.printable import printable
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from capstan.pipeline.storage import Storage
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override a recipe key. Repeatable.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="A.B=VALUE", help="Override a recipe key. Repeatable.", autocompletion=complete_setting
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
 DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Dataset folder or URL.")]
 
@@ -66,6 +72,7 @@ def _add_recipe_commands(app: typer.Typer, load: Load, tracked: Tracked) -> None
                 "--retry",
                 metavar="REASONS",
                 help="Retry failed rows: `failed` for all, or reasons such as timeout,http_503.",
+                autocompletion=complete_reasons,
             ),
         ] = None,
         overrides: SetOption = [],  # noqa: B006
@@ -215,6 +222,7 @@ def _add_read_only_commands(app: typer.Typer, report_of_run: ReportOfRun) -> Non
                 metavar="COLUMN=VALUE|NAME|FILE",
                 help="Write a contact sheet of these rows instead: reason=match, a condition's name, or a file of "
                 "keys. Repeatable; all must match.",
+                autocompletion=complete_rows,
             ),
         ] = [],  # noqa: B006
         count: Annotated[int, typer.Option(min=1, max=1000, help="Number of rows on the contact sheet.")] = 64,

@@ -20,6 +20,7 @@ from capstan.pipeline.cli import (
     open_dataset,
     untracked,
 )
+from capstan.pipeline.text.completion import complete_layer
 
 LayerHelp = "Layer id, or `latest`."
 
@@ -97,7 +98,7 @@ def _add_import_and_export(captions: typer.Typer) -> None:
     @captions.command()
     def export(
         dataset: DatasetArgument,
-        layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp)],
+        layer: Annotated[str, typer.Argument(metavar="LAYER", help=LayerHelp, autocompletion=complete_layer)],
         dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL of the copy.")],
         slot: Annotated[str, typer.Option("--slot", help="Caption slot to write to KEY.txt.")] = "descriptive",
         overrides: StorageOption = [],  # noqa: B006
@@ -120,8 +121,13 @@ def _add_diff(captions: typer.Typer) -> None:
     @captions.command()
     def diff(
         dataset: DatasetArgument,
-        a: Annotated[str, typer.Argument(metavar="A", help=f"{LayerHelp} Or `original`; or LAYER:SLOT.")],
-        b: Annotated[str, typer.Argument(metavar="B", help="As A.")],
+        a: Annotated[
+            str,
+            typer.Argument(
+                metavar="A", help=f"{LayerHelp} Or `original`; or LAYER:SLOT.", autocompletion=complete_layer
+            ),
+        ],
+        b: Annotated[str, typer.Argument(metavar="B", help="As A.", autocompletion=complete_layer)],
         slot: Annotated[str, typer.Option("--slot", help="Slot for layers named without one.")] = "descriptive",
         model: Annotated[str, typer.Option("--model", help="Name of an open_clip CLIP, or a folder.")] = "ViT-B-32",
         pretrained: Annotated[

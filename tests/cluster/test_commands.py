@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,18 +92,46 @@ def test_a_wrong_command_is_corrected(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize(("shell", "words"), [("bash", "capstan re"), ("zsh", "capstan re"), ("fish", "capstan re")])
-def test_shells_complete_commands(shell: str, words: str) -> None:
+def completed(shell: str, *words: str) -> set[str]:
+    """Return what a shell offers for the last of the words."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "_CAPSTAN_COMPLETE": f"complete_{shell}"}
     env |= {
-        "COMP_WORDS": words,
-        "COMP_CWORD": "1",
-        "_TYPER_COMPLETE_ARGS": words,
+        "COMP_WORDS": "\n".join(words),  # as the script for bash joins them
+        "COMP_CWORD": str(len(words) - 1),
+        "_TYPER_COMPLETE_ARGS": " ".join(words),
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     code = "import sys; sys.argv[0] = 'capstan'; from capstan.cluster.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert {"recaption", "report", "remove"} <= set(done.stdout.replace('"', " ").replace(":", " ").split()), done
+    return set(done.stdout.replace('"', " ").replace(":", " ").split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str) -> None:
+    assert {"recaption", "report", "remove"} <= completed(shell, "capstan", "re")
+
+
+BUILD = ("capstan", "build", "r.yaml", "--set")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_keys_of_the_recipe(shell: str) -> None:
+    assert {"train.diffusion.", "train.diverged."} <= completed(shell, *BUILD, "train.di")
+
+
+def test_shells_complete_values_of_a_key() -> None:
+    assert completed("zsh", *BUILD, "image.resize=ke") >= {"image.resize=keep_ratio"}
+    assert completed("fish", *BUILD, "fetch.robots=") >= {"fetch.robots=true", "fetch.robots=false"}
+    assert completed("bash", *BUILD, "image.resize", "=", "ke") == {"keep_ratio"}, "bash splits words at ="
+    assert completed("bash", *BUILD, "fetch.robots", "=") == {"true", "false"}
+
+
+def test_shells_complete_reasons_and_layers(tmp_path: Path) -> None:
+    assert "timeout,robots" in completed("zsh", "capstan", "build", "r.yaml", "--retry", "timeout,ro")
+    (tmp_path / "captions" / "mine").mkdir(parents=True)
+    (tmp_path / "captions" / "mine" / "recipe.json").write_text("{}")
+    assert "mine" in completed("bash", "capstan", "captions", "export", str(tmp_path), "mi")
+    assert "reason=timeout" in completed("zsh", "capstan", "report", "ds", "--samples", "reason=ti")
 
 
 def test_the_former_name_of_force_is_hidden_and_works(capsys: pytest.CaptureFixture[str]) -> None:
