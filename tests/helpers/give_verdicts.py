@@ -24,6 +24,9 @@ def main() -> int:
         try:
             first = viewer.stdout.readline()
             return review(json.loads(first)["url"]) if first else viewer.wait()
+        except urllib.error.HTTPError as error:  # also a question that takes too long
+            print("error:", " ".join(error.read().decode().split()), file=sys.stderr)
+            return 1
         finally:
             viewer.terminate()
 
@@ -34,11 +37,7 @@ def review(url: str) -> int:
     rows = sorted(row["key"] for row in ask(f"{origin}/api/rows", cookie)["rows"])
     for number, key in enumerate(rows):
         body = {"verdicts": [{"key": key, "verdict": ("keep", "reject")[number % 2]}]}
-        try:
-            ask(f"{origin}/api/review/mine", cookie | {"X-Capstan": "1", "Content-Type": "application/json"}, body)
-        except urllib.error.HTTPError as error:
-            print("error:", " ".join(error.read().decode().split()), file=sys.stderr)
-            return 1
+        ask(f"{origin}/api/review/mine", cookie | {"X-Capstan": "1", "Content-Type": "application/json"}, body)
     return 0
 
 
