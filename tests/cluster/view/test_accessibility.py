@@ -72,6 +72,24 @@ def test_a_dataset(viewing: Viewing, chromium: browser.Browser, width: int, dark
     assert [answers[place] for place in (4, 8, 14)] == [True] * 3
 
 
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+@pytest.mark.parametrize("tab", ["Duplicates", "Compare captions"])
+def test_other_tabs(viewing: Viewing, chromium: browser.Browser, tab: str, width: int, dark: bool) -> None:
+    button = f"[...document.querySelectorAll('header button')].find(b => b.textContent === '{tab}')"
+    answers = chromium.visit(
+        viewing.url,
+        axe.source(),
+        wait("document.body.dataset.ready === 'yes'"),
+        f"{button}.click()",
+        wait(f"{button}.getAttribute('aria-pressed') === 'true' || {button}.hasAttribute('aria-current')"),
+        axe.FINDINGS,
+        axe.FITS,
+        width=width,
+        dark=dark,
+    ).answers
+    assert answers[3:] == [True, [], True]
+
+
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
 def test_runs(runs: Viewing, chromium: browser.Browser, width: int, dark: bool) -> None:
     answers = chromium.visit(
