@@ -111,7 +111,7 @@ def train(recipe: AnyRecipe) -> dict[str, Any]:
 
 def sample(
     run: str | PathLike[str],
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] = (),
     *,
     seeds: Sequence[int] | None = None,
     negative: str | None = None,
@@ -124,15 +124,16 @@ def sample(
     """Draw one image per prompt, or one per seed for a single prompt.
 
     `run` is a run folder, a product or an exported pipeline. `size` is (width, height) in pixels. `steps`, `guidance`,
-    `sampler` and `size` default to those of the run.
+    `sampler` and `size` default to those of the run. A model that takes no prompts draws one image per seed.
     """
     extras.require(extras.TRAIN, "sample")
     from PIL import Image
 
     from capstan.training.sample import open_sampler, paired
 
-    prompts, seeds = paired([prompts] if isinstance(prompts, str) else prompts, seeds)
     drawer = open_sampler(Path(run), sampler=sampler)
+    given = [prompts] if isinstance(prompts, str) else prompts
+    prompts, seeds = paired(given, seeds, prompted=drawer.prompted)
     drawn = drawer.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
     return [Image.fromarray(pixels) for pixels in drawn.arrays]
 

@@ -21,8 +21,8 @@ def _local_run(run: str) -> Path:
 _RUN_HELP = "A run folder, its product folder, or the URL of a finished run."
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP, parser=_local_run)]
 SamplerOption = Annotated[
-    Literal["ddim", "dpm++", "euler"] | None,
-    typer.Option(help="ddim or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
+    Literal["ddim", "ddpm", "dpm++", "euler"] | None,
+    typer.Option(help="ddim, ddpm or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
 ]
 
 
@@ -64,7 +64,9 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
     @app.command()
     def sample(
         run: RunArgument,
-        prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="Prompt; repeatable.")],
+        prompt: Annotated[
+            list[str], typer.Option("-p", "--prompt", help="Prompt; repeatable. None for a model without text.")
+        ] = [],  # noqa: B006
         out: Annotated[Path, typer.Option("-o", "--out", help="PNG file for the grid.")] = Path("grid.png"),
         seed: Annotated[
             list[int], typer.Option("--seed", help="One seed per prompt, or several for a single prompt.")
@@ -135,8 +137,13 @@ def _add_run_commands(app: typer.Typer) -> None:
             int, typer.Option("--count", min=2, help="Number of unseen scenes or held-out samples.")
         ] = 128,
         measures: Annotated[
-            str, typer.Option("--measures", help="Comma-separated metrics: oracle, clip, cmmd, kid, fid.")
-        ] = "oracle",
+            str | None,
+            typer.Option(
+                "--measures",
+                help="Comma-separated metrics: oracle, world, clip, cmmd, kid, fid. "
+                "Default: oracle, or world for a model without prompts.",
+            ),
+        ] = None,
         clip: Annotated[
             str | None,
             typer.Option("--clip", metavar="MODEL", help="CLIP for clip and cmmd: a folder, or an open_clip name."),
@@ -176,7 +183,15 @@ def _add_run_commands(app: typer.Typer) -> None:
         stated = {} if copies_threshold is None else {"threshold": copies_threshold}
         memory = None if copies is None else CopyDetection.model_validate({"model": copies, **stated})
         finish(
-            measure(run, count=count, measures=measures_in(measures), clip=judge, fid=network, copies=memory), as_json
+            measure(
+                run,
+                count=count,
+                measures=None if measures is None else measures_in(measures),
+                clip=judge,
+                fid=network,
+                copies=memory,
+            ),
+            as_json,
         )
 
     @app.command()

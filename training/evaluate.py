@@ -53,7 +53,7 @@ def evaluate(
     run: str | Path,
     *,
     count: int = 128,
-    measures: Sequence[Measure] = ("oracle",),
+    measures: Sequence[Measure] | None = None,
     clip: ClipSettings | None = None,
     fid: Fid | None = None,
     world: WorldSource | None = None,
@@ -64,10 +64,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure a run on `count` unseen scenes or held-out samples; return the summary.
 
-    Writes evaluation.json and evaluation.png into the run's folder. `clip` and `fid` name the judging networks
-    (default: train.watch.evaluate of the run's recipe). `world` is the captioned world that the run was trained on
-    (default: from its recipe). `copies` names the network that finds copies of training images; the nearest pairs are
-    drawn to evaluation-copies.png. Raises RecipeError if a file, a package or the ground truth is missing.
+    `measures` default to oracle, or world for a model without prompts. Writes evaluation.json and evaluation.png into
+    the run's folder. `clip` and `fid` name the judging networks (default: train.watch.evaluate of the run's recipe).
+    `world` is the captioned world that the run was trained on (default: from its recipe). `copies` names the network
+    that finds copies of training images; the nearest pairs are drawn to evaluation-copies.png. Raises RecipeError if a
+    file, a package or the ground truth is missing.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
@@ -75,16 +76,17 @@ def evaluate(
     family, kind = family_of(product), kind_of(product)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if family is not None and family.draws is not None:
-        alone = world is not None and tuple(measures) == ("oracle",) and copies is None
+        drawer = family.open(product, device)
+        measures = measures or ("oracle" if drawer.prompted else "world",)
+        alone = world is not None and tuple(measures) in (("oracle",), ("world",)) and copies is None
         recipe = None if alone else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
         memory = None if copies is None else _memorisation(recipe, copies)
         judges, unused = (_judges(recipe, measures, clip, fid, count) for _ in range(2))
         for judge in judges:
             judge.check(subjects)
-        check_kinds(judges, family.draws, "--measures")
+        check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
         pairs = list(zip(judges, unused, strict=True))
-        drawer = family.open(product, device)
         result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
         if memory is not None:
             result |= _copies(memory, result["measures"], images, subjects, run)

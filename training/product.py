@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 FACTS: Final = "capstan.json"  # facts about a product that its library's own format does not hold
 _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FACTS)  # every product has one of them
 # diffusers' class → the family that trains it; pipelines that are not named here are the family diffusion's
-_KINDS: Final = {"AutoencoderKL": "autoencoder", "VQModel": "vqgan"}
+_KINDS: Final = {
+    "AutoencoderKL": "autoencoder",
+    "VQModel": "vqgan",
+    "DDPMPipeline": "ddpm",
+    "TextToPixelsPipeline": "ddpm",
+}
 
 
 def find_product(path: str | Path, field: str = "RUN") -> Path:

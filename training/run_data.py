@@ -13,7 +13,7 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import AUTO, TrainConfig, WeightedDataset
-from capstan.training.config.families import traits_of
+from capstan.training.config.families import reads_captions
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.mixture import MixedData
 from capstan.training.data.order import hash64
@@ -45,7 +45,7 @@ def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
 
 def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, source: WeightedDataset) -> str | None:
     layer = None
-    if traits_of(train.model).captions:
+    if reads_captions(train):
         layer = run.pinned(_name("layer", number), lambda: find_layer(dataset.storage, data_for(train, source)))
     if train.data.text_states == AUTO:
         run.pinned(_name("text_states", number), lambda: fingerprint(text_embeddings.plan(train, dataset, layer)))
@@ -68,7 +68,7 @@ def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: Wei
     def pinned(name: str) -> str | None:
         return run.pinned(name, lambda: None)
 
-    layer = pinned(_name("layer", number)) if traits_of(train.model).captions else None
+    layer = pinned(_name("layer", number)) if reads_captions(train) else None
     encoder = pinned("latents") if data.latents == AUTO else data.latents
     cache = states = None
     files = [TARS if encoder is None else file_pattern(encoder)]

@@ -47,9 +47,11 @@ def sample(
         for before, after in zip(originals, prompts, strict=True):
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
-    prompts, seeds = paired(prompts, seeds)
-    labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
     opened = open_sampler(run, sampler=sampler)
+    prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
+    labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
+    if not opened.prompted:
+        labels = [f"seed {seed}" for seed in seeds]
     drawn = opened.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
     path = Path(out)
     try:
@@ -107,8 +109,18 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: str | None
     return drawer
 
 
-def paired(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """Return prompts and seeds of equal length: a single prompt is repeated for each seed."""
+def paired(
+    prompts: Sequence[str], seeds: Sequence[int] | None, *, prompted: bool = True
+) -> tuple[list[str], list[int]]:
+    """Return prompts and seeds of equal length: a single prompt is repeated for each seed.
+
+    A model that takes no prompts has empty ones, one per seed.
+    """
+    if not prompted:
+        if any(prompts):
+            raise RecipeError("-p", "this model takes no prompts", "remove it, and set --seed, once per image")
+        chosen = list(seeds) if seeds is not None else list(range(max(1, len(prompts))))
+        return [""] * len(chosen), chosen
     if not prompts:
         raise RecipeError("-p", "is missing", 'add one or more, e.g. -p "a red circle"')
     if seeds is None:

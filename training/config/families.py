@@ -31,6 +31,7 @@ def _named(folder: str, name: str) -> Named:
 FAMILIES: Final = {
     "autoencoder": _named("autoencoder", "Autoencoder"),
     "captioner": _named("captioner", "Captioner"),
+    "ddpm": _named("ddpm", "Ddpm"),
     "diffusion": _named("diffusion", "Diffusion"),
     "vqgan": _named("vqgan", "Vqgan"),
 }
@@ -42,6 +43,10 @@ class FamilySettings(Section):
     captions: ClassVar[bool] = True  # whether the family needs texts; if not, no caption layer is read
     buckets: ClassVar[bool] = False  # whether batches may have other shapes than squares
     draws: ClassVar[str | None] = None  # what it draws from prompts (drawing.drawer.Kind); None: it is no generator
+
+    def reads_captions(self) -> bool:
+        """Return whether a run with these settings needs texts, and a model that draws takes prompts."""
+        return self.captions
 
     def check(self, train: TrainConfig) -> None:
         """Raise RecipeError if these settings conflict with the run's; called when the recipe is read."""
@@ -68,6 +73,13 @@ class Traits:
             self.own.check(train)
         else:
             train.settings.check(train)
+
+
+def reads_captions(train: TrainConfig) -> bool:
+    """Return whether a run needs texts, and a model that draws takes prompts."""
+    if isinstance(train.settings, FamilySettings):
+        return train.settings.reads_captions()
+    return traits_of(train.model).captions
 
 
 def traits_of(name: str) -> Traits:

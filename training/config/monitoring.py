@@ -11,8 +11,8 @@ from capstan.pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=1)]
-Measure = Literal["oracle", "clip", "fid", "kid", "cmmd"]
-_LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd")
+Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world"]
+_LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd", "background_tv", "colours_tv")
 _INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 
 
@@ -172,6 +172,8 @@ class Watch(Section):
 
 def recorded(measure: Measure) -> tuple[str, ...]:
     """Return the names of a measure's values in evaluations.jsonl."""
+    if measure == "world":
+        return ("parsed", "background_tv", "colours_tv")
     if measure != "oracle":
         return ("kid", "kid_std") if measure == "kid" else (measure,)
     from capstan.pipeline.world.oracle import MEASURES  # loads OpenCV

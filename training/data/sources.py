@@ -11,7 +11,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.recaption.store import empty_slots, latest_layer, layer_recipe, list_layers, model_layer
 from capstan.training.config import ORIGINAL, Data, TrainConfig, WeightedDataset
-from capstan.training.config.families import traits_of
+from capstan.training.config.families import reads_captions
 
 _FIELD: Final = "train.data.datasets"
 
@@ -42,7 +42,7 @@ def check_sources(recipe: Recipe, train: TrainConfig) -> None:
         storage = open_storage(recipe, source)
         storage.check_reachable()
         Dataset(storage)
-        if traits_of(train.model).captions:
+        if reads_captions(train):
             find_layer(storage, data_for(train, source))
 
 

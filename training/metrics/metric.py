@@ -57,11 +57,14 @@ def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
     from capstan.training.metrics.fid import FrechetDistance
     from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.oracle import OracleScore
+    from capstan.training.metrics.world import WorldLikeness
 
     metrics: list[Metric] = []
     for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
             metrics.append(OracleScore(f"{field}.measures"))
+        elif name == "world":
+            metrics.append(WorldLikeness(f"{field}.measures"))
         elif name == "clip" and wanted.clip is not None:
             metrics.append(ClipScore(wanted.clip, f"{field}.clip"))
         elif name == "fid" and wanted.fid is not None:
@@ -73,9 +76,12 @@ def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
     return metrics
 
 
-def check_kinds(metrics: Sequence[Metric], kind: Kind, field: str) -> None:
+def check_kinds(metrics: Sequence[Metric], kind: Kind, field: str, *, prompted: bool = True) -> None:
     """Raise RecipeError if a metric cannot judge what the model draws; `field` is the list of metrics."""
     for metric in metrics:
+        if metric.uses_prompts and not prompted:
+            problem = f"{metric.name} compares images with prompts, and this model takes none"
+            raise RecipeError(field, problem, f"remove {metric.name}; world, fid, kid and cmmd need no prompts")
         if kind not in metric.kinds:
             problem = f"{metric.name} judges {' and '.join(sorted(metric.kinds))}s, and this model draws {kind}s"
             raise RecipeError(field, problem, f"remove {metric.name}")

@@ -28,10 +28,10 @@ from typing import Any, Final
 import numpy as np
 
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.errors import DamagedFile
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
-from capstan.training.config.families import family_class
+from capstan.training.config.families import family_class, reads_captions
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
 from capstan.training.drawing.drawer import Drawer, Drawn
@@ -67,13 +67,18 @@ class Validation:
         self.metrics: list[Metric] = []
         self.ceilings: dict[str, float] | None = None  # of distances, measured with the first evaluation
         self.prompts: list[str] = []
-        if (samples := train.watch.samples) is not None:
+        prompted = reads_captions(train)
+        if (samples := train.watch.samples) is not None and prompted:
             self.prompts = samples.prompts or _prompts(recipe, train, layer, samples.count)
+        elif samples is not None:
+            if samples.prompts is not None:
+                raise RecipeError("train.watch.samples.prompts", "this model takes no prompts", "set count instead")
+            self.prompts = [f"seed {number}" for number in range(samples.count)]  # labels: the model ignores them
         if (wanted := train.watch.evaluate) is not None:
             field = "train.watch.evaluate"
             self.eval_set = make_eval_set(recipe, train, layer, wanted.count, f"{field}.count")
             self.metrics = make_metrics(wanted, field)
-            check_kinds(self.metrics, family_class(train.model).draws, f"{field}.measures")
+            check_kinds(self.metrics, family_class(train.model).draws, f"{field}.measures", prompted=prompted)
             for metric in self.metrics:
                 metric.check(self.eval_set)
 

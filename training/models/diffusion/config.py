@@ -158,9 +158,9 @@ class DiffusionSettings(FamilySettings):
 
     @model_validator(mode="after")
     def _sampler_fits_objective(self) -> DiffusionSettings:
-        other = {"flow": "ddim", "ddpm": "euler"}[self.objective]
-        if self.sampling.sampler == other:
-            hint = "dpm++ or euler" if self.objective == "flow" else "ddim or dpm++"
+        others = {"flow": ("ddim", "ddpm"), "ddpm": ("euler",)}[self.objective]
+        if (other := self.sampling.sampler) in others:
+            hint = "dpm++ or euler" if self.objective == "flow" else "ddim, ddpm or dpm++"
             raise ValueError(f"sampling.sampler {other} is not for objective {self.objective}; use {hint}")
         return self
 

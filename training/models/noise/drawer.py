@@ -29,10 +29,14 @@ class PipelineDrawer(Drawer):
     """A diffusers pipeline and its default sampling settings."""
 
     def __init__(self, product: Path, device: torch.device) -> None:
-        self.pipeline, self.device = open_pipeline(product, device), device
+        self.pipeline, self.device = self.open(product, device), device
         facts = read_facts(product)
         sampling = {"steps": 25, "guidance": 5.0} | facts.get("sampling", {})
         self.steps, self.guidance = int(sampling["steps"]), float(sampling["guidance"])
+
+    def open(self, product: Path, device: torch.device) -> Any:
+        """Return the pipeline in the product's folder."""
+        return open_pipeline(product, device)
 
     def settings(self, *, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
         return {"steps": steps or self.steps, "guidance": self.guidance if guidance is None else guidance}
@@ -98,10 +102,8 @@ def open_pipeline(product: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def export_pipeline(pipeline: Any, folder: Path, precision: str, sampler: str | None) -> str:
+def export_pipeline(pipeline: Any, folder: Path, precision: str) -> str:
     """Write a pipeline on the CPU into `folder` as safetensors in `precision`; return its class's name."""
-    if sampler is not None:
-        set_sampler(pipeline, sampler)
     check_weights(pipeline, precision)
     pipeline.to(dtype=_dtype(precision))
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -10,6 +10,7 @@ Shapes: x0, ε, x_t and predictions are [B, ...]; t and ᾱ are [B] (or [T] for 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -32,6 +33,21 @@ def cumulative_alphas(
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
     alphas = torch.cumprod(1.0 - betas, dim=0)
     return rescale_to_zero_terminal_snr(alphas) if zero_terminal_snr else alphas
+
+
+def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:
+    """Return β [T], rising linearly (Ho et al. 2020, DDPM, §4)."""
+    return torch.linspace(start, end, steps, dtype=torch.float32)
+
+
+def cosine_betas(steps: int = 1000, most: float = 0.999) -> torch.Tensor:
+    """Return β [T] of ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), β at most 0.999.
+
+    Nichol & Dhariwal 2021, Improved DDPM, eq. 17. The same numbers as diffusers' squaredcos_cap_v2.
+    """
+    at = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008
+    level = torch.cos(at * math.pi / 2) ** 2
+    return (1 - level[1:] / level[:-1]).clamp(max=most).float()
 
 
 def rescale_to_zero_terminal_snr(alphas: torch.Tensor) -> torch.Tensor:

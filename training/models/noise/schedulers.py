@@ -1,6 +1,7 @@
 """Objective and sampler name → the diffusers scheduler.
 
 ddim    DDPM's path, deterministic (Song et al. 2021, DDIM, eq. 12 with σ = 0)
+ddpm    DDPM's path, with new noise in each step (Ho et al. 2020, alg. 2)
 dpm++   either path, DPM-Solver++ (2M) (Lu et al. 2022, alg. 2)
 euler   rectified flow's path, in straight steps along the velocity (Liu et al. 2022, §2.1)
 """
@@ -13,9 +14,11 @@ from typing import Any, Final, Literal
 
 from capstan.pipeline.errors import RecipeError
 
-SamplerName = Literal["ddim", "dpm++", "euler"]
+SamplerName = Literal["ddim", "ddpm", "dpm++", "euler"]
 
 STEPS: Final = 1000  # timesteps 0 … 999 are thousandths of the way from data to noise
+# The first step of sampling is at the last timestep (Lin et al. 2023, §3.3).
+_SPACING: Final = {"num_train_timesteps": STEPS, "timestep_spacing": "trailing"}
 
 
 def flow_scheduler(sampler: str | None, shift: float, *, exact: bool) -> Any:
@@ -24,13 +27,13 @@ def flow_scheduler(sampler: str | None, shift: float, *, exact: bool) -> Any:
     `exact`: the pipeline takes FlowMatchEulerDiscreteScheduler, which passes exact times to the model, not whole
     thousandths. Otherwise euler is DPM-Solver++ of order 1, which is the same step on a straight path.
 
-    Raises RecipeError for ddim.
+    Raises RecipeError for ddim and ddpm.
     """
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
     sampler = sampler or ("euler" if exact else "dpm++")
-    if sampler == "ddim":
-        raise RecipeError("--sampler", "ddim is not for flow models", "use dpm++ or euler")
+    if sampler in ("ddim", "ddpm"):
+        raise RecipeError("--sampler", f"{sampler} is not for flow models", "use dpm++ or euler")
     if sampler == "euler" and exact:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=shift)
     return DPMSolverMultistepScheduler(
@@ -50,19 +53,37 @@ def ddpm_scheduler(sampler: str | None, **schedule: Any) -> Any:
 
     Raises RecipeError for euler.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
     if sampler == "euler":
-        raise RecipeError("--sampler", "euler is for flow models, and this is a DDPM model", "use ddim or dpm++")
+        raise RecipeError("--sampler", "euler is for flow models, and this is a DDPM model", "use ddim, ddpm or dpm++")
+    if sampler == "ddpm":
+        return DDPMScheduler(**(schedule | _SPACING), variance_type="fixed_large", clip_sample=False)
     common = {
         **schedule,
-        "num_train_timesteps": STEPS,
-        "timestep_spacing": "trailing",  # starts at the last timestep (Lin et al. 2023, §3.3)
+        **_SPACING,
         "steps_offset": 1,
     }
     if sampler == "dpm++":
         return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
     return DDIMScheduler(**common, clip_sample=False)
+
+
+def pixel_scheduler(sampler: str, *, variance: str, **schedule: Any) -> Any:
+    """Return the scheduler for DDPM on images in −1 … 1, to which every predicted x0 is clipped.
+
+    `variance` is that of ddpm's new noise: fixed_small (β̃), fixed_large (β), or learned.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    common = {**schedule, **_SPACING}
+    if sampler == "ddpm":
+        kind = {"learned": "learned_range"}.get(variance, variance)
+        return DDPMScheduler(**common, variance_type=kind, clip_sample=True)
+    if sampler == "dpm++":
+        clipping = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+        return DPMSolverMultistepScheduler(**common, **clipping, algorithm_type="dpmsolver++", solver_order=2)
+    return DDIMScheduler(**common, clip_sample=True)
 
 
 def check_steps(scheduler: Any, steps: int, field: str) -> None:

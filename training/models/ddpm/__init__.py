@@ -1,0 +1,5 @@
+"""Images → images from noise, in pixels: reverse diffusion (Ho et al. 2020), with or without text.
+
+Order: config (settings, without torch) → variance, process → pipeline (runs without Capstan), backbones → drawer →
+family.
+"""
