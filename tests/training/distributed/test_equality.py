@@ -42,7 +42,7 @@ ON_TWO = {
     "autoencoder": [(DDP, 2)],
 }
 WHOLE = {"captioner": "open_clip_model.safetensors", "autoencoder": "diffusion_pytorch_model.safetensors"}
-WHOLE["diffusion"] = f"unet/{WHOLE['autoencoder']}"
+WHOLE["diffusion"] = WHOLE["ddpm"] = f"unet/{WHOLE['autoencoder']}"
 
 
 class Runs:
@@ -57,6 +57,8 @@ class Runs:
         settings: dict[str, Any] = STAGE
         if family == "captioner":
             settings = {"vision": VISION, "text": COCA}
+        elif family == "ddpm":
+            settings = {"text": TEXT, "unet": {**STAGE, "head_channels": 4, "dropout": 0}, "variance": "learned"}
         elif family == "diffusion":
             settings = {"autoencoder": str(self.path("autoencoder", 1, DDP, 1)), "text": TEXT}
             settings |= {"unet": {**STAGE, "heads": 2}, "drop_text": 0.5}
@@ -110,6 +112,7 @@ NAMES = {
     "captioner": ("loss", "grad_norm", "caption", "contrastive", "token_accuracy"),
     "diffusion": ("loss", "grad_norm", "text_dropped"),
     "autoencoder": ("loss", "grad_norm"),
+    "ddpm": ("loss", "grad_norm", "bound"),
 }
 
 
@@ -124,7 +127,7 @@ def runs(make_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("family", ["captioner", "diffusion"])
+@pytest.mark.parametrize("family", ["captioner", "diffusion", "ddpm"])
 def test_accumulate_changes_nothing_that_is_learnt(family: str, runs: Runs) -> None:
     for accumulate in (1, 2, 8) if family == "captioner" else (1, 8):
         fit(runs.recipe(family, 1, DDP, accumulate))
