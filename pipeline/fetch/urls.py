@@ -6,6 +6,7 @@ escaped, as browsers do (https://url.spec.whatwg.org).
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Final
 from urllib.parse import urljoin
@@ -44,7 +45,10 @@ def as_sent(text: str, base: URL | None = None) -> URL:
     named = URL(f"{scheme}://{authority}/")  # checks and encodes the host
     if not named.host or named.port == 0:
         raise ValueError("not an http or https URL")
-    if _NOT_IN_HOST.search(named.raw_host or ""):
+    host = named.raw_host or ""
+    if ":" in host:
+        ipaddress.IPv6Address(host)
+    elif _NOT_IN_HOST.search(host):
         raise ValueError("a character that no host name has")
     target = _escaped(_without_dots(path), _IN_PATH) + _escaped(query, _IN_QUERY)
     return URL(f"{scheme}://{named.raw_authority}{target}", encoded=True)
