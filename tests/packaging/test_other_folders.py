@@ -129,9 +129,9 @@ NEEDING = {
 
 def test_a_mistake_in_a_model_is_found_without_torch(tmp_path: Path, core_only: Path) -> None:
     write_images(tmp_path)
-    write_recipe(tmp_path, train={**TRAIN, "autoencoder": {"kI": 1}})
+    write_recipe(tmp_path, train={**TRAIN, "autoencoder": {"latent_chanels": 1}})
     done = capstan(tmp_path, "capstan", "build", "recipe.yaml", path=core_only)
-    assert done.stderr == "error: train.autoencoder.kI: unknown key. Fix: did you mean kl?\n"
+    assert done.stderr == "error: train.autoencoder.latent_chanels: unknown key. Fix: did you mean latent_channels?\n"
 
 
 @pytest.mark.parametrize("command", NEEDING)
