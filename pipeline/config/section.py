@@ -120,7 +120,7 @@ def _example_of_field(field: FieldInfo) -> str:
     value = field.examples[0] if field.examples else None if field.is_required() else field.get_default()
     if value in (None, [], {}) or isinstance(value, BaseModel):
         return example_of(field.annotation)
-    return json.dumps(value).replace('"', "")
+    return json.dumps(value, default=lambda model: model.model_dump(mode="json")).replace('"', "")
 
 
 def _values_of(kind: Any) -> Any:

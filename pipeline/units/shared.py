@@ -112,6 +112,6 @@ class OnSocket:
                 self._connection = self._connection or Client(self._address, "AF_UNIX", authkey=self._key)
                 self._connection.send((method, arguments))
                 return self._connection.recv()
-            except EOFError as error:
+            except (EOFError, AuthenticationError) as error:
                 self._connection = None
-                raise ConnectionError("the driver closed the connection") from error
+                raise ConnectionError("the driver closed or refused the connection") from error

@@ -76,7 +76,7 @@ def test_a_stranger_and_a_driver_that_has_ended_are_errors() -> None:
     served = Served(Tickets())
     worker = OnSocket(served.address, served.key)
     assert asyncio.run(worker.call(0, "draw", "a")) == ("a", 1)
-    with pytest.raises(OSError, match=r"refused|digest|closed"):
+    with pytest.raises(OSError, match=r"refused|closed"):
         asyncio.run(OnSocket(served.address, b"guessed").call(0, "draw", "b"))
     assert asyncio.run(worker.call(0, "draw", "a")) == ("a", 2)
     served.close()

@@ -27,6 +27,7 @@ from capstan.pipeline.world.scene import draw_scene, vocabulary
 from capstan.pipeline.world.table import url_of
 from capstan.recaption.store import write_given_layer
 from capstan.training.config import TrainConfig
+from capstan.training.drawing.drawer import Drawn
 from capstan.training.experiment import run as experiment
 from capstan.training.experiment.measure import Values, measure, references
 from capstan.training.experiment.prompts import Prompts, world_of
@@ -75,14 +76,14 @@ class Stage:
             values[name] = dict.fromkeys(("followed", "count"), right)
         return values, {name: np.zeros((8, 32, 32, 3), np.uint8) for name in sets}
 
-    def draw(self, texts: Sequence[str], seeds: Sequence[int], *, batch: int) -> np.ndarray:
+    def draw(self, texts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Drawn:
         world = world_of(Recipe(dataset="ds", source=SOURCE))
         assert world is not None
         vocab, chance = vocabulary(world), np.random.default_rng(int(self.seed))
         right = chance.random(len(texts)) < self.right[self.arm]
         shift = np.where(right, 0, 10_000)
         scenes = [draw_scene(8_641_000_001, seed + int(s), vocab) for seed, s in zip(seeds, shift, strict=True)]
-        return np.stack([render(scene, 32) for scene in scenes])
+        return Drawn("image", np.stack([render(scene, 32) for scene in scenes]))
 
 
 def _move(storage: Storage, name: str, first: int) -> None:

@@ -18,12 +18,18 @@ PixelSampler = Literal["ddim", "ddpm", "dpm++"]
 class PixelUNet(Section):
     """diffusers' UNet2DModel, or UNet2DConditionModel with text. Defaults: Ho et al.'s for CIFAR-10, wider heads."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 256, 256)  # one per level
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 256, 256)
+    """Channels at each level; every level but the first halves the image."""
     layers_per_block: Positive = 2
-    attention: tuple[bool, ...] | None = None  # per level; null: all but the first, which has the most pixels
-    head_channels: Positive = 64  # channels of an attention head
+    """Residual blocks at each level."""
+    attention: tuple[bool, ...] | None = None
+    """For each level, whether it has attention; null: all but the first, which has the most pixels."""
+    head_channels: Positive = 64
+    """Channels of an attention head."""
     norm_num_groups: Positive = 32
+    """Groups of channels that are normalised together; must divide every number of channels."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of activations that training drops in residual blocks."""
 
     @model_validator(mode="after")
     def _fits(self) -> PixelUNet:
@@ -46,19 +52,27 @@ class PixelUNet(Section):
 class PixelNoise(noise_settings.DdpmSettings):
     """The noise schedule and what the network predicts. Defaults: Ho et al. 2020, section 4."""
 
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"  # of β; cosine: Nichol & Dhariwal 2021, eq. 17
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    """Noise by timestep: linear or scaled_linear in β, or cosine (Nichol & Dhariwal 2021, eq. 17)."""
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4  # of linear and scaled_linear
+    """What the network predicts: the noise, the velocity, or the image itself."""
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """β at the first timestep, of linear and scaled_linear."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """β at the last timestep, of linear and scaled_linear."""
     zero_terminal_snr: bool = False
+    """Rescale the schedule so that nothing of the image is left at the last timestep."""
 
 
 class PixelSampling(Section):
     """Defaults of `capstan sample` and `capstan evaluate`."""
 
-    steps: Positive = 50  # the paper: 1000, with sampler ddpm
-    guidance: Annotated[float, Field(ge=1)] = 3.0  # of a model with text; 1: off
-    sampler: PixelSampler | None = None  # null: ddpm if the variance is learned, else ddim
+    steps: Positive = 50
+    """Steps of drawing an image; the paper: 1000, with sampler ddpm."""
+    guidance: Annotated[float, Field(ge=1)] = 3.0
+    """Weight of classifier-free guidance, of a model with text; 1: off."""
+    sampler: PixelSampler | None = None
+    """How images are drawn; null: ddpm if the variance is learned, else ddim."""
 
 
 class DdpmSettings(FamilySettings):
@@ -66,16 +80,26 @@ class DdpmSettings(FamilySettings):
 
     draws: ClassVar[str | None] = "image"
 
-    size: Positive | None = None  # pixels, both sides; null: the stored images' shorter side
-    crop: Crop = "center"  # how an image is made square
-    flip: bool = False  # mirror half of the images
+    size: Positive | None = None
+    """Pixels of both sides; null: the stored images' shorter side."""
+    crop: Crop = "center"
+    """How an image is made square."""
+    flip: bool = False
+    """Mirror half of the images."""
     unet: PixelUNet = PixelUNet()
-    text: TextSettings | None = None  # null: unconditional
+    """The network."""
+    text: TextSettings | None = None
+    """The text encoder; null: unconditional."""
     noise: PixelNoise = PixelNoise()
-    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_large"  # β̃, β, or between them by the network
-    bound: Annotated[float, Field(gt=0)] = 0.001  # λ: weight of the variational bound; learned variance only
-    drop_text: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of empty captions, for classifier-free guidance
+    """The noise schedule, and what the network predicts."""
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_large"
+    """Variance of a reverse step: β̃, β, or between them as the network says."""
+    bound: Annotated[float, Field(gt=0)] = 0.001
+    """Weight λ of the variational bound; learned variance only."""
+    drop_text: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of captions that are left empty in training, for classifier-free guidance."""
     sampling: PixelSampling = PixelSampling()
+    """Defaults of `capstan sample` and `capstan evaluate`."""
 
     @model_validator(mode="after")
     def _variance_is_sampled(self) -> DdpmSettings:
