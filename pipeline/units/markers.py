@@ -1,7 +1,7 @@
 """Which units of a job are committed, and what is kept of each
 
     state/<job>/done/<unit>.json          the marker of a unit, written when all its outputs are published
-    state/<job>/batches/<sum>.json        unit → the content of its marker: of units that ended at the same time
+    state/<job>/done/batches/<sum>.json   unit → the content of its marker: of units that ended at the same time
     state/<job>/log.json                  the same, of all units before
     state/<job>/quarantine/<unit>.json    why a unit is not committed
 
@@ -48,15 +48,17 @@ class MarkerLog:
 
         `known` holds facts that need not be read again.
         """
-        return self._read_log() | self._read_batches() | self._read_markers(known or {})
+        batches, markers = self._files()
+        return self._read_log() | self._read_batches(batches) | self._read_markers(markers, known or {})
 
     def gather(self, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
         """Return the same as `read`, and move the markers into the log if there are many, or a batch.
 
         `fresh` holds facts that need not be read again.
         """
-        logged, batches, single = self._read_log(), self._batches(), self._read_markers(fresh or {})
-        facts = logged | self._read_batches() | single
+        batches, markers = self._files()
+        single = self._read_markers(markers, fresh or {})
+        facts = self._read_log() | self._read_batches(batches) | single
         if batches or len(single) >= _GATHER_FROM:
             self._write_log(facts)
             self.storage.delete(*batches, *(self._marker(unit) for unit in single))
@@ -76,14 +78,14 @@ class MarkerLog:
             new = {}
         else:
             data = _json(new)
-            self.storage.write(f"{self._batch_folder}/{hashlib.sha256(data).hexdigest()[:32]}.json", data)
+            self.storage.write(self._batch(f"{hashlib.sha256(data).hexdigest()[:32]}.json"), data)
         for unit in facts.keys() - new.keys():
             self.mark(unit, facts[unit])
 
     def forget(self, units: Iterable[str]) -> None:
         """Remove the markers of these units, so that they will be done again."""
         units = set(units)
-        if self._batches():
+        if self._files()[0]:
             self.gather()
         logged = self._read_log()
         if units & logged.keys():
@@ -134,14 +136,14 @@ class MarkerLog:
     def _write_log(self, facts: Mapping[str, Facts]) -> None:
         self.storage.write(self._log, _json(facts))
 
-    def _read_batches(self) -> dict[str, Facts]:
+    def _read_batches(self, batches: list[str]) -> dict[str, Facts]:
         facts: dict[str, Facts] = {}
-        for name, data in self.storage.read_many(self._batches()).items():
+        for name, data in self.storage.read_many(batches).items():
             facts |= self._facts_in(name, data) or {}
         return facts
 
-    def _read_markers(self, fresh: Mapping[str, Facts]) -> dict[str, Facts]:
-        names = {_unit_of(name): name for name in self._markers()}
+    def _read_markers(self, markers: list[str], fresh: Mapping[str, Facts]) -> dict[str, Facts]:
+        names = {_unit_of(name): name for name in markers}
         unread = self.storage.read_many(name for unit, name in names.items() if unit not in fresh)
         read = {_unit_of(name): self._facts_in(name, data) for name, data in unread.items()}
         known = {unit: facts for unit, facts in read.items() if facts is not None} | dict(fresh)
@@ -158,18 +160,16 @@ class MarkerLog:
         log.warning("%s is damaged: what it lists is done again", self.storage.path(name))
         return None
 
-    def _markers(self) -> list[str]:
-        return self.storage.names(f"state/{self.name}/done")
-
-    def _batches(self) -> list[str]:
-        return self.storage.names(self._batch_folder)
+    def _files(self) -> tuple[list[str], list[str]]:
+        """Return the names of batches and of markers, by one listing."""
+        names, folder = self.storage.names(f"state/{self.name}/done"), self._batch("")
+        return [name for name in names if name.startswith(folder)], [n for n in names if not n.startswith(folder)]
 
     def _reasons(self) -> list[str]:
         return self.storage.names(f"state/{self.name}/quarantine")
 
-    @property
-    def _batch_folder(self) -> str:
-        return f"state/{self.name}/batches"
+    def _batch(self, file: str) -> str:
+        return f"state/{self.name}/done/batches/{file}"
 
     @property
     def _log(self) -> str:

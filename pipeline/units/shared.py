@@ -60,13 +60,9 @@ class Served:
         self._target, self._lock, self._closed = target, threading.Lock(), False
         self._folder = tempfile.TemporaryDirectory(prefix="capstan-")
         self.key = secrets.token_bytes(32)
-        self._listener = Listener(str(Path(self._folder.name) / "shared"), "AF_UNIX", authkey=self.key)
+        self.address = str(Path(self._folder.name) / "shared")  # the path of the socket
+        self._listener = Listener(self.address, "AF_UNIX", authkey=self.key)
         threading.Thread(target=self._accept, name="capstan-shared", daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        """The path of the socket."""
-        return str(self._listener.address)
 
     def close(self) -> None:
         """Stop serving."""

@@ -99,7 +99,7 @@ class DdpmSettings(FamilySettings):
     drop_text: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of captions that are left empty in training, for classifier-free guidance."""
     sampling: PixelSampling = PixelSampling()
-    """Defaults of `capstan sample` and `capstan evaluate`."""
+    """Defaults of drawing: steps, guidance and sampler."""
 
     @model_validator(mode="after")
     def _variance_is_sampled(self) -> DdpmSettings:
