@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
 from browser import Press
-from small_views import HOSTILE, Viewing, wait, write_model_layer, write_viewed
+from small_views import HOSTILE, Viewing, wait
 
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_viewed(tmp_path_factory.mktemp("view"))
-    write_model_layer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def viewing(dataset: Path) -> Iterator[Viewing]:
-    with Viewing(dataset) as running:
-        yield running
 
 
 def kept(viewing: Viewing) -> list[dict[str, Any]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
 from browser import Press
-from small_views import Viewing, wait, write_model_layer, write_viewed
+from small_views import Viewing, wait
 
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
@@ -18,19 +17,6 @@ from capstan.recaption.compare.votes import FILE, read_votes
 
 PAIR = {"a": "people:short", "b": "model:short"}
 QUERY = "/api/ballot?a=people:short&b=model:short"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_viewed(tmp_path_factory.mktemp("view"))
-    write_model_layer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def viewing(dataset: Path) -> Iterator[Viewing]:
-    with Viewing(dataset) as running:
-        yield running
 
 
 def stored(dataset: Path) -> list[dict[str, Any]]:
