@@ -53,14 +53,12 @@ class LeasedTables:
         Raises CapstanError if another process writes this table or the whole dataset.
         """
         with self._lock:
-            held = self._hold(kept)
-            try:
-                held.check()
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._release)
+                self._hold(kept).check()
                 before, after = self._table, alter(self._table)
                 kept.write(after)
-            except BaseException:
-                self._release()
-                raise
+                failed.pop_all()  # the lease is held for the next change
             self._table = after
             return before, after
 
@@ -71,11 +69,7 @@ class LeasedTables:
         if self._held is None or kept.part != self._part:
             self._release()
             self._held = self._leases.enter_context(lease(self.storage, "view", part=kept.part))
-            try:
-                self._part, self._table = kept.part, kept.read()
-            except BaseException:
-                self._release()
-                raise
+            self._part, self._table = kept.part, kept.read()
         self._timer = threading.Timer(self._idle_s, self.close)
         self._timer.daemon = True
         self._timer.start()

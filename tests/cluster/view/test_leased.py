@@ -64,6 +64,9 @@ def test_a_change_that_fails_publishes_nothing_and_holds_nothing(tmp_path: Path)
         tables.change(one, lambda table: added(1 // 0, table))
     assert not storage.exists("one.parquet")
     assert leases(storage) == []
+    with pytest.raises(ZeroDivisionError):
+        tables.change(Kept("one", lambda: added(1 // 0, one.read()), one.write), lambda table: table)
+    assert leases(storage) == []
     with lease(storage, "build"), pytest.raises(CapstanError, match="capstan build"):
         tables.change(one, lambda table: added(1, table))
     tables.change(one, lambda table: added(1, table))
