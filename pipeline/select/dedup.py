@@ -26,6 +26,7 @@ from capstan.pipeline.select.apart import NOTHING, Apart
 from capstan.pipeline.select.near_duplicates import (
     CONTAMINATED,
     COPIES,
+    NONE,
     REASONS,
     SEMANTIC,
     Duplicates,
@@ -145,13 +146,20 @@ def _by_vectors(
     reason: int,
     apart: Apart,
 ) -> Duplicates:
-    """Add to `found` the rows whose vector is near that of a row kept so far."""
-    left = order[found.kept[order] < 0]
-    first = int((batch[left] == batch[left].min(initial=0)).sum())
-    near = find_semantic(vectors, places[left], threshold, first=first, apart=apart.take(left))
-    kept, kind = found.kept.copy(), found.kind.copy()
-    settle(kept, kind, left, near, reason, apart)
-    return Duplicates(kept, kind)
+    """Add to `found` the rows whose vector is near that of a row kept so far.
+
+    A copy of a row that now repeats a third row, from which the copy is apart, repeats neither: it is compared itself.
+    """
+    before, reasons = found.kept.copy(), found.kind.copy()
+    while True:
+        left = order[before[order] < 0]
+        first = int((batch[left] == batch[left].min(initial=0)).sum())
+        near = find_semantic(vectors, places[left], threshold, first=first, apart=apart.take(left))
+        kept, kind = before.copy(), reasons.copy()
+        free = settle(kept, kind, left, near, reason, apart)
+        if not len(free):
+            return Duplicates(kept, kind)
+        before[free], reasons[free] = -1, NONE
 
 
 # Evaluation images -------------------------------------------------------------------------------------------------

@@ -112,19 +112,18 @@ def find_duplicates(
     return Duplicates(kept, kind)
 
 
-def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int, apart: Apart = NOTHING) -> None:
+def settle(kept: Ints, kind: npt.NDArray[np.int8], left: Ints, near: Ints, reason: int, apart: Apart = NOTHING) -> Ints:
     """Record that row left[i] repeats left[near[i]] (-1: none).
 
-    Rows that repeated a row which is no longer kept now repeat the row which that one repeats, unless they are `apart`
-    from it: then they are kept.
+    Rows that repeated a row which is no longer kept now repeat the row which that one repeats. Return those that are
+    `apart` from it.
     """
     before = np.flatnonzero(kept >= 0)
     kept[left] = np.where(near >= 0, left[near], -1)
     kind[left[near >= 0]] = reason
     root = kept[kept[before]]
     kept[before] = np.where(root >= 0, root, kept[before])
-    free = before[apart.has(before, kept[before])]
-    kept[free], kind[free] = -1, NONE
+    return before[apart.has(before, kept[before])]
 
 
 # Near duplicates -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.pack.job import selection_of
+from capstan.pipeline.select.apart import NOTHING, Apart
 from capstan.pipeline.select.dedup import Repeats, find_repeats
 from capstan.pipeline.select.near_duplicates import REASONS
 from capstan.pipeline.storage import Storage
@@ -39,10 +40,15 @@ def measured(images: list[bytes]) -> tuple[np.ndarray, ...]:
 
 
 def repeats(
-    storage: Storage, images: list[bytes], embeddings: Any = None, descriptors: Any = None, **dedup: Any
+    storage: Storage,
+    images: list[bytes],
+    embeddings: Any = None,
+    descriptors: Any = None,
+    apart: Apart = NOTHING,
+    **dedup: Any,
 ) -> Repeats:
     recipe = Recipe.model_validate({"dataset": storage.url, "image": {"size": 64}, "dedup": dedup})
-    return find_repeats(recipe, storage, *measured(images), embeddings, descriptors=descriptors)
+    return find_repeats(recipe, storage, *measured(images), embeddings, descriptors=descriptors, apart=apart)
 
 
 def again(data: bytes, quality: int = 60) -> bytes:
@@ -140,3 +146,13 @@ def test_copies_come_before_semantic_repeats(storage: Storage, draw: Draw) -> No
     found = repeats(storage, images, embeddings, descriptors, semantic=0.9, copies=copies)
     assert [REASONS[kind] for kind in found.kind] == ["", "copies", "semantic", "", "exact"]
     assert found.kept.tolist() == [-1, 0, 0, -1, 0]  # the last repeats row 1, which is a copy of row 0
+
+
+def test_a_copy_of_a_repeat_that_is_apart_from_what_is_kept_is_compared_itself(storage: Storage, draw: Draw) -> None:
+    """Rows 2 and 3 are copies of row 1, which repeats row 0; somebody found that they do not."""
+    embeddings = np.eye(4, dtype=np.float16)[[0, 0, 0, 0, 1]]
+    images = [draw(0), draw(1), draw(1), draw(1), draw(2)]
+    apart = Apart.of(5, np.array([[0, 2], [0, 3]]))
+    found = repeats(storage, images, embeddings, apart=apart, semantic=0.9)
+    assert found.kept.tolist() == [-1, 0, -1, 2, -1]
+    assert [REASONS[kind] for kind in found.kind] == ["", "semantic", "", "semantic", ""]
