@@ -23,11 +23,12 @@ from yarl import URL
 from capstan.pipeline import config
 from capstan.pipeline.fetch import robots
 from capstan.pipeline.fetch.errors import FetchError
-from capstan.pipeline.fetch.hosts import Host, Hosts, Shared
+from capstan.pipeline.fetch.hosts import Host, Hosts
 from capstan.pipeline.fetch.resolver import PrivateAddress, check_literal
 from capstan.pipeline.fetch.robots_cache import RobotsCache
 from capstan.pipeline.fetch.urls import as_sent
 from capstan.pipeline.retry_after import retry_after
+from capstan.pipeline.units.shared import Shared
 
 _MAX_REDIRECTS: Final = 8
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})

@@ -32,10 +32,10 @@ import aiohttp
 from capstan.pipeline import config
 from capstan.pipeline.fetch.client import HttpClient
 from capstan.pipeline.fetch.errors import FetchError
-from capstan.pipeline.fetch.hosts import Shared
 from capstan.pipeline.fetch.lenient import LenientConnector
 from capstan.pipeline.fetch.resolver import Resolver
 from capstan.pipeline.fetch.robots_cache import RobotsCache
+from capstan.pipeline.units.shared import Shared
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from capstan.pipeline.fetch.errors import FetchError
 from capstan.pipeline.fetch.host_limits import Answer, Verdict, Wish
+from capstan.pipeline.units.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +30,14 @@ _AGAIN_S: Final = 0.25  # while rows wait
 _REPEAT_S: Final = 1.0  # what is used is told so often: slots that are idle go to others
 
 
-class Shared(Protocol):
-    """Calls a method of the object that the workers of a run share; the one that is responsible for `key`."""
+@dataclass
+class _Call:
+    """What one of the shared objects is told: the arguments of `HostLimits.exchange`."""
 
-    def key_of(self, name: str) -> int:
-        """Return which of the objects is responsible for a host."""
-
-    async def call(self, key: int, method: str, *arguments: object) -> Answer:
-        """Return what the method returns."""
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    pauses: dict[str, tuple[float, str]] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)
+    read: dict[str, tuple[Verdict, float]] = field(default_factory=dict)
 
 
 class Host:
@@ -45,7 +48,7 @@ class Host:
         self._wake = wake
         self._resume_at = 0.0  # monotonic seconds
         self._reason = ""
-        self.told: tuple[float, str] | None = None  # a pause that others do not know of yet
+        self.unreported: tuple[float, str] | None = None  # a pause that others do not know of yet
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -71,7 +74,7 @@ class Host:
     def pause(self, seconds: float, reason: str) -> None:
         """Send no request for so long."""
         if self.hold(seconds, reason):
-            self.told = (seconds, reason)
+            self.unreported = (seconds, reason)
             self._wake()
 
     def hold(self, seconds: float, reason: str) -> bool:
@@ -121,14 +124,13 @@ class Hosts:
         self._read: dict[str, tuple[Verdict, float]] = {}  # rules that others do not know yet
         self._me, self._wake = uuid.uuid4().hex, asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._repeated = 0.0
+        self._repeated, self._is_out = 0.0, False
 
     def of(self, name: str) -> Host:
         """Return the limits of the host with this name."""
+        self._start()
         if name not in self._hosts:
-            slots = self._per_host if self._shared is None else 0
-            self._hosts[name] = Host(slots, self._wake.set)
-            self._start()
+            self._hosts[name] = Host(self._per_host if self._shared is None else 0, self._wake.set)
         return self._hosts[name]
 
     async def rules(self, origin: str, read: Callable[[], Awaitable[tuple[Verdict, float]]]) -> tuple[Verdict, float]:
@@ -148,21 +150,36 @@ class Hosts:
         return known
 
     async def close(self) -> None:
-        """Give all slots back. No row may be in flight."""
+        """Give all slots back; raise the error that ended the exchanges. No row may be in flight."""
         if self._task is None:
             return
         self._task.cancel()
         await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
         for host in self._hosts.values():
             host.waiting.clear()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._exchange(everything=True), 5)
 
     def _start(self) -> None:
+        """Start the exchanges; raise the error that ended them."""
         if self._shared is not None and self._task is None:
             self._task = asyncio.create_task(self._repeat())
+        if self._task is not None and self._task.done():
+            self._task.result()
 
     async def _repeat(self) -> None:
+        try:
+            await self._exchanges()
+        except Exception as error:
+            turns: list[asyncio.Future[Any]] = [*self._wanted.values()]
+            for turn in itertools.chain(turns, *(host.waiting for host in self._hosts.values())):
+                if not turn.done():
+                    turn.set_exception(error)
+            raise
+
+    async def _exchanges(self) -> None:
         while True:
             waits = self._wanted or any(host.waiting for host in self._hosts.values())
             with contextlib.suppress(TimeoutError):
@@ -178,28 +195,37 @@ class Hosts:
         assert self._shared is not None
         if everything:
             self._repeated = time.monotonic()
-        calls: dict[int, tuple[dict[str, Wish], dict[str, tuple[float, str]], list[str], dict[str, object]]] = {}
+        calls, key_of = defaultdict[int, _Call](_Call), self._shared.key_of
         for name, host in self._hosts.items():
-            if everything or host.waiting or host.told:
-                call = calls.setdefault(self._shared.key_of(name), ({}, {}, [], {}))
-                call[0][name] = Wish(host.using, len(host.waiting))
-                if host.told:
-                    call[1][name], host.told = host.told, None
+            if everything or host.waiting or host.unreported:
+                call = calls[key_of(name)]
+                call.wishes[name] = Wish(host.using, len(host.waiting))
+                if host.unreported:
+                    call.pauses[name], host.unreported = host.unreported, None
         for origin in self._wanted:
-            calls.setdefault(self._shared.key_of(origin), ({}, {}, [], {}))[2].append(origin)
-        for origin in list(self._read):
-            calls.setdefault(self._shared.key_of(origin), ({}, {}, [], {}))[3][origin] = self._read.pop(origin)
+            calls[key_of(origin)].origins.append(origin)
+        for origin, rules in self._read.items():
+            calls[key_of(origin)].read[origin] = rules
+        self._read = {}
         await asyncio.gather(*(self._ask(key, call) for key, call in calls.items()))
         if everything:
             self._hosts = {name: host for name, host in self._hosts.items() if not host.is_idle}
 
-    async def _ask(self, key: int, call: tuple[object, ...]) -> None:
+    async def _ask(self, key: int, call: _Call) -> None:
         assert self._shared is not None
         try:
-            answer = await self._shared.call(key, "exchange", self._me, *call)
-        except OSError as error:
-            log.warning("the limits of hosts cannot be shared at the moment: %s", error)
+            answer: Answer = await self._shared.call(
+                key, "exchange", self._me, call.wishes, call.pauses, call.origins, call.read
+            )
+        except OSError as error:  # tell it all again
+            if not self._is_out:
+                log.warning("rows wait: the limits of hosts cannot be shared at the moment (%s)", error)
+            self._is_out = True
+            self._read = call.read | self._read
+            for name, pause in call.pauses.items():
+                self._hosts[name].unreported = self._hosts[name].unreported or pause
             return
+        self._is_out = False
         for name, grant in answer.grants.items():
             if host := self._hosts.get(name):
                 if grant.pause_s > 0:

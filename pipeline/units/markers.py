@@ -61,7 +61,7 @@ class MarkerLog:
         facts = self._read_log() | self._read_batches(batches) | single
         if batches or len(single) >= _GATHER_FROM:
             self._write_log(facts)
-            self.storage.delete(*batches, *(self._marker(unit) for unit in single))
+            self.storage.delete(*batches, *(name for name in markers if _unit_of(name) in facts))
         return facts
 
     def mark(self, unit: str, facts: Facts) -> None:

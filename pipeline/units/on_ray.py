@@ -145,6 +145,10 @@ class RayWorkers:
         # An actor runs on one node: by default it requests at most one GPU.
         each = self.job.gpus_per_worker or min(1.0, gpus / workers) or None
         actor = ray.remote(num_cpus=0, num_gpus=each, max_restarts=-1)(ModelActor)
+        if len(self._get(self.tracker.models.remote())) < len(self._models):
+            # Some have not started, or died, or were out for a moment; or the tracker itself has started again.
+            for model in self._models:
+                model.join.remote()
         while len(self._models) < workers:
             self._models.append(actor.remote([self._job], self.tracker, self.attempts, str(Path.cwd())))
 
@@ -245,7 +249,12 @@ class ModelActor:
         self._job, self._tracker, self._attempts = job, tracker, attempts
         self._model: Model | None = None
         context = ray.get_runtime_context()
-        tracker.join.remote(ModelWorker(uuid.uuid4().hex, context.current_actor, context.get_node_id()))
+        self._me = ModelWorker(uuid.uuid4().hex, context.current_actor, context.get_node_id())
+        self.join()
+
+    def join(self) -> None:
+        """Tell the tracker that this worker is ready."""
+        self._tracker.join.remote(self._me)
 
     def apply(self, row: Wire) -> Wire:
         """Return the model's output of a piece."""

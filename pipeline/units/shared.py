@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import secrets
 import socket
 import tempfile
 import threading
+import time
 import zlib
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-log = logging.getLogger(__name__)
+from capstan.pipeline.units.workers import reason_of
 
 _KEYS: Final = 1 << 16
 
@@ -77,6 +77,7 @@ class Served:
             try:
                 connection = self._listener.accept()
             except (OSError, EOFError, AuthenticationError):  # a client that went away, or a stranger
+                time.sleep(0.1)  # or no file is left to open
                 continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
@@ -85,8 +86,15 @@ class Served:
             while True:
                 method, arguments = connection.recv()
                 with self._lock:
-                    answer = getattr(self._target, method)(*arguments)
+                    answer = self._answer(method, arguments)
                 connection.send(answer)
+
+    def _answer(self, method: str, arguments: tuple[object, ...]) -> tuple[Any, str]:
+        """Return what the method returns, and ""; or None, and why it failed."""
+        try:
+            return getattr(self._target, method)(*arguments), ""
+        except Exception as error:  # noqa: BLE001 - it is raised in the worker that called
+            return None, reason_of(error)
 
 
 class OnSocket:
@@ -107,7 +115,10 @@ class OnSocket:
             try:
                 self._connection = self._connection or Client(self._address, "AF_UNIX", authkey=self._key)
                 self._connection.send((method, arguments))
-                return self._connection.recv()
-            except (EOFError, AuthenticationError) as error:
+                answer, failure = self._connection.recv()
+            except (EOFError, OSError, AuthenticationError) as error:
                 self._connection = None
-                raise ConnectionError("the driver closed or refused the connection") from error
+                raise ConnectionError(f"the driver cannot be reached ({type(error).__name__}: {error})") from error
+            if failure:
+                raise RuntimeError(failure)
+            return answer

@@ -101,6 +101,14 @@ def test_rows_wait_while_the_shared_object_is_out(site: Site) -> None:
     assert time.monotonic() - start >= 0.6
 
 
+def test_an_error_of_the_shared_object_ends_the_fetch_and_is_no_rows_fault(site: Site) -> None:
+    site.page("/a")
+    shared = InProcess(HostLimits(4))
+    shared.limits = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError, match="exchange"):
+        together(site, 1, [site.url("/a")] * 3, shared)
+
+
 def test_exchanges_are_few(site: Site) -> None:
     site.page("/a")
     shared = InProcess(HostLimits(8))

@@ -174,6 +174,20 @@ def test_starts_are_forgotten_with_their_unit(ray_session: Resources, make) -> N
     assert work.starts(["a"]) == {"a": 0}
 
 
+@pytest.mark.integration
+def test_a_tracker_that_starts_anew_finds_the_model_workers(ray_session: Resources, make, monkeypatch) -> None:
+    """It knew them by heart; units that start after it must not wait for ever."""
+    monkeypatch.setattr("capstan.pipeline.units.on_ray._LOOK_EVERY_S", 0.2)
+    work = RayWorkers(make(ModelSquares), ray_session, attempts=9)
+    names = iter(work.stream([unit(f"u{number}", 2) for number in range(150)]))
+    first = next(names)
+    ray.kill(work.tracker, no_restart=False)
+    ended = [*first, *(ended for batch in names for ended in batch)]
+    work.close()
+    assert sorted(row.unit for row in ended) == sorted(f"u{number}" for number in range(150))
+    assert [row.error for row in ended if row.error] == []
+
+
 def test_counts_that_are_lost_stop_nothing(ray_session: Resources, make) -> None:
     work = RayWorkers(make(Squares), ray_session, attempts=3)
     ray.kill(work.tracker)
