@@ -59,7 +59,8 @@ def add_commands(
     _add_recipe_commands(app, load, tracked)
     _add_takedown(app)
     _add_publish(app)
-    _add_read_only_commands(app, report_of_run or (lambda storage: None))
+    _add_verify(app)
+    _add_report(app, report_of_run or (lambda storage: None))
 
 
 def _add_recipe_commands(app: typer.Typer, load: Load, tracked: Tracked) -> None:
@@ -184,7 +185,7 @@ def _add_publish(app: typer.Typer) -> None:
         finish(run(source, target, dest, layers=layer, ledger=ledger, contact=contact, dry_run=dry_run), as_json)
 
 
-def _add_read_only_commands(app: typer.Typer, report_of_run: ReportOfRun) -> None:
+def _add_verify(app: typer.Typer) -> None:
     @app.command()
     def verify(
         dataset: DatasetArgument,
@@ -212,6 +213,8 @@ def _add_read_only_commands(app: typer.Typer, report_of_run: ReportOfRun) -> Non
         if not summary["ok"]:
             raise CapstanError(f"{len(summary['problems'])} problem(s) in {dataset}")
 
+
+def _add_report(app: typer.Typer, report_of_run: ReportOfRun) -> None:
     @app.command()
     def report(
         dataset: Annotated[str, typer.Argument(metavar="DATASET|RUN", help="Folder or URL of a dataset or a run.")],

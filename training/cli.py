@@ -24,13 +24,28 @@ SamplerOption = Annotated[
     Literal["ddim", "ddpm", "dpm++", "euler"] | None,
     typer.Option(help="ddim, ddpm or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
 ]
+FeaturesOption = Annotated[
+    Path | None,
+    typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
+]
+TorchScriptOption = Annotated[
+    bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")
+]
+CopiesOption = Annotated[
+    str | None,
+    typer.Option("--copies", metavar="FILE", help="Find copies of training images: an .onnx, or open_nsfw."),
+]
+CopiesThresholdOption = Annotated[
+    float | None, typer.Option("--copies-threshold", min=0.01, max=1, help="Cosine of copies. Default: 0.75.")
+]
 
 
 def add_commands(app: typer.Typer, load: Load) -> None:
     """Add the training commands to `app`; `load` reads and validates a recipe file with its overrides."""
     _add_recipe_commands(app, load)
     _add_sample(app, load)
-    _add_run_commands(app)
+    _add_evaluate(app)
+    _add_export(app)
     add_style(app)
 
 
@@ -127,9 +142,7 @@ def _pixels(size: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _add_run_commands(app: typer.Typer) -> None:
-    """Add the commands that take a finished run."""
-
+def _add_evaluate(app: typer.Typer) -> None:
     @app.command()
     def evaluate(
         run: RunArgument,
@@ -151,20 +164,10 @@ def _add_run_commands(app: typer.Typer) -> None:
         pretrained: Annotated[
             str | None, typer.Option("--pretrained", help="Weights of the CLIP model: a file, or an open_clip tag.")
         ] = None,
-        features: Annotated[
-            Path | None,
-            typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
-        ] = None,
-        trust_torchscript: Annotated[
-            bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")
-        ] = False,
-        copies: Annotated[
-            str | None,
-            typer.Option("--copies", metavar="FILE", help="Find copies of training images: an .onnx, or open_nsfw."),
-        ] = None,
-        copies_threshold: Annotated[
-            float | None, typer.Option("--copies-threshold", min=0.01, max=1, help="Cosine of copies. Default: 0.75.")
-        ] = None,
+        features: FeaturesOption = None,
+        trust_torchscript: TorchScriptOption = False,
+        copies: CopiesOption = None,
+        copies_threshold: CopiesThresholdOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Measure a finished run on unseen data.
@@ -194,6 +197,8 @@ def _add_run_commands(app: typer.Typer) -> None:
             as_json,
         )
 
+
+def _add_export(app: typer.Typer) -> None:
     @app.command()
     def export(
         run: RunArgument,

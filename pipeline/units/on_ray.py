@@ -18,7 +18,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import first_line
@@ -376,17 +376,16 @@ def _run_unit(
     return ended
 
 
-_loaded: dict[str, Any] = {}  # in a worker: the job of the unit before
+_loaded: dict[str, Job] = {}  # in a worker: the job of the unit before
 
 
 def _job(reference: list[Any]) -> Job:
     import ray
 
     (job,) = reference
-    if job.hex() not in _loaded:
+    if (loaded := _loaded.get(job.hex())) is None:
         _loaded.clear()
-        _loaded[job.hex()] = ray.get(job)
-    loaded: Job = _loaded[job.hex()]
+        loaded = _loaded[job.hex()] = ray.get(job)
     return loaded
 
 
@@ -396,7 +395,6 @@ def _result(task: Any) -> Ended | None:
     from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
     try:
-        ended: Ended = ray.get(task)
+        return cast(Ended, ray.get(task))
     except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError):
         return None
-    return ended

@@ -103,3 +103,22 @@ def _saved(kind: Any, train: TrainConfig, dataset: Path, run: Path) -> str:
     family = kind(train, run / "assets")
     save_product(family, run)
     return str(run)
+
+
+def told(net, call):
+    """What `net` is called with beside noise and time while `call` runs for the first time."""
+    seen = []
+
+    def note(_, args, kwargs):
+        more = {name: value for name, value in kwargs.items() if isinstance(value, dict)}
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        for inner in more.values():
+            tensors |= {name: value for name, value in inner.items() if value is not None}
+        for name in ("hidden_states", "timestep"):
+            tensors.pop(name, None)
+        seen.append({name: value.detach().float() for name, value in tensors.items()})
+
+    hook = net.register_forward_pre_hook(note, with_kwargs=True)
+    call()
+    hook.remove()
+    return seen[0]

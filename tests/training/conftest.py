@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
@@ -16,6 +17,15 @@ from capstan.pipeline.records import SHARD_SCHEMA, make_key
 from capstan.pipeline.storage import Storage
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small models are fastest on one thread; what a run in this process has set must not stay."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def jpeg(index: int, width: int = 16, height: int = 16) -> tuple[bytes, str]:

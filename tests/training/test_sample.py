@@ -21,14 +21,6 @@ from capstan.training.sample import open_sampler, sample, style_of
 PROMPTS = ["a red square", "a blue square, number 7", "a green square"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def runs(squares, tmp_path_factory):
     """Folders `ae` and `run` of an untrained autoencoder and diffusion model, as the trainer leaves them."""

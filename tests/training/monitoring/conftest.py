@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,6 @@ from capstan.training.models.autoencoder.family import AutoencoderFamily
 
 SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 WORLD = {"format": "world", "world": {"scenes": 10, "size": 16}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,6 @@ CONTENT = Scene(0, 0, "navy", (Thing("yellow", "circle", "large", "plain", 0.7, 
 STYLE = Scene(0, 0, "brown", (Thing("pink", "star", "large", "striped", 0.3, 0.3, 0.25),))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def product(tmp_path_factory):
     """The folder of a small first stage."""

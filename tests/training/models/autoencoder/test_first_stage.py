@@ -25,14 +25,6 @@ SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups"
 DISCRIMINATOR = {"start": 0, "channels": 4, "layers": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def configure(**section):
     base = {"model": "autoencoder", "run": "unused", "steps": 1, "engine": {"strategy": "ddp", "threads": 1}}
     return TrainConfig.from_section(base | section)

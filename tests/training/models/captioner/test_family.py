@@ -37,14 +37,6 @@ PLACES = ["top left", "top right", "bottom left", "bottom right"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def configure(**settings: Any) -> TrainConfig:
     section = {"model": "captioner", "run": "unused", "steps": 1, "captioner": {**SMALL, **settings}}
     return TrainConfig.from_section(section)

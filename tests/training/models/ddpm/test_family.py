@@ -40,14 +40,6 @@ KINDS: dict[str, dict[str, Any]] = {
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def make(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`make(run, kind, key=value, …)`: a recipe of four steps in a folder `run`."""

@@ -22,14 +22,6 @@ UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups":
 TEXT = {"vocab_size": 600, "length": 16, "width": 16, "layers": 1, "heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def data(squares):
     train = TrainConfig.from_section({"model": "autoencoder", "run": "unused", "steps": 1, "data": {"layer": None}})

@@ -10,7 +10,6 @@ import pytest
 import tiny_networks as tiny
 import torch
 from diffusers import DiffusionPipeline
-from tiny_towers import LENGTH
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.world import oracle
@@ -26,71 +25,6 @@ CAPTION = "a red square, number 3"
 CASES = [(network, own) for network in tiny.NETWORKS for own in (False, True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
-@pytest.fixture(scope="module")
-def towers(root):
-    return tiny.save_towers(root / "towers")
-
-
-@pytest.fixture(scope="module")
-def make(squares, root, towers):
-    """`make("dit", own=True, drop_text=0.5)` is a family; the same one for the same arguments."""
-    vae, made = tiny.save_autoencoder(squares, root / "ae"), {}
-
-    def build(network, own=False, init=None, **settings):
-        name = json.dumps([network, own, init, settings])
-        if name not in made:
-            section = tiny.settings_of(network, None if own else towers, **({"autoencoder": vae} | settings))
-            made[name] = tiny.family_of(squares, root / f"assets-{len(made)}", section, init=init)
-        return made[name]
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def run_of(make, root):
-    """`run_of("dit")` is a run folder with a product that draws in two steps."""
-
-    def saved(network, own=False):
-        run = root / f"run-{network}-{own}"
-        if not run.exists():
-            tiny.save_product(make(network, own, sampling={"steps": 2, "guidance": 2.0}), run)
-        return run
-
-    return saved
-
-
-def told(net, call):
-    """What `net` is called with beside noise and time while `call` runs for the first time."""
-    seen = []
-
-    def note(_, args, kwargs):
-        more = {name: value for name, value in kwargs.items() if isinstance(value, dict)}
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        for inner in more.values():
-            tensors |= {name: value for name, value in inner.items() if value is not None}
-        for name in ("hidden_states", "timestep"):
-            tensors.pop(name, None)
-        seen.append({name: value.detach().float() for name, value in tensors.items()})
-
-    hook = net.register_forward_pre_hook(note, with_kwargs=True)
-    call()
-    hook.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize(("network", "own"), CASES)
 def test_a_network_is_told_in_training_what_its_pipeline_tells_it(make, run_of, squares, network, own):
     """With guidance a pipeline tells of an empty prompt and the given one: as rows that lost a caption, or kept it."""
@@ -99,12 +33,12 @@ def test_a_network_is_told_in_training_what_its_pipeline_tells_it(make, run_of, 
     batch |= family.text.ids([CAPTION] * 2)
     noisy, times = torch.zeros(2, 4, 8, 8), torch.tensor([1, 1])
     text = family._text(batch, torch.tensor([True, False]))
-    here = told(family.model.net, lambda: family.model(noisy, times, text, batch.get("conditions")))
+    here = tiny.told(family.model.net, lambda: family.model(noisy, times, text, batch.get("conditions")))
     pipeline = open_sampler(run_of(network, own)).pipeline
     net = getattr(pipeline, family.backbone.part)
     sampler = open_sampler(run_of(network, own))
     net = getattr(sampler.pipeline, family.backbone.part)
-    there = told(net, lambda: sampler.draw([CAPTION], [0]))
+    there = tiny.told(net, lambda: sampler.draw([CAPTION], [0]))
     assert set(here) == set(there)
     assert len(here) == {"sd": 1, "sdxl": 3, "dit": 2, "mmdit": 2}[network]
     for name, value in here.items():
@@ -166,7 +100,7 @@ def test_encoders_are_dropped_each_by_itself(make, squares, network):
     alone = [torch.tensor([[n == kept for n in range(len(family.text.encoders))]] * 4) for kept in (0, 1)]
     conditions, noisy = batch.get("conditions"), torch.zeros(4, 4, 8, 8)
     seen = [
-        told(family.model.net, lambda kept=kept: family.model(noisy, torch.ones(4), text, conditions, kept))
+        tiny.told(family.model.net, lambda kept=kept: family.model(noisy, torch.ones(4), text, conditions, kept))
         for kept in alone
     ]
     assert not torch.equal(seen[0]["encoder_hidden_states"], seen[1]["encoder_hidden_states"])
@@ -380,47 +314,3 @@ def test_runs_of_the_first_release_go_on(run_of):
     assert new["sampling"] == {"steps": 25, "guidance": 4.0, "sampler": None}
     assert read_facts(run_of("sd") / "product")["sampling"] == {"steps": 2, "guidance": 2.0}
     assert DiffusionPipeline.config_name == "model_index.json"
-
-
-LONG = "a red square, number 3, next to a green square, number 5"  # more tokens than the towers read at once
-
-
-@pytest.mark.parametrize("network", ["sd", "sdxl"])
-def test_long_texts_are_read_in_chunks_in_training_and_in_sampling(make, towers, squares, tmp_path, network):
-    text = tiny.settings_of(network, towers)["text"] | {"chunks": 3}
-    chunked = {"text": text, "sampling": {"steps": 2, "guidance": 2.0}}
-    family, plain = make(network, **chunked), make(network)
-    assert plain.text.encoders[0].tokens(LONG) > LENGTH
-
-    states, short = family.text([LONG, ""]), plain.text([LONG, ""])
-    for name, value in short.items():
-        first = states[name][:, :LENGTH] if "states" in name else states[name]
-        torch.testing.assert_close(first, value, msg=name)  # the first chunk is what one alone reads
-    name = family.text.encoders[0].slot.states
-    other = family.text([LONG.replace("5", "7")])[name]
-    assert states[name].shape[1] == 3 * LENGTH
-    assert torch.equal(other[:, :LENGTH], states[name][:1, :LENGTH])
-    assert not torch.equal(other, states[name][:1])
-
-    batch = family.prepare([tiny.data_of(squares).at(number) for number in (3, 3)])
-    batch |= family.text.ids([LONG] * 2)
-    text = family._text(batch, torch.tensor([True, False]))
-    noisy, times = torch.zeros(2, 4, 8, 8), torch.tensor([1, 1])
-    here = told(family.model.net, lambda: family.model(noisy, times, text, batch.get("conditions")))
-    run = tiny.save_product(family, tmp_path / "run")
-    sampler = open_sampler(run)
-    there = told(getattr(sampler.pipeline, family.backbone.part), lambda: sampler.draw([LONG], [0]))
-    assert set(here) == set(there)
-    for name, value in here.items():
-        torch.testing.assert_close(value, there[name].expand_as(value), atol=1e-5, rtol=1e-4, msg=name)
-    with pytest.raises(RecipeError, match=r"^RUN: .* prompts in 3 chunks, and a diffusers pipeline reads one\."):
-        export(run, tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
-
-
-def test_chunks_are_for_frozen_clips(make, towers):
-    with pytest.raises(RecipeError, match=r"chunks is for frozen encoders; for one that is trained, set length"):
-        tiny.parsed(text={"chunks": 2})
-    t5 = {"pretrained": [towers["t5"]], "chunks": 2}
-    with pytest.raises(RecipeError, match=r"train\.diffusion\.text\.chunks: is 2, and .* has a T5"):
-        make("dit", text=t5)

@@ -20,14 +20,6 @@ TEXTS = ["a red square, number 3", "", "A BLUE square & more", "a green square "
 PROJECTED = Slot("text_encoder", layer="penultimate", projected=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def opened(slots, *named):
     return open_encoders(slots, TextSettings(pretrained=named))
 

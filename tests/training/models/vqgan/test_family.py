@@ -27,14 +27,6 @@ def configure(**settings):
     return TrainConfig.from_section(section)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def data(squares):
     train = configure()
