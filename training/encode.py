@@ -55,8 +55,8 @@ def encode_missing(recipe: Recipe, *, progress: bool = True) -> None:
 
 def _images(recipe: Recipe, train: TrainConfig, source: WeightedDataset, progress: bool) -> dict[str, Any]:
     dataset = Dataset(open_storage(recipe, source))
-    path, identity = latents.plan(train, Dataset(open_storage(recipe, weighted_datasets(recipe, train)[0])))
-    job = latents.LatentsJob(dataset, path, identity, recipe.resources)
+    identity = latents.plan(train, Dataset(open_storage(recipe, weighted_datasets(recipe, train)[0])))
+    job = latents.LatentsJob(dataset, train, identity, recipe.resources)
     return {"encoder": job.encoder, **_run(job, recipe, progress)}
 
 

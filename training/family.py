@@ -26,7 +26,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import FamilySettings
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.step import Step
-from capstan.training.drawing.drawer import Codec, Drawer, Kind, refuse_options
+from capstan.training.drawing.drawer import Codec, Drawer, Kind, Size, refuse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Sample:
     original_width: int  # of the source, pixels
     original_height: int
     extra: str = "{}"  # JSON object of the source's other columns
-    latent: np.ndarray | None = None  # of the image, by the encoder of `train.data.latents`
+    latent: np.ndarray | None = None  # of the image, by `Family.encoder` (`train.data.latents`)
     crop_left: int = 0  # pixels of the scaled source cut off on this side (negative: padded)
     crop_top: int = 0
     bucket: tuple[int, int] | None = None  # width and height in pixels of all images of the batch
@@ -77,6 +77,27 @@ class TextEncoder(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """Return the states of `texts` by name, [len(texts), ...]; the shape does not depend on the texts."""
+
+
+class Encoder(Protocol):
+    """A frozen first stage of a family, as `capstan encode` runs it before training.
+
+    `factor` is the number of pixels per latent along one side. `part` says what encodes, and which recipe key names it.
+    """
+
+    factor: int
+    part: str
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything but the size that can change a latent, as plain data."""
+
+    def to(self, device: torch.device) -> object: ...
+
+    def __call__(self, files: Sequence[bytes], size: Size) -> torch.Tensor:
+        """Return the latents of samples' files (JPEGs, to be cut to `size`): [N, ...], of an image [N, ..., h, w].
+
+        Floats are stored as float16, integers (tokens) as int16.
+        """
 
 
 class PerSampleLoss(NamedTuple):
@@ -148,6 +169,11 @@ class Family(ABC):
     @classmethod
     def text_encoder(cls, train: TrainConfig) -> TextEncoder | None:
         """Return the text encoders whose states may be precomputed (`Sample.states`); None if they are trained."""
+        return None
+
+    @classmethod
+    def encoder(cls, train: TrainConfig) -> Encoder | None:
+        """Return the first stage whose latents may be precomputed (`Sample.latent`); None: it reads images alone."""
         return None
 
     @classmethod

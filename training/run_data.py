@@ -33,7 +33,7 @@ def pin(recipe: Recipe, train: TrainConfig, run: Run) -> list[str | None]:
     sources = weighted_datasets(recipe, train)
     layers = [_pin(train, run, n, Dataset(open_storage(recipe, source)), source) for n, source in enumerate(sources)]
     if train.data.latents == AUTO:
-        now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, sources[0])))[1])
+        now = fingerprint(latents.plan(train, Dataset(open_storage(recipe, sources[0]))))
         if (pinned := run.pinned("latents", lambda: now)) != now:
             problem = (
                 f"this run was started with latents {pinned}, but the current autoencoder and image size give {now}"

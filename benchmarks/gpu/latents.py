@@ -14,13 +14,15 @@ def measure(scale: Scale) -> list[Row]:
     from capstan.pipeline.config import Resources
     from capstan.pipeline.dataset.shards import Dataset
     from capstan.pipeline.storage import Storage
+    from capstan.training.config import TrainConfig
     from capstan.training.models.autoencoder.family import load_autoencoder
-    from capstan.training.precomputed.latents import LatentsJob, encoder_identity
+    from capstan.training.precomputed.latents import LatentsJob, plan
 
     pixels, count = scale(256, 32), scale(2048, 4)
     dataset, path = Dataset(Storage(str(data.drawings(scale, pixels, count)))), str(data.autoencoder(scale))
-    identity = encoder_identity(load_autoencoder(path, "autoencoder"), pixels)
-    job = LatentsJob(dataset, path, identity, Resources())
+    sizes = {"autoencoder": path, "size": pixels}
+    train = TrainConfig.from_section({"model": "diffusion", "run": "unused", "steps": 1, "diffusion": sizes})
+    job = LatentsJob(dataset, train, plan(train, dataset), Resources())
     (entry,) = dataset.manifest.shards
     unit, apply = job.unit(entry), job.model()
     pieces = job.prepare(unit)

@@ -22,7 +22,7 @@ from capstan.training.data.shard_cache import ShardCache
 
 Raw = np.ndarray  # uint8 [bytes]: a whole safetensors file
 
-_TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
+_TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "I16": np.int16, "BOOL": np.bool_}
 
 
 def file_pattern(encoder: str) -> str:

@@ -1,23 +1,23 @@
-"""A dataset and an autoencoder → latents of all images, shard by shard
+"""A dataset and a family's encoder → latents of all images, shard by shard
 
-    latents/<encoder id>/recipe.json                    which autoencoder, and the images' size
-    latents/<encoder id>/shard-000000.safetensors       `latents` float16 [samples, 2 C, h, w], in tar order
+    latents/<encoder id>/recipe.json                    which encoder, and the images' size
+    latents/<encoder id>/shard-000000.safetensors       `latents` [samples, ..., h, w], in tar order: float16, or of
+                                                        tokens int16
 
-The first C channels are the posterior's mean, the last C its standard deviation, before `scaling_factor`, so that a
-step can still sample from it. With aspect-ratio buckets, whose latents differ in shape, the tensor is [samples, 2 C,
+What a latent is, its family says (`Family.encoder`): an AutoencoderKL's is [2 C, h, w], mean and standard deviation;
+a codebook's is a token [h, w]. With aspect-ratio buckets, whose latents differ in shape, the tensor is [samples, ...,
 A]: a sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of everything that can
 change a latent. Training reads the files by mmap.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -27,42 +27,44 @@ from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
-from capstan.training.config import Data, TrainConfig
+from capstan.training.config import AUTO, Data, TrainConfig
 from capstan.training.config.families import family_class
 from capstan.training.data.buckets import Size, assign, check_sizes, nearest_square, sizes_of
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.data.shard_reader import ShardRows
-from capstan.training.data.transforms import cut, image_size, to_signed
-from capstan.training.family import Samples
-from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
+from capstan.training.data.transforms import image_size
+from capstan.training.family import Encoder, Samples
 from capstan.training.precomputed.files import file_reader, parse, refuse_not_finite
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 _BATCH: Final = 32  # images encoded at once; always the same, so that latents do not depend on the machine
-_FIELD: Final = "train.diffusion.autoencoder"
 
 
-def plan(train: TrainConfig, dataset: Dataset) -> tuple[str, dict[str, Any]]:
-    """Return the autoencoder's path and the identity of its latents. Raises RecipeError if it can have none."""
-    path = getattr(train.settings, "autoencoder", None)
-    if not isinstance(path, str):
-        raise RecipeError("train.model", f"{train.model} is not trained on latents", "set model: diffusion")
+def plan(train: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return the identity of a dataset's latents. Raises RecipeError if the family can have none."""
+    family = family_class(train.model)
+    encoder = family.encoder(train)
+    if encoder is None:
+        raise RecipeError("train.model", f"{train.model} is not trained on latents", "set e.g. model: diffusion")
     if getattr(train.settings, "crop", "center") != "center":
-        raise RecipeError("train.diffusion.crop", "random crops cannot be precomputed", "use crop: center")
-    samples = TrainingData(dataset, Data(layer=None), train.seed, layer=None)
-    return path, measure(train, load_autoencoder(path, _FIELD), samples)[1]
+        problem, hint = "random crops cannot be precomputed", "use crop: center"
+        raise RecipeError(f"train.{family.name}.crop", problem, hint)
+    return measure(train, encoder, TrainingData(dataset, Data(layer=None), train.seed, layer=None))[1]
 
 
-def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[str, Any]]:
+def measure(train: TrainConfig, encoder: Encoder, samples: Samples) -> tuple[int, dict[str, Any]]:
     """Return the side in pixels of the squares that the network generates, and the identity of its latents.
 
     Both encoding and training call this, so that they agree. Without `size` the side is the first image's, or with
-    buckets that of a square with the area of the largest. Raises RecipeError if network or autoencoder do not support
-    it.
+    buckets that of a square with the area of the largest. Raises RecipeError if network or encoder do not support it.
     """
-    factor, (patch, divisor) = factor_of(vae.config), family_class(train.model).multiples(train)
+    family, factor = family_class(train.model), encoder.factor
+    patch, divisor = family.multiples(train)
     multiple, wanted = math.lcm(8, factor * patch), getattr(train.settings, "size", None)  # pipelines step by 8 pixels
     buckets = None
     if train.data.buckets is not None:
@@ -70,26 +72,29 @@ def measure(train: TrainConfig, vae: Any, samples: Samples) -> tuple[int, dict[s
         check_sizes(train.data.buckets, step)
         buckets = sizes_of(train.data.buckets)
         wanted = wanted or nearest_square(buckets, step)
-    size = image_size(samples, wanted, multiple, "train.diffusion.size")
-    return size, encoder_identity(vae, size, buckets)
+    size = image_size(samples, wanted, multiple, f"train.{family.name}.size")
+    return size, latents_identity(encoder, size, buckets)
 
 
-def encoder_identity(vae: Any, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
+def check_latents(train: TrainConfig, identity: dict[str, Any]) -> None:
+    """Raise RecipeError if the run is to read latents of another encoder or image size than `measure` found."""
+    encoder, wanted = fingerprint(identity), train.data.latents
+    if wanted not in (None, AUTO, encoder):
+        problem = f"{wanted} are of another autoencoder or image size (this one's would be {encoder})"
+        raise RecipeError("train.data.latents", problem, "run `capstan encode` and set the id that it prints")
+
+
+def latents_identity(encoder: Encoder, size: int, buckets: Sequence[Size] | None = None) -> dict[str, Any]:
     """Return everything that can change an image's latents, as plain data."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(weight.cpu().float().numpy()).tobytes())
-    identity = {"weights": digest.hexdigest(), "crop": "center", "factor": factor_of(vae.config), "format": 1}
-    return identity | ({"size": size} if buckets is None else {"buckets": [list(bucket) for bucket in buckets]})
+    own = encoder.identity() | {"factor": encoder.factor}
+    return own | ({"size": size} if buckets is None else {"buckets": [list(bucket) for bucket in buckets]})
 
 
 class LatentsJob(units.Job):
     """The unit map of one encoder; a unit is a shard."""
 
-    def __init__(self, dataset: Dataset, autoencoder: str, identity: dict[str, Any], resources: Resources) -> None:
-        self.dataset, self.storage, self.autoencoder = dataset, dataset.storage, autoencoder
+    def __init__(self, dataset: Dataset, train: TrainConfig, identity: dict[str, Any], resources: Resources) -> None:
+        self.dataset, self.storage, self.train = dataset, dataset.storage, train
         self.identity, self.resources = identity, resources
         self.encoder = fingerprint(identity)
         self.name, self.folder = f"latents-{self.encoder}", f"latents/{self.encoder}"
@@ -135,25 +140,20 @@ class LatentsJob(units.Job):
         import torch
 
         torch.set_num_threads(units.model_threads(self.resources))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        vae = load_autoencoder(self.autoencoder, _FIELD).to(device).eval()
+        encoder = family_class(self.train.model).encoder(self.train)
+        encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
         def apply(piece: units.Piece) -> units.Piece:
-            images = np.stack([cut(jpeg, piece["size"]) for jpeg in piece["jpegs"]])
-            signed = to_signed(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device))
             with torch.no_grad():
-                posterior = vae.encode(signed).latent_dist
-            both = torch.cat([posterior.mean, posterior.std], dim=1)
-            units.report({"samples": len(images)})
-            return {"latents": both.half().cpu().numpy(), "rows": piece["rows"]}
+                latents = encoder(piece["jpegs"], piece["size"])
+            units.report({"samples": len(latents)})
+            return {"latents": _stored(latents), "rows": piece["rows"], "part": encoder.part}
 
         return apply
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         latents = self._in_order(pieces)
-        refuse_not_finite(
-            self.dataset.part(unit.spec["entry"]), unit.spec["shard"], f"the autoencoder ({_FIELD})", latents
-        )
+        refuse_not_finite(self.dataset.part(unit.spec["entry"]), unit.spec["shard"], pieces[0]["part"], latents)
         data = tensor_file.save({"latents": latents}, {"shard_sha256": unit.spec["sha256"]})
         self.storage.write(f"{self.folder}/{unit.spec['shard']}.safetensors", data)
         return {"samples": len(latents), "bytes": len(data)}
@@ -162,12 +162,18 @@ class LatentsJob(units.Job):
         if "buckets" not in self.identity:
             return np.concatenate([piece["latents"] for piece in pieces])
         area = max(width * height for width, height in self.identity["buckets"]) // self.identity["factor"] ** 2
-        samples, channels = sum(len(piece["rows"]) for piece in pieces), pieces[0]["latents"].shape[1]
-        latents = np.zeros((samples, channels, area), np.float16)
+        first, samples = pieces[0]["latents"], sum(len(piece["rows"]) for piece in pieces)
+        latents = np.zeros((samples, *first.shape[1:-2], area), first.dtype)
         for piece in pieces:
-            flat = piece["latents"].reshape(len(piece["rows"]), channels, -1)
-            latents[piece["rows"], :, : flat.shape[2]] = flat
+            flat = piece["latents"].reshape(*piece["latents"].shape[:-2], -1)
+            latents[piece["rows"], ..., : flat.shape[-1]] = flat
         return latents
+
+
+def _stored(latents: torch.Tensor) -> np.ndarray:
+    """Return latents as they are stored: float16, or tokens as int16."""
+    values: np.ndarray = (latents.half() if latents.is_floating_point() else latents.short()).cpu().numpy()
+    return values
 
 
 def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[list[Size], np.ndarray]:
@@ -179,7 +185,7 @@ def _buckets(dataset: Dataset, shard: str, identity: dict[str, Any]) -> tuple[li
 
 @dataclass(frozen=True)
 class _Shaped:
-    """A shard's latents in several shapes: `flat` is [samples, 2 C, A], `shapes` are (h, w) of each bucket."""
+    """A shard's latents in several shapes: `flat` is [samples, ..., A], `shapes` are (h, w) of each bucket."""
 
     flat: np.ndarray
     buckets: np.ndarray
@@ -187,11 +193,11 @@ class _Shaped:
 
     def __getitem__(self, row: int) -> np.ndarray:
         height, width = self.shapes[self.buckets[row]]
-        return self.flat[row, :, : height * width].reshape(-1, height, width)
+        return self.flat[row, ..., : height * width].reshape(*self.flat.shape[1:-1], height, width)
 
 
 def reader(storage: Storage, encoder: str, cache: ShardCache | None = None) -> Callable[[str], ShardRows]:
-    """Return a function that reads a shard's latents in tar order, each [2 C, h, w], mapped if local or cached.
+    """Return a function that reads a shard's latents in tar order, each [..., h, w], mapped if local or cached.
 
     Raises RecipeError, here or when a shard is read, if the latents are missing or of an earlier version of the shard.
     """

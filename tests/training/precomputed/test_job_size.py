@@ -9,6 +9,7 @@ from capstan.pipeline.dataset.shards import Dataset, Manifest, ShardEntry
 from capstan.pipeline.storage import Storage
 from capstan.recaption.export import Export
 from capstan.recaption.job import RecaptionJob
+from capstan.training.config import TrainConfig
 from capstan.training.precomputed.latents import LatentsJob
 from capstan.training.precomputed.text_embeddings import TextStatesJob
 
@@ -21,9 +22,11 @@ def dataset(folder: Path, shards: int) -> Dataset:
 
 def test_jobs_hold_no_manifest(tmp_path: Path) -> None:
     sizes, unit = [], None
+    section = {"model": "diffusion", "run": "unused", "steps": 1, "diffusion": {"autoencoder": "unused"}}
+    train = TrainConfig.from_section(section)
     for shards in (1, 10_000):
         whole = dataset(tmp_path, shards)
-        latents = LatentsJob(whole, "autoencoder", {"size": 32}, Resources())
+        latents = LatentsJob(whole, train, {"size": 32}, Resources())
         jobs = [latents, *(object.__new__(kind) for kind in (TextStatesJob, RecaptionJob, Export))]
         for job in jobs[1:]:
             job.dataset = whole

@@ -1,5 +1,6 @@
 """Latents encoded once through the unit map, and training that reads them."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from capstan.training.encode import encode, encode_missing
 from capstan.training.models.autoencoder.family import load_autoencoder
 from capstan.training.models.diffusion.family import DiffusionFamily
 from capstan.training.precomputed.files import metadata_of, parse
-from capstan.training.precomputed.latents import LatentsJob, encoder_identity, plan, reader
+from capstan.training.precomputed.latents import LatentsJob, latents_identity, plan, reader
 from capstan.training.product import read_facts
 from capstan.training.run import Run
 from capstan.training.run_data import pin
@@ -32,8 +33,8 @@ from capstan.training.trainer import fit
 
 def encode_here(recipe):
     """What `encode` does of images, without Ray: the job's stages in this process."""
-    dataset = Dataset(Storage(recipe.dataset))
-    return run_here(LatentsJob(dataset, *plan(TrainConfig.from_recipe(recipe), dataset), recipe.resources))
+    dataset, train = Dataset(Storage(recipe.dataset)), TrainConfig.from_recipe(recipe)
+    return run_here(LatentsJob(dataset, train, plan(train, dataset), recipe.resources))
 
 
 def test_stored_latents_are_those_of_the_autoencoder(recipe):
@@ -56,6 +57,46 @@ def test_stored_latents_are_those_of_the_autoencoder(recipe):
         np.testing.assert_allclose(std, posterior.std.numpy(), atol=5e-3)
 
 
+class TokenEncoder:
+    """An encoder of a family that is trained on tokens: the mean brightness of each 4 × 4 pixels."""
+
+    factor, part = 4, "the tokens"
+
+    def identity(self):
+        return {"tokens": "brightness"}
+
+    def to(self, device):
+        return self
+
+    def __call__(self, files, size):
+        images = np.stack([cut(jpeg, size) for jpeg in files]).mean(-1)
+        count, height, width = images.shape
+        blocks = images.reshape(count, height // 4, 4, width // 4, 4).mean((2, 4))
+        return torch.from_numpy(blocks.round()).long()
+
+
+@pytest.mark.parametrize("sizes", [[(16, 16)], [(16, 16), (24, 16), (16, 24)]])
+def test_a_family_may_store_tokens(recipe, make_dataset, tmp_path, monkeypatch, sizes):
+    folder = make_dataset(tmp_path / "shaped", [40, 5], sizes=sizes)
+    monkeypatch.setattr(DiffusionFamily, "encoder", classmethod(lambda cls, train: TokenEncoder()))
+    data = {"buckets": {"sizes": sizes}} if len(sizes) > 1 else {}
+    recipe = changed(recipe, data).model_copy(update={"dataset": str(folder)})
+    encoder, storage = encode_here(recipe), Storage(str(folder))
+    (stored,) = parse(np.fromfile(folder / f"latents/{encoder}/shard-000001.safetensors", np.uint8)).values()
+    assert stored.dtype == np.int16
+    train = TrainConfig.from_recipe(changed(recipe, data | {"latents": encoder}))
+    tokens, images = (
+        TrainingData(Dataset(storage), train.data, 0, layer=None, latents=latents, batch=4)
+        for latents in (reader(storage, encoder), None)
+    )
+    for index in (0, 1, 2, 41):
+        sample = images.sample(index)
+        width, height = size = sample.bucket or (16, 16)
+        found = tokens.sample(index).latent
+        assert (found.dtype, found.shape) == (np.int16, (height // 4, width // 4))
+        np.testing.assert_array_equal(found, TokenEncoder()([sample.jpeg], size)[0].numpy())
+
+
 def test_training_reads_them(recipe, tmp_path):
     encoder = encode_here(recipe)
     section = recipe.train | {"data": {"layer": None, "latents": encoder}}
@@ -76,17 +117,27 @@ def test_training_reads_them(recipe, tmp_path):
 
 
 def test_the_id_changes_with_weights_and_size_only(recipe):
-    path = recipe.train["diffusion"]["autoencoder"]
-    vae = load_autoencoder(path, "x")
-    same = fingerprint(encoder_identity(load_autoencoder(path, "x"), 16))
-    assert fingerprint(encoder_identity(vae, 16)) == same
-    assert fingerprint(encoder_identity(vae, 32)) != same
+    encoder = DiffusionFamily.encoder(TrainConfig.from_recipe(recipe))
+    again = DiffusionFamily.encoder(TrainConfig.from_recipe(recipe))
+    same = fingerprint(latents_identity(again, 16))
+    assert fingerprint(latents_identity(encoder, 16)) == same
+    assert fingerprint(latents_identity(encoder, 32)) != same
     with torch.no_grad():
-        vae.decoder.conv_out.weight.add_(1)  # the decoder makes no latents
-    assert fingerprint(encoder_identity(vae, 16)) == same
+        encoder.vae.decoder.conv_out.weight.add_(1)  # the decoder makes no latents
+    assert fingerprint(latents_identity(encoder, 16)) == same
     with torch.no_grad():
-        vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
-    assert fingerprint(encoder_identity(vae, 16)) != same
+        encoder.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
+    assert fingerprint(latents_identity(encoder, 16)) != same
+
+
+def test_latents_that_earlier_versions_wrote_keep_their_id(recipe):
+    """Their recipe.json is this, in this order; another id would have all of them encoded again."""
+    encoder, digest = DiffusionFamily.encoder(TrainConfig.from_recipe(recipe)), hashlib.sha256()
+    for name, weight in sorted(encoder.vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + weight.numpy().tobytes())
+    before = {"weights": digest.hexdigest(), "crop": "center", "factor": 2, "format": 1, "size": 16}
+    assert json.dumps(latents_identity(encoder, 16)) == json.dumps(before)
 
 
 def test_missing_and_stale_latents_are_refused(recipe):
@@ -147,7 +198,7 @@ def test_latents_of_buckets_have_their_shapes(recipe, make_dataset, tmp_path):
         assert torch.isfinite(loss)
     assert len(shapes) == 3
     square = changed(recipe, {"buckets": None})
-    assert plan(TrainConfig.from_recipe(square), Dataset(storage))[1] != plan(train, Dataset(storage))[1]
+    assert plan(TrainConfig.from_recipe(square), Dataset(storage)) != plan(train, Dataset(storage))
 
 
 def test_encoding_and_training_agree_on_the_size(recipe, make_dataset, tmp_path):
@@ -156,7 +207,7 @@ def test_encoding_and_training_agree_on_the_size(recipe, make_dataset, tmp_path)
     section = {name: recipe.train["diffusion"][name] for name in ("autoencoder", "text")}
     section |= {"preset": "dit-tiny", "config": tiny.TRANSFORMER | {"patch_size": 8}}
     recipe = recipe.model_copy(update={"dataset": str(folder), "train": recipe.train | {"diffusion": section}})
-    identity = plan(TrainConfig.from_recipe(recipe), Dataset(Storage(recipe.dataset)))[1]
+    identity = plan(TrainConfig.from_recipe(recipe), Dataset(Storage(recipe.dataset)))
     assert identity["size"] == 16
     train = TrainConfig.from_recipe(changed(recipe, {"latents": fingerprint(identity)}))
     DiffusionFamily.make_assets(train, tiny.data_of(folder), tmp_path)
@@ -206,8 +257,8 @@ def test_encoding_through_the_unit_map_does_only_what_is_missing(frozen):
     assert pinned == {"layer": None, "text_states": summary["text_states"], "latents": summary["encoder"]}
 
     # Another selection's latents are written under the same names: those of the first one are done no longer.
-    dataset, autoencoder = Dataset(storage), recipe.train["diffusion"]["autoencoder"]
-    job = LatentsJob(dataset, autoencoder, encoder_identity(load_autoencoder(autoencoder, "x"), 16), recipe.resources)
+    dataset, train = Dataset(storage), TrainConfig.from_recipe(recipe)
+    job = LatentsJob(dataset, train, plan(train, dataset), recipe.resources)
     first = [job.unit(entry) for entry in dataset.manifest.shards]
     second = [job.unit(entry.model_copy(update={"sha256": "0" * 64})) for entry in dataset.manifest.shards]
     assert job.stale(first) == set()

@@ -15,16 +15,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from capstan.pipeline.config import Section, fingerprint
+from capstan.pipeline.config import Section
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.upsample import Style
-from capstan.training.config import AUTO, TrainConfig
+from capstan.training.config import TrainConfig
 from capstan.training.data.buckets import sizes_of
 from capstan.training.data.tokenizer import Tokenizer
 from capstan.training.data.transforms import batch_of, conditions_of, to_signed
 from capstan.training.drawing.drawer import Kind
 from capstan.training.draws import normal
 from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
+from capstan.training.models.autoencoder.encoder import KlEncoder
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.backbone import LatentSpec
 from capstan.training.models.diffusion.config import DiffusionSettings
@@ -38,7 +39,7 @@ from capstan.training.models.noise.process import process_of
 from capstan.training.models.noise.schedulers import STEPS, check_steps, set_sampler
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
-from capstan.training.precomputed.latents import measure
+from capstan.training.precomputed.latents import check_latents, measure
 from capstan.training.precomputed.text_embeddings import states_of
 from capstan.training.product import find_product, quieten, read_facts, write_facts
 
@@ -63,12 +64,8 @@ class DiffusionFamily(Family):
             _copy_tokenizer(settings, find_product(train.init, "train.init"), folder / _TOKENIZER)
         elif settings.text.pretrained is None:
             Tokenizer.train(samples.captions(), settings.text.vocab_size).save(folder / _TOKENIZER)
-        vae = load_autoencoder(settings.autoencoder, "train.diffusion.autoencoder")
-        size, identity = measure(train, vae, samples)
-        encoder, wanted = fingerprint(identity), train.data.latents
-        if wanted not in (None, AUTO, encoder):
-            problem = f"{wanted} are of another autoencoder or image size (this one's would be {encoder})"
-            raise RecipeError("train.data.latents", problem, "run `capstan encode` and set the id that it prints")
+        size, identity = measure(train, cls.encoder(train), samples)
+        check_latents(train, identity)
         write_facts(folder, size=size, style=_style(samples).facts())
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
@@ -98,6 +95,10 @@ class DiffusionFamily(Family):
         _check_steps(train, self.process.scheduler())
         self.nothing = self.text.ids([""])  # each [1, L]
         self._nothing_states: Texts | None = None
+
+    @classmethod
+    def encoder(cls, train: TrainConfig) -> KlEncoder:
+        return KlEncoder(train.settings.autoencoder, "train.diffusion.autoencoder")
 
     @classmethod
     def multiples(cls, train: TrainConfig) -> tuple[int, int]:
