@@ -86,6 +86,7 @@ bench-reshard: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/operations.py
 
 bench-score: $(STAMP)
 	$(BIN)/python benchmarks/score.py

@@ -8,26 +8,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from capstan.pipeline.config import Blocklist, Recipe, WorldSource, fingerprint
+from capstan.pipeline.config import Blocklist, Recipe, WorldSource
 from capstan.pipeline.dataset.damage import forget_damage, note_damage, noted_damage
-from capstan.pipeline.dataset.shards import Manifest, read_manifest, sha256_of
+from capstan.pipeline.dataset.shards import Manifest, read_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.pipeline.ingest.job import Ingest, Staged, clean, failed_table, staged
+from capstan.pipeline.ingest.job import Ingest, Staged, clean
 from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
-from capstan.pipeline.ingest.staging import free, may_be_freed, with_freed
+from capstan.pipeline.ingest.staging import free, may_be_freed, staged_units
 from capstan.pipeline.lease import HeldLease, lease
 from capstan.pipeline.pack.carryover import lost_rows, packed_shards
-from capstan.pipeline.pack.job import content_recipe, pack, selection_of
+from capstan.pipeline.pack.job import is_current, pack
+from capstan.pipeline.pack.named_rows import row_tables
 from capstan.pipeline.pack.repair import broken_units, drop_broken
-from capstan.pipeline.pack.takedown import finish, recipe_of, resume, take_down
+from capstan.pipeline.pack.row_lookup import cover
+from capstan.pipeline.pack.takedown import Takedown, finish, pending, recipe_of, resume, take_down
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.pack.verify_derived import forget_derived
+from capstan.pipeline.pack.without import decides_rows_alone, pack_without
 from capstan.pipeline.records import KEPT
-from capstan.pipeline.run_history import note_run
+from capstan.pipeline.run_history import Clock, note_run
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.job import as_scored
 from capstan.pipeline.score.job import score as run_scorers
@@ -36,7 +38,7 @@ from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.review import check_reviews
 from capstan.pipeline.source.plan import Plan, plan, read_plan, restore_keys
-from capstan.pipeline.storage import Storage, parquet_bytes
+from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import run
 
 log = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ def _build(
     *,
     planned: Plan | None = None,
 ) -> dict[str, Any]:
-    clock = _Clock()
+    clock = Clock()
     check_conditions(recipe)
     check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
@@ -132,9 +134,9 @@ def _build(
         job = Ingest(recipe, storage, resolve)
         summary = run(job, again.of(units), recipe.resources, redo=again.units.keys(), progress=progress)
     retried = end_retry(job)
-    ready = _staged(job, planned, summary.quarantined)
+    ready = staged_units(job, planned, summary.quarantined)
     held.check()
-    if retried or broken or summary.done or not _is_current(read_manifest(storage), recipe, storage, ready):
+    if retried or broken or summary.done or not is_current(read_manifest(storage), recipe, storage, ready):
         clean(job, ready)
     clock.lap("ingest")
     failed = {name.removeprefix("failed."): int(n) for name, n in summary.counts.items() if name.startswith("failed.")}
@@ -142,6 +144,8 @@ def _build(
     if published["quarantined"] and noted_damage(storage) - damaged:  # packing met damage that nothing had read before
         return _build(recipe, storage, held, [], progress, planned=planned)
     bad = {**summary.quarantined, **published["quarantined"]}
+    if retried or broken or summary.done:
+        cover(storage, row_tables(storage, planned), recipe.resources, progress=progress)
     if not bad:
         forget_damage(storage, damaged)
         _refuse_hopeless(recipe, failed, planned.rows)
@@ -202,7 +206,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
     Nothing is fetched. Tars are rewritten only if the selection now keeps other rows.
     """
-    clock = _Clock()
+    clock = Clock()
     storage = Storage(recipe.dataset, recipe.storage)
     check_conditions(recipe)
     check_reviews(recipe, storage)
@@ -229,7 +233,7 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
         storage.check_writable()
         with lease(storage, "select") as held:
             return _select(recipe, storage, held, progress)
-    clock = _Clock()
+    clock = Clock()
     units = as_scored(recipe, storage, registry.scorers(recipe), _found(recipe, storage))
     decisions = decide(recipe, storage, units)
     clock.lap("select")
@@ -242,7 +246,7 @@ def select(recipe: Recipe, *, dry_run: bool = False, progress: bool = True) -> d
 
 
 def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -> dict[str, Any]:
-    clock = _Clock()
+    clock = Clock()
     check_conditions(recipe)
     check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
@@ -264,15 +268,52 @@ def remove(
     storage = Storage(dataset, options, field="DATASET")
     storage.check_writable()
     with lease(storage, "remove") as held:
-        takedown = take_down(storage, lists)
+        before = _current(storage)
+        takedown = take_down(storage, lists, progress=progress)
         recipe = recipe_of(storage)
         counts = {"rows": len(takedown.rows), "kept": len(takedown.kept), "shards": len(takedown.shards)}
         summary: dict[str, Any] = {"dataset": dataset, "removed": counts}
         if recipe is None:
             finish(storage)
             return summary
-        published = _select(recipe, Storage(recipe.dataset, recipe.storage), held, progress)
+        if before is None:
+            published = _select(recipe, Storage(recipe.dataset, recipe.storage), held, progress)
+        else:
+            published = _without(recipe, storage, held, before, takedown, progress)
     return {**summary, "counts": published["counts"], "quarantined": published["quarantined"]}
+
+
+def _current(storage: Storage) -> Manifest | None:
+    """Return the manifest if a takedown needs to publish again only what holds its rows.
+
+    The dataset has to be complete and as its recipe selects it, and the recipe has to decide each row alone.
+    """
+    try:
+        if (recipe := recipe_of(storage)) is None or not decides_rows_alone(recipe) or pending(storage):
+            return None
+        manifest, units = (
+            read_manifest(storage),
+            as_scored(recipe, storage, registry.scorers(recipe), _found(recipe, storage)),
+        )
+        return manifest if is_current(manifest, recipe, storage, units) else None
+    except CapstanError:  # it is raised again once the rows are scrubbed
+        return None
+
+
+def _without(
+    recipe: Recipe, storage: Storage, held: HeldLease, before: Manifest, takedown: Takedown, progress: bool
+) -> dict[str, Any]:
+    """Publish the dataset `before` without the rows of a takedown, which are scrubbed."""
+    clock, scorers = Clock(), registry.scorers(recipe)
+    units = as_scored(recipe, storage, scorers, _found(recipe, storage))
+    held.check()
+    planned = read_plan(storage)
+    manifest, summary = pack_without(recipe, storage, planned, units, before, takedown, scorers, progress=progress)
+    clock.lap("pack")
+    if manifest.complete:
+        finish(storage)
+    note_run(storage, "select", 0, clock.laps)
+    return {"counts": manifest.counts, "quarantined": summary.quarantined}
 
 
 def _publish(
@@ -281,7 +322,7 @@ def _publish(
     held: HeldLease,
     units: list[Staged],
     scorers: list[Scorer],
-    clock: _Clock,
+    clock: Clock,
     progress: bool,
 ) -> dict[str, Any]:
     """Score, select and pack, unless the dataset is up to date."""
@@ -291,7 +332,7 @@ def _publish(
         units, scored = run_scorers(recipe, storage, scorers, units, packed=packed, progress=progress)
         bad |= scored.quarantined
         clock.lap("score")
-    if manifest is None or not _is_current(manifest, recipe, storage, units):
+    if manifest is None or not is_current(manifest, recipe, storage, units):
         decisions = decide(recipe, storage, units)
         clock.lap("select")
         held.check()
@@ -314,14 +355,14 @@ def _publish(
 def _found(recipe: Recipe, storage: Storage) -> list[Staged]:
     """Return the staged units without reading the source."""
     job = Ingest(recipe, storage)
-    if units := _staged(job, read_plan(storage), job.markers.quarantined()):
+    if units := staged_units(job, read_plan(storage), job.markers.quarantined()):
         return units
     raise RecipeError("dataset", f"nothing is staged at {recipe.dataset}", "run `capstan build` first")
 
 
 def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) -> dict[str, list[str]]:
     """Return unit → keys of the rows that the recipe keeps now but whose images are neither staged nor packed."""
-    units = as_scored(recipe, job.storage, scorers, _staged(job, planned, job.markers.quarantined()))
+    units = as_scored(recipe, job.storage, scorers, staged_units(job, planned, job.markers.quarantined()))
     decisions = decide(recipe, job.storage, units)
     rows = lost_rows(job.storage, read_manifest(job.storage), decisions)
     found: dict[str, list[str]] = {}
@@ -329,33 +370,6 @@ def _freed(recipe: Recipe, job: Ingest, planned: Plan, scorers: list[Scorer]) ->
         if len(own := rows[(rows >= start) & (rows < stop)]):
             found[unit.unit] = decisions.keys(own)
     return found
-
-
-def _is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: list[Staged]) -> bool:
-    if manifest is None:
-        return False
-    same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
-    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, storage, units)
-
-
-def _staged(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
-    """Return the staged units in planned order. A quarantined unit (`bad`: unit → reason) gets a table in which every
-    row failed.
-    """
-    done = staged(job.markers.read())
-    units = []
-    for unit in planned.units:
-        if unit.id in done:
-            units.append(done[unit.id])
-        elif unit.id in bad:
-            rows = job.storage.read_table(unit.table, ["key", "url", "caption", "extra"])
-            detail = f"its unit was quarantined: {bad[unit.id]}"
-            data = parquet_bytes(failed_table(rows, unit.id, "read_error", detail))
-            name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
-            if not job.storage.exists(name):
-                job.storage.write(name, data)
-            units.append(Staged(unit.id, name, "", len(rows)))
-    return with_freed(job.storage, units)
 
 
 @contextlib.contextmanager
@@ -370,16 +384,3 @@ def _site(job: Ingest, *, needed: bool) -> Iterator[dict[str, str]]:
 
     with Site(source.world or WorldSource()) as site:
         yield {HOST: site.address}
-
-
-class _Clock:
-    """Seconds per stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 3)
-        self._last = now

@@ -6,6 +6,7 @@ ledger depends on it. Interrupted runs are not listed.
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Final
 
@@ -48,3 +49,17 @@ def read_runs(storage: Storage) -> list[Run]:
         raise CapstanError(
             f"{storage.url}/{RUNS} has a line that is not a run ({error.errors()[0]['msg']}). Fix: remove the line"
         ) from None
+
+
+class Clock:
+    """Seconds per stage, for the summary and state/runs.jsonl only: nothing else that is written depends on time."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """Note that a stage has ended just now."""
+        now = time.monotonic()
+        self.laps[stage] = round(now - self._last, 3)
+        self._last = now

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, Final
 
 from capstan.pipeline.dataset.damage import note_damage
-from capstan.pipeline.dataset.shards import read_image
+from capstan.pipeline.dataset.shards import read_image, sha256_of
 from capstan.pipeline.errors import DamagedFile
-from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.ingest.job import Ingest, Staged, failed_table, staged
 from capstan.pipeline.records import CRC32
-from capstan.pipeline.storage import Storage
+from capstan.pipeline.source.plan import Plan
+from capstan.pipeline.storage import Storage, parquet_bytes
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,26 @@ def with_freed(storage: Storage, units: Sequence[Staged]) -> list[Staged]:
     """Return the units in their current state: those whose tar was removed lose it and are marked `freed`."""
     there = set(storage.names("staged"))
     return [replace(unit, tar="", freed=True) if unit.tar and unit.tar not in there else unit for unit in units]
+
+
+def staged_units(job: Ingest, planned: Plan, bad: Mapping[str, str]) -> list[Staged]:
+    """Return the staged units in planned order. A quarantined unit (`bad`: unit → reason) gets a table in which every
+    row failed.
+    """
+    done = staged(job.markers.read())
+    units = []
+    for unit in planned.units:
+        if unit.id in done:
+            units.append(done[unit.id])
+        elif unit.id in bad:
+            rows = job.storage.read_table(unit.table, ["key", "url", "caption", "extra"])
+            detail = f"its unit was quarantined: {bad[unit.id]}"
+            data = parquet_bytes(failed_table(rows, unit.id, "read_error", detail))
+            name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+            if not job.storage.exists(name):
+                job.storage.write(name, data)
+            units.append(Staged(unit.id, name, "", len(rows)))
+    return with_freed(job.storage, units)
 
 
 def may_be_freed(storage: Storage) -> bool:

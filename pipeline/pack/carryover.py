@@ -21,7 +21,7 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed
 from capstan.pipeline.records import CRC32, SHARD_SCHEMA
 from capstan.pipeline.select.conditions import raw_digits
-from capstan.pipeline.select.decide import Decisions, shard_name
+from capstan.pipeline.select.decide import Decided, shard_name
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 
@@ -30,7 +30,7 @@ Names = npt.NDArray[np.bytes_]  # key and SHA-256 of samples, 48 raw bytes each
 
 
 def carry_over(
-    storage: Storage, manifest: Manifest | None, decisions: Decisions, shards: Iterable[str]
+    storage: Storage, manifest: Manifest | None, decisions: Decided, shards: Iterable[str]
 ) -> dict[str, list[Packed]]:
     """Copy the packed shards that hold images which the new `shards` need and which are not staged.
 
@@ -68,7 +68,7 @@ def carry_over(
     return sources
 
 
-def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decisions) -> npt.NDArray[np.int64]:
+def lost_rows(storage: Storage, manifest: Manifest | None, decisions: Decided) -> npt.NDArray[np.int64]:
     """Return the kept rows whose images are neither staged nor packed."""
     rows = _unstaged(storage, decisions)
     names = _names(decisions.key[rows], decisions.sha256[rows])
@@ -90,7 +90,7 @@ def packed_shards(storage: Storage, manifest: Manifest | None, unit: Staged) -> 
     return [(entry.tar, entry.table) for entry in manifest.shards if entry.name in shards]
 
 
-def _unstaged(storage: Storage, decisions: Decisions, shards: Iterable[str] | None = None) -> npt.NDArray[np.int64]:
+def _unstaged(storage: Storage, decisions: Decided, shards: Iterable[str] | None = None) -> npt.NDArray[np.int64]:
     """Return the kept rows (of `shards`, default all) whose images are not staged."""
     found = [np.zeros(0, np.int64)]
     if any(unit.freed for unit in decisions.units):

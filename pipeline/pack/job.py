@@ -14,9 +14,10 @@ import bisect
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
 from capstan.pipeline.dataset.shards import (
+    LedgerEntry,
     Manifest,
     Place,
     Sample,
@@ -42,7 +44,7 @@ from capstan.pipeline.pack.ledger import WriteLedger, ledger_name
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import pins
-from capstan.pipeline.select.decide import Decisions, shard_name
+from capstan.pipeline.select.decide import Decided, Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
 from capstan.pipeline.select.licenses import LICENSE, identity, setting_of
 from capstan.pipeline.select.pairs import pairs_signature
@@ -181,6 +183,14 @@ def content_recipe(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def is_current(manifest: Manifest | None, recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> bool:
+    """Return whether the dataset is complete and as the recipe selects the units' rows."""
+    if manifest is None:
+        return False
+    same_recipe = manifest.recipe_hash == fingerprint(content_recipe(recipe))
+    return manifest.complete and same_recipe and manifest.selection == selection_of(recipe, storage, units)
+
+
 def pack(
     recipe: Recipe,
     storage: Storage,
@@ -194,27 +204,44 @@ def pack(
 
     Raises RecipeError if images that should be packed no longer exist.
     """
+    if not (decisions.shard >= 0).any():
+        log.warning("pack: no row is kept, so there is no shard (%s)", _losses(decisions))
+    result = Manifest(counts=decisions.counts, funnel=decisions.funnel)
+    return pack_part(recipe, storage, decisions, decisions.units, result, scorers, progress=progress)
+
+
+def pack_part(
+    recipe: Recipe,
+    storage: Storage,
+    decisions: Decided,
+    staged: Sequence[Staged],
+    result: Manifest,
+    scorers: Sequence[Scorer] = (),
+    *,
+    progress: bool = True,
+) -> tuple[Manifest, Summary]:
+    """Publish a part of the dataset as decided, and leave the rest.
+
+    `decisions` are those on the rows of some units and of all their shards, `staged` are all units. `result` has the
+    whole dataset's counts and funnel, and the shards and ledger tables that stay as they are.
+    """
     job, pinned, before = Pack(storage), pins(scorers), read_manifest(storage)
     ledger = WriteLedger(recipe, storage, pinned)
-    units, done = _shard_units(recipe, decisions, pinned), job.markers.read()
-    wanted = {unit.id for unit in units}
-    shelf = carry_over(storage, before, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
+    others = {entry.name for entry in result.shards}
+    units, marks = _shard_units(recipe, decisions, pinned), job.markers.read()
+    wanted, done = {unit.id for unit in units}, {id_: m for id_, m in marks.items() if m["name"] not in others}
+    part = before and before.model_copy(update={"shards": [one for one in before.shards if one.name not in others]})
+    shelf = carry_over(storage, part, decisions, [unit.spec["shard"] for unit in units if unit.id not in done])
     content = content_recipe(recipe)
     manifest = Manifest(recipe=content, recipe_hash=fingerprint(content), complete=False, scores=pinned)
-    if not units:
-        log.warning("pack: no row is kept, so there is no shard (%s)", _losses(decisions))
     changed = {
         unit.id for unit in units if done.get(unit.id, {}).get("scores", "") != unit.spec["scores"]
     } & done.keys()
     if before is not None:
         unchanged = [ShardEntry(**done[unit.id]) for unit in units if unit.id in done and unit.id not in changed]
-        write_manifest(storage, manifest.model_copy(update={"shards": unchanged}))
-    hide_indexes(storage)
-    job.markers.forget(done.keys() - wanted)
-    for unit in changed:  # its table may be the old one or the new one from here on
-        job.markers.mark(unit, {**done[unit], "scores": "?"})
+        write_manifest(storage, manifest.model_copy(update={"shards": _in_order([*result.shards, *unchanged])}))
     tables = ledger.units(decisions)
-    ledger.forget_stale(tables)
+    _forget_changed(job, ledger, tables, result, done.keys() - wanted, {unit: done[unit] for unit in changed})
     summary = run(ledger, tables, recipe.resources, progress=progress)
     if not summary.quarantined:  # a shard takes its rows from the ledger
         work = [_with_sources(unit, shelf, done[unit.id] if unit.id in changed else None) for unit in units]
@@ -223,13 +250,13 @@ def pack(
     listed = [done[unit.id] for unit in units if done.get(unit.id, {}).get("scores") == unit.spec["scores"]]
     manifest = manifest.model_copy(
         update={
-            "selection": selection_of(recipe, storage, decisions.units),
+            "selection": selection_of(recipe, storage, staged),
             "complete": not summary.quarantined,
-            "counts": decisions.counts,
-            "funnel": decisions.funnel,
-            "shards": [ShardEntry(**entry) for entry in listed],
-            "ledger": ledger.entries(tables),
-            "licenses": ledger.licenses(tables),
+            "counts": result.counts,
+            "funnel": result.funnel,
+            "shards": _in_order([*result.shards, *(ShardEntry(**entry) for entry in listed)]),
+            "ledger": _in_order([*result.ledger, *ledger.entries(tables)]),
+            "licenses": ledger.licenses(),
         }
     )
     manifest = manifest.model_copy(update={"indexes": write_indexes(storage, manifest)})
@@ -239,8 +266,35 @@ def pack(
     if manifest.complete:
         clear(storage)
         if not recipe.keep_staged:
-            free(storage, decisions.units)
+            free(storage, staged)
     return manifest, summary
+
+
+def _forget_changed(
+    job: Pack,
+    ledger: WriteLedger,
+    tables: list[Unit],
+    result: Manifest,
+    stale: Iterable[str],
+    changed: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Hide the indexes, and forget what will be replaced: markers of `stale` shards, and of ledger tables.
+
+    `changed` are the markers of shards whose table alone is rewritten.
+    """
+    hide_indexes(job.storage)
+    job.markers.forget(stale)
+    for unit, facts in changed.items():  # its table may be the old one or the new one from here on
+        job.markers.mark(unit, {**facts, "scores": "?"})
+    ledger.forget_stale(tables, {entry.name for entry in result.ledger})
+
+
+E = TypeVar("E", ShardEntry, LedgerEntry)
+
+
+def _in_order(entries: Iterable[E]) -> list[E]:
+    """Return entries of shards or of ledger tables by the numbers in their names."""
+    return sorted(entries, key=lambda entry: [int(number) for number in re.findall(r"\d+", entry.name)])
 
 
 def _with_sources(unit: Unit, shelf: Mapping[str, list[Packed]], packed: Mapping[str, Any] | None) -> Unit:
@@ -262,7 +316,7 @@ def _losses(decisions: Decisions) -> str:
     return f"of {len(decisions.step):,} rows " + ", ".join(lost) if lost else "the source has no rows"
 
 
-def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, Any]]) -> list[Unit]:
+def _shard_units(recipe: Recipe, decisions: Decided, pinned: list[dict[str, Any]]) -> list[Unit]:
     """Return one unit per shard. Its id includes a hash of everything that determines the tar's bytes; `scores` is a
     hash of everything else in the table.
     """
@@ -285,7 +339,7 @@ def _shard_units(recipe: Recipe, decisions: Decisions, pinned: list[dict[str, An
     return units
 
 
-def _segments(decisions: Decisions, starts: list[int], first: int, last: int) -> list[dict[str, Any]]:
+def _segments(decisions: Decided, starts: list[int], first: int, last: int) -> list[dict[str, Any]]:
     """Return rows [first, last) of all rows as row ranges of units; `starts`: each unit's first row, then the end."""
     segments = []
     for number in range(bisect.bisect_right(starts, first) - 1, bisect.bisect_left(starts, last)):

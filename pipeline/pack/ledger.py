@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, with_scores
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import added, joined
-from capstan.pipeline.select.decide import Decisions
+from capstan.pipeline.select.decide import Decided
 from capstan.pipeline.select.licenses import LICENSE, identity, license_fields, licenses, setting_of
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import Job, Piece, Unit
@@ -52,7 +52,7 @@ class WriteLedger(Job):
         self._schema = with_scores(LEDGER_SCHEMA, more, metadata)
         self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned, *identity(self._license)])
 
-    def units(self, decisions: Decisions) -> list[Unit]:
+    def units(self, decisions: Decided) -> list[Unit]:
         """Return a unit for every ingest unit, in order. The decisions on its rows travel in the spec."""
         starts, made = decisions.starts, []
         for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
@@ -62,23 +62,26 @@ class WriteLedger(Job):
             made.append(Unit(f"{unit.unit}-{content}", {"unit": unit.unit, **staged, "decided": decided}))
         return made
 
-    def forget_stale(self, wanted: list[Unit]) -> None:
-        """Remove the markers of tables that will be replaced, and of those that are lost or damaged."""
+    def forget_stale(self, wanted: list[Unit], others: Collection[str] = ()) -> None:
+        """Remove the markers of tables that will be replaced, and of those that are lost or damaged.
+
+        Those of `others` (names of tables) stay.
+        """
         usable = set(self.storage.names("ledger")) - noted_damage(self.storage)
-        ids = {unit.id for unit in wanted}
-        done = self.markers.read()
-        self.markers.forget(id for id, entry in done.items() if id not in ids or _entry(entry).table not in usable)
+        ids, done = {unit.id for unit in wanted}, self.markers.read()
+        stale = {id_ for id_, entry in done.items() if id_ not in ids and entry["name"] not in others}
+        self.markers.forget(stale | {id_ for id_ in ids & done.keys() if _entry(done[id_]).table not in usable})
 
     def entries(self, wanted: list[Unit]) -> list[LedgerEntry]:
         """Return the manifest's entries of the tables that are written."""
         done = self.markers.read()
         return [_entry(done[unit.id]) for unit in wanted if unit.id in done]
 
-    def licenses(self, wanted: list[Unit]) -> dict[str, int]:
+    def licenses(self) -> dict[str, int]:
         """Return the number of kept rows by licence, the most frequent first; {} if the recipe names no licences."""
-        done, total = self.markers.read(), Counter[str]()
-        for unit in wanted:
-            total.update(done.get(unit.id, {}).get("licenses", {}))
+        total = Counter[str]()
+        for facts in self.markers.read().values():
+            total.update(facts.get("licenses", {}))
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -40,22 +41,48 @@ def scrub_derived(
 ) -> None:
     """Remove the rows of `keys`, some of which the present `shards` hold. May be repeated.
 
-    `packed` are the present shards (name, sum). Latents of any other shard may hold any row, and are deleted.
+    `packed` are the present shards (name, sum). Latents of any other shard may hold any row, and are deleted. Files
+    that a marker says to be of a present shard are not read, unless it is among `shards`: they hold its samples alone.
     """
-    for name in [*storage.names("captions"), *storage.names(FOLDER)]:
-        if name.endswith(".parquet"):
+    captions, latents = storage.names("captions"), storage.names(_LATENTS)
+    others = {(name, sha256) for name, sha256 in packed if name not in shards}
+    known = _captions_of(storage, captions, others) | _latents_of(storage, latents, others)
+    for name in [*captions, *storage.names(FOLDER)]:
+        if name.endswith(".parquet") and name not in known:
             _scrub_table(storage, name, keys)
     if len(judged := read_pairs(storage)) and len(left := without(judged, keys)) < len(judged):
         write_pairs(storage, left)
-    for name in storage.names(_LATENTS):
+    for name in latents:
         path = PurePosixPath(name)
-        if path.suffix != ".safetensors" or _KEYS in (metadata := _metadata(storage, name)):
+        if name in known or path.suffix != ".safetensors" or _KEYS in (metadata := _metadata(storage, name)):
             continue
         if (path.stem, metadata.get(_SUM, "")) not in packed:
             log.warning("%s does not belong to the present shard: deleted; encode it again", name)
             _drop_latents(storage, path)
         elif path.stem in shards:
             _scrub_latents(storage, name, path.stem, keys)
+
+
+def _captions_of(storage: Storage, names: list[str], shards: Collection[tuple[str, str]]) -> set[str]:
+    """Return the files among `names` that a caption job wrote for these shards as they are."""
+    found = set[str]()
+    for layer in {name.split("/")[1] for name in names if name.count("/") == 2}:
+        marks = MarkerLog(storage, f"recaption-{layer}").read()
+        found |= {
+            f"captions/{layer}/{shard}.parquet" for shard, m in marks.items() if (shard, m.get("source")) in shards
+        }
+    return found
+
+
+def _latents_of(storage: Storage, names: list[str], shards: Collection[tuple[str, str]]) -> set[str]:
+    """Return the files among `names` that a job encoded for these shards as they are, and for no other before."""
+    found, ids = set[str](), {f"{shard}-{sha256[:12]}": shard for shard, sha256 in shards}
+    for encoder in {name.split("/")[1] for name in names if name.endswith(".safetensors")}:
+        marks = _latent_markers(storage, encoder).read().keys()
+        times = Counter(unit.rpartition("-")[0] for unit in marks)
+        own = [ids[unit] for unit in marks if unit in ids and times[ids[unit]] == 1]
+        found |= {f"{_LATENTS}/{encoder}/{shard}.safetensors" for shard in own}
+    return found
 
 
 def _scrub_table(storage: Storage, name: str, keys: pa.Array) -> None:
@@ -76,12 +103,15 @@ def _scrub_latents(storage: Storage, name: str, shard: str, keys: pa.Array) -> N
     storage.write(name, tensor_file.save({tensor: value[left] for tensor, value in tensors.items()}, metadata))
 
 
-def settle_latents(storage: Storage, manifest: Manifest | None) -> None:
-    """Bind scrubbed latents to the present shards. Latents whose shard holds other samples are deleted."""
+def settle_latents(storage: Storage, manifest: Manifest | None, scrubbed: Collection[str]) -> None:
+    """Bind latents that were scrubbed (of the shards of these names) to the present shards.
+
+    Latents whose shard holds other samples are deleted.
+    """
     shards = {entry.name: entry for entry in (manifest.shards if manifest else [])}
     for name in storage.names(_LATENTS):
         _, encoder, file = name.split("/")
-        if not file.endswith(".safetensors"):
+        if not file.endswith(".safetensors") or file.removesuffix(".safetensors") not in scrubbed:
             continue
         if _KEYS not in _metadata(storage, name):
             continue

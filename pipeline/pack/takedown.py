@@ -1,10 +1,10 @@
 """Takedown: remove rows, their images and texts for good
 
-    find        the rows that are named, and all others that hold the same file
+    find        the rows that are named, and all others that hold the same file (pipeline.pack.named_rows)
     block       add their keys, URLs and sums to the dataset's blocklist (pipeline.source.blocklist)
     scrub       rewrite the plan tables, staged tables and tars, scores, captions and latents that hold them;
                 delete reports and caption comparisons
-    (select)    pipeline.build repacks the shards, ledger, indexes and manifest that change
+    (select)    pipeline.build repacks the shards, ledger, indexes and manifest that change (pipeline.pack.without)
     finish      bind the latents to the new shards, append to the log
 
     removed/pending.parquet    the rows being removed; kept until the end, so that an interrupted takedown resumes
@@ -21,7 +21,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,9 +34,10 @@ from capstan.pipeline.dataset.shards import Place, Sample, read_manifest, sha256
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA
 from capstan.pipeline.ingest.staging import images
+from capstan.pipeline.pack import row_lookup
 from capstan.pipeline.pack.carryover import clear
+from capstan.pipeline.pack.named_rows import SCHEMA, find_rows, ingests
 from capstan.pipeline.pack.scrub import scrub_derived, settle_latents
-from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import CRC32, REMOVED
 from capstan.pipeline.select.conditions import HELD_PLACE
 from capstan.pipeline.source.blocklist import (
@@ -46,7 +47,6 @@ from capstan.pipeline.source.blocklist import (
     add_removed,
     read_lists,
     scrub_planned,
-    url_digest,
 )
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.storage import Storage, parquet_bytes
@@ -57,19 +57,11 @@ log = logging.getLogger(__name__)
 
 _PENDING: Final = f"{FOLDER}/pending.parquet"
 _LOG: Final = f"{FOLDER}/log.jsonl"
-_SCHEMA: Final = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),  # its digest
-        pa.field("shard", pa.string(), nullable=False),  # the shard that held it, or ""
-    ]
-)
 
 
 @dataclass(frozen=True)
 class Takedown:
-    """The rows being removed (_SCHEMA), and the numbers of entries of each kind by request."""
+    """The rows being removed (SCHEMA), and the numbers of entries of each kind by request."""
 
     rows: pa.Table
     requests: dict[str, dict[str, int]]
@@ -84,6 +76,11 @@ class Takedown:
         return self.rows["key"].combine_chunks()
 
     @property
+    def units(self) -> set[str] | None:
+        """The units of the rows; None if an older version wrote down the rows without them."""
+        return set(self.rows["unit"].to_pylist()) if "unit" in self.rows.column_names else None
+
+    @property
     def shards(self) -> list[str]:
         """The shards that hold any of the rows."""
         return sorted(set(self.rows["shard"].to_pylist()) - {""})
@@ -94,7 +91,7 @@ class Takedown:
         return self.rows.filter(pc.not_equal(self.rows["shard"], ""))["key"].combine_chunks()
 
 
-def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
+def take_down(storage: Storage, lists: config.Blocklist, *, progress: bool = True) -> Takedown:
     """Scrub the rows that `lists` (files of entries) name. The dataset is complete again after the next select.
 
     Raises RecipeError for lists that cannot be read or are empty, and if there is no dataset.
@@ -105,14 +102,16 @@ def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
     if not (plan := read_plan(storage)).units:
         raise RecipeError(storage.field, f"no dataset at {storage.url}", "name a folder that `capstan build` made")
     before = resume(storage)
-    rows = _find(storage, [unit.table for unit in plan.units], asked)
+    rows = find_rows(storage, plan, asked, progress)
     requests = {_request_id(asked): {kind: len(getattr(asked, kind)) for kind in KINDS if getattr(asked, kind)}}
+    schema = SCHEMA
     if before is not None:  # an interrupted takedown, perhaps of the same entries: both end together
         rows, requests = before.rows.to_pylist() + rows, before.requests | requests
-    pending = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata({"requests": json.dumps(requests)})
+        schema = SCHEMA if before.units is not None else before.rows.schema
+    rows_left = pa.Table.from_pylist(rows, schema).replace_schema_metadata({"requests": json.dumps(requests)})
     # The blocklist comes first: a build in between must not bring these rows back.
     add_removed(storage, asked)
-    storage.write_table(_PENDING, pending)
+    storage.write_table(_PENDING, rows_left)
     takedown = resume(storage)
     assert takedown is not None
     return takedown
@@ -120,17 +119,21 @@ def take_down(storage: Storage, lists: config.Blocklist) -> Takedown:
 
 def resume(storage: Storage) -> Takedown | None:
     """Scrub the rows of a pending takedown, if there is one, and return it."""
-    takedown = _pending(storage)
+    takedown = pending(storage)
     if takedown is None:
         return None
     columns = {kind: frozenset(takedown.rows[name].to_pylist()) - {""} for kind, name in _BLOCKS.items()}
     add_removed(storage, Blocklist(**columns))
     if len(takedown.rows):
+        units, renamed = takedown.units, dict[str, str]()
         for unit in read_plan(storage).units:
-            _scrub_plan(storage, unit.table, takedown.keys)
-        for markers in _ingests(storage):
+            if units is None or unit.id in units:
+                _scrub_plan(storage, unit.table, takedown.keys)
+        for markers in ingests(storage):
             for unit_id, facts in markers.read().items():
-                _scrub_staged(markers, unit_id, facts, takedown)
+                if units is None or unit_id in units:
+                    renamed[facts["table"]] = _scrub_staged(markers, unit_id, facts, takedown)
+        row_lookup.follow(storage, renamed)
         scrub_derived(storage, takedown.keys, takedown.shards, _packed(storage))
         _sweep(storage)
     return takedown
@@ -141,10 +144,10 @@ _BLOCKS: Final = {"keys": "key", "sha256": "sha256", "urls": "url"}
 
 def finish(storage: Storage) -> None:
     """End the pending takedown, if there is one, and append it to the log. Call it once the dataset is complete."""
-    takedown = _pending(storage)
+    takedown = pending(storage)
     if takedown is None:
         return
-    settle_latents(storage, read_manifest(storage))
+    settle_latents(storage, read_manifest(storage), takedown.shards)
     clear(storage)  # packing may have been interrupted just before it did this
     line = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -166,7 +169,8 @@ def recipe_of(storage: Storage) -> Recipe | None:
     return config.validate(Recipe, {"dataset": storage.url, "storage": storage.options, **manifest.recipe})
 
 
-def _pending(storage: Storage) -> Takedown | None:
+def pending(storage: Storage) -> Takedown | None:
+    """Return the takedown that was interrupted, if there is one."""
     if not storage.exists(_PENDING):
         return None
     try:
@@ -184,66 +188,11 @@ def _request_id(asked: Blocklist) -> str:
     return config.fingerprint({kind: sorted(getattr(asked, kind)) for kind in KINDS})
 
 
-# Finding -------------------------------------------------------------------------------------------------------------
-
-
-def _find(storage: Storage, planned: list[str], asked: Blocklist) -> list[dict[str, str]]:
-    """Return the rows (_SCHEMA) that `asked` names or that hold the same files, from planned and staged tables."""
-    staged = [facts["table"] for markers in _ingests(storage) for facts in markers.read().values()]
-    found: dict[str, dict[str, str]] = {}
-    for name in (*planned, *staged):
-        _note(storage, name, asked, found)
-    same_files = Blocklist(sha256=frozenset(row["sha256"] for row in found.values()) - {""})
-    if same_files.sha256 - asked.sha256:
-        for name in staged:
-            _note(storage, name, same_files, found)
-    kept = _kept(storage, found.keys())
-    _drop_reasons(storage, [row["url"] for row in found.values()])
-    return [
-        {"key": key, "sha256": row["sha256"], "url": row["url_digest"], "shard": kept.get(key, "")}
-        for key, row in sorted(found.items())
-    ]
-
-
-def _note(storage: Storage, name: str, wanted: Blocklist, found: dict[str, dict[str, str]]) -> None:
-    """Add to `found` the rows of a planned or staged table that are `wanted` and not removed already."""
-    staged = name.startswith("staged/")
-    mark_column = "reason" if staged else "hash"
-    table = storage.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
-    keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", mark_column))
-    sums = table["sha256"].to_pylist() if staged else [""] * len(keys)
-    for row, hit in enumerate(wanted.hits(keys, urls, sums)):
-        if hit and (urls[row] or marks[row] != REMOVED):
-            seen = found.setdefault(keys[row], {"sha256": "", "url_digest": "", "url": ""})
-            seen["sha256"] = seen["sha256"] or sums[row]
-            if urls[row] and not seen["url"]:  # planned tables come first, with the URL as the source has it
-                seen |= {"url_digest": url_digest(urls[row]), "url": urls[row]}
-
-
-def _kept(storage: Storage, keys: Iterable[str]) -> dict[str, str]:
-    """Return key → shard for the `keys` in the shards. Reads the shards: while repacking, there is no ledger."""
-    manifest, wanted = read_manifest(storage), pa.array(keys, pa.string())
-    shards: dict[str, str] = {}
-    if manifest is not None and len(wanted):
-        tables = ahead(
-            lambda entry: storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"], manifest.shards
-        )
-        for entry, held in zip(manifest.shards, tables, strict=True):
-            shards |= dict.fromkeys(held.filter(pc.is_in(held, wanted)).to_pylist(), entry.name)
-    return shards
-
-
 def _packed(storage: Storage) -> set[tuple[str, str]]:
     """Return (name, sum) of all present shards, including those that no manifest lists during repacking."""
     manifest = read_manifest(storage)
     listed = {(entry.name, entry.sha256) for entry in (manifest.shards if manifest else [])}
     return listed | {(facts["name"], facts["sha256"]) for facts in MarkerLog(storage, "pack").read().values()}
-
-
-def _ingests(storage: Storage) -> list[MarkerLog]:
-    """Return the markers of every ingest job that has left any, for any image settings."""
-    names = {name.split("/")[1] for name in storage.names("state") if name.startswith("state/ingest-")}
-    return [MarkerLog(storage, name) for name in sorted(names)]
 
 
 # Scrubbing -----------------------------------------------------------------------------------------------------------
@@ -258,14 +207,17 @@ def _scrub_plan(storage: Storage, name: str, keys: pa.Array) -> None:
         storage.write_table(name, scrub_planned(table, here.to_pylist()))
 
 
-def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], takedown: Takedown) -> None:
-    """Rewrite a unit's table and tar without the rows, under new names; then update the unit's marker."""
+def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], takedown: Takedown) -> str:
+    """Rewrite a unit's table and tar without the rows, under new names; then update the unit's marker.
+
+    Return the table's name.
+    """
     storage = markers.storage
     table = storage.read_table(facts["table"])
     hit = pc.is_in(table["key"], takedown.keys)
     done = pc.and_(pc.equal(table["reason"], REMOVED), pc.equal(table["url"], ""))
     if not pc.any(pc.and_not(hit, done)).as_py():
-        return
+        return str(facts["table"])
     removed = hit.to_pylist()
     if facts["tar"] and not storage.exists(facts["tar"]):  # the kept images are in the shards only
         facts = {**facts, "tar": "", "freed": True}
@@ -287,6 +239,7 @@ def _scrub_staged(markers: MarkerLog, unit: str, facts: Mapping[str, Any], taked
     other = {fact: value for fact, value in facts.items() if not fact.startswith("failed")}
     failed = {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
     markers.mark(unit, {**other, "table": name, "tar": tar_name, **failed})
+    return name
 
 
 def _left(facts: Mapping[str, Any], table: pa.Table, removed: list[bool]) -> list[int]:
@@ -347,20 +300,10 @@ def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa
 def _sweep(storage: Storage) -> None:
     """Delete staged files that no marker names, reports and comparisons: they may show removed rows."""
     named = {
-        facts[kind] for markers in _ingests(storage) for facts in markers.read().values() for kind in ("table", "tar")
+        facts[kind] for markers in ingests(storage) for facts in markers.read().values() for kind in ("table", "tar")
     }
     storage.delete(*(name for name in storage.names("staged") if name not in named))
     comparisons = [
         name for name in storage.names("captions") if name.startswith("captions/diff-") and name.count("/") == 1
     ]
     storage.delete("report.html", "samples.png", *comparisons)
-
-
-def _drop_reasons(storage: Storage, urls: list[str]) -> None:
-    """Delete quarantine records that mention one of the URLs. The next build retries their units."""
-    wanted = [url for url in urls if url]
-    for name in storage.names("state"):
-        if "/quarantine/" in name:
-            text = storage.read(name).decode()
-            if any(json.dumps(url)[1:-1] in text for url in wanted):
-                storage.delete(name)

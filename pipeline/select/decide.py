@@ -5,8 +5,10 @@ No image is read here: thresholds are queries on tables (select.conditions, sele
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,35 +37,21 @@ from capstan.pipeline.storage.local import scratch
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """The decision on each row, in the order of units and, within a unit, of its table.
+class Decided(ABC):
+    """Rows with their shards, in the order of units and, within a unit, of its table.
 
-    `step` [n] is -1 for a failed row, -2 for a row that is blocked or was taken down, 0 for a row that meets all
-    conditions, or the number of the first condition it does not meet. `repeats` lists the rows that repeat another.
     `shard` [n] is the shard's number, -1 for rows not kept.
     """
 
     units: list[Staged]
     key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes
     sha256: npt.NDArray[np.bytes_]  # [n], 32 raw bytes
-    step: npt.NDArray[np.int16]
-    repeats: Repeats
     shard: npt.NDArray[np.int64]
-    conditions: list[str]
-    funnel: list[dict[str, Any]]
 
     @property
     def starts(self) -> list[int]:
         """Index of each unit's first row, then the number of rows."""
         return np.concatenate([[0], np.cumsum([unit.rows for unit in self.units])]).astype(int).tolist()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of rows by outcome, and number of shards."""
-        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
-        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
-        rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
-        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Return the keys of these rows, hexadecimal."""
@@ -73,11 +61,36 @@ class Decisions:
         """Return the SHA-256 of these rows' source files, hexadecimal."""
         return _hex(self.sha256[rows])
 
+    @abstractmethod
     def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         """Return the ledger's outcome, reason, detail and shard of rows [start, stop).
 
         Reason and detail are null for failed rows: theirs are in the staged table.
         """
+
+
+@dataclass(frozen=True)
+class Decisions(Decided):
+    """The decision on each row.
+
+    `step` [n] is -1 for a failed row, -2 for a row that is blocked or was taken down, 0 for a row that meets all
+    conditions, or the number of the first condition it does not meet. `repeats` lists the rows that repeat another.
+    """
+
+    step: npt.NDArray[np.int16]
+    repeats: Repeats
+    conditions: list[str]
+    funnel: list[dict[str, Any]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of rows by outcome, and number of shards."""
+        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
+        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
+        rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
+        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
+
+    def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
         kind = self.repeats.kind[start:stop]
         failed, repeats, gone = step == _FAILED, kept >= 0, step == BLOCKED
@@ -128,7 +141,7 @@ def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
     shard[placed], step[placed] = -1, BLOCKED
     names = [condition.name for condition in recipe.select]
     funnel = _funnel(recipe, step, names, repeats)
-    return Decisions(units, rows.key, rows.sha256, step, repeats, shard, names, funnel)
+    return Decisions(units, rows.key, rows.sha256, shard, step, repeats, names, funnel)
 
 
 def _repeats(
@@ -183,23 +196,55 @@ def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: i
 
 def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
     """Count the rows left after each step, and the rows that it removed."""
-
-    def repeating(kind: int) -> int:
-        return int((repeats.kind == kind).sum())
-
     losses = [("fetched and decoded", int((step == _FAILED).sum()))]
     if removed := int((step == BLOCKED).sum()):
         losses.append((REMOVED, removed))
     losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
-    if recipe.dedup.decontaminate is not None:
-        losses.append(("in the evaluation set", repeating(CONTAMINATED)))
-    losses += [("exact duplicates", repeating(EXACT)), ("near duplicates", repeating(PERCEPTUAL))]
-    if recipe.dedup.copies is not None:
-        losses.append(("edited copies", repeating(COPIES)))
-    if recipe.dedup.semantic is not None:
-        losses.append(("semantic duplicates", repeating(SEMANTIC)))
-    funnel, left = [{"step": "rows", "left": len(step), "lost": 0}], len(step)
+    losses += [(_SHOWN[kind], int((repeats.kind == kind).sum())) for kind in _duplicates(recipe)]
+    return _left(len(step), losses)
+
+
+def _left(rows: int, losses: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Return the funnel: each step, the rows that it removed, and those left after it."""
+    funnel, left = [{"step": "rows", "left": rows, "lost": 0}], rows
     for name, lost in losses:
         left -= lost
         funnel.append({"step": name, "left": left, "lost": lost})
     return funnel
+
+
+def funnel_without(recipe: Recipe, funnel: Sequence[Mapping[str, Any]], removed: pa.Table) -> list[dict[str, Any]]:
+    """Return a dataset's funnel after a takedown of rows; `removed` holds their outcome and reason before."""
+    kinds = _duplicates(recipe)
+    conditions = [condition.name for condition in recipe.select]
+    losses = [int(step["lost"]) for step in funnel[1:]]
+    if len(losses) == 1 + len(conditions) + len(kinds):
+        losses.insert(1, 0)
+    first_kind = 2 + len(conditions)
+    for outcome, reason in zip(removed["outcome"].to_pylist(), removed["reason"].to_pylist(), strict=True):
+        losses[1] += 1
+        if outcome == FAILED:
+            losses[0] -= 1
+        elif outcome == REJECTED:
+            losses[1 if reason == REMOVED else 2 + conditions.index(reason)] -= 1
+        elif outcome == DUPLICATE:
+            losses[first_kind + kinds.index(REASONS.index(reason))] -= 1
+    names = ["fetched and decoded", REMOVED, *conditions, *(_SHOWN[kind] for kind in kinds)]
+    steps = [step for step in zip(names, losses, strict=True) if step != (REMOVED, 0)]
+    return _left(int(funnel[0]["left"]), steps)
+
+
+_SHOWN: Final = {
+    CONTAMINATED: "in the evaluation set",
+    EXACT: "exact duplicates",
+    PERCEPTUAL: "near duplicates",
+    COPIES: "edited copies",
+    SEMANTIC: "semantic duplicates",
+}
+
+
+def _duplicates(recipe: Recipe) -> list[int]:
+    """Return the kinds of repeats that the funnel shows for a recipe."""
+    dedup = recipe.dedup
+    hidden = {CONTAMINATED: dedup.decontaminate, COPIES: dedup.copies, SEMANTIC: dedup.semantic}
+    return [kind for kind in _SHOWN if kind not in hidden or hidden[kind] is not None]

@@ -2,7 +2,8 @@
 
     state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
     state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
-    state/plan/batch-0000/batch.json                  the batch: its units, and the SHA-256 of keys.bin; written last
+    state/plan/batch-0000/batch.json                  the batch: its units, their first keys, and the SHA-256 of
+                                                      keys.bin; written last
     state/plan/source.json                            the source as last planned, so that planning can be skipped
 
 Rows whose key is in an earlier batch are dropped; the others become a new batch. Existing batches never change. Only
@@ -134,13 +135,32 @@ def _restore_batch(storage: Storage, batch: int) -> list[int]:
     keys = [storage.read_table(name, ["key"])["key"].to_pylist() for name in tables]
     counts = [len(part) for part in keys]
     log.warning("%s is damaged: written again from %d tables", storage.path(_batch_name(batch)), len(tables))
-    _write_facts(storage, batch, counts, hashlib.sha256(_raw(keys)).hexdigest())
+    _write_facts(storage, batch, counts, _first_keys(_raw(keys), counts), hashlib.sha256(_raw(keys)).hexdigest())
     return counts
 
 
-def _write_facts(storage: Storage, batch: int, counts: list[int], keys_sha256: str) -> None:
-    facts = {"batch": batch, "units": counts, "keys_sha256": keys_sha256}
+def _write_facts(storage: Storage, batch: int, counts: list[int], first: list[str], keys_sha256: str) -> None:
+    facts = {"batch": batch, "units": counts, "first": first, "keys_sha256": keys_sha256}
     storage.write(_batch_name(batch), json.dumps(facts).encode())
+
+
+def _first_keys(keys: bytes, counts: list[int]) -> list[str]:
+    """Return the first key of each unit; `keys` are all keys of their batch, raw and in order."""
+    starts = [KEY_BYTES * start for start in itertools.accumulate(counts, initial=0)][:-1]
+    return [keys[start : start + KEY_BYTES].hex() for start in starts]
+
+
+def units_of_keys(storage: Storage, planned: Plan, keys: Iterable[str]) -> set[PlannedUnit]:
+    """Return the units that hold a key, or would if it is not planned: one unit of each batch, by the first keys."""
+    wanted, found = sorted(keys), set[PlannedUnit]()
+    for _, own in itertools.groupby(planned.units if wanted else [], lambda unit: unit.batch):
+        units = list(own)
+        counts, batch = [unit.rows for unit in units], units[0].batch
+        first = storage.read_json(_batch_name(batch), "").get("first")
+        if first is None:  # planned before first keys were written down
+            first = _first_keys(storage.read(_keys_of(batch)), counts)
+        found |= {units[max(bisect.bisect_right(first, key) - 1, 0)] for key in wanted}
+    return found
 
 
 def plan_problems(storage: Storage) -> list[str]:
@@ -216,12 +236,12 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
             captions += _captions(table)
             sort.add(unwanted.without(table))
             bar.advance(len(table))
-        units, keys_sha256 = _write_batch(
+        units, first, keys_sha256 = _write_batch(
             sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder
         )
     made = Plan(before.units + units, sort.rows, sort.repeats, captions, dict(rows.unused))
     if units:
-        _write_facts(storage, batch, [unit.rows for unit in units], keys_sha256)
+        _write_facts(storage, batch, [unit.rows for unit in units], first, keys_sha256)
     counts = {"read": made.read, "repeats": made.repeats, "captions": captions, "unused": made.unused}
     storage.write(_SOURCE, json.dumps({"signature": rows.signature, **counts}).encode())
     return _warned(made)
@@ -294,15 +314,18 @@ class _Keys:
 
 def _write_batch(
     tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
-) -> tuple[list[PlannedUnit], str]:
-    """Write the units, several small ones at a time, then their keys; return the units, and the SHA-256 of the keys."""
-    units: list[PlannedUnit] = []
+) -> tuple[list[PlannedUnit], list[str], str]:
+    """Write the units, several small ones at a time, then their keys; return the units, their first keys, and the
+    SHA-256 of all keys.
+    """
+    units, first = list[PlannedUnit](), list[str]()
     keys, digest = scratch / "keys.bin", hashlib.sha256()
     with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
         writing: deque[Future[None]] = deque()
         for table in _cut(tables, unit_rows):
             unit = PlannedUnit(batch, len(units), len(table))
             units.append(unit)
+            first.append(table["key"][0].as_py())
             raw = memoryview(raw_keys(table["key"]).buffers()[1])
             file.write(raw)
             digest.update(raw)
@@ -313,7 +336,7 @@ def _write_batch(
             left.result()
     if units:
         storage.put(keys, _keys_of(batch))
-    return units, digest.hexdigest()
+    return units, first, digest.hexdigest()
 
 
 def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:

@@ -20,6 +20,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.pack import takedown
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.units import MarkerLog
 
 ROWS = 24
 Draw = Callable[[int], bytes]
@@ -162,6 +163,81 @@ def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder
     (line,) = storage.read("removed/log.jsonl").splitlines()
     said = {name: value for name, value in json.loads(line).items() if name != "date"}
     assert said == {"asked": {"urls": 1}, "rows": 1, "kept": 1, "shards": [shard]}
+
+
+def contents(storage: Storage) -> dict[str, bytes]:
+    """All files but those with dates in them."""
+    dated = ("removed/log.jsonl", "state/runs.jsonl")
+    return {name: storage.read(name) for name in storage.names() if name not in dated}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("scored", [False, True])
+def test_only_what_held_the_rows_is_written_again_and_all_is_as_if_all_were_selected(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    """Rows that were kept, a duplicate, and one that a condition rejected."""
+    select = [{"name": "not_this_one", "where": "caption NOT LIKE 'words-09%'"}]
+    changed = recipe_for(folder, select=select, **({"score": {"caption": {}}} if scored else {}))
+    build.build(changed, progress=False)
+    storage = storage_of(folder)
+    keys = [key_of(storage, number) for number in (5, 9, 20)]
+    outcomes = [ledger(storage)[key]["outcome"] for key in keys]
+    assert outcomes[:2] == ["kept", "rejected"]  # and of rows 3 and 20, which hold one file, one is kept
+    shutil.copytree(folder / "dataset", tmp_path / "other")
+    monkeypatch.setattr(build, "decide", lambda *_: pytest.fail("all rows were selected again"))
+    build.remove(storage.url, Blocklist(keys=listed(folder, *keys)), progress=False)
+    monkeypatch.undo()
+    shutil.move(folder / "dataset", folder / "fast")
+    shutil.move(tmp_path / "other", folder / "dataset")
+    monkeypatch.setattr(build, "decides_rows_alone", lambda _: False)
+    build.remove(storage.url, Blocklist(keys=listed(folder, *keys)), progress=False)
+    fast, slow = contents(Storage(str(folder / "fast"))), contents(storage)
+    assert fast.keys() == slow.keys()
+    assert [name for name in fast if fast[name] != slow[name]] == []
+    # The next selection finds nothing to do.
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "decide", lambda *_: pytest.fail("all rows were selected again"))
+    assert build.select(changed, progress=False)["counts"]["rejected"] == 4
+
+
+@pytest.mark.integration
+def test_steps_that_count_rows_are_asked_again(folder: Path) -> None:
+    """The row that is taken down makes room for another one of its host."""
+    select = [{"name": "few", "at_most": 2, "per": "domain"}]
+    storage, recipe = storage_of(folder), recipe_for(folder, select=select)
+    build.build(recipe, progress=False)
+    kept = [row for row in ledger(storage).values() if row["outcome"] == "kept"]
+    assert len(kept) == 8
+    build.remove(storage.url, Blocklist(keys=listed(folder, kept[0]["key"])), progress=False)
+    assert sum(row["outcome"] == "kept" for row in ledger(storage).values()) == 8
+    assert verify(storage) == []
+
+
+@pytest.mark.integration
+def test_files_that_markers_bind_to_other_shards_are_not_read(folder: Path) -> None:
+    storage = storage_of(folder)
+    dataset = Dataset(storage)
+    key = key_of(storage, 5)
+    shard = ledger(storage)[key]["shard"]
+    for entry in dataset.manifest.shards:
+        MarkerLog(storage, "recaption-mine").mark(entry.name, {"source": entry.sha256})
+        MarkerLog(storage, "latents-enc").mark(f"{entry.name}-{entry.sha256[:12]}", {})
+        if entry.name != shard:
+            storage.write(f"captions/mine/{entry.name}.parquet", b"not read")
+            storage.write(f"latents/enc/{entry.name}.safetensors", b"not read")
+    build.remove(storage.url, Blocklist(keys=listed(folder, key)), progress=False)
+    assert key not in storage.read_table(f"captions/mine/{shard}.parquet")["key"].to_pylist()
+    left = Dataset(storage).table(shard, ["key"])
+    assert len(load(storage.read(f"latents/enc/{shard}.safetensors"))["latents"]) == len(left) < 4
+    # A shard that was encoded twice may have the latents of either time.
+    other = next(entry for entry in Dataset(storage).manifest.shards if entry.name != shard)
+    MarkerLog(storage, "latents-enc").mark(f"{other.name}-{'0' * 12}", {})
+    storage.write(f"latents/enc/{other.name}.safetensors", save({"latents": np.zeros((9, 1), np.float16)}))
+    entry = Dataset(storage).manifest.shards[dataset.shard_names.index(shard)]
+    MarkerLog(storage, "recaption-mine").mark(shard, {"source": entry.sha256})
+    build.remove(storage.url, Blocklist(keys=listed(folder, left["key"][0].as_py())), progress=False)
+    assert not storage.exists(f"latents/enc/{other.name}.safetensors")
 
 
 @pytest.mark.integration
