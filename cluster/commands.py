@@ -42,6 +42,16 @@ COMMANDS: Final[dict[str, Command]] = {
             "capstan build recipe.yaml --retry timeout,http_503",
         ),
     ),
+    "cut": Command(
+        DATA,
+        "Cut videos into clips.",
+        (
+            "capstan cut videos.yaml",
+            "capstan cut videos.yaml --set cut.by=stride",
+            "capstan cut videos.yaml --retry http_503",
+        ),
+        extras.VIDEO,
+    ),
     "score": Command(
         DATA, "Add score columns to a built dataset.", ("capstan score recipe.yaml --set 'score={image: {}}'",)
     ),

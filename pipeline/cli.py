@@ -1,4 +1,4 @@
-"""Commands build, score, select, remove, publish, verify, report; shared CLI options
+"""Commands build, cut, score, select, remove, publish, verify, report; shared CLI options
 
 stdout carries only the summary (with --json, one JSON object on the last line). Progress and logs go to stderr.
 
@@ -57,6 +57,7 @@ def add_commands(
     `tracked` runs a command and logs its summary where the recipe says.
     """
     _add_recipe_commands(app, load, tracked)
+    _add_cut(app, load, tracked)
     _add_takedown(app)
     _add_publish(app)
     _add_verify(app)
@@ -115,6 +116,32 @@ def _add_recipe_commands(app: typer.Typer, load: Load, tracked: Tracked) -> None
         ready = load(recipe, overrides)
         note = untracked if dry_run else tracked
         finish(note("select", ready, lambda: run(ready, dry_run=dry_run)), as_json)
+
+
+def _add_cut(app: typer.Typer, load: Load, tracked: Tracked) -> None:
+    @app.command()
+    def cut(
+        recipe: RecipeArgument,
+        retry: Annotated[
+            str | None,
+            typer.Option(
+                "--retry",
+                metavar="REASONS",
+                help="Cut the units again that have videos with these failures: `failed` for all, or a list.",
+                autocompletion=complete_reasons,
+            ),
+        ] = None,
+        overrides: SetOption = [],  # noqa: B006
+        as_json: JsonOption = False,
+    ) -> None:
+        """Cut videos into clips.
+
+        Fetches each video once and writes a WebDataset of clips, and a ledger with one row per video.
+        """
+        from capstan.pipeline.clips.cut import cut as run
+
+        ready = load(recipe, overrides)
+        finish(tracked("cut", ready, lambda: run(ready, retry=retry)), as_json)
 
 
 def _add_takedown(app: typer.Typer) -> None:

@@ -15,6 +15,7 @@ from capstan.pipeline.errors import MissingExtra
 
 RECAPTION: Final = "recaption"
 TRAIN: Final = "train"
+VIDEO: Final = "video"
 
 _RECAPTION_PACKAGES: Final = ("torch", "torchvision", "open_clip", "transformers", "ftfy")
 PACKAGES: Final[dict[str, tuple[str, ...]]] = {  # names as they are imported; pyproject.toml has the distributions
@@ -29,6 +30,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {  # names as they are imported; p
     "similar": ("usearch",),
     "mlflow": ("mlflow", "alembic", "sqlalchemy"),
     "transformers": ("num2words", "sentencepiece"),
+    VIDEO: ("av",),
     "wandb": ("wandb",),
 }
 

@@ -26,6 +26,7 @@ REMOVED: Final = "removed"
 _REASONS = """
     bad_url private_address dns connect tls timeout redirects robots noai too_large_bytes empty not_an_image
     unsupported truncated corrupt too_many_pixels too_small bad_caption read_error
+    no_video no_sound too_long no_clip
 """
 REASONS: Final = frozenset(_REASONS.split())
 

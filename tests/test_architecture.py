@@ -20,6 +20,7 @@ DOORS = {
     "ray.train": {"training/launch.py"},
     "accelerate": {"training/distributed/engine.py"},
     "deepspeed": {"training/distributed/engine.py"},
+    "av": {"pipeline/clips/media.py"},
 }
 MOST_FILES = 16  # per folder
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from capstan.pipeline.config.cut import Cut
 from capstan.pipeline.config.score import (
     CaptionScore,
     ClipScore,
@@ -32,6 +33,7 @@ __all__ = [
     "ClipScore",
     "Condition",
     "CopyDetection",
+    "Cut",
     "Dedup",
     "Fetch",
     "HeadScore",
@@ -109,6 +111,8 @@ class Recipe(Section):
     """How images are downloaded."""
     image: Image = Image()
     """How images are resized and stored."""
+    cut: Cut = Cut()
+    """How `capstan cut` turns videos into clips; `capstan build` does not read it."""
     score: Score = Score()
     """Scorers, each of which adds columns to the ledger; null: off."""
     select: list[Condition] = Field(default=[])

@@ -14,7 +14,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
 
@@ -42,12 +42,14 @@ class Sample:
 
     `fields` becomes KEY.json, `caption` KEY.txt. All samples of a dataset have the same keys in `fields`, and no nulls,
     since readers take the schema from the first samples. Staged samples are images only: no `fields`, no `caption`.
+    `parts` holds more files of the sample by suffix, e.g. {"mp4": …}: they come next to the image.
     """
 
     key: str
     jpg: bytes
     fields: Mapping[str, str | int | float] | None = None
     caption: str | None = None
+    parts: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -93,7 +95,7 @@ def tar_end(position: int) -> bytes:
 
 
 def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None = None) -> list[Place]:
-    """Write `samples` to the local file `path`: KEY.jpg, KEY.json, KEY.txt, adjacent and in this order.
+    """Write `samples` to the local file `path`: KEY.jpg, its parts, KEY.json, KEY.txt, adjacent and in this order.
 
     Returns the samples' positions. The bytes depend on the samples alone. `digest`, if given, is updated with the tar's
     bytes as they are written.
@@ -113,6 +115,8 @@ def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None =
             fields = None if sample.fields is None else to_json(sample.fields)
             places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b""), zlib.crc32(sample.jpg)))
             write(_member(f"{sample.key}.jpg", sample.jpg))
+            for suffix, data in sample.parts.items():
+                write(_member(f"{sample.key}.{suffix}", data))
             if fields is not None:
                 write(_member(f"{sample.key}.json", fields))
             if sample.caption is not None:

@@ -20,11 +20,11 @@ from typing import Any, Final
 
 import cloudpickle  # by value what the child cannot import
 
-from capstan.pipeline.image.decode import Failure, StoredImage
+from capstan.pipeline.image.decode import Failure
 from capstan.pipeline.units import child
 from capstan.pipeline.units.child import start_child
 
-Decoder = Callable[[bytes], StoredImage | Failure]
+Decoder = Callable[[bytes], Any]  # to a StoredImage or what clips are, or a Failure
 
 DECODE_S: Final = 120.0  # of one image; the largest allowed ones take seconds
 _START_S: Final = 300.0  # a child imports the codecs, maybe from a slow disk
@@ -43,7 +43,7 @@ def guarded(decoder: Decoder, *, is_retry: bool, seconds: float = DECODE_S) -> I
         return
     with Path(os.devnull).open("w") as nowhere:
 
-        def in_time(data: bytes) -> StoredImage | Failure:
+        def in_time(data: bytes) -> Any:
             # Its timer is a thread of C: it also ends a codec that never releases the interpreter.
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
@@ -62,7 +62,7 @@ class _Child:
         self.process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any]
 
-    def __call__(self, data: bytes) -> StoredImage | Failure:
+    def __call__(self, data: bytes) -> Any:
         ended = ""
         for _ in range(_TRIES):
             self._start()
@@ -77,7 +77,6 @@ class _Child:
                 continue
             if isinstance(result, BaseException):
                 raise result
-            assert isinstance(result, StoredImage | Failure)
             return result
         return Failure("corrupt", f"decoding it ended the process {_TRIES} times ({ended})")
 
@@ -123,7 +122,7 @@ def main() -> None:
             connection.send_bytes(pickle.dumps(_result(decoder, connection.recv_bytes())))
 
 
-def _result(decoder: Decoder, data: bytes) -> StoredImage | Failure | Exception:
+def _result(decoder: Decoder, data: bytes) -> Any:
     try:
         return decoder(data)
     except Exception as error:  # noqa: BLE001 - raised again in the parent

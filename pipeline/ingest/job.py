@@ -27,27 +27,23 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from capstan.pipeline.config import Fetch, Recipe, fingerprint
+from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.own_shards import measured
 from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of, write_samples
-from capstan.pipeline.errors import DamagedFile, StorageError
-from capstan.pipeline.fetch.fetcher import Fetcher
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.fetch.host_limits import HostLimits
 from capstan.pipeline.image.copied import copy_or_decode
-from capstan.pipeline.image.decode import Failure, StoredImage, check_hash, decode
+from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
 from capstan.pipeline.ingest.retry_rows import matches
+from capstan.pipeline.ingest.row_bytes import read_rows
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.secrets import public_text, public_url
-from capstan.pipeline.source.blocklist import blocked, is_removed
-from capstan.pipeline.source.columns import why_no_text
-from capstan.pipeline.source.image_reader import Span, TooLarge, read_images, span_of
+from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.source.plan import PlannedUnit
 from capstan.pipeline.storage import Storage, parquet_bytes
-from capstan.pipeline.storage.listing import on_disk
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.storage.retry import is_unavailable
-from capstan.pipeline.units import Job, Piece, Unit, report, shared
+from capstan.pipeline.units import Job, Piece, Unit, report
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +188,7 @@ class Ingest(Job):
         """Return the outcome of each row. JPEGs go to the spool, so that memory does not grow with the unit."""
         outcomes: list[Outcome] = [{}] * len(rows)
         unwanted = blocked(self.recipe, self.storage)
-        for index, data in self._bytes(rows):
+        for index, data in read_rows(rows, self.recipe, self.resolve):
             result = decoder(data) if isinstance(data, bytes) else data
             if isinstance(result, StoredImage) and isinstance(data, bytes):
                 result, size = _with_facts(result, rows[index].get("facts"), data)
@@ -206,60 +202,6 @@ class Ingest(Job):
             _report(outcomes[index])
         assert all(outcomes), "a row has no outcome"
         return outcomes
-
-    def _bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
-        """Yield (index, source file's bytes or failure) for each row, as they arrive; hashes are checked."""
-        for index, data in self._unchecked_bytes(rows):
-            expected = rows[index]["hash"]
-            wrong = check_hash(data, expected) if expected and isinstance(data, bytes) else None
-            yield index, wrong or data
-
-    def _unchecked_bytes(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Failure]]:
-        spans, remote, most = list[Span](), list[int](), self.recipe.fetch.max_bytes
-        for index, row in enumerate(rows):
-            if is_removed(row):
-                yield index, Failure(REMOVED)
-            elif why := why_no_text(row["extra"], row["caption"]):
-                yield index, Failure("bad_caption", why)
-            elif row["image"] is not None:
-                yield index, row["image"] or Failure("empty", "no bytes in the source's column")
-            elif not row["file"]:
-                remote.append(index)
-            elif row["length"] > most and (
-                row["offset"] or not on_disk(row["file"])
-            ):  # files on a disk may have changed
-                yield index, _readable(TooLarge(f"{row['length']} bytes"))
-            else:
-                spans.append(span_of(row, index))
-        for index, data in read_images(spans, self.recipe, most=most):
-            yield index, _readable(data)
-        if remote:
-            fetcher = _fetcher(self.recipe.fetch, tuple(self.resolve.items()))
-            fetcher.shared = shared()
-            for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
-                failure = Failure(fetched.reason, fetched.detail)
-                yield remote[position], fetched.data if fetched.data is not None else failure
-
-
-def _readable(data: bytes | Exception) -> bytes | Failure:
-    """Return the bytes, or the failure that an error amounts to.
-
-    Raises StorageError if a later build may read the file: an unavailable storage backend is not recorded as a row
-    failure.
-    """
-    if isinstance(data, StorageError) and is_unavailable(data):
-        raise data
-    if isinstance(data, TooLarge):
-        return Failure("too_large_bytes", f"{data}, fetch.max_bytes allows fewer")
-    if isinstance(data, Exception):
-        return Failure("read_error", f"{type(data).__name__}: {data}")
-    return data or Failure("empty", "the file is empty")
-
-
-@functools.lru_cache(maxsize=1)
-def _fetcher(fetch: Fetch, resolve: tuple[tuple[str, str], ...]) -> Fetcher:
-    """Return this worker process's fetcher: one only, since it remembers every host's robots.txt."""
-    return Fetcher(fetch, dict(resolve))
 
 
 class _Spool:

@@ -45,6 +45,10 @@ _MEANING: Final = {
     "too_small": "the shorter side is below image.min_size",
     "bad_caption": "the caption is not text",
     "read_error": "the source could not be read",
+    "no_video": "neither a video nor, with cut.sound: only, a sound",
+    "no_sound": "a video without sound, and cut.sound is only",
+    "too_long": "longer than cut.max_seconds or cut.max_frames",
+    "no_clip": "no piece is as long as cut.seconds asks",
 }
 
 # Kind of duplicate → its meaning, if the name does not say it.

@@ -25,7 +25,9 @@ from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_
 from capstan.pipeline.source.samples import (
     IMAGES,
     JSON,
+    TAR_IMAGES,
     TEXTS,
+    Suffixes,
     TarSample,
     first_split,
     samples_of,
@@ -45,17 +47,23 @@ _BATCH_BYTES = 8 << 20  # and bytes of these sidecars
 
 
 def folder(
-    files: Iterable[list[SourceFile]], source: Source, read: ReadAll, metadata: ImageMetadata | None, unused: Unused
+    files: Iterable[list[SourceFile]],
+    source: Source,
+    read: ReadAll,
+    metadata: ImageMetadata | None,
+    unused: Unused,
+    suffixes: Suffixes = IMAGES,
 ) -> Iterator[Row]:
     """Yield a row for each image.
 
     NAME.txt (or .caption, .cap, .text; or NAME.jpg.txt) holds its caption; NAME.json the caption and other fields; so
     does its row in `metadata`. Files that share a name must be in the same batch of `files`. The suffixes of files that
-    are not used are counted in `unused`. Raises RecipeError if there is no image.
+    are not used are counted in `unused`. `suffixes` are those of the files that the rows are of. Raises RecipeError if
+    there is none.
     """
     anything = False
     for batch in files:
-        images = [file for file in batch if PurePosixPath(file.path).suffix.lower() in IMAGES]
+        images = [file for file in batch if PurePosixPath(file.path).suffix.lower() in suffixes]
         anything = anything or bool(images)
         left = {file.path for file in batch if not is_metadata(file)} - {file.path for file in images}
         for part in _parts(images, _named(batch)):
@@ -63,8 +71,8 @@ def folder(
             yield from _images(part, source, read, metadata)
         unused.update(split(path)[1].lower() or PurePosixPath(path).name for path in left)
     if not anything:
-        kinds = ", ".join(sorted(IMAGES))
-        raise RecipeError("source.path", f"no image at {source.path}", f"name a folder that contains {kinds} files")
+        kinds, what = ", ".join(sorted(suffixes)), "image" if suffixes == IMAGES else "video or sound"
+        raise RecipeError("source.path", f"no {what} at {source.path}", f"name a folder that contains {kinds} files")
 
 
 def _named(files: list[SourceFile]) -> dict[str, SourceFile]:
@@ -120,11 +128,17 @@ def _sidecars(image: SourceFile, named: Mapping[str, SourceFile]) -> _Sidecars:
 
 
 def webdataset(
-    file: SourceFile, source: Source, open_: Open, unused: Unused, own: Mapping[int, Own] | None = None
+    file: SourceFile,
+    source: Source,
+    open_: Open,
+    unused: Unused,
+    own: Mapping[int, Own] | None = None,
+    suffixes: Suffixes = TAR_IMAGES,
 ) -> Iterator[Row]:
     """Yield a row for each sample of a tar (see samples.py). Suffixes of members that are not used go to `unused`.
 
-    `own` holds what is known of the images of one of Capstan's shards, by their offsets.
+    `own` holds what is known of the images of one of Capstan's shards, by their offsets. `suffixes` are those of the
+    files that the rows are of.
 
     Raises RecipeError for a file that is compressed, is not a tar, is cut, or has samples that are links.
     """
@@ -132,8 +146,10 @@ def webdataset(
         _refuse_packed(file, stream.read(6))
         detached, seen = _Detached(file.path), set[bytes]()
         try:
-            for _, group in itertools.groupby(_members(stream, file), key=lambda member: first_split(member.name)[0]):
-                for sample in samples_of(list(group)):
+            for _, group in itertools.groupby(
+                _members(stream, file, suffixes), key=lambda member: first_split(member.name)[0]
+            ):
+                for sample in samples_of(list(group), suffixes):
                     unused.update(unused_suffix(member.name) for member in sample.left_over)
                     yield from _sample(sample, stream, file, source, detached, seen, own or {})
         except tarfile.ReadError as error:
@@ -141,12 +157,12 @@ def webdataset(
             raise RecipeError("source.path", problem, "replace or remove the file") from None
 
 
-def _members(stream: BinaryIO, file: SourceFile) -> Iterator[Member]:
+def _members(stream: BinaryIO, file: SourceFile, suffixes: Suffixes) -> Iterator[Member]:
     """Yield the members of a tar that may belong to samples. Raises RecipeError for one that is a link."""
     for member in members(stream):
         if is_macos_file(member.name):
             continue
-        if member.link and split(member.name)[1].lower() in (*IMAGES, *TEXTS, JSON):
+        if member.link and split(member.name)[1].lower() in (*suffixes, *TEXTS, JSON):
             problem = f"{member.name} in {file.path} is a link to {member.link[:200]}; links in tars are not followed"
             hint = "unpack the tar, then pack it without links: tar --dereference --hard-dereference --sort=name -cf …"
             raise RecipeError("source.path", problem, hint)

@@ -14,7 +14,7 @@ from typing import Final
 from capstan.pipeline.config import Source
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.source.image_metadata import is_metadata
-from capstan.pipeline.source.samples import IMAGES
+from capstan.pipeline.source.samples import IMAGES, Suffixes
 from capstan.pipeline.source.table_checks import UNPACKED
 from capstan.pipeline.storage.listing import SourceFile, stem_of
 
@@ -29,7 +29,6 @@ _SUFFIXES: Final = {
     ".ndjson": "jsonl",
     ".tar": _TAR,
     ".tgz": _TAR,  # which is refused, with its reason
-    **dict.fromkeys(IMAGES, _IMAGE),
 }
 # Files next to tables whose names show that they are not tables. A .json file can be JSON Lines, but no other text that
 # is read by lines. Tars and Parquet files have their suffix if the files next to them do.
@@ -43,8 +42,8 @@ _ABOUT: Final = re.compile(
 )
 
 
-def kind_of(path: str) -> str:
-    """Return one of the formats, "image", or "" if the name does not show it.
+def kind_of(path: str, suffixes: Suffixes = IMAGES) -> str:
+    """Return one of the formats, "image" for a file with one of the `suffixes`, or "" if the name does not show it.
 
     >>> kind_of("a.csv.gz"), kind_of("b.TAR"), kind_of("c.png"), kind_of("README.txt"), kind_of("d")
     ('csv', 'webdataset', 'image', '', '')
@@ -54,7 +53,7 @@ def kind_of(path: str) -> str:
         stem, dot, suffix = stem.rpartition(".")
     if not dot or not stem or stem.endswith("/") or (suffix == "txt" and _ABOUT.fullmatch(path.rpartition("/")[2])):
         return ""
-    return _SUFFIXES.get(f".{suffix}", "")
+    return _IMAGE if f".{suffix}" in suffixes else _SUFFIXES.get(f".{suffix}", "")
 
 
 class FormatGuess:
@@ -64,7 +63,8 @@ class FormatGuess:
     `metadata` are files that describe the images next to them; if there are no images, they are tables.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, suffixes: Suffixes = IMAGES) -> None:
+        self._suffixes = suffixes
         self.path, self.formats, self.metadata = path, set[str](), list[SourceFile]()
         self._first, self._tables = dict[str, str](), dict[str, str]()
 
@@ -74,23 +74,23 @@ class FormatGuess:
 
     def note(self, files: list[SourceFile]) -> None:
         """Add a batch of files."""
-        for kind, file in _by_name(files):
+        for kind, file in _by_name(files, self._suffixes):
             if is_metadata(file):
                 self.metadata.append(file)
                 self._tables.setdefault(kind, file.path)
             else:
                 self._first.setdefault(kind, file.path)
-        self.formats |= {kind_of(file.path) for file in files}
+        self.formats |= {kind_of(file.path, self._suffixes) for file in files}
 
 
-def _by_name(files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
+def _by_name(files: list[SourceFile], suffixes: Suffixes) -> Iterator[tuple[str, SourceFile]]:
     """Yield (kind, file) for each file.
 
     NAME.parquet next to NAME.tar has no kind: as img2dataset and Capstan write it, it repeats the content of the tar.
     """
     tars = {stem_of(file.path) for file in files if file.path.lower().endswith(".tar")}
     for file in files:
-        kind = kind_of(file.path) or ("txt" if file.named and file.path.lower().endswith(".txt") else "")
+        kind = kind_of(file.path, suffixes) or ("txt" if file.named and file.path.lower().endswith(".txt") else "")
         twin = kind == "parquet" and not file.named and stem_of(file.path) in tars
         yield "" if twin else kind, file
 
@@ -101,8 +101,8 @@ class FormatPolicy:
     Raises RecipeError if several kinds are mixed and the recipe does not say which one it means.
     """
 
-    def __init__(self, source: Source, guesses: Iterable[FormatGuess]) -> None:
-        guesses = list(guesses)
+    def __init__(self, source: Source, guesses: Iterable[FormatGuess], suffixes: Suffixes = IMAGES) -> None:
+        guesses, self._suffixes = list(guesses), suffixes
         self._format = source.format
         self._kinds = {kind: path for guess in reversed(guesses) for kind, path in guess.first.items()}
         self._formats = {kind for guess in guesses for kind in guess.formats}
@@ -122,13 +122,13 @@ class FormatPolicy:
 
     def of(self, files: list[SourceFile]) -> Iterator[tuple[str, SourceFile]]:
         """Yield (format, file) for each file in a batch; the format is "" for a file that is left out."""
-        for kind, file in _by_name(files):
+        for kind, file in _by_name(files, self._suffixes):
             yield kind if self._format == "auto" else self._requested(file), file
 
     def _requested(self, file: SourceFile) -> str:
         """Return the recipe's format; "" if the user did not name this file and other files fit that format better."""
         others = not file.named and self._format in self._formats
-        kind, name = kind_of(file.path), file.path.rpartition("/")[2].lower()
+        kind, name = kind_of(file.path, self._suffixes), file.path.rpartition("/")[2].lower()
         no_table = _NO_TABLE.fullmatch(name) or (self._format != "jsonl" and name.endswith(".json"))
         no_table = no_table or (self._format in ("parquet", _TAR) and "." in name)
         return "" if others and kind != self._format and (kind or no_table) else self._format

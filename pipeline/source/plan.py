@@ -213,12 +213,12 @@ def _batch_name(batch: int) -> str:
     return f"state/plan/batch-{batch:04d}/batch.json"
 
 
-def plan(recipe: Recipe, storage: Storage, *, progress: bool = True) -> Plan:
+def plan(recipe: Recipe, storage: Storage, *, progress: bool = True, rows: SourceReader | None = None) -> Plan:
     """Add a batch for the source's rows that no batch holds yet; return the whole plan.
 
-    Raises RecipeError for a source that cannot be read.
+    `rows` are the source's, if they are not those of images. Raises RecipeError for a source that cannot be read.
     """
-    rows = SourceReader(recipe)
+    rows = rows or SourceReader(recipe)
     seen = _read_source(storage)
     if seen.get("signature") == rows.signature:
         return _warned(read_plan(storage))

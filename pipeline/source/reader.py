@@ -35,6 +35,7 @@ from capstan.pipeline.source.folders import folder, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
 from capstan.pipeline.source.image_metadata import FILE_NAME, ImageMetadata
 from capstan.pipeline.source.image_reader import Span, options_of, read_images
+from capstan.pipeline.source.samples import IMAGES, TAR_IMAGES, Suffixes
 from capstan.pipeline.source.table_checks import check
 from capstan.pipeline.source.tables import Reader
 from capstan.pipeline.storage import list_files, open_file
@@ -66,9 +67,11 @@ class SourceReader:
     source that does not exist.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, suffixes: Suffixes = IMAGES) -> None:
+        """Open the source of a recipe; `suffixes` are those of the files in folders and tars that rows are of."""
         if recipe.source is None:
             raise RecipeError("source", "is missing", "set source.path to the files that hold the rows")
+        self._suffixes = suffixes
         self.source, self._recipe = recipe.source, recipe
         self.unused = Counter[str]()
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
@@ -90,7 +93,7 @@ class SourceReader:
         if self.source.format == "world":
             yield from _in_tables(_world(self.source))
             return
-        choice = FormatPolicy(self.source, self._kinds.values())
+        choice = FormatPolicy(self.source, self._kinds.values(), self._suffixes)
         if choice.images:
             yield from self._folder()
             return
@@ -129,7 +132,7 @@ class SourceReader:
                 stack.callback(metadata.close)
                 for file in described:
                     metadata.add(file, _guarded(self._metadata(file), file.path))
-            rows = folder(self._files(), self.source, self._read_all, metadata, self.unused)
+            rows = folder(self._files(), self.source, self._read_all, metadata, self.unused, self._suffixes)
             yield from _guarded(_in_tables(rows), str(self.source.path))
             if metadata is not None and metadata.used < metadata.rows:
                 log.warning("source: %d rows of metadata name no image", metadata.rows - metadata.used)
@@ -164,7 +167,7 @@ class SourceReader:
         return [replace(file, named=True) if kind_of(file.path) == "parquet" else file for file in files]
 
     def _listed(self, path: str) -> Batches:
-        kinds, outside = FormatGuess(path), list[str]()
+        kinds, outside = FormatGuess(path, self._suffixes), list[str]()
         for batch in list_files(path, options_of(path, self._recipe)):
             inside = [file for file in batch if not file.outside]
             outside += [file.path for file in batch if file.outside]
@@ -190,7 +193,8 @@ class SourceReader:
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
         if kind == "webdataset":
             own = own_rows(file.path, self._open) if self._recipe.image.check == "header" else {}
-            return _in_tables(webdataset(file, self.source, self._open, self.unused, own))
+            suffixes = TAR_IMAGES if self._suffixes == IMAGES else self._suffixes
+            return _in_tables(webdataset(file, self.source, self._open, self.unused, own, suffixes))
         return _TABLES[kind](file, self.source, self._open)
 
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:

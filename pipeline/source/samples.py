@@ -21,13 +21,20 @@ from capstan.pipeline.source.tar_index import Member
 IMAGES: Final = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"])
 TEXTS: Final = (".txt", ".caption", ".cap", ".text")  # suffixes of captions; the first that there is holds
 JSON: Final = ".json"
-_TAR_IMAGES: Final = IMAGES | {".img"}  # in a folder, .img is a disk's image
+VIDEOS: Final = frozenset([".mp4", ".m4v", ".mov", ".webm", ".mkv"])
+SOUNDS: Final = frozenset([".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a"])
+TAR_IMAGES: Final = IMAGES | {".img"}  # in a folder, .img is a disk's image
 _IMAGE_WORDS: Final = frozenset(["image", "images", "img", "picture", "photo", "rgb"])  # as in KEY.image.jpg
+
+Suffixes = frozenset[str]
 
 
 @dataclass
 class TarSample:
-    """What one sample of a tar is made of; `stem` is its name without suffixes, `unused` its members of no use."""
+    """What one sample of a tar is made of; `stem` is its name without suffixes, `unused` its members of no use.
+
+    `image` is the file that the row is of: a video or a sound where those are read.
+    """
 
     stem: str
     image: Member | None = None
@@ -42,14 +49,17 @@ class TarSample:
         return [*self.unused, *lost]
 
 
-def samples_of(group: list[Member]) -> list[TarSample]:
-    """Return the samples that adjacent members with one name up to the first dot make up."""
-    return [sample for part in _parted(group) for sample in _samples(part)]
+def samples_of(group: list[Member], suffixes: Suffixes = TAR_IMAGES) -> list[TarSample]:
+    """Return the samples that adjacent members with one name up to the first dot make up.
+
+    `suffixes` are those of the files that the rows are of: images, or in their place videos or sounds.
+    """
+    return [sample for part in _parted(group, suffixes) for sample in _samples(part, suffixes)]
 
 
-def _parted(group: list[Member]) -> list[list[Member]]:
+def _parted(group: list[Member], suffixes: Suffixes) -> list[list[Member]]:
     """Split a group in which the names of images are repeated: a sample ends where one of its names comes again."""
-    images = [member.name for member in group if _suffix(member) in _TAR_IMAGES]
+    images = [member.name for member in group if _suffix(member) in suffixes]
     if len(set(images)) == len(images):
         return [group]
     parts: list[list[Member]] = [[]]
@@ -60,22 +70,22 @@ def _parted(group: list[Member]) -> list[list[Member]]:
     return parts
 
 
-def _samples(group: list[Member]) -> list[TarSample]:
+def _samples(group: list[Member], suffixes: Suffixes) -> list[TarSample]:
     key = first_split(group[0].name)[0]
-    if plain := [member for member in group if first_split(member.name)[1].lower() in _TAR_IMAGES]:
+    if plain := [member for member in group if first_split(member.name)[1].lower() in suffixes]:
         return [_sample(key, plain[0], group, key)]
     runs = [list(run) for _, run in itertools.groupby(group, key=lambda member: split(member.name)[0])]
-    pictured = [run for run in runs if _images(run)]
-    if any(len(run) > len(_images(run)) and _sidecars(run) for run in pictured) or not pictured:
-        return _by_last_dot(runs, key)
+    pictured = [run for run in runs if _images(run, suffixes)]
+    if any(len(run) > len(_images(run, suffixes)) and _sidecars(run) for run in pictured) or not pictured:
+        return _by_last_dot(runs, key, suffixes)
     named = [run for run in pictured if _part(run[0], key) in _IMAGE_WORDS][:1]
-    sidecars = [member for run in runs if not _images(run) for member in run]
+    sidecars = [member for run in runs if not _images(run, suffixes) for member in run]
     if not named and not (len(pictured) == 1 and not _has_digit(_part(pictured[0][0], key))):
         sidecars = [member for member in sidecars if _part(member, key) == ""]
     if not _sidecars(sidecars):
-        return _by_last_dot(runs, key)
+        return _by_last_dot(runs, key, suffixes)
     chosen = named or pictured
-    found = [_sample(key, _images(run)[0], [*run, *sidecars], key) for run in chosen]
+    found = [_sample(key, _images(run, suffixes)[0], [*run, *sidecars], key) for run in chosen]
     used = {member for sample in found for member in (sample.image, sample.text, sample.record)}
     for sample in found:
         sample.unused = []
@@ -83,14 +93,14 @@ def _samples(group: list[Member]) -> list[TarSample]:
     return found
 
 
-def _by_last_dot(runs: list[list[Member]], key: str) -> list[TarSample]:
+def _by_last_dot(runs: list[list[Member]], key: str, suffixes: Suffixes) -> list[TarSample]:
     """Return a sample for each run of members with one name up to the last dot.
 
     KEY.txt and KEY.json without an image KEY are shared by those images that have none of their own.
     """
     samples = []
     for run in runs:
-        images, stem = _images(run), split(run[0].name)[0]
+        images, stem = _images(run, suffixes), split(run[0].name)[0]
         samples.append(_sample(stem, images[0] if images else None, run, stem))
     shared = next((sample for sample in samples if sample.stem == key and sample.image is None), None)
     pictured = [sample for sample in samples if sample.image is not None]
@@ -113,8 +123,8 @@ def _sample(stem: str, image: Member | None, members: Sequence[Member], key: str
     return TarSample(stem, image, text, record, [m for m in members if m not in (image, text, record)])
 
 
-def _images(members: Sequence[Member]) -> list[Member]:
-    return [member for member in members if _suffix(member) in _TAR_IMAGES]
+def _images(members: Sequence[Member], suffixes: Suffixes) -> list[Member]:
+    return [member for member in members if _suffix(member) in suffixes]
 
 
 def _sidecars(members: Sequence[Member]) -> bool:

@@ -22,6 +22,7 @@ import pytest
 import tiny_networks
 import tiny_towers
 import yaml
+from moving import RED, movie, seconds_of
 from PIL import Image
 from repo import ROOT
 from small_dataset import write_dataset
@@ -154,6 +155,15 @@ def test_hugging_face_parquet(run: Run, two_cpus: dict[str, int]) -> None:
 
 
 @pytest.mark.integration
+def test_cut_videos(run: Run, folder: Path, two_cpus: dict[str, int]) -> None:
+    (folder / "videos").mkdir()
+    (folder / "videos/one.mp4").write_bytes(movie(seconds_of([RED], each=3.0)))
+    (folder / "videos/one.txt").write_text("red")
+    settings = {"source.path": "videos", "cut.min_size": 16, "resources": two_cpus}
+    assert run("cut", str(EXAMPLES / "cut_videos.yaml"), **settings)["counts"]["clips"] == 1
+    assert stored("out/clips").keys() == {"red"}
+
+
 def test_img2dataset(run: Run, two_cpus: dict[str, int]) -> None:
     """As img2dataset 1.47 writes it: tars with KEY.jpg, KEY.json, KEY.txt; a table and statistics next to each."""
     output = Path("img2dataset-output")
