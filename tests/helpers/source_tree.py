@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
-def imports(path: Path, *, at_import_time_only: bool = False) -> set[str]:
+@functools.cache
+def imports(path: Path, *, at_import_time_only: bool = False) -> frozenset[str]:
     """Return the full names that `path` imports, at any depth; names under `if TYPE_CHECKING` do not count."""
     found: set[str] = set()
 
@@ -44,8 +46,13 @@ def imports(path: Path, *, at_import_time_only: bool = False) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    visit(_tree(path))
+    return frozenset(found)
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def module_of(name: str) -> str | None:
