@@ -176,24 +176,25 @@ def _drawn(
     """
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
-    images = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch).arrays
-    side = images.shape[1]
+    drawn = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
+    images, side = drawn.images, drawn.images.shape[1]
     reconstructed = drawer.ceiling(subjects.images(numbers, side), batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
     reliability: Evaluation = {}
     for judge, unused in judges:
         judged = functools.partial(_measure, judge, subjects, batch=batch, device=drawer.device)
-        value = judged(numbers, images)
+        seen = judge.seen(drawn)
+        value = judged(numbers, seen)
         if judge.uses_prompts:
-            best = judged(numbers, reconstructed)
+            best = judged(numbers, judge.truth(subjects, numbers, reconstructed))
         else:
             best = _ceiling(unused, subjects, side, batch, drawer.device)
         if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))
             reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
-            chance = judged(others, images) if judge.uses_prompts else {}
+            chance = judged(others, seen) if judge.uses_prompts else {}
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}

@@ -12,7 +12,7 @@ from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
-from capstan.training.drawing.drawer import Drawer, Size
+from capstan.training.drawing.drawer import Drawer, Drawn, Size
 from capstan.training.drawing.grid import sheet
 from capstan.training.product import family_of, find_product, kind_of, read_facts
 
@@ -57,11 +57,28 @@ def sample(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(drawn, labels, columns=columns).save(path, format="PNG")
+        scenes = write_scenes(drawn, prompts, seeds, path)
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a writable PNG file") from None
     logger.info("sample: %d images in %s", len(drawn), path)
-    shape = list(drawn.arrays.shape[-3:-1])
-    return {"grid": str(path), "pictures": len(drawn), "size": shape, "seeds": list(seeds), **expanded}
+    shape = list(drawn.images.shape[-3:-1])
+    return {"grid": str(path), "pictures": len(drawn), "size": shape, "seeds": list(seeds), **scenes, **expanded}
+
+
+def write_scenes(drawn: Drawn, prompts: Sequence[str], seeds: Sequence[int], grid: Path) -> dict[str, Any]:
+    """Write scenes next to their grid: all in one JSON file, and an SVG each; return their names, for the summary."""
+    if drawn.kind != "scene" or drawn.svgs is None:
+        return {}
+    svgs = [grid.with_name(f"{grid.stem}-{number}.svg") for number in range(len(drawn))]
+    for file, svg in zip(svgs, drawn.svgs, strict=True):
+        file.write_text(svg, encoding="utf-8")
+    rows = [
+        {"prompt": prompt, "seed": seed, **scene, "svg": file.name}
+        for prompt, seed, scene, file in zip(prompts, seeds, drawn.arrays, svgs, strict=True)
+    ]
+    listed = grid.with_suffix(".json")
+    listed.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {"scenes": str(listed), "svg": [str(file) for file in svgs]}
 
 
 def style_of(run: str | Path) -> Style:

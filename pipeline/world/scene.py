@@ -76,7 +76,7 @@ class Thing:
     @property
     def cell(self) -> tuple[int, int]:
         """Row and column of its place in `PLACES`."""
-        return _third(self.y), _third(self.x)
+        return third(self.y), third(self.x)
 
     @property
     def place(self) -> str:
@@ -217,7 +217,8 @@ def _between(chance: random.Random, low: float, high: float) -> float:
     return round(low + (high - low) * chance.random(), 4)
 
 
-def _third(coordinate: float) -> int:
+def third(coordinate: float) -> int:
+    """Return 0, 1 or 2: in which part of a side, of the three that places name, a coordinate lies."""
     return 0 if coordinate < 0.41 else 2 if coordinate > 0.59 else 1
 
 
@@ -225,13 +226,17 @@ def _clear(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool
     """Return whether things at (x, y, r) are apart, in different places, and clearly next to or above each other."""
     dx, dy = abs(a[0] - b[0]), abs(a[1] - b[1])
     apart = math.hypot(dx, dy) >= a[2] + b[2] + GAP
-    places = (_third(a[0]), _third(a[1])) != (_third(b[0]), _third(b[1]))
+    places = (third(a[0]), third(a[1])) != (third(b[0]), third(b[1]))
     return apart and places and abs(dx - dy) >= CLEAR
 
 
 def relation(a: Thing, b: Thing) -> str:
     """Return where `a` is, seen from `b`: the larger of the two distances decides."""
-    dx, dy = a.x - b.x, a.y - b.y
+    return relation_of(a.x - b.x, a.y - b.y)
+
+
+def relation_of(dx: float, dy: float) -> str:
+    """Return the relation of two things from how far the first is to the right of and below the second."""
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"

@@ -40,7 +40,12 @@ def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
         else:
             caption = short(scene) if world.captions == "short" else descriptive(scene)
         row = {"url": f"{folder}/{index:08d}.jpg", "caption": caption, "world_index": index}
-        yield row | {"background": scene.background, "objects": objects_of(scene)}
+        yield row | truth_of(scene)
+
+
+def truth_of(scene: Scene) -> dict[str, Any]:
+    """Return the columns that say what a scene's image shows."""
+    return {"background": scene.background, "objects": objects_of(scene)}
 
 
 def objects_of(scene: Scene) -> list[dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +46,12 @@ def write_dataset(
     size: int = 16,
     sizes: list[tuple[int, int]] | None = None,
     captions: Callable[[int], str] | None = None,
+    columns: Callable[[int], dict[str, Any]] | None = None,
 ) -> Path:
-    """A finished dataset with shards of these many samples, of `sizes` (width, height) in turn."""
+    """A finished dataset with shards of these many samples, of `sizes` (width, height) in turn.
+
+    `captions` and `columns` give a sample's caption and its further columns.
+    """
     storage, entries, index = Storage(str(folder)), [], 0
     (folder / "shards").mkdir(parents=True)
     for number, count in enumerate(counts):
@@ -54,6 +60,7 @@ def write_dataset(
             width, height = sizes[index % len(sizes)] if sizes else (size, size)
             data, caption = jpeg(index, width, height)
             caption = captions(index) if captions else caption
+            extra = json.dumps(columns(index)) if columns else f'{{"index":{index}}}'
             key = make_key(str(index))
             samples.append(Sample(key, data, {"key": key}, caption))
             rows.append(
@@ -65,7 +72,7 @@ def write_dataset(
                     "bytes": len(data),
                     "sha256": sha256_of(data),
                 }
-                | {"crop_left": 0, "crop_top": 0, "phash": 0, "colours": "", "extra": f'{{"index":{index}}}'}
+                | {"crop_left": 0, "crop_top": 0, "phash": 0, "colours": "", "extra": extra}
             )
             index += 1
         spans = write_tar(folder / "shards" / f"{name}.tar", samples)

@@ -33,6 +33,7 @@ FAMILIES: Final = {
     "captioner": _named("captioner", "Captioner"),
     "ddpm": _named("ddpm", "Ddpm"),
     "diffusion": _named("diffusion", "Diffusion"),
+    "text2scene": _named("text2scene", "Text2scene"),
     "vqgan": _named("vqgan", "Vqgan"),
 }
 

@@ -11,7 +11,7 @@ from capstan.pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=1)]
-Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world"]
+Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world", "layout"]
 _LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd", "background_tv", "colours_tv")
 _INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 
@@ -174,6 +174,8 @@ def recorded(measure: Measure) -> tuple[str, ...]:
     """Return the names of a measure's values in evaluations.jsonl."""
     if measure == "world":
         return ("parsed", "background_tv", "colours_tv")
+    if measure == "layout":
+        return tuple(f"layout_{name}" for name in ("count", "labels", "attributes", "place", "relation", "overlap"))
     if measure != "oracle":
         return ("kid", "kid_std") if measure == "kid" else (measure,)
     from capstan.pipeline.world.oracle import MEASURES  # loads OpenCV

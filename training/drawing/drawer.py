@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -29,16 +29,42 @@ class Drawn:
     image   uint8 [N, H, W, 3]
     clip    uint8 [N, frames, H, W, 3], `fps` frames per second
     sound   float32 [N, values, channels] in −1 … 1, `rate` values per second
-    scene   objects [N]: one list of things each
+    scene   {background, objects} [N], as the columns of a dataset; `drawings` and `svgs` are what it looks like
     """
 
     kind: Kind
     arrays: np.ndarray
     fps: float | None = None
     rate: int | None = None
+    drawings: np.ndarray | None = None  # of scenes: uint8 [N, H, W, 3]
+    svgs: Sequence[str] | None = None  # of scenes
+
+    @property
+    def images(self) -> np.ndarray:
+        """Return what metrics of images judge: uint8 [N, H, W, 3]."""
+        return self.arrays if self.drawings is None else self.drawings
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+
+def joined(shares: Sequence[Drawn | None], count: int) -> Drawn:
+    """Return `count` drawings where worker r of n drew numbers r, r + n, …; None if it had none."""
+    places = [(number % len(shares), number // len(shares)) for number in range(count)]
+
+    def picked(name: str) -> Any:
+        parts: list[Any] = [getattr(share, name, None) for share in shares]
+        return None if parts[0] is None else [parts[worker][place] for worker, place in places]
+
+    first = shares[0]
+    assert first is not None, "the first worker draws"
+    if first.kind == "scene":
+        arrays = np.empty(count, dtype=object)
+        arrays[:] = picked("arrays")
+    else:
+        arrays = np.stack(picked("arrays"))
+    drawings = picked("drawings")
+    return replace(first, arrays=arrays, drawings=None if drawings is None else np.stack(drawings), svgs=picked("svgs"))
 
 
 class Drawer(ABC):

@@ -18,8 +18,8 @@ _MARGIN: Final = 12  # pixels
 
 def sheet(drawn: Drawn, labels: Sequence[str], *, columns: int | None = None) -> Any:
     """Return a PIL image of everything drawn, labelled. A clip is the row of its frames."""
-    if drawn.kind == "image":
-        return grid(drawn.arrays, labels, columns=columns)
+    if drawn.kind in ("image", "scene"):
+        return grid(drawn.images, labels, columns=columns)
     if drawn.kind == "clip":
         frames = drawn.arrays.shape[1]
         names = [label if frame == 0 else "" for label in labels for frame in range(frames)]

@@ -51,7 +51,7 @@ def measure(sampler: Drawer, prompts: Prompts, clip: Clip | None, batch: int = 6
     values, images = Values(), {}
     for name, of_set in prompts.items():
         texts = [prompt.drawn or prompt.text for prompt in of_set]
-        images[name] = sampler.draw(texts, [prompt.seed for prompt in of_set], batch=batch).arrays
+        images[name] = sampler.draw(texts, [prompt.seed for prompt in of_set], batch=batch).images
         values[name] = score_images(of_set, images[name], clip)
     return values, images
 

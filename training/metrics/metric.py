@@ -19,7 +19,7 @@ import torch
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config.monitoring import Evaluate
-from capstan.training.drawing.drawer import Kind
+from capstan.training.drawing.drawer import Drawn, Kind
 from capstan.training.metrics.samples import EvalSet
 
 Total = Callable[[torch.Tensor], torch.Tensor]  # one worker's CPU tensor → the sum over all workers
@@ -29,7 +29,7 @@ class Metric(ABC):
     """A metric; its sums are reset by `ready`."""
 
     name: ClassVar[str]  # as in `measures`
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"image"})  # of what is drawn that it can judge
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"image", "scene"})  # that it can judge; scenes by their drawings
     uses_prompts: ClassVar[bool] = True  # whether the value depends on the prompts
 
     @abstractmethod
@@ -40,6 +40,14 @@ class Metric(ABC):
     @contextlib.contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:
         """Load the networks and reset the sums."""
+
+    def seen(self, drawn: Drawn) -> np.ndarray:
+        """Return what `add` judges of what was drawn, one per prompt; images by default."""
+        return drawn.images
+
+    def truth(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
+        """Return what `add` judges of the truth: its images, as the best model of this kind would draw them."""
+        return images
 
     @abstractmethod
     def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
@@ -56,6 +64,7 @@ def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
     from capstan.training.metrics.cmmd import ClipDistance
     from capstan.training.metrics.fid import FrechetDistance
     from capstan.training.metrics.kid import KernelDistance
+    from capstan.training.metrics.layout import LayoutScore
     from capstan.training.metrics.oracle import OracleScore
     from capstan.training.metrics.world import WorldLikeness
 
@@ -63,6 +72,8 @@ def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
     for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
             metrics.append(OracleScore(f"{field}.measures"))
+        elif name == "layout":
+            metrics.append(LayoutScore(f"{field}.measures"))
         elif name == "world":
             metrics.append(WorldLikeness(f"{field}.measures"))
         elif name == "clip" and wanted.clip is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.world.captions import descriptive
 from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
+from capstan.pipeline.world.table import truth_of
 from capstan.training.config import Data, TrainConfig
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.sources import open_storage, weighted_datasets
@@ -35,6 +37,10 @@ class EvalSet(ABC):
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         """Return the true images, uint8 [N, side, side, 3]."""
 
+    def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the further columns of the true samples, such as `objects`; empty if nothing is known."""
+        return [{} for _ in numbers]
+
 
 class Scenes(EvalSet):
     """Scenes of the captioned world that no run has seen; their seed is never used for a dataset."""
@@ -54,6 +60,9 @@ class Scenes(EvalSet):
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return np.stack([render(self.scenes[number], side) for number in numbers])
 
+    def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return [truth_of(self.scenes[number]) for number in numbers]
+
 
 class HeldOut(EvalSet):
     """The first `count` samples of `train.data.holdout`."""
@@ -69,6 +78,13 @@ class HeldOut(EvalSet):
 
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return np.stack([square(self.data.sample(len(self.data) + number).jpeg, side) for number in numbers])
+
+    def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        columns = [json.loads(self.data.sample(len(self.data) + number).extra) for number in numbers]
+        return [
+            one | {"objects": json.loads(one["objects"])} if isinstance(one.get("objects"), str) else one
+            for one in columns
+        ]
 
 
 def make_eval_set(recipe: Recipe, train: TrainConfig, layer: str | None, count: int, field: str) -> EvalSet:

@@ -21,11 +21,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-
-import numpy as np
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import DamagedFile, RecipeError
@@ -34,7 +31,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import family_class, reads_captions
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
-from capstan.training.drawing.drawer import Drawer, Drawn
+from capstan.training.drawing.drawer import Drawer, Drawn, joined
 from capstan.training.drawing.grid import sheet
 from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept
@@ -146,9 +143,8 @@ class Validation:
         drawn = self._draw(sampler, [self.prompts[n] for n in mine], mine, wanted, _AT_ONCE) if mine else None
         shares = self.engine.collect(drawn)
         if self.engine.is_main:
-            world, png = self.engine.world, io.BytesIO()
-            whole = np.stack([shares[n % world].arrays[n // world] for n in range(len(self.prompts))])
-            sheet(replace(shares[0], arrays=whole), self.prompts).save(png, format="PNG")
+            png = io.BytesIO()
+            sheet(joined(shares, len(self.prompts)), self.prompts).save(png, format="PNG")
             Storage(str(self.run.folder), field="train.run").write(_grid_name(step), png.getvalue())
             self.meter.trackers.image(step, "samples", self.run.folder / _grid_name(step))
             logger.info("samples after step %d: %s", step, self.run.folder / _grid_name(step))
@@ -174,10 +170,10 @@ class Validation:
                 if self.engine.raised(stopping())[0]:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
-                    images = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch).arrays
-                    side = images.shape[1]
+                    drawn = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch)
+                    side = drawn.images.shape[1]
                     for metric in self.metrics:
-                        metric.add(self.eval_set, numbers, images)
+                        metric.add(self.eval_set, numbers, metric.seen(drawn))
             measures: dict[str, float] = {}
             for metric in self.metrics:
                 measures |= metric.result(self.engine.total)
