@@ -52,7 +52,7 @@ def _model(train: TrainConfig) -> list[Any] | None:
     settings = train.settings
     if train.model == "diffusion":
         return _denoiser(settings)
-    if train.model in ("autoencoder", "vqgan") and settings.pretrained is None:
+    if train.model in ("autoencoder", "vitvqgan", "vqgan") and settings.pretrained is None:
         return list(family_class(train.model).build(settings).parameters())
     if train.model == "captioner" and train.init is None:
         from open_clip.coca_model import CoCa

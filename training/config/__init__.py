@@ -218,7 +218,7 @@ class TrainConfig(Section):
     """One training run."""
 
     model: str = Field(examples=["diffusion"])
-    """The model family: autoencoder, captioner, diffusion, vqgan, or package.module:Class of your own."""
+    """The model family: a folder of training/models, e.g. diffusion, or package.module:Class of your own."""
     run: Annotated[str, Field(min_length=1, examples=["./out/run"])]
     """Folder of the run, or a bucket's URL: its log, checkpoints and product."""
     steps: Annotated[int, Field(ge=1, examples=[100_000])]

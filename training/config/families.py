@@ -34,6 +34,7 @@ FAMILIES: Final = {
     "ddpm": _named("ddpm", "Ddpm"),
     "diffusion": _named("diffusion", "Diffusion"),
     "text2scene": _named("text2scene", "Text2scene"),
+    "vitvqgan": _named("vitvqgan", "Vitvqgan"),
     "vqgan": _named("vqgan", "Vqgan"),
 }
 

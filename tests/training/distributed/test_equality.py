@@ -40,8 +40,10 @@ ON_TWO = {
     "captioner": [(DDP, 1), (DDP, 2), (DDP, 4), (DDP, 8), (ZERO2, 2), (ZERO3, 1), (ZERO3, 2)],
     "diffusion": [(DDP, 1), (DDP, 2), (DDP, 4), (DDP, 8), (ZERO2, 2)],
     "autoencoder": [(DDP, 2)],
+    "vitvqgan": [(DDP, 2)],
 }
 WHOLE = {"captioner": "open_clip_model.safetensors", "autoencoder": "diffusion_pytorch_model.safetensors"}
+WHOLE["vitvqgan"] = "model.safetensors"
 WHOLE["diffusion"] = WHOLE["ddpm"] = f"unet/{WHOLE['autoencoder']}"
 
 
@@ -59,6 +61,10 @@ class Runs:
             settings = {"vision": VISION, "text": COCA}
         elif family == "ddpm":
             settings = {"text": TEXT, "unet": {**STAGE, "head_channels": 4, "dropout": 0}, "variance": "learned"}
+        elif family == "vitvqgan":
+            tower = {"width": 16, "layers": 1, "heads": 2}
+            settings = {"patch_size": 4, "encoder": tower, "decoder": tower, "codes": 8, "code_channels": 4}
+            settings |= {"revival": 0}  # which codes are unused is a question to a part
         elif family == "diffusion":
             settings = {"autoencoder": str(self.path("autoencoder", 1, DDP, 1)), "text": TEXT}
             settings |= {"unet": {**STAGE, "heads": 2}, "drop_text": 0.5}
@@ -112,6 +118,7 @@ NAMES = {
     "captioner": ("loss", "grad_norm", "caption", "contrastive", "token_accuracy"),
     "diffusion": ("loss", "grad_norm", "text_dropped"),
     "autoencoder": ("loss", "grad_norm"),
+    "vitvqgan": ("loss", "grad_norm", "codebook"),
     "ddpm": ("loss", "grad_norm", "bound"),
 }
 

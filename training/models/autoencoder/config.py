@@ -1,4 +1,4 @@
-"""The recipe's section `train.autoencoder`, and what `train.vqgan` shares with it"""
+"""The recipe's section `train.autoencoder`, and what the other first stages share with it"""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class DiscriminatorSettings(Section):
     """Both betas of the discriminator's Adam."""
 
 
-class StageSettings(FamilySettings):
-    """The settings that both first-stage families share."""
+class ImageStageSettings(FamilySettings):
+    """The settings that all first-stage families share."""
 
     captions: ClassVar[bool] = False
 
@@ -57,20 +57,6 @@ class StageSettings(FamilySettings):
     """How an image is made square: its center, or a random part."""
     flip: bool = False
     """Mirror half of the images, chosen at random."""
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
-    """Channels at each level; every level but the first halves the image."""
-    layers_per_block: Positive = 2
-    """Number of ResNet layers at each level."""
-    latent_channels: Positive = 4
-    """Number of channels of the latents."""
-    norm_num_groups: Positive = 32
-    """Groups of the group normalisation; all channel counts must be multiples of it."""
-    mid_attention: bool = True
-    """Self-attention at the lowest level."""
-    down_block_types: list[str] | None = None
-    """Encoder blocks by diffusers' names, one per level; null: DownEncoderBlock2D everywhere."""
-    up_block_types: list[str] | None = None
-    """Decoder blocks by diffusers' names, one per level; null: UpDecoderBlock2D everywhere."""
     reconstruction: Literal["l1", "l2"] = "l1"
     """Reconstruction loss: mean absolute error (l1) or mean squared error (l2)."""
     edges: Annotated[float, Field(ge=0)] = 0.0
@@ -81,17 +67,6 @@ class StageSettings(FamilySettings):
     """A discriminator to train against, for sharp images; null: off."""
     statistics: Positive = 128
     """Number of images from which the scale of the latents is computed at the end."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels {channels} does not divide by norm_num_groups")
-        for name in ("down_block_types", "up_block_types"):
-            blocks = getattr(self, name)
-            if blocks is not None and len(blocks) != len(self.block_out_channels):
-                raise ValueError(f"{name} must name one block for each of block_out_channels")
-        return self
 
     def models(self) -> dict[str, str]:
         return {} if self.pretrained is None else {"pretrained": self.pretrained}
@@ -110,6 +85,36 @@ class StageSettings(FamilySettings):
             problem = f"a compiled model runs backward once per step, and the weight of {field}"
             hint = "remove it, or set discriminator: {adaptive: false}"
             raise RecipeError("train.engine.compile", f"{problem} needs its gradients before that", hint)
+
+
+class StageSettings(ImageStageSettings):
+    """The settings of first stages built of convolutions."""
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
+    """Channels at each level; every level but the first halves the image."""
+    layers_per_block: Positive = 2
+    """Number of ResNet layers at each level."""
+    latent_channels: Positive = 4
+    """Number of channels of the latents."""
+    norm_num_groups: Positive = 32
+    """Groups of the group normalisation; all channel counts must be multiples of it."""
+    mid_attention: bool = True
+    """Self-attention at the lowest level."""
+    down_block_types: list[str] | None = None
+    """Encoder blocks by diffusers' names, one per level; null: DownEncoderBlock2D everywhere."""
+    up_block_types: list[str] | None = None
+    """Decoder blocks by diffusers' names, one per level; null: UpDecoderBlock2D everywhere."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels {channels} does not divide by norm_num_groups")
+        for name in ("down_block_types", "up_block_types"):
+            blocks = getattr(self, name)
+            if blocks is not None and len(blocks) != len(self.block_out_channels):
+                raise ValueError(f"{name} must name one block for each of block_out_channels")
+        return self
 
     def shape(self) -> dict[str, Any]:
         """Return the arguments that AutoencoderKL and VQModel have in common."""

@@ -43,7 +43,7 @@ class AutoencoderFamily(FirstStage):
         self.set_up(assets, vae.config)
 
     @staticmethod
-    def build(settings: Any) -> Any:
+    def build(settings: Any, size: int | None = None) -> Any:
         return build(settings)
 
     def start_from(self, product: Path) -> None:

@@ -1,4 +1,4 @@
-"""Assets and image loss that both first stages share.
+"""Assets and image loss that all first stages share.
 
     image loss    reconstruction + edges · gradient difference + perceptual · LPIPS
     adversarial   λ · loss against a discriminator (discriminator.py), from its start step on
@@ -20,7 +20,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import batch_of, image_size, psnr, square, to_signed
 from capstan.training.family import Batch, Family, Metrics, Sample, Samples, gradient_only
-from capstan.training.models.autoencoder.config import StageSettings
+from capstan.training.models.autoencoder.config import ImageStageSettings
 from capstan.training.models.autoencoder.discriminator import PatchAdversary
 from capstan.training.models.autoencoder.lpips import Lpips, load_lpips
 from capstan.training.models.autoencoder.model import edge_difference
@@ -31,9 +31,9 @@ _IMAGES: Final = "pictures.npy"  # uint8 [N, size, size, 3]: the images that lat
 class FirstStage(Family):
     """A family whose model maps images to latents and back; needs no captions."""
 
-    captions: ClassVar[bool] = StageSettings.captions
+    captions: ClassVar[bool] = ImageStageSettings.captions
 
-    train: StageSettings
+    train: ImageStageSettings
     size: int  # pixels, both sides of the images
     factor: int  # pixels per latent along one side
     perceptual: Lpips | None = None
@@ -41,13 +41,13 @@ class FirstStage(Family):
 
     @staticmethod
     @abstractmethod
-    def build(settings: Any) -> Any:
-        """Return a new diffusers model of the settings' shape, or the one that `pretrained` names."""
+    def build(settings: Any, size: int | None = None) -> Any:
+        """Return a new model of the settings' shape for images of `size`, or the one that `pretrained` names."""
 
     @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
         """Save the images that latents are measured on; this fixes the image size."""
-        settings: StageSettings = train.settings
+        settings: ImageStageSettings = train.settings
         if settings.perceptual is not None:
             load_lpips(settings.perceptual, f"train.{cls.name}.perceptual")
         factor = factor_of(settings if settings.pretrained is None else cls.build(settings).config)
@@ -59,7 +59,7 @@ class FirstStage(Family):
         np.save(folder / _IMAGES, np.stack([square(samples.sample(index).jpeg, size) for index in indices]))
 
     def set_up(self, assets: Path, config: Any) -> None:
-        """Finish __init__ once `self.train` and `self.model` are set; `config` is that of the diffusers model."""
+        """Finish __init__ once `self.train` and `self.model` are set; `config` is the model's."""
         self.images = np.load(assets / _IMAGES, mmap_mode="r")
         self.size, self.factor = int(self.images.shape[1]), factor_of(config)
         self.channels = int(config.latent_channels)
@@ -68,6 +68,11 @@ class FirstStage(Family):
             self.frozen = [self.perceptual]
         if self.train.discriminator is not None:
             self.adversary = PatchAdversary(self.train.discriminator)
+
+    @staticmethod
+    def size_of(assets: Path) -> int:
+        """Return the side of the images in pixels, which `make_assets` fixed."""
+        return int(np.load(assets / _IMAGES, mmap_mode="r").shape[1])
 
     def measured(self) -> torch.Tensor:
         """Return the images that latents are measured on: float32 [N, 3, size, size] in −1 … 1."""
@@ -114,8 +119,9 @@ def load_weights(model: torch.nn.Module, weights: Any, product: Path) -> None:
 
 
 def factor_of(shape: Any) -> int:
-    """Return the pixels per latent along one side; `shape` is a diffusers configuration or the settings."""
-    return int(2 ** (len(shape.block_out_channels) - 1))
+    """Return the pixels per latent along one side; `shape` is a model's configuration or the settings."""
+    patch = getattr(shape, "patch_size", None)  # of a transformer
+    return int(2 ** (len(shape.block_out_channels) - 1) if patch is None else patch)
 
 
 def _refuse_small(size: int, layers: int, field: str) -> None:

@@ -1,4 +1,4 @@
-"""The recipe's section `train.vqgan`"""
+"""The recipe's section `train.vqgan`, and what other first stages with a codebook share with it"""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from pydantic import Field
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
-from capstan.training.models.autoencoder.config import Positive, StageSettings
+from capstan.training.models.autoencoder.config import ImageStageSettings, Positive, StageSettings
 
 
-class VqganSettings(StageSettings):
-    """`train.vqgan`. Defaults: taming-transformers' VQGAN for ImageNet (16× smaller, 1024 codes)."""
+class CodebookSettings(ImageStageSettings):
+    """The settings of a codebook."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 128, 256, 256, 512)
-    """Channels at each level; every level but the first halves the image."""
-    latent_channels: Positive = 256
-    """Number of channels of the latents before they are replaced by codes."""
     codes: Annotated[int, Field(ge=2)] = 1024
     """Number of codes in the codebook."""
-    code_channels: Positive | None = None
-    """Values per code; null: latent_channels."""
     codebook: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the codebook's loss."""
     commitment: Annotated[float, Field(ge=0)] = 0.25
@@ -36,3 +30,14 @@ class VqganSettings(StageSettings):
         if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
             problem = "3 shards the codebook over the workers, and every latent is compared with all of it"
             raise RecipeError("train.engine.zero", problem, "set zero: 2, or strategy: ddp")
+
+
+class VqganSettings(CodebookSettings, StageSettings):
+    """`train.vqgan`. Defaults: taming-transformers' VQGAN for ImageNet (16× smaller, 1024 codes)."""
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 128, 256, 256, 512)
+    """Channels at each level; every level but the first halves the image."""
+    latent_channels: Positive = 256
+    """Number of channels of the latents before they are replaced by codes."""
+    code_channels: Positive | None = None
+    """Values per code; null: latent_channels."""

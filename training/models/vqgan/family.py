@@ -33,18 +33,20 @@ class VqganFamily(FirstStage):
     name: ClassVar[str] = "vqgan"
     settings: ClassVar[type[Section]] = VqganSettings
 
+    module: ClassVar[type[Vqgan]] = Vqgan
+
     train: VqganSettings
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         self.train = train.settings
-        self.model = Vqgan(self.build(self.train))
+        self.model = self.module(self.build(self.train, self.size_of(assets)))
         self.codes = int(self.model.vq.config.num_vq_embeddings)
         self.set_up(assets, self.model.vq.config)
         if self.train.pretrained is None and self.train.start == "latents":
             self._start_from_latents()
 
     @staticmethod
-    def build(settings: Any) -> Any:
+    def build(settings: Any, size: int | None = None) -> Any:
         from diffusers import VQModel
 
         if settings.pretrained is not None:
@@ -53,12 +55,12 @@ class VqganFamily(FirstStage):
         return VQModel(**settings.shape(), **codebook)
 
     def start_from(self, product: Path) -> None:
-        load_weights(self.model.vq, load_vq(str(product), "train.init").state_dict(), product)
+        load_weights(self.model.vq, self.load(str(product), "train.init").state_dict(), product)
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         images = to_signed(batch["pictures"])
         made, latents, codes, indices, abandoned = model(images.to(next(model.parameters()).dtype))
-        loss, metrics = self.image_loss(made, images, self.model.vq.decoder.conv_out.weight)
+        loss, metrics = self.image_loss(made, images, self.model.last)
         codebook = codebook_loss(latents, codes, self.train.commitment)
         self.finite = {"the encoder": finite([latents]), "the decoder": finite([made])}
         perplexity, used = usage(indices, self.codes)
@@ -67,19 +69,26 @@ class VqganFamily(FirstStage):
         return loss, {**metrics, **more}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write a VQModel folder whose `scaling_factor` brings the latents of the dataset's images to variance 1."""
+        """Write the model's folder; a VQModel's `scaling_factor` brings the images' latents to variance 1."""
         latents = self._latents(model, len(self.images))
         perplexity, used = usage(nearest(latents, model.codebook), self.codes)
-        model.vq.register_to_config(scaling_factor=float(1 / latents.std()))
-        model.vq.save_pretrained(folder, safe_serialization=True)
+        if hasattr(model.vq, "register_to_config"):  # diffusers'
+            model.vq.register_to_config(scaling_factor=float(1 / latents.std()))
+        model.vq.save_pretrained(folder)
         use = {"perplexity": float(perplexity), "used": float(used), "pictures": len(self.images)}
         facts = {"codes": self.codes, "codebook_use": use}
         write_facts(folder, family=self.name, size=self.size, factor=self.factor, **facts)
 
     @classmethod
     def codec(cls, product: Path, device: torch.device) -> VqCodec:
-        vq = load_vq(str(product), "RUN").to(device)
-        return VqCodec(vq, int(read_facts(product).get("size", vq.config.sample_size)))
+        vq = cls.load(str(product), "RUN").to(device)
+        size = read_facts(product).get("size") or vq.config.sample_size
+        return VqCodec(cls.module(vq), int(size))
+
+    @classmethod
+    def load(cls, path: str, field: str) -> Any:
+        """Load the model at `path`. Raises RecipeError naming `field`."""
+        return load_vq(path, field)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"codes": self.codes}
@@ -96,15 +105,19 @@ class VqganFamily(FirstStage):
         chosen = torch.randperm(len(latents))[: self.codes]
         chosen = chosen.repeat(-(-self.codes // len(chosen)))[: self.codes]
         with torch.no_grad():
-            self.model.codebook.copy_(latents[chosen])
+            self.model.table.copy_(latents[chosen])
 
 
 class VqCodec(ImageCodec):
-    """A VQModel, whose use of its codebook is worth measuring."""
+    """A model with a codebook, whose use is worth measuring."""
+
+    def __init__(self, model: Vqgan, size: int) -> None:
+        super().__init__(model.vq, size)
+        self.codebook = model.codebook.detach()
 
     def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
         """Return the perplexity of the codes over all latents, and the share of the codebook in use."""
-        codebook = self.vae.quantize.embedding.weight
+        codebook = self.codebook
         indices = torch.cat([nearest(latents, codebook).cpu() for latents in latents_of(self.vae, images, batch)])
         perplexity, used = usage(indices, len(codebook))
         return {

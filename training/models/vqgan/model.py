@@ -6,14 +6,11 @@ Shapes: images [B, 3, H, W] in −1 … 1; latents and codes [B, D, h, w], h = H
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-if TYPE_CHECKING:
-    from diffusers import VQModel
 
 
 class Quantised(NamedTuple):
@@ -33,24 +30,40 @@ class Vqgan(nn.Module):
     from taming-transformers for compatibility with old models).
     """
 
-    def __init__(self, vq: VQModel) -> None:
+    def __init__(self, vq: Any) -> None:
         super().__init__()
         self.vq = vq
 
     @property
-    def codebook(self) -> nn.Parameter:
+    def table(self) -> nn.Parameter:
+        """Return the trained codes."""
         return self.vq.quantize.embedding.weight
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """Return the codes that latents are compared with."""
+        return self.table
 
     def forward(self, images: torch.Tensor) -> Quantised:
         """Encode, replace each latent by its nearest code, decode; the gradient passes straight through the choice."""
         latents = self.vq.encode(images).latents
-        indices, closest = choices(latents, self.codebook)
-        codes = F.embedding(indices, self.codebook).movedim(-1, 1)
-        passed = latents + (codes - latents).detach()
-        spatial = passed if self.vq.config.norm_type == "spatial" else None
-        made = self.vq.decoder(self.vq.post_quant_conv(passed), spatial)
-        abandoned = revival_loss(latents, self.codebook, indices, closest)
+        codebook = self.codebook
+        indices, closest = choices(latents, codebook)
+        codes = F.embedding(indices, codebook).movedim(-1, 1)
+        made = self.decode(latents + (codes - latents).detach())
+        abandoned = revival_loss(latents, codebook, indices, closest)
         return Quantised(made, latents, codes, indices, abandoned)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the images [B, 3, H, W] of codes [B, D, h, w]."""
+        spatial = codes if self.vq.config.norm_type == "spatial" else None
+        images: torch.Tensor = self.vq.decoder(self.vq.post_quant_conv(codes), spatial)
+        return images
+
+    @property
+    def last(self) -> torch.Tensor:
+        """Return the weight of the decoder's last layer."""
+        return self.vq.decoder.conv_out.weight
 
 
 def choices(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
