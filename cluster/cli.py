@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+import capstan.cluster.cost.cli
 import capstan.cluster.jobs.cli
 import capstan.cluster.view.cli
 import capstan.pipeline.cli
@@ -77,6 +78,7 @@ capstan.pipeline.cli.add_commands(app, _load, _report_of_run, tracked)
 capstan.recaption.cli.add_commands(app, _load, tracked)
 capstan.training.cli.add_commands(app, _load)
 capstan.cluster.jobs.cli.add_commands(app)
+capstan.cluster.cost.cli.add_commands(app, _load)
 capstan.cluster.view.cli.add_commands(app)
 experiments = capstan.training.experiment.cli.experiments(_load)
 app.add_typer(experiments, name="experiment")

@@ -175,6 +175,15 @@ COMMANDS: Final[dict[str, Command]] = {
         "Check machine, recipe and target.",
         ("capstan doctor", "capstan doctor recipe.yaml --to lab"),
     ),
+    "plan-cost": Command(
+        CLUSTER,
+        "Estimate hours, storage and dollars.",
+        (
+            "capstan plan-cost recipe.yaml --rows 1000000000",
+            "capstan plan-cost recipe.yaml --cores 1000 --gpus 64 --rate captions=25",
+            "capstan plan-cost recipe.yaml --price gpu_hour=2.5",
+        ),
+    ),
     "submit": Command(
         CLUSTER,
         "Run a command on a cluster.",

@@ -17,12 +17,17 @@ _KEPT_ROWS: Final = 0.6  # of web rows; many URLs are dead
 
 def disk_bytes(recipe: Recipe, rows: int) -> int:
     """Return the most bytes that building a dataset of the given number of rows takes."""
+    share = _KEPT_ROWS if recipe.source is not None and recipe.source.image is None else 1.0
+    return int(rows * share * image_bytes(recipe) * _COPIES)
+
+
+def image_bytes(recipe: Recipe) -> float:
+    """Return the bytes that one sample takes in a shard: its JPEG, its JSON and caption, its row of the table."""
     side, image = recipe.image.size, recipe.image
     pixels = side * side * (_ASPECT if image.resize == "keep_ratio" else 1.0)
     if image.resize == "none":
         pixels = 1024 * 768
-    share = _KEPT_ROWS if recipe.source is not None and recipe.source.image is None else 1.0
-    return int(rows * share * (pixels * _jpeg_bytes(image.quality) + 2048) * _COPIES)
+    return pixels * _jpeg_bytes(image.quality) + 2048
 
 
 def _jpeg_bytes(quality: int) -> float:
