@@ -94,6 +94,9 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
             float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
         ] = None,
         sampler: SamplerOption = None,
+        level: Annotated[
+            float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
+        ] = None,
         size: Annotated[
             str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Pixels, e.g. 640x512.")
         ] = None,
@@ -128,6 +131,7 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
             steps=steps,
             guidance=guidance,
             sampler=sampler,
+            level=level,
             size=None if size is None else _pixels(size),
             upsampler=engine,
         )

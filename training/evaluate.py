@@ -178,7 +178,8 @@ def _drawn(
     prompts = subjects.prompts(numbers)
     drawn = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
     images, side = drawn.images, drawn.images.shape[1]
-    reconstructed = drawer.ceiling(subjects.images(numbers, side), batch)
+    true = subjects.images(numbers, side)
+    reconstructed = drawer.ceiling(true, batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
     reliability: Evaluation = {}
@@ -198,6 +199,8 @@ def _drawn(
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
+    for name, numbers_of in drawer.measures(true, prompts, batch).items():
+        measures[name] = {**{kind: _or_none(number) for kind, number in numbers_of.items()}, "ceiling": None}
     result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
     return result, grid(images[:_SHOWN], prompts[:_SHOWN]), images
 

@@ -30,6 +30,7 @@ _KINDS: Final = {
     "VQModel": "vqgan",
     "DDPMPipeline": "ddpm",
     "TextToPixelsPipeline": "ddpm",
+    "IFPipeline": "imagen",
 }
 
 

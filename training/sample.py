@@ -29,6 +29,7 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    level: float | None = None,
     size: Size | None = None,
     batch: int = 16,
     columns: int | None = None,
@@ -37,9 +38,9 @@ def sample(
     """Generate one image per prompt and write the labelled grid `out` (PNG); return a summary.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one per prompt, or any
-    number for a single prompt. `steps`, `guidance` and `sampler` default to the run's recipe, `size` to that of its
-    images. An `upsampler` expands the prompts first: the summary has the expanded prompts, the grid is labelled with
-    the originals.
+    number for a single prompt. `steps`, `guidance`, `sampler` and `level` (of the noise on a cascade's small images)
+    default to the run's recipe, `size` to that of its images. An `upsampler` expands the prompts first: the summary has
+    the expanded prompts, the grid is labelled with the originals.
     """
     originals = prompts
     if upsampler is not None:
@@ -48,6 +49,8 @@ def sample(
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     opened = open_sampler(run, sampler=sampler)
+    if level is not None:
+        opened.use_level(level)
     prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
     labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
     if not opened.prompted:

@@ -33,6 +33,7 @@ FAMILIES: Final = {
     "captioner": _named("captioner", "Captioner"),
     "ddpm": _named("ddpm", "Ddpm"),
     "diffusion": _named("diffusion", "Diffusion"),
+    "imagen": _named("imagen", "Imagen"),
     "text2scene": _named("text2scene", "Text2scene"),
     "vitvqgan": _named("vitvqgan", "Vitvqgan"),
     "vqgan": _named("vqgan", "Vqgan"),

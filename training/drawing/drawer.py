@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -67,6 +67,15 @@ def joined(shares: Sequence[Drawn | None], count: int) -> Drawn:
     return replace(first, arrays=arrays, drawings=None if drawings is None else np.stack(drawings), svgs=picked("svgs"))
 
 
+class Options(TypedDict, total=False):
+    """What a user may choose of a drawing. None, or nothing, means the model's own default."""
+
+    negative: str | None  # what not to draw
+    steps: int | None
+    guidance: float | None
+    size: Size | None
+
+
 class Drawer(ABC):
     """An opened model that draws."""
 
@@ -76,19 +85,11 @@ class Drawer(ABC):
 
     @abstractmethod
     def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        negative: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: Size | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Unpack[Options]
     ) -> Drawn:
         """Draw one item per prompt and seed, which does not depend on the others of its batch.
 
-        None means the model's own default. An option that the model does not have is refused by `refuse_options`.
+        An option that the model does not have is refused by `refuse_options`.
         """
 
     def settings(self, *, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
@@ -99,12 +100,20 @@ class Drawer(ABC):
         """Draw by another sampler. Raises RecipeError if the model has no such sampler."""
         raise RecipeError("--sampler", f"this model cannot be sampled by {sampler}", "remove it")
 
+    def use_level(self, level: float) -> None:
+        """Add noise of this level, 0 to 1, to the images that are enlarged. Raises RecipeError if there are none."""
+        raise RecipeError("--level", "this model enlarges no image of another", "remove it")
+
     def ceiling(self, images: np.ndarray, batch: int) -> np.ndarray:
         """Return true images, uint8 [N, H, W, 3], as the best model of this kind would draw them.
 
         A model that draws latents can draw no better than its autoencoder decodes.
         """
         return images
+
+    def measures(self, images: np.ndarray, prompts: Sequence[str], batch: int) -> Mapping[str, Mapping[str, float]]:
+        """Return what else is worth measuring, given true images: name → {value, chance}."""
+        return {}
 
 
 class Codec(Protocol):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_towers
 import torch
 from safetensors.torch import load_file
 
@@ -33,6 +34,7 @@ STEPS, BATCH = 2, 16
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1, "queries": 0}
 COCA = {"context_length": 24, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1, "decoder_layers": 1}
 STAGE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+PIXELS = {**STAGE, "head_channels": 4, "dropout": 0}
 TEXT = {"vocab_size": 600, "length": 16, "width": 16, "layers": 1, "heads": 2}
 DDP, ZERO2, ZERO3 = {"strategy": "ddp"}, {"zero": 2}, {"zero": 3}
 # family → (engine, accumulate) of the runs on two workers
@@ -41,10 +43,13 @@ ON_TWO = {
     "diffusion": [(DDP, 1), (DDP, 2), (DDP, 4), (DDP, 8), (ZERO2, 2)],
     "autoencoder": [(DDP, 2)],
     "vitvqgan": [(DDP, 2)],
+    "ddpm": [(DDP, 1), (DDP, 2)],
+    "imagen": [(DDP, 1), (DDP, 2)],
 }
 WHOLE = {"captioner": "open_clip_model.safetensors", "autoencoder": "diffusion_pytorch_model.safetensors"}
 WHOLE["vitvqgan"] = "model.safetensors"
 WHOLE["diffusion"] = WHOLE["ddpm"] = f"unet/{WHOLE['autoencoder']}"
+WHOLE["imagen"] = f"super/{WHOLE['ddpm']}"
 
 
 class Runs:
@@ -53,6 +58,10 @@ class Runs:
     def __init__(self, dataset: Path, folder: Path) -> None:
         self.dataset, self.folder = dataset, folder
         fit(self.recipe("autoencoder", 1, DDP, 1))  # the other families need it
+        base = self.recipe("imagen", 1, DDP, 1)
+        base.train["run"] = str(folder / "imagen-base")  # type: ignore[index]
+        base.train["imagen"] = {"text": tiny_towers.save_t5(folder / "t5"), "size": 8, "unet": PIXELS}  # type: ignore[index]
+        fit(base)
 
     def recipe(self, family: str, workers: int, engine: dict[str, Any], accumulate: int) -> Recipe:
         """SGD in all but name: with so large an eps Adam's steps are in proportion to the gradient."""
@@ -60,7 +69,9 @@ class Runs:
         if family == "captioner":
             settings = {"vision": VISION, "text": COCA}
         elif family == "ddpm":
-            settings = {"text": TEXT, "unet": {**STAGE, "head_channels": 4, "dropout": 0}, "variance": "learned"}
+            settings = {"text": TEXT, "unet": PIXELS, "variance": "learned"}
+        elif family == "imagen":
+            settings = {"enlarge": {"after": str(self.folder / "imagen-base")}, "unet": PIXELS}
         elif family == "vitvqgan":
             tower = {"width": 16, "layers": 1, "heads": 2}
             settings = {"patch_size": 4, "encoder": tower, "decoder": tower, "codes": 8, "code_channels": 4}
@@ -120,6 +131,7 @@ NAMES = {
     "autoencoder": ("loss", "grad_norm"),
     "vitvqgan": ("loss", "grad_norm", "codebook"),
     "ddpm": ("loss", "grad_norm", "bound"),
+    "imagen": ("loss", "grad_norm", "text_dropped"),
 }
 
 
@@ -134,7 +146,7 @@ def runs(make_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("family", ["captioner", "diffusion", "ddpm"])
+@pytest.mark.parametrize("family", ["captioner", "diffusion", "ddpm", "imagen"])
 def test_accumulate_changes_nothing_that_is_learnt(family: str, runs: Runs) -> None:
     for accumulate in (1, 2, 8) if family == "captioner" else (1, 8):
         fit(runs.recipe(family, 1, DDP, accumulate))

@@ -50,7 +50,7 @@ def test_frozen_parts_compute_the_same_under_autocast(family: DiffusionFamily, s
 
     def frozen() -> tuple[torch.Tensor, torch.Tensor]:
         latents = family._latents(batch, torch.Generator().manual_seed(0))
-        return latents, family._text(batch, torch.zeros(4, dtype=torch.bool))["text_states"]
+        return latents, family.text.given(batch, torch.zeros(4, dtype=torch.bool))["text_states"]
 
     exact = frozen()
     with torch.autocast("cpu", dtype):

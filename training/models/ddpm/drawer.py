@@ -14,7 +14,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.drawing.drawer import refuse_options
 from capstan.training.models.ddpm import pipeline as with_text
 from capstan.training.models.noise.drawer import PipelineDrawer, open_pipeline
-from capstan.training.models.noise.schedulers import pixel_scheduler
+from capstan.training.models.pixels.process import other_scheduler
 
 _SCHEDULERS: Final = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
 
@@ -43,17 +43,13 @@ class PixelDrawer(PipelineDrawer):
 
     def use_sampler(self, sampler: str) -> None:
         """Draw by ddim, ddpm or dpm++, on the noise schedule that was trained. Raises RecipeError for others."""
-        config = self.pipeline.scheduler.config
-        learned = self.pipeline.unet.config.out_channels > self.pipeline.unet.config.in_channels
+        learned = self.pipeline.scheduler.config.get("variance_type") == "learned_range"
         if sampler not in ("ddim", "ddpm", "dpm++") or (learned and sampler != "ddpm"):
             known = "ddpm, which uses its learned variance" if learned else "ddim, ddpm or dpm++"
             raise RecipeError("--sampler", f"{sampler} is not for this model", f"use {known}")
         if sampler == "dpm++" and not self.prompted:
             raise RecipeError("--sampler", "diffusers' DDPMPipeline cannot use dpm++", "use ddim or ddpm")
-        names = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
-        schedule = {name: config[name] for name in names if name in config}
-        variance = "learned" if learned else config.get("variance_type", "fixed_large")
-        self.pipeline.scheduler = pixel_scheduler(sampler, variance=variance, **schedule)
+        self.pipeline.scheduler = other_scheduler(self.pipeline, sampler)
 
 
 def open_with_text(product: Path, device: torch.device) -> Any:

@@ -9,15 +9,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.diffusion.text_encoders import Slot, TextEncoder
-
-_FIELD = "train.diffusion.config"
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,15 @@ class LatentSpec:
         return cls(channels, side, widths, pooled, longest)
 
 
+class Given(NamedTuple):
+    """What a network sees in one call."""
+
+    noisy: torch.Tensor  # [B, C, h, w]
+    timesteps: torch.Tensor  # [B]
+    text: Mapping[str, torch.Tensor]  # states, by the names of text_encoders
+    conditions: torch.Tensor | None = None  # [B, ...], of networks that take some
+
+
 class Backbone(ABC):
     """A kind of network. `config` is its diffusers configuration; keys derived from `LatentSpec` may be missing."""
 
@@ -45,6 +52,7 @@ class Backbone(ABC):
     slots: ClassVar[tuple[Slot, ...]]  # the pipeline's text encoders
     shifts: ClassVar[bool] = False  # whether the pipeline applies the autoencoder's shift_factor
     exact_times: ClassVar[bool] = False  # whether it takes FlowMatchEulerDiscreteScheduler
+    field: ClassVar[str] = "train.diffusion.config"  # of the recipe, for errors
     conditioned: ClassVar[bool] = False  # whether it takes original size, crop and size (SDXL's micro-conditions)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -69,15 +77,8 @@ class Backbone(ABC):
         """Return the configuration keys that follow from `spec`."""
 
     @abstractmethod
-    def predict(
-        self,
-        net: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Mapping[str, torch.Tensor],
-        conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the network's output [B, C, h, w], called as in the pipeline; `text` is from `TextEncoders.states`."""
+    def predict(self, net: nn.Module, given: Given) -> torch.Tensor:
+        """Return the network's output [B, C, h, w], called as in the pipeline."""
 
     @abstractmethod
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
@@ -95,17 +96,17 @@ class Backbone(ABC):
         network, derived = self.network(), self.derived_config(spec)
         known = inspect.signature(network.__init__).parameters
         if unknown := sorted(self.config.keys() - known.keys()):
-            raise RecipeError(f"{_FIELD}.{unknown[0]}", f"is not a key of {network.__name__}", "remove it")
+            raise RecipeError(f"{self.field}.{unknown[0]}", f"is not a key of {network.__name__}", "remove it")
         for name, value in derived.items():
             given = self.config.get(name)
             if given is not None and given != value and name not in ("sample_size", "out_channels"):
                 problem = f"is {given}, but the autoencoder and the text encoders require {value}"
-                raise RecipeError(f"{_FIELD}.{name}", problem, "remove it, or use other encoders")
+                raise RecipeError(f"{self.field}.{name}", problem, "remove it, or use other encoders")
         try:
             net = network(**(self.config | derived))
         except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
             raise RecipeError(
-                _FIELD, f"{network.__name__} rejects it ({error})", "see the diffusers documentation"
+                self.field, f"{network.__name__} rejects it ({error})", "see the diffusers documentation"
             ) from None
         self.initialize(net)
         return net

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from capstan.training.models.diffusion.backbone import Backbone
+from capstan.training.models.diffusion.backbone import Backbone, Given
 from capstan.training.models.diffusion.text_encoders import TextEncoders, states_of
 
 
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
                     if name in states:
                         shape = (-1, *[1] * (states[name].dim() - 1))
                         states[name] = states[name] * mine.to(states[name].dtype).view(shape)
-        return self.backbone.predict(self.net, noisy, timesteps, states, conditions)
+        return self.backbone.predict(self.net, Given(noisy, timesteps, states, conditions))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
+from capstan.training.models.diffusion.backbone import Backbone, Given, LatentSpec, fit_pipeline
 from capstan.training.models.diffusion.text_encoders import Slot
 
 
@@ -55,19 +55,12 @@ class DiT(Backbone):
             nn.init.normal_(linear.weight, std=0.02)
         zero(*(block.attn2.to_out[0] for block in inner.transformer_blocks), inner.proj_out)
 
-    def predict(
-        self,
-        net: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Mapping[str, torch.Tensor],
-        conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def predict(self, net: nn.Module, given: Given) -> torch.Tensor:
         prediction: torch.Tensor = net(
-            noisy,
-            encoder_hidden_states=text["text_states"].to(noisy.dtype),
-            encoder_attention_mask=text["text_mask"],
-            timestep=timesteps,
+            given.noisy,
+            encoder_hidden_states=given.text["text_states"].to(given.noisy.dtype),
+            encoder_attention_mask=given.text["text_mask"],
+            timestep=given.timesteps,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]

@@ -32,11 +32,11 @@ from capstan.training.models.diffusion.config import DiffusionSettings
 from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.drawer import LatentDrawer
 from capstan.training.models.diffusion.registry import backbone_of
-from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts, new_encoders, open_encoders
+from capstan.training.models.diffusion.text_encoders import TextEncoders, new_encoders, open_encoders
 from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
 from capstan.training.models.noise.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
-from capstan.training.models.noise.schedulers import STEPS, check_steps, set_sampler
+from capstan.training.models.noise.schedulers import STEPS, check_all_steps, set_sampler
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.latents import check_latents, measure
@@ -92,9 +92,7 @@ class DiffusionFamily(Family):
         elif encoders is not None:  # precomputed: the encoders, which can be larger than the network, stay off the GPU
             encoders.to(torch.device("cpu"))
         self.process = process_of(self.train, self.size, exact=self.backbone.exact_times)
-        _check_steps(train, self.process.scheduler())
-        self.nothing = self.text.ids([""])  # each [1, L]
-        self._nothing_states: Texts | None = None
+        check_all_steps(train, self.process.scheduler())
 
     @classmethod
     def encoder(cls, train: TrainConfig) -> KlEncoder:
@@ -142,7 +140,7 @@ class DiffusionFamily(Family):
         task = self.process.draw(latents, draw)
         count = len(task.noisy)
         dropped = drop_rows(count, self.train.drop_text, draw)
-        text, metrics = self._text(batch, dropped), {"text_dropped": dropped.float().mean()}
+        text, metrics = self.text.given(batch, dropped), {"text_dropped": dropped.float().mean()}
         kept = None
         if self.train.drop_each is not None:
             kept = ~drop_encoders(count, len(self.text.encoders), self.train.drop_each, draw)
@@ -203,21 +201,6 @@ class DiffusionFamily(Family):
         vocabularies = {f"vocabulary{encoder.slot.suffix}": len(encoder.tokenizer) for encoder in self.text.encoders}
         return facts | vocabularies | {"objective": self.train.objective}
 
-    def _text(self, batch: Batch, dropped: torch.Tensor) -> Texts:
-        """Return the model's text input (ids, or frozen states), with empty captions in the `dropped` rows."""
-        if self.text.encoders[0].slot.states in batch:  # precomputed
-            states = {name: value for name, value in batch.items() if name.startswith("text_")}
-            return _emptied(states, self._nothing(dropped.device), dropped)
-        nothing = {name: value.to(dropped.device) for name, value in self.nothing.items()}
-        ids = _emptied({name: batch[name] for name in self.nothing}, nothing, dropped)
-        return ids if self.text.own else self.text.states(ids)
-
-    def _nothing(self, device: torch.device) -> Texts:
-        """Return the states of an empty caption, each [1, ...]."""
-        if self._nothing_states is None:
-            self._nothing_states = {name: value.to(device) for name, value in self.text([""]).items()}
-        return self._nothing_states
-
     def _latents(self, batch: Batch, draw: torch.Generator) -> torch.Tensor:
         """Return the network's latents [B, C, h, w]: sampled from the posterior, shifted, scaled; float32."""
         if "latents" in batch:  # stored: mean, then standard deviation, along the channels
@@ -242,15 +225,6 @@ def _load_vae(settings: DiffusionSettings, *, shifts: bool) -> Any:
     return vae
 
 
-def _check_steps(train: TrainConfig, scheduler: Any) -> None:
-    """Raise RecipeError if a number of sampling steps of the recipe is more than the schedule allows."""
-    watch = train.watch
-    check_steps(scheduler, train.settings.sampling.steps, "train.diffusion.sampling.steps")
-    for name, section in (("samples", watch.samples), ("evaluate", watch.evaluate)):
-        if section is not None and section.steps is not None:
-            check_steps(scheduler, section.steps, f"train.watch.{name}.steps")
-
-
 def _check_positions(text: TextEncoders) -> None:
     """Raise RecipeError if ZeRO 3 would shard a CLIP's table of positions, whose shape transformers reads."""
     for encoder in text.encoders:
@@ -268,14 +242,6 @@ def _copy_tokenizer(settings: DiffusionSettings, product: Path, folder: Path) ->
         problem = f"{product} has no CLIP tokenizer in {name}"
         raise RecipeError("train.init", problem, "use a run of the same network that trained its own text encoders")
     shutil.copytree(product / name, folder)
-
-
-def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
-    """Return `texts` [B, ...] with `nothing` [1, ...] in the `dropped` rows."""
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), nothing[name].to(value.dtype), value)
-        for name, value in texts.items()
-    }
 
 
 def _style(samples: Samples) -> Style:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from capstan.pipeline.errors import RecipeError
-from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
+from capstan.training.models.diffusion.backbone import Backbone, Given, LatentSpec, fit_pipeline
 from capstan.training.models.diffusion.dit import initialize_transformer, zero
 from capstan.training.models.diffusion.text_encoders import Slot
 
@@ -81,14 +81,8 @@ class MMDiT(Backbone):
             zero(block.norm1.linear, block.norm1_context.linear)
         zero(inner.norm_out.linear, inner.proj_out)
 
-    def predict(
-        self,
-        net: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Mapping[str, torch.Tensor],
-        conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def predict(self, net: nn.Module, given: Given) -> torch.Tensor:
+        noisy, timesteps, text, _ = given
         clip = torch.cat([text["text_states"], text["text_states_2"]], dim=-1).to(noisy.dtype)
         t5 = text.get("text_states_3")
         if t5 is None:

@@ -29,7 +29,6 @@ from capstan.training.models.diffusion.load_text_encoder import Kind, load_text_
 from capstan.training.models.precision import outside_autocast
 
 Texts = dict[str, torch.Tensor]  # ids or states, by the names above
-_FIELD = "train.diffusion.text.pretrained"
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,18 @@ def _chunks(encoder: Any, ids: torch.Tensor) -> int:
 
 
 class TextEncoders:
-    """The encoders of one model, in its pipeline's order; `own`: small ones that are trained with it."""
+    """The encoders of one model, in its pipeline's order; `own`: small ones that are trained with it.
 
-    def __init__(self, encoders: Sequence[TextEncoder], *, own: bool) -> None:
+    `field` is that of the recipe that names frozen ones, for errors.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], *, own: bool, field: str = "") -> None:
         self.encoders, self.own = tuple(encoders), own
+        self._nothing: dict[bool, Texts] = {}
         lengths = {one.tokenizer.model_max_length for one in encoders if one.slot.kind == "clip"}
         if len(lengths) > 1:
             problem = f"the CLIPs take texts of different lengths ({', '.join(map(str, sorted(lengths)))} tokens)"
-            raise RecipeError(_FIELD, problem, "use encoders of the same length")
+            raise RecipeError(field, problem, "use encoders of the same length")
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -177,6 +180,22 @@ class TextEncoders:
         with torch.no_grad(), outside_autocast(next(iter(ids.values())).device):
             every = [states_of(one.slot, one.encoder, ids) for one in self.encoders]
         return {name: tensor for states in every for name, tensor in states.items()}
+
+    def given(self, batch: Mapping[str, torch.Tensor], dropped: torch.Tensor) -> Texts:
+        """Return a model's text input: ids if the encoders are trained, else states, with "" in the `dropped` rows.
+
+        A batch has the texts' ids, or their precomputed states.
+        """
+        precomputed = any(one.slot.states in batch for one in self.encoders)
+        nothing = {name: value.to(dropped.device) for name, value in self._of_nothing(states=precomputed).items()}
+        texts = _emptied({name: batch[name] for name in nothing}, nothing, dropped)
+        return texts if precomputed or self.own else self.states(texts)
+
+    def _of_nothing(self, *, states: bool) -> Texts:
+        """Return the ids of an empty caption, or its states; each [1, ...]."""
+        if states not in self._nothing:
+            self._nothing[states] = self([""]) if states else self.ids([""])
+        return self._nothing[states]
 
     def __call__(self, texts: Sequence[str]) -> Texts:
         """Return the states of texts, on the encoders' device; they can be stored, and replace ids in a batch."""
@@ -194,6 +213,14 @@ class TextEncoders:
         return {one.slot.name: _identity(one) for one in self.encoders}
 
 
+def _emptied(texts: Texts, nothing: Texts, dropped: torch.Tensor) -> Texts:
+    """Return `texts` [B, ...] with `nothing` [1, ...] in the `dropped` rows."""
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), nothing[name].to(value.dtype), value)
+        for name, value in texts.items()
+    }
+
+
 def _identity(one: TextEncoder) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, weight in sorted(one.encoder.state_dict().items()):
@@ -209,21 +236,25 @@ def _identity(one: TextEncoder) -> dict[str, Any]:
     return known | used | more
 
 
-def open_encoders(slots: Sequence[Slot], settings: TextSettings) -> TextEncoders:
-    """Load the frozen encoders of `text.pretrained` into their slots. Raises RecipeError if they do not fit."""
-    chosen = _assigned(slots, settings)
+def open_encoders(slots: Sequence[Slot], settings: TextSettings, section: str = "diffusion") -> TextEncoders:
+    """Load the frozen encoders of `text.pretrained` into their slots. Raises RecipeError if they do not fit.
+
+    `section` is the recipe's, for errors.
+    """
+    field = f"train.{section}.text.pretrained"
+    chosen = _assigned(slots, settings, field)
     chunks = settings.chunks or 1
     if chunks > 1 and any(slot.kind != "clip" for slot in slots):
         problem = f"is {chunks}, and this network's pipeline has a T5, which reads long texts itself"
-        raise RecipeError("train.diffusion.text.chunks", problem, "remove it")
+        raise RecipeError(f"train.{section}.text.chunks", problem, "remove it")
     encoders = [
-        TextEncoder(slot, *load_text_encoder(one, slot.name, slot.kind, slot.projected, _FIELD), chunks)
+        TextEncoder(slot, *load_text_encoder(one, slot.name, slot.kind, slot.projected, field), chunks)
         for slot, one in chosen
     ]
-    return TextEncoders(encoders, own=False)
+    return TextEncoders(encoders, own=False, field=field)
 
 
-def _assigned(slots: Sequence[Slot], settings: TextSettings) -> list[tuple[Slot, EncoderSettings]]:
+def _assigned(slots: Sequence[Slot], settings: TextSettings, field: str) -> list[tuple[Slot, EncoderSettings]]:
     named = settings.encoders
     required = [slot for slot in slots if slot.required]
     if isinstance(settings.pretrained, str) and len(slots) > 1:  # a whole pipeline: the encoders that it has
@@ -238,7 +269,7 @@ def _assigned(slots: Sequence[Slot], settings: TextSettings) -> list[tuple[Slot,
             return list(zip(filled, named, strict=True))
     wanted = ", ".join(f"{slot.kind}{'' if slot.required else ' (optional)'}" for slot in slots)
     problem = f"names {len(named)} text encoder{'s' * (len(named) != 1)}; this network's pipeline has {wanted}"
-    raise RecipeError(_FIELD, problem, "set a list with one for each")
+    raise RecipeError(field, problem, "set a list with one for each")
 
 
 def new_encoders(slots: Sequence[Slot], settings: TextSettings, tokenizer: Path) -> TextEncoders:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from capstan.pipeline.errors import RecipeError
-from capstan.training.models.diffusion.backbone import Backbone, LatentSpec, fit_pipeline
+from capstan.training.models.diffusion.backbone import Backbone, Given, LatentSpec, fit_pipeline
 from capstan.training.models.diffusion.config import UNetSettings
 from capstan.training.models.diffusion.text_encoders import Slot, TextEncoder, TextEncoders
 
@@ -63,16 +63,9 @@ class UNet(Backbone):
             hint = "use fewer levels, or another image size"
             raise RecipeError("train.diffusion.unet.block_out_channels", problem, hint)
 
-    def predict(
-        self,
-        net: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Mapping[str, torch.Tensor],
-        conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
-        states = text["text_states"].to(noisy.dtype)
-        prediction: torch.Tensor = net(noisy, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+    def predict(self, net: nn.Module, given: Given) -> torch.Tensor:
+        states = given.text["text_states"].to(given.noisy.dtype)
+        prediction: torch.Tensor = net(given.noisy, given.timesteps, encoder_hidden_states=states, return_dict=False)[0]
         return prediction
 
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
@@ -104,14 +97,8 @@ class XlUNet(UNet):
         pooled = sum(spec.pooled.values())
         return super().derived_config(spec) | {"projection_class_embeddings_input_dim": pooled + sizes}
 
-    def predict(
-        self,
-        net: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Mapping[str, torch.Tensor],
-        conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def predict(self, net: nn.Module, given: Given) -> torch.Tensor:
+        noisy, timesteps, text, conditions = given
         assert conditions is not None, "SDXL needs the image's original size and crop"
         states = torch.cat([text[slot.states] for slot in self.slots if slot.states in text], dim=-1).to(noisy.dtype)
         # text_embeds [B, P]; time_ids [B, 6]: original height and width, crop's top and left, height and width

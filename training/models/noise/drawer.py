@@ -9,13 +9,13 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 import torch
 
 from capstan.pipeline.errors import CapstanError, RecipeError
-from capstan.training.drawing.drawer import Drawer, Drawn, Size
+from capstan.training.drawing.drawer import Drawer, Drawn, Options, Size
 from capstan.training.models.noise.schedulers import check_steps, set_sampler
 from capstan.training.models.precision import FiniteChecks, frozen_outside_autocast
 from capstan.training.product import quieten, read_facts
@@ -23,6 +23,8 @@ from capstan.training.product import quieten, read_facts
 # PixArt's pipelines would generate another size and crop to the requested one, and rewrite prompts if beautifulsoup4
 # is installed. Training does neither.
 _AS_TRAINED: Final = ("use_resolution_binning", "clean_caption")
+
+_PROCESSOR: Final = "image processor"
 
 
 class PipelineDrawer(Drawer):
@@ -45,37 +47,34 @@ class PipelineDrawer(Drawer):
         set_sampler(self.pipeline, sampler)
 
     def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        negative: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: Size | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Unpack[Options]
     ) -> Drawn:
         """Draw uint8 images [N, H, W, 3], one per prompt; each one's noise depends on its seed, not on its batch."""
-        count = self.steps if steps is None else steps
-        check_steps(self.pipeline.scheduler, count, "--steps")
-        options: dict[str, Any] = {name: False for name in _AS_TRAINED if name in self.accepted}
-        if size is not None:
+        steps = options.get("steps")
+        self.check_steps(steps)
+        more: dict[str, Any] = {name: False for name in _AS_TRAINED if name in self.accepted}
+        if (size := options.get("size")) is not None:
             self.check_size(size)
-            options |= {"width": size[0], "height": size[1]}
+            more |= {"width": size[0], "height": size[1]}
         images = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
-            arguments = self.arguments(part, negative, guidance) | options
+            arguments = self.arguments(part, options.get("negative"), options.get("guidance")) | more
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
-            checks = FiniteChecks()
-            with frozen_outside_autocast(self.pipeline), checks.watching(self.pipeline):
-                result = self.pipeline(**arguments, num_inference_steps=count, generator=generators, output_type="np")
-            if (bad := checks.first_bad()) is not None or not np.isfinite(result.images).all():
-                source = bad or "image processor"
-                problem = f"sample: the images are not finite; the first values that are not came from the {source}"
-                raise CapstanError(f"{problem}. Fix: use weights in fp32 or bf16, or an earlier state of the run")
-            images.append(result.images)
+            images.append(self.images(arguments, generators, steps))
         return Drawn("image", (np.concatenate(images) * 255).round().astype(np.uint8))
+
+    def images(self, arguments: dict[str, Any], generators: list[torch.Generator], steps: int | None) -> np.ndarray:
+        """Return one batch, float [N, H, W, 3] in 0 … 1."""
+        count = self.steps if steps is None else steps
+        made: np.ndarray = checked(
+            self.pipeline, **arguments, num_inference_steps=count, generator=generators, output_type="np"
+        )
+        return made
+
+    def check_steps(self, steps: int | None) -> None:
+        """Raise RecipeError if the model cannot draw in this number of steps; None means its own."""
+        check_steps(self.pipeline.scheduler, self.steps if steps is None else steps, "--steps")
 
     @property
     def accepted(self) -> frozenset[str]:
@@ -90,6 +89,18 @@ class PipelineDrawer(Drawer):
     def check_size(self, size: Size) -> None:
         """Raise RecipeError if the model cannot draw this size."""
         raise RecipeError("--size", "this model draws images of one size", "remove it")
+
+
+def checked(pipeline: Any, **arguments: Any) -> Any:
+    """Return the images of a pipeline's call. Raises CapstanError naming the part whose output was not finite."""
+    checks = FiniteChecks()
+    with frozen_outside_autocast(pipeline), checks.watching(pipeline):
+        images = pipeline(**arguments).images
+    bad = checks.first_bad()
+    if bad is not None or not bool(torch.as_tensor(images).isfinite().all()):
+        problem = f"sample: the images are not finite; the first values that are not came from the {bad or _PROCESSOR}"
+        raise CapstanError(f"{problem}. Fix: use weights in fp32 or bf16, or an earlier state of the run")
+    return images
 
 
 def open_pipeline(product: Path, device: torch.device) -> Any:

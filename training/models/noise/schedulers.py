@@ -13,10 +13,13 @@ import copy
 from typing import Any, Final, Literal
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.config import TrainConfig
+from capstan.training.config.families import traits_of
 
 SamplerName = Literal["ddim", "ddpm", "dpm++", "euler"]
 
 STEPS: Final = 1000  # timesteps 0 … 999 are thousandths of the way from data to noise
+_LARGEST: Final = 1000.0  # s of dynamic thresholding is not limited in the paper, and must be in diffusers
 # The first step of sampling is at the last timestep (Lin et al. 2023, §3.3).
 _SPACING: Final = {"num_train_timesteps": STEPS, "timestep_spacing": "trailing"}
 
@@ -69,21 +72,30 @@ def ddpm_scheduler(sampler: str | None, **schedule: Any) -> Any:
     return DDIMScheduler(**common, clip_sample=False)
 
 
-def pixel_scheduler(sampler: str, *, variance: str, **schedule: Any) -> Any:
+def pixel_scheduler(sampler: str, *, variance: str, threshold: float | None = None, **schedule: Any) -> Any:
     """Return the scheduler for DDPM on images in −1 … 1, to which every predicted x0 is clipped.
 
-    `variance` is that of ddpm's new noise: fixed_small (β̃), fixed_large (β), or learned.
+    `variance` is that of ddpm's new noise: fixed_small (β̃), fixed_large (β), or learned. `threshold` is the percentile
+    p of dynamic thresholding: x0 is clipped to −s … s and divided by s, where s ≥ 1 is the p-th percentile of its
+    absolute values (Saharia et al. 2022, Imagen, §2.3).
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
     common = {**schedule, **_SPACING}
+    clipping = {} if threshold is None else _thresholding(threshold, _LARGEST)
     if sampler == "ddpm":
         kind = {"learned": "learned_range"}.get(variance, variance)
-        return DDPMScheduler(**common, variance_type=kind, clip_sample=True)
+        return DDPMScheduler(**common, **clipping, variance_type=kind, clip_sample=threshold is None)
     if sampler == "dpm++":
-        clipping = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+        if threshold is None:  # it can clip by this alone: s is 1
+            clipping = _thresholding(1.0, 1.0)
         return DPMSolverMultistepScheduler(**common, **clipping, algorithm_type="dpmsolver++", solver_order=2)
-    return DDIMScheduler(**common, clip_sample=True)
+    return DDIMScheduler(**common, **clipping, clip_sample=threshold is None)
+
+
+def _thresholding(percentile: float, most: float) -> dict[str, Any]:
+    """Return diffusers' keys for dynamic thresholding; s is at most `most`, by default 1, which would turn it off."""
+    return {"thresholding": True, "dynamic_thresholding_ratio": percentile, "sample_max_value": most}
 
 
 def check_steps(scheduler: Any, steps: int, field: str) -> None:
@@ -91,6 +103,15 @@ def check_steps(scheduler: Any, steps: int, field: str) -> None:
     most = most_steps(scheduler)
     if steps > most:
         raise RecipeError(field, f"the schedule of this model has no {steps} steps", f"use {most} or fewer")
+
+
+def check_all_steps(train: TrainConfig, scheduler: Any) -> None:
+    """Raise RecipeError if a number of sampling steps of the recipe is more than the schedule has."""
+    section = traits_of(train.model).name
+    check_steps(scheduler, train.settings.sampling.steps, f"train.{section}.sampling.steps")
+    for name, watched in (("samples", train.watch.samples), ("evaluate", train.watch.evaluate)):
+        if watched is not None and watched.steps is not None:
+            check_steps(scheduler, watched.steps, f"train.watch.{name}.steps")
 
 
 def most_steps(scheduler: Any) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
 
-from capstan.training.drawing.drawer import Drawer, Drawn, Kind, Size, refuse_options
+from capstan.training.drawing.drawer import Drawer, Drawn, Kind, Options, refuse_options
 from capstan.training.models.own_model import load_own
 from capstan.training.models.text2scene.modeling_text2scene import Text2SceneModel
 from capstan.training.product import read_facts
@@ -25,17 +25,9 @@ class SceneDrawer(Drawer):
         self.device, self.temperature = device, float(read_facts(product)["sampling"]["temperature"])
 
     def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        negative: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: Size | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Unpack[Options]
     ) -> Drawn:
-        refuse_options({"negative": negative, "steps": steps, "guidance": guidance, "size": size})
+        refuse_options(options)
         scenes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)

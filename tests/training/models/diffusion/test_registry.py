@@ -32,7 +32,7 @@ def test_a_network_is_told_in_training_what_its_pipeline_tells_it(make, run_of, 
     batch = family.prepare([tiny.data_of(squares).at(number) for number in (3, 3)])
     batch |= family.text.ids([CAPTION] * 2)
     noisy, times = torch.zeros(2, 4, 8, 8), torch.tensor([1, 1])
-    text = family._text(batch, torch.tensor([True, False]))
+    text = family.text.given(batch, torch.tensor([True, False]))
     here = tiny.told(family.model.net, lambda: family.model(noisy, times, text, batch.get("conditions")))
     pipeline = open_sampler(run_of(network, own)).pipeline
     net = getattr(pipeline, family.backbone.part)

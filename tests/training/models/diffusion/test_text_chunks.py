@@ -31,7 +31,7 @@ def test_long_texts_are_read_in_chunks_in_training_and_in_sampling(make, towers,
 
     batch = family.prepare([tiny.data_of(squares).at(number) for number in (3, 3)])
     batch |= family.text.ids([LONG] * 2)
-    text = family._text(batch, torch.tensor([True, False]))
+    text = family.text.given(batch, torch.tensor([True, False]))
     noisy, times = torch.zeros(2, 4, 8, 8), torch.tensor([1, 1])
     here = tiny.told(family.model.net, lambda: family.model(noisy, times, text, batch.get("conditions")))
     run = tiny.save_product(family, tmp_path / "run")

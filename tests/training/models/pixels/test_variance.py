@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler
 
-from capstan.training.models.ddpm.config import DdpmSettings
-from capstan.training.models.ddpm.process import PixelDdpm
-from capstan.training.models.ddpm.variance import Posterior, discretised_log_likelihood, gaussian_kl
 from capstan.training.models.noise.objectives import cosine_betas, linear_betas
+from capstan.training.models.pixels.process import PixelDdpm
+from capstan.training.models.pixels.settings import PixelNoise
+from capstan.training.models.pixels.variance import Posterior, discretised_log_likelihood, gaussian_kl
 
 
 def process(**noise: object) -> PixelDdpm:
-    return PixelDdpm(DdpmSettings.model_validate({"noise": noise, "variance": "learned"}))
+    return PixelDdpm(PixelNoise.model_validate(noise), sampler="ddpm", variance="learned")
 
 
 def test_the_schedules_are_those_of_diffusers() -> None:
