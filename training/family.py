@@ -181,6 +181,14 @@ class Family(ABC):
         """Return the number of latents that must divide the side of a square, and both sides of a bucket."""
         return 1, 1
 
+    @classmethod
+    def untrained(cls, train: TrainConfig) -> torch.nn.Module | None:
+        """Return the model that training starts from, on torch's default device: `capstan doctor` counts it on "meta".
+
+        None if only the dataset or files of weights tell its shape.
+        """
+        return None
+
     def start_from(self, product: Path) -> None:
         """Load the weights of a product that `save` wrote into `self.model` (`train.init`)."""
         raise TypeError(f"the family {self.name} does not support train.init")

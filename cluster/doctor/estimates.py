@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from capstan.pipeline.config import Recipe
 from capstan.training.config import TrainConfig
@@ -48,39 +48,8 @@ def parameters(train: TrainConfig) -> int | None:
     import torch
 
     with torch.device("meta"):
-        model = _model(train)
-    return None if model is None else sum(parameter.numel() for parameter in model)
-
-
-def _model(train: TrainConfig) -> list[Any] | None:
-    """Return the parameters of the model, on the current device."""
-    settings = train.settings
-    if train.model == "diffusion":
-        return _denoiser(settings)
-    if train.model in ("autoencoder", "vitvqgan", "vqgan") and settings.pretrained is None:
-        return list(family_class(train.model).build(settings).parameters())
-    if train.model == "captioner" and train.init is None:
-        from open_clip.coca_model import CoCa
-
-        shape = settings.architecture(settings.text.vocab_size or 49408)
-        shape.pop("custom_text")
-        return list(CoCa(**shape).parameters())
-    return None
-
-
-def _denoiser(settings: Any) -> list[Any] | None:
-    from capstan.training.models.diffusion.backbone import LatentSpec
-    from capstan.training.models.diffusion.registry import backbone_of
-    from capstan.training.models.diffusion.text_encoders import TextEncoder, new_encoder
-
-    if settings.text.pretrained is not None:
-        return None
-    backbone, size = backbone_of(settings), settings.text.vocab_size
-    slots = [slot for slot in backbone.slots if slot.required]
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # defaults lie outside a small vocabulary
-    towers = [TextEncoder(slot, new_encoder(slot, settings.text, size, **special), None) for slot in slots]
-    net = backbone.build(LatentSpec.of(4, 128, towers))
-    return [parameter for module in (net, *(tower.encoder for tower in towers)) for parameter in module.parameters()]
+        model = family_class(train.model).untrained(train)
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_bytes(train: TrainConfig, count: int) -> int:

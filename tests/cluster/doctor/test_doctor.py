@@ -170,7 +170,10 @@ def test_parameters_are_counted_without_making_the_model() -> None:
     assert parameters(train) == real
     huge = TrainConfig.from_section({"model": "diffusion", "run": "r", "steps": 1, "diffusion": {"autoencoder": "x"}})
     assert (parameters(huge) or 0) > 10**8
-    assert (parameters(TrainConfig.from_section({"model": "captioner", "run": "r", "steps": 1})) or 0) > 10**6
+    for name in ("captioner", "vqgan", "vitvqgan"):
+        assert (parameters(TrainConfig.from_section({"model": name, "run": "r", "steps": 1})) or 0) > 10**6
+    given = {"model": "vqgan", "run": "r", "steps": 1, "vqgan": {"pretrained": "x"}}
+    assert parameters(TrainConfig.from_section(given)) is None  # only its file tells
 
 
 def test_counting_parameters_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,12 @@ class FirstStage(Family):
         """Return a new model of the settings' shape for images of `size`, or the one that `pretrained` names."""
 
     @classmethod
+    def untrained(cls, train: TrainConfig) -> torch.nn.Module | None:
+        """Return a new first stage of the settings' shape; None if `pretrained` names one."""
+        model: torch.nn.Module | None = cls.build(train.settings) if train.settings.pretrained is None else None
+        return model
+
+    @classmethod
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
         """Save the images that latents are measured on; this fixes the image size."""
         settings: ImageStageSettings = train.settings

@@ -43,6 +43,8 @@ from capstan.training.product import find_product, read_facts, write_facts
 
 log = logging.getLogger(__name__)
 
+_CLIP_VOCABULARY = 49408  # ids
+
 
 class CaptionerFamily(Family):
     """The family that trains a CoCa, from scratch or from `train.init` (keeping its shape, vocabulary and prompts)."""
@@ -85,6 +87,17 @@ class CaptionerFamily(Family):
             return Tokenizer.clip()
         # Prompts are added to the captions so that they become few tokens.
         return Tokenizer.train([*samples.captions(), *(prompts_ * 100)], text.vocab_size)
+
+    @classmethod
+    def untrained(cls, train: TrainConfig) -> torch.nn.Module | None:
+        """Return a new CoCa of the settings' shape; None if `train.init` names one."""
+        from open_clip.coca_model import CoCa
+
+        if train.init is not None:
+            return None
+        shape = train.settings.architecture(train.settings.text.vocab_size or _CLIP_VOCABULARY)
+        shape.pop("custom_text")
+        return CoCa(**shape)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         self.train: CaptionerSettings = train.settings

@@ -32,7 +32,12 @@ from capstan.training.models.diffusion.config import DiffusionSettings
 from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.drawer import LatentDrawer
 from capstan.training.models.diffusion.registry import backbone_of
-from capstan.training.models.diffusion.text_encoders import TextEncoders, new_encoders, open_encoders
+from capstan.training.models.diffusion.text_encoders import (
+    TextEncoders,
+    new_encoders,
+    open_encoders,
+    unread_encoders,
+)
 from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
 from capstan.training.models.noise.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
@@ -110,6 +115,17 @@ class DiffusionFamily(Family):
         if settings.text.pretrained is None:
             return None
         return open_encoders(backbone_of(settings).slots, settings.text)
+
+    @classmethod
+    def untrained(cls, train: TrainConfig) -> torch.nn.Module | None:
+        """Return a new network with its text encoders, for latents of 4 channels; None if the encoders are frozen."""
+        text = train.settings.text
+        if text.pretrained is not None:
+            return None
+        backbone = backbone_of(train.settings)
+        encoders = unread_encoders(backbone.slots, text)
+        net = backbone.build(LatentSpec.of(4, 128, encoders))
+        return torch.nn.ModuleList([net, *(encoder.encoder for encoder in encoders)])
 
     def start_from(self, product: Path) -> None:
         model = self.model

@@ -278,6 +278,13 @@ def new_encoders(slots: Sequence[Slot], settings: TextSettings, tokenizer: Path)
     return TextEncoders([_new_in_slot(slot, settings, tokenizer) for slot in required], own=True)
 
 
+def unread_encoders(slots: Sequence[Slot], settings: TextSettings) -> list[TextEncoder]:
+    """Return new small CLIPs of the largest vocabulary in every required slot; they have no tokenizer, so no text."""
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # defaults lie outside a small vocabulary
+    required = [slot for slot in slots if slot.required]
+    return [TextEncoder(slot, new_encoder(slot, settings, settings.vocab_size, **special), None) for slot in required]
+
+
 def _new_in_slot(slot: Slot, settings: TextSettings, folder: Path) -> TextEncoder:
     from transformers import CLIPTokenizer
 
