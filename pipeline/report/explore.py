@@ -1,7 +1,7 @@
 """Questions about a dataset's rows: pages, facets, histograms, what-if funnels
 
-Every SQL text of a user passes `condition`, which takes one expression. A question that takes longer than its deadline
-is interrupted.
+Every SQL text of a user passes `condition`, which takes one expression. A question that computes longer than its
+deadline is interrupted. One that waits for a slow bucket is not the user's mistake: it has more time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError, StorageError
 from capstan.pipeline.html.plots import Histogram
 from capstan.pipeline.records import LEDGER_SCHEMA
 from capstan.pipeline.report.histograms import Subject, histograms, is_numeric, subjects, value
@@ -29,7 +30,9 @@ from capstan.pipeline.report.thresholds import is_condition
 
 log = logging.getLogger(__name__)
 
-DEADLINE_S: Final = 20.0
+DEADLINE_S: Final = 20.0  # of computing
+PATIENCE: Final = 9  # a question that waits for its files may take this many deadlines
+_BUSY: Final = 0.2  # CPU seconds per second below which a question waits: for the disk or the bucket
 _TEXT: Final = 2000  # characters of a text column in a detail
 _VERDICTS: Final = "verdicts"
 _HIDDEN: Final = ("phash", "colours", "offset", "size", "json_size")
@@ -300,23 +303,60 @@ class Explorer:
     @contextlib.contextmanager
     def _asked(self, field: str, rows: Rows | None = None) -> Iterator[None]:
         """Interrupt a question to `rows` at its deadline; report what DuckDB rejects as the user's mistake."""
-        asked = [rows.db for rows in {self.rows, rows or self.rows, self._index or self.rows}]
-
-        def interrupt() -> None:
-            for db in asked:
-                db.interrupt()
-
-        timer = threading.Timer(self._deadline_s, interrupt)
-        timer.start()
+        deadline = _Deadline([rows.db for rows in {self.rows, rows or self.rows, self._index or self.rows}])
+        deadline.start(self._deadline_s)
         try:
             yield
         except duckdb.InterruptException:
-            problem = f"took longer than {self._deadline_s:g} s"
+            problem = f"took longer than {deadline.seconds:g} s"
+            if deadline.waits:
+                hint = "check that the disk or bucket answers, and ask again"
+                raise StorageError(f"read {self.rows.storage.url}", problem, hint) from None
             raise RecipeError(field, problem, "ask for less, e.g. a condition on key or outcome") from None
         except duckdb.Error as error:
             raise RecipeError(field, str(error).splitlines()[0], "correct the SQL condition") from None
         finally:
-            timer.cancel()
+            deadline.cancel()
+
+
+class _Deadline:
+    """Interrupts DuckDB connections after a deadline of computing, or `PATIENCE` times as long of waiting for files."""
+
+    def __init__(self, connections: Sequence[duckdb.DuckDBPyConnection]) -> None:
+        self._connections, self._lock = connections, threading.Lock()
+        self._passed, self.waits, self._ended = 0, False, False
+
+    def start(self, seconds: float) -> None:
+        """Set the deadline, in seconds from now."""
+        self._began, self._deadline = time.process_time(), seconds
+        self._again()
+
+    @property
+    def seconds(self) -> float:
+        """When the question was interrupted."""
+        return self._passed * self._deadline
+
+    def _again(self) -> None:
+        self._timer = threading.Timer(self._deadline, self._pass)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _pass(self) -> None:
+        with self._lock:  # so that no later question is interrupted
+            if self._ended:
+                return
+            self._passed += 1
+            self.waits = time.process_time() - self._began < _BUSY * self.seconds
+            if self.waits and self._passed < PATIENCE:
+                self._again()
+                return
+            for connection in self._connections:
+                connection.interrupt()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._ended = True
+            self._timer.cancel()
 
 
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:

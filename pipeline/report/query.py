@@ -15,12 +15,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Final, Self
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capstan.pipeline.dataset.shards import Manifest, read_manifest
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged, staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
@@ -34,6 +35,7 @@ STAGED: Final = "staged"
 MEASURED: Final = (KEPT, REJECTED, DUPLICATE, STAGED)  # the outcomes of rows that have an image
 SHOWN: Final = f"outcome IN {MEASURED} AND reason <> '{REMOVED}'"  # SQL: rows whose image may be shown
 _MEMORY_LIMIT: Final = "1500MB"
+_UNREAD: Final = re.compile(r"stream.*?(?:IOError|Unknown error): (?P<why>.*)")  # DuckDB repeats what Arrow raised
 _TEXT: Final = 400  # characters read of a text
 SAMPLE: Final = 1_000_000  # rows: approximate size of the random sample of longer tables
 NEAR: Final = 64  # unit files that are read whole rather than all files searched
@@ -176,7 +178,16 @@ class Rows:
         return self.count > SAMPLE
 
     def query(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        return self.db.execute(query, list(parameters)).fetchall()
+        """Return what a query finds. Raises CapstanError if a file cannot be read, duckdb.Error for other reasons."""
+        try:
+            return self.db.execute(query, list(parameters)).fetchall()
+        except duckdb.Error as error:
+            if (unread := _UNREAD.search(str(error))) is None:
+                raise
+            why = unread["why"].partition(". Detail: Python exception")[0].rstrip(".")
+            if " Fix: " in why:  # Capstan's own reader said it
+                raise CapstanError(why) from None
+            raise DamagedFile(self.storage.url, why) from None
 
     def keys(self, where: str, count: int, parameters: Sequence[Any] = (), *, order: str = "key") -> list[str]:
         """Return the keys of the first `count` rows that match the SQL `where`, ordered by the SQL `order`, then key.

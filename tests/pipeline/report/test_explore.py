@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError, StorageError
 from capstan.pipeline.report.explore import Explorer, wilson
 from capstan.pipeline.report.query import Rows
 from capstan.pipeline.storage import Storage
@@ -121,6 +124,46 @@ def test_a_question_that_takes_too_long_is_interrupted(hostile_dataset: Path) ->
         with pytest.raises(RecipeError, match=r"longer than 0.3 s|not one SQL condition"):
             explorer.page(where=slow + " AND " + " AND ".join([slow.replace("sin", f"{n} * cos") for n in range(40)]))
         assert explorer.page(limit=1).total == rows.count  # the connection is whole
+
+
+def slow_rows(seconds: float) -> pa.RecordBatchReader:
+    """A table that comes as slowly as from a bucket at the other end of a bad line."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for number in range(4):
+            time.sleep(seconds / 4)
+            yield pa.record_batch({"n": [number]})
+
+    return pa.RecordBatchReader.from_batches(pa.schema([("n", pa.int64())]), batches())
+
+
+def test_a_question_that_waits_for_a_slow_bucket_has_more_time(hostile_dataset: Path) -> None:
+    with Rows(Storage(str(hostile_dataset))) as rows:
+        explorer = Explorer(rows, deadline_s=0.2)
+        tables = {"slow": slow_rows(0.8)}
+        assert explorer.ask("where", "SELECT count(*) FROM slow", tables=tables) == [(4,)]  # type: ignore[arg-type]
+        tables = {"slower": slow_rows(30 * 0.2)}
+        with pytest.raises(StorageError, match=r"cannot read .* \(took longer than 1.8 s\)"):
+            explorer.ask("where", "SELECT count(*) FROM slower", tables=tables)  # type: ignore[arg-type]
+        assert explorer.page(limit=1).total == rows.count
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_table_is_not_the_fault_of_the_condition(hostile_dataset: Path, tmp_path: Path, lost: bool) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(hostile_dataset, dataset)
+    with Rows(Storage(str(dataset))) as rows:
+        explorer = Explorer(rows)
+        table = next((dataset / "ledger").glob("*.parquet"))
+        data = bytearray(table.read_bytes())
+        table.unlink()
+        if not lost:
+            data[60:-600:7] = bytes(255 - byte for byte in data[60:-600:7])
+            table.write_bytes(data)
+        questions = (explorer.page, lambda: explorer.outcomes, lambda: explorer.funnel([("wide", "width > 3")]))
+        for question in questions:
+            with pytest.raises(DamagedFile, match="verify DATASET --repair"):
+                question()
 
 
 def test_threads_may_ask_at_once(explorer: Explorer) -> None:
