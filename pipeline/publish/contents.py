@@ -27,7 +27,6 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 
 _READ_BYTES: Final = 4 << 20
 _CAPTIONS: Final = "captions"
-_EDITS: Final = "edits.parquet"  # in a layer of corrections made in `capstan view`, instead of a file per shard
 _BUILD: Final = "run `capstan build` again, then publish"
 
 
@@ -156,21 +155,31 @@ def layer_names(storage: Storage) -> list[str]:
 
 def _layer(storage: Storage, manifest: Manifest, layer: str) -> Iterator[PublishedFile]:
     """Yield a layer's tables, with the rows of the published samples only, then its recipe."""
-    for entry in manifest.shards:
-        name = f"{_CAPTIONS}/{layer}/{entry.name}.parquet"
+    recipe = f"{_CAPTIONS}/{layer}/recipe.json"
+    own = [f"{_CAPTIONS}/{layer}/{entry.name}.parquet" for entry in manifest.shards]
+    for entry, name in zip(manifest.shards, own, strict=True):
         if storage.exists(name):
-            keys = storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"]
-            table = storage.read_table(name)
-            yield PublishedFile.of(name, parquet_bytes(table.filter(pc.is_in(table["key"], _set(keys)))))
-    if storage.exists(name := f"{_CAPTIONS}/{layer}/{_EDITS}"):
-        table = storage.read_table(name)
-        there = pa.nulls(len(table), pa.bool_()).fill_null(False)
-        for entry in manifest.shards:
-            keys = storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"]
-            there = pc.or_(there, pc.is_in(table["key"], _set(keys)))
-        yield PublishedFile.of(name, parquet_bytes(table.filter(there)))
-    name = f"{_CAPTIONS}/{layer}/recipe.json"
-    yield PublishedFile.of(name, storage.read(name))
+            yield PublishedFile.of(name, parquet_bytes(_rows_of(storage, [entry], storage.read_table(name))))
+    if _of_people(storage.read_json(recipe, _BUILD)):
+        folder = storage.names(f"{_CAPTIONS}/{layer}")
+        for name in sorted(name for name in folder if name.endswith(".parquet") and name not in own):
+            if len(rows := _rows_of(storage, manifest.shards, storage.read_table(name))):
+                yield PublishedFile.of(name, parquet_bytes(rows))
+    yield PublishedFile.of(recipe, storage.read(recipe))
+
+
+def _of_people(recipe: Mapping[str, Any]) -> bool:
+    """Return whether people wrote a layer: its captions stay in the files of the shards as they were then."""
+    return bool((recipe.get("engine") or {}).get("engine") == "given")
+
+
+def _rows_of(storage: Storage, entries: Sequence[ShardEntry], table: pa.Table) -> pa.Table:
+    """Return the rows of a layer's table whose samples are in these shards."""
+    there = pa.nulls(len(table), pa.bool_()).fill_null(False)
+    for entry in entries:
+        keys = storage.read_table(entry.table, ["key"], sha256=entry.table_sha256)["key"]
+        there = pc.or_(there, pc.is_in(table["key"], _set(keys)))
+    return table.filter(there)
 
 
 def _set(keys: pa.ChunkedArray) -> pa.Array:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -118,6 +119,27 @@ def test_corrections_are_published_with_the_layer_that_they_correct(dataset: Sto
     assert verify(copy) == []
     assert list_layers(copy) == ["mine", "mine-edited"]
     assert read_edits(copy, "mine")["key"].to_pylist() == [key]
+
+
+@pytest.mark.parametrize("engine", ["given", "transformers"])
+def test_captions_that_people_wrote_before_a_repack_are_published(
+    dataset: Storage, tmp_path: Path, engine: str
+) -> None:
+    for number, shard in enumerate(Dataset(dataset).shard_names):  # shards of other names now hold the images
+        dataset.write(f"captions/mine/former-{number}.parquet", dataset.read(f"captions/mine/{shard}.parquet"))
+        dataset.delete(f"captions/mine/{shard}.parquet")
+    dataset.write_table("captions/mine/former-9.parquet", pa.table({"key": ["0" * 32], "slot": ["short"]}))
+    recipe = dataset.read_json("captions/mine/recipe.json", "")
+    dataset.write("captions/mine/recipe.json", json.dumps(recipe | {"engine": {"engine": engine}}).encode())
+    run(dataset, tmp_path / "birds", layers=["mine"])
+    copy = Storage(str(tmp_path / "birds"))
+    assert verify(copy) == []
+    names = [name for name in copy.names("captions/mine") if name.endswith(".parquet")]
+    found = [key for name in names for key in copy.read_table(name)["key"].to_pylist()]
+    shards = Dataset(copy)
+    kept = [key for shard in shards.shard_names for key in shards.table(shard)["key"].to_pylist()]
+    assert sorted(found) == (sorted(kept) if engine == "given" else [])  # a model's are of images that it saw
+    assert "captions/mine/former-9.parquet" not in names
 
 
 def test_removed_rows_leave_the_copy_and_are_in_no_ledger(dataset: Storage, tmp_path: Path) -> None:
