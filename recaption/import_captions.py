@@ -21,6 +21,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.lease import lease
 from capstan.pipeline.secrets import public_url
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.text.regular_file import regular
 from capstan.recaption import store
 from capstan.recaption.edits import edits_file
 
@@ -81,7 +82,7 @@ def write(
 def _lines(file: Path, slots: Mapping[str, str]) -> Iterator[tuple[int, str, dict[str, str]]]:
     """Yield (line number, key or URL of its image, slot → text) of every non-blank line."""
     try:
-        content = file.read_text(encoding="utf-8")
+        content = Path(regular(file, or_pipe=True)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("FILE", f"cannot read {file} ({error})", "use a JSON Lines file in UTF-8") from None
     for number, line in enumerate(content.split("\n"), 1):

@@ -170,6 +170,8 @@ class Storage:
         """Return Parquet files of one schema as a dataset to scan, without opening them now."""
         import pyarrow.dataset as ds  # imports pandas, which takes a second to load
 
+        if isinstance(self._files, Local):
+            self._files.check_regular(map(self._path, names))
         fs = self._files.arrow() if isinstance(self._files, Remote) else None
         scan = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         form = ds.ParquetFileFormat(default_fragment_scan_options=scan)

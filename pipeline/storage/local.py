@@ -19,11 +19,12 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from capstan.pipeline.errors import DiskFull, StorageError
+from capstan.pipeline.text.regular_file import NotRegular, regular
 
 PARTIAL = ".partial-"  # prefix of every temporary name; never listed
 _SCRATCH = "capstan-scratch-"
@@ -42,15 +43,21 @@ class Local:
         return Path(path).stat().st_size
 
     def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+        return Path(_file(path)).read_bytes()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        with Path(path).open("rb") as file:
+        with Path(_file(path)).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
     def open(self, path: str, *, ahead: bool = True) -> BinaryIO:
-        return Path(path).open("rb")
+        return Path(_file(path)).open("rb")
+
+    def check_regular(self, paths: Iterable[str]) -> None:
+        """Raise StorageError for a path on which a reader would wait: of a named pipe or a device."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                _file(path)
 
     def links(self, folder: str) -> list[str]:
         """Return the links at any depth, which no other method follows."""
@@ -87,6 +94,14 @@ class Local:
         for path in abandoned:
             path.unlink(missing_ok=True)
         return len(abandoned)
+
+
+def _file(path: str) -> str:
+    """Return a path to read. Raises StorageError for a named pipe or a device, on which a reader could wait."""
+    try:
+        return regular(path)
+    except NotRegular as error:
+        raise StorageError(f"read {path}", str(error.strerror), "replace it by a file, or remove it") from None
 
 
 def as_disk_full(error: OSError, folder: Path, needed: int | None = None) -> DiskFull | None:

@@ -2,4 +2,5 @@
 
 safe_yaml: YAML → data, bounded in size, depth and time
 printable: any text → text without control characters
+regular_file: a path → the same path, if opening it does not wait
 """

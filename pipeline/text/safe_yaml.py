@@ -8,6 +8,7 @@ from typing import Any, Final
 import yaml
 
 from capstan.pipeline.text.printable import printable
+from capstan.pipeline.text.regular_file import regular
 
 MAX_CHARACTERS: Final = 1 << 18
 MAX_DEPTH: Final = 50
@@ -42,7 +43,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 def parse_file(path: Path) -> Any:
     """Return the data of a YAML file. Raises InvalidYaml, and OSError if it cannot be read."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with Path(regular(path, or_pipe=True)).open(encoding="utf-8") as file:
             return parse(file.read(MAX_CHARACTERS + 1))
     except UnicodeDecodeError as error:
         raise InvalidYaml(f"not UTF-8 ({error.reason} at byte {error.start})") from None

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from small_disk import Disk
@@ -17,6 +18,17 @@ from small_disk import Disk
 from capstan.pipeline.errors import DiskFull, RecipeError, StorageError
 from capstan.pipeline.storage import Storage, find_files, local, open_file, read_ranges
 from capstan.pipeline.storage.retry import is_retryable
+
+
+@pytest.mark.timeout(60)
+def test_a_named_pipe_in_a_dataset_is_not_waited_for(storage: Storage, tmp_path: Path) -> None:
+    storage.write("other", b"")
+    os.mkfifo(storage.path("dataset.json"))
+    for read in (storage.read, storage.open, lambda name: storage.read_range(name, 0, 5)):
+        with pytest.raises(StorageError, match="named pipe"):
+            read("dataset.json")
+    with pytest.raises(StorageError, match="named pipe"):
+        storage.dataset(["dataset.json"], pa.schema([("key", pa.string())]))
 
 
 def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
