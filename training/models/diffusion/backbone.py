@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import RecipeError, first_line
 from capstan.training.models.diffusion.text_encoders import Slot, TextEncoder
 
 
@@ -58,10 +58,17 @@ class Backbone(ABC):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = {name: value for name, value in config.items() if not name.startswith("_")}
 
+    def number(self, name: str, default: int) -> int:
+        """Return a key of the configuration. Raises RecipeError unless it is a whole number from 1."""
+        value = self.config.get(name, default)
+        if type(value) is not int or value < 1:
+            raise RecipeError(f"{self.field}.{name}", f"{value!r} is not a whole number from 1", f"set e.g. {default}")
+        return value
+
     @property
     def patch(self) -> int:
         """Latents along one side of a patch; images must be whole patches."""
-        return int(self.config.get("patch_size", 1))
+        return self.number("patch_size", 1)
 
     @property
     def divisor(self) -> int:
@@ -104,10 +111,9 @@ class Backbone(ABC):
                 raise RecipeError(f"{self.field}.{name}", problem, "remove it, or use other encoders")
         try:
             net = network(**(self.config | derived))
-        except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            raise RecipeError(
-                self.field, f"{network.__name__} rejects it ({error})", "see the diffusers documentation"
-            ) from None
+        except Exception as error:  # diffusers checks few values: a wrong one fails anywhere in its code
+            problem = f"{network.__name__} rejects it ({first_line(error)})"
+            raise RecipeError(self.field, problem, "see the diffusers documentation") from error
         self.initialize(net)
         return net
 

@@ -31,10 +31,10 @@ class DiT(Backbone):
 
     @property
     def patch(self) -> int:
-        return int(self.config.get("patch_size", 2))
+        return self.number("patch_size", 2)
 
     def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
-        width = int(self.config.get("num_attention_heads", 16)) * int(self.config.get("attention_head_dim", 72))
+        width = self.number("num_attention_heads", 16) * self.number("attention_head_dim", 72)
         return {
             "sample_size": spec.side,
             "in_channels": spec.channels,

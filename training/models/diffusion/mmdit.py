@@ -42,10 +42,10 @@ class MMDiT(Backbone):
 
     @property
     def patch(self) -> int:
-        return int(self.config.get("patch_size", 2))
+        return self.number("patch_size", 2)
 
     def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
-        width = int(self.config.get("num_attention_heads", 18)) * int(self.config.get("attention_head_dim", 64))
+        width = self.number("num_attention_heads", 18) * self.number("attention_head_dim", 64)
         made = {
             "sample_size": spec.side,
             "in_channels": spec.channels,
@@ -60,8 +60,9 @@ class MMDiT(Backbone):
         return made
 
     def check(self, spec: LatentSpec) -> None:
-        most, needed = self.config.get("pos_embed_max_size"), max(spec.side, spec.longest) // self.patch
-        if most is not None and most < needed:
+        needed = max(spec.side, spec.longest) // self.patch
+        given = self.config.get("pos_embed_max_size") is not None
+        if given and (most := self.number("pos_embed_max_size", needed)) < needed:
             problem = f"is {most}, but the longest side of the training images has {needed} patches"
             raise RecipeError("train.diffusion.config.pos_embed_max_size", problem, "remove it, or raise it")
         t5 = spec.widths.get("text_encoder_3")

@@ -55,7 +55,11 @@ class UNet(Backbone):
 
     @property
     def divisor(self) -> int:
-        return int(2 ** (len(self.config.get("block_out_channels", range(4))) - 1))
+        widths = self.config.get("block_out_channels", range(4))
+        if isinstance(widths, int | float | str | None) or not len(widths):
+            problem = f"{widths!r} is not a list of whole numbers"
+            raise RecipeError(f"{self.field}.block_out_channels", problem, "set e.g. [128, 256, 512]")
+        return int(2 ** (len(widths) - 1))
 
     def check(self, spec: LatentSpec) -> None:
         if spec.side % self.divisor:
@@ -93,7 +97,7 @@ class XlUNet(UNet):
     conditioned = True
 
     def derived_config(self, spec: LatentSpec) -> dict[str, Any]:
-        sizes = 6 * int(self.config["addition_time_embed_dim"])
+        sizes = 6 * self.number("addition_time_embed_dim", 256)
         pooled = sum(spec.pooled.values())
         return super().derived_config(spec) | {"projection_class_embeddings_input_dim": pooled + sizes}
 

@@ -274,12 +274,33 @@ def test_a_configuration_file_of_diffusers_names_a_network(run_of, tmp_path):
         backbone_of(tiny.parsed(config=str(tmp_path / "nothing")))
 
 
+UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8] * 4, "norm_num_groups": 4}
+
+
 @pytest.mark.parametrize(
     ("network", "section", "problem"),
     [
         ("dit", {"config": {"num_layer": 2}}, r"train\.diffusion\.config\.num_layer: is not a key of PixArt"),
         ("mmdit", {"config": {"joint_attention_dim": 9}}, r"config\.joint_attention_dim: is 9, but .* require 40"),
         ("dit", {"config": {"norm_type": "x"}}, r"train\.diffusion\.config: PixArtTransformer2DModel rejects it"),
+        ("dit", {"config": {"patch_size": "two"}}, r"config\.patch_size: 'two' is not a whole number from 1"),
+        ("dit", {"config": {"num_attention_heads": []}}, r"config\.num_attention_heads: \[\] is not a whole number"),
+        ("mmdit", {"config": {"pos_embed_max_size": "x"}}, r"config\.pos_embed_max_size: 'x' is not a whole number"),
+        (
+            "sd",
+            {"unet": {}, "config": UNET | {"block_out_channels": 32}},
+            r"block_out_channels: 32 is not a list",
+        ),
+        (
+            "sd",
+            {"unet": {}, "config": UNET | {"norm_num_groups": 0}},
+            r"config: UNet2DConditionModel rejects it \(integer modulo by zero",
+        ),
+        (
+            "sd",
+            {"unet": {}, "config": UNET | {"time_embedding_dim": -8}},
+            r"config: UNet2DConditionModel rejects it \(Trying to create",
+        ),
         ("sd", {"unet": {}, "config": {"_class_name": "FluxTransformer2DModel"}}, r"_class_name: no backbone 'Flux"),
         ("dit", {"size": 24}, r"train\.diffusion\.size: 24 pixels do not divide by 16"),
     ],
