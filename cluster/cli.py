@@ -223,7 +223,7 @@ def _run(arguments: list[str] | None) -> int:
             raise
         _report(str(explained))
         return explained.exit_code
-    except Exception as error:
+    except Exception as error:  # a full disk comes as any library's own error; all others are raised again
         from capstan.pipeline.storage.local import disk_error  # here, so that --help is quick
 
         if (full := disk_error(error)) is None:

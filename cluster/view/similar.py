@@ -111,7 +111,7 @@ class _Work:
             self.encoder = TextEncoder((recipe.get("score") or {}).get("clip") or {}, source.model)
         except CapstanError as error:
             self.error = error
-        except Exception as error:
+        except Exception as error:  # the thread's boundary: whoever waits for it gets the error
             log.exception("the embeddings cannot be read")
             self.error = CapstanError(f"the embeddings cannot be read: {error}")
         finally:

@@ -36,7 +36,9 @@ def _copied(data: bytes, image: config.Image, noai: bool) -> StoredImage | None:
         bare = jpeg.strip(data)
         if noai and opt_out("jpeg", data):
             return None
-    except Exception:  # noqa: BLE001 - decoding finds the reason, or that the fault is harmless
+    except MemoryError:
+        raise  # the machine's fault, not the image's
+    except Exception:  # noqa: BLE001 - the image boundary, as in `decode`, which finds the reason or that it is harmless
         return None
     sha256 = hashlib.sha256(data).hexdigest()
     return StoredImage(bare, *layout.out, *layout.source, phash=0, sha256=sha256)

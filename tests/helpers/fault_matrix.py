@@ -38,6 +38,11 @@ class Place:
     storage: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """A name of its own among all places of the tests."""
+        return "-".join(self.folder.parts[-4:])
+
 
 @dataclass(frozen=True)
 class Command:
@@ -76,7 +81,7 @@ class Workshop:
     def launch(self, command: Command, place: Place) -> Life:
         """Start the command there, with its own folders for caches and scratch files."""
         self._count += 1
-        own = self.root / "home" / f"{place.folder.parent.name}-{place.folder.name}"
+        own = self.root / "home" / place.name
         (own / "tmp").mkdir(parents=True, exist_ok=True)
         folders = {"CAPSTAN_RUNS": str(own / "runs"), "XDG_CACHE_HOME": str(own / "cache"), "TMPDIR": str(own / "tmp")}
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]), "CAPSTAN_STATE": str(own / "state")}
@@ -103,7 +108,7 @@ class Workshop:
 
     def recipe(self, place: Place, **sections: Any) -> str:
         """Write a recipe for the dataset of `place`, and return its path."""
-        path = self.root / "recipes" / f"{place.folder.parent.name}-{place.folder.name}.yaml"
+        path = self.root / "recipes" / f"{place.name}.yaml"
         content = {
             "dataset": f"{place.url}/ds",
             "storage": place.storage,

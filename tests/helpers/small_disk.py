@@ -1,4 +1,4 @@
-"""A real disk of 64 MiB that can be full, hold no more files, or be read-only; mounting it takes root."""
+"""A small real disk that can be full, hold no more files, or be read-only; mounting it takes root."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 
 class Disk:
-    """A tmpfs of 64 MiB and 4096 inodes, which can be filled, and emptied again."""
+    """A tmpfs which can be filled, and emptied again. Skips the test if mounting is not permitted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: str = "size=64m,nr_inodes=4096") -> None:
         self.folder, self._filler = folder, folder / "filler"
         folder.mkdir()
-        self._mount("size=64m,nr_inodes=4096")
+        self._mount(options)
 
     def _mount(self, options: str) -> bool:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
@@ -23,6 +23,9 @@ class Disk:
         if done.returncode and "remount" not in options:
             pytest.skip(f"mounting a disk is not permitted here: {done.stderr.strip()}")
         return done.returncode == 0
+
+    def resize(self, size: int) -> None:
+        assert self._mount(f"remount,size={size}")
 
     def leave_bytes(self, size: int) -> None:
         free = os.statvfs(self.folder)
