@@ -63,11 +63,18 @@ def area_means(pixels: np.ndarray, cells: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     depth = cv2.CV_32S if height * width < _SUMS_IN_INT32 else cv2.CV_64F
     sums = cv2.integral(pixels, sdepth=depth).reshape(height + 1, width + 1, -1)
+    if height % cells == width % cells == 0:  # borders between pixels need no fractions: half the time
+        return _means(sums[:: height // cells, :: width // cells], height * width)
     (row, down), (column, right) = _borders(height, cells), _borders(width, cells)
     upper, lower = (_between(sums[rows], column, right) for rows in (row, row + 1))
-    inside = np.diff(np.diff(upper + (lower - upper) * down[:, None, None], axis=0), axis=1)
+    return _means(upper + (lower - upper) * down[:, None, None], height * width)
+
+
+def _means(corners: np.ndarray, pixels: int) -> np.ndarray:
+    """Return the means of areas in an image of `pixels`, from the sums at their corners."""
+    inside = np.diff(np.diff(corners, axis=0), axis=1)
     # Rounded, so that equal areas get equal values.
-    return np.asarray(np.round(inside * (cells * cells / (height * width)), 6), np.float64)
+    return np.asarray(np.round(inside * (inside.shape[0] * inside.shape[1] / pixels), 6), np.float64)
 
 
 def _between(sums: np.ndarray, column: np.ndarray, right: np.ndarray) -> np.ndarray:
