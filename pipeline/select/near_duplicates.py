@@ -17,19 +17,19 @@ then split in halves: rows near a kept row of the first half are removed before 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from capstan.pipeline.select.apart import NOTHING, Apart
 from capstan.pipeline.select.equal_rows import as_words, decide_equal, first_equal
+from capstan.pipeline.select.hash_blocks import block_bits, blocks_of, in_threads
 
 HASH_BITS: Final = 64
 NONE, EXACT, PERCEPTUAL, SEMANTIC, CONTAMINATED, COPIES = range(6)
@@ -48,7 +48,6 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 Pairs = tuple[Ints, Ints]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -237,46 +236,61 @@ def close_pairs(phash: Words, distance: int) -> Pairs:
     return pairs
 
 
-class _TooManyError(Exception):
-    """The pairs cannot be listed in reasonable time or memory."""
-
-
 def _pairs(prints: _Prints, *, few: bool) -> Pairs | None:
     """All near pairs (i < j), sorted by j, then i; None if they or their candidates are too many, unless `few`."""
-    masks = _masks(len(prints), prints.distance)
+    n, masks = len(prints), _masks(len(prints), prints.distance)
     limit = None if few else MAX_CANDIDATES // len(masks)
-
-    def of_mask(number: int) -> Ints:
-        codes, count = [np.empty(0, np.int64)], 0
-        for a, b in _agreeing(prints, masks, number, limit):
-            count += len(a)
-            if not few and count > MAX_PAIRS:
-                raise _TooManyError
-            codes.append(b * len(prints) + a)
-        return np.concatenate(codes)
-
-    try:
-        codes = np.sort(np.concatenate(list(_in_threads(of_mask, range(len(masks))))))
-    except _TooManyError:
-        return None
-    if not few and len(codes) > MAX_PAIRS:
-        return None
-    return codes % max(len(prints), 1), codes // max(len(prints), 1)
+    codes, count = [np.empty(0, np.int64)], 0
+    for number in range(len(masks)):
+        found = _codes(prints, masks, number, limit, MAX_PAIRS - count)
+        if found is None:
+            return None
+        codes, count = codes + found, count + sum(map(len, found))
+    whole = np.sort(np.concatenate(codes))
+    return whole % max(n, 1), whole // max(n, 1)
 
 
-def _agreeing(prints: _Prints, masks: list[int], number: int, limit: int | None) -> Iterator[Pairs]:
-    """Yield near pairs (i < j) whose hashes agree on the bits of one mask, and on no mask before it.
+def _codes(prints: _Prints, masks: list[int], number: int, limit: int | None, most: int) -> list[Ints] | None:
+    """Return the near pairs that agree on one mask, and on no mask before it, as j * n + i.
 
-    Raises _TooManyError for more than `limit` candidates.
+    None if there are more than `most`, or more than `limit` candidates; without a limit all are returned.
+    """
+    blocks = blocks_of(prints.phash, masks[number], block_bits(len(prints)))
+
+    def of_block(place: int) -> tuple[int, list[Ints]]:
+        order, candidates = _sorted(prints.phash, blocks[place], masks[number], limit)
+        if limit is not None and candidates > limit:
+            return candidates, []
+        return candidates, [b * len(prints) + a for a, b in _agreeing(prints, masks, number, order)]
+
+    codes, tried, count = list[Ints](), 0, 0
+    with contextlib.closing(in_threads(of_block, len(blocks))) as found:
+        for candidates, own in found:
+            tried, count = tried + candidates, count + sum(map(len, own))
+            if limit is not None and (tried > limit or count > most):
+                return None
+            codes += own
+    return codes
+
+
+def _sorted(phash: Words, rows: Ints, mask: int, limit: int | None) -> tuple[Ints, int]:
+    """Return the rows sorted by the bits of a mask, and the number of pairs that agree on them (0 without `limit`)."""
+    keys = phash[rows] & np.uint64(mask)
+    by = np.argsort(keys)
+    if limit is None or not len(rows):
+        return rows[by], 0
+    bounds = np.flatnonzero(np.diff(keys[by])) + 1
+    sizes = np.diff(np.concatenate([[0], bounds, [len(rows)]]))
+    return rows[by], int((sizes * (sizes - 1) // 2).sum())
+
+
+def _agreeing(prints: _Prints, masks: list[int], number: int, order: Ints) -> Iterator[Pairs]:
+    """Yield near pairs (i < j) of rows whose hashes agree on the bits of one mask, and on no mask before it.
+
+    `order` holds the rows, sorted by these bits.
     """
     mask, distance = np.uint64(masks[number]), prints.distance
-    order = np.argsort(prints.phash & mask)
     hashes = prints.phash[order]
-    if limit is not None:
-        bounds = np.flatnonzero(np.diff(hashes & mask)) + 1
-        sizes = np.diff(np.concatenate([[0], bounds, [len(hashes)]]))
-        if int((sizes * (sizes - 1) // 2).sum()) > limit:
-            raise _TooManyError
     for start in range(0, len(hashes), _CHUNK):
         # Compare each row with the next one, the one after, … as long as they agree.
         rows, step = np.arange(start, min(start + _CHUNK, len(hashes))), 0
@@ -312,45 +326,43 @@ def _apart(hashes: Words, rows: Ints, step: int) -> Words:
 
 def _first_near(kept: _Prints, rows: _Prints) -> Ints:
     """Return for each of `rows` the first of `kept` that is near it, or -1."""
-    masks = _masks(max(len(kept), len(rows)), rows.distance)
-    nobody = len(kept)
-
-    def of_mask(number: int) -> Ints:
-        mask = np.uint64(masks[number])
-        best = np.full(len(rows), nobody, np.int64)
-        by, order = np.argsort(kept.phash & mask), np.argsort(rows.phash & mask)
-        hashes = kept.phash[by]
-        keys = hashes & mask
-        for start in range(0, len(order), _CHUNK):
-            at = order[start : start + _CHUNK]
-            own = rows.phash[at]
-            low, high = (np.searchsorted(keys, own & mask, side) for side in ("left", "right"))
-            while len(at):
-                more = low < high
-                at, own, low, high = at[more], own[more], low[more], high[more]
-                close = np.flatnonzero(np.bitwise_count(own ^ hashes[low]) <= rows.distance)
-                hit, found = at[close], by[low[close]]
-                agree = kept.agree(found, rows, hit)
-                np.minimum.at(best, hit[agree], found[agree])
-                low = low + 1
-        return best
-
+    count = max(len(kept), len(rows))
+    nobody, bits = len(kept), block_bits(count)
     best = np.full(len(rows), nobody, np.int64)
-    for found in _in_threads(of_mask, range(len(masks))):
-        np.minimum(best, found, out=best)
+    for mask in _masks(count, rows.distance):
+        _meet_all(kept, rows, mask, bits, best)
     return np.where(best < nobody, best, -1)
 
 
-def _in_threads(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
-    """Yield work(item) for each item, in order, using threads: numpy sorts and compares without Python's lock.
+def _meet_all(kept: _Prints, rows: _Prints, mask: int, bits: int, best: Ints) -> None:
+    """Lower `best` of each of `rows` to the first of `kept` that is near and agrees on a mask."""
+    of_kept, of_rows = blocks_of(kept.phash, mask, bits), blocks_of(rows.phash, mask, bits)
 
-    At most one finished result per thread waits to be consumed.
-    """
-    threads = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool:
-        rest = iter(items)
-        while group := list(itertools.islice(rest, threads)):
-            yield from pool.map(work, group)
+    def of_block(place: int) -> None:
+        _meet(kept, of_kept[place], rows, of_rows[place], np.uint64(mask), best)  # no row is in two blocks
+
+    for _ in in_threads(of_block, len(of_rows)):
+        pass
+
+
+def _meet(kept: _Prints, held: Ints, rows: _Prints, chosen: Ints, mask: np.uint64, best: Ints) -> None:
+    """Lower `best` of the `chosen` rows to the first of the kept rows `held` that is near and agrees on a mask."""
+    by = held[np.argsort(kept.phash[held] & mask)]
+    order = chosen[np.argsort(rows.phash[chosen] & mask)]
+    hashes = kept.phash[by]
+    keys = hashes & mask
+    for start in range(0, len(order), _CHUNK):
+        at = order[start : start + _CHUNK]
+        own = rows.phash[at]
+        low, high = (np.searchsorted(keys, own & mask, side) for side in ("left", "right"))
+        while len(at):
+            more = low < high
+            at, own, low, high = at[more], own[more], low[more], high[more]
+            close = np.flatnonzero(np.bitwise_count(own ^ hashes[low]) <= rows.distance)
+            hit, found = at[close], by[low[close]]
+            agree = kept.agree(found, rows, hit)
+            np.minimum.at(best, hit[agree], found[agree])
+            low = low + 1
 
 
 def _masks(n: int, distance: int) -> list[int]:
