@@ -1,37 +1,52 @@
 """Laws of the control plane in operations on storage: what a change costs, by the size of what is there.
 
     takedown    one key, one URL: at 20, 80 and 240 units
+    captions    planning a caption layer at 0.1, 0.4 and 1.6 million images: growth of the driver's memory, and seconds
+                until the first shard can start; for a new layer, and for one whose shards were all repacked
 
-    python benchmarks/operations.py [takedown] [--units 20 80 240]
+    python benchmarks/operations.py [takedown] [captions] [--units 20 80 240] [--images 100000 400000 1600000]
 
-Counts are exact and need no quiet machine. Units have 4 rows and run in this process, so that what workers do is
-counted, too. A read, a write, a removal and a look-up count as one operation, opening a file to read parts of it as
-three, a listing as one per 1,000 names.
+Counts are exact and need no quiet machine, nor does memory. Units of takedowns have 4 rows and run in this process, so
+that what workers do is counted, too. A read, a write, a removal and a look-up count as one operation, opening a file to
+read parts of it as three, a listing as one per 1,000 names.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
+import json
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from capstan.pipeline import build, units
-from capstan.pipeline.config import Blocklist, Recipe
-from capstan.pipeline.storage import Storage
+from capstan.pipeline.config import Blocklist, Recipe, Resources
+from capstan.pipeline.dataset.shards import Dataset, Manifest, ShardEntry, write_manifest
+from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import Local
 from capstan.pipeline.units.workers import Ended, Prepare, commits
+from capstan.recaption import store
+from capstan.recaption.planning.existing import Lookup
+from capstan.recaption.planning.incomplete import incomplete
 
 ROWS = 4  # per unit
 SIZES = [20, 80, 240]
+IMAGES = [100_000, 400_000, 1_600_000]
+SHARD = 10_000  # images
 _COSTS = {"read": 1, "read_range": 1, "exists": 1, "size": 1, "write": 1, "put": 1, "delete": 1, "open": 3}
 
 
@@ -138,14 +153,80 @@ def of_takedown(number: int) -> dict[str, int]:
         return found
 
 
+def write_captioned(storage: Storage, shards: int) -> None:
+    """Write tables of shards with 10,000 images each, and captions of all images in files that no shard owns."""
+    entries = []
+    for number in range(shards):
+        random = np.random.default_rng(number)
+        sums = [random.bytes(32).hex() for _ in range(SHARD)]
+        name, text = f"shard-{number:06d}", [""] * SHARD
+        data = parquet_bytes(pa.table({"key": [digits[:32] for digits in sums], "sha256": sums, "caption": text}))
+        storage.write(f"shards/{name}.parquet", data)
+        sizes = {"samples": SHARD, "bytes": 1 << 30, "sha256": sums[0], "table_sha256": ""}
+        entries.append(ShardEntry(name=name, **sizes))
+        rows = [store.Row("a cat", "a cat", 3, "end", 0, ()) for _ in sums]
+        places = [store.Place(digits[:32], digits, "", "descriptive") for digits in sums]
+        store.write_rows(storage, f"captions/moved/former-{number:06d}.parquet", zip(places, rows, strict=True))
+    write_manifest(storage, Manifest(shards=entries, recipe={"dedup": {"exact": True}}))
+
+
+def of_captions(count: int, layer: str) -> dict[str, float]:
+    """Return the growth of the driver's memory in MiB, and the seconds, until the shards' units are known."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage, process = Storage(folder), psutil.Process()
+        resources = Resources(executor="processes", cpus=2)
+        write_captioned(storage, 2)
+        planned(Dataset(storage), layer, resources)  # so that all is loaded
+        write_captioned(storage, count // SHARD)
+        pa.default_memory_pool().release_unused()
+        gc.collect()
+        before, start = process.memory_info().rss, time.perf_counter()
+        peak = [before]
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.05):
+                peak[0] = max(peak[0], process.memory_info().rss)
+
+        threading.Thread(target=watch, daemon=True).start()
+        planned(Dataset(storage), layer, resources)
+        ended.set()
+        return {"mib": (peak[0] - before) / 2**20, "s": time.perf_counter() - start}
+
+
+def planned(dataset: Dataset, layer: str, resources: Resources) -> None:
+    """Look up the captions of a layer that has none of the present shards."""
+    todo = incomplete(dataset, layer, {})
+    if todo.scattered:
+        sources = (todo.entries, todo.captions, [])
+        lookup = Lookup(dataset, layer, ("descriptive",), False, *sources, dataset.storage, resources, progress=False)
+        saved = lookup.save(lookup.find(sharing=True))
+        assert sum(facts["rows"] for facts in saved) == sum(entry.samples for entry in dataset.manifest.shards)
+        lookup.clean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="takedown (default: all)")
+    parser.add_argument("parts", nargs="*", help="takedown, captions (default: all)")
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="sizes of a captioned dataset")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--units", type=int, nargs="+", default=SIZES, help="sizes (default: 20 80 240)")
     arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(of_captions(int(arguments.child[0]), arguments.child[1])))
+        return
+    parts = arguments.parts or ["takedown", "captions"]
+    if "captions" in parts:
+        print("| images | layer | driver + MiB | s |\n|---|---|---|---|")
+        for count in arguments.images:
+            for layer in ("new", "moved"):
+                command = [sys.executable, __file__, "--child", str(count), layer]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                print(f"| {count:,} | {layer} | {found['mib']:.0f} | {found['s']:.1f} |", flush=True)
+        print()
     units.ProcessWorkers = Here  # type: ignore[misc, assignment]
     units.SMALL_RUN = 10**9  # type: ignore[misc]
-    parts = arguments.parts or ["takedown"]
     if "takedown" in parts:
         print("| units | operations: one key removed | one URL |\n|---|---|---|")
         for number in arguments.units:

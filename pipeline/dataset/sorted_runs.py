@@ -84,8 +84,9 @@ def _read(storage: Storage, name: str, may_hold: Any, columns: Iterable[str] | N
         with storage.open(name) as source:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             place = file.schema_arrow.get_field_index(HASH.name)
-            groups = [file.metadata.row_group(number).column(place).statistics for number in range(file.num_row_groups)]
-            chosen = [number for number, found in enumerate(groups) if may_hold(found.min, found.max)]
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            bounds = [group.column(place).statistics if group.num_rows else None for group in groups]
+            chosen = [number for number, found in enumerate(bounds) if found and may_hold(found.min, found.max)]
             names = None if columns is None else list(dict.fromkeys([HASH.name, *columns]))
             return file.read_row_groups(chosen, columns=names)
     except (pa.ArrowException, OSError, AttributeError) as error:

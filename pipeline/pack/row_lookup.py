@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 
 from capstan.pipeline.config import Resources, fingerprint
 from capstan.pipeline.dataset.sorted_runs import HASH, hash_of, ranges, rows_between, rows_with, write_run
-from capstan.pipeline.errors import DamagedFile
+from capstan.pipeline.errors import DamagedFile, Quarantined
 from capstan.pipeline.source.blocklist import Blocklist, domain_digest, host_of, url_digest
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Unit, run
+from capstan.pipeline.units import Job, Piece, Unit, run_once
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class _Index:
 class _Read(Job):
     """The job that writes the hashes of some tables. Its markers name the file and its rows."""
 
-    name, title = "lookup", "index of rows"
+    name, title = "lookup-build", "index of rows"
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -122,43 +122,46 @@ def cover(storage: Storage, tables: Tables, resources: Resources, *, progress: b
     new = {name: unit for name, unit in tables.items() if index.tables.get(name) != unit}
     if len(new) < LEAST:
         return
-    names = sorted(new)
-    groups = [{name: new[name] for name in names[at : at + _GROUP]} for at in range(0, len(names), _GROUP)]
-    read = _Read(storage)
-    work = [_unit(fingerprint(group), tables=group) for group in groups]
-    made = _run(read, work, resources, progress)
-    if made is None:
+    try:
+        parts, rows = _read(storage, new, resources, progress)
+        left = sorted(index.runs, key=lambda one: -int(one["rows"]))
+        while left and left[-1]["rows"] <= rows:
+            smaller = left.pop()
+            rows, parts = rows + smaller["rows"], parts + smaller["parts"]
+        if len(parts) > 1:
+            parts, rows = _merge(storage, parts, rows, resources, progress)
+    except Quarantined as error:  # what is not covered is read by who asks
+        log.warning("%s", error)
         return
-    rows, parts = sum(facts["rows"] for facts in made), [part for facts in made for part in facts["parts"]]
-    left = sorted(index.runs, key=lambda one: -int(one["rows"]))
-    while left and left[-1]["rows"] <= rows:
-        smaller = left.pop()
-        rows, parts = rows + smaller["rows"], parts + smaller["parts"]
-    if len(parts) > 1:
-        bounds = ranges(-(-rows // _PART_ROWS))
-        spec = {"from": parts}
-        merges = [_unit(fingerprint([parts, low]), range=[str(low), str(high)], **spec) for low, high in bounds]
-        merged = _run(_Merge(storage), merges, resources, progress)
-        if merged is None:
-            return
-        rows, parts = sum(facts["rows"] for facts in merged), [part for facts in merged for part in facts["parts"]]
     covered = {name: unit for name, unit in index.tables.items() if name in tables} | new
     _Index([*left, {"parts": parts, "rows": rows}], covered).write(storage)
 
 
+def _read(storage: Storage, tables: Tables, resources: Resources, progress: bool) -> tuple[list[str], int]:
+    """Write the hashes of tables to files; return these, and their number of rows."""
+    names = sorted(tables)
+    groups = [{name: tables[name] for name in names[at : at + _GROUP]} for at in range(0, len(names), _GROUP)]
+    work = [_unit(fingerprint(group), tables=group) for group in groups]
+    return _sum(run_once(_Read(storage), work, resources, progress=progress))
+
+
+def _merge(
+    storage: Storage, parts: list[str], rows: int, resources: Resources, progress: bool
+) -> tuple[list[str], int]:
+    """Write the rows of files to one for each range of hashes; return these, and their number of rows."""
+    work = [
+        _unit(fingerprint([parts, low]), range=[str(low), str(high)], **{"from": parts})
+        for low, high in ranges(-(-rows // _PART_ROWS))
+    ]
+    return _sum(run_once(_Merge(storage), work, resources, progress=progress))
+
+
+def _sum(made: list[dict[str, Any]]) -> tuple[list[str], int]:
+    return [part for facts in made for part in facts["parts"]], sum(facts["rows"] for facts in made)
+
+
 def _unit(id_: str, **spec: Any) -> Unit:
     return Unit(id_, {"part": f"{_FOLDER}/{id_}.parquet", **spec})
-
-
-def _run(job: _Read, work: Sequence[Unit], resources: Resources, progress: bool) -> list[dict[str, Any]] | None:
-    """Return the facts of all units, and forget that they were done; None if some could not be done."""
-    summary = run(job, work, resources, progress=progress)
-    done = job.markers.read()
-    job.markers.forget(done)
-    if summary.quarantined:
-        log.warning("%s: not written (%s)", job.title, ", ".join(sorted(summary.quarantined.values())))
-        return None
-    return [done[unit.id] for unit in work]
 
 
 def follow(storage: Storage, renamed: Mapping[str, str]) -> None:

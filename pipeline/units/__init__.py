@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import CapstanError, DiskFull, RecipeError, StorageError, first_line
+from capstan.pipeline.errors import CapstanError, DiskFull, Quarantined, RecipeError, StorageError, first_line
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.units.job import Job, Piece, Unit, report
 from capstan.pipeline.units.markers import MarkerLog
@@ -46,7 +46,19 @@ from capstan.pipeline.units.workers import Ended, has_model, reason_of
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Job", "MarkerLog", "Piece", "Summary", "Unit", "model_threads", "report", "run", "shared", "start_ray"]
+__all__ = [
+    "Job",
+    "MarkerLog",
+    "Piece",
+    "Summary",
+    "Unit",
+    "model_threads",
+    "report",
+    "run",
+    "run_once",
+    "shared",
+    "start_ray",
+]
 
 SMALL_RUN: Final = 64  # units: no more run without Ray
 
@@ -136,6 +148,20 @@ def run(
         counts.update(_numbers(found[unit]))
     job.markers.gather(work.committed)
     return Summary(len(work.committed), len(known), work.quarantined, dict(counts))
+
+
+def run_once(job: Job, units: Sequence[Unit], resources: Resources, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Do units whose results are of use in this run only; return what `commit` returned for each, in order.
+
+    Nothing is kept of earlier runs, nor is it noted that the units are done. Raises Quarantined if some kept failing.
+    """
+    job.markers.clear()
+    summary = run(job, units, resources, progress=progress)
+    done = job.markers.read()
+    job.markers.clear()
+    if summary.quarantined:
+        raise Quarantined(job.title or job.name, summary.quarantined)
+    return [done[unit.id] for unit in units]
 
 
 def _on_ray(job: Job, units: Sequence[Unit], resources: Resources) -> bool:

@@ -92,6 +92,11 @@ class MarkerLog:
             self._write_log({unit: facts for unit, facts in logged.items() if unit not in units})
         self.storage.delete(*(self._marker(unit) for unit in sorted(units)))
 
+    def clear(self) -> None:
+        """Remove all that is kept of the job's units. The log goes first: it must not outlive what is newer than it."""
+        self.storage.delete(self._log)
+        self.storage.delete(*self.storage.names(f"state/{self.name}"))
+
     def pending(self, units: Iterable[U]) -> list[U]:
         """Return the units that are not committed yet."""
         done = self._committed()

@@ -19,14 +19,16 @@ from small_dataset import image
 
 from capstan.pipeline import units
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.dataset.shards import sha256_of
+from capstan.pipeline.dataset.shards import read_manifest, sha256_of, write_manifest
 from capstan.pipeline.errors import CapstanError, Quarantined, RecipeError
 from capstan.pipeline.lease import lease
 from capstan.pipeline.records import make_key
+from capstan.pipeline.select.pairs import changed, read_pairs, write_pairs
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
 from capstan.recaption.engines.coca import CocaEngine
 from capstan.recaption.job import plan, recaption
+from capstan.recaption.planning import existing
 
 Build = Callable[..., Storage]
 STEPS = [[0, 1, 2, 3], [4, 5, 6], [7]]
@@ -174,6 +176,72 @@ def test_repacked_images_keep_their_captions(build: Build, captioner: Path, capt
     back = recaption(recipe(captioner, storage))
     assert not captioned
     assert (back["images"], back["reused"]) == (8, 8)
+
+
+def test_many_shards_are_looked_up_in_pieces(
+    build: Build, captioner: Path, captioned: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges of few rows and files of one shard; some images are in two shards, and some were captioned before."""
+    before, after = [[0, 1, 2], [3, 4], [5, 6, 7]], [[7, 1, 9], [9, 0, 8], [2, 8, 3], [9, 10, 4]]
+    storage, other = build(before), build(before, "other")
+    for one in (storage, other):
+        recaption(recipe(captioner, one))
+        build(after, Path(one.url).name)
+    captioned.clear()
+    whole, expected = plan(recipe(captioner, other)), recaption(recipe(captioner, other))
+    assert (whole["new"], whole["captions"], expected["new"]) == (3, 6, 3)
+    for name, size in (("_RANGE_ROWS", 3), ("_DEALT", 1), ("_SCANNED", 1)):
+        monkeypatch.setattr(existing, name, size)
+    counted = ("new", "captions", "reused", "done")
+    pieces = plan(recipe(captioner, storage))
+    assert [pieces[name] for name in counted] == [whole[name] for name in counted]
+    captioned.clear()
+    summary = recaption(recipe(captioner, storage))
+    assert [summary[name] for name in counted] == [expected[name] for name in counted]
+    assert set(captioned.values()) == {1}
+    assert layer_files(storage) == layer_files(other)
+    assert not [name for name in storage.names("state") if "recaption-plan" in name]
+
+
+def selected(storage: Storage, exact: bool) -> None:
+    """Let the manifest say how exact repeats were selected."""
+    manifest = read_manifest(storage)
+    assert manifest is not None
+    write_manifest(storage, manifest.model_copy(update={"recipe": {"dedup": {"exact": exact}}}))
+
+
+def test_nothing_is_looked_up_where_no_caption_can_be(
+    build: Build, captioner: Path, captioned: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new layer, more data, and a shard with images that failed; but after shards were repacked."""
+    storage = build(STEPS)
+    selected(storage, exact=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(existing.Lookup, "find", lambda *_, **__: pytest.fail("images were looked up"))
+        assert plan(recipe(captioner, storage))["new"] == 8
+        layer = recaption(recipe(captioner, storage))["layer"]
+        build([*STEPS, [8, -9]])
+        selected(storage, exact=True)
+        assert plan(recipe(captioner, storage))["new"] == 2
+        assert recaption(recipe(captioner, storage))["new"] == 1
+        captioned.clear()
+        planned = plan(recipe(captioner, storage))
+        assert (planned["new"], planned["captions"], planned["reused"], planned["done"]) == (1, 2, 1, 8)
+        summary = recaption(recipe(captioner, storage))
+        assert (summary["new"], summary["reused"], summary["unreadable"]) == (0, 1, 1)
+        assert not captioned
+    build([STEPS[0], STEPS[1][:2], [*STEPS[2], STEPS[1][2]]])
+    selected(storage, exact=True)
+    summary = recaption(recipe(captioner, storage))
+    assert (summary["layer"], summary["new"], summary["reused"], summary["done"]) == (layer, 0, 4, 4)
+    assert not captioned
+    # Two rows of one file, which a person found to be different, are both in the dataset.
+    build([*STEPS, [20], [20, 21]])
+    selected(storage, exact=True)
+    one, other = sorted([make_key("20"), make_key("21")])
+    write_pairs(storage, changed(read_pairs(storage), {(one, other): "different"}, "me"))
+    assert recaption(recipe(captioner, storage))["new"] == 2
+    assert set(captioned.values()) == {1}
 
 
 def test_a_stop_while_files_are_overwritten_loses_nothing(

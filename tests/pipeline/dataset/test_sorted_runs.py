@@ -43,6 +43,13 @@ def test_all_rows_of_the_wanted_hashes_are_found(run: tuple[Storage, pa.Table]) 
     assert len(rows_with(storage, "run.parquet", np.array([12345], np.uint64))) == 0
 
 
+def test_a_run_may_be_empty(run: tuple[Storage, pa.Table]) -> None:
+    storage, table = run
+    write_run(storage, "empty.parquet", table.slice(0, 0))
+    assert rows_between(storage, "empty.parquet", *ranges(1)[0]).schema == table.schema
+    assert len(rows_with(storage, "empty.parquet", table["hash"].to_numpy()[:1])) == 0
+
+
 def test_a_damaged_run_says_so(run: tuple[Storage, pa.Table]) -> None:
     storage, _ = run
     data = bytearray(storage.read("run.parquet"))

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from in_process import run_here
 
+from capstan.pipeline import units
 from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.pack import row_lookup
@@ -17,7 +18,7 @@ from capstan.pipeline.storage import Storage
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """A storage in whose index few tables make a run, and few rows a file of it."""
-    monkeypatch.setattr(row_lookup, "run", run_here)
+    monkeypatch.setattr(units, "run", run_here)
     monkeypatch.setattr(row_lookup, "LEAST", 2)
     monkeypatch.setattr(row_lookup, "_GROUP", 3)
     monkeypatch.setattr(row_lookup, "_PART_ROWS", 20)
