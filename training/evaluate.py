@@ -5,6 +5,7 @@ Measures unseen scenes of the captioned world, or held-out samples (training.met
     a generator     prompts → images → oracle, CLIP score, KID, CMMD, FID. Chance: the same metrics for images of other
                     prompts. Ceiling: for true images, after the autoencoder if there is one; of a distance (KID, CMMD,
                     FID): between two disjoint halves of the true images
+    a matcher       drawings and texts → R-precision of 100 texts. Chance: a text drawn at random
     a first stage   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour. A VQGAN's
                     codebook use, too. Chance: a codebook with one code in use
 """
@@ -31,11 +32,12 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
-from capstan.training.drawing.drawer import Codec, Drawer
+from capstan.training.drawing.drawer import Codec, Drawer, Matcher
 from capstan.training.drawing.grid import grid
 from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept, single_worker
 from capstan.training.metrics.oracle import OracleScore
+from capstan.training.metrics.r_precision import r_precision
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
 from capstan.training.product import family_of, find_product, kind_of
 
@@ -67,14 +69,15 @@ def evaluate(
     `measures` default to oracle, or world for a model without prompts. Writes evaluation.json and evaluation.png into
     the run's folder. `clip` and `fid` name the judging networks (default: train.watch.evaluate of the run's recipe).
     `world` is the captioned world that the run was trained on (default: from its recipe). `copies` names the network
-    that finds copies of training images; the nearest pairs are drawn to evaluation-copies.png. Raises RecipeError if a
+    that finds copies of training images; the nearest pairs are drawn to evaluation-copies.png. A model with
+    attention to words draws it to evaluation-attention.png. Raises RecipeError if a
     file, a package or the ground truth is missing.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
     product = find_product(run)
     family, kind = family_of(product), kind_of(product)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, sheet = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if family is not None and family.draws is not None:
         drawer = family.open(product, device)
         measures = measures or ("oracle" if drawer.prompted else "world",)
@@ -88,6 +91,7 @@ def evaluate(
         check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
         pairs = list(zip(judges, unused, strict=True))
         result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        sheet = drawer.explained(subjects.prompts(range(count)), range(count))
         if memory is not None:
             result |= _copies(memory, result["measures"], images, subjects, run)
     else:
@@ -95,14 +99,21 @@ def evaluate(
             hint = "name a run of a model that draws, e.g. model: diffusion, or remove it"
             raise RecipeError("--copies", f"{kind} draws no images of its own", hint)
         codec = None if family is None else family.codec(product, device)
-        if codec is None:
+        matcher = None if family is None else family.matcher(product, device)
+        if matcher is not None:
+            subjects = _subjects(None if world is not None else _recipe_of(product), product, world, count)
+            result, image = _matched(matcher, subjects, batch=batch)
+        elif codec is not None:
+            result, image = _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
+        else:
             problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
             raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
-        result, image = _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
     result = {"kind": kind, "scenes": count, **result}
-    storage, png = Storage(str(run), field="RUN"), io.BytesIO()
-    image.save(png, format="PNG")
-    storage.write("evaluation.png", png.getvalue())
+    storage = Storage(str(run), field="RUN")
+    for name, drawn in {"evaluation.png": image, "evaluation-attention.png": sheet}.items():
+        if drawn is not None:
+            drawn.save(png := io.BytesIO(), format="PNG")
+            storage.write(name, png.getvalue())
     storage.write(
         "evaluation.json", json.dumps(result, indent=1).encode() + b"\n"
     )  # last: it marks a complete evaluation
@@ -201,6 +212,10 @@ def _drawn(
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
     for name, numbers_of in drawer.measures(true, prompts, batch).items():
         measures[name] = {**{kind: _or_none(number) for kind, number in numbers_of.items()}, "ceiling": None}
+    for name, changed in drawer.ablated(prompts, list(numbers), batch).items():
+        found = [_measure(judge, subjects, numbers, changed, batch=batch, device=drawer.device) for judge, _ in judges]
+        rows = {measure: _or_none(value) for values in found for measure, value in values.items()}
+        reliability.setdefault("ablations", {})[name] = rows
     result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
     return result, grid(images[:_SHOWN], prompts[:_SHOWN]), images
 
@@ -253,6 +268,18 @@ def _scored(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float | No
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
+
+
+# Matchers ------------------------------------------------------------------------------------------------------------
+
+
+def _matched(matcher: Matcher, subjects: EvalSet, *, batch: int) -> tuple[Evaluation, Any]:
+    """Return the R-precision of true images and their texts, and a grid of images with the text that fits best."""
+    numbers = range(len(subjects))
+    texts, images = subjects.prompts(numbers), subjects.images(numbers, matcher.size)
+    scores = matcher.similarity(images, texts, batch)
+    best = [texts[text] for text in scores[:_SHOWN].argmax(1)]
+    return {"measures": r_precision(scores, texts)}, grid(images[:_SHOWN], best)
 
 
 # First stages --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import FamilySettings
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.step import Step
-from capstan.training.drawing.drawer import Codec, Drawer, Kind, Size, refuse_options
+from capstan.training.drawing.drawer import Codec, Drawer, Kind, Matcher, Size, refuse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +234,11 @@ class Family(ABC):
     @classmethod
     def codec(cls, product: Path, device: torch.device) -> Codec | None:
         """Open a product to encode and decode images with it; None if the family is not a first stage."""
+        return None
+
+    @classmethod
+    def matcher(cls, product: Path, device: torch.device) -> Matcher | None:
+        """Open a product to compare images with texts; None if the family does not."""
         return None
 
     @classmethod

@@ -29,8 +29,10 @@ def _named(folder: str, name: str) -> Named:
 
 # A family is a folder. To add one, add it here: nothing else in training names families.
 FAMILIES: Final = {
+    "attngan": _named("attngan", "Attngan"),
     "autoencoder": _named("autoencoder", "Autoencoder"),
     "captioner": _named("captioner", "Captioner"),
+    "damsm": _named("damsm", "Damsm"),
     "ddpm": _named("ddpm", "Ddpm"),
     "diffusion": _named("diffusion", "Diffusion"),
     "imagen": _named("imagen", "Imagen"),

@@ -1,7 +1,9 @@
-"""Interfaces of opened models: a drawer makes things from prompts, a codec takes images apart and together again
+"""Interfaces of opened models: a drawer makes things from prompts, a codec takes images apart and together again, a
+matcher compares images with texts
 
     Family.open(product, device) → Drawer       Drawer.draw(prompts, seeds, …) → Drawn(kind, arrays, fps, rate)
     Family.codec(product, device) → Codec       images → latents → images
+    Family.matcher(product, device) → Matcher   images, texts → how well they fit
 
 Sampling, watching, evaluation and experiments know no family: they ask the family that trained a product to open it.
 """
@@ -104,6 +106,14 @@ class Drawer(ABC):
         """Add noise of this level, 0 to 1, to the images that are enlarged. Raises RecipeError if there are none."""
         raise RecipeError("--level", "this model enlarges no image of another", "remove it")
 
+    def ablated(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> Mapping[str, np.ndarray]:
+        """Return the images that are drawn without a part of the model, by the part's name: what is it worth?"""
+        return {}
+
+    def explained(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        """Return a PIL image of how prompts became images; None if the model has nothing to show."""
+        return None
+
     def ceiling(self, images: np.ndarray, batch: int) -> np.ndarray:
         """Return true images, uint8 [N, H, W, 3], as the best model of this kind would draw them.
 
@@ -126,6 +136,15 @@ class Codec(Protocol):
 
     def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
         """Return what else than its images is worth measuring: name → {value, chance}."""
+
+
+class Matcher(Protocol):
+    """An opened model that says how well images and texts fit."""
+
+    size: int  # pixels, both sides of the images that it was trained on
+
+    def similarity(self, images: np.ndarray, texts: Sequence[str], batch: int) -> np.ndarray:
+        """Return how well each of uint8 images [N, H, W, 3] fits each text: [N, texts], larger is better."""
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:

@@ -45,9 +45,11 @@ ON_TWO = {
     "vitvqgan": [(DDP, 2)],
     "ddpm": [(DDP, 1), (DDP, 2)],
     "imagen": [(DDP, 1), (DDP, 2)],
+    "damsm": [(DDP, 2)],
+    "attngan": [(DDP, 2)],
 }
 WHOLE = {"captioner": "open_clip_model.safetensors", "autoencoder": "diffusion_pytorch_model.safetensors"}
-WHOLE["vitvqgan"] = "model.safetensors"
+WHOLE["vitvqgan"] = WHOLE["damsm"] = WHOLE["attngan"] = "model.safetensors"
 WHOLE["diffusion"] = WHOLE["ddpm"] = f"unet/{WHOLE['autoencoder']}"
 WHOLE["imagen"] = f"super/{WHOLE['ddpm']}"
 
@@ -76,6 +78,11 @@ class Runs:
             tower = {"width": 16, "layers": 1, "heads": 2}
             settings = {"patch_size": 4, "encoder": tower, "decoder": tower, "codes": 8, "code_channels": 4}
             settings |= {"revival": 0}  # which codes are unused is a question to a part
+        elif family == "damsm":
+            settings = {"words": 8, "channels": 8, "tower": [8, 8]}
+        elif family == "attngan":
+            settings = {"damsm": str(self.path("damsm", 1, DDP, 1)), "noise": 4, "condition": 4, "channels": 8}
+            settings |= {"stages": 2, "generators": 2, "blocks": 1, "discriminator": {"channels": 8, "lr": 1e-6}}
         elif family == "diffusion":
             settings = {"autoencoder": str(self.path("autoencoder", 1, DDP, 1)), "text": TEXT}
             settings |= {"unet": {**STAGE, "heads": 2}, "drop_text": 0.5}
@@ -130,6 +137,8 @@ NAMES = {
     "diffusion": ("loss", "grad_norm", "text_dropped"),
     "autoencoder": ("loss", "grad_norm"),
     "vitvqgan": ("loss", "grad_norm", "codebook"),
+    "damsm": ("loss", "grad_norm", "words", "sentences"),
+    "attngan": ("loss", "grad_norm", "words", "sentences", "kl", "discriminator", "rival_grad_norm"),
     "ddpm": ("loss", "grad_norm", "bound"),
     "imagen": ("loss", "grad_norm", "text_dropped"),
 }

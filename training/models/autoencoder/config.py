@@ -75,16 +75,21 @@ class ImageStageSettings(FamilySettings):
         if self.discriminator is None:
             return
         field = f"train.{train.model}.discriminator"
-        if train.engine.strategy != "ddp":
-            problem = f"{train.engine.strategy} trains one model, but {field} adds a second one"
-            raise RecipeError("train.engine.strategy", problem, "set engine: {strategy: ddp}, without zero")
-        if train.precision not in ("fp32", "bf16"):
-            problem = f"{train.precision} needs loss scaling, which {field} does not support"
-            raise RecipeError("train.precision", problem, "use bf16 or fp32")
+        check_adversary(train, field)
         if train.engine.compile and self.discriminator.adaptive:
             problem = f"a compiled model runs backward once per step, and the weight of {field}"
             hint = "remove it, or set discriminator: {adaptive: false}"
             raise RecipeError("train.engine.compile", f"{problem} needs its gradients before that", hint)
+
+
+def check_adversary(train: TrainConfig, field: str) -> None:
+    """Raise RecipeError if the run cannot train the second model that `field` adds."""
+    if train.engine.strategy != "ddp":
+        problem = f"{train.engine.strategy} trains one model, but {field} adds a second one"
+        raise RecipeError("train.engine.strategy", problem, "set engine: {strategy: ddp}, without zero")
+    if train.precision not in ("fp32", "bf16"):
+        problem = f"{train.precision} needs loss scaling, which {field} does not support"
+        raise RecipeError("train.precision", problem, "use bf16 or fp32")
 
 
 class StageSettings(ImageStageSettings):
