@@ -13,7 +13,7 @@ from typing import Any
 
 from capstan.pipeline.config import Blocklist, Recipe, WorldSource
 from capstan.pipeline.dataset.damage import forget_damage, note_damage, noted_damage
-from capstan.pipeline.dataset.shards import Manifest, read_manifest
+from capstan.pipeline.dataset.shards import CLIPS, Manifest, read_manifest
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import Ingest, Staged, clean
 from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
@@ -57,6 +57,9 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
+    if storage.exists(CLIPS):
+        problem = f"{recipe.dataset} holds the clips that `capstan cut` made"
+        raise RecipeError("dataset", problem, "choose another folder, and name this one's shards/*.tar in source.path")
     if read_manifest(storage) is None:  # later builds may have nothing left to score
         registry.check_machine(recipe)
     with lease(storage, "build") as held:

@@ -71,7 +71,8 @@ def make_key(*parts: str | bytes) -> str:
 # bytes at `offset` of `file`; or, if `file` is "", it is fetched from `url`. So a URL in a table can never name a local
 # file. `extra` is a JSON object of the source's other columns. `hash` is the expected hash of the image's bytes
 # (hexadecimal md5, sha1, sha256 or sha512), or "". `facts` is a JSON object of MEASURED and CRC32, by the table of the
-# shard that the image is in, or "" (pipeline.dataset.own_shards).
+# shard that the image is in, or "" (pipeline.dataset.own_shards). `parts` is a JSON object, suffix →
+# [offset, length] of other files of the sample in `file`; or "".
 PLAN_SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -84,6 +85,7 @@ PLAN_SCHEMA: Final = pa.schema(
         pa.field("extra", pa.string(), nullable=False),
         pa.field("hash", pa.string(), nullable=False),
         pa.field("facts", pa.string(), nullable=False),
+        pa.field("parts", pa.string(), nullable=False),
     ]
 )
 

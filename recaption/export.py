@@ -19,7 +19,9 @@ import pyarrow as pa
 from capstan.pipeline.config import Resources, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
+from capstan.pipeline.dataset.parts import part_columns, parts_in
 from capstan.pipeline.dataset.shards import (
+    PLACE_COLUMNS,
     Dataset,
     Manifest,
     Sample,
@@ -68,10 +70,17 @@ class Export(Job):
         digest = hashlib.sha256()
         with scratch() as folder:
             tar = folder / "shard.tar"
-            places = write_samples(tar, self._samples(dataset.read_images(name), rows), digest)
+            places = write_samples(tar, self._samples(dataset.read_samples(name), rows), digest)
             size = tar.stat().st_size
-            placed = [row | place._asdict() for row, place in zip(rows, places, strict=True)]
+            parts = parts_in(table.column_names)
+            moved = part_columns([place.parts for place in places], parts)
+            placed = [
+                row | {column: getattr(place, column) for column in PLACE_COLUMNS}
+                for row, place in zip(rows, places, strict=True)
+            ]
             table = pa.Table.from_pylist(placed, _with_crc32(table.schema))
+            for column, values in moved.items():
+                table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
             data = parquet_bytes(table)
             entry = ShardEntry(
                 name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256=sha256_of(data)
@@ -100,11 +109,13 @@ class Export(Job):
             raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
 
     @staticmethod
-    def _samples(images: Iterator[tuple[str, bytes]], rows: list[dict[str, Any]]) -> Iterator[Sample]:
-        for row, (key, jpeg) in zip(rows, images, strict=True):
+    def _samples(
+        samples: Iterator[tuple[str, bytes, dict[str, bytes]]], rows: list[dict[str, Any]]
+    ) -> Iterator[Sample]:
+        for row, (key, jpeg, parts) in zip(rows, samples, strict=True):
             assert key == row["key"]
             report({"samples": 1, "bytes": len(jpeg)})
-            yield Sample(key, jpeg, sample_fields(row), row["caption"])
+            yield Sample(key, jpeg, sample_fields(row), row["caption"], parts)
 
 
 def _with_crc32(schema: pa.Schema) -> pa.Schema:

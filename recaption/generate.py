@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from capstan.pipeline.score.by_halves import by_halves, shown
+from capstan.pipeline.units.by_halves import by_halves, shown
 from capstan.recaption.engines import CUT_BEFORE_TEXT, Caption, CaptionEngine, EngineInput, Request
 from capstan.recaption.engines.reasoning import without_reasoning
 from capstan.recaption.lint import linter

@@ -20,7 +20,7 @@ DOORS = {
     "ray.train": {"training/launch.py"},
     "accelerate": {"training/distributed/engine.py"},
     "deepspeed": {"training/distributed/engine.py"},
-    "av": {"pipeline/clips/media.py"},
+    "av": {"pipeline/media/codec.py", "pipeline/media/reader.py"},
 }
 MOST_FILES = 16  # per folder
 

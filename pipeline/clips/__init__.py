@@ -1,4 +1,4 @@
 """Source videos and sounds → a WebDataset of clips, and a ledger with one row per source file
 
-sniff → media → cuts → clip → job → cut (the command)
+cuts → clip → job → cut (the command)
 """

@@ -9,23 +9,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import simplejpeg
 
-from capstan.pipeline.clips import media
 from capstan.pipeline.clips.cuts import SMALL, SceneDetector, at_constant_rate
-from capstan.pipeline.clips.media import Media, MediaFacts, Scaler, VideoWriter
-from capstan.pipeline.clips.sniff import UnreadableMedia
-from capstan.pipeline.clips.spectrogram import spectrogram
 from capstan.pipeline.config.cut import Cut
 from capstan.pipeline.image.decode import Failure
+from capstan.pipeline.media import codec
+from capstan.pipeline.media.codec import Scaler, VideoWriter
+from capstan.pipeline.media.reader import Media, MediaFacts
+from capstan.pipeline.media.sniff import UnreadableMedia
+from capstan.pipeline.media.spectrogram import spectrogram
+
+_SILENT_RATE: Final = 8000  # samples per second of the silence of a video without sound
 
 
 @dataclass
 class Clip:
     """A clip: `frames` frames from frame `start` on (at cut.fps), its middle frame as JPEG, and its sound as FLAC.
+
+    `sample_rate` and `channels` are 0 if the source has no sound.
 
     Of sound alone, `mp4` is empty, the frames are counted all the same, and the JPEG is a spectrogram.
     """
@@ -58,7 +63,7 @@ def cut_file(data: bytes, cut: Cut, quality: int) -> CutFile | Failure:
             _check_streams(source, cut)
             source.check()
             clips = _sounds(source, cut, quality) if cut.sound == "only" else _clips(source, cut, quality)
-            if cut.sound == "keep" and source.has_sound and clips:
+            if cut.sound == "keep" and clips:
                 _add_sound(source, clips, cut)
             facts = source.facts
     except UnreadableMedia as error:
@@ -115,7 +120,7 @@ def _scaled(source: Media, cut: Cut) -> Iterator[tuple[Any, Scaler]]:
         if scaler is None:
             width, height = round(frame.width * ratio), frame.height
             upright = (height, width) if round(frame.rotation / 90) % 2 else (width, height)
-            scaler = Scaler(*stored_size(*upright, cut.size), media.pixel_format_of(cut))
+            scaler = Scaler(*stored_size(*upright, cut.size), codec.pixel_format_of(cut))
         if frame is not shown:
             shown, made = frame, scaler.scaled(frame)
         yield made, scaler
@@ -145,7 +150,7 @@ class _Open:
         writer, clip = self._writer, list[Clip]()
         if writer is not None and writer.frames >= shortest:
             mp4 = writer.finish()
-            (still,) = media.decode_frames(mp4, [(writer.frames - 1) // 2])
+            (still,) = codec.decode_frames(mp4, [(writer.frames - 1) // 2])
             clip = [Clip(self._start, writer.frames, *self._size, jpeg(still, self._quality), mp4)]
         self.close()
         return clip
@@ -168,13 +173,21 @@ def jpeg(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def _add_sound(source: Media, clips: list[Clip], cut: Cut) -> None:
-    """Add to each clip the sound of its time; what the source lacks is silent."""
+    """Add to each clip the sound of its time; what the source lacks is silent.
+
+    A source without sound has silence too: Hugging Face's reader wants the same files in all samples.
+    """
+    if not source.has_sound:
+        rate = cut.sample_rate or _SILENT_RATE
+        for clip in clips:
+            clip.flac = codec.encode_flac(np.zeros((round(clip.frames * rate / cut.fps), 1), np.int16), rate)
+        return
     rate, channels = source.sound_format
     spans = [(round(c.start * rate / cut.fps), round((c.start + c.frames) * rate / cut.fps)) for c in clips]
     first = source.rewind()
     pieces = _pieces(source.sound(from_first_frame=first), spans, channels)
     for clip, samples in zip(clips, pieces, strict=True):
-        clip.flac, clip.sample_rate, clip.channels = media.encode_flac(samples, rate), rate, channels
+        clip.flac, clip.sample_rate, clip.channels = codec.encode_flac(samples, rate), rate, channels
 
 
 def _pieces(blocks: Iterator[np.ndarray], spans: list[tuple[int, int]], channels: int) -> Iterator[np.ndarray]:
@@ -208,7 +221,7 @@ def _sounds(source: Media, cut: Cut, quality: int) -> list[Clip]:
         if frames >= shortest:
             picture = spectrogram(samples, rate)
             height, width = picture.shape[:2]
-            flac = media.encode_flac(samples, rate)
+            flac = codec.encode_flac(samples, rate)
             clips.append(Clip(start, frames, width, height, jpeg(picture, quality), b"", flac, rate, channels))
         start += frames
 

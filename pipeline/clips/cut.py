@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from capstan.pipeline import extras
 from capstan.pipeline.config import Recipe, Unit, fingerprint
-from capstan.pipeline.dataset.shards import MANIFEST, sha256_of
+from capstan.pipeline.dataset.shards import CLIPS, MANIFEST, sha256_of
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.retry_rows import matches, parse_reasons
 from capstan.pipeline.lease import lease
@@ -25,7 +25,6 @@ from capstan.pipeline.units import Summary, run
 
 log = logging.getLogger(__name__)
 
-CLIPS: Final = "clips.json"
 FORMAT: Final = 1
 _SECTIONS: Final = {"source", "fetch", "cut", "blocklist"}
 

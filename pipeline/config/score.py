@@ -82,6 +82,14 @@ class ImageScore(Section):
     """Measures of the image: sharpness, flatness, JPEG quality, entropy, border."""
 
 
+class VideoScore(Section):
+    """Measures of a clip's video: motion, static frames, black bars."""
+
+
+class SoundScore(Section):
+    """Measures of a clip's sound: loudness, silence, clipping."""
+
+
 class Score(Section):
     """Scorers; each adds columns to the ledger."""
 
@@ -101,8 +109,12 @@ class Score(Section):
     """Measures sharpness, flatness, JPEG quality, entropy and border of the image; null: off."""
     text_in_image: TextInImage | None = None
     """Measures text in the image (extra `ocr`); null: off."""
+    video: VideoScore | None = None
+    """Measures motion, static frames and black bars of a clip's KEY.mp4 (extra `video`); null: off."""
+    sound: SoundScore | None = None
+    """Measures loudness, silence and clipping of a clip's KEY.flac (extra `video`); null: off."""
 
     @model_serializer(mode="wrap")
-    def _without_text_in_image(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out an unset `text_in_image`, so that recipes of earlier versions keep their hash."""
-        return without_unset(dump(self), "text_in_image")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is unset and came later, so that recipes of earlier versions keep their hash."""
+        return without_unset(dump(self), "text_in_image", "video", "sound")

@@ -64,11 +64,13 @@ class Source(Section):
     """Settings of the captioned world, for format: world."""
     license: str | OneLicense | None = None
     """Column with the rows' licences, or {all: CC-BY-4.0}; null: none."""
+    parts: list[Literal["mp4", "flac"]] | None = None
+    """Files next to the image in a tar's samples that go into the shards as they are, for clips; null: none."""
 
     @model_serializer(mode="wrap")
-    def _without_license(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out an unset `license`, so that recipes of earlier versions keep their hash."""
-        return without_unset(dump(self), "license")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is unset, so that recipes of earlier versions keep their hash."""
+        return without_unset(dump(self), "license", "parts")
 
     @model_validator(mode="after")
     def _has_rows(self) -> Source:
@@ -81,6 +83,10 @@ class Source(Section):
             raise ValueError("url is null and image is not set; name the column with the URLs or the images")
         elif self.world is not None:
             raise ValueError("world is only for format: world; remove it")
+        if self.parts is not None and self.format not in ("auto", "webdataset"):
+            raise ValueError(f"parts are of samples in tars, and format is {self.format}; remove parts")
+        if self.parts is not None and len(set(self.parts)) < max(1, len(self.parts)):
+            raise ValueError("parts is empty or names a part twice; set e.g. parts: [mp4, flac]")
         return self
 
 

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from capstan.pipeline.dataset.parts import PARTS, part_fields, parts_in
 from capstan.pipeline.dataset.shards import BLOCK, Manifest, ShardEntry
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.storage import Storage
@@ -37,7 +38,7 @@ FOLDER = ".nv-meta"
 INDEX = f"{FOLDER}/index.sqlite"
 INFO = f"{FOLDER}/.info.json"
 NAMES = (INFO, INDEX, *(f"{FOLDER}/{name}" for name in ("index.uuid", "split.yaml", "dataset.yaml")))
-_COLUMNS = ["key", "caption", "offset", "size", "json_size"]
+_COLUMNS = ["key", "caption", "offset", "size", "json_size", *(field.name for field in part_fields(PARTS))]
 _PAGE_BYTES = 4096
 _CACHE_KIB = 16_384
 _SQLITE_VERSION = 3_040_001  # written into every index, so that its bytes do not depend on the library version
@@ -60,12 +61,13 @@ Row = tuple[Any, ...]
 
 
 class Layout(NamedTuple):
-    """Byte positions of samples in their tar: first header; offset and size of each of the three parts; end."""
+    """Byte positions of samples in their tar: first header; offset and size of each file, in order; end.
+
+    A sample without a file has size 0 for it, but for JSON and text.
+    """
 
     start: Numbers
-    jpg: tuple[Numbers, Numbers]
-    json: tuple[Numbers, Numbers]
-    txt: tuple[Numbers, Numbers]
+    files: dict[str, tuple[Numbers, Numbers]]
     end: Numbers
 
 
@@ -73,10 +75,15 @@ def layout(table: pa.Table) -> Layout:
     """Return the positions of the samples of a shard's table."""
     columns = (table["offset"], table["size"], table["json_size"], pc.binary_length(table["caption"]))
     offset, size, json_size, txt_size = (np.asarray(column, dtype=np.int64) for column in columns)
-    json_offset = offset + _padded(size) + BLOCK
+    files, json_offset = {"jpg": (offset, size)}, offset + _padded(size) + BLOCK
+    for part in parts_in(table.column_names):
+        own, length = (np.asarray(table[f"{part}_{name}"], dtype=np.int64) for name in ("offset", "size"))
+        files[part] = (own, length)
+        json_offset = json_offset + np.where(length > 0, _padded(length) + BLOCK, 0)
     txt_offset = json_offset + _padded(json_size) + BLOCK
     end = txt_offset + _padded(txt_size)
-    return Layout(offset - BLOCK, (offset, size), (json_offset, json_size), (txt_offset, txt_size), end)
+    files |= {"json": (json_offset, json_size), "txt": (txt_offset, txt_size)}
+    return Layout(offset - BLOCK, files, end)
 
 
 def _padded(size: Numbers) -> Numbers:
@@ -173,8 +180,13 @@ def _rows(storage: Storage, shards: Sequence[ShardEntry]) -> Iterator[tuple[Iter
     for shard, table in enumerate(tables):
         places, rows = layout(table), range(len(table))
         start, length = places.start.tolist(), (places.end - places.start).tolist()
-        parts = [(name, *(column.tolist() for column in getattr(places, name))) for name in ("jpg", "json", "txt")]
+        parts = [(name, offsets.tolist(), sizes.tolist()) for name, (offsets, sizes) in places.files.items()]
         yield (
             zip(itertools.repeat(shard), table["key"].to_pylist(), rows, start, length, strict=False),
-            ((shard, row, name, offsets[row], sizes[row]) for row in rows for name, offsets, sizes in parts),
+            (
+                (shard, row, name, offsets[row], sizes[row])
+                for row in rows
+                for name, offsets, sizes in parts
+                if sizes[row] or name not in PARTS
+            ),
         )

@@ -14,6 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capstan.pipeline.dataset.parts import part_names
 from capstan.pipeline.records import CRC32, MEASURED, SHARD_SCHEMA
 
 _FACTS: Final = [field.name for field in MEASURED]
@@ -34,7 +35,8 @@ def own_rows(tar: str, open_: Callable[[str], Any]) -> dict[int, Own]:
     typed = table.select(SHARD_SCHEMA.names)
     if typed.schema.types != SHARD_SCHEMA.types:
         return {}
-    scores = [name for name in table.column_names if name not in SHARD_SCHEMA.names]
+    places = part_names(table.column_names)
+    scores = [name for name in table.column_names if name not in (*SHARD_SCHEMA.names, *places)]
     facts = typed.select([*_FACTS, CRC32.name]).to_pylist()
     others = table.select(scores).to_pylist()
     return {

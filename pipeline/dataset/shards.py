@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
+from typing import Annotated, Any, BinaryIO, Final, NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import (
@@ -29,11 +29,13 @@ from pydantic import (
     model_validator,
 )
 
+from capstan.pipeline.dataset.parts import PARTS, PartPlace, part_fields, read_parts
 from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.records import FORMAT_VERSION
 from capstan.pipeline.storage import Storage, is_inside
 
 MANIFEST = "dataset.json"
+CLIPS = "clips.json"  # the manifest of a folder of clips (pipeline.clips.cut)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Place(NamedTuple):
     size: int
     json_size: int
     crc32: int | None
+    parts: Mapping[str, PartPlace] = {}  # by suffix; not a column of its own, see dataset.parts
+
+
+PLACE_COLUMNS: Final = ("offset", "size", "json_size", "crc32")
 
 
 class Digest(Protocol):
@@ -113,10 +119,12 @@ def write_samples(path: Path, samples: Iterable[Sample], digest: Digest | None =
 
         for sample in samples:
             fields = None if sample.fields is None else to_json(sample.fields)
-            places.append(Place(position + BLOCK, len(sample.jpg), len(fields or b""), zlib.crc32(sample.jpg)))
+            image, parts = position + BLOCK, dict[str, PartPlace]()
             write(_member(f"{sample.key}.jpg", sample.jpg))
             for suffix, data in sample.parts.items():
+                parts[suffix] = PartPlace(position + BLOCK, len(data), zlib.crc32(data))
                 write(_member(f"{sample.key}.{suffix}", data))
+            places.append(Place(image, len(sample.jpg), len(fields or b""), zlib.crc32(sample.jpg), parts))
             if fields is not None:
                 write(_member(f"{sample.key}.json", fields))
             if sample.caption is not None:
@@ -310,13 +318,25 @@ class Dataset:
 
         Raises DamagedFile for an image that is not what was written.
         """
-        table = self.table(shard, ["key", "offset", "size", "crc32"])
+        for key, jpeg, _ in self.read_samples(shard, rows, parts=False):
+            yield key, jpeg
+
+    def read_samples(
+        self, shard: str, rows: Sequence[int] | None = None, *, parts: bool = True
+    ) -> Iterator[tuple[str, bytes, dict[str, bytes]]]:
+        """Yield (key, JPEG bytes, parts by suffix) as `read_images` does; without `parts` only the JPEGs are read.
+
+        Raises DamagedFile for a file that is not what was written.
+        """
+        table = self.table(shard, ["key", "offset", "size", "crc32", *(f.name for f in part_fields(PARTS) if parts)])
         if rows is not None:
             table = table.take(pa.array(rows, pa.int64()))
         name = f"shards/{shard}.tar"
         with self.storage.open(name) as tar:
             for row in table.to_pylist():
-                yield row["key"], read_image(tar, row["offset"], row["size"], row.get("crc32"), self.storage.path(name))
+                path = self.storage.path(name)
+                jpeg = read_image(tar, row["offset"], row["size"], row.get("crc32"), path)
+                yield row["key"], jpeg, read_parts(tar, row, path)
 
 
 def read_image(tar: BinaryIO, offset: int, size: int, crc32: int | None, name: str) -> bytes:

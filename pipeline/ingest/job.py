@@ -20,7 +20,7 @@ import io
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,14 +29,15 @@ import pyarrow as pa
 
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.own_shards import measured
+from capstan.pipeline.dataset.parts import PARTS, part_columns, part_fields, part_names, read_parts
 from capstan.pipeline.dataset.shards import Place, Sample, read_image, sha256_of, write_samples
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.fetch.host_limits import HostLimits
 from capstan.pipeline.image.copied import copy_or_decode
-from capstan.pipeline.image.decode import StoredImage, decode
+from capstan.pipeline.image.decode import Failure, StoredImage, decode
 from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
 from capstan.pipeline.ingest.retry_rows import matches
-from capstan.pipeline.ingest.row_bytes import read_rows
+from capstan.pipeline.ingest.row_bytes import read_rows, read_sample_parts
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.secrets import public_text, public_url
 from capstan.pipeline.source.blocklist import blocked
@@ -108,6 +109,7 @@ class Ingest(Job):
             left = [index for index in range(len(rows)) if index not in kept]
             with guarded(self.decoder(), is_retry=unit.is_retry, seconds=self.decode_s) as decoder:
                 fresh = self._outcomes([rows[index] for index in left], spool.only(left), decoder)
+            fresh = self._with_parts([rows[index] for index in left], fresh, spool.only(left))
             by_index = kept | dict(zip(left, fresh, strict=True))
             outcomes = [by_index[index] for index in range(len(rows))]
             digest = hashlib.sha256()
@@ -117,7 +119,7 @@ class Ingest(Job):
             if written:
                 self.storage.put(tar, tar_name)
             places = dict(zip(spool.indices, written, strict=True))
-        data = parquet_bytes(_table(rows, outcomes, places, unit.id))
+        data = parquet_bytes(_table(rows, outcomes, places, unit.id, self._parts))
         table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
         self.storage.write(table_name, data)
         counts = _counts(outcomes)
@@ -126,6 +128,26 @@ class Ingest(Job):
             {"freed": True} if len(places) + sum(bool(outcome["reason"]) for outcome in outcomes) < len(rows) else {}
         )
         yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+
+    @property
+    def _parts(self) -> list[str]:
+        """The parts of samples that are carried, in the order of tars."""
+        wanted = (self.recipe.source.parts if self.recipe.source is not None else None) or []
+        return [part for part in PARTS if part in wanted]
+
+    def _with_parts(self, rows: list[dict[str, Any]], outcomes: list[Outcome], spool: _Spool) -> list[Outcome]:
+        """Add the parts of the rows' samples to the spool; return the outcomes, some of which now are failures."""
+        if not self._parts:
+            return outcomes
+        outcomes = list(outcomes)
+        there = set(spool.indices)
+        for index, found in read_sample_parts(rows, self.recipe, self._parts):
+            if index in there and isinstance(found, Failure):
+                outcomes[index] = _failed(found.reason, found.detail)
+                spool.drop(index)
+            elif index in there and isinstance(found, dict):
+                spool.add_parts(index, found)
+        return outcomes
 
     def shared(self) -> HostLimits:
         """Return what workers have to know together of the hosts."""
@@ -150,7 +172,7 @@ class Ingest(Job):
         again = unit.spec["again"]
         table = self.storage.read_table(again["table"])
         assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} belongs to another plan"
-        names = [name for name in _STAGED_OUTCOME if name in table.column_names]
+        names = [name for name in _STAGED_OUTCOME if name in table.column_names] + part_names(table.column_names)
         before = dict(enumerate(table.select(names).to_pylist()))
         wanted = set(again.get("keys", ()))  # rows whose images were freed
         kept = {
@@ -161,10 +183,13 @@ class Ingest(Job):
         with self.storage.open(again["tar"]) if again["tar"] else io.BytesIO() as tar:
             for index, row in kept.items():
                 offset, size, crc32 = row.pop("offset"), row.pop("size"), row.pop(CRC32.name, None)
+                parts = {name: row.pop(name) for name in part_names(row)}
                 if row["reason"] or not size or not again["tar"]:
                     continue
                 try:
-                    spool.add(index, read_image(tar, offset, size, crc32, again["tar"]))
+                    jpeg = read_image(tar, offset, size, crc32, again["tar"])
+                    spool.add_parts(index, read_parts(tar, parts, again["tar"]))
+                    spool.add(index, jpeg)
                 except DamagedFile as error:  # the image counts as freed
                     log.warning("%s, row %s", error, rows[index]["key"])
         if "packed" in again:
@@ -173,14 +198,15 @@ class Ingest(Job):
 
     def _restore(self, again: dict[str, Any], kept: dict[int, Outcome], spool: _Spool) -> None:
         """Add to the spool what only packed shards hold; with `refetch`, rows whose image is nowhere are done again."""
-        from capstan.pipeline.ingest.staging import images
+        from capstan.pipeline.ingest.staging import samples
 
         found = set(spool.indices)
         missing = [index for index, row in kept.items() if not row["reason"] and index not in found]
         packed = [(tar, table) for tar, table in again["packed"]]
-        for index, jpeg in images(self.storage, again["table"], "", missing, packed, damaged_is_none=True):
-            if jpeg is not None:
-                spool.add(index, jpeg)
+        for index, stored in samples(self.storage, again["table"], "", missing, packed, damaged_is_none=True):
+            if stored is not None:
+                spool.add(index, stored.jpeg)
+                spool.add_parts(index, stored.parts)
             elif again["refetch"]:
                 del kept[index]
 
@@ -209,6 +235,7 @@ class _Spool:
 
     def __init__(self, folder: Path) -> None:
         self._path, self._spans = folder / "pictures", dict[int, tuple[int, int]]()
+        self._parts = dict[int, dict[str, tuple[int, int]]]()
         self._numbers: list[int] | None = None
 
     def __enter__(self) -> _Spool:
@@ -223,6 +250,17 @@ class _Spool:
         self._spans[number] = (self._file.tell(), len(jpeg))
         self._file.write(jpeg)
 
+    def add_parts(self, index: int, parts: Mapping[str, bytes]) -> None:
+        """Add the other files of a row's sample."""
+        number = index if self._numbers is None else self._numbers[index]
+        for suffix, data in parts.items():
+            self._parts.setdefault(number, {})[suffix] = (self._file.tell(), len(data))
+            self._file.write(data)
+
+    def drop(self, index: int) -> None:
+        """Forget the image of a row."""
+        del self._spans[index if self._numbers is None else self._numbers[index]]
+
     def only(self, numbers: list[int]) -> _Spool:
         """Return the same spool for a subset of the rows, numbered from 0."""
         part = copy.copy(self)
@@ -232,14 +270,19 @@ class _Spool:
     @property
     def indices(self) -> list[int]:
         """Rows that have an image, in order."""
-        return sorted(self._spans)
+        if self._numbers is None:
+            return sorted(self._spans)
+        return [index for index, number in enumerate(self._numbers) if number in self._spans]
 
     def samples(self, keys: list[str]) -> Iterator[Sample]:
         """Yield the images in the order of their rows; `keys` holds the keys of all rows."""
         for index in self.indices:
-            start, size = self._spans[index]
-            self._file.seek(start)
-            yield Sample(keys[index], self._file.read(size))
+            parts = {suffix: self._read(*span) for suffix, span in self._parts.get(index, {}).items()}
+            yield Sample(keys[index], self._read(*self._spans[index]), parts=parts)
+
+    def _read(self, start: int, size: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(size)
 
 
 def failed_table(rows: pa.Table, unit: str, reason: str, detail: str) -> pa.Table:
@@ -272,15 +315,25 @@ def _failed(reason: str, detail: str) -> Outcome:
     return {"reason": reason, "detail": storable(cut), **nothing}
 
 
-def _table(rows: list[dict[str, Any]], outcomes: list[Outcome], places: Mapping[int, Place], unit: str) -> pa.Table:
-    """Build a table of STAGED_SCHEMA; `places` holds the rows that have an image."""
+def _table(
+    rows: list[dict[str, Any]],
+    outcomes: list[Outcome],
+    places: Mapping[int, Place],
+    unit: str,
+    parts: Sequence[str] = (),
+) -> pa.Table:
+    """Build a table of STAGED_SCHEMA, and columns of `parts`; `places` holds the rows that have an image."""
     records = []
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         place = places.get(index, Place(0, 0, 0, None))
         source = {name: row[name] for name in ("key", "url", "caption", "extra")} | {"url": public_url(row["url"])}
         records.append({**source, **outcome, "unit": unit, "offset": place.offset, "size": place.size})
         records[-1][CRC32.name] = place.crc32
-    return pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
+    table = pa.Table.from_pylist(records, schema=STAGED_SCHEMA)
+    found = [places[index].parts if index in places else {} for index in range(len(rows))]
+    for field, column in zip(part_fields(parts), part_columns(found, parts).values(), strict=True):
+        table = table.append_column(field, column)
+    return table
 
 
 def _counts(outcomes: list[Outcome]) -> dict[str, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from capstan.pipeline.config import Fetch, Recipe
+from capstan.pipeline.dataset.parts import is_part
 from capstan.pipeline.errors import StorageError
 from capstan.pipeline.fetch.fetcher import Fetcher
 from capstan.pipeline.image.decode import Failure, check_hash
@@ -57,6 +59,45 @@ def _unchecked(
         for position, fetched in fetcher.fetch_many([rows[index]["url"] for index in remote]):
             failure = Failure(fetched.reason, fetched.detail)
             yield remote[position], fetched.data if fetched.data is not None else failure
+
+
+def read_sample_parts(
+    rows: list[dict[str, Any]], recipe: Recipe, parts: Sequence[str]
+) -> Iterator[tuple[int, dict[str, bytes] | Failure]]:
+    """Yield (index, files by suffix or failure) for each row whose sample in a tar has any of `parts`."""
+    spans, wanted, most = list[Span](), list[tuple[int, str]](), recipe.fetch.max_bytes
+    left, found = dict[int, int](), dict[int, dict[str, bytes]]()
+    for index, row in enumerate(rows):
+        places: dict[str, list[int]] = json.loads(row.get("parts") or "{}")
+        own = {part: places[part] for part in parts if part in places}
+        large = [part for part, (_, length) in own.items() if length > most]
+        if large:
+            yield index, _failure(_readable(TooLarge(f"its {large[0]} has {own[large[0]][1]} bytes")))
+            continue
+        left[index], found[index] = len(own), {}
+        for part, (offset, length) in own.items():
+            member = f"{span_of(row, index).member.rpartition('.')[0]}.{part}"
+            spans.append(Span(row["file"], offset, length, len(wanted), member))
+            wanted.append((index, part))
+    failed = dict[int, Failure]()
+    for number, data in read_images(spans, recipe, most=most):
+        index, part = wanted[number]
+        content = _readable(data)
+        if isinstance(content, bytes) and not is_part(part, content):
+            content = Failure("corrupt", f"its {part} is not one")
+        if isinstance(content, Failure):
+            failed.setdefault(index, content)
+        else:
+            found[index][part] = content
+        left[index] -= 1
+        if not left[index]:
+            ready = found.pop(index)
+            yield index, failed.get(index) or {part: ready[part] for part in parts if part in ready}
+
+
+def _failure(result: bytes | Failure) -> Failure:
+    assert isinstance(result, Failure)
+    return result
 
 
 def _readable(data: bytes | Exception) -> bytes | Failure:

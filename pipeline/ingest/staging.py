@@ -11,9 +11,10 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from capstan.pipeline.dataset.damage import note_damage
+from capstan.pipeline.dataset.parts import PARTS, part_fields, read_parts
 from capstan.pipeline.dataset.shards import read_image, sha256_of
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Ingest, Staged, failed_table, staged
@@ -24,6 +25,7 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 log = logging.getLogger(__name__)
 
 _FREED: Final = "state/freed.json"
+_PLACE: Final = ["key", "sha256", "offset", "size", CRC32.name]
 Packed = tuple[str, str]  # a tar, and its table of key, sha256, offset and size
 
 
@@ -67,6 +69,13 @@ def free(storage: Storage, units: Iterable[Staged]) -> int:
     return len(tars)
 
 
+class Stored(NamedTuple):
+    """An image, and the other files of its sample by suffix (dataset.parts)."""
+
+    jpeg: bytes
+    parts: dict[str, bytes]
+
+
 def images(
     storage: Storage,
     table: str,
@@ -81,21 +90,40 @@ def images(
     Images that are not in the staged `tar` ("" if there is none) are looked up in `packed`. An image that is not what
     was written is noted (pipeline.dataset.damage) and raises DamagedFile, unless `damaged_is_none`.
     """
-    columns = list(zip(*_columns(storage, table), strict=True))
-    elsewhere = _places(storage, packed)
+    for row, stored in samples(storage, table, tar, rows, packed, damaged_is_none=damaged_is_none, parts=False):
+        yield row, None if stored is None else stored.jpeg
+
+
+def samples(
+    storage: Storage,
+    table: str,
+    tar: str,
+    rows: Sequence[int],
+    packed: Sequence[Packed] = (),
+    *,
+    damaged_is_none: bool = False,
+    parts: bool = True,
+) -> Iterator[tuple[int, Stored | None]]:
+    """Yield the same as `images`, with the images' parts; without `parts` these are not read."""
+    names = [*_PLACE, *(field.name for field in part_fields(PARTS) if parts)]
+    places = storage.read_table(table, names).to_pylist()
+    elsewhere = _places(storage, packed, names)
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for row in rows:
-            key, sha256, offset, size, crc32 = columns[row]
-            place = (tar, offset, size, crc32) if tar and size else elsewhere.get((key, sha256))
-            if place is None:
+            place, name = places[row], tar
+            key = place["key"]
+            if not tar or not place["size"]:
+                name, place = elsewhere.get((key, place["sha256"]), ("", place))
+            if not name:
                 yield row, None
                 continue
-            name, offset, size, crc32 = place
             if name not in files:
                 files[name] = stack.enter_context(storage.open(name))
+            path = storage.path(name)
             try:
-                yield row, read_image(files[name], offset, size, crc32, storage.path(name))
+                jpeg = read_image(files[name], place["offset"], place["size"], place.get(CRC32.name), path)
+                yield row, Stored(jpeg, read_parts(files[name], place, path))
             except DamagedFile as error:
                 note_damage(storage, name, error.problem)
                 if not damaged_is_none:
@@ -104,17 +132,12 @@ def images(
                 yield row, None
 
 
-def _columns(storage: Storage, table: str) -> list[list[Any]]:
-    """Return the columns key, sha256, offset, size and crc32 of a table (None where unknown)."""
-    names = ["key", "sha256", "offset", "size", CRC32.name]
-    rows = storage.read_table(table, names)
-    return [rows[name].to_pylist() if name in rows.column_names else [None] * len(rows) for name in names]
-
-
-def _places(storage: Storage, packed: Sequence[Packed]) -> dict[tuple[str, str], tuple[str, int, int, int | None]]:
-    """Map (key, sha256) to (tar, offset, size, crc32) in the packed shards."""
-    found: dict[tuple[str, str], tuple[str, int, int, int | None]] = {}
+def _places(
+    storage: Storage, packed: Sequence[Packed], names: list[str]
+) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
+    """Map (key, sha256) to (tar, place of the sample in it) in the packed shards."""
+    found: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for tar, table in packed:
-        for key, sha256, *place in zip(*_columns(storage, table), strict=True):
-            found[key, sha256] = (tar, *place)
+        for place in storage.read_table(table, names).to_pylist():
+            found[place["key"], place["sha256"]] = (tar, place)
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from capstan.pipeline.dataset.parts import PARTS, part_fields, parts_in
 from capstan.pipeline.dataset.shards import Manifest, ShardEntry
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
@@ -138,6 +139,7 @@ def carried_over(storage: Storage) -> list[Packed]:
 def shelve(storage: Storage, entry: ShardEntry, tar: bytes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Put the tar of a shard on the shelf, with a table of those of its `rows` that may be used."""
     schema = pa.schema([*(SHARD_SCHEMA.field(name) for name in ("key", "sha256", "offset", "size")), CRC32])
+    schema = pa.schema([*schema, *part_fields(parts_in(rows[0] if rows else ()))])
     storage.write(_shelved(entry), tar)
     storage.write_table(_table(_shelved(entry)), pa.Table.from_pylist(list(rows), schema))
 
@@ -161,6 +163,6 @@ def _copy(storage: Storage, entry: ShardEntry) -> None:
         if digest.hexdigest() != entry.sha256:
             raise DamagedFile(f"{storage.url}/{entry.tar}", "its SHA-256 is not the one in dataset.json")
         storage.put(copy, tar)
-    columns = ["key", "sha256", "offset", "size", CRC32.name]
+    columns = ["key", "sha256", "offset", "size", CRC32.name, *(field.name for field in part_fields(PARTS))]
     table: pa.Table = storage.read_table(entry.table, columns, sha256=entry.table_sha256)
     storage.write_table(_table(tar), table)

@@ -26,7 +26,9 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
+from capstan.pipeline.dataset.parts import part_columns, part_fields, part_names
 from capstan.pipeline.dataset.shards import (
+    PLACE_COLUMNS,
     LedgerEntry,
     Manifest,
     Place,
@@ -38,7 +40,7 @@ from capstan.pipeline.dataset.shards import (
     write_samples,
 )
 from capstan.pipeline.ingest.job import Staged
-from capstan.pipeline.ingest.staging import Packed, free, images
+from capstan.pipeline.ingest.staging import Packed, free, samples
 from capstan.pipeline.pack.carryover import carry_over, clear
 from capstan.pipeline.pack.ledger import WriteLedger, ledger_name
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
@@ -46,7 +48,8 @@ from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import pins
 from capstan.pipeline.select.decide import Decided, Decisions, shard_name
 from capstan.pipeline.select.dedup import evaluation_signature
-from capstan.pipeline.select.licenses import LICENSE, identity, setting_of
+from capstan.pipeline.select.derived import CLIP_FACTS, identity, parts_of
+from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.pairs import pairs_signature
 from capstan.pipeline.select.review import reviews_signature
 from capstan.pipeline.source.blocklist import blocked
@@ -95,7 +98,7 @@ class Pack(Job):
             shelf = [(tar_name, table_name) for tar_name, table_name in unit.spec["shelf"]]
             places = write_samples(tar, self._samples(segments, parts, shelf), digest)
             size = tar.stat().st_size
-            rows = _table(parts, places)
+            rows = _table(parts, places, unit.spec.get("parts", []))
             table = parquet_bytes(rows)
             entry = ShardEntry(
                 name=name,
@@ -122,44 +125,53 @@ class Pack(Job):
 
     def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
         for segment, rows in zip(segments, parts, strict=True):
-            jpegs = images(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
-            for row, (_, jpeg) in zip(rows.to_pylist(), jpegs, strict=True):
-                assert jpeg is not None, f"{row['key']} is neither staged nor packed"
-                report({"samples": 1, "bytes": len(jpeg)})
-                yield Sample(row["key"], jpeg, sample_fields(row), row["caption"])
+            found = samples(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            for row, (_, stored) in zip(rows.to_pylist(), found, strict=True):
+                assert stored is not None, f"{row['key']} is neither staged nor packed"
+                report({"samples": 1, "bytes": len(stored.jpeg) + sum(map(len, stored.parts.values()))})
+                yield Sample(row["key"], stored.jpeg, sample_fields(row), row["caption"], stored.parts)
 
     def _rewrite_table(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
         """Rewrite the shard's table with its new scores; the tar is unchanged."""
-        before = self.storage.read_table(packed.table, ["key", *Place._fields])
+        before = self.storage.read_table(packed.table)
         if CRC32.name not in before.column_names:
             before = before.append_column(CRC32, pa.nulls(len(before), CRC32.type))
-        places = [Place(*values) for values in zip(*(before[name].to_pylist() for name in Place._fields), strict=True)]
+        columns = [before[name].to_pylist() for name in PLACE_COLUMNS]
+        places = [Place(*values) for values in zip(*columns, strict=True)]
         rows = _table(parts, places)
+        for name in part_names(before.column_names):
+            rows = rows.append_column(before.schema.field(name), before[name])
         assert rows["key"].equals(before["key"]), f"{packed.table} is of another shard"
         table = parquet_bytes(rows)
         self.storage.write(packed.table, table)
         return packed.model_copy(update={"table_sha256": sha256_of(table)})
 
 
-def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int]:
+def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Return the content of KEY.json: the same keys for every sample, and no nulls.
 
     `phash` is hexadecimal, since it exceeds signed 64 bits. `extra` is JSON text, since the source's columns may be
-    null or change their type from row to row. `license` is there if the dataset has that column.
+    null or change their type from row to row. `license` and the facts of clips are there if the dataset has these
+    columns.
     """
     names = ["key", "url", "caption", "width", "height", "original_width", "original_height", "sha256"]
-    more = {LICENSE.name: row[LICENSE.name]} if LICENSE.name in row else {}
+    more = {field.name: row[field.name] for field in (LICENSE, *CLIP_FACTS) if field.name in row}
     return {name: row[name] for name in names} | {"phash": f"{row['phash']:016x}", "extra": row["extra"], **more}
 
 
-def _table(parts: list[pa.Table], places: list[Place]) -> pa.Table:
-    """Return the shard's table: the samples' rows and their offsets in the tar."""
+def _table(parts: list[pa.Table], places: list[Place], suffixes: Sequence[str] = ()) -> pa.Table:
+    """Return the shard's table: the samples' rows, their offsets in the tar, and those of the parts `suffixes`."""
     rows = pa.concat_tables(parts)
     scores = [field for field in rows.schema if field.name not in (*LEDGER_SCHEMA.names, _ROW)]
-    for name, values in zip(Place._fields, zip(*places, strict=True), strict=True):
-        rows = rows.append_column(name, pa.array(values, pa.int64()))
+    for name in PLACE_COLUMNS:
+        rows = rows.append_column(name, pa.array([getattr(place, name) for place in places], pa.int64()))
     schema = with_scores(SHARD_SCHEMA, scores, rows.schema.metadata)
-    return rows.select(schema.names).cast(schema)
+    rows = rows.select(schema.names).cast(schema)
+    for field, column in zip(
+        part_fields(suffixes), part_columns([place.parts for place in places], suffixes).values(), strict=True
+    ):
+        rows = rows.append_column(field, column)
+    return rows
 
 
 def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> str:
@@ -170,7 +182,7 @@ def selection_of(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> s
         outside.append(reviews_signature(recipe, storage))
     if different := pairs_signature(storage):
         outside.append(different)
-    outside += identity(setting_of(recipe))
+    outside += identity(recipe)
     return fingerprint(
         [FORMAT_VERSION, settings, outside, [[unit.table, *dict(unit.scores).values()] for unit in units]]
     )
@@ -328,13 +340,14 @@ def _shard_units(recipe: Recipe, decisions: Decided, pinned: list[dict[str, Any]
         if not len(rows):  # all its rows were taken down
             continue
         image = recipe.image.model_dump(mode="json")
-        facts = [image, decisions.keys(rows), decisions.hashes(rows), *identity(setting_of(recipe))]
+        facts = [image, decisions.keys(rows), decisions.hashes(rows), *identity(recipe)]
         content = fingerprint([FORMAT_VERSION, *facts])
         segments = _segments(decisions, starts, int(rows[0]), int(rows[-1]) + 1)
         files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
         scores = fingerprint([pinned, files]) if pinned else ""
         name = shard_name(number)
         spec = {"shard": name, "segments": segments, "rows": len(rows), "scores": scores}
+        spec |= {"parts": parts_of(recipe)} if parts_of(recipe) else {}
         units.append(Unit(f"{name}-{content}", spec))
     return units
 

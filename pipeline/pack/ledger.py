@@ -26,7 +26,8 @@ from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, with_s
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import added, joined
 from capstan.pipeline.select.decide import Decided
-from capstan.pipeline.select.licenses import LICENSE, identity, license_fields, licenses, setting_of
+from capstan.pipeline.select.derived import derived_columns, derived_fields, identity
+from capstan.pipeline.select.licenses import LICENSE, setting_of
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import Job, Piece, Unit
 
@@ -48,9 +49,10 @@ class WriteLedger(Job):
         self.storage, self._scores = storage, registry.columns(recipe)
         metadata = {"capstan.scores": json.dumps(pinned, sort_keys=True)} if pinned else None
         self._license = setting_of(recipe)
-        more = [*license_fields(self._license), *added(self._scores)]
+        self._recipe = recipe
+        more = [*derived_fields(recipe), *added(self._scores)]
         self._schema = with_scores(LEDGER_SCHEMA, more, metadata)
-        self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned, *identity(self._license)])
+        self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned, *identity(recipe)])
 
     def units(self, decisions: Decided) -> list[Unit]:
         """Return a unit for every ingest unit, in order. The decisions on its rows travel in the spec."""
@@ -95,8 +97,8 @@ class WriteLedger(Job):
         columns |= {name: pc.coalesce(decided[name], rows[name]) for name in ("reason", "detail")}
         columns |= {name: scored[name] for name in scored.column_names}
         counts: dict[str, int] = {}
+        columns |= derived_columns(rows["extra"], self._recipe)
         if self._license is not None:
-            columns[LICENSE.name] = licenses(rows["extra"], self._license)
             counts = _count(columns[LICENSE.name].filter(pc.equal(columns["outcome"], KEPT)))
         data = parquet_bytes(pa.table([columns[name] for name in self._schema.names], schema=self._schema))
         self.storage.write(ledger_name(staged.unit), data)

@@ -16,11 +16,13 @@ import io
 import json
 import logging
 import tarfile
+import zlib
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import pyarrow as pa
 
+from capstan.pipeline.dataset.parts import PARTS, PartPlace, part_columns, part_fields, read_parts
 from capstan.pipeline.dataset.shards import (
     MANIFEST,
     Manifest,
@@ -35,6 +37,7 @@ from capstan.pipeline.ingest.job import STAGED_SCHEMA, Ingest, Staged
 from capstan.pipeline.ingest.staging import Packed, may_be_freed
 from capstan.pipeline.pack.carryover import carried_over, packed_shards, shelve
 from capstan.pipeline.records import CRC32, FAILED, REMOVED
+from capstan.pipeline.select.derived import parts_of_manifest
 from capstan.pipeline.source.plan import Plan
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import MarkerLog, Unit
@@ -92,14 +95,16 @@ def _is_whole(data: bytes, row: Mapping[str, Any], sound: bool) -> bool:
         return sound
     try:
         check_image(data[row["offset"] : row["offset"] + row["size"]], row["size"], crc32, "")
+        read_parts(io.BytesIO(data), row, "")
     except DamagedFile:
         return False
     return True
 
 
 def _rows_of(data: bytes) -> list[dict[str, Any]]:
-    """Return key, sha256, offset and size of the samples of a whole tar, by its members."""
+    """Return key, sha256, offset and size of the samples of a whole tar, and their parts, by its members."""
     rows: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, PartPlace]] = {}
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
             key, _, suffix = member.name.rpartition(".")
@@ -109,7 +114,12 @@ def _rows_of(data: bytes) -> list[dict[str, Any]]:
                 row |= {"offset": member.offset_data, "size": member.size}
             elif suffix == "json":
                 row["sha256"] = json.loads(content)["sha256"]
-    return [row for row in rows.values() if "sha256" in row and "offset" in row]
+            elif suffix in PARTS:
+                parts.setdefault(key, {})[suffix] = PartPlace(member.offset_data, member.size, zlib.crc32(content))
+    found = [row for row in rows.values() if "sha256" in row and "offset" in row]
+    named = [part for part in PARTS if any(part in one for one in parts.values())]
+    columns = part_columns([parts.get(row["key"], {}) for row in found], named)
+    return [row | {name: column[index].as_py() for name, column in columns.items()} for index, row in enumerate(found)]
 
 
 def broken_units(
@@ -162,7 +172,12 @@ def _restored(storage: Storage, manifest: Manifest | None, unit: str, tar: str) 
         place = places.get(row["key"], Place(0, 0, 0, None))
         row |= {"reason": row["reason"] if failed else "", "detail": row["detail"] if failed else ""}
         row |= {"offset": place.offset, "size": place.size, CRC32.name: place.crc32}
-    data = parquet_bytes(pa.Table.from_pylist(rows, STAGED_SCHEMA))
+    table = pa.Table.from_pylist(rows, STAGED_SCHEMA)
+    parts = parts_of_manifest(manifest.recipe) if manifest else []
+    columns = part_columns([places[row["key"]].parts if row["key"] in places else {} for row in rows], parts)
+    for field, column in zip(part_fields(parts), columns.values(), strict=True):
+        table = table.append_column(field, column)
+    data = parquet_bytes(table)
     name = f"staged/{unit}-{sha256_of(data)[:16]}.parquet"
     storage.write(name, data)
     return name
@@ -175,5 +190,15 @@ def _places_in(storage: Storage, tar: str) -> dict[str, Place]:
     data = storage.read(tar)
     if hashlib.sha256(data).hexdigest()[:16] != tar.rpartition("-")[2].removesuffix(".tar"):
         return {}
+    found: dict[str, Place] = {}
+    parts: dict[str, dict[str, PartPlace]] = {}
     with tarfile.open(fileobj=io.BytesIO(data)) as members:
-        return {m.name.removesuffix(".jpg"): Place(m.offset_data, m.size, 0, None) for m in members}
+        for member in members:
+            key, _, suffix = member.name.rpartition(".")
+            if suffix in PARTS:
+                content = data[member.offset_data : member.offset_data + member.size]
+                parts[key][suffix] = PartPlace(member.offset_data, member.size, zlib.crc32(content))
+            else:
+                parts[key] = {}
+                found[key] = Place(member.offset_data, member.size, 0, None, parts[key])
+    return found

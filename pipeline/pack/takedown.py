@@ -30,10 +30,11 @@ import pyarrow.compute as pc
 
 from capstan.pipeline import config
 from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.parts import part_columns, part_fields, parts_in
 from capstan.pipeline.dataset.shards import Place, Sample, read_manifest, sha256_of, write_samples
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA
-from capstan.pipeline.ingest.staging import images
+from capstan.pipeline.ingest.staging import samples
 from capstan.pipeline.pack import row_lookup
 from capstan.pipeline.pack.carryover import clear
 from capstan.pipeline.pack.named_rows import SCHEMA, find_rows, ingests
@@ -255,10 +256,10 @@ def _images(
     keys = table["key"].to_pylist()
     rows = _left(facts, table, removed)
     if rows:
-        for row, jpeg in images(storage, facts["table"], facts["tar"], rows, damaged_is_none=True):
-            if jpeg is not None:
+        for row, stored in samples(storage, facts["table"], facts["tar"], rows, damaged_is_none=True):
+            if stored is not None:
                 written.append(row)
-                yield Sample(keys[row], jpeg)
+                yield Sample(keys[row], stored.jpeg, parts=stored.parts)
 
 
 def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, places: Mapping[int, Place]) -> pa.Table:
@@ -271,7 +272,9 @@ def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, places: Mapp
     found = [places.get(row, Place(0, 0, 0, None)) for row in range(len(table))]
     columns |= {"offset": pa.array([p.offset for p in found]), "size": pa.array([p.size for p in found])}
     columns[CRC32.name] = pa.array([p.crc32 for p in found], CRC32.type)
-    return pa.table(columns).select(STAGED_SCHEMA.names).cast(STAGED_SCHEMA)
+    columns |= part_columns([p.parts for p in found], parts_in(table.column_names))
+    schema = pa.schema([*STAGED_SCHEMA, *part_fields(parts_in(table.column_names))])
+    return pa.table(columns).select(schema.names).cast(schema)
 
 
 def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:

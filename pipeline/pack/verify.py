@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from capstan.pipeline.dataset import croissant, energon
 from capstan.pipeline.dataset.indexes import indexes
+from capstan.pipeline.dataset.parts import PARTS, is_part, part_fields, parts_in
 from capstan.pipeline.dataset.shards import (
     BLOCK,
     MANIFEST,
@@ -43,7 +44,7 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, OUTCOMES, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.store import pinned_columns
-from capstan.pipeline.select.licenses import fields_of
+from capstan.pipeline.select.derived import fields_of, parts_of_manifest
 from capstan.pipeline.source.plan import plan_problems
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 4 << 20
 
 _JPEG = b"\xff\xd8"  # the first bytes of every JPEG
+_HEAD = 16  # bytes by which other files are known
 
 Words = npt.NDArray[np.uint32]  # keys as (samples, 4)
 Sums = Counter[str]  # shard → sum of its keys, independent of their order
@@ -111,7 +113,8 @@ def _shards(
     firsts: list[npt.NDArray[np.uint64]] = []
     sums: Sums | None = Sums()
     with Progress("verify", len(manifest.shards), unit="shards", enabled=progress) as bar:
-        schema = with_scores(SHARD_SCHEMA, [*fields_of(manifest.recipe), *pinned_columns(manifest.scores)])
+        more = [*fields_of(manifest.recipe), *pinned_columns(manifest.scores)]
+        schema = with_scores(SHARD_SCHEMA, [*more, *part_fields(parts_of_manifest(manifest.recipe))])
         verified = ahead(lambda entry: _shard(storage, entry, schema), manifest.shards)
         for entry, shard in zip(manifest.shards, verified, strict=True):
             problems += shard.problems
@@ -199,11 +202,13 @@ def _differences(tar: _Hashed, table: pa.Table) -> Iterator[str]:
             yield f"{row['key']}.jpg is at {position + BLOCK}, the table says {row['offset']}"
             return
         fields, caption = to_json(sample_fields(row)), row["caption"].encode()
+        parts = [(part, row[f"{part}_size"], None) for part in parts_in(row) if row[f"{part}_size"]]
         if len(fields) != row["json_size"]:
             yield f"{row['key']}.json has {len(fields)} bytes, the table says {row['json_size']}"
             return
         for suffix, size, expected in (
             ("jpg", row["size"], None),
+            *parts,
             ("json", len(fields), fields),
             ("txt", len(caption), caption),
         ):
@@ -213,13 +218,19 @@ def _differences(tar: _Hashed, table: pa.Table) -> Iterator[str]:
                 yield _strange(header, name)
                 if header[:100].rstrip(b"\0") != name.encode():
                     return
-            data = tar.take(size if expected is not None else min(size, len(_JPEG)))
+            if suffix in PARTS and row[f"{suffix}_offset"] != position + BLOCK:
+                yield f"{name} is at {position + BLOCK}, the table says {row[f'{suffix}_offset']}"
+            head = len(_JPEG) if suffix == "jpg" else min(size, _HEAD)
+            data = tar.take(size if expected is not None else min(size, head))
             present = len(data) + tar.drop(size - len(data))
             padding = tar.take(gap)
             if present + len(padding) < size + gap:
                 yield f"ends within {name}"
                 return
-            if data != (_JPEG if expected is None else expected):
+            if suffix in PARTS:
+                if not is_part(suffix, data):
+                    yield f"{name} is not a file of this kind"
+            elif data != (_JPEG if expected is None else expected):
                 yield f"{name} {'is not a JPEG' if expected is None else 'does not match the table'}"
             if padding.strip(b"\0"):
                 yield f"{name} is not followed by zeros"

@@ -19,6 +19,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from capstan.pipeline.dataset.parts import PARTS, part_fields
 from capstan.pipeline.errors import RecipeError, StorageError
 from capstan.pipeline.html.plots import Histogram
 from capstan.pipeline.records import LEDGER_SCHEMA
@@ -35,7 +36,10 @@ PATIENCE: Final = 9  # a question that waits for its files may take this many de
 _BUSY: Final = 0.2  # CPU seconds per second below which a question waits: for the disk or the bucket
 _TEXT: Final = 2000  # characters of a text column in a detail
 _VERDICTS: Final = "verdicts"
-_HIDDEN: Final = ("phash", "colours", "offset", "size", "json_size")
+_HIDDEN: Final = (
+    *("phash", "colours", "offset", "size", "json_size"),
+    *(field.name for field in part_fields(PARTS)),
+)
 
 
 @dataclass(frozen=True)

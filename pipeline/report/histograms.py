@@ -13,6 +13,7 @@ from typing import Final
 
 import duckdb
 
+from capstan.pipeline.dataset.parts import PARTS, part_fields
 from capstan.pipeline.html import plots
 from capstan.pipeline.html.axes import nice, short
 from capstan.pipeline.records import KEPT, LEDGER_SCHEMA
@@ -31,6 +32,8 @@ _MOST: Final = 36  # histograms
 _BINS: Final = 36  # approximate number of bars
 _TAIL: Final = 30  # if the 99.5th percentile exceeds this many medians, the axis is logarithmic
 _QUANTILES: Final = (0.005, 0.05, 0.5, 0.95, 0.995)
+
+_PLACES: Final = {"offset", "size", "crc32", *(field.name for field in part_fields(PARTS))}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def subjects(rows: Rows) -> list[Subject]:
     """Return the subjects: the fixed ones, every score column, and all else that a condition compares."""
     found = {canonical(rows.db, sql): (title, proportional) for title, sql, proportional in _ALWAYS}
     for name, kind in rows.columns.items():
-        if name not in LEDGER_SCHEMA.names and name not in ("offset", "size", "crc32") and is_numeric(kind):
+        if name not in LEDGER_SCHEMA.names and name not in _PLACES and is_numeric(kind):
             found.setdefault(canonical(rows.db, quoted(name)), (name, False))
     compared = thresholds(rows.db, rows.conditions)
     for threshold in compared:

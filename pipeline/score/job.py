@@ -26,14 +26,14 @@ import simplejpeg
 from capstan.pipeline.config import Recipe, Resources
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.job import Staged
-from capstan.pipeline.ingest.staging import Packed, images
+from capstan.pipeline.ingest.staging import Packed, samples
 from capstan.pipeline.records import storable
 from capstan.pipeline.score import store
-from capstan.pipeline.score.by_halves import by_halves, model_errors
 from capstan.pipeline.score.clip_model import ClipModel, Loaded
 from capstan.pipeline.score.scorer import EmbeddingScorer, Sample, SampleScorer, Scorer, Values
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Job, Piece, Summary, Unit, model_threads, report, run
+from capstan.pipeline.units.by_halves import by_halves, model_errors
 
 _BATCH: Final = 256  # rows sent together if no model follows
 _NOT_FINITE: Final = "not_finite: the model gave no number"
@@ -60,19 +60,25 @@ class ScoreJob(Job):
         rows = [row for row, reason in enumerate(table["reason"].to_pylist()) if not reason]
         size = self.batch if readers else _BATCH
         piece = _Piece(own, readers)
-        for row, jpeg in self._jpegs(unit, rows, needed=piece.needs_images):
-            piece.add(row, captions[row], jpeg)
+        for row, jpeg, parts in self._files(unit, rows, piece):
+            piece.add(row, captions[row], jpeg, parts)
             if piece.rows == size:
                 yield piece.wire()
                 piece = _Piece(own, readers)
         if piece.rows:
             yield piece.wire()
 
-    def _jpegs(self, unit: Unit, rows: list[int], *, needed: bool) -> Iterator[tuple[int, bytes | None]]:
-        if not needed:
-            return ((row, None) for row in rows)
+    def _files(
+        self, unit: Unit, rows: list[int], piece: _Piece
+    ) -> Iterator[tuple[int, bytes | None, dict[str, bytes] | None]]:
+        """Yield (row, its JPEG, its parts) as far as they are needed; None for what is no longer there."""
+        if not piece.needs_images and not piece.needs_parts:
+            yield from ((row, None, {}) for row in rows)
+            return
         packed = [(tar, table) for tar, table in unit.spec.get("packed", [])]
-        return images(self.storage, unit.spec["table"], unit.spec["tar"], rows, packed)
+        found = samples(self.storage, unit.spec["table"], unit.spec["tar"], rows, packed, parts=piece.needs_parts)
+        for row, stored in found:
+            yield (row, None, None) if stored is None else (row, stored.jpeg, stored.parts)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         keys = self.storage.read_table(unit.spec["table"], ["key"])["key"]
@@ -168,6 +174,7 @@ class _Piece:
     def __init__(self, scorers: list[SampleScorer], readers: list[EmbeddingScorer]) -> None:
         self.rows = 0
         self.needs_images = bool(readers) or any(scorer.sees_images for scorer in scorers)
+        self.needs_parts = any(scorer.sees_part for scorer in scorers)
         self._scorers, self._readers = scorers, [reader.id for reader in readers]
         self._clip_models: dict[str, ClipModel] = {reader.clip_model.id: reader.clip_model for reader in readers}
         self._found: dict[str, tuple[list[int], dict[str, list[Any]]]] = {
@@ -177,8 +184,8 @@ class _Piece:
         self._seen, self._captions = list[int](), list[str]()  # of the rows whose pixels go to the CLIPs
         self._unreadable, self._errors = dict[int, str](), dict[str, dict[int, str]]()
 
-    def add(self, row: int, caption: str, jpeg: bytes | None) -> None:
-        """Score one sample; `jpeg` is None if it is not needed, or no longer there."""
+    def add(self, row: int, caption: str, jpeg: bytes | None, parts: dict[str, bytes] | None) -> None:
+        """Score one sample; `jpeg` is None if it is not needed, or no longer there, like `parts`."""
         self.rows += 1
         sample = Sample(caption)
         if self.needs_images:
@@ -194,10 +201,19 @@ class _Piece:
                 for id_, pixels in fitted.items():
                     self._pixels[id_].append(pixels)
         for scorer in self._scorers:
-            if not scorer.sees_images or sample.rgb is not None:
+            if scorer.sees_part:
+                self._score_part(scorer, row, caption, parts)
+            elif not scorer.sees_images or sample.rgb is not None:
                 self._score(scorer, row, sample)
         failed = {"failed.unreadable": 1} if row in self._unreadable else {}
         report({"samples": 1, "bytes": len(jpeg or b""), **failed})
+
+    def _score_part(self, scorer: SampleScorer, row: int, caption: str, parts: dict[str, bytes] | None) -> None:
+        if parts is not None and scorer.sees_part in parts:
+            self._score(scorer, row, Sample(caption, part=parts[scorer.sees_part]))
+        else:
+            why = _FREED if parts is None else f"no_{scorer.sees_part}: the sample has no {scorer.sees_part}"
+            self._errors.setdefault(scorer.id, {})[row] = why
 
     def _score(self, scorer: SampleScorer, row: int, sample: Sample) -> None:
         rows, columns = self._found[scorer.id]

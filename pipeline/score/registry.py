@@ -21,6 +21,7 @@ from capstan.pipeline.score.descriptors import CopyDescriptors
 from capstan.pipeline.score.heads import Aesthetic, Head, Nsfw, Watermark
 from capstan.pipeline.score.image import ImageMeasures
 from capstan.pipeline.score.language import Language
+from capstan.pipeline.score.moving import SoundMeasures, VideoMeasures
 from capstan.pipeline.score.open_nsfw import OpenNsfw
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.text_in_image import TextInImage
@@ -33,6 +34,8 @@ _COLUMNS: Final[dict[str, type[Scorer]]] = {
     "language": Language,
     "image": ImageMeasures,
     "text_in_image": TextInImage,
+    "video": VideoMeasures,
+    "sound": SoundMeasures,
 }
 
 
@@ -69,6 +72,10 @@ def scorers(recipe: Recipe) -> list[Scorer]:
         made.append(ImageMeasures(score.image))
     if score.text_in_image is not None:
         made.append(TextInImage(score.text_in_image))
+    for name, measures in (("video", VideoMeasures), ("sound", SoundMeasures)):
+        if getattr(score, name) is not None:
+            _check_clips(recipe, name, measures.sees_part)
+            made.append(measures())
     if recipe.dedup.copies is not None:
         made.append(CopyDescriptors(recipe.dedup.copies))
     for scorer in made:
@@ -76,6 +83,15 @@ def scorers(recipe: Recipe) -> list[Scorer]:
         if isinstance(scorer, Head):
             scorer.layers()  # report a mistake before anything is fetched
     return made
+
+
+def _check_clips(recipe: Recipe, name: str, part: str) -> None:
+    """Raise RecipeError if the source's parts are not those that a scorer of clips reads."""
+    extras.require(extras.VIDEO, f"score.{name}")
+    parts = (recipe.source.parts if recipe.source is not None else None) or []
+    if recipe.source is not None and part not in parts:
+        hint = f"set source.parts to [mp4, flac] (or [{part}]), and build again"
+        raise RecipeError(f"score.{name}", f"reads {part} files, which source.parts does not name", hint)
 
 
 def check_machine(recipe: Recipe) -> None:

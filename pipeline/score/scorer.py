@@ -31,12 +31,13 @@ Values = Sequence[Any] | npt.NDArray[Any]  # of one column, one per sample; None
 class Sample:
     """The input of a SampleScorer. `jpeg` is the stored file, `rgb` its pixels, uint8 [height, width, 3].
 
-    Both are None if no scorer of the run needs images.
+    Both are None if no scorer of the run needs images. `part` is the file that the scorer names in `sees_part`.
     """
 
     caption: str
     jpeg: bytes | None = None
     rgb: npt.NDArray[np.uint8] | None = None
+    part: bytes | None = None
 
 
 class Scorer(ABC):
@@ -75,6 +76,7 @@ class SampleScorer(Scorer):
     """Scorer of samples by themselves, on CPU workers."""
 
     sees_images: ClassVar[bool]
+    sees_part: ClassVar[str] = ""  # the suffix of the clip's file that it reads, e.g. mp4
 
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> dict[str, Values]:

@@ -29,7 +29,8 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
-from capstan.pipeline.select.licenses import LICENSE, Setting, license_fields, licenses, setting_of
+from capstan.pipeline.select.derived import CLIP_FACTS, derived_columns, derived_fields
+from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
 from capstan.pipeline.sql import lock, open_sealed, parse, walk
@@ -73,7 +74,7 @@ class QueryResult:
 def check_conditions(recipe: Recipe) -> None:
     """Raise RecipeError for a condition that names an unknown column, is not SQL, or refers to other rows."""
     columns = registry.columns(recipe)
-    more = [*license_fields(setting_of(recipe)), *added(columns)]
+    more = [*derived_fields(recipe), *added(columns)]
     schema = pa.schema([*(STAGED_SCHEMA.field(name) for name in _BASE), *more])
     with _connect() as db:
         # A row of nulls rather than none, so that constants are cast: width > 'a' fails.
@@ -144,7 +145,7 @@ class _Query:
     ) -> None:
         conditions: Sequence[Condition] = recipe.select
         self._db, self._conditions, self._columns = db, conditions, columns
-        self._license: Setting = setting_of(recipe)
+        self._recipe, self._derived = recipe, derived_fields(recipe)
         self._unwanted, self._reviews, self._coloured = unwanted, reviews, coloured
         cases, self._groups, self._ranks = "", list[int](), list[int]()
         taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
@@ -174,15 +175,15 @@ class _Query:
         }
         known = [*_BASE, *(field.name for field in added(self._columns))]
         needed = {"url"} if _DOMAIN in named or self._unwanted else set()
-        if self._license is not None and LICENSE.name in named:
-            needed |= {"extra", LICENSE.name}
+        if derived := named & {field.name for field in self._derived}:
+            needed |= {"extra", *derived}
         return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
     def run(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
         return self._result(pa.concat_tables([self._read(storage, unit) for unit in units]))
 
     def empty(self) -> QueryResult:
-        more = [*license_fields(self._license), *added(self._columns)]
+        more = [*self._derived, *added(self._columns)]
         return self._result(pa.schema([*STAGED_SCHEMA, *more]).empty_table())
 
     def _read(self, storage: Storage, unit: Staged) -> pa.Table:
@@ -190,8 +191,10 @@ class _Query:
         scores = joined(storage, unit, self._columns, self._named)
         for field in scores.schema:
             rows = rows.append_column(field, scores[field.name])
-        if self._license is not None and LICENSE.name in self._named:
-            rows = rows.append_column(LICENSE, licenses(rows["extra"], self._license))
+        derived = [field for field in self._derived if field.name in self._named]
+        columns = derived_columns(rows["extra"], self._recipe, self._named) if derived else {}
+        for field in derived:
+            rows = rows.append_column(field, columns[field.name])
         return rows
 
     def _result(self, rows: pa.Table) -> QueryResult:
@@ -293,6 +296,8 @@ def _reason(message: str, columns: Sequence[str], sql: str) -> tuple[str, str]:
 def _hint_for_column(unknown: str, known: Sequence[str]) -> str:
     if unknown.casefold() == LICENSE.name:
         return "set source.license to the source's column that holds the licences"
+    if unknown.casefold() in {field.name for field in CLIP_FACTS}:
+        return "set source.parts to the parts of the clips, e.g. [mp4, flac]"
     measured = {name: scorer for name, scorer in registry.scorer_of().items() if name not in known}
     near = difflib.get_close_matches(unknown, [*known, *measured], n=3, cutoff=0.6)
     if near and near[0] in measured:

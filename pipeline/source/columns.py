@@ -37,6 +37,7 @@ class Row:
     extra: str = "{}"
     hash: str = ""
     facts: str = ""
+    parts: str = ""
 
     @property
     def key(self) -> str:
@@ -76,7 +77,7 @@ def of_urls(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) 
         if not images or images[index] is None:
             keys[index] = Row("", caption[index].as_py(), extra=extra[index].as_py()).key
     image = pa.array(images, pa.binary()) if images else pa.nulls(len(url), pa.binary())
-    nothing = {"image": image} | dict.fromkeys(("file", "facts"), pa.repeat("", len(url)))
+    nothing = {"image": image} | dict.fromkeys(("file", "facts", "parts"), pa.repeat("", len(url)))
     zeros = pa.repeat(0, len(url)).cast(pa.int64())
     columns = {"key": keys, "url": url, "caption": caption, "extra": extra, "hash": hash_, **nothing}
     return pa.table({name: columns.get(name, zeros) for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)

@@ -30,6 +30,7 @@ from capstan.pipeline.source.samples import (
     Suffixes,
     TarSample,
     first_split,
+    parts_of,
     samples_of,
     split,
     unused_suffix,
@@ -150,8 +151,9 @@ def webdataset(
                 _members(stream, file, suffixes), key=lambda member: first_split(member.name)[0]
             ):
                 for sample in samples_of(list(group), suffixes):
+                    parts = parts_of(sample, source.parts or [])
                     unused.update(unused_suffix(member.name) for member in sample.left_over)
-                    yield from _sample(sample, stream, file, source, detached, seen, own or {})
+                    yield from _sample(sample, stream, file, source, detached, seen, own or {}, parts)
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
@@ -217,6 +219,7 @@ def _sample(
     detached: _Detached,
     seen: set[bytes],
     own: Mapping[int, Own],
+    parts: str,
 ) -> Iterator[Row]:
     present = {".txt": sample.text, ".json": sample.record}
     sidecars = {suffix for suffix, member in present.items() if member is not None}
@@ -234,7 +237,7 @@ def _sample(
     seen.add(name)
     facts, scores = own.get(sample.image.offset, ("", {}))
     row = _row(url, caption, file.path, sample.image.offset, sample.image.size, record | scores, source)
-    yield replace(row, facts=facts)
+    yield replace(row, facts=facts, parts=parts)
 
 
 def _content(member: Member | None, stream: BinaryIO) -> bytes | None:

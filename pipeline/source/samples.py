@@ -12,6 +12,7 @@ A key ends at the first dot of a member's name, as in webdataset. Names that rea
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -142,6 +143,17 @@ def _part(member: Member, key: str) -> str:
 
 def _has_digit(text: str) -> bool:
     return any(letter.isdigit() for letter in text)
+
+
+def parts_of(sample: TarSample, wanted: Sequence[str]) -> str:
+    """Take KEY.mp4 and the like, by the suffixes `wanted`, from a sample's unused members.
+
+    Return {suffix: [offset, size]} as JSON, "" if there are none.
+    """
+    named = {f"{sample.stem}.{suffix}": suffix for suffix in wanted}
+    found = {named[member.name]: member for member in sample.unused if member.name in named}
+    sample.unused = [member for member in sample.unused if member not in found.values()]
+    return json.dumps({suffix: [member.offset, member.size] for suffix, member in found.items()}) if found else ""
 
 
 def unused_suffix(name: str) -> str:

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
-from capstan.pipeline.score.by_halves import by_halves, model_errors
 from capstan.pipeline.storage import Storage
+from capstan.pipeline.units.by_halves import by_halves, model_errors
 from capstan.recaption import store
 from capstan.recaption.compare import contact_sheet, metrics
 from capstan.recaption.compare.clip import Clip, Embeddings

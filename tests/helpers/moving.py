@@ -120,3 +120,20 @@ def shown(mp4: bytes) -> list[np.ndarray]:
 def middle(pixels: np.ndarray) -> list[int]:
     """The colour in the middle of an image."""
     return [int(value) for value in pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]]
+
+
+def hugging_face_clips(tars: Sequence[str], cache: str, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of tars of clips by Hugging Face's reader, with video and sound as bytes: it needs no torchcodec.
+
+    `fields` is the content of one KEY.json.
+    """
+    import datasets
+
+    kinds = {str: "string", int: "int64", float: "float64"}
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("__key__", "__url__", "txt")}
+        | {name: datasets.Value("binary") for name in ("mp4", "flac")}
+        | {"jpg": datasets.Image(), "json": {name: datasets.Value(kinds[type(v)]) for name, v in fields.items()}}
+    )
+    read = datasets.load_dataset("webdataset", data_files=list(tars), split="train", features=features, cache_dir=cache)
+    return list(read)

@@ -32,7 +32,8 @@ DISTRIBUTIONS = {
 # Files of the core's floors that import torch as they are loaded, and are loaded by parts of an extra only.
 OF_EXTRAS = {
     "capstan/torch_batches.py",
-    "pipeline/clips/media.py",
+    "pipeline/media/codec.py",
+    "pipeline/media/reader.py",
     "recaption/engines/coca.py",
     "recaption/engines/coca_decoding.py",
     "recaption/engines/beam_search.py",

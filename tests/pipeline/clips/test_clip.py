@@ -12,9 +12,9 @@ from moving import BLUE, GREEN, GREY, RED, WHITE, middle, movie, plain, seconds_
 from PIL import Image
 
 from capstan.pipeline.clips.clip import CutFile, cut_file
-from capstan.pipeline.clips.media import decode_flac
 from capstan.pipeline.config.cut import Cut
 from capstan.pipeline.image.decode import Failure
+from capstan.pipeline.media.codec import decode_flac
 
 FPS = 8
 THREE = seconds_of([RED, GREEN, BLUE])  # 7.5 s
@@ -234,11 +234,15 @@ def test_sound_that_starts_late_or_ends_early_is_filled_with_silence() -> None:
     assert not samples[16_100:].any()
 
 
-@pytest.mark.parametrize("setting", ["keep", "drop"])
-def test_a_video_without_sound_and_sound_that_is_dropped(setting: str) -> None:
-    data = movie(SHORT, sound=tone(3.0), form="matroska") if setting == "drop" else movie(SHORT)
-    (clip,) = clips(data, sound=setting).clips
+def test_sound_that_is_dropped() -> None:
+    (clip,) = clips(movie(SHORT, sound=tone(3.0), form="matroska"), sound="drop").clips
     assert (clip.flac, clip.sample_rate, clip.channels) == (b"", 0, 0)
+
+
+def test_a_video_without_sound_is_silent_and_says_so() -> None:
+    (clip,) = clips(movie(SHORT)).clips
+    samples, rate = decode_flac(clip.flac)
+    assert (len(samples) / rate, samples.any(), clip.sample_rate, clip.channels) == (3.0, False, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Video and sound files ↔ frames and samples: the door to PyAV (FFmpeg), extra `video`"""
