@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -255,6 +258,39 @@ def test_sdxl_finetune(run: Run, tmp_path: Path) -> None:
     assert json.loads((product / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
     records = [json.loads(line) for line in Path("out/sdxl/log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 2
+
+
+def shortened(name: str) -> dict[str, Any]:
+    """Overrides that build few scenes and train every run of an example for two steps; images take two steps, too."""
+    train = yaml.safe_load((EXAMPLES / name).read_text())["train"]
+    few = {"steps": 2, "log_every": 1, "watch": {"trackers": []}}
+    drawing = {"sampling": {"steps": 2}}
+    earlier = [one | few | {one["model"]: one[one["model"]] | drawing} for one in train.get("before", [])]
+    world = {"source.world.scenes": 12, "dataset": f"out/{name}-world", "train.watch.samples": None}
+    return world | {"train.before": earlier, "train.steps": 2, f"train.{train['model']}.sampling.steps": 2}
+
+
+@pytest.mark.integration
+def test_ddpm(run: Run, two_cpus: dict[str, int]) -> None:
+    recipe, settings = str(EXAMPLES / "ddpm.yaml"), shortened("ddpm.yaml")
+    run("build", recipe, resources=two_cpus, **settings)
+    assert run("train", recipe, resources=two_cpus, **settings)["steps"] == 2
+    assert set(run("evaluate", "out/ddpm", "--count", "4")["measures"]) == {"parsed", "background_tv", "colours_tv"}
+    assert run("sample", "out/ddpm", "--seed", "0", "--seed", "1", "-o", "grid.png")["pictures"] == 2
+
+
+@pytest.mark.integration
+def test_imagen(run: Run, two_cpus: dict[str, int]) -> None:
+    """With a T5 that the example's script trains on the captions for two steps."""
+    recipe, settings = str(EXAMPLES / "imagen.yaml"), shortened("imagen.yaml")
+    run("build", recipe, resources=two_cpus, **settings)
+    script = [sys.executable, str(EXAMPLES / "small_t5.py"), settings["dataset"], "out/t5", "--steps", "2"]
+    subprocess.run(script, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert run("train", recipe, resources=two_cpus, **settings)["steps"] == 2
+    assert (Path("out/imagen-base/product/base/model_index.json")).is_file()
+    assert {"colours", "psnr"} <= set(run("evaluate", "out/imagen", "--count", "4")["measures"])
+    summary = run("sample", "out/imagen", "-p", "a red circle.", "--level", "0.1", "-o", "grid.png")
+    assert summary["size"] == [32, 32]
 
 
 def test_slurm(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
