@@ -47,9 +47,12 @@ ON_TWO = {
     "imagen": [(DDP, 1), (DDP, 2)],
     "damsm": [(DDP, 2)],
     "attngan": [(DDP, 2)],
+    "dvae": [(DDP, 2)],
+    "dalle": [(DDP, 2)],
 }
 WHOLE = {"captioner": "open_clip_model.safetensors", "autoencoder": "diffusion_pytorch_model.safetensors"}
-WHOLE["vitvqgan"] = WHOLE["damsm"] = WHOLE["attngan"] = "model.safetensors"
+WHOLE |= dict.fromkeys(("vitvqgan", "damsm", "attngan", "dalle"), "model.safetensors")
+WHOLE["dvae"] = WHOLE["autoencoder"]
 WHOLE["diffusion"] = WHOLE["ddpm"] = f"unet/{WHOLE['autoencoder']}"
 WHOLE["imagen"] = f"super/{WHOLE['ddpm']}"
 
@@ -83,6 +86,11 @@ class Runs:
         elif family == "attngan":
             settings = {"damsm": str(self.path("damsm", 1, DDP, 1)), "noise": 4, "condition": 4, "channels": 8}
             settings |= {"stages": 2, "generators": 2, "blocks": 1, "discriminator": {"channels": 8, "lr": 1e-6}}
+        elif family == "dvae":
+            settings = {**STAGE, "codes": 8, "latent_channels": 4, "revival": 0, "bypass": {"start": 0.5}}
+        elif family == "dalle":
+            settings = {"first_stage": str(self.path("dvae", 1, DDP, 1)), "text": {"vocab_size": 600, "length": 24}}
+            settings |= {"width": 16, "layers": 1, "heads": 2, "drop_text": 0.5}
         elif family == "diffusion":
             settings = {"autoencoder": str(self.path("autoencoder", 1, DDP, 1)), "text": TEXT}
             settings |= {"unet": {**STAGE, "heads": 2}, "drop_text": 0.5}
@@ -139,6 +147,8 @@ NAMES = {
     "vitvqgan": ("loss", "grad_norm", "codebook"),
     "damsm": ("loss", "grad_norm", "words", "sentences"),
     "attngan": ("loss", "grad_norm", "words", "sentences", "kl", "discriminator", "rival_grad_norm"),
+    "dvae": ("loss", "grad_norm", "kl"),
+    "dalle": ("loss", "grad_norm", "text", "image"),
     "ddpm": ("loss", "grad_norm", "bound"),
     "imagen": ("loss", "grad_norm", "text_dropped"),
 }

@@ -87,10 +87,17 @@ class FirstStage(Family):
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         return {"pictures": batch_of(samples, self.size, crop=self.train.crop, flip=self.train.flip)}
 
-    def image_loss(self, made: torch.Tensor, images: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """Return the loss of the `made` images [B, 3, H, W] and metrics; `last` is the decoder's last weight."""
-        difference = made.float() - images
-        reconstruction = difference.abs().mean() if self.train.reconstruction == "l1" else difference.square().mean()
+    def image_loss(
+        self, made: torch.Tensor, images: torch.Tensor, last: torch.Tensor, reconstruction: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return the loss of the `made` images [B, 3, H, W] and metrics; `last` is the decoder's last weight.
+
+        `reconstruction` replaces the mean error where a family has another one.
+        """
+        if reconstruction is None:
+            difference = made.float() - images
+            l1 = self.train.reconstruction == "l1"
+            reconstruction = difference.abs().mean() if l1 else difference.square().mean()
         metrics = {
             "reconstruction": reconstruction.detach(),
             "psnr": psnr(made.detach(), images).mean(),

@@ -11,15 +11,11 @@ from capstan.training.config import TrainConfig
 from capstan.training.models.autoencoder.config import ImageStageSettings, Positive, StageSettings
 
 
-class CodebookSettings(ImageStageSettings):
-    """The settings of a codebook."""
+class CodesSettings(ImageStageSettings):
+    """The settings of all codebooks, whichever loss they learn by."""
 
     codes: Annotated[int, Field(ge=2)] = 1024
     """Number of codes in the codebook."""
-    codebook: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the codebook's loss."""
-    commitment: Annotated[float, Field(ge=0)] = 0.25
-    """Weight, relative to `codebook`, of the term that pulls latents towards their codes (β in the paper)."""
     revival: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the loss that pulls unused codes to latents; 0: off."""
     start: Literal["latents", "uniform"] = "latents"
@@ -30,6 +26,15 @@ class CodebookSettings(ImageStageSettings):
         if train.engine.strategy == "deepspeed" and train.engine.zero == 3:
             problem = "3 shards the codebook over the workers, and every latent is compared with all of it"
             raise RecipeError("train.engine.zero", problem, "set zero: 2, or strategy: ddp")
+
+
+class CodebookSettings(CodesSettings):
+    """The settings of a codebook that learns by a loss of its own."""
+
+    codebook: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the codebook's loss."""
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+    """Weight, relative to `codebook`, of the term that pulls latents towards their codes (β in the paper)."""
 
 
 class VqganSettings(CodebookSettings, StageSettings):

@@ -19,7 +19,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.data.transforms import to_signed
 from capstan.training.family import Batch, Metrics, finite, gradient_only
 from capstan.training.models.autoencoder.codec import ImageCodec, latents_of
-from capstan.training.models.autoencoder.first_stage import FirstStage, load_weights
+from capstan.training.models.autoencoder.first_stage import FirstStage, factor_of, load_weights
 from capstan.training.models.vqgan.config import VqganSettings
 from capstan.training.models.vqgan.model import Vqgan, codebook_loss, nearest, usage
 from capstan.training.product import find_product, read_facts, write_facts
@@ -109,11 +109,31 @@ class VqganFamily(FirstStage):
 
 
 class VqCodec(ImageCodec):
-    """A model with a codebook, whose use is worth measuring."""
+    """A model with a codebook: its codes can be read and written as tokens, and their use is worth measuring."""
 
     def __init__(self, model: Vqgan, size: int) -> None:
         super().__init__(model.vq, size)
+        self.model = model.eval()
         self.codebook = model.codebook.detach()
+        self.codes, self.channels = self.codebook.shape
+        self.factor = factor_of(model.vq.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.device
+
+    def to(self, device: torch.device) -> None:
+        self.codebook = self.model.to(device).codebook.detach()
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the codes' indices [N, h, w] of images [N, 3, H, W] in −1 … 1, on the model's device."""
+        with torch.no_grad():
+            return nearest(self.model.vq.encode(images.to(self.codebook.dtype)).latents, self.codebook)
+
+    def images(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the images [N, 3, H, W], about −1 … 1, of codes' indices [N, h, w]."""
+        with torch.no_grad():
+            return self.model.decode(self.codebook[tokens].movedim(-1, 1))
 
     def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
         """Return the perplexity of the codes over all latents, and the share of the codebook in use."""
