@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
-.PHONY: architecture demo docs experiment fuzz lock sbom test test-cluster test-slow check format clean
+.PHONY: architecture demo docs gallery experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
 .PHONY: bench-plan bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
 .PHONY: bench-train bench-view
@@ -20,6 +20,14 @@ demo: $(STAMP)
 # Three caption blends and an upper bound, three seeds each: two hours. Resumes where it stopped.
 experiment: $(STAMP)
 	$(BIN)/capstan experiment world
+
+# Every system of examples/lecture.yaml on one dataset for equal time: an hour and more. Resumes where it stopped.
+gallery: $(STAMP)
+	$(BIN)/capstan build examples/lecture.yaml
+	$(BIN)/python examples/small_t5.py out/world out/t5
+	$(BIN)/capstan experiment lecture examples/lecture.yaml
+	mkdir -p docs/gallery
+	cp out/lecture/index.html out/lecture/results.json out/lecture/strip.png docs/gallery/
 
 # By file, since a file's tests share what is slow to start; in order, so that the longest does not come last.
 test: check

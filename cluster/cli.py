@@ -31,7 +31,7 @@ from capstan.cluster.commands import describe
 from capstan.cluster.jobs.cli import ClustersOption
 from capstan.cluster.trackers import tracked
 from capstan.pipeline import extras
-from capstan.pipeline.cli import JsonOption, SetOption, finish
+from capstan.pipeline.cli import JsonOption, RecipeArgument, SetOption, concluded, finish
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.text.completion import offer_settings, split_setting
 from capstan.pipeline.text.printable import PrintableFormatter, printable
@@ -163,6 +163,23 @@ def demo(
     from capstan.cluster.demo.demo import run_demo
 
     finish(run_demo(folder, quick=quick), as_json)
+
+
+@experiments.command()
+def lecture(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    only: Annotated[str | None, typer.Option("--only", metavar="NAME", help="Work on one system only.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train systems on one dataset for equal time, and write a page where all draw the same prompts.
+
+    The recipe's section lecture names them. Run the same command again to resume.
+    """
+    from capstan.training.lecture.run import run_lecture
+
+    ready = _load(recipe, overrides)
+    finish(concluded(lambda: run_lecture(ready, Path(recipe).parent, only)), as_json)
 
 
 @experiments.command()

@@ -161,6 +161,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "experiment blend": Command(
         TRAINING, "Compare caption blends on your dataset.", ("capstan experiment blend recipe.yaml",), _T
     ),
+    "experiment lecture": Command(
+        TRAINING, "Compare systems, each trained for equal time.", ("capstan experiment lecture lecture.yaml",), _T
+    ),
     "experiment world": Command(
         TRAINING, "Compare caption blends on drawn images.", ("capstan experiment world --quick",), _T
     ),

@@ -15,6 +15,7 @@ from capstan.recaption.config import RecaptionConfig
 from capstan.training.config import TrainConfig, json_schema
 from capstan.training.config.families import FAMILIES
 from capstan.training.experiment.config import ExperimentConfig
+from capstan.training.lecture.config import LectureConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def _checked(raw: dict[str, Any]) -> Recipe:
         TrainConfig.from_recipe(recipe)
     if recipe.experiment is not None:
         ExperimentConfig.from_recipe(recipe)
+    if recipe.lecture is not None:
+        LectureConfig.from_recipe(recipe)
     return recipe
 
 
@@ -61,6 +64,7 @@ def schema() -> dict[str, Any]:
         ("recaption", RecaptionConfig.model_json_schema()),
         ("train", json_schema()),
         ("experiment", ExperimentConfig.model_json_schema()),
+        ("lecture", LectureConfig.model_json_schema()),
     ):
         definitions.update(inner.pop("$defs", {}))
         definitions[inner["title"]] = inner

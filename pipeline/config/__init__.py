@@ -1,7 +1,8 @@
 """Recipe: YAML → a validated, frozen `Recipe`
 
-Unknown keys are errors that name the field and the fix. The sections `recaption`, `train` and `experiment` belong to
-the floors above: they are mappings here, which those floors parse once (`Recipe.section`; `cluster.recipe.load` does).
+Unknown keys are errors that name the field and the fix. The sections `recaption`, `train`, `experiment` and `lecture`
+belong to the floors above: they are mappings here, which those floors parse once (`Recipe.section`;
+`cluster.recipe.load` does).
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ class Recipe(Section):
     """The model to train (`capstan train`) and how; null: none."""
     experiment: dict[str, Any] | None = None
     """Which caption blends `capstan experiment blend` compares; null: none."""
+    lecture: dict[str, Any] | None = None
+    """Which systems `capstan experiment lecture` compares, for equal time; null: none."""
     _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
 
     def section(self, name: str, parse: Callable[[dict[str, Any]], Typed], hint: str) -> Typed:

@@ -99,6 +99,10 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px } .pixel
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem }
 .cards figure { display: grid; grid-template-columns: 7.5rem 1fr; gap: 0 1rem } .cards figcaption { margin: 0 }
 .strip > div { display: flex; flex-wrap: wrap; gap: .6rem } .strip > div > div { flex: 0 1 6.5rem; min-width: 4.4rem }
+.sheet th, .sheet td { padding: .35rem .6rem .35rem 0; border: 0; vertical-align: middle }
+.sheet td { min-width: 5.2rem; width: 7rem } .sheet thead th { vertical-align: bottom; white-space: normal }
+.sheet th[scope=row] { position: sticky; left: 0; min-width: 9rem; max-width: 15rem; white-space: normal;
+         background: var(--paper); color: var(--ink); font-weight: 400; text-align: left }
 dl { margin: 0 } dt { color: var(--soft); font-size: .78rem } dd { margin: 0 0 .45rem; overflow-wrap: anywhere }
 @media (max-width: 44rem) {
   html { scroll-padding-top: 3.4rem }

@@ -256,6 +256,17 @@ def gallery(blocks: Iterable[Html], *, wide: bool = False) -> Html:
     return Html(f'<div class="gallery{" pairs" if wide else ""}">{"".join(blocks)}</div>')
 
 
+def sheet(header: Sequence[str], rows: Iterable[tuple[str, Sequence[Html]]]) -> Html:
+    """Return rows of images, each with a text in front of it, which stays in view; it scrolls in its own box."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *header))
+    body = "".join(
+        f'<tr><th scope="row">{user_text(text)}</th>{"".join(f"<td>{block}</td>" for block in blocks)}</tr>'
+        for text, blocks in rows
+    )
+    box = f'<div class="wide sheet" tabindex="0" role="region" aria-label="{escape("Images: " + ", ".join(header))}">'
+    return Html(f"{box}<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
 def strip(images: Iterable[tuple[bytes, str]], text: str) -> Html:
     """Return images of one thing side by side, each with a word below it, and a text below all."""
     shown = ((frame(data, f"{text}: {word}" if word else text), escape(word)) for data, word in images)

@@ -240,7 +240,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
 
 def run_folder(folder: Path) -> dict[str, Any]:
     """The product, and the log without what is timed."""
-    timed = ("images_per_s", "samples_per_s", "data_wait", "flops_per_s", "host_memory_gib")
+    timed = ("images_per_s", "samples_per_s", "data_wait", "cpu_s", "flops_per_s", "host_memory_gib")
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     log = [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
     return files(folder / "run" / "product") | {"log.jsonl": log}

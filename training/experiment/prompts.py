@@ -55,7 +55,7 @@ Prompts = dict[str, list[Prompt]]  # set → prompts
 def prompt_sets(recipe: Recipe, config: ExperimentConfig, train: TrainConfig, layer: str | None) -> Prompts:
     """Return both sets, `config.prompts` prompts each. Raises RecipeError if the dataset has too few."""
     if (world := world_of(recipe)) is not None:
-        return {name: list(itertools.islice(_of_world(world, name), config.prompts)) for name in SETS}
+        return {name: list(itertools.islice(world_prompts(world, name), config.prompts)) for name in SETS}
     return _held_out(recipe, train, layer, config.prompts)
 
 
@@ -65,7 +65,8 @@ def source_of(recipe: Recipe) -> dict[str, Any] | None:
     return None if world is None else world.model_dump(mode="json")
 
 
-def _of_world(world: WorldSource, name: str) -> Iterator[Prompt]:
+def world_prompts(world: WorldSource, name: str) -> Iterator[Prompt]:
+    """Yield the prompts of a set, of scenes that are in no dataset, with their true images."""
     vocab = vocabulary(world)
     for index in itertools.count():
         scene = draw_scene(world.seed + _UNSEEN, index, vocab)

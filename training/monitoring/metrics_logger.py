@@ -45,6 +45,7 @@ class MetricsLogger:
         self.slots, self.blend = Counter[str](), Counter[str]()  # captions since the last record; in total
         self.waited_s, self.steps, self.flops = 0.0, 0, 0.0
         self.since = self.printed = time.monotonic()
+        self.since_cpu = time.process_time()  # of this worker, all threads
         self.flop_count = FlopCount()
         self.blend_warned = False
         self.peak = _peak(engine, run)
@@ -64,6 +65,7 @@ class MetricsLogger:
             self.run.truncate_logs(step)
             self.trackers = open_trackers(self.run, step)
         self.since = self.printed = time.monotonic()
+        self.since_cpu = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """Return the values that this worker has not logged yet. Waits for the GPU."""
@@ -106,9 +108,10 @@ class MetricsLogger:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Wrap work that is not a step (sampling, evaluation): its time does not count in any rate."""
-        started = time.monotonic()
+        started, started_cpu = time.monotonic(), time.process_time()
         yield
         self.since += time.monotonic() - started
+        self.since_cpu += time.process_time() - started_cpu
 
     def add(self, metrics: Metrics) -> None:
         """Add the metrics of one part of a step; tensors stay on their device until they are logged."""
@@ -127,6 +130,7 @@ class MetricsLogger:
     def log(self, step: int, facts: Mapping[str, float]) -> None:
         """Write the record of the steps up to `step`; `facts` are copied into it."""
         mine = {"waited_s": self.waited_s, "flops": self.flops, **_memory(self.engine.device)}
+        mine["cpu_s"] = time.process_time() - self.since_cpu
         workers = self.engine.collect({**self.state(), **mine})
         for worker in workers:
             self.blend.update(worker["slots"])
@@ -140,6 +144,7 @@ class MetricsLogger:
         for collected in (self.values, self.spreads, self.slots):
             collected.clear()
         self.waited_s, self.steps, self.flops, self.since = 0.0, 0, 0.0, time.monotonic()
+        self.since_cpu = time.process_time()
 
     def _record(self, step: int, facts: Mapping[str, float], workers: list[dict[str, Any]]) -> dict[str, Any]:
         seconds = max(time.monotonic() - self.since, 1e-9)
@@ -157,6 +162,7 @@ class MetricsLogger:
         rate = self.steps * self.run.train.batch / seconds
         # images_per_s is the same number, by the name that it has had since every sample was an image.
         rates = {"samples_per_s": rate, "images_per_s": rate, "data_wait": min(1.0, waited / seconds)}
+        rates["cpu_s"] = sum(worker["cpu_s"] for worker in workers)
         rates["flops_per_s"] = sum(worker["flops"] for worker in workers) / seconds
         if self.peak is not None:
             rates["mfu"] = rates["flops_per_s"] / (len(workers) * self.peak)

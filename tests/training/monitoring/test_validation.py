@@ -53,7 +53,7 @@ def watched(recipe_in, metrics, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_watching_changes_no_step_and_shows_everything(recipe, watched: Path, tmp_path: Path) -> None:
     fit(recipe("plain"))
-    timed = {"samples_per_s", "images_per_s", "data_wait", "flops_per_s", "host_memory_gib"}
+    timed = {"samples_per_s", "images_per_s", "data_wait", "cpu_s", "flops_per_s", "host_memory_gib"}
     ours, theirs = (
         [{name: value for name, value in line.items() if name not in timed} for line in lines(run / "log.jsonl")]
         for run in (watched, tmp_path / "plain")

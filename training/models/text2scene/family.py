@@ -44,7 +44,7 @@ from capstan.training.models.text2scene.vocabulary import (
     things_of,
 )
 from capstan.training.models.text_length import some_captions, warn_of_cut
-from capstan.training.product import FACTS, write_facts
+from capstan.training.product import FACTS, quieten, write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ class Text2sceneFamily(Family):
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write a model of transformers, with its parts and facts."""
         assert isinstance(model, Text2SceneModel)
+        quieten()
         model.save_pretrained(folder)
         if self.parts.is_dir():
             shutil.copytree(self.parts, folder / _PARTS)
