@@ -19,7 +19,7 @@ from capstan.pipeline.errors import RecipeError
 _SECRET: Final = re.compile(
     r"\b(secrets?|passwords?|passwd|passphrase|credentials?|authorization|cookies?|apikey|connection string|conn str)\b"
     r"|\baccess ?key"
-    r"|\b(key|token|pat|pass|pwd|sas|signature|sig)$"
+    r"|\b(key|token|pat|pass|pwd|sas|signature|sig|auth|bearer|jwt)$"
 )
 _REFERS: Final = re.compile(r"\b(file|path|env|name|arn)$")  # where a secret is, not what it is
 _WORDS: Final = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
@@ -29,7 +29,9 @@ _HEADER: Final = re.compile(r"\s*([A-Za-z][A-Za-z-]*)\s*:\s*\S")
 _ASSIGNMENT: Final = re.compile(r"(?<![\w$-])-{0,2}([A-Za-z_][\w-]*)=(?!\$|\s|$|[\"'](?:\$|[\"']))")
 _TOKEN: Final = re.compile(
     r"(?<![A-Za-z0-9])(sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|AIza[\w-]{35}"
-    r"|(AKIA|ASIA)[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)|^\s*(bearer|basic)\s+\S{6,}\s*$",
+    r"|(AKIA|ASIA)[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY|glpat-[\w-]{20,}|npm_[A-Za-z0-9]{36}"
+    r"|ya29\.[\w-]{20,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+|[sr]k_live_\w{20,}|SG\.[\w-]{16,}\.[\w-]{16,}"
+    r"|(account|sharedaccess)key=[^;\s]{4,}|password=[^;\s]+)|^\s*(bearer|basic)\s+\S{6,}\s*$",  # connection strings
     re.IGNORECASE,
 )
 _URL: Final = re.compile(
@@ -135,14 +137,24 @@ def is_secret_name(name: str) -> bool:
     >>> [is_secret_name(name) for name in ("endpoint_url", "token_file", "key_env", "max_tokens", "keys", "tokenizer")]
     [False, False, False, False, False, False]
     """
-    words = _WORDS.sub(" ", name).strip().lower()
-    return bool(_SECRET.search(words)) and not _REFERS.search(words)
+    return bool(_SECRET.search(_words(name))) and not _refers(name)
+
+
+def _refers(name: str) -> bool:
+    """Return whether a key says where a secret is."""
+    return bool(_REFERS.search(_words(name)))
+
+
+def _words(name: str) -> str:
+    return _WORDS.sub(" ", name).strip().lower()
 
 
 def _is_given(value: Any) -> bool:
     """Return whether a key of a secret's name holds something: null, false and gcsfs' modes are not secrets."""
     if isinstance(value, list | tuple):
         return any(map(_is_given, value))
+    if isinstance(value, Mapping):
+        return any(_is_given(inner) for name, inner in value.items() if not _refers(str(name)))
     return isinstance(value, str | int | float) and not isinstance(value, bool) and value not in _HARMLESS
 
 

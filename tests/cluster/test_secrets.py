@@ -62,6 +62,14 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         ({"source": {"path": f"https://b/x.csv?X-Amz-Date=1&X-Amz-Signature={CANARY}"}}, "source.path"),
         ({"source": {"path": f"https://a.blob.core.windows.net/c/x.csv?sv=1&sig={CANARY}"}}, "source.path"),
         ({"unknown": {"CONNECTION_STRING": CANARY}}, "unknown.CONNECTION_STRING"),
+        ({"storage": {"bearer": CANARY}}, "storage.bearer"),
+        ({"storage": {"client_kwargs": {"auth": ["me", CANARY]}}}, "storage.client_kwargs.auth"),
+        ({"storage": {"credentials": {"me": CANARY}}}, "storage.credentials"),
+        ({"storage": {"x": f"Endpoint=https;AccountKey={CANARY}"}}, "storage.x"),
+        ({"storage": {"x": f"host=h user=u password={CANARY}"}}, "storage.x"),
+        ({"storage": {"x": f"eyJhbGciOiJI.eyJzdWIiOiIx.{CANARY}"}}, "storage.x"),
+        ({"storage": {"x": f"glpat-{CANARY}{CANARY}"}}, "storage.x"),
+        ({"storage": {"x": f"ya29.{CANARY}{CANARY}"}}, "storage.x"),
     ],
 )
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, content: dict[str, Any], field: str) -> None:
@@ -74,6 +82,7 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, conten
 
 def test_what_is_no_secret_is_taken(tmp_path: Path) -> None:
     storage = {"endpoint_url": "http://x", "profile": "work", "anon": True, "token": "anon", "requester_pays": True}
+    storage |= {"credentials": {"file": "/home/me/credentials.json"}, "auth": None, "author": "me"}
     assert load(write(tmp_path, {"storage": storage})).storage == storage
 
 
