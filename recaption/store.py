@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capstan.pipeline.config import fingerprint
-from capstan.pipeline.dataset.shards import Dataset
+from capstan.pipeline.dataset.shards import Dataset, listed
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.records import make_key
 from capstan.pipeline.storage import Storage
@@ -187,7 +187,8 @@ def rows_of_shard(
     Raises FileNotFoundError if a model has not captioned the shard yet.
     """
     if images is None:
-        images = storage.read_table(f"shards/{shard}.parquet", ["key", "sha256"])
+        with listed(storage.path(table := f"shards/{shard}.parquet")):
+            images = storage.read_table(table, ["key", "sha256"])
     columns, recipe = columns or TEXT_COLUMNS, _published(storage, layer)
     own = _own_rows(storage, layer, recipe, shard, images, columns)
     if recipe is None or not (base := recipe.get("over")):
@@ -328,12 +329,7 @@ def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -
 
 
 def publish(
-    storage: Storage,
-    layer: str,
-    slots: Iterable[str],
-    engine: Mapping[str, Any],
-    settings: linter.Settings,
-    over: str = "",
+    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: linter.Settings, over: str
 ) -> None:
     """Publish the layer: write its recipe.json, unless it exists."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):

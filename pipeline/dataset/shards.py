@@ -9,6 +9,7 @@ docs/formats.md describes the dataset folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -332,11 +333,22 @@ class Dataset:
         if rows is not None:
             table = table.take(pa.array(rows, pa.int64()))
         name = f"shards/{shard}.tar"
-        with self.storage.open(name) as tar:
+        with listed(self.storage.path(name)):
+            opened = self.storage.open(name)
+        with opened as tar:
             for row in table.to_pylist():
                 path = self.storage.path(name)
                 jpeg = read_image(tar, row["offset"], row["size"], row.get("crc32"), path)
                 yield row["key"], jpeg, read_parts(tar, row, path)
+
+
+@contextlib.contextmanager
+def listed(name: str) -> Iterator[None]:
+    """Raise DamagedFile if the file `name`, which the manifest lists, is missing."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedFile(name, "it is missing") from None
 
 
 def read_image(tar: BinaryIO, offset: int, size: int, crc32: int | None, name: str) -> bytes:

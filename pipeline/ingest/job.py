@@ -349,11 +349,15 @@ def _report(outcome: Outcome) -> None:
 
 
 def staged(marks: Mapping[str, Mapping[str, Any]]) -> dict[str, Staged]:
-    """Parse the markers of an ingest job, by unit."""
-    return {
-        unit: Staged(unit, mark["table"], mark["tar"], mark["rows"], freed=mark.get("freed", False))
-        for unit, mark in marks.items()
-    }
+    """Parse the markers of an ingest job, by unit. Raises DamagedFile for one that lacks what ingest writes."""
+    units = {}
+    for unit, mark in marks.items():
+        try:
+            units[unit] = Staged(unit, mark["table"], mark["tar"], mark["rows"], freed=mark.get("freed", False))
+        except KeyError as error:
+            hint = "remove this file and run `capstan build` again: the unit is done again"
+            raise DamagedFile(f"state/ingest-…/done/{unit}.json", f"it has no {error}", hint) from None
+    return units
 
 
 def clean(job: Ingest, kept: Iterable[Staged]) -> None:

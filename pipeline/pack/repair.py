@@ -71,7 +71,7 @@ def drop_broken(storage: Storage, manifest: Manifest | None, damaged: Collection
     write_manifest(storage, manifest)
     markers = MarkerLog(storage, "pack")
     names = {entry.name for entry in bad}
-    markers.forget(unit for unit, facts in markers.read().items() if facts["name"] in names)
+    markers.forget(unit for unit, facts in markers.read().items() if facts.get("name") in names)
     return manifest
 
 
@@ -131,6 +131,10 @@ def broken_units(
     plans = {unit.id: unit for unit in planned.units}
     repaired, new = dict[str, Unit](), list[str]()
     for unit, mark in job.markers.read().items():
+        if not {"table", "tar", "rows"} <= mark.keys():
+            log.warning("repair: the marker of unit %s is damaged: it is ingested again", unit)
+            new.append(unit)
+            continue
         tar_is_broken = mark["tar"] in damaged or (mark["tar"] and mark["tar"] not in present and not freed)
         if mark["table"] in usable and not tar_is_broken:
             continue

@@ -36,7 +36,8 @@ from capstan.pipeline.dataset.shards import (
     tar_header,
     to_json,
 )
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
+from capstan.pipeline.ingest.job import Staged, staged
 from capstan.pipeline.ingest.staging import may_be_freed
 from capstan.pipeline.pack.job import sample_fields, unlisted
 from capstan.pipeline.pack.verify_derived import verify_derived
@@ -255,9 +256,14 @@ def _strange(header: bytes, name: str) -> str:
 def _staged(storage: Storage) -> Iterator[str]:
     """Yield the problems of the staged files that markers name: each name ends with the start of the file's SHA-256."""
     jobs = {name.split("/")[1] for name in storage.names("state") if name.startswith("state/ingest-")}
-    marks = [mark for job in sorted(jobs) for mark in MarkerLog(storage, job).read().values()]
+    units = list[Staged]()
+    for job in sorted(jobs):
+        try:
+            units += staged(MarkerLog(storage, job).read()).values()
+        except DamagedFile as error:
+            yield str(error)
     present, freed = set(storage.names("staged")), may_be_freed(storage)
-    listed = sorted({mark["table"] for mark in marks} | {mark["tar"] for mark in marks if mark["tar"]})
+    listed = sorted({unit.table for unit in units} | {unit.tar for unit in units if unit.tar})
     for name, sha256 in zip(listed, ahead(lambda name: _sha256(storage, name, present), listed), strict=True):
         if sha256 is None:
             if not (freed and name.endswith(".tar")):

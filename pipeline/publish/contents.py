@@ -19,7 +19,7 @@ from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import energon
 from capstan.pipeline.dataset.croissant import PUBLISHED
 from capstan.pipeline.dataset.indexes import indexes
-from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, Manifest, ShardEntry, sha256_of
+from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, Manifest, ShardEntry, listed, sha256_of
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.records import FORMAT_VERSION, REJECTED, REMOVED
 from capstan.pipeline.secrets import public_url
@@ -125,9 +125,13 @@ def _public(value: Any) -> Any:
 
 
 def _shard(storage: Storage, entry: ShardEntry) -> Iterator[PublishedFile]:
+    with listed(storage.path(entry.table)):
+        size = storage.size(entry.table)
+    with listed(storage.path(entry.index)):
+        index = storage.read(entry.index)
     yield PublishedFile(entry.tar, entry.bytes, entry.sha256)
-    yield PublishedFile(entry.table, storage.size(entry.table), entry.table_sha256)
-    yield PublishedFile.of(entry.index, storage.read(entry.index))
+    yield PublishedFile(entry.table, size, entry.table_sha256)
+    yield PublishedFile.of(entry.index, index)
 
 
 def _ledger(storage: Storage, entry: LedgerEntry) -> tuple[PublishedFile, LedgerEntry, int]:
@@ -208,7 +212,9 @@ def fetch(storage: Storage, file: PublishedFile, path: Path) -> None:
         path.write_bytes(file.data)
         return
     digest = hashlib.sha256()
-    with storage.open(file.name) as source, path.open("wb") as target:
+    with listed(storage.path(file.name)):
+        source = storage.open(file.name)
+    with source, path.open("wb") as target:
         while data := source.read(_READ_BYTES):
             digest.update(data)
             target.write(data)

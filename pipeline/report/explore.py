@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE_S: Final = 20.0  # of computing
 PATIENCE: Final = 9  # a question that waits for its files may take this many deadlines
-_BUSY: Final = 0.2  # CPU seconds per second below which a question waits: for the disk or the bucket
+_BUSY: Final = 0.05  # CPU seconds per second below which a question waits: for the disk or the bucket
 _TEXT: Final = 2000  # characters of a text column in a detail
 _VERDICTS: Final = "verdicts"
 _HIDDEN: Final = (

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capstan.pipeline.dataset.shards import Manifest, read_manifest
-from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError, first_line
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged, staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, LEDGER_SCHEMA, REJECTED, REMOVED
@@ -282,8 +282,11 @@ def _schema(storage: Storage, names: Sequence[str], least: pa.Schema) -> pa.Sche
         batches.setdefault(batch[1] if batch else name, []).append(name)
     found = [least]
     for name in dict.fromkeys(name for files in batches.values() for name in (files[0], files[-1])):
-        with storage.open(name) as file:
-            found.append(pq.read_schema(file).remove_metadata())
+        try:
+            with storage.open(name) as file:
+                found.append(pq.read_schema(file).remove_metadata())
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedFile(storage.path(name), f"cannot be read as Parquet: {first_line(error)}") from None
     return pa.unify_schemas(found, promote_options="permissive")
 
 

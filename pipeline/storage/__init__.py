@@ -157,7 +157,10 @@ class Storage:
         Raises DamagedFile if its content is not what was written: by `sha256` if the caller knows it, by the hash that
         the name of a staged table ends with, and by the checksums of its pages.
         """
-        data = self.read(name)
+        try:
+            data = self.read(name)
+        except FileNotFoundError as error:  # with a sum, a manifest lists it
+            raise DamagedFile(self.path(name), "it is missing") if sha256 else error from None
         expected = sha256 or ((named := _HASH_IN_NAME.match(name)) and named[1]) or ""
         if expected and not hashlib.sha256(data).hexdigest().startswith(expected):
             raise DamagedFile(self.path(name), "its SHA-256 is not that of what was written")

@@ -16,8 +16,12 @@ from capstan.pipeline.config import Blocklist, Recipe
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.publish.folder import Folder
+from capstan.pipeline.publish.job import publish
+from capstan.pipeline.report.query import Rows
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.storage import Storage
+from capstan.recaption.store import rows_of_shard
 
 ROWS = 8
 
@@ -48,7 +52,7 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "ds"))
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\x00\xff", b"[]", b"null"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\x00\xff", b"[]", b"null", b"{}"])
 @pytest.mark.parametrize(
     "file", ["done/0000-000001.json", "plan/batch-0000/batch.json", "plan/source.json", "lease.json", "damaged/x.json"]
 )
@@ -103,6 +107,39 @@ def test_a_damaged_log_of_markers_is_named(build: Callable[..., Any], storage: S
         build()
     storage.delete(f"state/{job}/log.json")
     assert build()["counts"]["kept"] == ROWS
+
+
+def test_a_marker_without_its_facts_is_named(build: Callable[..., Any], storage: Storage) -> None:
+    build()
+    name = next(name for name in storage.names("state") if "/ingest-" in name and name.endswith("0000-000001.json"))
+    storage.write(name, b"{}")
+    assert [problem for problem in verify(storage) if "done/0000-000001.json is damaged (it has no 'table')" in problem]
+
+
+@pytest.mark.parametrize("end", [".tar", ".parquet", ".tar.idx"])
+def test_a_file_that_the_manifest_lists_and_that_is_missing_is_named(
+    build: Callable[..., Any], storage: Storage, tmp_path: Path, end: str
+) -> None:
+    build()
+    shard = Dataset(storage).shard_names[0]
+    storage.delete(f"shards/{shard}{end}")
+    missing = rf"{shard}{end} is damaged \(it is missing\)"
+    with pytest.raises(DamagedFile, match=missing):
+        publish(storage, Folder(Storage(str(tmp_path / "copy"))), str(tmp_path / "copy"), progress=False)
+    if end != ".tar.idx":
+        with pytest.raises(DamagedFile, match=missing):
+            list(Dataset(storage).read_images(shard))
+    if end == ".parquet":
+        with pytest.raises(DamagedFile, match=missing):
+            rows_of_shard(storage, "mine", shard)
+
+
+def test_a_ledger_table_that_is_missing_is_named(build: Callable[..., Any], storage: Storage) -> None:
+    build()
+    name = next(name for name in storage.names("ledger"))
+    storage.delete(name)
+    with pytest.raises(DamagedFile, match=name), Rows(storage):
+        pass
 
 
 def test_what_was_removed_stays_removed(build: Callable[..., Any], storage: Storage, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def shapes(dataset: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
 
     def read(shard: str) -> tuple[np.ndarray, np.ndarray]:
         with dataset.storage.open(f"shards/{shard}.parquet") as file:
-            table = pq.ParquetFile(file).read(columns=["width", "height"])
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=["width", "height"])
         return table["width"].to_numpy().astype(np.int64), table["height"].to_numpy().astype(np.int64)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import pyarrow as pa
 
-from capstan.pipeline.dataset.shards import Dataset, check_image
+from capstan.pipeline.dataset.shards import Dataset, check_image, listed
 from capstan.recaption.store import check_layer, read_layer
 from capstan.training.data.shard_cache import ShardCache
 
@@ -103,7 +103,8 @@ class OpenShards:
         elif self._cache is not None:
             jpeg = self._cache.read_range(entry.tar, entry.sha256, offset, offset + size)
         if jpeg is None:
-            jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
+            with listed(self.dataset.storage.path(entry.tar)):
+                jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
         return check_image(jpeg, size, shard.crc32[row], self.dataset.storage.path(entry.tar))
 
     def _load(self, number: int) -> OpenShard:
@@ -123,6 +124,6 @@ class OpenShards:
             return shard
         path = self.dataset.storage.local_path(f"shards/{name}.tar")
         if path is not None:
-            with path.open("rb") as file:
+            with listed(str(path)), path.open("rb") as file:
                 shard.tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return shard
