@@ -292,8 +292,8 @@ def _encode(shop: Workshop, place: Place) -> list[str]:
 
 
 def _train(shop: Workshop, place: Place) -> list[str]:
-    section: dict[str, Any] = {"model": "autoencoder", "run": f"{place.url}/run", "steps": 24, "batch": 4}
-    section |= {"log_every": 1, "checkpoint": {"every": 3}, "data": {"layer": None}, "autoencoder": _SMALL}
+    section: dict[str, Any] = {"model": "autoencoder", "run": f"{place.url}/run", "steps": 6, "batch": 2}
+    section |= {"log_every": 1, "checkpoint": {"every": 2}, "data": {"layer": None}, "autoencoder": _SMALL}
     section |= {"engine": {"launcher": "local", "strategy": "ddp", "workers": 1}}
     return ["-m", "capstan", "train", shop.recipe(place, train=section)]
 
