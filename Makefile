@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs gallery experiment fuzz lock sbom test test-cluster test-slow check format clean
-.PHONY: bench-build bench-checksums bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
+.PHONY: bench-build bench-checksums bench-clips bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
 .PHONY: bench-plan bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
 .PHONY: bench-train bench-view
 
@@ -51,6 +51,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/docs/test_markdown.py
+
+bench-clips: $(STAMP)
+	$(BIN)/python benchmarks/clips.py
 
 bench-build: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -20,7 +20,7 @@ from capstan.pipeline.media.colour import is_hdr, source_matrix, to_sdr
 _STEREO: Final = 2
 _BT709: Final = 1
 _LIMITED, _FULL = 1, 2  # AVCOL_RANGE_MPEG, AVCOL_RANGE_JPEG
-_SCALING: Final = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+_SCALING: Final = Interpolation.AREA  # exact rounding would cost more than all of decoding
 
 
 class Scaler:
