@@ -217,7 +217,8 @@ def _drawn(
         rows = {measure: _or_none(value) for values in found for measure, value in values.items()}
         reliability.setdefault("ablations", {})[name] = rows
     result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
-    return result, grid(images[:_SHOWN], prompts[:_SHOWN]), images
+    labels = prompts if drawer.prompted else [f"seed {number}" for number in numbers]
+    return result, grid(images[:_SHOWN], labels[:_SHOWN]), images
 
 
 def _memorisation(recipe: Recipe | None, copies: CopyDetection) -> Memorisation:

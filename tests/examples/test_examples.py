@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_networks
 import tiny_towers
+import transformers
 import yaml
 from moving import RED, movie, seconds_of
 from PIL import Image
@@ -286,6 +287,8 @@ def test_imagen(run: Run, two_cpus: dict[str, int]) -> None:
     run("build", recipe, resources=two_cpus, **settings)
     script = [sys.executable, str(EXAMPLES / "small_t5.py"), settings["dataset"], "out/t5", "--steps", "2"]
     subprocess.run(script, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    words = transformers.T5Tokenizer.from_pretrained("out/t5")
+    assert words.tokenize("a circle.") == ["▁a", "▁circle", "."]
     assert run("train", recipe, resources=two_cpus, **settings)["steps"] == 2
     assert (Path("out/imagen-base/product/base/model_index.json")).is_file()
     assert {"colours", "psnr"} <= set(run("evaluate", "out/imagen", "--count", "4")["measures"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class CascadeDrawer(PipelineDrawer):
         """Return the T5's states of the prompts and of what is negative, by the pipelines' names for them."""
         refused = None if negative is None else [negative] * len(prompts)
         base = self.pipelines[0]
-        with torch.no_grad(), frozen_outside_autocast(base):
+        with torch.no_grad(), frozen_outside_autocast(base), _without_warnings():
             states = base.encode_prompt(prompts, negative_prompt=refused, device=self.device, clean_caption=False)
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), states, strict=True))
 
@@ -126,3 +127,16 @@ class CascadeDrawer(PipelineDrawer):
         enlarged = to_signed(torch.from_numpy(np.stack(cubic)).permute(0, 3, 1, 2))
         truth = to_signed(true)
         return {"psnr": {"value": float(psnr(drawn, truth).mean()), "chance": float(psnr(enlarged, truth).mean())}}
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what diffusers says of each long prompt: training has said it once, and how much is cut."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
