@@ -1,10 +1,11 @@
 """Laws of the control plane in operations on storage: what a change costs, by the size of what is there.
 
     takedown    one key, one URL: at 20, 80 and 240 units
+    rows        half a unit of new rows; and another condition, by which rows of 4 units are rejected for another reason
     captions    planning a caption layer at 0.1, 0.4 and 1.6 million images: growth of the driver's memory, and seconds
                 until the first shard can start; for a new layer, and for one whose shards were all repacked
 
-    python benchmarks/operations.py [takedown] [captions] [--units 20 80 240] [--images 100000 400000 1600000]
+    python benchmarks/operations.py [takedown] [rows] [captions] [--units 20 80 240] [--images 100000 400000 1600000]
 
 Counts are exact and need no quiet machine, nor does memory. Units of takedowns have 4 rows and run in this process, so
 that what workers do is counted, too. A read, a write, a removal and a look-up count as one operation, opening a file to
@@ -153,6 +154,27 @@ def of_takedown(number: int) -> dict[str, int]:
         return found
 
 
+def of_rows(number: int) -> dict[str, int]:
+    """Return the operations that half a unit of new rows takes, and those of a condition that decides few rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, found = Path(name), dict[str, int]()
+        built(folder, number)
+        rows(folder, number * ROWS, ROWS // 2)
+        with Counted() as counts:
+            summary = build.build(recipe_for(folder), progress=False)
+        assert summary["counts"]["kept"] == number * ROWS + ROWS // 2
+        found["new"] = counts.total()
+        for named in ("one", "other"):
+            few = " AND ".join(f"caption <> 'image {place}'" for place in range(4))
+            select = [{"name": named, "where": few}]
+            with Counted() as counts:
+                summary = build.build(recipe_for(folder, select=select), progress=False)
+            assert summary["counts"]["rejected"] == 4
+        found["condition"] = counts.total()
+        found["read"] = counts["read"] + counts["open"]
+        return found
+
+
 def write_captioned(storage: Storage, shards: int) -> None:
     """Write tables of shards with 10,000 images each, and captions of all images in files that no shard owns."""
     entries = []
@@ -207,7 +229,7 @@ def planned(dataset: Dataset, layer: str, resources: Resources) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="takedown, captions (default: all)")
+    parser.add_argument("parts", nargs="*", help="takedown, rows, captions (default: all)")
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="sizes of a captioned dataset")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--units", type=int, nargs="+", default=SIZES, help="sizes (default: 20 80 240)")
@@ -215,7 +237,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(of_captions(int(arguments.child[0]), arguments.child[1])))
         return
-    parts = arguments.parts or ["takedown", "captions"]
+    parts = arguments.parts or ["takedown", "rows", "captions"]
     if "captions" in parts:
         print("| images | layer | driver + MiB | s |\n|---|---|---|---|")
         for count in arguments.images:
@@ -232,6 +254,13 @@ def main() -> None:
         for number in arguments.units:
             found = of_takedown(number)
             print(f"| {number} | {found['keys']:,} | {found['urls']:,} |", flush=True)
+    if "rows" in parts:
+        print(
+            "\n| units | operations: half a unit of new rows | another condition | of these reads |\n|---|---|---|---|"
+        )
+        for number in arguments.units:
+            found = of_rows(number)
+            print(f"| {number} | {found['new']:,} | {found['condition']:,} | {found['read']:,} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import yaml
 from measure import measure
 
 from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Ingest
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import file_name, schema
@@ -87,9 +88,10 @@ def write_ledger(dataset: Path, rows: int) -> None:
     scored: dict[str, Any] = {}
     for number, count in enumerate(sizes):
         unit = f"0000-{number:06d}"
-        table = f"staged/{unit}-{number:016x}.parquet"
         staged_rows = unit_table(random, unit, number / len(sizes), (number + 1) / len(sizes), count)
-        storage.write(table, parquet_bytes(staged_rows))
+        data = parquet_bytes(staged_rows)
+        table = f"staged/{unit}-{sha256_of(data)[:16]}.parquet"
+        storage.write(table, data)
         files = {scorer.id: file_name(scorer.id, table) for scorer in scorers}
         for scorer in scorers:
             measures = [measure_column(random, field, count) for field in scorer.columns]

@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import duckdb
 import numpy as np
@@ -30,6 +30,7 @@ from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
 from capstan.pipeline.select.derived import CLIP_FACTS, derived_columns, derived_fields
+from capstan.pipeline.select.large_arrays import LargeArrays
 from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
@@ -104,18 +105,31 @@ def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged
     """Evaluate the recipe's conditions on all rows of the units. Raises RecipeError for a condition that fails."""
     columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
     coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
+    whole = LargeArrays(sum(unit.rows for unit in units))
     with _connect() as db:
         reviews = reviews_of(recipe, storage)
         query = _Query(db, recipe, columns, unwanted, reviews, coloured=coloured)
-        blocks = list(ahead(lambda part: query.run(storage, part), _blocks(units))) or [query.empty()]
-    first = blocks[0]
-    whole = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in _ARRAYS}
+        found, start = query.empty(), 0
+        for block in ahead(lambda part: query.run(storage, part), _blocks(units)):
+            for name, values in _flat(block).items():
+                whole.put(name, start, values)
+            start += len(block.step)
+    empty = _flat(found)
+    arrays = {name: whole.array(name, empty[name]) for name in empty}
     return QueryResult(
-        **whole,
-        colours=np.concatenate([block.colours for block in blocks if block.colours is not None]) if coloured else None,
-        groups={number: np.concatenate([block.groups[number] for block in blocks]) for number in first.groups},
-        ranks={number: np.concatenate([block.ranks[number] for block in blocks]) for number in first.ranks},
+        **{name: arrays[name] for name in _ARRAYS},
+        colours=arrays["colours"] if coloured else None,
+        groups={number: arrays[f"group {number}"] for number in found.groups},
+        ranks={number: arrays[f"rank {number}"] for number in found.ranks},
     )
+
+
+def _flat(found: QueryResult) -> dict[str, npt.NDArray[Any]]:
+    """Return all arrays of a result by name."""
+    arrays = {name: getattr(found, name) for name in _ARRAYS}
+    arrays |= {} if found.colours is None else {"colours": found.colours}
+    arrays |= {f"group {number}": values for number, values in found.groups.items()}
+    return arrays | {f"rank {number}": values for number, values in found.ranks.items()}
 
 
 def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:

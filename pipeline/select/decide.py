@@ -29,6 +29,7 @@ from capstan.pipeline.select.conditions import (
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
 from capstan.pipeline.select.dedup import Repeats, find_repeats
+from capstan.pipeline.select.large_arrays import taken
 from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.pairs import apart
 from capstan.pipeline.select.sampling import sample
@@ -160,9 +161,9 @@ def _repeats(
     with scratch() as folder:
         seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
         described = None if recipe.dedup.copies is None else embeddings(storage, units, folder, scorer=DESCRIPTORS)
-        colours = None if rows.colours is None else rows.colours[passed]
-        measures = (rows.sha256[passed], rows.phash[passed], colours, rows.area[passed])
-        different = apart(storage, rows.key[passed])
+        colours = None if rows.colours is None else taken(rows.colours, passed)
+        measures = (taken(rows.sha256, passed), taken(rows.phash, passed), colours, taken(rows.area, passed))
+        different = apart(storage, taken(rows.key, passed))
         found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed, described, different)
     kept, kind = np.full(len(batch), -1, np.int64), np.zeros(len(batch), np.int8)
     own = (found.kept >= 0) & (found.kind != CONTAMINATED)

@@ -23,6 +23,7 @@ from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import FORMAT_VERSION
 from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.large_arrays import taken
 from capstan.pipeline.select.near_duplicates import (
     CONTAMINATED,
     COPIES,
@@ -102,11 +103,11 @@ def find_repeats(
     order, apart = precedence(batch[clean], area[clean]), apart.take(clean)
     found = find_duplicates(
         order,
-        sha256[clean],
-        phash[clean],
+        taken(sha256, clean),
+        taken(phash, clean),
         exact=dedup.exact,
         distance=dedup.perceptual,
-        colours=None if colours is None else colours[clean],
+        colours=None if colours is None else taken(colours, clean),
         tolerance=dedup.colours or 0,
         apart=apart,
         hashed=hashed[clean],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
@@ -22,8 +22,10 @@ def as_words(values: npt.NDArray[np.bytes_] | Words) -> Words:
     return np.ascontiguousarray(values.astype(f"S{width}", copy=False)).view(np.uint64).reshape(len(values), width // 8)
 
 
-def first_equal(columns: Sequence[Words] | Words, order: Ints) -> Ints:
+def first_equal(columns: Iterable[Words] | Words, order: Ints) -> Ints:
     """Return for each of n rows of `columns`, each [n], the equal row that is first in `order`.
+
+    The columns are gone through more than once.
 
     Rows are sorted by a hash of their words; all words are compared afterwards, so collisions cannot change the result.
     """

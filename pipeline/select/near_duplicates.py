@@ -1,8 +1,7 @@
 """Find exact repeats (SHA-256) and near repeats (perceptual hash).
 
 Rows are visited in one order of precedence: earlier batch first (packed samples stay), then larger image, then smaller
-key. A row is a duplicate if a kept row before it is identical, or within the distance. The outcome therefore depends on
-the rows alone, and new rows never displace old ones.
+key. A row is a duplicate if a kept row before it is identical, or near. New rows never displace old ones.
 
 Two images are near if their perceptual hashes differ in at most `distance` bits. If colours are compared too, they must
 agree within a tolerance once brightness and contrast are equalised: the hash sees no colour, and 64 bits describe
@@ -133,28 +132,48 @@ class _Prints:
     """Hashes and colours of n rows, in order of precedence, and the limits by which they are compared."""
 
     phash: Words  # [n]
-    colours: Bytes | None  # [n, bytes]
+    colours: Bytes | None  # [m, bytes], of `rows`; they are wide, and not copied
     distance: int
     tolerance: int
-    rows: Ints | None = None  # [n], as `apart` numbers them
+    rows: Ints | None = None  # [n], as `colours` and `apart` number them; None: from 0
     apart: Apart = NOTHING  # pairs that are not near, whatever their hashes
 
     def __len__(self) -> int:
         return len(self.phash)
 
     def take(self, rows: Ints | slice) -> _Prints:
-        colours = None if self.colours is None else self.colours[rows]
-        own = None if self.rows is None else self.rows[rows]
-        return _Prints(self.phash[rows], colours, self.distance, self.tolerance, own, self.apart)
+        own = np.arange(len(self.phash))[rows] if self.rows is None else self.rows[rows]
+        return _Prints(self.phash[rows], self.colours, self.distance, self.tolerance, own, self.apart)
+
+    def numbers(self, rows: Ints) -> Ints:
+        """Return the numbers of these rows in `colours` and `apart`."""
+        return rows if self.rows is None else self.rows[rows]
 
     def agree(self, rows: Ints, later: _Prints, others: Ints) -> npt.NDArray[np.bool_]:
         """Return whether the colours of rows[i] agree with those of the later others[i], and they are not apart."""
+        a, b = self.numbers(rows), later.numbers(others)
         close = np.ones(len(rows), bool)
         if self.colours is not None and later.colours is not None:
-            close = colours_agree(self.colours[rows], later.colours[others], self.tolerance)
-        if self.rows is not None and later.rows is not None and len(self.apart.codes):
-            close &= ~self.apart.has(self.rows[rows], later.rows[others])
+            close = colours_agree(self.colours[a], later.colours[b], self.tolerance)
+        if len(self.apart.codes):
+            close &= ~self.apart.has(a, b)
         return close
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What makes rows equal, in words, [n] each. Those of colours are held only while they are compared."""
+
+    prints: _Prints
+
+    def __iter__(self) -> Iterator[Words]:
+        prints, rows = self.prints, self.prints.numbers(np.arange(len(self.prints)))
+        yield prints.phash
+        if prints.colours is not None:
+            words = np.ascontiguousarray(prints.colours).view(np.uint64)
+            yield from (words[rows, place] for place in range(words.shape[1]))
+        if len(prints.apart.codes):
+            yield prints.apart.alone(rows)
 
 
 def colours_agree(a: Bytes, b: Bytes, tolerance: int) -> npt.NDArray[np.bool_]:
@@ -186,12 +205,7 @@ def _near(prints: _Prints) -> Ints:
     Rows with equal hashes and colours get the same result, so only the first of each is compared.
     """
     n = len(prints)
-    columns = [prints.phash]
-    if prints.colours is not None:
-        columns += list(np.ascontiguousarray(prints.colours).view(np.uint64).T)
-    if prints.rows is not None and len(prints.apart.codes):
-        columns.append(prints.apart.alone(prints.rows))
-    first = first_equal(columns, np.arange(n))
+    first = first_equal(_Words(prints), np.arange(n))
     (unique,) = np.nonzero(first == np.arange(n))
     found = _first_kept(prints.take(unique))
     fate = np.full(n, -1, np.int64)
@@ -341,8 +355,7 @@ def _meet_all(kept: _Prints, rows: _Prints, mask: int, bits: int, best: Ints) ->
     def of_block(place: int) -> None:
         _meet(kept, of_kept[place], rows, of_rows[place], np.uint64(mask), best)  # no row is in two blocks
 
-    for _ in in_threads(of_block, len(of_rows)):
-        pass
+    list(in_threads(of_block, len(of_rows)))
 
 
 def _meet(kept: _Prints, held: Ints, rows: _Prints, chosen: Ints, mask: np.uint64, best: Ints) -> None:
