@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Unpack
 
 import numpy as np
 import torch
 
-from capstan.training.drawing.drawer import Drawer, Drawn, Kind, Size, refuse_options
+from capstan.training.drawing.drawer import Drawer, Drawn, Kind, Options, refuse_options
 from capstan.training.drawing.grid import grid
 from capstan.training.models.damsm.modeling_attngan import AttnGANModel, split
 from capstan.training.models.own_model import load_own
@@ -27,17 +27,9 @@ class AttnganDrawer(Drawer):
         self.model, self.device = load_own(AttnGANModel, product, "RUN").to(device), device
 
     def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        negative: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: Size | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Unpack[Options]
     ) -> Drawn:
-        refuse_options({"negative": negative, "steps": steps, "guidance": guidance, "size": size})
+        refuse_options(options)
         return Drawn("image", self._drawn(prompts, seeds, batch, shuffled=False))
 
     def ablated(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> Mapping[str, np.ndarray]:

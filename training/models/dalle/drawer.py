@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from capstan.pipeline.errors import RecipeError
 from capstan.training.data.order import hash64
 from capstan.training.data.tokenizer import Tokenizer
-from capstan.training.drawing.drawer import Drawer, Drawn, Size, refuse_options
+from capstan.training.drawing.drawer import Drawer, Drawn, Options, refuse_options
 from capstan.training.models.dalle.config import TokenSampling
 from capstan.training.models.dalle.model import Dalle, Shape
 from capstan.training.models.dalle.sampling import Choice, draw_tokens
@@ -70,17 +70,10 @@ class DalleDrawer(Drawer):
         self._clip: Any = None
 
     def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        negative: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: Size | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Unpack[Options]
     ) -> Drawn:
-        refuse_options({"negative": negative, "steps": steps, "size": size})
+        guidance = options.pop("guidance", None)
+        refuse_options(options)
         images = []
         for start in range(0, len(prompts), batch):
             texts, chosen = list(prompts[start : start + batch]), seeds[start : start + batch]
