@@ -206,9 +206,11 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     code = _run(arguments)
     if code == INTERRUPTED:
-        for number in (signal.SIGINT, signal.SIGTERM):  # another one would cut short the end of Ray's processes
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Another one would cut short the end of Ray's processes.
             signal.signal(number, signal.SIG_IGN)
-        print("\ninterrupted: finished work is kept; run the same command again to resume", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print("\ninterrupted: finished work is kept; run the same command again to resume", file=sys.stderr)
     return code
 
 
@@ -221,6 +223,8 @@ def _run(arguments: list[str] | None) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup does
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         result = typer.main.get_command(app)(args=arguments, standalone_mode=False)
     except typer.Exit as exit_:

@@ -8,7 +8,7 @@
     ├── DamagedFile          1    a file of a dataset is not what was written: names the file
     └── Quarantined          3    finished, but some units kept failing
 
-An interrupt (Ctrl-C, SIGTERM) ends with 130; the command line sees to that.
+An interrupt (Ctrl-C, SIGTERM, a closed terminal) ends with 130; the command line sees to that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: save and stop, or stop at once"""
+"""Ctrl-C, SIGTERM and SIGHUP during training: save and stop, or stop at once"""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self

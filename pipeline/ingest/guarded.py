@@ -113,7 +113,8 @@ class _Child:
 
 def main() -> None:
     """Decode what comes through the pipe, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     connection = child.connection()
     with contextlib.suppress(EOFError, OSError):  # the parent has closed its end, or is gone
         decoder: Decoder = pickle.loads(connection.recv_bytes())

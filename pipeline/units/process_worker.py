@@ -46,7 +46,8 @@ class Done(NamedTuple):
 
 def main() -> None:
     """Work for the driver at the other end of the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the driver decides
+        signal.signal(number, signal.SIG_IGN)
     connection, inbox = child.connection(), queue.Queue[Any](1)
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     work: Callable[[Any], Iterator[Wire]] | None = None

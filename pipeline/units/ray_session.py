@@ -69,7 +69,7 @@ def _remove_session(ray: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGINT or SIGTERM once Ray has started; at once for a second one.
+    """Raise KeyboardInterrupt for SIGINT, SIGTERM or SIGHUP once Ray has started; at once for a second one.
 
     Ray swallows exceptions at some points of its start, and would replace the handler of SIGTERM by one that ends the
     process before it could save.
@@ -86,8 +86,9 @@ def _interrupts_held() -> Iterator[None]:
         if len(held) > 1:
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) is not None}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    left = (None, signal.SIG_IGN)
+    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) not in left}
     set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     try:
         yield

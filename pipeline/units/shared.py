@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shutil
 import socket
 import tempfile
 import threading
@@ -16,6 +17,7 @@ import time
 import zlib
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -58,9 +60,11 @@ class Served:
 
     def __init__(self, target: object) -> None:
         self._target, self._lock, self._closed = target, threading.Lock(), False
-        self._folder = tempfile.TemporaryDirectory(prefix="capstan-")
+        folder = tempfile.mkdtemp(prefix="capstan-")
+        # At an exit that an interrupt hastened it comes after the listener's own finalizer, which removes the socket.
+        self._remove_folder = Finalize(self, shutil.rmtree, (folder, True), exitpriority=-1)
         self.key = secrets.token_bytes(32)
-        self.address = str(Path(self._folder.name) / "shared")  # the path of the socket
+        self.address = str(Path(folder) / "shared")  # the path of the socket
         self._listener = Listener(self.address, "AF_UNIX", authkey=self.key)
         threading.Thread(target=self._accept, name="capstan-shared", daemon=True).start()
 
@@ -70,7 +74,7 @@ class Served:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as waker:
             waker.connect(self.address)  # closing the listener would not wake the thread that accepts
         self._listener.close()
-        self._folder.cleanup()
+        self._remove_folder()
 
     def _accept(self) -> None:
         while not self._closed:

@@ -88,9 +88,8 @@ class Site:
 
 def main() -> None:
     """Print the port, then serve until the parent has exited. Arguments: PARENT_PID WORLD_JSON."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the parent decides when to stop
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     asyncio.run(_serve(WorldSource.model_validate_json(sys.argv[2]), parent=int(sys.argv[1])))
 
@@ -114,8 +113,9 @@ async def _serve(world: WorldSource, parent: int) -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    sys.stdout.write(f"{runner.addresses[0][1]}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):  # the parent has ended: so will this
+        sys.stdout.write(f"{runner.addresses[0][1]}\n")
+        sys.stdout.flush()
     while os.getppid() == parent and not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _CHECK_S)

@@ -85,6 +85,20 @@ def test_a_second_interrupt_while_it_ends(tmp_path: Path, ray_folder: Path, exec
     until(lambda: not processes_naming(str(ray_folder)))
 
 
+def test_a_closed_terminal_ends_a_command_and_its_children(tmp_path: Path, ray_folder: Path) -> None:
+    with start(tmp_path, ray_folder, "processes") as process:
+        until(lambda: any(tmp_path.glob("ds/state/ingest-*/done/*.json")))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (*children, process.pid):  # a terminal's end reaches all of its processes
+            os.kill(int(pid), signal.SIGHUP)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "interrupted: " in err
+    assert "Traceback" not in err
+    assert children
+    until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()])
+
+
 # A thread of Arrow's waits for a read that never ends, as when a viewer is stopped while it indexes a bucket.
 READING = """
 import io, sys, threading
