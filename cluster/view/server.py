@@ -24,6 +24,7 @@ from capstan.cluster.view.captions import Captions
 from capstan.cluster.view.duplicates import Duplicates
 from capstan.cluster.view.images import Images
 from capstan.cluster.view.leased import LeasedTables
+from capstan.cluster.view.playing import Playing
 from capstan.cluster.view.reviews import Reviews, Takedown, among, count
 from capstan.cluster.view.running import RunningWork
 from capstan.cluster.view.runs import RunsViewer
@@ -70,6 +71,7 @@ class Viewer:
         self.app.router.add_post("/api/funnel", self.funnel)
         self.app.router.add_get("/api/nearest", self.nearest)
         self.app.router.add_get("/image/{key}/{side}", self.image)
+        Playing(lambda: self.rows, lambda: self.explorer).add_routes(self.app.router)
         RunningWork(rows.storage, lambda: self.rows, self._reopen).add_routes(self.app.router)
         Similar(lambda: self.explorer, self._cards).add_routes(self.app.router)
         self.app.router.add_get("/api/reviews", self.review_names)

@@ -18,11 +18,12 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
 
+from capstan.pipeline import extras
 from capstan.pipeline.errors import DiskFull, RecipeError
 from capstan.pipeline.html.page import clean, clip
 from capstan.pipeline.records import FAILED, OUTCOMES
 from capstan.pipeline.report.query import STAGED, Row, Rows, literal, quoted
-from capstan.pipeline.report.thumbnails import find_images, shrink, why_missing
+from capstan.pipeline.report.thumbnails import find_images, find_parts, shrink, why_missing
 from capstan.pipeline.storage import Storage
 
 SHOWN: Final = 64  # rows on a sheet, by default
@@ -57,7 +58,7 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
     with Rows(storage) as rows:
         chosen = _choose(rows, samples, count)
         shown = rows.rows(chosen.keys)
-        images = find_images(rows, shown.values())
+        images = find_images(rows, shown.values()) | _clips(rows, list(shown.values()))
         cells = [_cell(shown[key], images.get(key)) for key in chosen.keys]
     title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
     data = io.BytesIO()
@@ -72,6 +73,24 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
         "found": chosen.found,
         "without_picture": len(cells) - len(images),
     }
+
+
+def _clips(rows: Rows, shown: list[Row]) -> dict[str, bytes]:
+    """Return key → JPEG of a clip's frames and waveform, for rows that are clips."""
+    if "frames" not in rows.columns or not shown or extras.missing(extras.VIDEO) is not None:
+        return {}
+    from capstan.pipeline.media.strip import picture_of
+
+    keys = ", ".join(literal(row.key) for row in shown)
+    frames = dict(rows.query(f"SELECT key, frames FROM rows WHERE key IN ({keys})"))
+    found = {}
+    for key, parts in find_parts(rows, shown).items():
+        picture = picture_of(parts.get("mp4"), parts.get("flac"), frames[key], _SIDE)
+        if picture is not None:
+            data = io.BytesIO()
+            Image.fromarray(picture).save(data, "JPEG", quality=92, subsampling=0)
+            found[key] = data.getvalue()
+    return found
 
 
 # Which rows -----------------------------------------------------------------------------------------------------------

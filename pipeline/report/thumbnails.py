@@ -5,6 +5,7 @@ A row whose image was freed, or is in an unreadable file, has no image; the page
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from capstan.pipeline.dataset.parts import PARTS, part_fields, part_names, read_parts
 from capstan.pipeline.dataset.shards import read_image
 from capstan.pipeline.errors import DamagedFile, StorageError
 from capstan.pipeline.records import KEPT
@@ -26,6 +28,30 @@ _LADDER: Final = ((256, 84), (208, 80), (160, 78), (128, 74), (96, 70), (64, 60)
 
 def find_images(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
     """Return key → JPEG for the rows whose image exists."""
+    found: dict[str, bytes] = {}
+    for (table, tar), keys in sorted(_places(rows, wanted).items()):
+        found |= _read(rows.storage, table, tar, sorted(set(keys)))
+    return found
+
+
+def find_parts(rows: Rows, wanted: Iterable[Row]) -> dict[str, dict[str, bytes]]:
+    """Return key → the other files of the sample by suffix (a clip's video and sound), for rows that have any."""
+    found: dict[str, dict[str, bytes]] = {}
+    for (table, tar), keys in sorted(_places(rows, wanted).items()):
+        with contextlib.suppress(FileNotFoundError, StorageError, DamagedFile):  # as for images
+            places = rows.storage.read_table(table, ["key", *(field.name for field in part_fields(PARTS))])
+            if not part_names(places.column_names):
+                continue
+            places = places.filter(pc.is_in(places["key"], pa.array(sorted(set(keys)), pa.string())))
+            with rows.storage.open(tar) as file:
+                for place in places.to_pylist():
+                    if parts := read_parts(file, place, tar):
+                        found[place["key"]] = parts
+    return found
+
+
+def _places(rows: Rows, wanted: Iterable[Row]) -> dict[tuple[str, str], list[str]]:
+    """Return (table, tar) → keys of the rows that may have an image there."""
     places: dict[tuple[str, str], list[str]] = {}
     listed = {entry.name: entry for entry in rows.manifest.shards} if rows.manifest else {}
     for row in wanted:
@@ -37,10 +63,7 @@ def find_images(rows: Rows, wanted: Iterable[Row]) -> dict[str, bytes]:
             files = [(unit.table, unit.tar) for unit in rows.staged_units(row.unit) if unit.tar]
         for place in files:
             places.setdefault(place, []).append(row.key)
-    found: dict[str, bytes] = {}
-    for (table, tar), keys in sorted(places.items()):
-        found |= _read(rows.storage, table, tar, sorted(set(keys)))
-    return found
+    return places
 
 
 def why_missing(row: Row) -> str:

@@ -137,3 +137,32 @@ def hugging_face_clips(tars: Sequence[str], cache: str, fields: Mapping[str, Any
     )
     read = datasets.load_dataset("webdataset", data_files=list(tars), split="train", features=features, cache_dir=cache)
     return list(read)
+
+
+def write_clips(folder: Any) -> Any:
+    """Cut and build two videos, red then green, the second with a sound; return the dataset's folder."""
+    from capstan.pipeline.build import build
+    from capstan.pipeline.clips.cut import cut
+    from capstan.pipeline.config import Recipe
+
+    (folder / "in").mkdir()
+    for number, sound in enumerate([None, tone(3.0)]):
+        frames = [plain(RED)] * 12 + [plain(GREEN)] * 12
+        for place, frame in enumerate(frames):
+            frames[place] = frame.copy()
+            frames[place][8 + 8 * number : 16 + 8 * number, 3 * place : 3 * place + 8] = WHITE
+        (folder / f"in/{number}.mkv").write_bytes(movie(frames, sound=sound, form="matroska"))
+        (folder / f"in/{number}.txt").write_text(f"video {number}")
+    shared = {"resources": {"cpus": 1}}
+    settings = {"by": "none", "fps": 8, "size": 64, "min_size": 16}
+    cut(
+        Recipe.model_validate(
+            {"dataset": str(folder / "clips"), "source": {"path": str(folder / "in")}, "cut": settings} | shared
+        ),
+        progress=False,
+    )
+    source = {"path": str(folder / "clips/shards/*.tar"), "parts": ["mp4", "flac"]}
+    made = {"dataset": str(folder / "ds"), "source": source, "image": {"resize": "none", "min_size": 16}}
+    made |= {"dedup": {"exact": False, "perceptual": None}}
+    assert build(Recipe.model_validate(made | shared), progress=False)["counts"]["kept"] == 2
+    return folder / "ds"

@@ -36,6 +36,7 @@ export async function showDetail() {
   const parts = [close,
     h("div", { class: "big" }, picture(card, 0), twin ? h("figure", {}, picture(twin, 0),
       h("figcaption", {}, h("button", { class: "plain", onclick: () => change({ key: twin.key }) }, "The image that was kept"))) : null),
+    ...player(row.key, scores),
     h("h2", {}, visible(row.caption || "no caption")),
     h("p", { class: `outcome ${row.outcome}` }, visible([row.outcome, row.reason, row.detail].filter(Boolean).join(": "))),
     panel(row.key),
@@ -46,6 +47,21 @@ export async function showDetail() {
     readOnly() ? null : takedownPanel(row.key)];
   dialog.replaceChildren(...parts.filter(Boolean));
   if (!dialog.open) dialog.showModal();
+}
+
+// A clip's video, and its sound, which is a file of its own and follows the video.
+function player(key, facts) {
+  const video = facts.codec === "h264" ? h("video", { src: `/part/${key}/mp4`, controls: true, loop: true,
+    preload: "metadata", poster: `/image/${key}/0`, "aria-label": "The clip" }) : null;
+  const sound = facts.channels > 0 ? h("audio", { src: `/part/${key}/flac`, controls: true, loop: true,
+    preload: "metadata", "aria-label": "The clip's sound" }) : null;
+  if (video && sound) {
+    const follow = () => { if (Math.abs(sound.currentTime - video.currentTime) > 0.1) sound.currentTime = video.currentTime; };
+    video.addEventListener("play", () => { follow(); sound.play(); });
+    video.addEventListener("pause", () => sound.pause());
+    for (const event of ["seeked", "timeupdate"]) video.addEventListener(event, follow);
+  }
+  return [video, sound].filter(Boolean).map((element) => h("p", { class: "play" }, element));
 }
 
 function facts(title, values) {

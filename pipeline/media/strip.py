@@ -1,0 +1,49 @@
+"""A clip → one image of it: frames in the order of time, and below them the waveform of its sound"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import cv2
+import numpy as np
+
+from capstan.pipeline.media.codec import decode_flac, decode_frames
+from capstan.pipeline.media.spectrogram import waveform
+
+_GAP: Final = 2  # pixels between frames
+_WAVE: Final = 0.25  # height of the waveform, of a frame's
+
+
+def sheet_of_frames(mp4: bytes, frames: int, count: int = 4, columns: int = 2) -> np.ndarray:
+    """Return `count` frames of a clip of `frames`, evenly spread, from left to right and top to bottom: RGB uint8."""
+    wanted = sorted({round((frames - 1) * number / max(1, count - 1)) for number in range(count)})
+    shown = decode_frames(mp4, wanted)
+    height, width = shown[0].shape[:2]
+    rows = math.ceil(len(shown) / columns)
+    across = min(columns, len(shown))
+    sheet = np.full(((height + _GAP) * rows - _GAP, (width + _GAP) * across - _GAP, 3), 255, np.uint8)
+    for number, frame in enumerate(shown):
+        top, left = number // columns * (height + _GAP), number % columns * (width + _GAP)
+        sheet[top : top + height, left : left + width] = frame
+    return sheet
+
+
+def picture_of(mp4: bytes | None, flac: bytes | None, frames: int, side: int) -> np.ndarray | None:
+    """Return what a contact sheet shows of a clip, with at most `side` pixels on the longer side; None: nothing."""
+    wave = None
+    if flac:
+        samples, _ = decode_flac(flac)
+        wave = waveform(samples, side, round(side * _WAVE)) if samples.any() else None
+    if not mp4:
+        return wave
+    sheet = sheet_of_frames(mp4, frames)
+    room = side - (len(wave) + _GAP if wave is not None else 0)
+    scale = min(side / sheet.shape[1], room / sheet.shape[0], 1.0)
+    size = (max(1, round(sheet.shape[1] * scale)), max(1, round(sheet.shape[0] * scale)))
+    sheet = cv2.resize(sheet, size, interpolation=cv2.INTER_AREA)
+    if wave is None:
+        return sheet
+    wave = cv2.resize(wave, (sheet.shape[1], len(wave)), interpolation=cv2.INTER_AREA)
+    gap = np.full((_GAP, sheet.shape[1], 3), 255, np.uint8)
+    return np.concatenate([sheet, gap, wave])
