@@ -294,7 +294,7 @@ def _encode(shop: Workshop, place: Place) -> list[str]:
 def _train(shop: Workshop, place: Place) -> list[str]:
     section: dict[str, Any] = {"model": "autoencoder", "run": f"{place.url}/run", "steps": 6, "batch": 2}
     section |= {"log_every": 1, "checkpoint": {"every": 2}, "data": {"layer": None}, "autoencoder": _SMALL}
-    section |= {"engine": {"launcher": "local", "strategy": "ddp", "workers": 1}}
+    section |= {"engine": {"launcher": "local", "strategy": "ddp", "workers": 1, "threads": 1}}
     return ["-m", "capstan", "train", shop.recipe(place, train=section)]
 
 
