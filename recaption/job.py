@@ -186,7 +186,7 @@ def _recaption(job: RecaptionJob, recipe: Recipe, progress: bool) -> dict[str, A
         ended = units.run(job, [*finished, *work], job.resources, progress=progress)
         lookup.clean()
         if ended.done or ended.skipped:
-            store.publish(job.storage, job.layer, job.slots, job.description, job.config.lint, "")
+            store.publish(job.storage, job.layer, job.slots, job.description, job.config.lint)
         now.update(_sums(job, names, ("new", "retried")))
         touched |= names
         quarantined |= ended.quarantined

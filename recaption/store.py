@@ -135,8 +135,7 @@ def list_layers(storage: Storage) -> list[str]:
 
 def latest_layer(storage: Storage) -> str | None:
     """Return the layer that was published last, or None."""
-    layers = list_layers(storage)
-    return layers[-1] if layers else None
+    return next(reversed(list_layers(storage)), None)
 
 
 def find_layer(storage: Storage, name: str) -> str:
@@ -329,7 +328,12 @@ def write_rows(storage: Storage, name: str, rows: Iterable[tuple[Place, Row]]) -
 
 
 def publish(
-    storage: Storage, layer: str, slots: Iterable[str], engine: Mapping[str, Any], settings: linter.Settings, over: str
+    storage: Storage,
+    layer: str,
+    slots: Iterable[str],
+    engine: Mapping[str, Any],
+    settings: linter.Settings,
+    over: str = "",
 ) -> None:
     """Publish the layer: write its recipe.json, unless it exists."""
     if storage.exists(f"{ROOT}/{layer}/recipe.json"):
