@@ -23,6 +23,7 @@ from capstan.training.models.damsm.config import DamsmSettings
 
 FEATURES = ("regions", "images", "words", "sentences")
 _GRADIENT = "gradient of "
+_SMALLEST = 1e-12  # of squares and lengths that are divided by: padded words have length 0
 
 
 class Matching(NamedTuple):
@@ -40,12 +41,19 @@ class Matching(NamedTuple):
 def word_scores(
     regions: torch.Tensor, words: torch.Tensor, mask: torch.Tensor, settings: DamsmSettings
 ) -> torch.Tensor:
-    """Return R(Q, D) of every image with every caption, [images, captions]."""
+    """Return R(Q, D) of every image with every caption, [images, captions].
+
+    A context is a mean of regions, so its product with the word is a mean of s, and its length comes from the regions'
+    products with each other. So no context is made: they would be the largest tensors, [images, captions, T, D].
+    """
     scores = torch.einsum("brd,ctd->bctr", regions, words)
-    scores = scores.masked_fill(~mask[None, :, :, None], float("-inf")).softmax(2)
-    weights = (settings.gamma_regions * scores).softmax(3)
-    contexts = torch.einsum("bctr,brd->bctd", weights, regions)
-    cosines = F.cosine_similarity(contexts, words[None], dim=-1, eps=1e-8)
+    chosen = scores.masked_fill(~mask[None, :, :, None], float("-inf")).softmax(2)
+    weights = (settings.gamma_regions * chosen).softmax(3)
+    products = (weights * scores).sum(3)
+    between = regions @ regions.transpose(1, 2)
+    squares = (torch.einsum("bctr,brq->bctq", weights, between) * weights).sum(3)
+    lengths = squares.clamp(min=_SMALLEST).sqrt() * words.norm(dim=-1).clamp(min=_SMALLEST)
+    cosines = products / lengths
     relevance = (settings.gamma_words * cosines).masked_fill(~mask[None], float("-inf"))
     return relevance.logsumexp(2) / settings.gamma_words
 
