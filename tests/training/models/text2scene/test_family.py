@@ -167,6 +167,20 @@ def test_a_product_starts_another_run(make: Make, run: Path) -> None:
         fit(make("wider", {"width": 32}, init=str(run), steps=1))
 
 
+def test_labels_and_boxes_alone_train_it(make: Make, make_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    boxes = [{"label": "cat", "box": [0.1, 0.1, 0.4, 0.5]}, {"label": "sofa", "box": [0, 0.3, 1, 1]}]
+    dataset = make_dataset(
+        tmp_path / "ds", [12], captions=lambda n: "a cat on a sofa", columns=lambda n: {"objects": json.dumps(boxes)}
+    )
+    recipe = make("boxes", {"order": "area"}, steps=40, lr=1e-2, ema=None)
+    recipe = recipe.model_copy(update={"dataset": str(dataset), "source": None})
+    run = Path(fit(recipe)["run"])
+    summary = sample(run, ["a cat on a sofa"], tmp_path / "cat.png")
+    row = json.loads(Path(summary["scenes"]).read_text())[0]
+    assert row["background"] is None
+    assert [thing["label"] for thing in row["objects"]] == ["sofa", "cat"]  # the largest first
+
+
 # Drawing -------------------------------------------------------------------------------------------------------------
 
 
