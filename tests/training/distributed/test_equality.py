@@ -87,7 +87,7 @@ class Runs:
             settings = {"damsm": str(self.path("damsm", 1, DDP, 1)), "noise": 4, "condition": 4, "channels": 8}
             settings |= {"stages": 2, "generators": 2, "blocks": 1, "discriminator": {"channels": 8, "lr": 1e-6}}
         elif family == "dvae":
-            settings = {**STAGE, "codes": 8, "latent_channels": 4, "revival": 0, "bypass": {"start": 0.5}}
+            settings = {**STAGE, "codes": 8, "latent_channels": 4, "revival": 0}
         elif family == "dalle":
             settings = {"first_stage": str(self.path("dvae", 1, DDP, 1)), "text": {"vocab_size": 600, "length": 24}}
             settings |= {"width": 16, "layers": 1, "heads": 2, "drop_text": 0.5}

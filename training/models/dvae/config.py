@@ -39,15 +39,6 @@ class KlSettings(Section):
     """Steps in which β goes from start to end, along a cosine."""
 
 
-class BypassSettings(Section):
-    """Share of the latents that reaches the decoder past the codes, by step."""
-
-    start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share at the first step: 1 is a plain autoencoder, whose latents the codes are drawn to."""
-    steps: Positive = 1_000
-    """Steps in which the share falls to 0, along a cosine."""
-
-
 class DvaeSettings(CodesSettings, StageSettings):
     """`train.dvae`. Defaults: the discrete VAE of DALL-E (8× smaller, 8192 codes) over diffusers' network."""
 
@@ -65,5 +56,3 @@ class DvaeSettings(CodesSettings, StageSettings):
     """Temperature of the Gumbel-softmax relaxation."""
     kl: KlSettings = KlSettings()
     """Weight of the KL divergence between a latent's codes and the uniform distribution."""
-    bypass: BypassSettings = BypassSettings()
-    """A start as a plain autoencoder, for short runs: the paper has none."""

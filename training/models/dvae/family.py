@@ -21,10 +21,13 @@ from capstan.training.draws import uniform
 from capstan.training.family import Batch, Metrics, finite, gradient_only
 from capstan.training.models.autoencoder.first_stage import load_weights
 from capstan.training.models.dvae.config import DvaeSettings
-from capstan.training.models.dvae.model import Dvae, gumbel, kl_from_uniform, logit_laplace, scheduled
+from capstan.training.models.dvae.model import Dvae, farthest, gumbel, kl_from_uniform, logit_laplace, scheduled
 from capstan.training.models.vqgan.family import VqCodec, VqganFamily, load_vq
 from capstan.training.models.vqgan.model import Vqgan, usage
 from capstan.training.product import read_facts
+
+_APART = 4.0  # mean squared distance of a first code to those before it: odds of e⁻⁴ to be mistaken for one of them
+_POOL = 16  # latents per code that first codes are chosen from
 
 
 class DvaeFamily(VqganFamily):
@@ -53,15 +56,14 @@ class DvaeFamily(VqganFamily):
         images = to_signed(batch["pictures"])
         side = self.size // self.factor
         noise = gumbel(uniform((len(images), side, side, self.codes), draw))
-        found = model(images.to(next(model.parameters()).dtype), noise, self.temperature, self.bypass)
+        found = model(images.to(next(model.parameters()).dtype), noise, self.temperature)
         given = logit_laplace(found.images, found.spread, images) if self.train.reconstruction == "laplace" else None
         loss, metrics = self.image_loss(found.images, images, self.model.last, given)
         kl = kl_from_uniform(found.logits).mean()
         self.finite = {"the encoder": finite([found.latents]), "the decoder": finite([found.images, found.spread])}
         perplexity, used = usage(found.logits.argmax(-1), self.codes)
-        schedules = {"temperature": self.temperature, "kl_weight": self.kl_weight, "bypass": self.bypass}
+        schedules = {"temperature": self.temperature, "kl_weight": self.kl_weight}
         more = {"kl": kl.detach(), "perplexity": perplexity, "codes_used": used, **schedules}
-        loss = loss + gradient_only(self.bypass * found.apart)
         # DDP waits for every weight's gradient, and only the likelihood uses the spread.
         loss = loss + self.kl_weight * kl / images[0].numel() + 0 * found.spread.sum()
         return loss + self.train.revival * gradient_only(found.abandoned), {**metrics, **more}
@@ -81,20 +83,22 @@ class DvaeFamily(VqganFamily):
     def _set_schedules(self, number: int) -> None:
         self.temperature = scheduled(**self.train.temperature.model_dump(), step=number)
         self.kl_weight = scheduled(**self.train.kl.model_dump(), step=number)
-        self.bypass = scheduled(self.train.bypass.start, 0.0, self.train.bypass.steps, number)
 
     def _start_from_latents(self) -> None:
-        """Scale the untrained encoder's latents to variance 1, then take codes from them.
+        """Take codes from the untrained encoder's latents, and scale both so that codes can be told apart.
 
-        The noise of the relaxation has a variance of its own (π²/6): latents that lie much closer to each other are
-        drowned by it, and most codes are lost before the encoder has learnt anything.
+        The codes lie as far from each other as latents do: most patches of an image are alike. The noise of the
+        relaxation has a scale of its own (a standard deviation of π/√6): of codes that lie much closer to each other it
+        chooses at random, and most are lost before the encoder has learnt anything.
         """
-        latents, conv = self._latents(self.model, len(self.images)), self.model.vq.quant_conv
-        mean, std = latents.mean((0, 2, 3)), latents.std()
+        latents = self._latents(self.model, len(self.images)).movedim(1, -1).flatten(0, 2)
+        codes, apart = farthest(latents[torch.randperm(len(latents))[: _POOL * self.codes]], self.codes)
+        conv = self.model.vq.quant_conv
         with torch.no_grad():
-            conv.weight /= std
-            conv.bias.sub_(mean).div_(std)
-        super()._start_from_latents()
+            center, scale = codes.mean(0), (_APART / apart.clamp(min=1e-12)).sqrt()
+            self.model.table.copy_((codes - center) * scale)
+            conv.weight *= scale
+            conv.bias.sub_(center).mul_(scale)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"reconstruction": self.train.reconstruction}

@@ -30,7 +30,6 @@ class Relaxed(NamedTuple):
     latents: torch.Tensor
     logits: torch.Tensor
     abandoned: torch.Tensor  # scalar: distance of unused codes from the latents
-    apart: torch.Tensor  # scalar: distance of used codes from their latents, with gradient to the codes alone
 
 
 class Dvae(Vqgan):
@@ -42,21 +41,17 @@ class Dvae(Vqgan):
         if vq.decoder.conv_out.out_channels == channels:
             vq.decoder.conv_out = _with_outputs(vq.decoder.conv_out, 2 * channels)
 
-    def forward(  # type: ignore[override]
-        self, images: torch.Tensor, noise: torch.Tensor, temperature: float, bypass: float = 0.0
-    ) -> Relaxed:
-        """Encode, draw relaxed codes by the Gumbel `noise` [B, h, w, N], decode them and a share of the latents."""
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, temperature: float) -> Relaxed:  # type: ignore[override]
+        """Encode, draw relaxed codes by the Gumbel `noise` [B, h, w, N], decode."""
         latents = self.vq.encode(images).latents
         with torch.autocast(latents.device.type, enabled=False):
             logits = -squared_distances(latents, self.table)
             shares = ((logits + noise) / temperature).softmax(-1)
             codes = (shares @ self.table.float()).movedim(-1, 1)
-        passed = torch.lerp(codes.to(latents.dtype), latents, bypass)
-        made, spread = self.decode(passed).chunk(2, dim=1)
+        made, spread = self.decode(codes.to(latents.dtype)).chunk(2, dim=1)
         indices, closest = logits.argmax(-1), logits.flatten(0, 2).argmax(0)
         abandoned = revival_loss(latents, self.table, indices, closest)
-        apart = (F.embedding(indices, self.table) - latents.detach().movedim(1, -1)).float().square().mean()
-        return Relaxed(made, spread, latents, logits, abandoned, apart)
+        return Relaxed(made, spread, latents, logits, abandoned)
 
     def plain(self) -> Any:
         """Return the VQModel without the outputs for ln b, which shares the other weights."""
@@ -74,6 +69,22 @@ def squared_distances(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tenso
     """Return ‖z − e‖² of all latents [B, D, h, w] and codes [N, D]: [B, h, w, N], with gradients to both."""
     flat, codes = latents.movedim(1, -1).float(), codes.float()
     return flat.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * flat @ codes.T
+
+
+def farthest(points: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `count` of the points [N, D], each the farthest from those before it, and their mean squared distance.
+
+    Gonzalez 1985, “Clustering to minimize the maximum intercluster distance”. Points repeat if there are too few.
+    """
+    nearest = (points - points.mean(0)).square().sum(1)
+    chosen, distances = [], []
+    for _ in range(count):
+        farthest_one = int(nearest.argmax())
+        chosen.append(farthest_one)
+        distances.append(nearest[farthest_one])
+        to_it = (points - points[farthest_one]).square().sum(1)
+        nearest = torch.minimum(nearest, to_it) if len(chosen) > 1 else to_it
+    return points[chosen], torch.stack(distances[1:]).mean()
 
 
 def gumbel(uniform: torch.Tensor) -> torch.Tensor:

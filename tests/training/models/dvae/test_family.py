@@ -24,6 +24,7 @@ from capstan.training.models.dvae.family import DvaeFamily
 from capstan.training.models.dvae.model import (
     EPSILON,
     Dvae,
+    farthest,
     gumbel,
     kl_from_uniform,
     logit_laplace,
@@ -81,6 +82,22 @@ def test_warm_codes_are_mixtures_whose_gradient_reaches_encoder_and_codebook(mod
     model(torch.randn(2, 3, 16, 16), noise, 1.0).images.square().sum().backward()
     assert model.vq.encoder.conv_in.weight.grad.abs().max() > 0
     assert model.table.grad.abs().max() > 0
+
+
+def test_first_codes_lie_far_from_each_other_and_can_be_told_apart(make: Make, run: Path) -> None:
+    points = torch.tensor([[0.0], [0.1], [9.0], [5.0], [0.2]])
+    chosen, apart = farthest(points, 3)
+    assert chosen.flatten().tolist() == [9.0, 0.0, 5.0]
+    assert float(apart) == pytest.approx((81 + 16) / 2)
+    assert farthest(points[:1], 2)[0].flatten().tolist() == [0.0, 0.0]
+    torch.manual_seed(0)
+    family = DvaeFamily(TrainConfig.from_recipe(make("run")), run / "assets")
+    with torch.no_grad():
+        latents, table = family.model.vq.encode(family.measured()).latents, family.model.table
+        distances = squared_distances(latents, table).flatten(0, 2)
+        apart = [torch.cdist(table[k : k + 1], table[:k]).square().min() for k in range(1, len(table))]
+    assert float(torch.stack(apart).mean()) == pytest.approx(4, rel=1e-3)
+    assert distances.min(0).values.max() < 1e-3  # each is a latent
 
 
 def test_codes_are_drawn_as_often_as_they_are_likely() -> None:
