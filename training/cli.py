@@ -24,6 +24,9 @@ SamplerOption = Annotated[
     Literal["ddim", "ddpm", "dpm++", "euler"] | None,
     typer.Option(help="ddim, ddpm or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
 ]
+LevelOption = Annotated[
+    float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
+]
 FeaturesOption = Annotated[
     Path | None,
     typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
@@ -94,9 +97,7 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
             float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
         ] = None,
         sampler: SamplerOption = None,
-        level: Annotated[
-            float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
-        ] = None,
+        level: LevelOption = None,
         size: Annotated[
             str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Pixels, e.g. 640x512.")
         ] = None,

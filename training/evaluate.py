@@ -42,6 +42,7 @@ from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, wor
 from capstan.training.product import family_of, find_product, kind_of
 
 if TYPE_CHECKING:
+    from capstan.training.family import Family
     from capstan.training.metrics.memorisation import Memorisation
 
 logger = logging.getLogger(__name__)
@@ -98,16 +99,7 @@ def evaluate(
         if copies is not None:
             hint = "name a run of a model that draws, e.g. model: diffusion, or remove it"
             raise RecipeError("--copies", f"{kind} draws no images of its own", hint)
-        codec = None if family is None else family.codec(product, device)
-        matcher = None if family is None else family.matcher(product, device)
-        if matcher is not None:
-            subjects = _subjects(None if world is not None else _recipe_of(product), product, world, count)
-            result, image = _matched(matcher, subjects, batch=batch)
-        elif codec is not None:
-            result, image = _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
-        else:
-            problem = f"cannot evaluate a model of kind {kind or 'unknown'} ({product})"
-            raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
+        result, image = _of_images(family, product, world, count, device, batch)
     result = {"kind": kind, "scenes": count, **result}
     storage = Storage(str(run), field="RUN")
     for name, drawn in {"evaluation.png": image, "evaluation-attention.png": sheet}.items():
@@ -119,6 +111,20 @@ def evaluate(
     )  # last: it marks a complete evaluation
     logger.info("evaluate: %s", _summary_line(result["measures"]))
     return result
+
+
+def _of_images(
+    family: type[Family] | None, product: Path, world: WorldSource | None, count: int, device: torch.device, batch: int
+) -> tuple[dict[str, Any], Any]:
+    """Return measures and a sheet of a model that reads images: a matcher of images and texts, or a first stage."""
+    matcher = None if family is None else family.matcher(product, device)
+    if matcher is not None:
+        return _matched(matcher, _subjects(None if world else _recipe_of(product), product, world, count), batch=batch)
+    codec = None if family is None else family.codec(product, device)
+    if codec is not None:
+        return _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
+    problem = f"cannot evaluate a model of kind {kind_of(product) or 'unknown'} ({product})"
+    raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
 
 
 def _recipe_of(product: Path) -> Recipe:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from in_process import run_here
 from small_dataset import Shards, write_dataset
 
+from capstan.pipeline import units
 from capstan.pipeline.storage import Storage
+from capstan.recaption.engines.coca import CocaEngine
 
 ARCHITECTURE = {
     "embed_dim": 16,
@@ -106,3 +111,19 @@ def build(tmp_path: Path) -> Callable[..., Storage]:
         return storage
 
     return make
+
+
+@pytest.fixture
+def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Runs jobs in this process and counts what the engine is asked for, by sha256."""
+    asked = Counter[str]()
+    caption = CocaEngine.caption
+
+    def counted(self: CocaEngine, images: Any, requests: Any, *, attempt: int = 0) -> Any:
+        if not attempt:
+            asked.update(request.sha256 for request in requests)
+        return caption(self, images, requests, attempt=attempt)
+
+    monkeypatch.setattr(CocaEngine, "caption", counted)
+    monkeypatch.setattr(units, "run", run_here)
+    return asked
