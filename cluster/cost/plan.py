@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from capstan.cluster.cost.laws import (
     DUPLICATES,
-    DUPLICATES_BYTES,
     PART_BYTES,
     PLAN,
     PRICES,
@@ -202,11 +201,10 @@ class _Costs:
     def _select(self) -> Stage:
         near = self.recipe.dedup.perceptual is not None
         seconds = SELECT.value + (DUPLICATES.value if near else 0)
-        size = SELECT_BYTES.value + (DUPLICATES_BYTES.value if near else 0)
-        used = {"select": SELECT, "select_bytes": SELECT_BYTES}
-        if near:
-            used |= {"duplicates": DUPLICATES, "duplicates_bytes": DUPLICATES_BYTES}
-        return self._stage("select", driver_s=self.rows * seconds, driver_bytes=self.rows * size, used=used)
+        used = {"select": SELECT, "select_bytes": SELECT_BYTES} | ({"duplicates": DUPLICATES} if near else {})
+        return self._stage(
+            "select", driver_s=self.rows * seconds, driver_bytes=self.rows * SELECT_BYTES.value, used=used
+        )
 
     def _train(self) -> Iterator[Stage]:
         if self.recipe.train is None:
