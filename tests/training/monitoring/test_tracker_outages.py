@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from tiny_runs import make_recipe
 
 from capstan.training.config import TrainConfig
 from capstan.training.launch import train
-from capstan.training.monitoring.trackers import delivery, open_trackers
+from capstan.training.monitoring.trackers import delivery, open_trackers, tensorboard
+from capstan.training.monitoring.trackers.subject import Subject
 from capstan.training.run import Run
 from capstan.training.trainer import fit
 
@@ -104,3 +107,27 @@ def test_a_whole_run_without_its_server_is_sent_when_it_is_back(server: Server, 
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert server.losses() == [(record["step"], record["loss"]) for record in logged]
     assert server.ended
+
+
+def test_an_error_of_tensorboards_own_thread_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised by the next call, which the run logs; the thread would print it as a traceback as well."""
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    tensorboard._print_no_error_twice.cache_clear()
+    tracker = tensorboard.Tracker(Subject(tmp_path, dict, "run"), 0)
+    shutil.rmtree(tmp_path / "tensorboard")
+
+    def write_on() -> None:
+        for step in range(1000):
+            tracker.scalars(step, {"loss": 1.0}, 0.0)
+            tracker.writer.flush()
+
+    with pytest.raises(FileNotFoundError):
+        write_on()
+    assert not printed
+
+    broken = threading.Thread(target=int, args=("x",))
+    broken.start()
+    broken.join()
+    assert [raised.thread for raised in printed] == [broken]  # of others it is printed as ever
+    tensorboard._print_no_error_twice.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,12 +22,25 @@ def rejects(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)
 
 
+@functools.cache
+def _print_no_error_twice() -> None:
+    """Keep TensorBoard's writing thread from printing a traceback: the next call raises its error, which is logged."""
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("tensorboard."):
+            before(raised)
+
+    threading.excepthook = hook
+
+
 class Tracker:
     """TensorBoard event files."""
 
     def __init__(self, subject: Subject, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _print_no_error_twice()
         self.writer = SummaryWriter(str(subject.folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float], time_s: float) -> None:
