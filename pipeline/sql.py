@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import duckdb
 
+from capstan.pipeline.errors import RecipeError
+
 Node = dict[str, Any]
+
+# They make any length from a short argument, past DuckDB's memory limit, which does not see single values.
+_UNBOUNDED: Final = frozenset(
+    "array_resize bar format generate_series list_resize lpad printf range repeat rpad".split()  # noqa: SIM905
+)
+_NO_VALUES: Final = frozenset({"pg_sleep", "sleep_ms", "write_log"})  # they wait, or write
 
 
 def open_sealed(options: Mapping[str, str | bool]) -> duckdb.DuckDBPyConnection:
@@ -42,6 +50,19 @@ def parse(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:
     statement, expected = (each["statements"][0]["node"] for each in (tree, frame))
     same = all(statement.get(name) == part for name, part in expected.items() if name != "select_list")
     return tree if same and statement.keys() == expected.keys() else None
+
+
+def costly_call(tree: Node | None) -> str:
+    """Return the name of a function in the tree that may take any time or memory, whatever the rows are; or ""."""
+    names = (str(node.get("function_name", "")).casefold() for node in walk(tree))
+    return next((name for name in names if name in _UNBOUNDED | _NO_VALUES), "")
+
+
+def refuse_costly_calls(tree: Node | None, field: str) -> None:
+    """Raise RecipeError, naming `field`, for a call that `costly_call` finds."""
+    if name := costly_call(tree):
+        why = "which makes values of any length" if name in _UNBOUNDED else "which computes nothing"
+        raise RecipeError(field, f"calls {name}(), {why}", "compare columns with values that you write out")
 
 
 def _parsed(db: duckdb.DuckDBPyConnection, expression: str) -> Node | None:

@@ -28,6 +28,7 @@ from capstan.pipeline.report.ordered import Order, Place, page_of
 from capstan.pipeline.report.query import LONG, SHOWN, Row, Rows, literal, quoted
 from capstan.pipeline.report.row_index import IndexedRows, RowIndex, SampledRows, covers
 from capstan.pipeline.report.thresholds import is_condition
+from capstan.pipeline.sql import parse, refuse_costly_calls
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,10 @@ class Explorer:
         """Return a user's SQL condition in brackets. Raises RecipeError unless it is one expression over columns."""
         with self._lock:
             if not is_condition(self.rows.db, text):
-                raise RecipeError("where", f"{text!r} is not one SQL condition", "write e.g. width >= 512")
+                raise RecipeError(
+                    "where", f"{shorten(text, 200)!r} is not one SQL condition", "write e.g. width >= 512"
+                )
+            refuse_costly_calls(parse(self.rows.db, text), "where")
             with self._asked("where"):
                 self.rows.query(f"SELECT ({text}\n)::BOOLEAN FROM rows LIMIT 0")
         return f"coalesce(({text}\n)::BOOLEAN, false)"

@@ -13,7 +13,7 @@ from typing import Final
 
 import duckdb
 
-from capstan.pipeline.sql import Node, expression_of, parse, walk
+from capstan.pipeline.sql import Node, costly_call, expression_of, parse, walk
 
 _OPERATORS: Final = {
     "COMPARE_GREATERTHANOREQUALTO": "≥",
@@ -44,7 +44,7 @@ def thresholds(db: duckdb.DuckDBPyConnection, conditions: Mapping[str, str]) -> 
     """Return the thresholds in `conditions` (name → SQL), in order."""
     found = []
     for name, where in conditions.items():
-        if statement := parse(db, where):
+        if (statement := parse(db, where)) and not costly_call(statement):
             for subject, operator, constant in _comparisons(expression_of(statement)):
                 text, value = _sql(db, statement, subject), _number(db, statement, constant)
                 if text is not None and value is not None:

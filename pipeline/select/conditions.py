@@ -34,7 +34,7 @@ from capstan.pipeline.select.large_arrays import LargeArrays
 from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
-from capstan.pipeline.sql import lock, open_sealed, parse, walk
+from capstan.pipeline.sql import lock, open_sealed, parse, refuse_costly_calls, walk
 from capstan.pipeline.storage import Storage
 
 # A row's step; n > 0: it does not meet the n-th condition. A row that was kept until it was taken down still holds its
@@ -88,6 +88,7 @@ def check_conditions(recipe: Recipe) -> None:
                         db.extract_statements(f"SELECT ({sql}\n)")  # raises where the syntax is wrong
                         hint = "write one expression, without other clauses, and without ; between statements"
                         raise RecipeError(_field(condition, key), "is not one SQL expression", hint)
+                    refuse_costly_calls(tree, _field(condition, key))
                     if any(node["class"] in ("SUBQUERY", "WINDOW") for node in walk(tree)):
                         raise RecipeError(_field(condition, key), "refers to other rows", _OTHER_ROWS)
                     value = f"({sql}\n)::DOUBLE" if key == "by" else f"({sql}\n)"

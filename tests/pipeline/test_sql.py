@@ -13,7 +13,7 @@ from capstan.pipeline.config import Condition, Recipe, validate
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.thresholds import is_condition, thresholds
 from capstan.pipeline.select.conditions import check_conditions
-from capstan.pipeline.sql import lock, open_sealed, parse
+from capstan.pipeline.sql import costly_call, lock, open_sealed, parse
 
 # Each, put into `SELECT (...\n) FROM block`, ends it early, adds a clause, or starts another statement.
 NOT_ONE_EXPRESSION = [
@@ -84,6 +84,29 @@ def test_what_is_not_one_expression_is_refused_everywhere(
     assert db.execute("SELECT width FROM block").fetchall() == [(1,)]
     assert db.execute("SELECT table_name FROM duckdb_tables()").fetchall() == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("length(repeat('x', 1000000000)) > width", "repeat"),
+        ("width > length(REPEAT('x', 1000000000))", "repeat"),
+        ("format('{:1000000000}', width) = 'x'", "format"),
+        ("printf('%1000000000d', width) = 'x'", "printf"),
+        ("CASE WHEN width > 1 THEN lpad('x', 1000000000, 'y') = 'z' END", "lpad"),
+        ("len(range(1000000000)) > width", "range"),
+        ("len(list_transform(generate_series(1, 1000000000), lambda x: x)) > 1", "generate_series"),
+        ("sleep_ms(1000000) IS NULL", "sleep_ms"),
+    ],
+)
+def test_calls_that_cost_any_time_or_memory_are_refused_by_name(
+    db: duckdb.DuckDBPyConnection, text: str, name: str, tmp_path: Path
+) -> None:
+    recipe = validate(Recipe, {"dataset": str(tmp_path), "select": [{"name": "x", "where": text}]})
+    with pytest.raises(RecipeError, match=rf"^select\.x\.where: calls {name}\(\), which "):
+        check_conditions(recipe)
+    assert costly_call(parse(db, text)) == name
+    assert thresholds(db, {"x": text}) == []  # it computes constants
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
