@@ -149,9 +149,7 @@ class Explorer:
         """Return a user's SQL condition in brackets. Raises RecipeError unless it is one expression over columns."""
         with self._lock:
             if not is_condition(self.rows.db, text):
-                raise RecipeError(
-                    "where", f"{shorten(text, 200)!r} is not one SQL condition", "write e.g. width >= 512"
-                )
+                raise RecipeError("where", f"{text[:200]!r} is not one SQL condition", "write e.g. width >= 512")
             refuse_costly_calls(parse(self.rows.db, text), "where")
             with self._asked("where"):
                 self.rows.query(f"SELECT ({text}\n)::BOOLEAN FROM rows LIMIT 0")
