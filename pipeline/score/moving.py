@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from capstan.pipeline.media.codec import clip_frames, decode_flac
 from capstan.pipeline.score.scorer import Sample, SampleScorer, Values
 
 _SIDE: Final = 64  # pixels of the shorter side at which flow is measured
@@ -60,6 +59,8 @@ class SoundMeasures(SampleScorer):
 
 
 def _video(mp4: bytes | None) -> tuple[float, float, float]:
+    from capstan.pipeline.media.codec import clip_frames  # here: the extra `video` may be missing
+
     assert mp4 is not None
     frames, fps = clip_frames(mp4, _SIDE)
     luma = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
@@ -89,6 +90,8 @@ def letterbox(luma: Sequence[npt.NDArray[np.uint8]]) -> float:
 
 
 def _sound(flac: bytes | None) -> tuple[float, float, float]:
+    from capstan.pipeline.media.codec import decode_flac
+
     assert flac is not None
     samples, rate = decode_flac(flac)
     if not len(samples):

@@ -94,7 +94,8 @@ def check_kinds(metrics: Sequence[Metric], kind: Kind, field: str, *, prompted: 
             problem = f"{metric.name} compares images with prompts, and this model takes none"
             raise RecipeError(field, problem, f"remove {metric.name}; world, fid, kid and cmmd need no prompts")
         if kind not in metric.kinds:
-            problem = f"{metric.name} judges {' and '.join(sorted(metric.kinds))}s, and this model draws {kind}s"
+            kinds = " and ".join(f"{one}s" for one in sorted(metric.kinds))
+            problem = f"{metric.name} judges {kinds}, and this model draws {kind}s"
             raise RecipeError(field, problem, f"remove {metric.name}")
 
 

@@ -27,7 +27,7 @@ def test_a_metric_judges_only_the_kinds_that_it_knows() -> None:
     metrics = make_metrics(Evaluate(measures=["oracle"]), "train.watch.evaluate")
     check_kinds(metrics, "image", "--measures")
     with pytest.raises(
-        RecipeError, match=r"^--measures: oracle judges images, and this model draws sounds\. Fix: remove"
+        RecipeError, match=r"^--measures: oracle judges images and scenes, and this model draws sounds\. Fix: remove"
     ):
         check_kinds(metrics, "sound", "--measures")
 
