@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from tiny_runs import records, wait_for_step
 from capstan.pipeline.config import Recipe
 from capstan.training.config import TrainConfig
 from capstan.training.trainer import fit
+
+
+def small_run(model: str, run: Path, steps: int) -> dict[str, Any]:
+    """A section `train` without the model's settings: original captions, every step logged and saved, one thread."""
+    section = {"model": model, "run": str(run), "steps": steps, "batch": 8, "lr": 1e-3, "log_every": 1, "ema": 0.5}
+    section |= {"checkpoint": {"every": 1, "keep": 1}, "engine": {"strategy": "ddp", "threads": 1}}
+    return section | {"data": {"layer": None}, "watch": {"trackers": []}}
 
 
 def assert_killed_run_ends_as_whole(make: Callable[[str, int], Recipe], weights: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from family_runs import assert_killed_run_ends_as_whole, made_elsewhere
+from family_runs import assert_killed_run_ends_as_whole, made_elsewhere, small_run
 from tiny_runs import records
 
 from capstan.pipeline.config import Recipe, WorldSource
@@ -36,22 +36,12 @@ PROMPTS = ["a red square", "a blue square, number 7"]
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def make(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     root = tmp_path_factory.mktemp("attngan")
 
     def recipe(run: str, steps: int = 4, attngan: dict[str, Any] | None = None, **section: Any) -> Recipe:
-        base = {"model": "attngan", "run": str(root / run), "steps": steps, "batch": 8, "lr": 1e-3, "log_every": 1}
-        base |= {"ema": 0.5, "checkpoint": {"every": 1, "keep": 1}, "engine": {"strategy": "ddp", "threads": 1}}
-        base |= {"data": {"layer": None}, "watch": {"trackers": []}}
+        base = small_run("attngan", root / run, steps)
         settings = {"damsm": str(root / "damsm")} | SMALL | (attngan or {})
         return Recipe(dataset=str(squares), train=base | {"attngan": settings} | section)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_runs import assert_killed_run_ends_as_whole, made_elsewhere
+from family_runs import assert_killed_run_ends_as_whole, made_elsewhere, small_run
 from tiny_runs import records
 
 from capstan.pipeline.config import Recipe, WorldSource
@@ -32,22 +32,12 @@ SMALL = {"words": 6, "channels": 8, "tower": [8, 8]}
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def make(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     root = tmp_path_factory.mktemp("damsm")
 
     def recipe(run: str, steps: int = 4, damsm: dict[str, Any] | None = None, **section: Any) -> Recipe:
-        base = {"model": "damsm", "run": str(root / run), "steps": steps, "batch": 8, "lr": 1e-3, "log_every": 1}
-        base |= {"ema": 0.5, "checkpoint": {"every": 1, "keep": 1}, "engine": {"strategy": "ddp", "threads": 1}}
-        base |= {"data": {"layer": None}, "watch": {"trackers": []}}
+        base = small_run("damsm", root / run, steps)
         return Recipe(dataset=str(squares), train=base | {"damsm": SMALL | (damsm or {})} | section)
 
     return recipe

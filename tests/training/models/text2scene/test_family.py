@@ -43,14 +43,6 @@ PROMPT = "a red circle on the left of a blue square. there is nothing else."
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def scene(index: int) -> Scene:
     return draw_scene(WORLD.seed, index, vocabulary(WORLD))
 
