@@ -1,4 +1,4 @@
-"""Sorted runs: tables sorted by a hash, of which the rows of some hashes are read alone
+"""Sorted runs: tables sorted by a hash; the rows of some hashes are read without the others
 
 A run is a Parquet file with a column `hash` (uint64), sorted by it. Row groups are small, and the footer has the range
 of each: a reader that wants a few hashes, or a range of them, reads the footer and the row groups that may hold them.

@@ -113,7 +113,7 @@ def _units_around(storage: Storage, plan: Plan, manifest: Manifest, shards: Mapp
 
 
 def _known(units: list[Staged], rows: pa.Table, hit: pa.ChunkedArray, shards: Collection[str]) -> _Known:
-    """Return the decisions on the rows, of which those of `hit` are removed; numbers are of `shards` alone."""
+    """Return the decisions on the rows; those of `hit` are removed. Numbers are of `shards` alone."""
     failed = pc.equal(rows["outcome"], FAILED)
     gone = {"outcome": REJECTED, "reason": REMOVED, "detail": "", "shard": ""}
     null = pa.scalar(None, pa.string())

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-MAPPED_ROWS: Final = 1 << 20  # from so many rows, wide values are kept on disk
+MAPPED_ROWS: Final = 1 << 20  # from this many rows, wide values are kept on disk
 _WIDE_BYTES: Final = 16  # per row
 _COPIED: Final = 1 << 18  # rows
 

@@ -106,7 +106,7 @@ def _saved(kind: Any, train: TrainConfig, dataset: Path, run: Path) -> str:
 
 
 def told(net, call):
-    """What `net` is called with beside noise and time while `call` runs for the first time."""
+    """What `net` is called with, noise and time left out, while `call` runs for the first time."""
     seen = []
 
     def note(_, args, kwargs):
