@@ -1,7 +1,7 @@
 """One source file's bytes → its clips, or a failure reason: the contract for moving images
 
 What is stored is what a player would show: upright, with square pixels, in BT.709, at a constant rate. A clip is always
-encoded anew, so it starts with a whole frame. Metadata never reaches a clip.
+encoded again, so it starts with a whole frame. Metadata never reaches a clip.
 """
 
 from __future__ import annotations
