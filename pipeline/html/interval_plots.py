@@ -51,8 +51,7 @@ def bands(title: str, lines: Mapping[str, Sequence[Point]], *, colours: Sequence
     parts = y.rules()
     for (name, line), colour in zip(lines.items(), itertools.cycle(colours), strict=False):
         parts.append(_band(name, [p for p in line if math.isfinite(p[1])], x, y, colour))
-    places = sorted({p[0] for p in points})
-    parts.append(baseline(x, places[:: -(-len(places) // 6)]))
+    parts.append(baseline(x, _labels(x, sorted({p[0] for p in points}))))
     ends = {name: [p[1] for p in line if math.isfinite(p[1])] for name, line in lines.items()}
     gist = "; ".join(f"{name} ends at {short(known[-1])}" for name, known in ends.items() if known)
     return plot(title, "".join(parts), gist)
@@ -135,6 +134,15 @@ def _drawing(plot: Html) -> tuple[str, int, int]:
     found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*)</svg>', plot, re.DOTALL)
     assert found is not None
     return found[3], int(found[1]), int(found[2])
+
+
+def _labels(x: Axis, places: Sequence[float]) -> Sequence[float]:
+    """Return the values to label: every `n`th place if the labels fit side by side, else round values."""
+    chosen = places[:: -(-len(places) // 6)]
+    widths = [len(short(value)) * LETTER for value in chosen]
+    gaps = [x(after) - x(before) for before, after in itertools.pairwise(chosen)]
+    fit = all(gap > max(pair) + LETTER for gap, pair in zip(gaps, itertools.pairwise(widths), strict=True))
+    return chosen if fit else x.ticks()
 
 
 def _band(name: str, line: Sequence[Point], x: Scale, y: Scale, colour: str) -> str:

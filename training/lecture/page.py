@@ -131,12 +131,15 @@ def _cell(value: Interval, chance: float | None, ceiling: float | None) -> Html:
 def _curves(found: Sequence[Found]) -> Iterable[Html]:
     names = [one.system.name for one in found]
     yield interval_plots.key(names)
-    yield page.note("By minutes of training, those of first stages included. Bands are 95% intervals.")
+    yield page.note("By minutes of training, those of first stages included. Bands are 95% intervals, cut at 0 and 1.")
     yield page.grid(
         interval_plots.bands(
             oracle.title(measure),
             {
-                one.system.name: [(x, value.mean, value.low, value.high) for x, value in one.curves[measure]]
+                one.system.name: [
+                    (x, value.mean, *np.clip((value.low, value.high), 0, 1).tolist())
+                    for x, value in one.curves[measure]
+                ]
                 for one in found
             },
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -47,3 +48,18 @@ def test_nothing_to_draw_is_said() -> None:
     assert "no values" in forest("x", [("a", NAN, NAN, NAN)])
     ElementTree.fromstring(standalone([("x", bands("x", {"a": [(1.0, 0.5, 0.4, 0.6)]}))]))
     assert key(["<b>"]).count("&lt;b&gt;") == 1
+
+
+def test_labels_of_the_horizontal_axis_do_not_overlap() -> None:
+    uneven = {
+        "a": [(0.38, 0.2, 0.1, 0.3), (0.745, 0.5, 0.4, 0.6)],
+        "b": [(0.49, 0.2, 0.1, 0.3), (0.778, 0.5, 0.4, 0.6)],
+    }
+    for lines in (uneven, LINES):
+        places = sorted(
+            float(place)
+            for place in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle"', bands("x", lines))
+        )
+        assert len(places) > 1 or lines is LINES
+        assert all(after - before > 25 for before, after in itertools.pairwise(places))
+    assert ">200<" in bands("x", LINES)  # where they fit, the points' own
