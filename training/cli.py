@@ -27,6 +27,10 @@ SamplerOption = Annotated[
 LevelOption = Annotated[
     float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
 ]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps. Default: from the recipe.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
+]
 FeaturesOption = Annotated[
     Path | None,
     typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
@@ -90,12 +94,8 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
             list[int], typer.Option("--seed", help="One seed per prompt, or several for a single prompt.")
         ] = [],  # noqa: B006
         negative: Annotated[str | None, typer.Option("--negative", help="Negative prompt.")] = None,
-        steps: Annotated[
-            int | None, typer.Option("--steps", min=1, help="Sampling steps. Default: from the recipe.")
-        ] = None,
-        guidance: Annotated[
-            float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
-        ] = None,
+        steps: StepsOption = None,
+        guidance: GuidanceOption = None,
         sampler: SamplerOption = None,
         level: LevelOption = None,
         size: Annotated[
@@ -173,6 +173,10 @@ def _add_evaluate(app: typer.Typer) -> None:
         trust_torchscript: TorchScriptOption = False,
         copies: CopiesOption = None,
         copies_threshold: CopiesThresholdOption = None,
+        steps: StepsOption = None,
+        guidance: GuidanceOption = None,
+        sampler: SamplerOption = None,
+        level: LevelOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Measure a finished run on unseen data.
@@ -198,6 +202,10 @@ def _add_evaluate(app: typer.Typer) -> None:
                 clip=judge,
                 fid=network,
                 copies=memory,
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                level=level,
             ),
             as_json,
         )

@@ -40,6 +40,7 @@ from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.r_precision import r_precision
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
 from capstan.training.product import family_of, find_product, kind_of
+from capstan.training.sample import open_sampler
 
 if TYPE_CHECKING:
     from capstan.training.family import Family
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHOWN: Final = 16  # images in evaluation.png
+_DRAWS: Final = "name a run of a model that draws, e.g. model: diffusion, or remove it"
 
 Evaluation = dict[str, Any]
 
@@ -62,6 +64,8 @@ def evaluate(
     world: WorldSource | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    sampler: str | None = None,
+    level: float | None = None,
     batch: int = 32,
     copies: CopyDetection | None = None,
 ) -> Evaluation:
@@ -71,8 +75,9 @@ def evaluate(
     the run's folder. `clip` and `fid` name the judging networks (default: train.watch.evaluate of the run's recipe).
     `world` is the captioned world that the run was trained on (default: from its recipe). `copies` names the network
     that finds copies of training images; the nearest pairs are drawn to evaluation-copies.png. A model with
-    attention to words draws it to evaluation-attention.png. Raises RecipeError if a
-    file, a package or the ground truth is missing.
+    attention to words draws it to evaluation-attention.png. `steps`, `guidance`, `sampler` and `level` replace those of
+    the run's recipe, as in `sample`. Raises RecipeError if a file, a package or the ground truth is missing, or the
+    model has no such option.
     """
     if count < 2:
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
@@ -80,7 +85,9 @@ def evaluate(
     family, kind = family_of(product), kind_of(product)
     device, sheet = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if family is not None and family.draws is not None:
-        drawer = family.open(product, device)
+        drawer = open_sampler(product, str(device), sampler)
+        if level is not None:
+            drawer.use_level(level)
         measures = measures or ("oracle" if drawer.prompted else "world",)
         alone = world is not None and tuple(measures) in (("oracle",), ("world",)) and copies is None
         recipe = None if alone else _recipe_of(product)
@@ -92,13 +99,15 @@ def evaluate(
         check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
         pairs = list(zip(judges, unused, strict=True))
         result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        if sampler is not None:
+            result["sampling"]["sampler"] = sampler
         sheet = drawer.explained(subjects.prompts(range(count)), range(count))
         if memory is not None:
             result |= _copies(memory, result["measures"], images, subjects, run)
     else:
-        if copies is not None:
-            hint = "name a run of a model that draws, e.g. model: diffusion, or remove it"
-            raise RecipeError("--copies", f"{kind} draws no images of its own", hint)
+        options = {"copies": copies, "steps": steps, "guidance": guidance, "sampler": sampler, "level": level}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise RecipeError(f"--{given[0]}", f"{kind} draws no images of its own", _DRAWS)
         result, image = _of_images(family, product, world, count, device, batch)
     result = {"kind": kind, "scenes": count, **result}
     storage = Storage(str(run), field="RUN")
@@ -216,7 +225,7 @@ def _drawn(
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
-    for name, numbers_of in drawer.measures(true, prompts, batch).items():
+    for name, numbers_of in drawer.measures(true, prompts, batch, steps=steps, guidance=guidance).items():
         measures[name] = {**{kind: _or_none(number) for kind, number in numbers_of.items()}, "ceiling": None}
     for name, changed in drawer.ablated(prompts, list(numbers), batch).items():
         found = [_measure(judge, subjects, numbers, changed, batch=batch, device=drawer.device) for judge, _ in judges]

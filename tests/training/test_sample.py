@@ -243,6 +243,10 @@ def test_a_diffusion_run_is_measured_beside_chance_and_ceiling(runs, tmp_path):
         assert set(row) == {"value", "chance", "ceiling"}
     assert result["oracle"]["background"] > 0.9
     assert result["sampling"] == {"steps": 4, "guidance": 2.0}
+    other = evaluate(run, count=6, steps=2, guidance=1.5, sampler="euler")
+    assert other["sampling"] == {"steps": 2, "guidance": 1.5, "sampler": "euler"}
+    with pytest.raises(RecipeError, match=r"^--level: this model enlarges no image"):
+        evaluate(run, count=6, level=0.1)
 
 
 def test_other_judges_are_asked_for_by_option(runs, tmp_path, capsys):
@@ -304,6 +308,8 @@ def test_an_autoencoder_run_is_measured_by_psnr(runs, tmp_path):
     psnr = evaluate(run, count=6)["measures"]["psnr"]
     assert 0 < psnr["value"] < 60
     assert 5 < psnr["chance"] < 30
+    with pytest.raises(RecipeError, match=r"^--guidance: .*draws no images of its own"):
+        evaluate(run, count=6, guidance=2.0)
 
 
 def test_what_has_no_truth_is_refused(runs, tmp_path):

@@ -121,7 +121,9 @@ class Drawer(ABC):
         """
         return images
 
-    def measures(self, images: np.ndarray, prompts: Sequence[str], batch: int) -> Mapping[str, Mapping[str, float]]:
+    def measures(
+        self, images: np.ndarray, prompts: Sequence[str], batch: int, **options: Unpack[Options]
+    ) -> Mapping[str, Mapping[str, float]]:
         """Return what else is worth measuring, given true images: name → {value, chance}."""
         return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import cv2
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.data.transforms import psnr, to_signed
+from capstan.training.drawing.drawer import Options
 from capstan.training.models.imagen.noising import level_step, shrunk
 from capstan.training.models.imagen.stages import sampling_of, stages_of
 from capstan.training.models.noise.drawer import PipelineDrawer, checked, open_pipeline
@@ -102,7 +103,9 @@ class CascadeDrawer(PipelineDrawer):
         for pipeline, sampling in zip(self.pipelines, self.sampling, strict=True):
             check_steps(pipeline.scheduler, int(sampling["steps"]) if steps is None else steps, "--steps")
 
-    def measures(self, images: np.ndarray, prompts: Sequence[str], batch: int) -> Mapping[str, Mapping[str, float]]:
+    def measures(
+        self, images: np.ndarray, prompts: Sequence[str], batch: int, **options: Unpack[Options]
+    ) -> Mapping[str, Mapping[str, float]]:
         """Return the PSNR in dB of true images that are made small and enlarged by the last stage.
 
         Its chance level is that of bicubic enlargement.
@@ -116,9 +119,10 @@ class CascadeDrawer(PipelineDrawer):
             part = slice(start, start + batch)
             generators = [torch.Generator("cpu").manual_seed(start + n) for n in range(len(prompts[part]))]
             given = to_signed(small[part]).to(self.device)
-            made.append(
-                self._stage(len(self.pipelines) - 1, self._states(list(prompts[part]), None), given, generators)
-            )
+            states = self._states(list(prompts[part]), None)
+            stage = len(self.pipelines) - 1
+            chosen = options.get("steps"), options.get("guidance")
+            made.append(self._stage(stage, states, given, generators, *chosen))
         side = images.shape[1]
         cubic = [
             cv2.resize(one, (side, side), interpolation=cv2.INTER_CUBIC) for one in small.permute(0, 2, 3, 1).numpy()

@@ -233,6 +233,9 @@ def test_evaluation_compares_enlarging_with_bicubic(cascade: Path, tmp_path: Pat
     assert row["chance"] > row["value"]  # after three steps
     assert {"colours", "colour_shape"} <= set(result["measures"])
     assert json.loads((folder / "evaluation.json").read_text())["sampling"]["stages"][1]["level"] == 0.2
+    other = evaluate(folder, count=4, steps=2, guidance=1.0, level=0.0)
+    assert other["measures"]["psnr"]["value"] != row["value"]
+    assert other["sampling"]["stages"][1]["level"] == 0.0
 
 
 def test_a_product_starts_another_run(make: Make, cascade: Path) -> None:
