@@ -56,6 +56,9 @@ def build(recipe: Recipe, *, retry: str | None = None, progress: bool = True) ->
     """
     reasons = [] if retry is None else parse_reasons(retry)
     storage = Storage(recipe.dataset, recipe.storage)
+    if recipe.source is not None and recipe.source.world is not None and recipe.source.world.moving is not None:
+        hint = "make its clips with `capstan cut`, and name their tars in source.path"
+        raise RecipeError("source.world.moving", "this world has clips, no images", hint)
     storage.check_writable()
     if storage.exists(CLIPS):
         problem = f"{recipe.dataset} holds the clips that `capstan cut` made"

@@ -6,12 +6,14 @@ clips.json    {format_version, recipe, recipe_hash, complete, counts, shards, le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any, Final
 
 from capstan.pipeline import extras
-from capstan.pipeline.config import Recipe, Unit, fingerprint
+from capstan.pipeline.config import Recipe, Unit, WorldSource, fingerprint
 from capstan.pipeline.dataset.shards import CLIPS, MANIFEST, sha256_of
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.ingest.retry_rows import matches, parse_reasons
@@ -41,8 +43,7 @@ def cut(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> d
     from capstan.pipeline.clips.job import CutVideos
 
     reasons = [] if retry is None else parse_reasons(retry)
-    if recipe.source is not None and recipe.source.format == "world":
-        raise RecipeError("source.format", "the captioned world has no videos", "name files of videos")
+    world = moving_world(recipe)
     storage = Storage(recipe.dataset, recipe.storage)
     storage.check_writable()
     if storage.exists(MANIFEST):
@@ -61,8 +62,34 @@ def cut(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> d
         }
         if storage.exists(CLIPS) and (again or job.markers.pending(units)):
             _publish(recipe, storage, planned, {u: m for u, m in marks.items() if u not in again}, complete=False)
-        summary = run(job, units, recipe.resources, redo=again, progress=progress)
+        with _site(world, needed=bool(again or job.markers.pending(units))) as resolve:
+            job.resolve = dict(resolve)
+            summary = run(job, units, recipe.resources, redo=again, progress=progress)
         return _finish(recipe, storage, planned, job, summary)
+
+
+def moving_world(recipe: Recipe) -> WorldSource | None:
+    """Return the captioned world whose clips are cut; None for any other source. Raises RecipeError if it stands."""
+    if recipe.source is None or recipe.source.format != "world":
+        return None
+    world = recipe.source.world
+    if world is None or world.moving is None:
+        hint = "set source.world.moving: {}, or name files of videos"
+        raise RecipeError("source.format", "the captioned world has images, no videos", hint)
+    return world
+
+
+@contextlib.contextmanager
+def _site(world: WorldSource | None, *, needed: bool) -> Iterator[dict[str, str]]:
+    """Serve the captioned world's clips while some are still to be fetched; yield host → address."""
+    if world is None or not needed:
+        yield {}
+        return
+    from capstan.pipeline.world.moving.server import MovingSite
+    from capstan.pipeline.world.table import HOST
+
+    with MovingSite(world) as site:
+        yield {HOST: site.address}
 
 
 def _finish(recipe: Recipe, storage: Storage, planned: Plan, job: Any, summary: Summary) -> dict[str, Any]:

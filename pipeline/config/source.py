@@ -9,6 +9,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from capstan.pipeline.config.section import Section, without_unset
 
 
+class MovingWorld(Section):
+    """Clips in place of images: the scenes move (`capstan cut`)."""
+
+    frames: Annotated[int, Field(ge=2, le=256)] = 8
+    """Frames of each clip."""
+    fps: Annotated[int, Field(ge=1, le=60)] = 8
+    """Frames per second."""
+
+
 class WorldSource(Section):
     """The captioned world (`source.format: world`): drawn scenes, served as a loopback web site during the build."""
 
@@ -32,6 +41,19 @@ class WorldSource(Section):
     """Smallest number of objects in a scene."""
     max_objects: Annotated[int, Field(ge=1, le=3)] = 3
     """Largest number of objects in a scene."""
+    moving: MovingWorld | None = None
+    """Clips of scenes that move, for `capstan cut`; null: images, for `capstan build`."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `moving` where it is unset, so that worlds of earlier versions keep their URLs."""
+        return without_unset(dump(self), "moving")
+
+    @model_validator(mode="after")
+    def _moves_truly(self) -> WorldSource:
+        if self.moving is not None and (self.captions == "alt" or self.defects):
+            raise ValueError("moving scenes have true captions and no defects; set captions: short, defects: false")
+        return self
 
 
 class OneLicense(Section):

@@ -241,7 +241,9 @@ def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
 
 
 def _world(source: Source) -> Iterator[Row]:
-    from capstan.pipeline.world.table import rows
+    from capstan.pipeline.world import table
+    from capstan.pipeline.world.moving import table as moving
 
-    for record in rows(source.world or WorldSource()):
+    world = source.world or WorldSource()
+    for record in (table if world.moving is None else moving).rows(world):
         yield Row(url=record.pop("url"), caption=record.pop("caption"), extra=to_json(record))

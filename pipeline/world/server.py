@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -33,15 +34,19 @@ _PAGE: Final = "<!DOCTYPE html><html><head><title>{0}</title></head><body><p>{0}
 _CHECK_S: Final = 0.5  # how often the server checks that its parent is alive
 
 
+Respond = Callable[[WorldSource, Vocabulary, int], web.Response]
+
+
 class Site:
     """Context manager that serves a world: `with Site(world) as site: ... site.address`.
 
     Raises (on entering): RecipeError for a vocabulary that cannot be drawn, CapstanError if the server does not start.
     """
 
-    def __init__(self, world: WorldSource) -> None:
+    def __init__(self, world: WorldSource, module: str = "capstan.pipeline.world.server") -> None:
+        """Prepare the site of a world that `module`, run as a program, serves."""
         vocabulary(world)
-        self._world = world
+        self._world, self._module = world, module
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -56,7 +61,7 @@ class Site:
             sys.executable,
             "-P",
             "-m",
-            "capstan.pipeline.world.server",
+            self._module,
             str(os.getpid()),
             self._world.model_dump_json(),
         ]
@@ -86,15 +91,19 @@ class Site:
             self._process.stdout.close()
 
 
-def main() -> None:
-    """Print the port, then serve until the parent has exited. Arguments: PARENT_PID WORLD_JSON."""
+def main(respond: Respond | None = None) -> None:
+    """Print the port, then serve until the parent has exited. Arguments: PARENT_PID WORLD_JSON.
+
+    `respond` makes the response for a scene; by default its image, or a defect.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    asyncio.run(_serve(WorldSource.model_validate_json(sys.argv[2]), parent=int(sys.argv[1])))
+    world = WorldSource.model_validate_json(sys.argv[2])
+    asyncio.run(_serve(world, respond or image_or_defect, parent=int(sys.argv[1])))
 
 
-async def _serve(world: WorldSource, parent: int) -> None:
+async def _serve(world: WorldSource, respond: Respond, parent: int) -> None:
     vocab = vocabulary(world)
 
     async def image(request: web.Request) -> web.Response:
@@ -107,7 +116,7 @@ async def _serve(world: WorldSource, parent: int) -> None:
 
     app = web.Application()
     app.router.add_get("/robots.txt", robots)
-    app.router.add_get(r"/{world}/{index:\d{8,12}}.jpg", image)
+    app.router.add_get(rf"/{{world}}/{{index:\d{{8,12}}}}.{'mp4' if world.moving else 'jpg'}", image)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -122,7 +131,7 @@ async def _serve(world: WorldSource, parent: int) -> None:
     await runner.cleanup()
 
 
-def respond(world: WorldSource, vocab: Vocabulary, index: int) -> web.Response:
+def image_or_defect(world: WorldSource, vocab: Vocabulary, index: int) -> web.Response:
     """Return the site's response for one image."""
     wrong = defect(world, index)
     if wrong == "missing":

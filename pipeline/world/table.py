@@ -12,7 +12,7 @@ from capstan.pipeline.world.defects import shown_index
 from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
 
 HOST: Final = "world.capstan.test"  # .test is reserved (RFC 6761): no such host exists outside this machine
-_URL: Final = re.compile(rf"^http://{re.escape(HOST)}/(?P<world>[^/]+)/(?P<index>[0-9]{{8,}})\.jpg$")
+_URL: Final = re.compile(rf"^http://{re.escape(HOST)}/(?P<world>[^/]+)/(?P<index>[0-9]{{8,}})\.(?:jpg|mp4)$")
 
 
 def world_name(world: WorldSource) -> str:
@@ -22,7 +22,7 @@ def world_name(world: WorldSource) -> str:
 
 
 def url_of(world: WorldSource, index: int) -> str:
-    return f"http://{HOST}/{world_name(world)}/{index:08d}.jpg"
+    return f"http://{HOST}/{world_name(world)}/{index:08d}.{'mp4' if world.moving else 'jpg'}"
 
 
 def rows(world: WorldSource) -> Iterator[dict[str, Any]]:
