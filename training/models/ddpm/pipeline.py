@@ -45,7 +45,12 @@ class TextToPixelsPipeline(DiffusionPipeline):
         image = randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
         image = image * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        extra = {} if type(self.scheduler).__name__.startswith("DPMSolver") else {"generator": generator}
+        kind = type(self.scheduler).__name__
+        extra: dict[str, Any] = {} if kind.startswith("DPMSolver") else {"generator": generator}
+        if kind == "DDIMScheduler":
+            # Guidance drives x0 beyond the range of images. The noise must be that of the clipped x0: otherwise the
+            # image moves away from x0 with every step, and a white background comes out black.
+            extra["use_clipped_model_output"] = True
         for time in self.progress_bar(self.scheduler.timesteps):
             given = torch.cat([image, image]) if guided else image
             output = unet(given, time, encoder_hidden_states=states).sample

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
+from capstan.training.models.pixels.process import PixelDdpm
+from capstan.training.models.pixels.settings import PixelNoise
 from capstan.training.sample import open_sampler, sample
 from capstan.training.trainer import fit
 
@@ -152,6 +155,30 @@ def test_samplers_are_those_of_the_schedule(run: Callable[[str], Path]) -> None:
     ):
         with pytest.raises(RecipeError, match=f"^--sampler: .*Fix: use {known}"):
             open_sampler(run(kind), sampler=name)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_guidance_beyond_the_range_of_images_does_not_darken_what_the_network_sees(
+    run: Callable[[str], Path], sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = PixelNoise(prediction="v_prediction", zero_terminal_snr=True)
+    pipeline = open_sampler(run("text")).pipeline  # type: ignore[attr-defined]
+    pipeline.scheduler = PixelDdpm(noise, sampler=sampler, variance="fixed_small").scheduler()
+    alphas, seen = pipeline.scheduler.alphas_cumprod, []
+
+    def velocity(noisy: torch.Tensor, time: torch.Tensor, **_: Any) -> SimpleNamespace:
+        """Return v of an image of −0.2 without text and of 0.8 with it: at a guidance of 3, of 2.8."""
+        without, with_text = noisy.chunk(2)
+        known = torch.cat([torch.full_like(without, -0.2), torch.full_like(with_text, 0.8)])
+        alpha = alphas[int(time)]
+        seen.append(float(without.mean() / alpha.sqrt()))
+        epsilon = (noisy - alpha.sqrt() * known) / (1 - alpha).sqrt()
+        return SimpleNamespace(sample=alpha.sqrt() * epsilon - (1 - alpha).sqrt() * known)
+
+    monkeypatch.setattr(pipeline.unet, "forward", velocity)
+    drawn = pipeline(["a red square"], num_inference_steps=20, guidance_scale=3.0, output_type="np").images
+    assert drawn.min() > 0.99
+    assert 0.9 < seen[-1] < 1.1  # in the last step: the image is 1 already, and not what the overshoot left of it
 
 
 def test_drawings_without_prompts_are_measured_by_what_they_show(run: Callable[[str], Path], tmp_path: Path) -> None:
