@@ -7,7 +7,7 @@ Measures unseen scenes of the captioned world, or held-out samples (training.met
                     FID): between two disjoint halves of the true images
     a matcher       drawings and texts → R-precision of 100 texts. Chance: a text drawn at random
     a first stage   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour. A VQGAN's
-                    codebook use, too. Chance: a codebook with one code in use
+                    codebook use, too. Chance: a codebook with one code in use. Of sounds: the ratio of signal to noise
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,13 +33,15 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
-from capstan.training.drawing.drawer import Codec, Drawer, Matcher
-from capstan.training.drawing.grid import grid
+from capstan.training.data.sounds import Form
+from capstan.training.drawing.drawer import Codec, Drawer, Drawn, Kind, Matcher, SoundCodec
+from capstan.training.drawing.grid import grid, sheet
 from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept, single_worker
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.r_precision import r_precision
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
+from capstan.training.metrics.sounds import SoundOracle, measure_codec
 from capstan.training.product import family_of, find_product, kind_of
 from capstan.training.sample import open_sampler
 
@@ -83,8 +86,10 @@ def evaluate(
         raise RecipeError("--count", f"{count} scenes have no chance level", "use 2 or more")
     product = find_product(run)
     family, kind = family_of(product), kind_of(product)
-    device, sheet = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+    device, explained = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if family is not None and family.draws is not None:
+        if copies is not None and family.draws not in ("image", "scene"):
+            raise RecipeError("--copies", f"compares images, and this model draws {family.draws}s", "remove it")
         drawer = open_sampler(product, str(device), sampler)
         if level is not None:
             drawer.use_level(level)
@@ -93,7 +98,7 @@ def evaluate(
         recipe = None if alone else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
         memory = None if copies is None else _memorisation(recipe, copies)
-        judges, unused = (_judges(recipe, measures, clip, fid, count) for _ in range(2))
+        judges, unused = (_judges(recipe, measures, clip, fid, count, family.draws) for _ in range(2))
         for judge in judges:
             judge.check(subjects)
         check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
@@ -101,7 +106,7 @@ def evaluate(
         result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
         if sampler is not None:
             result["sampling"]["sampler"] = sampler
-        sheet = drawer.explained(subjects.prompts(range(count)), range(count))
+        explained = drawer.explained(subjects.prompts(range(count)), range(count))
         if memory is not None:
             result |= _copies(memory, result["measures"], images, subjects, run)
     else:
@@ -111,7 +116,7 @@ def evaluate(
         result, image = _of_images(family, product, world, count, device, batch)
     result = {"kind": kind, "scenes": count, **result}
     storage = Storage(str(run), field="RUN")
-    for name, drawn in {"evaluation.png": image, "evaluation-attention.png": sheet}.items():
+    for name, drawn in {"evaluation.png": image, "evaluation-attention.png": explained}.items():
         if drawn is not None:
             drawn.save(png := io.BytesIO(), format="PNG")
             storage.write(name, png.getvalue())
@@ -131,6 +136,8 @@ def _of_images(
         return _matched(matcher, _subjects(None if world else _recipe_of(product), product, world, count), batch=batch)
     codec = None if family is None else family.codec(product, device)
     if codec is not None:
+        if isinstance(codec, SoundCodec):
+            return measure_codec(codec, _subjects(_recipe_of(product), product, None, count), batch=batch)
         return _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
     problem = f"cannot evaluate a model of kind {kind_of(product) or 'unknown'} ({product})"
     raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
@@ -165,7 +172,12 @@ def _subjects(recipe: Recipe | None, product: Path, world: WorldSource | None, c
 
 
 def _judges(
-    recipe: Recipe | None, measures: Sequence[Measure], clip: ClipSettings | None, fid: Fid | None, count: int
+    recipe: Recipe | None,
+    measures: Sequence[Measure],
+    clip: ClipSettings | None,
+    fid: Fid | None,
+    count: int,
+    kind: Kind,
 ) -> list[Metric]:
     """Return the metrics, set up by the options or else by the run's recipe."""
     settings: dict[str, Any] = {"measures": list(measures), "count": count}
@@ -181,7 +193,7 @@ def _judges(
         if name in networks and all(settings.get(network) is None for network in networks[name]):
             hint = "add --clip MODEL" if name in ("clip", "cmmd") else "add --features FILE"
             raise RecipeError("--measures", f"{name} needs a model, and the run's recipe does not name one", hint)
-    return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate")
+    return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate", kind)
 
 
 # Generators ----------------------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def _drawn(
     prompts = subjects.prompts(numbers)
     drawn = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
     images, side = drawn.images, drawn.images.shape[1]
-    true = subjects.images(numbers, side)
+    true = _true(subjects, numbers, drawn)
     reconstructed = drawer.ceiling(true, batch)
     others = [(number + 1) % len(subjects) for number in numbers]
     measures: Evaluation = {}
@@ -222,6 +234,8 @@ def _drawn(
             reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
             chance = judged(others, seen) if judge.uses_prompts else {}
+            if isinstance(judge, SoundOracle):
+                reliability = {"oracle": judged(numbers, true)}
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
             measures[name] = {kind: _or_none(number) for kind, number in row.items()}
@@ -233,7 +247,17 @@ def _drawn(
         reliability.setdefault("ablations", {})[name] = rows
     result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
     labels = prompts if drawer.prompted else [f"seed {number}" for number in numbers]
-    return result, grid(images[:_SHOWN], labels[:_SHOWN]), images
+    first = replace(drawn, arrays=drawn.arrays[:_SHOWN], drawings=None if drawn.drawings is None else images[:_SHOWN])
+    return result, sheet(first, labels[:_SHOWN]), images
+
+
+def _true(subjects: EvalSet, numbers: Sequence[int], drawn: Drawn) -> np.ndarray:
+    """Return the truth of what was drawn, in the same form: images, or sounds."""
+    if drawn.kind == "sound":
+        assert drawn.rate is not None, "sounds have a rate"
+        _, values, channels = drawn.arrays.shape
+        return subjects.sounds(numbers, Form(drawn.rate, channels, values))
+    return subjects.images(numbers, drawn.images.shape[1])
 
 
 def _memorisation(recipe: Recipe | None, copies: CopyDetection) -> Memorisation:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -34,7 +34,7 @@ class Sample:
     """An image and the caption drawn for it in this epoch."""
 
     key: str
-    jpeg: bytes  # encoded image; empty if `latent` replaces it
+    jpeg: bytes  # encoded image; empty if `latent` replaces it, or the family reads none
     text: str  # the caption drawn from the blend
     slot: str  # of the caption: "original" or a slot of the caption layer
     epoch: int
@@ -49,6 +49,7 @@ class Sample:
     crop_top: int = 0
     bucket: tuple[int, int] | None = None  # width and height in pixels of all images of the batch
     states: Mapping[str, np.ndarray] | None = None  # of the text, by name, from `Family.text_encoder`
+    parts: Mapping[str, bytes] = field(default_factory=dict)  # other files by suffix, as `Family.reads` says
 
     def rng(self) -> np.random.Generator:
         """Return the random generator for `prepare`, the same whenever this sample is read in this epoch."""
@@ -138,6 +139,7 @@ class Family(ABC):
     captions: ClassVar[bool] = True
     buckets: ClassVar[bool] = False  # whether batches may have other shapes than squares
     draws: ClassVar[Kind | None] = None  # what `open` draws: image, clip, sound, scene; None: it is not a generator
+    reads: ClassVar[tuple[str, ...]] = ("jpg",)  # files of a sample that it is trained on: jpg, mp4, flac
 
     model: torch.nn.Module  # the one trainable module; set by __init__, fp32 on the CPU
     frozen: Sequence[torch.nn.Module] = ()  # modules that are not trained: never sharded, moved to the device

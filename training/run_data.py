@@ -13,7 +13,7 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import AUTO, TrainConfig, WeightedDataset
-from capstan.training.config.families import reads_captions
+from capstan.training.config.families import reads_captions, traits_of
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.mixture import MixedData
 from capstan.training.data.order import hash64
@@ -87,6 +87,7 @@ def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: Wei
         states=states,
         cache=cache,
         files=files,
+        parts=traits_of(train.model).reads,
         batch=train.batch,
         order_seed=hash64(train.seed, "dataset", number) if number else None,  # datasets must not share one order
     )

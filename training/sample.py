@@ -14,6 +14,7 @@ from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
 from capstan.training.drawing.drawer import Drawer, Drawn, Size
 from capstan.training.drawing.grid import sheet
+from capstan.training.drawing.sounds import wav_of
 from capstan.training.product import family_of, find_product, kind_of, read_facts
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,9 @@ def sample(
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
 ) -> dict[str, Any]:
-    """Generate one image per prompt and write the labelled grid `out` (PNG); return a summary.
+    """Generate one image or sound per prompt and write the labelled grid `out` (PNG); return a summary.
+
+    Sounds are WAV files next to the grid, which shows their spectrograms.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one per prompt, or any
     number for a single prompt. `steps`, `guidance`, `sampler` and `level` (of the noise on a cascade's small images)
@@ -60,12 +63,23 @@ def sample(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(drawn, labels, columns=columns).save(path, format="PNG")
-        scenes = write_scenes(drawn, prompts, seeds, path)
+        files = write_scenes(drawn, prompts, seeds, path) | write_sounds(drawn, path)
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a writable PNG file") from None
-    logger.info("sample: %d images in %s", len(drawn), path)
-    shape = list(drawn.images.shape[-3:-1])
-    return {"grid": str(path), "pictures": len(drawn), "size": shape, "seeds": list(seeds), **scenes, **expanded}
+    logger.info("sample: %d %ss in %s", len(drawn), "image" if drawn.kind == "scene" else drawn.kind, path)
+    shape = {} if drawn.kind == "sound" else {"size": list(drawn.images.shape[-3:-1])}
+    return {"grid": str(path), "pictures": len(drawn), **shape, "seeds": list(seeds), **files, **expanded}
+
+
+def write_sounds(drawn: Drawn, grid: Path) -> dict[str, Any]:
+    """Write each sound next to the grid of their spectrograms, as a WAV file; return their names, for the summary."""
+    if drawn.kind != "sound":
+        return {}
+    files = [grid.with_name(f"{grid.stem}-{number}.wav") for number in range(len(drawn))]
+    for number, file in enumerate(files):
+        file.write_bytes(wav_of(drawn, number))
+    assert drawn.rate is not None, "sounds have a rate"
+    return {"wav": [str(file) for file in files], "rate": drawn.rate, "seconds": drawn.arrays.shape[1] / drawn.rate}
 
 
 def write_scenes(drawn: Drawn, prompts: Sequence[str], seeds: Sequence[int], grid: Path) -> dict[str, Any]:

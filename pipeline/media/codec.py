@@ -187,3 +187,18 @@ def decode_flac(data: bytes) -> tuple[np.ndarray, int]:
         rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
         parts = [frame.to_ndarray().reshape(-1, channels) for frame in file.decode(stream)]
     return np.concatenate(parts) if parts else np.zeros((0, channels), np.int16), rate
+
+
+def decode_sound(data: bytes, rate: int, channels: int) -> np.ndarray:
+    """Return the samples (int16 [samples, channels]) of a clip's FLAC at another rate, as mono or stereo."""
+    samples, stored = decode_flac(data)
+    if stored != rate and len(samples):
+        layout = "stereo" if samples.shape[1] == _STEREO else "mono"
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), "s16", layout)
+        frame.sample_rate = stored
+        resampler = av.AudioResampler("s16", layout, rate)
+        parts = [part.to_ndarray() for given in (frame, None) for part in resampler.resample(given)]
+        samples = np.concatenate([part.reshape(-1, samples.shape[1]) for part in parts])
+    if samples.shape[1] > channels:  # loudness is kept: FFmpeg would make a stereo of a mono more quiet
+        return np.rint(samples.mean(axis=1, keepdims=True)).astype(np.int16)
+    return np.repeat(samples, channels // samples.shape[1], axis=1)

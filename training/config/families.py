@@ -50,6 +50,7 @@ class FamilySettings(Section):
     captions: ClassVar[bool] = True  # whether the family needs texts; if not, no caption layer is read
     buckets: ClassVar[bool] = False  # whether batches may have other shapes than squares
     draws: ClassVar[str | None] = None  # what it draws from prompts (drawing.drawer.Kind); None: it is no generator
+    reads: ClassVar[tuple[str, ...]] = ("jpg",)  # files of a sample that it is trained on: jpg, mp4, flac
 
     def reads_captions(self) -> bool:
         """Return whether a run with these settings needs texts, and a model that draws takes prompts."""
@@ -72,6 +73,7 @@ class Traits:
     captions: bool
     buckets: bool
     draws: str | None
+    reads: tuple[str, ...]
     own: Any = None  # the class of a user's own family
 
     def check(self, train: TrainConfig) -> None:
@@ -96,9 +98,9 @@ def traits_of(name: str) -> Traits:
     """
     if name in FAMILIES:
         settings = _imported(FAMILIES[name].settings)
-        return Traits(name, settings, settings.captions, settings.buckets, settings.draws)
+        return Traits(name, settings, settings.captions, settings.buckets, settings.draws, settings.reads)
     own = family_class(name)
-    return Traits(own.name, own.settings, own.captions, own.buckets, own.draws, own)
+    return Traits(own.name, own.settings, own.captions, own.buckets, own.draws, own.reads, own)
 
 
 def family_class(name: str, field: str = "train.model") -> Any:

@@ -22,7 +22,7 @@ from capstan.training.data.bad_samples import Location
 from capstan.training.data.buckets import Size, assign, shapes, sizes_of
 from capstan.training.data.order import BucketOrder, Order, Window, hash64, without_last
 from capstan.training.data.shard_cache import ShardCache
-from capstan.training.data.shard_reader import NUMBERS, TARS, OpenShard, OpenShards, ShardRows
+from capstan.training.data.shard_reader import JPG, NUMBERS, TARS, OpenShard, OpenShards, ShardRows, check_parts
 from capstan.training.family import Sample
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class TrainingData:
 
     `layer` is a caption layer's id, or None for the original captions. `latents` returns a shard's latents in tar
     order, which replace the images; `states` returns the text encoders' states of its captions. `files` are the files
-    that `cache` prefetches. `batch` is the size of a step's batch, required with aspect-ratio buckets. Thread-safe.
+    that `cache` prefetches. `parts` are the suffixes of the samples' files that are read. `batch` is the size of a
+    step's batch, required with aspect-ratio buckets. Thread-safe.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TrainingData:
         states: Callable[[str], Mapping[str, ShardRows]] | None = None,
         cache: ShardCache | None = None,
         files: Sequence[str] = (TARS,),
+        parts: Sequence[str] = (JPG,),
         batch: int | None = None,
         order_seed: int | None = None,
     ) -> None:
@@ -72,7 +74,11 @@ class TrainingData:
         self._cache, self._seen = cache, set[Window]()
         self._two_fit = cache is not None and (TARS not in files or cache.fits(dataset, 2 * data.block))
         keep = 2 * data.block + 2
-        self._open = OpenShards(dataset, layer, keep, latents=latents, states=states, cache=cache, files=files)
+        check_parts(dataset, parts)
+        self._parts = () if latents is not None else tuple(parts)  # stored latents take their place
+        self._open = OpenShards(
+            dataset, layer, keep, latents=latents, states=states, cache=cache, files=files, parts=self._parts
+        )
 
     def __len__(self) -> int:
         """Return the number of training samples in an epoch."""
@@ -131,9 +137,11 @@ class TrainingData:
         slot, text = self._caption(shard, key, shard.text["caption"][row].as_py(), epoch)
         latent = None if shard.latents is None else np.asarray(shard.latents[row])
         states = None if shard.states is None else _states(shard.states, slot, row)
+        files = {part: self._open.file(number, shard, row, part) for part in self._parts}
         return Sample(
             key=key,
-            jpeg=self._open.jpeg(number, shard, row) if latent is None else b"",
+            jpeg=files.pop(JPG, b""),
+            parts={part: data for part, data in files.items() if data},
             text=text,
             slot=slot,
             epoch=epoch,

@@ -1,7 +1,7 @@
-"""Open shards: table columns, captions, latents, image bytes
+"""Open shards: table columns, captions, latents, bytes of images and other files
 
-A local tar is read by mmap. In a bucket, an image is read from a copy in the cache (training.data.shard_cache), or by
-a request of its own if there is none yet.
+A local tar is read by mmap. In a bucket, a file is read from a copy in the cache (training.data.shard_cache), or by a
+request of its own if there is none yet.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from capstan.pipeline.dataset.shards import Dataset, check_image, listed
+from capstan.pipeline.errors import RecipeError
 from capstan.recaption.store import check_layer, read_layer
 from capstan.training.data.shard_cache import ShardCache
 
 _TEXT: Final = ["key", "caption", "extra"]
 NUMBERS: Final = ["width", "height", "original_width", "original_height", "crop_left", "crop_top"]
 TARS: Final = "shards/{}.tar"
-_PLACES: Final = ["offset", "size"]  # of the JPEG in the tar, bytes
+JPG: Final = "jpg"
 
 
 class ShardRows(Protocol):
@@ -38,8 +39,9 @@ class OpenShard:
     """The data of one shard that is kept in memory."""
 
     text: dict[str, pa.Array]
-    numbers: np.ndarray  # int64 [samples, NUMBERS and places]
-    crc32: Sequence[int | None]  # of each JPEG
+    numbers: np.ndarray  # int64 [samples, NUMBERS]
+    places: Mapping[str, np.ndarray]  # suffix → offset and size in the tar of each sample's file, int64 [samples, 2]
+    crc32: Mapping[str, Sequence[int | None]]  # suffix → of each sample's file
     captions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key → slot → text
     latents: ShardRows | None = None
     states: Mapping[str, ShardRows] | None = None  # SLOT.NAME → text encoders' output
@@ -50,7 +52,8 @@ class OpenShards:
     """A dataset's shards by number; the `keep` most recently used stay in memory.
 
     `latents` and `states` read those of a shard, given its name. `files` are the names of the files that the cache may
-    hold ("{}" stands for the shard's name). Thread-safe: while one thread opens a shard, others use the open ones.
+    hold ("{}" stands for the shard's name). `parts` are the suffixes of the samples' files that are read. Thread-safe:
+    while one thread opens a shard, others use the open ones.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class OpenShards:
         states: Callable[[str], Mapping[str, ShardRows]] | None = None,
         cache: ShardCache | None = None,
         files: Sequence[str] = (TARS,),
+        parts: Sequence[str] = (JPG,),
     ) -> None:
-        self.dataset, self.layer, self._keep = dataset, layer, keep
+        self.dataset, self.layer, self._keep, self._parts = dataset, layer, keep, parts
         self._latents, self._states, self._cache, self._files = latents, states, cache, files
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
         self._lock = Lock()
@@ -93,27 +97,32 @@ class OpenShards:
             assert self._cache is not None
             self._cache.prefetch(name, entry.sha256, entry.sha256 if name == entry.tar else None)
 
-    def jpeg(self, number: int, shard: OpenShard, row: int) -> bytes:
-        """Return the encoded image of one of the shard's samples. Raises DamagedFile if it is not what was written."""
-        offset, size = (int(value) for value in shard.numbers[row, -2:])
+    def file(self, number: int, shard: OpenShard, row: int, suffix: str = JPG) -> bytes:
+        """Return a file of one of the shard's samples; empty if the sample has none.
+
+        Raises DamagedFile if it is not what was written.
+        """
+        offset, size = (int(value) for value in shard.places[suffix][row])
+        if not size:
+            return b""
         entry = self.dataset.manifest.shards[number]
-        jpeg: bytes | None = None
+        data: bytes | None = None
         if shard.tar is not None:
-            jpeg = shard.tar[offset : offset + size]
+            data = shard.tar[offset : offset + size]
         elif self._cache is not None:
-            jpeg = self._cache.read_range(entry.tar, entry.sha256, offset, offset + size)
-        if jpeg is None:
+            data = self._cache.read_range(entry.tar, entry.sha256, offset, offset + size)
+        if data is None:
             with listed(self.dataset.storage.path(entry.tar)):
-                jpeg = self.dataset.storage.read_range(entry.tar, offset, offset + size)
-        return check_image(jpeg, size, shard.crc32[row], self.dataset.storage.path(entry.tar))
+                data = self.dataset.storage.read_range(entry.tar, offset, offset + size)
+        return check_image(data, size, shard.crc32[suffix][row], self.dataset.storage.path(entry.tar))
 
     def _load(self, number: int) -> OpenShard:
         name = self.dataset.manifest.shards[number].name
-        table = self.dataset.table(name, [*_TEXT, *NUMBERS, *_PLACES, "sha256", "crc32"])
+        columns = [_columns(part) for part in self._parts]
+        table = self.dataset.table(name, [*_TEXT, *NUMBERS, "sha256", *(name for three in columns for name in three)])
         text = {column: pa.concat_arrays(table[column].chunks) for column in _TEXT}
-        numbers = np.stack([table[column].to_numpy() for column in [*NUMBERS, *_PLACES]], axis=1)
-        sums = table["crc32"].to_pylist() if "crc32" in table.column_names else [None] * len(table)
-        shard = OpenShard(text, numbers, sums)
+        numbers = np.stack([table[column].to_numpy() for column in NUMBERS], axis=1)
+        shard = OpenShard(text, numbers, *_places(table, self._parts))
         if self.layer is not None:
             check_layer(self.dataset.storage, self.layer, name, table)
             shard.captions = read_layer(self.dataset.storage, self.layer, name, table)
@@ -127,3 +136,31 @@ class OpenShards:
             with listed(str(path)), path.open("rb") as file:
                 shard.tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return shard
+
+
+def check_parts(dataset: Dataset, parts: Sequence[str]) -> None:
+    """Raise RecipeError if a dataset has no files with one of these suffixes."""
+    if not dataset.manifest.shards or tuple(parts) == (JPG,):
+        return
+    known = dataset.table(dataset.manifest.shards[0].name).column_names
+    for part in parts:
+        if _columns(part)[0] not in known:
+            problem = f"the model reads files .{part}, and {dataset.storage.url} has none"
+            raise RecipeError("dataset", problem, f"build it with source.parts: [{part}]")
+
+
+def _columns(part: str) -> list[str]:
+    """Return the columns of the shards' tables that tell where a sample's files are: offset, size, CRC-32."""
+    before = "" if part == JPG else f"{part}_"
+    return [f"{before}{name}" for name in ("offset", "size", "crc32")]
+
+
+def _places(table: pa.Table, parts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Sequence[int | None]]]:
+    """Return where the files with these suffixes are in the tar, and their CRC-32 sums if the table has them."""
+    places: dict[str, np.ndarray] = {}
+    sums: dict[str, Sequence[int | None]] = {}
+    for part in parts:
+        *where, crc32 = _columns(part)
+        places[part] = np.stack([table[column].to_numpy() for column in where], axis=1)
+        sums[part] = table[crc32].to_pylist() if crc32 in table.column_names else [None] * len(table)
+    return places, sums

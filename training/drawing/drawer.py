@@ -115,7 +115,7 @@ class Drawer(ABC):
         return None
 
     def ceiling(self, images: np.ndarray, batch: int) -> np.ndarray:
-        """Return true images, uint8 [N, H, W, 3], as the best model of this kind would draw them.
+        """Return true images, uint8 [N, H, W, 3] (or sounds), as the best model of this kind would draw them.
 
         A model that draws latents can draw no better than its autoencoder decodes.
         """
@@ -138,6 +138,18 @@ class Codec(Protocol):
 
     def measures(self, images: np.ndarray, batch: int) -> Mapping[str, Mapping[str, float]]:
         """Return what else than its images is worth measuring: name → {value, chance}."""
+
+
+class SoundCodec(ABC):
+    """An opened first stage of sounds: `values` of each of `channels`, `rate` per second."""
+
+    rate: int
+    channels: int
+    values: int
+
+    @abstractmethod
+    def reconstruct(self, sounds: np.ndarray, batch: int) -> np.ndarray:
+        """Encode and decode sounds, float32 [N, values, channels] in −1 … 1; return them in the same form."""
 
 
 class Matcher(Protocol):

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from capstan.pipeline.errors import CapstanError
 from capstan.training.drawing.drawer import Drawn
+from capstan.training.drawing.sounds import spectrograms
 
 _CELL: Final = 224  # smallest side of an image in the grid, pixels
 _FONT: Final = 14  # pixels
@@ -17,14 +17,15 @@ _MARGIN: Final = 12  # pixels
 
 
 def sheet(drawn: Drawn, labels: Sequence[str], *, columns: int | None = None) -> Any:
-    """Return a PIL image of everything drawn, labelled. A clip is the row of its frames."""
+    """Return a PIL image of everything drawn, labelled. A clip is the row of its frames, a sound its spectrogram."""
     if drawn.kind in ("image", "scene"):
         return grid(drawn.images, labels, columns=columns)
     if drawn.kind == "clip":
         frames = drawn.arrays.shape[1]
         names = [label if frame == 0 else "" for label in labels for frame in range(frames)]
         return grid(drawn.arrays.reshape(-1, *drawn.arrays.shape[2:]), names, columns=frames, cell=_CELL // 2)
-    raise CapstanError(f"a {drawn.kind} cannot be shown in an image")
+    assert drawn.kind == "sound"
+    return grid(spectrograms(drawn), labels, columns=columns)
 
 
 class _Layout:

@@ -58,20 +58,21 @@ class Metric(ABC):
         """Return name → value; nan where no image has a defined value."""
 
 
-def make_metrics(wanted: Evaluate, field: str) -> list[Metric]:
-    """Return the metrics named in `measures`; `field` is the section's name, for errors."""
+def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Metric]:
+    """Return the metrics named in `measures`, for what is drawn; `field` is the section's name, for errors."""
     from capstan.training.metrics.clip_score import ClipScore
     from capstan.training.metrics.cmmd import ClipDistance
     from capstan.training.metrics.fid import FrechetDistance
     from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.layout import LayoutScore
     from capstan.training.metrics.oracle import OracleScore
+    from capstan.training.metrics.sounds import SoundOracle
     from capstan.training.metrics.world import WorldLikeness
 
     metrics: list[Metric] = []
     for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
-            metrics.append(OracleScore(f"{field}.measures"))
+            metrics.append((SoundOracle if kind == "sound" else OracleScore)(f"{field}.measures"))
         elif name == "layout":
             metrics.append(LayoutScore(f"{field}.measures"))
         elif name == "world":

@@ -17,7 +17,9 @@ from capstan.pipeline.world.render import render
 from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
 from capstan.pipeline.world.table import truth_of
 from capstan.training.config import Data, TrainConfig
+from capstan.training.config.families import traits_of
 from capstan.training.data.dataset import TrainingData
+from capstan.training.data.sounds import Form, batch_of, pieces_of, to_wave
 from capstan.training.data.sources import open_storage, weighted_datasets
 from capstan.training.data.transforms import square
 
@@ -36,6 +38,10 @@ class EvalSet(ABC):
     @abstractmethod
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         """Return the true images, uint8 [N, side, side, 3]."""
+
+    def sounds(self, numbers: Sequence[int], form: Form) -> np.ndarray:
+        """Return the true sounds, float32 [N, values, channels]. Raises RecipeError if there are none."""
+        raise RecipeError("dataset", "it has no sounds to compare with", "name a run that was trained on sounds")
 
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the further columns of the true samples, such as `objects`; empty if nothing is known."""
@@ -79,6 +85,10 @@ class HeldOut(EvalSet):
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return np.stack([square(self.data.sample(len(self.data) + number).jpeg, side) for number in numbers])
 
+    def sounds(self, numbers: Sequence[int], form: Form) -> np.ndarray:
+        pieces = pieces_of([self.data.sample(len(self.data) + number) for number in numbers], form)
+        return to_wave(batch_of(pieces)).permute(0, 2, 1).numpy()
+
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         columns = [json.loads(self.data.sample(len(self.data) + number).extra) for number in numbers]
         return [
@@ -99,7 +109,8 @@ def make_eval_set(recipe: Recipe, train: TrainConfig, layer: str | None, count: 
         raise RecipeError(field, problem, f"set train.data.holdout: {count} in a new run, or request fewer")
     images = Data(layer=train.data.layer, blend=train.data.blend, holdout=train.data.holdout)  # without latents
     dataset = Dataset(open_storage(recipe, weighted_datasets(recipe, train)[0]))
-    return HeldOut(TrainingData(dataset, images, train.seed, layer=layer), count)
+    parts = dict.fromkeys(["jpg", *traits_of(train.model).reads])
+    return HeldOut(TrainingData(dataset, images, train.seed, layer=layer, parts=tuple(parts)), count)
 
 
 def world_of(recipe: Recipe) -> WorldSource | None:

@@ -74,8 +74,9 @@ class Validation:
         if (wanted := train.watch.evaluate) is not None:
             field = "train.watch.evaluate"
             self.eval_set = make_eval_set(recipe, train, layer, wanted.count, f"{field}.count")
-            self.metrics = make_metrics(wanted, field)
-            check_kinds(self.metrics, family_class(train.model).draws, f"{field}.measures", prompted=prompted)
+            kind = family_class(train.model).draws
+            self.metrics = make_metrics(wanted, field, kind)
+            check_kinds(self.metrics, kind, f"{field}.measures", prompted=prompted)
             for metric in self.metrics:
                 metric.check(self.eval_set)
 

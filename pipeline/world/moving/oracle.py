@@ -165,13 +165,17 @@ def score_sound(scene: MovingScene, found: Sequence[Heard]) -> dict[str, float]:
     `pitch` and `pitch_rhythm` are the shares of the scene's colours and (colour, shape) pairs that sound; `count` is
     whether the number of things is right, `in_order` whether all things sound, and nothing else, in their order.
     """
-    wanted = [(m.thing.colour, m.thing.shape) for m in scene.things]
+    return score_heard([(m.thing.colour, m.thing.shape) for m in scene.things], found)
+
+
+def score_heard(wanted: Sequence[tuple[str, str]], found: Sequence[Heard]) -> dict[str, float]:
+    """Score a sound as `score_sound` does; `wanted` are the colours and shapes that shall sound, in their order."""
     heard = [(one.colour, one.shape) for one in found]
     return {
         "pitch": overlap([colour for colour, _ in heard], [colour for colour, _ in wanted]),
         "pitch_rhythm": overlap([" ".join(one) for one in heard], [" ".join(one) for one in wanted]),
         "count": float(len(heard) == len(wanted)),
-        "in_order": float(heard == wanted),
+        "in_order": float(heard == list(wanted)),
     }
 
 

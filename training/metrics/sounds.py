@@ -1,0 +1,100 @@
+"""Whether sounds have the pitches, rhythms and order that their prompts state: the oracle of the sounding world
+
+Sounds are judged by FFT and onsets (pipeline.world.moving.oracle); nothing is learnt. What shall sound is read from the
+prompts, so that any dataset whose captions name things as the sounding world's do can be judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import torch
+
+from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.world.moving.captions import read
+from capstan.pipeline.world.moving.oracle import SOUND_MEASURES, listen, score_heard
+from capstan.training.data.sounds import Form, to_samples
+from capstan.training.drawing.drawer import Drawn, Kind, SoundCodec
+from capstan.training.drawing.grid import sheet
+from capstan.training.metrics.metric import Metric, Total, single_worker
+from capstan.training.metrics.samples import EvalSet
+
+_SHOWN: Final = 8  # sounds in a sheet of before and after
+
+
+class SoundOracle(Metric):
+    """The mean of each measure of sounds: pitch, pitch with rhythm, the number of things, and all in order."""
+
+    name: ClassVar[str] = "oracle"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"sound"})
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        self.rate = 0  # of the sounds seen last
+        self.sums = torch.zeros(2, len(SOUND_MEASURES), dtype=torch.float64)  # sum of the values; their number
+
+    def check(self, eval_set: EvalSet) -> None:
+        for prompt in eval_set.prompts(range(len(eval_set))):
+            if not read(prompt).things:
+                problem = f"oracle reads from prompts what shall sound, and {prompt[:80]!r} names no coloured shape"
+                raise RecipeError(self.field, problem, "remove oracle, or train on the sounding world")
+
+    @contextlib.contextmanager
+    def ready(self, device: torch.device) -> Iterator[None]:
+        self.sums.zero_()
+        yield
+
+    def seen(self, drawn: Drawn) -> np.ndarray:
+        assert drawn.rate is not None, "sounds have a rate"
+        self.rate = drawn.rate
+        return drawn.arrays
+
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        """Add sounds, float [N, values, channels] in −1 … 1 at the rate of those seen, for the prompts `numbers`."""
+        for prompt, sound in zip(eval_set.prompts(numbers), images, strict=True):
+            wanted = [(thing.colour, thing.shape) for thing in read(prompt).things]
+            scores = score_heard(wanted, listen(to_samples(sound), self.rate))
+            values = torch.tensor([scores[name] for name in SOUND_MEASURES], dtype=torch.float64)
+            self.sums += torch.stack([values, torch.ones_like(values)])
+
+    def result(self, total: Total) -> dict[str, float]:
+        values, counts = total(self.sums.clone())
+        return dict(zip(SOUND_MEASURES, (values / counts).tolist(), strict=True))
+
+
+def measure_codec(codec: SoundCodec, subjects: EvalSet, *, batch: int) -> tuple[dict[str, Any], Any]:
+    """Return what is left of true sounds after a first stage, with chance levels, and a sheet of before and after.
+
+    `snr`, the ratio of signal to noise in dB; chance: silence. The oracle's measures, where the captions state what
+    sounds; chance: sounds of other captions.
+    """
+    numbers = range(len(subjects))
+    true = subjects.sounds(numbers, Form(codec.rate, codec.channels, codec.values))
+    made = codec.reconstruct(true, batch)
+    measures = {"snr": {"value": round(signal_to_noise(true, made), 3), "chance": 0.0}}
+    judge = SoundOracle("--measures")
+    with contextlib.suppress(RecipeError):
+        judge.check(subjects)
+        value, chance = (
+            _judged(judge, subjects, [(n + shift) % len(made) for n in numbers], Drawn("sound", made, rate=codec.rate))
+            for shift in (0, 1)
+        )
+        measures |= {name: {"value": round(value[name], 4), "chance": round(chance[name], 4)} for name in value}
+    shown = np.stack([true, made], axis=1).reshape(-1, *true.shape[1:])[: 2 * _SHOWN]
+    labels = ["original", "decoded"] * (len(shown) // 2)
+    return {"measures": measures}, sheet(Drawn("sound", shown, rate=codec.rate), labels, columns=4)
+
+
+def signal_to_noise(true: np.ndarray, made: np.ndarray) -> float:
+    """Return 10 log10(Σ x² / Σ (x − y)²) of all sounds together, in dB: as silent ones have no ratio of their own."""
+    noise = float(np.square(true.astype(np.float64) - made).sum())
+    return float(10 * np.log10(max(float(np.square(true, dtype=np.float64).sum()), 1e-10) / max(noise, 1e-10)))
+
+
+def _judged(judge: SoundOracle, subjects: EvalSet, numbers: Sequence[int], drawn: Drawn) -> dict[str, float]:
+    with judge.ready(torch.device("cpu")):
+        judge.add(subjects, numbers, judge.seen(drawn))
+        return judge.result(single_worker)
