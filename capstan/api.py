@@ -38,6 +38,7 @@ class BuildSummary:
     funnel: list[dict[str, Any]]  # {step, left, lost}: rows after each step
     failed: dict[str, int] = field(default_factory=dict)  # reason → rows, most frequent first
     quarantined: dict[str, str] = field(default_factory=dict)  # unit → why it could not be done
+    licenses: dict[str, int] = field(default_factory=dict)  # SPDX expression → kept rows, where the source names any
     source: dict[str, int] = field(default_factory=dict)  # rows read, and repeats among them
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     retried: int | None = None  # rows, where `retry` was given

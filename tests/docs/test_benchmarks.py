@@ -11,7 +11,8 @@ from repo import HELPERS, ROOT
 from source_tree import MODULES, imports, module_of
 
 FOLDER = ROOT / "benchmarks"
-EXTRA = {"skimage", "sklearn", "pdqhash", "atheris"}  # of the extras `bench` and `fuzz`; copies.py does without pdqhash
+# Of the extras `bench` and `fuzz`; copies.py does without pdqhash; resvg_py as examples/emoji/README.md says.
+EXTRA = {"skimage", "sklearn", "pdqhash", "atheris", "resvg_py"}
 SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(FOLDER).as_posix())
@@ -30,6 +31,8 @@ def test_imports_exist(script: Path) -> None:
             assert any(path.is_dir() or path.with_suffix(".py").exists() for path in found), name
         elif (HELPERS / f"{top}.py").exists():
             assert '"tests" / "helpers"' in script.read_text(), f"{name} is not on its path"
+        elif (ROOT / "examples/emoji" / f"{top}.py").exists():
+            assert '"examples/emoji"' in script.read_text(), f"{name} is not on its path"
         elif top not in EXTRA and not (FOLDER / f"{top}.py").exists():
             assert importlib.util.find_spec(top) is not None, name
 
