@@ -215,7 +215,7 @@ def _drawn(
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
     drawn = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
-    images, side = drawn.images, drawn.images.shape[1]
+    images, side = drawn.images, drawn.images.shape[-2]
     true = _true(subjects, numbers, drawn)
     reconstructed = drawer.ceiling(true, batch)
     others = [(number + 1) % len(subjects) for number in numbers]
@@ -252,11 +252,14 @@ def _drawn(
 
 
 def _true(subjects: EvalSet, numbers: Sequence[int], drawn: Drawn) -> np.ndarray:
-    """Return the truth of what was drawn, in the same form: images, or sounds."""
+    """Return the truth of what was drawn, in the same form: images, clips or sounds."""
     if drawn.kind == "sound":
         assert drawn.rate is not None, "sounds have a rate"
         _, values, channels = drawn.arrays.shape
         return subjects.sounds(numbers, Form(drawn.rate, channels, values))
+    if drawn.kind == "clip":
+        assert drawn.fps is not None, "clips have a rate"
+        return subjects.clips(numbers, drawn.arrays.shape[1], drawn.fps, drawn.arrays.shape[-2])
     return subjects.images(numbers, drawn.images.shape[1])
 
 

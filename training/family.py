@@ -95,7 +95,9 @@ class Encoder(Protocol):
     def to(self, device: torch.device) -> object: ...
 
     def __call__(self, files: Sequence[bytes], size: Size) -> torch.Tensor:
-        """Return the latents of samples' files (JPEGs, to be cut to `size`): [N, ...], of an image [N, ..., h, w].
+        """Return the latents of samples' files, to be cut to `size`: [N, ...], of an image [N, ..., h, w].
+
+        A file is a JPEG, or of the suffix that `Family.reads` names beside jpg where a sample has one.
 
         Floats are stored as float16, integers (tokens) as int16.
         """

@@ -31,6 +31,7 @@ _KINDS: Final = {
     "DDPMPipeline": "ddpm",
     "TextToPixelsPipeline": "ddpm",
     "IFPipeline": "imagen",
+    "AnimateDiffPipeline": "video",
 }
 
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from capstan.pipeline import extras
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
+from capstan.training.drawing.clips import gif_of, mp4_of
 from capstan.training.drawing.drawer import Drawer, Drawn, Size
 from capstan.training.drawing.grid import sheet
 from capstan.training.drawing.sounds import wav_of
@@ -36,9 +38,10 @@ def sample(
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
 ) -> dict[str, Any]:
-    """Generate one image or sound per prompt and write the labelled grid `out` (PNG); return a summary.
+    """Generate one image, clip or sound per prompt and write the labelled grid `out` (PNG); return a summary.
 
-    Sounds are WAV files next to the grid, which shows their spectrograms.
+    Clips are MP4 and GIF files next to the grid, which shows their frames; sounds are WAV files, and it shows their
+    spectrograms.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one per prompt, or any
     number for a single prompt. `steps`, `guidance`, `sampler` and `level` (of the noise on a cascade's small images)
@@ -52,6 +55,8 @@ def sample(
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     opened = open_sampler(run, sampler=sampler)
+    if opened.kind == "clip":
+        extras.require(extras.VIDEO, "sample")
     if level is not None:
         opened.use_level(level)
     prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
@@ -63,7 +68,7 @@ def sample(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(drawn, labels, columns=columns).save(path, format="PNG")
-        files = write_scenes(drawn, prompts, seeds, path) | write_sounds(drawn, path)
+        files = write_scenes(drawn, prompts, seeds, path) | write_sounds(drawn, path) | write_clips(drawn, path)
     except OSError as error:
         raise RecipeError("-o", f"cannot write {path} ({error})", "name a writable PNG file") from None
     logger.info("sample: %d %ss in %s", len(drawn), "image" if drawn.kind == "scene" else drawn.kind, path)
@@ -80,6 +85,19 @@ def write_sounds(drawn: Drawn, grid: Path) -> dict[str, Any]:
         file.write_bytes(wav_of(drawn, number))
     assert drawn.rate is not None, "sounds have a rate"
     return {"wav": [str(file) for file in files], "rate": drawn.rate, "seconds": drawn.arrays.shape[1] / drawn.rate}
+
+
+def write_clips(drawn: Drawn, grid: Path) -> dict[str, Any]:
+    """Write each clip next to the grid of their frames, as MP4 and GIF; return their names, for the summary."""
+    if drawn.kind != "clip":
+        return {}
+    files = {}
+    for suffix, made in (("mp4", mp4_of), ("gif", gif_of)):
+        files[suffix] = [grid.with_name(f"{grid.stem}-{number}.{suffix}") for number in range(len(drawn))]
+        for number, file in enumerate(files[suffix]):
+            file.write_bytes(made(drawn, number))
+    names = {suffix: [str(file) for file in listed] for suffix, listed in files.items()}
+    return {**names, "frames": drawn.arrays.shape[1], "fps": drawn.fps}
 
 
 def write_scenes(drawn: Drawn, prompts: Sequence[str], seeds: Sequence[int], grid: Path) -> dict[str, Any]:

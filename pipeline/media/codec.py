@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Final
 
@@ -128,15 +129,21 @@ def pixel_format_of(cut: Cut) -> str:
     return f"yuv{cut.chroma}p"
 
 
-def decode_frames(mp4: bytes, wanted: list[int]) -> list[np.ndarray]:
+Wanted = list[int] | Callable[[int, float], list[int]]
+
+
+def decode_frames(mp4: bytes, wanted: Wanted) -> list[np.ndarray]:
     """Return the frames of these numbers (ascending) of a clip, as RGB (uint8 [H, W, 3]).
 
-    Decoding starts at the key frame before the first one and ends with the last one.
+    `wanted` may be a function of the clip's number of frames and their rate. Decoding starts at the key frame before
+    the first one and ends with the last one. Raises ValueError for a clip without these frames.
     """
     found, reformatter = list[np.ndarray](), VideoReformatter()
     with av.open(io.BytesIO(mp4), "r", format="mov") as file:
         stream = file.streams.video[0]
         stream.codec_context.thread_count = 1
+        if callable(wanted):
+            wanted = wanted(stream.frames, float(stream.average_rate))
         unit = 1 / (stream.average_rate * stream.time_base)  # ticks per frame
         file.seek(round(wanted[0] * unit), stream=stream)
         for frame in file.decode(stream):
@@ -145,7 +152,15 @@ def decode_frames(mp4: bytes, wanted: list[int]) -> list[np.ndarray]:
                 found.append(_rgb(reformatter, frame, (frame.width, frame.height)))
             if len(found) == len(wanted):
                 break
+    if len(found) < len(wanted):
+        raise ValueError(f"the clip ends before its frame {wanted[len(found)]}")
     return found
+
+
+def frame_rate(mp4: bytes) -> float:
+    """Return the frames per second of a clip, by its header."""
+    with av.open(io.BytesIO(mp4), "r", format="mov") as file:
+        return float(file.streams.video[0].average_rate)
 
 
 def clip_frames(mp4: bytes, side: int) -> tuple[list[np.ndarray], float]:

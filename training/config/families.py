@@ -39,6 +39,7 @@ FAMILIES: Final = {
     "dvae": _named("dvae", "Dvae"),
     "imagen": _named("imagen", "Imagen"),
     "text2scene": _named("text2scene", "Text2scene"),
+    "video": _named("video", "Video"),
     "vitvqgan": _named("vitvqgan", "Vitvqgan"),
     "vqgan": _named("vqgan", "Vqgan"),
 }

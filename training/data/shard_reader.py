@@ -139,8 +139,8 @@ class OpenShards:
 
 
 def check_parts(dataset: Dataset, parts: Sequence[str]) -> None:
-    """Raise RecipeError if a dataset has no files with one of these suffixes."""
-    if not dataset.manifest.shards or tuple(parts) == (JPG,):
+    """Raise RecipeError if a dataset has no files with one of these suffixes; images may take the place of others."""
+    if not dataset.manifest.shards or JPG in parts:
         return
     known = dataset.table(dataset.manifest.shards[0].name).column_names
     for part in parts:
@@ -161,6 +161,9 @@ def _places(table: pa.Table, parts: Sequence[str]) -> tuple[dict[str, np.ndarray
     sums: dict[str, Sequence[int | None]] = {}
     for part in parts:
         *where, crc32 = _columns(part)
+        if where[0] not in table.column_names:  # a dataset of images alone
+            places[part] = np.zeros((len(table), len(where)), np.int64)
+            continue
         places[part] = np.stack([table[column].to_numpy() for column in where], axis=1)
         sums[part] = table[crc32].to_pylist() if crc32 in table.column_names else [None] * len(table)
     return places, sums

@@ -29,6 +29,13 @@ def cut(
     """Return a uint8 RGB image [height, width, 3], scaled to cover `size` (width, height), cropped as in `square`."""
     # The decoder may scale down by itself, but not below the requested size.
     image = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", min_height=size[1], min_width=size[0])
+    return fitted(image, size, rng=rng, flip=flip)
+
+
+def fitted(
+    image: np.ndarray, size: tuple[int, int], *, rng: np.random.Generator | None = None, flip: bool = False
+) -> np.ndarray:
+    """Return a uint8 RGB image, of any size, as `cut` returns that of a JPEG."""
     height, width = image.shape[:2]
     covering = _covering((width, height), size)
     if covering != (width, height):

@@ -61,6 +61,7 @@ class Metric(ABC):
 def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Metric]:
     """Return the metrics named in `measures`, for what is drawn; `field` is the section's name, for errors."""
     from capstan.training.metrics.clip_score import ClipScore
+    from capstan.training.metrics.clips import ClipOracle
     from capstan.training.metrics.cmmd import ClipDistance
     from capstan.training.metrics.fid import FrechetDistance
     from capstan.training.metrics.kid import KernelDistance
@@ -72,7 +73,8 @@ def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Met
     metrics: list[Metric] = []
     for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
-            metrics.append((SoundOracle if kind == "sound" else OracleScore)(f"{field}.measures"))
+            oracle = {"sound": SoundOracle, "clip": ClipOracle}.get(kind, OracleScore)
+            metrics.append(oracle(f"{field}.measures"))
         elif name == "layout":
             metrics.append(LayoutScore(f"{field}.measures"))
         elif name == "world":

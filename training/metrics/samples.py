@@ -18,6 +18,7 @@ from capstan.pipeline.world.scene import Scene, draw_scene, vocabulary
 from capstan.pipeline.world.table import truth_of
 from capstan.training.config import Data, TrainConfig
 from capstan.training.config.families import traits_of
+from capstan.training.data.clips import clips_of
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.sounds import Form, batch_of, pieces_of, to_wave
 from capstan.training.data.sources import open_storage, weighted_datasets
@@ -42,6 +43,10 @@ class EvalSet(ABC):
     def sounds(self, numbers: Sequence[int], form: Form) -> np.ndarray:
         """Return the true sounds, float32 [N, values, channels]. Raises RecipeError if there are none."""
         raise RecipeError("dataset", "it has no sounds to compare with", "name a run that was trained on sounds")
+
+    def clips(self, numbers: Sequence[int], frames: int, fps: float, side: int) -> np.ndarray:
+        """Return the true clips, uint8 [N, frames, side, side, 3]. Raises RecipeError if there are none."""
+        raise RecipeError("dataset", "it has no clips to compare with", "name a run that was trained on clips")
 
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the further columns of the true samples, such as `objects`; empty if nothing is known."""
@@ -88,6 +93,10 @@ class HeldOut(EvalSet):
     def sounds(self, numbers: Sequence[int], form: Form) -> np.ndarray:
         pieces = pieces_of([self.data.sample(len(self.data) + number) for number in numbers], form)
         return to_wave(batch_of(pieces)).permute(0, 2, 1).numpy()
+
+    def clips(self, numbers: Sequence[int], frames: int, fps: float, side: int) -> np.ndarray:
+        samples = [self.data.sample(len(self.data) + number) for number in numbers]
+        return clips_of(samples, frames, fps, (side, side))[0].transpose(0, 1, 3, 4, 2)
 
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         columns = [json.loads(self.data.sample(len(self.data) + number).extra) for number in numbers]

@@ -172,7 +172,7 @@ class Validation:
                     return None
                 if numbers := mine[start : start + wanted.batch]:
                     drawn = self._draw(sampler, self.eval_set.prompts(numbers), numbers, wanted, wanted.batch)
-                    side = drawn.images.shape[1]
+                    side = drawn.images.shape[-2]
                     for metric in self.metrics:
                         metric.add(self.eval_set, numbers, metric.seen(drawn))
             measures: dict[str, float] = {}

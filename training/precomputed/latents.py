@@ -5,9 +5,9 @@
                                                         tokens int16
 
 What a latent is, its family says (`Family.encoder`): an AutoencoderKL's is [2 C, h, w], mean and standard deviation;
-a codebook's is a token [h, w]. With aspect-ratio buckets, whose latents differ in shape, the tensor is [samples, ...,
-A]: a sample's h·w values, and zeros up to the area A of the largest. The encoder id is a hash of everything that can
-change a latent. Training reads the files by mmap.
+a codebook's is a token [h, w]; a clip's is that of each of its frames. With aspect-ratio buckets, whose latents differ
+in shape, the tensor is [samples, ..., A]: a sample's h·w values, and zeros up to the area A of the largest. The encoder
+id is a hash of everything that can change a latent. Training reads the files by mmap.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training.config import AUTO, Data, TrainConfig
-from capstan.training.config.families import family_class
+from capstan.training.config.families import family_class, traits_of
 from capstan.training.data.buckets import Size, assign, check_sizes, nearest_square, sizes_of
 from capstan.training.data.dataset import TrainingData
 from capstan.training.data.shard_cache import ShardCache
-from capstan.training.data.shard_reader import ShardRows
+from capstan.training.data.shard_reader import JPG, ShardRows
 from capstan.training.data.transforms import image_size
 from capstan.training.family import Encoder, Samples
 from capstan.training.precomputed.files import file_reader, parse, refuse_not_finite
@@ -120,18 +120,24 @@ class LatentsJob(units.Job):
         }
 
     def prepare(self, unit: units.Unit) -> Iterator[units.Piece]:
-        """Yield batches of images of one size, with their rows in the shard. Reads the tar once, in order."""
+        """Yield batches of files of one size, with their rows in the shard. Reads the tar once, in order.
+
+        A sample's file is the first part that the family reads (its clip), else its image.
+        """
         shard, dataset = unit.spec["shard"], self.dataset.part(unit.spec["entry"])
         sizes, buckets = _buckets(dataset, shard, self.identity)
         waiting: list[list[tuple[int, bytes]]] = [[] for _ in sizes]
 
         def piece(bucket: int) -> units.Piece:
-            rows, jpegs = zip(*waiting[bucket], strict=True)
+            rows, files = zip(*waiting[bucket], strict=True)
             waiting[bucket] = []
-            return {"jpegs": list(jpegs), "rows": list(rows), "size": sizes[bucket]}
+            return {"files": list(files), "rows": list(rows), "size": sizes[bucket]}
 
-        for row, (_, jpeg) in enumerate(dataset.read_images(shard)):
-            waiting[buckets[row]].append((row, jpeg))
+        reads = traits_of(self.train.model).reads
+        parts = any(suffix != JPG for suffix in reads)
+        for row, (_, jpeg, others) in enumerate(dataset.read_samples(shard, parts=parts)):
+            file = next((others[suffix] for suffix in reads if suffix in others), jpeg)
+            waiting[buckets[row]].append((row, file))
             if len(waiting[buckets[row]]) == _BATCH:
                 yield piece(buckets[row])
         yield from (piece(bucket) for bucket in range(len(sizes)) if waiting[bucket])
@@ -145,7 +151,7 @@ class LatentsJob(units.Job):
 
         def apply(piece: units.Piece) -> units.Piece:
             with torch.no_grad():
-                latents = encoder(piece["jpegs"], piece["size"])
+                latents = encoder(piece["files"], piece["size"])
             units.report({"samples": len(latents)})
             return {"latents": _stored(latents), "rows": piece["rows"], "part": encoder.part}
 

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from capstan.pipeline.world.captions import overlap
+from capstan.pipeline.world.moving.captions import Stated, StatedThing
 from capstan.pipeline.world.moving.render import frames_of, samples_of, starts_of
 from capstan.pipeline.world.moving.scene import LEAST_MOVE, PITCHES, RHYTHMS, STILL, MovingScene, draw_moving
 from capstan.pipeline.world.oracle import aggregate, parse
@@ -85,17 +86,29 @@ def score_frames(scene: MovingScene, seen: Watched) -> dict[str, float]:
     its (colour, shape, move) triples that are found. `count` is whether the number of things is right, `steady` the
     share of frames whose number is.
     """
-    wanted, found = [m.thing for m in scene.things], seen.things
-    moved = [f"{m.thing.colour} {m.thing.shape} {m.move}" for m in scene.things]
+    things = tuple(StatedThing(m.thing.colour, m.thing.shape, m.move) for m in scene.things)
     counts = [len(scene.still(number).things) for number in range(scene.frames)]
-    counts = counts[: len(seen.counts)]
+    return score_stated(Stated(scene.background, len(things), things), seen, counts)
+
+
+def score_stated(stated: Stated, seen: Watched, counts: Sequence[int] | None = None) -> dict[str, float]:
+    """Score frames as `score_frames` does, by what a caption states; nan for a background that it does not name.
+
+    `counts` is the number of things in each frame; None: the same in all.
+    """
+    wanted, found = stated.things, seen.things
+    number = len(wanted) if stated.count is None else stated.count
+    counts = [number] * len(seen.counts) if counts is None else counts[: len(seen.counts)]
+    pairs = zip(counts, seen.counts, strict=False)
     return {
-        "background": float(seen.background == scene.background),
+        "background": math.nan if stated.background is None else float(seen.background == stated.background),
         "colours": overlap([t.colour for t in found], [t.colour for t in wanted]),
-        "count": float(len(found) == len(wanted)),
+        "count": float(len(found) == number),
         "colour_shape": overlap([f"{t.colour} {t.shape}" for t in found], [f"{t.colour} {t.shape}" for t in wanted]),
-        "motion": overlap([f"{t.colour} {t.shape} {t.move}" for t in found], moved),
-        "steady": sum(a == b for a, b in zip(counts, seen.counts, strict=False)) / max(1, len(counts)),
+        "motion": overlap(
+            [f"{t.colour} {t.shape} {t.move}" for t in found], [f"{t.colour} {t.shape} {t.move}" for t in wanted]
+        ),
+        "steady": sum(a == b for a, b in pairs) / max(1, len(counts)),
     }
 
 

@@ -62,7 +62,11 @@ class PipelineDrawer(Drawer):
             arguments = self.arguments(part, options.get("negative"), options.get("guidance")) | more
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
             images.append(self.images(arguments, generators, steps))
-        return Drawn("image", (np.concatenate(images) * 255).round().astype(np.uint8))
+        return self.drawn((np.concatenate(images) * 255).round().astype(np.uint8))
+
+    def drawn(self, made: np.ndarray) -> Drawn:
+        """Return what was drawn, given uint8 images."""
+        return Drawn("image", made)
 
     def images(self, arguments: dict[str, Any], generators: list[torch.Generator], steps: int | None) -> np.ndarray:
         """Return one batch, float [N, H, W, 3] in 0 … 1."""
@@ -92,10 +96,11 @@ class PipelineDrawer(Drawer):
 
 
 def checked(pipeline: Any, **arguments: Any) -> Any:
-    """Return the images of a pipeline's call. Raises CapstanError naming the part whose output was not finite."""
+    """Return the images or clips of a pipeline's call. Raises CapstanError naming the part that made the first NaN."""
     checks = FiniteChecks()
     with frozen_outside_autocast(pipeline), checks.watching(pipeline):
-        images = pipeline(**arguments).images
+        result = pipeline(**arguments)
+    images = result.images if "images" in result else result.frames
     bad = checks.first_bad()
     if bad is not None or not bool(torch.as_tensor(images).isfinite().all()):
         problem = f"sample: the images are not finite; the first values that are not came from the {bad or _PROCESSOR}"
