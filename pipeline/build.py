@@ -34,6 +34,7 @@ from capstan.pipeline.score import registry
 from capstan.pipeline.score.job import as_scored
 from capstan.pipeline.score.job import score as run_scorers
 from capstan.pipeline.score.scorer import Scorer
+from capstan.pipeline.select import column_blocks
 from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.review import check_reviews
@@ -344,6 +345,7 @@ def _publish(
         held.check()
         manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
         bad |= summary.quarantined
+        column_blocks.cover(recipe, storage, units, progress=progress)
         clock.lap("pack")
     elif not recipe.keep_staged:
         free(storage, units)

@@ -40,6 +40,7 @@ from capstan.pipeline.pack.carryover import clear
 from capstan.pipeline.pack.named_rows import SCHEMA, find_rows, ingests
 from capstan.pipeline.pack.scrub import scrub_derived, settle_latents
 from capstan.pipeline.records import CRC32, REMOVED
+from capstan.pipeline.select import column_blocks
 from capstan.pipeline.select.conditions import HELD_PLACE
 from capstan.pipeline.source.blocklist import (
     FOLDER,
@@ -135,6 +136,7 @@ def resume(storage: Storage) -> Takedown | None:
                 if units is None or unit_id in units:
                     renamed[facts["table"]] = _scrub_staged(markers, unit_id, facts, takedown)
         row_lookup.follow(storage, renamed)
+        column_blocks.forget(storage, units)
         scrub_derived(storage, takedown.keys, takedown.shards, _packed(storage))
         _sweep(storage)
     return takedown

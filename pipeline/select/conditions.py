@@ -10,8 +10,9 @@ that conditions name are read.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,13 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capstan.pipeline.config import Condition, Recipe
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
+from capstan.pipeline.select.column_blocks import MEASURED, ColumnBlocks, Part
 from capstan.pipeline.select.derived import CLIP_FACTS, derived_columns, derived_fields
 from capstan.pipeline.select.large_arrays import LargeArrays
 from capstan.pipeline.select.licenses import LICENSE
@@ -36,6 +38,8 @@ from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked
 from capstan.pipeline.sql import lock, open_sealed, parse, refuse_costly_calls, walk
 from capstan.pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
 
 # A row's step; n > 0: it does not meet the n-th condition. A row that was kept until it was taken down still holds its
 # place (TOMBSTONE), so that its neighbours stay in their shards and its duplicates stay out.
@@ -46,7 +50,7 @@ _BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "
 _DOMAIN: Final = "domain"
 # The host in lower case, without user and port: https://user@WWW.Example.org:443/a → www.example.org
 _DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1))"
-_BLOCK_ROWS: Final = 100_000
+_BLOCK_ROWS: Final = 100_000  # evaluated together: a query costs milliseconds even for few rows
 _MEMORY_LIMIT: Final = "1GB"
 _OTHER_ROWS: Final = "use the row's own columns only; at_most, balance and top compare rows"
 _ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
@@ -111,7 +115,8 @@ def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged
         reviews = reviews_of(recipe, storage)
         query = _Query(db, recipe, columns, unwanted, reviews, coloured=coloured)
         found, start = query.empty(), 0
-        for block in ahead(lambda part: query.run(storage, part), _blocks(units)):
+        parts = ColumnBlocks(storage, columns).parts(units, _BLOCK_ROWS)
+        for block in ahead(lambda part: query.run(storage, part), parts):
             for name, values in _flat(block).items():
                 whole.put(name, start, values)
             start += len(block.step)
@@ -131,18 +136,6 @@ def _flat(found: QueryResult) -> dict[str, npt.NDArray[Any]]:
     arrays |= {} if found.colours is None else {"colours": found.colours}
     arrays |= {f"group {number}": values for number, values in found.groups.items()}
     return arrays | {f"rank {number}": values for number, values in found.ranks.items()}
-
-
-def _blocks(units: Sequence[Staged]) -> Iterator[list[Staged]]:
-    """Yield groups of neighbouring units of about _BLOCK_ROWS rows: a query costs milliseconds even for few rows."""
-    held: list[Staged] = []
-    for unit in units:
-        held.append(unit)
-        if sum(u.rows for u in held) >= _BLOCK_ROWS:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 class _Query:
@@ -194,8 +187,15 @@ class _Query:
             needed |= {"extra", *derived}
         return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
-    def run(self, storage: Storage, units: Sequence[Staged]) -> QueryResult:
-        return self._result(pa.concat_tables([self._read(storage, unit) for unit in units]))
+    def run(self, storage: Storage, part: Part) -> QueryResult:
+        scores = [field.name for field in added(self._columns) if field.name in self._named]
+        if part.block and not any(name in self._named for name in _BASE if name not in MEASURED):
+            names = [name for name in MEASURED if name in self._named or name in _ALWAYS]
+            try:
+                return self._result(part.read(storage, names + scores))
+            except (DamagedFile, FileNotFoundError) as error:
+                log.warning("%s: the units' own tables are read", error)
+        return self._result(pa.concat_tables([self._read(storage, unit) for unit in part.units]))
 
     def empty(self) -> QueryResult:
         more = [*self._derived, *added(self._columns)]

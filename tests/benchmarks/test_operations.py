@@ -23,3 +23,10 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.integration
 def test_a_takedown_costs_the_same_in_a_larger_dataset(operations: Any) -> None:
     assert operations.of_takedown(16) == operations.of_takedown(40)
+
+
+@pytest.mark.integration
+def test_another_condition_costs_what_it_changes(operations: Any) -> None:
+    small, large = operations.of_rows(20), operations.of_rows(60)
+    assert small["condition"] == large["condition"]
+    assert small["new"] == large["new"]

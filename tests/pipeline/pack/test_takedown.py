@@ -19,6 +19,7 @@ from capstan.pipeline.dataset.shards import Dataset, sha256_of
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.pack import takedown
 from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.select import column_blocks
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
@@ -199,6 +200,22 @@ def test_only_what_held_the_rows_is_written_again_and_all_is_as_if_all_were_sele
     monkeypatch.undo()
     monkeypatch.setattr(build, "decide", lambda *_: pytest.fail("all rows were selected again"))
     assert build.select(changed, progress=False)["counts"]["rejected"] == 4
+
+
+@pytest.mark.integration
+def test_blocks_of_columns_forget_what_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, url = storage_of(folder), "secret-05"
+    monkeypatch.setattr(column_blocks, "LEAST", 1)
+    build.build(recipe_for(folder, select=[{"name": "wide", "where": "width >= 8"}]), progress=False)
+    blocks = Storage(f"{storage.url}/state/columns")
+    assert url.encode() in everything(blocks)
+    build.remove(storage.url, Blocklist(keys=listed(folder, key_of(storage, 5))), progress=False)
+    assert url.encode() not in everything(storage)
+    # All units were in one block. The next selection writes it again, without the row.
+    assert blocks.names() == ["index.json"]
+    build.build(recipe_for(folder, select=[{"name": "wider", "where": "width >= 9"}]), progress=False)
+    assert len(blocks.names()) == 2
+    assert url.encode() not in everything(storage)
 
 
 @pytest.mark.integration
