@@ -8,7 +8,8 @@ are downloaded and unpacked below the folder, not installed. Clip art comes twic
 again by another program, at another size. So it is known which rows are copies. Without apt-get only emoji are built.
 
 Printed: the funnel and what each step drops; copies that are found; how often `language` is right. --pairs N writes N
-near duplicates that are not known to be copies into pairs.csv and pairs-1.png …, to be judged by eye.
+near duplicates that are not known to be copies into pairs.csv and pairs-1.png …, to be judged by eye; verdicts on 200
+are in real_pairs.csv.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ DRAWN = 300  # width of SVGs in pixels: hardly a PNG of the clip art has it
 ENGLISH = 0.5  # share of the rows with translations that get the English one
 SHOWN, ACROSS, SIDE = 20, 4, 112  # pairs of a sheet, in a row; pixels of a picture
 Image.MAX_IMAGE_PIXELS = None  # of the largest only the header is read here; the build has a limit of its own
+TWICE = ("clip art", "drawn again")
+JUDGED = ROOT / "benchmarks/real_pairs.csv"  # near duplicates that a person looked at: kept, dropped, same
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("caption", "origin", "file", "lang", "license")} | {"image": pa.binary()}
 )
@@ -81,13 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/real")
     parser.add_argument("--pairs", type=int, default=0, help="write this many near duplicates, to be judged by eye")
-    parser.add_argument("--limit", type=int, help="rows of each origin: a trial")
+    parser.add_argument(
+        "--clip-art", type=int, help="only this many clip arts, in the order of their names; each twice"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     packages = debian(folder / "packages")
     if not (folder / "table/done").exists():
-        write_table(folder / "table", packages, arguments.limit)
+        write_table(folder / "table", packages, arguments.clip_art)
     recipe = recipe_of(folder)
     start, cpu = time.monotonic(), time.process_time()
     summary = capstan.build(recipe, progress=False)
@@ -139,7 +144,7 @@ def debian(folder: Path) -> Path | None:
     return folder / "usr/share"
 
 
-def write_table(folder: Path, packages: Path | None, limit: int | None) -> None:
+def write_table(folder: Path, packages: Path | None, clip_arts: int | None) -> None:
     """Write the rows of every origin as Parquet, 2,000 per file, SVGs drawn; print how many there are."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -149,8 +154,8 @@ def write_table(folder: Path, packages: Path | None, limit: int | None) -> None:
         readers |= {origin: partial(read, packages) for origin, read in others.items()}
     with ProcessPoolExecutor(2) as pool:
         for origin, read in readers.items():
-            pictures, count = read(), 0
-            while batch := list(islice(pictures, min(2000, (limit or 10**9) - count))):
+            pictures, count = islice(read(), clip_arts if origin in TWICE else None), 0
+            while batch := list(islice(pictures, 2000)):
                 images = pool.map(drawn, batch, chunksize=20)
                 rows = [vars(one) | {"image": image} for one, image in zip(batch, images, strict=True)]
                 name = f"{origin.replace(' ', '-')}-{count:05d}.parquet"
@@ -280,23 +285,27 @@ def print_duplicates(folder: Path, recipe: Any, pairs: int) -> None:
     group = {key: (row[5] if row[3] == "duplicate" else key) for key, row in of.items()}
     twins: dict[str, list[str]] = {}
     for key, origin, file, outcome, *_ in rows:
-        if origin in ("clip art", "drawn again") and outcome != "failed":
+        if origin in TWICE and outcome != "failed":
             twins.setdefault(file, []).append(group[key])
     both = [found for found in twins.values() if len(found) == 2]
     print(f"copies: {len(both):,} clip arts twice, {sum(a == b for a, b in both):,} found")
     near = [(of[row[5]], row) for row in rows if row[4] == "perceptual" and of[row[5]][2] != row[2]]
     print(f"near duplicates that are not known to be copies: {len(near):,}")
+    with JUDGED.open(newline="") as file:
+        judged = {(line["kept"], line["dropped"]): line["same"] for line in csv.DictReader(file)}
+    verdicts = Counter(judged.get((" ".join(a[1:3]), " ".join(b[1:3])), "not judged") for a, b in near)
+    print(f"the same picture, by eye: {dict(verdicts)}")
     if pairs:
         near.sort(key=lambda pair: hashlib.sha256(pair[1][0].encode()).hexdigest())
         write_pairs(folder, [(a[1:3], b[1:3]) for a, b in near[:pairs]])
 
 
 def write_pairs(folder: Path, pairs: list[tuple[tuple[str, str], tuple[str, str]]]) -> None:
-    """Write pairs.csv (number, what was kept, what was dropped) and sheets of the pairs."""
+    """Write pairs.csv (what was kept, what was dropped, room for a verdict) and sheets of the pairs."""
     with (folder / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["number", "kept", "dropped", "same"])
-        writer.writerows([number, " ".join(a), " ".join(b), ""] for number, (a, b) in enumerate(pairs, 1))
+        writer.writerow(["kept", "dropped", "same"])
+        writer.writerows([" ".join(a), " ".join(b), ""] for a, b in pairs)
     wanted = {one for pair in pairs for one in pair}
     images = {}
     for path in sorted((folder / "table").glob("*.parquet")):
