@@ -28,6 +28,8 @@ _SIGNS: Final = ("model_index.json", "config.json", "open_clip_config.json", FAC
 _KINDS: Final = {
     "AutoencoderKL": "autoencoder",
     "VQModel": "vqgan",
+    "AutoencoderOobleck": "oobleck",
+    "StableAudioPipeline": "audio",
     "DDPMPipeline": "ddpm",
     "TextToPixelsPipeline": "ddpm",
     "IFPipeline": "imagen",

@@ -30,6 +30,7 @@ def _named(folder: str, name: str) -> Named:
 # A family is a folder. To add one, add it here: nothing else in training names families.
 FAMILIES: Final = {
     "attngan": _named("attngan", "Attngan"),
+    "audio": _named("audio", "Audio"),
     "autoencoder": _named("autoencoder", "Autoencoder"),
     "captioner": _named("captioner", "Captioner"),
     "dalle": _named("dalle", "Dalle"),
@@ -38,6 +39,7 @@ FAMILIES: Final = {
     "diffusion": _named("diffusion", "Diffusion"),
     "dvae": _named("dvae", "Dvae"),
     "imagen": _named("imagen", "Imagen"),
+    "oobleck": _named("oobleck", "Oobleck"),
     "text2scene": _named("text2scene", "Text2scene"),
     "video": _named("video", "Video"),
     "vitvqgan": _named("vitvqgan", "Vitvqgan"),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.drawing.drawer import Codec, SoundCodec
 from capstan.training.experiment.measure import Clock, score_images
 from capstan.training.experiment.prompts import Prompt
 from capstan.training.lecture.clock import Spent
@@ -44,7 +45,7 @@ def measure(run: Path, prompts: Sequence[Prompt], used: Spent, field: str) -> tu
             best = drawer.ceiling(_sized(true, images.shape[1]), _BATCH)
             facts |= {"kind": GENERATOR, "ceiling": score_images(prompts, best, None)}
             facts["chance"] = score_images(prompts, np.roll(images, 1, axis=0), None)
-        elif family is not None and (codec := family.codec(product, device)) is not None:
+        elif family is not None and _reads_images(codec := family.codec(product, device)):
             true = _sized(true, codec.size)
             with Clock() as clock:
                 images = codec.reconstruct(true, _BATCH)
@@ -54,6 +55,10 @@ def measure(run: Path, prompts: Sequence[Prompt], used: Spent, field: str) -> tu
             problem = "neither draws images nor encodes them"
             raise RecipeError(field, f"{product} {problem}", "name a model that draws, or a first stage")
     return facts | {"seconds": clock.seconds, "values": score_images(prompts, images, None)}, images
+
+
+def _reads_images(codec: Codec | SoundCodec | None) -> TypeGuard[Codec]:
+    return codec is not None and not isinstance(codec, SoundCodec)
 
 
 def parameters(product: Path) -> int:

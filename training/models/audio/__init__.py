@@ -1,0 +1,1 @@
+"""Captions → sounds: latent diffusion with a transformer, given text and timing (Evans et al. 2024, Stable Audio)"""

@@ -1,0 +1,1 @@
+"""Sounds → latents → sounds: diffusers' AutoencoderOobleck, a first stage (Evans et al. 2024, Stable Audio)"""
