@@ -49,7 +49,7 @@ def main() -> None:
         folder = Path(name)
         halves = [_source(folder, part, arguments.bytes // 2) for part in range(2)]
         shards = [str(half / "shards") for half in halves]
-        few = [{"name": "best", "where": "(extra->>'$.score')::DOUBLE >= 0.9"}]
+        few = [{"name": "best", "where": "((extra->>'$.extra')->>'$.score')::DOUBLE >= 0.9"}]
         jobs: dict[str, dict[str, Any]] = {
             "other shard size": {"source": {"path": shards[0]}, "shards": {"samples": 2500}},
             "two merged": {"source": {"path": shards}},

@@ -33,7 +33,7 @@ def _copied(data: bytes, image: config.Image, noai: bool) -> StoredImage | None:
         if not is_stored_as_it_is(header, layout) or is_rare(header):
             return None
         jpeg.check_scans(data, header)
-        bare = jpeg.strip(data)
+        bare = data if jpeg.is_bare(data) else jpeg.strip(data)
         if noai and opt_out("jpeg", data):
             return None
     except MemoryError:
@@ -42,3 +42,19 @@ def _copied(data: bytes, image: config.Image, noai: bool) -> StoredImage | None:
         return None
     sha256 = hashlib.sha256(data).hexdigest()
     return StoredImage(bare, *layout.out, *layout.source, phash=0, sha256=sha256)
+
+
+def is_copy(data: bytes, width: int, height: int) -> bool:
+    """Return whether `data` is a JPEG of this size that is stored byte for byte, as its structure says."""
+    try:
+        header = jpeg.read_header(data)
+        if (header.width, header.height) != (width, height) or header.components != 3 or header.icc:
+            return False
+        if header.exif or header.process not in jpeg.HUFFMAN or is_rare(header):
+            return False
+        jpeg.check_scans(data, header)
+        return jpeg.is_bare(data)
+    except MemoryError:
+        raise  # the machine's fault, not the image's
+    except Exception:  # noqa: BLE001 - the image boundary: its row is read again, which finds the reason
+        return False

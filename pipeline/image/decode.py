@@ -46,7 +46,7 @@ from capstan.pipeline.image.phash import fingerprints
 from capstan.pipeline.image.resize import shrink
 from capstan.pipeline.image.sniff import Unreadable
 
-_LARGEST_SIDE: Final = 65_500  # pixels; the most that JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
+LARGEST_SIDE: Final = 65_500  # pixels; the most that JPEG can hold (libjpeg's JPEG_MAX_DIMENSION)
 _HASHED_SIDE: Final = 64  # an image stored unchanged is decoded no larger than this, for its phash
 _PLUGINS: Final[dict[str, type[ImageFile.ImageFile]]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
@@ -158,7 +158,7 @@ def _plan(width: int, height: int, image: config.Image) -> _Layout:
         out = (min(scaled), min(scaled))
     elif image.resize == "border":
         out = (image.size, image.size)
-    if max(out) > _LARGEST_SIDE:
+    if max(out) > LARGEST_SIDE:
         raise Unreadable("unsupported", f"{out[0]} x {out[1]} is more than a JPEG can hold")
     return _Layout(source, scaled, out)
 

@@ -11,15 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from capstan.pipeline.image.sniff import Unreadable
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _APP0, _APP1, _APP2, _APP14, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; not DHT, JPG, DAC
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RSTn have no length field
-_MARKER_IN_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # FF00 is a stuffed byte, FFD0–FFD7 restart
 PROGRESSIVE: Final = frozenset({0xC2, 0xCA})
-_SCAN: Final = re.compile(rb"\xff\xda")  # re finds two bytes in a third of the time that bytes.count takes
+_AT_ONCE: Final = 1 << 16  # bytes that are searched by numpy, several times as fast as by re: they fit into a cache
 _END: Final = b"\xff\xd9"
 _MISSING: Final = 16  # more bits than a coefficient can be short of
 _MARKER: Final = re.compile(rb"\xff[\x01-\xfe]")  # after fill bytes (FF) and stray zeros
@@ -127,12 +129,37 @@ def segments(data: bytes, *, needs_end: bool = True) -> Iterator[Segment]:
         at = end
         scan = b""
         if marker == _SOS:
-            follower = _MARKER_IN_SCAN.search(data, end)
+            follower = _marker_in_scan(data, end)
             if follower is None and needs_end:
                 raise Unreadable("truncated", "the JPEG ends in a scan")
-            at = len(data) if follower is None else follower.start()
-            scan = data[end:at] if follower else data[end:].rstrip(b"\xff")
+            at = len(data) if follower is None else follower
+            scan = data[end:].rstrip(b"\xff") if follower is None else data[end:at]
         yield Segment(marker, data[start:end], scan)
+
+
+def _marker_in_scan(data: bytes, start: int) -> int | None:
+    """Return where the scan that starts at `start` ends: at a marker that is not part of it, None if there is none.
+
+    FF00 is a stuffed byte, FFD0 to FFD7 are restarts, and FFFF is a fill byte.
+    """
+    for first, second, at in _pairs(data, start):
+        ends = (first == 0xFF) & ((second - 1 < 0xCF) | (second - 0xD8 < 0x27))  # uint8: 0 - 1 is 255
+        place = int(ends.argmax()) if len(ends) else 0
+        if len(ends) and ends[place]:
+            return at + place
+    return None
+
+
+def _count_scans(data: bytes) -> int:
+    """Count SOS markers, also those in other segments."""
+    return sum(int(np.count_nonzero((first == 0xFF) & (second == _SOS))) for first, second, _ in _pairs(data, 0))
+
+
+def _pairs(data: bytes, start: int) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int]]:
+    """Yield all bytes from `start` on with those after them, a block at a time, and where the block starts."""
+    whole = np.frombuffer(data, np.uint8)
+    for at in range(start, len(data) - 1, _AT_ONCE):
+        yield whole[at : at + _AT_ONCE][: len(data) - 1 - at], whole[at + 1 : at + 1 + _AT_ONCE], at
 
 
 def strip(data: bytes) -> bytes:
@@ -143,6 +170,27 @@ def strip(data: bytes) -> bytes:
     marker.
     """
     return _joined(map(_bare, segments(data)))
+
+
+def is_bare(data: bytes) -> bool:
+    """Return whether `strip` would change nothing, without copying the image. Raises Unreadable as `strip` does."""
+    at = 2
+    for count in itertools.count(1):
+        _check_count(count)
+        marker, start, end = _segment(data, at)
+        if start - at != (2 if marker == _EOI else 4):  # stray bytes, or a marker without a length
+            return False
+        if marker == _EOI:
+            return end == len(data)
+        segment = Segment(marker, data[start:end])
+        if _bare(segment) != segment:
+            return False
+        at = end
+        if marker == _SOS:
+            if (follower := _marker_in_scan(data, end)) is None:
+                raise Unreadable("truncated", "the JPEG ends in a scan")
+            at = follower
+    raise AssertionError("count is endless")
 
 
 def tidy(data: bytes, header: Header) -> bytes:
@@ -211,7 +259,7 @@ def check_scans(data: bytes, header: Header) -> None:
     blocks = -(-header.width // 8) * -(-header.height // 8)
     if header.process in HUFFMAN and 8 * len(data) < blocks:  # a Huffman code has one bit at least
         raise Unreadable("truncated", f"{len(data)} bytes cannot hold {blocks} blocks of pixels")
-    if header.process not in PROGRESSIVE and len(_SCAN.findall(data)) == 1:
+    if header.process not in PROGRESSIVE and _count_scans(data) == 1:
         return
     most = max(_USUAL_SCANS, _MOST_DECODED // (header.width * header.height))
     missing = {id_: [_MISSING] * 64 for id_ in header.ids}  # bits of each coefficient that are still to come

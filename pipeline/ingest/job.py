@@ -1,7 +1,8 @@
 """Planned units → staged images and measurements: fetch, decode, measure.
 
     staged/<unit>-<hash>.parquet   STAGED_SCHEMA, one row per planned row, in the same order
-    staged/<unit>-<hash>.tar       the images, KEY.jpg, in the same order
+    staged/<unit>-<hash>.tar       the images, KEY.jpg, in the same order, but for those that the rows refer to
+                                   (pipeline.ingest.references)
 
 A unit may be processed again for the rows that failed (pipeline.ingest.retry_rows). The other rows are carried over
 from its files.
@@ -25,7 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.own_shards import measured
@@ -36,6 +39,7 @@ from capstan.pipeline.fetch.host_limits import HostLimits
 from capstan.pipeline.image.copied import copy_or_decode
 from capstan.pipeline.image.decode import Failure, StoredImage, decode
 from capstan.pipeline.ingest.guarded import DECODE_S, Decoder, guarded
+from capstan.pipeline.ingest.references import REFERENCE, REFERENCE_NAMES, merged, refer, taken_over, with_references
 from capstan.pipeline.ingest.retry_rows import matches
 from capstan.pipeline.ingest.row_bytes import read_rows, read_sample_parts
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
@@ -75,8 +79,8 @@ _STAGED_OUTCOME = ["reason", "detail", *(field.name for field in MEASURED), "off
 class Staged:
     """The content of a unit's marker: the names of its table and its tar ("" if it has no images), and its row count.
 
-    `scores` holds (scorer's name, file) for each scorer. `freed`: the tar, or some of the rows' images, are no longer
-    there (pipeline.ingest.staging).
+    `scores` holds (scorer's name, file) for each scorer. `freed`: some of the rows' images are not in a staged tar:
+    they were removed, or are in the source's tars (pipeline.ingest.staging).
     """
 
     unit: str
@@ -103,7 +107,26 @@ class Ingest(Job):
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Yield one piece: the unit's marker."""
-        rows = self.storage.read_table(unit.spec["table"]).to_pylist()
+        planned = self.storage.read_table(unit.spec["table"])
+        known, table, tar = np.zeros(len(planned), bool), None, ""
+        if self._refers and "again" not in unit.spec:
+            known, table = taken_over(planned, self.recipe, blocked(self.recipe, self.storage), unit.id)
+            report({"samples": int(known.sum()), "bytes": 0 if table is None else pc.sum(table["bytes"]).as_py()})
+        if table is None or not known.all():
+            read, tar = self._staged(unit, planned.filter(pa.array(~known)).to_pylist())
+            table = read if table is None else merged(table, read, known)
+        else:
+            table = table.select([*STAGED_SCHEMA.names, *REFERENCE_NAMES]).cast(pa.schema([*STAGED_SCHEMA, *REFERENCE]))
+        data = parquet_bytes(table)
+        table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
+        self.storage.write(table_name, data)
+        mark: Piece = {"table": table_name, "tar": tar, "rows": len(table), **_counts(table["reason"].to_pylist())}
+        elsewhere = pc.and_(pc.equal(table["reason"], ""), pc.equal(table["size"], 0))
+        mark |= {"freed": True} if pc.any(elsewhere).as_py() else {}
+        yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+
+    def _staged(self, unit: Unit, rows: list[dict[str, Any]]) -> tuple[pa.Table, str]:
+        """Read the rows' images and publish those to be copied; return the staged table, and the tar's name or ""."""
         with scratch() as folder, _Spool(folder) as spool:
             kept = self._kept(unit, rows, spool)
             left = [index for index in range(len(rows)) if index not in kept]
@@ -119,15 +142,13 @@ class Ingest(Job):
             if written:
                 self.storage.put(tar, tar_name)
             places = dict(zip(spool.indices, written, strict=True))
-        data = parquet_bytes(_table(rows, outcomes, places, unit.id, self._parts))
-        table_name = f"staged/{unit.id}-{sha256_of(data)[:16]}.parquet"
-        self.storage.write(table_name, data)
-        counts = _counts(outcomes)
-        mark: Piece = {"table": table_name, "tar": tar_name, "rows": len(rows), **counts}
-        mark |= (
-            {"freed": True} if len(places) + sum(bool(outcome["reason"]) for outcome in outcomes) < len(rows) else {}
-        )
-        yield mark | ({"round": unit.spec["again"]["round"]} if "again" in unit.spec else {})
+        table = _table(rows, outcomes, places, unit.id, self._parts)
+        return with_references(table, outcomes), tar_name
+
+    @property
+    def _refers(self) -> bool:
+        """Whether images may stay in the source's tars."""
+        return self.recipe.image.check == "header" and not self._parts
 
     @property
     def _parts(self) -> list[str]:
@@ -172,7 +193,8 @@ class Ingest(Job):
         again = unit.spec["again"]
         table = self.storage.read_table(again["table"])
         assert table["key"].to_pylist() == [row["key"] for row in rows], f"{again['table']} belongs to another plan"
-        names = [name for name in _STAGED_OUTCOME if name in table.column_names] + part_names(table.column_names)
+        carried = _STAGED_OUTCOME if again.get("reread") else (*_STAGED_OUTCOME, *REFERENCE_NAMES)
+        names = [name for name in carried if name in table.column_names] + part_names(table.column_names)
         before = dict(enumerate(table.select(names).to_pylist()))
         wanted = set(again.get("keys", ()))  # rows whose images were freed
         kept = {
@@ -201,9 +223,11 @@ class Ingest(Job):
         from capstan.pipeline.ingest.staging import samples
 
         found = set(spool.indices)
-        missing = [index for index, row in kept.items() if not row["reason"] and index not in found]
+        gone = [index for index, row in kept.items() if not row["reason"] and not row.get("source")]
+        missing = [index for index in gone if index not in found]
         packed = [(tar, table) for tar, table in again["packed"]]
-        for index, stored in samples(self.storage, again["table"], "", missing, packed, damaged_is_none=True):
+        found_again = samples(self.storage, again["table"], "", missing, packed, damaged_is_none=True, refer=False)
+        for index, stored in found_again:
             if stored is not None:
                 spool.add(index, stored.jpeg)
                 spool.add_parts(index, stored.parts)
@@ -219,8 +243,11 @@ class Ingest(Job):
             if isinstance(result, StoredImage) and isinstance(data, bytes):
                 result, size = _with_facts(result, rows[index].get("facts"), data)
             if isinstance(result, StoredImage) and result.sha256 not in unwanted.sha256:
-                spool.add(index, result.jpeg)
                 outcomes[index] = _measured(result, size)
+                if self._refers and data == result.jpeg and (place := refer(rows[index], result.jpeg)):
+                    outcomes[index] |= place
+                else:
+                    spool.add(index, result.jpeg)
             elif isinstance(result, StoredImage):
                 outcomes[index] = _failed(REMOVED, "")
             else:
@@ -336,8 +363,8 @@ def _table(
     return table
 
 
-def _counts(outcomes: list[Outcome]) -> dict[str, int]:
-    reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["reason"] not in ("", REMOVED))
+def _counts(found: list[str]) -> dict[str, int]:
+    reasons = Counter(reason for reason in found if reason not in ("", REMOVED))
     return {"failed": sum(reasons.values()), **{f"failed.{reason}": n for reason, n in sorted(reasons.items())}}
 
 

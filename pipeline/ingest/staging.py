@@ -1,4 +1,4 @@
-"""Read staged images: from the staged tar or, once freed, from packed shards.
+"""Read staged images: from the staged tar or, once freed, from packed shards; or from the source's tars.
 
 keep_staged: false    once everything is packed, staged tars are removed; their tables stay. Kept images are then in the
                       shards only. Other images are nowhere, and must be fetched again if the recipe keeps them later.
@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, Final, NamedTuple
 
+import pyarrow as pa
+
 from capstan.pipeline.dataset.damage import note_damage
 from capstan.pipeline.dataset.parts import PARTS, part_fields, read_parts
 from capstan.pipeline.dataset.shards import read_image, sha256_of
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Ingest, Staged, failed_table, staged
+from capstan.pipeline.ingest.references import REFERENCE_NAMES, SourceTars, moved
 from capstan.pipeline.records import CRC32
 from capstan.pipeline.source.plan import Plan
 from capstan.pipeline.storage import Storage, parquet_bytes
@@ -103,18 +106,26 @@ def samples(
     *,
     damaged_is_none: bool = False,
     parts: bool = True,
+    refer: bool = True,
 ) -> Iterator[tuple[int, Stored | None]]:
-    """Yield the same as `images`, with the images' parts; without `parts` these are not read."""
+    """Yield the same as `images`, with the images' parts; without `parts` these are not read.
+
+    An image that is nowhere else is read from the source's tar that its row refers to, unless `refer` is false.
+    """
     names = [*_PLACE, *(field.name for field in part_fields(PARTS) if parts)]
-    places = storage.read_table(table, names).to_pylist()
+    whole = storage.read_table(table, [*names, "width", "height", *REFERENCE_NAMES])
+    places = whole.take(pa.array(rows, pa.int64())).to_pylist()
     elsewhere = _places(storage, packed, names)
     with contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for row in rows:
-            place, name = places[row], tar
-            key = place["key"]
+        files, sources = dict[str, BinaryIO](), SourceTars()
+        stack.callback(sources.close)
+        for row, place in zip(rows, sources.announced(places) if refer else places, strict=True):
+            name, key, own = tar, place["key"], place
             if not tar or not place["size"]:
                 name, place = elsewhere.get((key, place["sha256"]), ("", place))
+            if not name and refer and own.get("source"):
+                yield row, _referred(storage, table, sources, own, damaged_is_none=damaged_is_none)
+                continue
             if not name:
                 yield row, None
                 continue
@@ -130,6 +141,20 @@ def samples(
                     raise
                 log.warning("%s, row %s", error, key)
                 yield row, None
+
+
+def _referred(
+    storage: Storage, table: str, sources: SourceTars, place: Mapping[str, Any], *, damaged_is_none: bool
+) -> Stored | None:
+    """Return the image that a staged row refers to. One that is not what the row says is noted, as in `images`."""
+    try:
+        return Stored(sources.read(place), {})
+    except DamagedFile as error:
+        note_damage(storage, moved(table), error.problem)
+        if not damaged_is_none:
+            raise
+        log.warning("%s", error)
+        return None
 
 
 def _places(

@@ -19,6 +19,7 @@ from capstan.pipeline.dataset.parts import PARTS, part_fields, parts_in
 from capstan.pipeline.dataset.shards import Manifest, ShardEntry
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
+from capstan.pipeline.ingest.references import REFERENCE_NAMES, is_there
 from capstan.pipeline.ingest.staging import Packed
 from capstan.pipeline.records import CRC32, SHARD_SCHEMA
 from capstan.pipeline.select.conditions import raw_digits
@@ -101,9 +102,8 @@ def _unstaged(storage: Storage, decisions: Decided, shards: Iterable[str] | None
         requested[[numbers[shard] for shard in (numbers if shards is None else shards)]] = True
         for unit, start in zip(decisions.units, decisions.starts, strict=False):
             if unit.freed:
-                gone = np.ones(unit.rows, bool)
-                if unit.tar:
-                    gone = storage.read_table(unit.table, ["size"])["size"].to_numpy() == 0
+                table = storage.read_table(unit.table, ["size", *REFERENCE_NAMES])
+                gone = ((table["size"].to_numpy() == 0) | (not unit.tar)) & ~is_there(table)
                 found.append(start + np.nonzero(gone & requested[decisions.shard[start : start + unit.rows]])[0])
     return np.concatenate(found)
 

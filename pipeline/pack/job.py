@@ -39,6 +39,7 @@ from capstan.pipeline.dataset.shards import (
     write_manifest,
     write_samples,
 )
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, free, samples
 from capstan.pipeline.pack.carryover import carry_over, clear
@@ -124,12 +125,19 @@ class Pack(Job):
         return rows.filter(pc.equal(rows["shard"], shard))
 
     def _samples(self, segments: list[Segment], parts: list[pa.Table], shelf: list[Packed]) -> Iterator[Sample]:
+        bad = list[str]()
         for segment, rows in zip(segments, parts, strict=True):
-            found = samples(self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf)
+            found = samples(
+                self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf, damaged_is_none=True
+            )
             for row, (_, stored) in zip(rows.to_pylist(), found, strict=True):
-                assert stored is not None, f"{row['key']} is neither staged nor packed"
+                if stored is None:  # all damage is noted before the shard fails, so that one more build mends it
+                    bad.append(self.storage.path(segment.tar or segment.table))
+                    continue
                 report({"samples": 1, "bytes": len(stored.jpeg) + sum(map(len, stored.parts.values()))})
                 yield Sample(row["key"], stored.jpeg, sample_fields(row), row["caption"], stored.parts)
+        if bad:
+            raise DamagedFile(bad[0], f"{len(bad)} images of the shard are not what was staged")
 
     def _rewrite_table(self, packed: ShardEntry, parts: list[pa.Table]) -> ShardEntry:
         """Rewrite the shard's table with its new scores; the tar is unchanged."""

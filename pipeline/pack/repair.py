@@ -34,6 +34,7 @@ from capstan.pipeline.dataset.shards import (
 )
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Ingest, Staged
+from capstan.pipeline.ingest.references import moved
 from capstan.pipeline.ingest.staging import Packed, may_be_freed
 from capstan.pipeline.pack.carryover import carried_over, packed_shards, shelve
 from capstan.pipeline.records import CRC32, FAILED, REMOVED
@@ -136,7 +137,8 @@ def broken_units(
             new.append(unit)
             continue
         tar_is_broken = mark["tar"] in damaged or (mark["tar"] and mark["tar"] not in present and not freed)
-        if mark["table"] in usable and not tar_is_broken:
+        reread = moved(mark["table"]) in damaged
+        if mark["table"] in usable and not tar_is_broken and not reread:
             continue
         tar = mark["tar"] if mark["tar"] in present else ""
         packed = _shards_of(storage, manifest, Staged(unit, mark["table"], tar, mark["rows"]))
@@ -147,7 +149,8 @@ def broken_units(
             continue
         log.warning("repair: the staged files of unit %s are rebuilt", unit)
         again = {"table": table, "tar": tar, "reasons": [], "round": _ROUND, "packed": packed}
-        again["refetch"] = not mark.get("freed", False) and not (mark["tar"] and not tar and freed)
+        again["refetch"] = reread or (not mark.get("freed", False) and not (mark["tar"] and not tar and freed))
+        again |= {"reread": True} if reread else {}
         repaired[unit] = Unit(unit, {"table": plans[unit].table, "rows": mark["rows"], "again": again})
     return repaired, new
 

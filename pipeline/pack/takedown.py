@@ -34,6 +34,7 @@ from capstan.pipeline.dataset.parts import part_columns, part_fields, parts_in
 from capstan.pipeline.dataset.shards import Place, Sample, read_manifest, sha256_of, write_samples
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import STAGED_SCHEMA
+from capstan.pipeline.ingest.references import REFERENCE, without_references
 from capstan.pipeline.ingest.staging import samples
 from capstan.pipeline.pack import row_lookup
 from capstan.pipeline.pack.carryover import clear
@@ -275,8 +276,9 @@ def _without(table: pa.Table, hit: pa.ChunkedArray, kept: pa.Array, places: Mapp
     columns |= {"offset": pa.array([p.offset for p in found]), "size": pa.array([p.size for p in found])}
     columns[CRC32.name] = pa.array([p.crc32 for p in found], CRC32.type)
     columns |= part_columns([p.parts for p in found], parts_in(table.column_names))
-    schema = pa.schema([*STAGED_SCHEMA, *part_fields(parts_in(table.column_names))])
-    return pa.table(columns).select(schema.names).cast(schema)
+    more = [field for field in REFERENCE if field.name in table.column_names]
+    schema = pa.schema([*STAGED_SCHEMA, *more, *part_fields(parts_in(table.column_names))])
+    return without_references(pa.table(columns).select(schema.names).cast(schema), hit)
 
 
 def _carry_scores(storage: Storage, unit: str, before: str, after: str, keys: pa.Array) -> None:

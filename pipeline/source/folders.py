@@ -13,14 +13,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
 
 from capstan.pipeline.config import Source
-from capstan.pipeline.dataset.own_shards import Own
+from capstan.pipeline.dataset.own_shards import FACTS, Own, score_columns
+from capstan.pipeline.dataset.parts import part_names
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.records import PLAN_SCHEMA
 from capstan.pipeline.source.bounds import MOST_TEXT, OVERSIZED, too_long
-from capstan.pipeline.source.carried import carried_fields
-from capstan.pipeline.source.columns import NO_TEXT, Row, caption_of, text_in_file, text_of, to_json
+from capstan.pipeline.source.carried import carried_fields, is_carried
+from capstan.pipeline.source.columns import (
+    NO_TEXT,
+    Row,
+    as_objects,
+    caption_of,
+    is_nested,
+    make_keys,
+    text_in_file,
+    text_of,
+    to_json,
+)
 from capstan.pipeline.source.image_metadata import Described, ImageMetadata, is_metadata
 from capstan.pipeline.source.samples import (
     IMAGES,
@@ -157,6 +171,44 @@ def webdataset(
         except tarfile.ReadError as error:
             problem = f"{file.path} is not a tar, or is cut ({error})"
             raise RecipeError("source.path", problem, "replace or remove the file") from None
+
+
+def is_read_by_table(table: pa.Table, source: Source) -> bool:
+    """Return whether the table of one of Capstan's shards says all that the recipe's `source` asks of its tar."""
+    plain = source.hash is None and not source.parts and source.caption == "caption"
+    return plain and not part_names(table.column_names) and not any(map(is_nested, table.schema.types))
+
+
+def by_table(file: SourceFile, table: pa.Table, source: Source) -> pa.Table:
+    """Return the rows of one of Capstan's shards (PLAN_SCHEMA), as `webdataset` yields them, by the table next to it.
+
+    No member of the tar is read: KEY.json and KEY.txt repeat what the table says.
+    """
+    count = len(table)
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    carried = {name: columns[name] for name in (*_IN_JSON, *score_columns(table)) if is_carried(name, source)}
+    if "phash" in carried:
+        carried["phash"] = pa.array([f"{value:016x}" for value in columns["phash"].to_pylist()], pa.string())
+    names = [text_of(f"{file.path}#{key}.jpg") for key in columns["key"].to_pylist()]
+    url = pa.array(names, pa.string())
+    made = {
+        "key": make_keys(pa.repeat("file", count), url),
+        "url": url,
+        "caption": [text.removeprefix("\ufeff").strip() or text for text in columns["caption"].to_pylist()],
+        "image": pa.nulls(count, pa.binary()),
+        "file": pa.repeat(text_of(file.path), count),
+        "offset": columns["offset"],
+        "length": columns["size"],
+        "extra": as_objects(carried, count),
+        "hash": pa.repeat("", count),
+        "facts": as_objects({name: columns[name] for name in FACTS}, count),
+        "parts": pa.repeat("", count),
+    }
+    return pa.table({name: made[name] for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
+
+
+# The fields of KEY.json in a shard, without the caption.
+_IN_JSON: Final = ("key", "url", "width", "height", "original_width", "original_height", "sha256", "phash", "extra")
 
 
 def _members(stream: BinaryIO, file: SourceFile, suffixes: Suffixes) -> Iterator[Member]:

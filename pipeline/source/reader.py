@@ -26,12 +26,12 @@ from typing import Any
 import pyarrow as pa
 
 from capstan.pipeline.config import Recipe, Source, WorldSource
-from capstan.pipeline.dataset.own_shards import own_rows
+from capstan.pipeline.dataset.own_shards import own_rows, own_table
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.source import tables
 from capstan.pipeline.source.bounds import bounded
 from capstan.pipeline.source.columns import Row, of_rows, to_json
-from capstan.pipeline.source.folders import folder, webdataset
+from capstan.pipeline.source.folders import by_table, folder, is_read_by_table, webdataset
 from capstan.pipeline.source.formats import FormatGuess, FormatPolicy, kind_of
 from capstan.pipeline.source.image_metadata import FILE_NAME, ImageMetadata
 from capstan.pipeline.source.image_reader import Span, options_of, read_images
@@ -192,7 +192,11 @@ class SourceReader:
 
     def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
         if kind == "webdataset":
-            own = own_rows(file.path, self._open) if self._recipe.image.check == "header" else {}
+            header = self._recipe.image.check == "header"
+            table = own_table(file.path, file.size, self._open) if header else None
+            if table is not None and self._suffixes == IMAGES and is_read_by_table(table, self.source):
+                return (by_table(file, part, self.source) for part in _slices(table))
+            own = {} if table is None else own_rows(table)
             suffixes = TAR_IMAGES if self._suffixes == IMAGES else self._suffixes
             return _in_tables(webdataset(file, self.source, self._open, self.unused, own, suffixes))
         return _TABLES[kind](file, self.source, self._open)
@@ -238,6 +242,11 @@ def _in_tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
             held, size = [], 0
     if held:
         yield of_rows(held)
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, len(table), _BATCH_ROWS):
+        yield table.slice(start, _BATCH_ROWS)
 
 
 def _world(source: Source) -> Iterator[Row]:
