@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs gallery experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-clips bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-plan bench-real bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
+.PHONY: bench-lanes bench-plan bench-real bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
 .PHONY: bench-train bench-view
 
 demo: $(STAMP)
@@ -88,6 +88,9 @@ bench-jpeg-damage: $(STAMP)
 bench-loader: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/loader.py
+
+bench-lanes: $(STAMP)
+	$(BIN)/python benchmarks/lanes.py
 
 bench-plan: $(STAMP)
 	$(BIN)/python benchmarks/plan.py

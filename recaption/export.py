@@ -20,6 +20,7 @@ from capstan.pipeline.config import Resources, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
 from capstan.pipeline.dataset.parts import part_columns, parts_in
+from capstan.pipeline.dataset.ratios import ratios_of
 from capstan.pipeline.dataset.shards import (
     PLACE_COLUMNS,
     Dataset,
@@ -83,7 +84,12 @@ class Export(Job):
                 table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
             data = parquet_bytes(table)
             entry = ShardEntry(
-                name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest(), table_sha256=sha256_of(data)
+                name=name,
+                samples=len(rows),
+                bytes=size,
+                sha256=digest.hexdigest(),
+                table_sha256=sha256_of(data),
+                ratios=ratios_of(table),
             )
             self.storage.put(tar, entry.tar)
             self.storage.write(entry.table, data)

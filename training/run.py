@@ -1,6 +1,6 @@
 """The run folder: files of a training run, locking, resuming
 
-recipe.json     the run's recipe; a start with another one is refused
+recipe.json     the run's recipe, and its number of lanes; a start with another recipe is refused
 assets/         computed from the dataset once: a tokenizer, latent statistics
 log.jsonl       one JSON object per logged step; tensorboard/ has the same as curves, train.log the messages
 evaluations.jsonl, samples/, best/, best.json     see training.monitoring.validation
@@ -28,6 +28,7 @@ from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError
 from capstan.pipeline.storage import Storage, is_inside
 from capstan.pipeline.storage.local import as_disk_full
 from capstan.training.config import TrainConfig
+from capstan.training.data.lanes import lanes_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,22 @@ class Run:
                 raise RecipeError("train.run", problem, "name another folder, or remove this one")
             return
         storage.check_writable()
-        content = {"identity": identity, "recipe": recipe, "versions": versions()}
+        content = {"identity": identity, "recipe": recipe, "versions": versions(), "lanes": lanes_of(self.train)}
         storage.write("recipe.json", json.dumps(content, indent=1).encode())
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes of the data order (training.data.lanes); 1 for runs of versions that had none.
+
+        Raises DamagedFile if recipe.json says something else than a number.
+        """
+        if not self.started:
+            return lanes_of(self.train)
+        lanes = Storage(str(self.folder)).read_json("recipe.json", _RESTORE).get("lanes", 1)
+        if not isinstance(lanes, int) or lanes < 1 or self.train.batch % lanes:
+            problem = f"its lanes are {lanes!r}, and the batch is {self.train.batch}"
+            raise DamagedFile(str(self.folder / "recipe.json"), problem, _RESTORE)
+        return lanes
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

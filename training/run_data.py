@@ -7,6 +7,7 @@ open_data(recipe, train, run)    in every worker
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from capstan.pipeline.config import Recipe, fingerprint
@@ -52,17 +53,24 @@ def _pin(train: TrainConfig, run: Run, number: int, dataset: Dataset, source: We
     return layer
 
 
-def open_data(recipe: Recipe, train: TrainConfig, run: Run) -> TrainingData | MixedData:
-    """Return the samples of a run, as fixed by `pin`."""
-    sources = weighted_datasets(recipe, train)
-    parts = [_open(recipe, train, run, number, source) for number, source in enumerate(sources)]
+def open_data(recipe: Recipe, train: TrainConfig, run: Run, world: int = 1) -> TrainingData | MixedData:
+    """Return the samples of a run, as fixed by `pin` and the run's lanes, for one of `world` workers."""
+    sources, lanes = weighted_datasets(recipe, train), run.lanes
+    # Datasets are mixed by whole batches, which have one bucket; or else by one sample of each lane at a time.
+    single = train.data.datasets is None or train.data.buckets is not None
+    batch = train.batch if single else lanes
+    shared = {"batch": batch, "lanes": lanes, "world": world}
+    parts = [_open(recipe, train, run, number, source, shared) for number, source in enumerate(sources)]
     if train.data.datasets is None:
         return parts[0]
-    batch = train.batch if train.data.buckets is not None else 1
-    return MixedData(parts, names_of(sources), [source.weight for source in sources], train.seed, batch)
+    weights = [source.weight for source in sources]
+    whole = None if single else train.batch
+    return MixedData(parts, names_of(sources), weights, train.seed, batch, whole)
 
 
-def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: WeightedDataset) -> TrainingData:
+def _open(
+    recipe: Recipe, train: TrainConfig, run: Run, number: int, source: WeightedDataset, shared: Mapping[str, int]
+) -> TrainingData:
     data, storage = data_for(train, source), open_storage(recipe, source)
 
     def pinned(name: str) -> str | None:
@@ -88,8 +96,8 @@ def _open(recipe: Recipe, train: TrainConfig, run: Run, number: int, source: Wei
         cache=cache,
         files=files,
         parts=traits_of(train.model).reads,
-        batch=train.batch,
         order_seed=hash64(train.seed, "dataset", number) if number else None,  # datasets must not share one order
+        **shared,
     )
 
 

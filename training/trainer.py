@@ -138,7 +138,7 @@ class _Fit:
         if self.engine.is_main:
             pin(self.recipe, self.train, self.disk)
         self.engine.wait()
-        return open_data(self.recipe, self.train, self.disk)
+        return open_data(self.recipe, self.train, self.disk, self.engine.world)
 
     def _build_family(self) -> Family:
         train, chosen, assets = self.train, family_class(self.train.model), self.disk.assets

@@ -161,6 +161,7 @@ def _inside(name: str) -> str:
     return name
 
 
+_Histogram = Annotated[str, StringConstraints(pattern=r"\A[0-9* ]{0,4000}\z")]
 _Path = Annotated[str, AfterValidator(_inside)]
 
 
@@ -171,7 +172,8 @@ class _Entry(BaseModel):
 class ShardEntry(_Entry):
     """A shard: shards/NAME.tar (`bytes` and `sha256`), NAME.parquet (`table_sha256`) and NAME.tar.idx.
 
-    The content of the index follows from the table.
+    The content of the index follows from the table. `ratios` counts the images' aspect ratios (dataset.ratios), "" if
+    an earlier version wrote the shard.
     """
 
     name: _Name
@@ -179,6 +181,7 @@ class ShardEntry(_Entry):
     bytes: _Count
     sha256: _Sum
     table_sha256: _Sum
+    ratios: _Histogram = ""
 
     @property
     def tar(self) -> str:

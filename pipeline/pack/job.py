@@ -27,6 +27,7 @@ from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.energon import tar_index
 from capstan.pipeline.dataset.indexes import hide_indexes, write_indexes
 from capstan.pipeline.dataset.parts import part_columns, part_fields, part_names
+from capstan.pipeline.dataset.ratios import ratios_of
 from capstan.pipeline.dataset.shards import (
     PLACE_COLUMNS,
     LedgerEntry,
@@ -107,6 +108,7 @@ class Pack(Job):
                 bytes=size,
                 sha256=digest.hexdigest(),
                 table_sha256=sha256_of(table),
+                ratios=ratios_of(rows),
             )
             self.storage.put(tar, entry.tar)
             self.storage.write(entry.table, table)
@@ -152,7 +154,7 @@ class Pack(Job):
         assert rows["key"].equals(before["key"]), f"{packed.table} is of another shard"
         table = parquet_bytes(rows)
         self.storage.write(packed.table, table)
-        return packed.model_copy(update={"table_sha256": sha256_of(table)})
+        return packed.model_copy(update={"table_sha256": sha256_of(table), "ratios": ratios_of(rows)})
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, str | int | float]:

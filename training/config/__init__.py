@@ -97,13 +97,14 @@ class Data(Section):
     """Number of samples to exclude from training: the last of each dataset."""
     block: Annotated[int, Field(ge=1)] = 8
     """Number of shards whose samples are shuffled together within an epoch."""
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    """Lanes with shards of their own, a divisor of batch; null: at most block or the workers; 1: no lanes."""
     prefetch: Annotated[int, Field(ge=1)] = 4
     """Number of prepared batches that each worker keeps ready."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Number of loader threads on each worker."""
     cache: Cache | None = None
     """Local copies of the shards of a bucket; null: one request per image."""
-
     bad: Bad | None = None
     """Skips samples that cannot be read; null: the first one ends the run."""
 
@@ -291,6 +292,8 @@ class TrainConfig(Section):
                 f"batch {self.batch} is not a multiple of engine.workers × accumulate ({parts}); "
                 f"use e.g. batch: {-(-self.batch // parts) * parts}"
             )
+        if self.batch % (self.data.lanes or 1):
+            raise ValueError(f"batch {self.batch} is not a multiple of data.lanes ({self.data.lanes}); change one")
         return self
 
     def world_sizes(self) -> list[int]:
@@ -352,7 +355,8 @@ class TrainConfig(Section):
         """
         free = {"run", "before", "steps", "log_every", "engine", "checkpoint", "diverged", "watch"}
         fixed = self.model_dump(mode="json", exclude=free | {"data"})
-        fixed["data"] = self.data.model_dump(mode="json", exclude={"prefetch", "threads", "cache", "bad"})
+        free = {"prefetch", "threads", "cache", "bad", *(["lanes"] if self.data.lanes is None else [])}
+        fixed["data"] = self.data.model_dump(mode="json", exclude=free)
         fixed["schedule"] = self.schedule if isinstance(self.schedule, str) else self.schedule.before
         fixed["settings"] = self.settings.model_dump(mode="json") if self.settings is not None else {}
         return fixed

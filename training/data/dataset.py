@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,13 +21,25 @@ from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
 from capstan.training.config import ORIGINAL, Data
 from capstan.training.data.bad_samples import Location
-from capstan.training.data.buckets import Size, assign, shapes, sizes_of
-from capstan.training.data.order import BucketOrder, Order, Window, hash64, without_last
+from capstan.training.data.buckets import Size, assign, assign_by_cell, bucket_counts, shapes, sizes_of
+from capstan.training.data.lanes import LaneBucketOrder, LaneOrder
+from capstan.training.data.order import BucketOrder, Order, Place, hash64, without_last
 from capstan.training.data.shard_cache import ShardCache
 from capstan.training.data.shard_reader import JPG, NUMBERS, TARS, OpenShard, OpenShards, ShardRows, check_parts
 from capstan.training.family import Sample
 
 logger = logging.getLogger(__name__)
+
+
+class AnyOrder(Protocol):
+    """A sequence of places (`order`, `lanes`), read in windows of shards."""
+
+    total: int
+
+    def __call__(self, number: int, /) -> Place: ...
+    def window_of(self, number: int, /) -> Any: ...
+    def after(self, window: Any, /) -> Any: ...
+    def shards_of(self, window: Any, /) -> np.ndarray: ...
 
 
 class TrainingData:
@@ -34,7 +48,9 @@ class TrainingData:
     `layer` is a caption layer's id, or None for the original captions. `latents` returns a shard's latents in tar
     order, which replace the images; `states` returns the text encoders' states of its captions. `files` are the files
     that `cache` prefetches. `parts` are the suffixes of the samples' files that are read. `batch` is the size of a
-    step's batch, required with aspect-ratio buckets. Thread-safe.
+    step's batch, required with aspect-ratio buckets and with several `lanes` (training.data.lanes; one lane is the
+    order of earlier versions). `world` is the number of workers, each of which reads its share of the lanes.
+    Thread-safe.
     """
 
     def __init__(
@@ -51,6 +67,8 @@ class TrainingData:
         parts: Sequence[str] = (JPG,),
         batch: int | None = None,
         order_seed: int | None = None,
+        lanes: int = 1,
+        world: int = 1,
     ) -> None:
         self.dataset, self.seed, self.layer = dataset, seed, layer
         self.weights = data.weights if layer is not None else {ORIGINAL: 1.0}
@@ -61,24 +79,53 @@ class TrainingData:
             raise RecipeError("train.data.holdout", f"leaves no samples of {where} ({self.total} in all)", hint)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         counts = without_last(counts, data.holdout)
-        order = Order(counts, data.block, seed if order_seed is None else order_seed)
-        self.order: Order | BucketOrder = order
-        self._sizes, self._buckets = list[Size](), list[np.ndarray]()
-        if data.buckets is not None:
-            assert batch is not None, "buckets need to know the batch"
-            self._sizes = sizes_of(data.buckets)
-            self._buckets = [assign(widths, heights, self._sizes) for widths, heights in shapes(dataset)]
-            trained = [buckets[:count] for buckets, count in zip(self._buckets, counts, strict=False)]
-            self.order = BucketOrder(order, trained, len(self._sizes), batch)
-            _warn_of_rare(self._sizes, np.bincount(np.concatenate(trained), minlength=len(self._sizes)), batch)
-        self._cache, self._seen = cache, set[Window]()
-        self._two_fit = cache is not None and (TARS not in files or cache.fits(dataset, 2 * data.block))
-        keep = 2 * data.block + 2
+        self.lanes, self._counts = lanes, counts
+        self._sizes = [] if data.buckets is None else sizes_of(data.buckets)
+        # Latents have the shape of the bucket that `assign` finds, so its buckets are needed, from all tables.
+        self._by_cell = lanes > 1 and latents is None
+        self._read = [] if not self._sizes or self._by_cell else self._read_buckets()
+        block = data.block if lanes == 1 else max(1, data.block // lanes)
+        # Shards of one window, on this worker and on this machine.
+        own = min(lanes, -(-lanes // world) + (lanes % world > 0)) * block
+        near = min(lanes * block, own * int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        self._cache, self._seen = cache, set[tuple[int, ...]]()
+        self._two_fit = cache is not None and (TARS not in files or cache.fits(dataset, 2 * near))
         check_parts(dataset, parts)
         self._parts = () if latents is not None else tuple(parts)  # stored latents take their place
+        keep = 2 * own + 2
         self._open = OpenShards(
             dataset, layer, keep, latents=latents, states=states, cache=cache, files=files, parts=self._parts
         )
+        self._buckets = lru_cache(maxsize=keep)(self._buckets_in)
+        self.order = self._make_order(block, seed if order_seed is None else order_seed, batch)
+
+    def _make_order(self, block: int, seed: int, batch: int | None) -> AnyOrder:
+        kinds, lanes = len(self._sizes), self.lanes
+        if not kinds and lanes == 1:
+            return Order(self._counts, block, seed)
+        assert batch is not None, "buckets and lanes need to know the batch"
+        if not kinds:
+            return LaneOrder(np.array(self._counts), lanes, block, seed, batch)
+        if self._by_cell:
+            counts = bucket_counts(self.dataset, self._counts, self._sizes)
+        else:
+            trained = [buckets[:count] for buckets, count in zip(self._read, self._counts, strict=False)]
+            counts = np.stack([np.bincount(buckets, minlength=kinds) for buckets in trained])
+        _warn_of_rare(self._sizes, counts.sum(0), batch)
+        if lanes == 1:
+            return BucketOrder(Order(self._counts, block, seed), trained, kinds, batch)
+        return LaneBucketOrder(counts, lanes, block, seed, batch, self._buckets)
+
+    def _read_buckets(self) -> list[np.ndarray]:
+        """Return the bucket of each sample, shard by shard, from the shards' tables."""
+        return [assign(*sides, self._sizes) for sides in shapes(self.dataset, self.dataset.shard_names)]
+
+    def _buckets_in(self, number: int) -> np.ndarray:
+        """Return the bucket of each of a shard's samples, also of those that are held out."""
+        if not self._by_cell:
+            return self._read[number]
+        numbers = self._open[number].numbers
+        return assign_by_cell(numbers[:, 0], numbers[:, 1], self._sizes)
 
     def __len__(self) -> int:
         """Return the number of training samples in an epoch."""
@@ -89,7 +136,8 @@ class TrainingData:
         digest = hashlib.blake2b(digest_size=8)
         for entry in self.dataset.manifest.shards:
             digest.update(entry.sha256.encode())
-        return {"samples": len(self), "shards": digest.hexdigest(), "layer": self.layer}
+        facts = {"samples": len(self), "shards": digest.hexdigest(), "layer": self.layer}
+        return facts if self.lanes == 1 else {**facts, "lanes": self.lanes}
 
     def progress(self, number: int) -> dict[str, float]:
         """Return values for the log after `number` samples."""
@@ -117,16 +165,15 @@ class TrainingData:
         """Yield every caption that the blend may use, in dataset order."""
         for number in range(len(self.dataset.manifest.shards)):
             shard = self._open[number]
-            keys, originals = (shard.text[name].to_pylist() for name in ("key", "caption"))
-            for key, original in zip(keys, originals, strict=True):
-                texts = {**shard.captions.get(key, {}), ORIGINAL: original}
-                yield from (texts[slot] for slot in self.weights if slot in texts)
+            texts = {**shard.captions, ORIGINAL: shard.text["caption"]}
+            slots = [texts[slot].to_pylist() for slot in self.weights if slot in texts]
+            yield from (text for row in zip(*slots, strict=True) for text in row if text is not None)
 
     def _prefetch(self, number: int) -> None:
         """Prefetch the shards of this window and of the next into the cache."""
         window = self.order.window_of(number)
         if window not in self._seen:
-            self._seen = {window} if len(self._seen) > 8 else self._seen | {window}
+            self._seen = {window} if len(self._seen) > 8 * self.lanes else self._seen | {window}
             for near in (window, self.order.after(window)) if self._two_fit else (window,):
                 for shard in self.order.shards_of(near):
                     self._open.prefetch(int(shard))
@@ -134,7 +181,7 @@ class TrainingData:
     def _sample(self, number: int, row: int, epoch: int) -> Sample:
         shard = self._open[number]
         key, extra = shard.text["key"][row].as_py(), shard.text["extra"][row].as_py()
-        slot, text = self._caption(shard, key, shard.text["caption"][row].as_py(), epoch)
+        slot, text = self._caption(shard, key, row, epoch)
         latent = None if shard.latents is None else np.asarray(shard.latents[row])
         states = None if shard.states is None else _states(shard.states, slot, row)
         files = {part: self._open.file(number, shard, row, part) for part in self._parts}
@@ -149,19 +196,19 @@ class TrainingData:
             extra=extra,
             latent=latent,
             states=states,
-            bucket=self._sizes[self._buckets[number][row]] if self._sizes else None,
+            bucket=self._sizes[self._buckets(number)[row]] if self._sizes else None,
             **dict(zip(NUMBERS, shard.numbers[row].tolist(), strict=False)),
         )
 
-    def _caption(self, shard: OpenShard, key: str, original: str, epoch: int) -> tuple[str, str]:
+    def _caption(self, shard: OpenShard, key: str, row: int, epoch: int) -> tuple[str, str]:
         """Return (slot, text) drawn by (seed, key, epoch); the original if the layer has no such slot for this key."""
-        texts = shard.captions.get(key, {})
         draw, slot = hash64(self.seed, "caption", key, epoch) / 2**64, ORIGINAL
         for slot, weight in self.weights.items():  # noqa: B007 - rounding may leave the last slot
             draw -= weight
             if draw < 0:
                 break
-        return (slot, texts[slot]) if slot in texts and slot != ORIGINAL else (ORIGINAL, original)
+        text = shard.captions[slot][row].as_py() if slot in shard.captions and slot != ORIGINAL else None
+        return (ORIGINAL, shard.text["caption"][row].as_py()) if text is None else (slot, text)
 
 
 def _warn_of_rare(sizes: list[Size], samples: np.ndarray, batch: int) -> None:

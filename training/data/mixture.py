@@ -19,6 +19,7 @@ import numpy as np
 from capstan.pipeline.errors import RecipeError
 from capstan.training.data.bad_samples import Location
 from capstan.training.data.dataset import TrainingData
+from capstan.training.data.lanes import in_lanes
 from capstan.training.data.order import hash64
 from capstan.training.family import Sample
 
@@ -81,12 +82,21 @@ def _assign(counts: Sequence[int]) -> np.ndarray:
 
 
 class MixedData:
-    """Several `TrainingData` with the interface of one. With `batch`, whole batches come from one dataset."""
+    """Several `TrainingData` with the interface of one. `batch` samples at a time come from one dataset.
+
+    `whole` is the size of a step's batch if these are one of each lane: the batch is then divided lane after lane.
+    """
 
     def __init__(
-        self, parts: Sequence[TrainingData], names: Sequence[str], weights: Sequence[float], seed: int, batch: int = 1
+        self,
+        parts: Sequence[TrainingData],
+        names: Sequence[str],
+        weights: Sequence[float],
+        seed: int,
+        batch: int = 1,
+        whole: int | None = None,
     ) -> None:
-        self.parts, self.names, self._batch = parts, names, batch
+        self.parts, self.names, self._batch, self._whole = parts, names, batch, whole
         self.schedule = Schedule(weights, seed)
         self.total = sum(part.total for part in parts)
         trained, held = [len(part) for part in parts], [part.total - len(part) for part in parts]
@@ -113,6 +123,8 @@ class MixedData:
 
     def _part(self, number: int) -> tuple[int, int]:
         """Return the dataset of sample `number`, and its number in that dataset's own sequence."""
+        if self._whole is not None:
+            number = in_lanes(number, self._whole, self._whole // self._batch, self._batch)
         item, row = divmod(number, self._batch)
         part, nth = self.schedule(item)
         return part, nth * self._batch + row

@@ -29,10 +29,15 @@ def permutation(count: int, seed: int) -> np.ndarray:
 
     Sorts by SplitMix64 of a counter (Steele, Lea & Flood 2014).
     """
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    return np.argsort(scrambled(np.arange(count), seed), kind="stable")
+
+
+def scrambled(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Return SplitMix64's output for each of the counter's values `numbers` (uint64 [numbers])."""
+    z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    return z ^ (z >> np.uint64(31))
 
 
 class Place(NamedTuple):

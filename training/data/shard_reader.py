@@ -16,10 +16,12 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capstan.pipeline.dataset.shards import Dataset, check_image, listed
 from capstan.pipeline.errors import RecipeError
-from capstan.recaption.store import check_layer, read_layer
+from capstan.recaption.lint import linter
+from capstan.recaption.store import check_layer, rows_of_shard
 from capstan.training.data.shard_cache import ShardCache
 
 _TEXT: Final = ["key", "caption", "extra"]
@@ -42,7 +44,7 @@ class OpenShard:
     numbers: np.ndarray  # int64 [samples, NUMBERS]
     places: Mapping[str, np.ndarray]  # suffix → offset and size in the tar of each sample's file, int64 [samples, 2]
     crc32: Mapping[str, Sequence[int | None]]  # suffix → of each sample's file
-    captions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key → slot → text
+    captions: Mapping[str, pa.Array] = field(default_factory=dict)  # slot → text of each sample, or null
     latents: ShardRows | None = None
     states: Mapping[str, ShardRows] | None = None  # SLOT.NAME → text encoders' output
     tar: mmap.mmap | None = None  # a local tar, unmapped when no thread uses it
@@ -125,7 +127,8 @@ class OpenShards:
         shard = OpenShard(text, numbers, *_places(table, self._parts))
         if self.layer is not None:
             check_layer(self.dataset.storage, self.layer, name, table)
-            shard.captions = read_layer(self.dataset.storage, self.layer, name, table)
+            rows = rows_of_shard(self.dataset.storage, self.layer, name, table)
+            shard.captions = captions_by_slot(rows, text["key"])
         if self._states is not None:
             shard.states = self._states(name)
         if self._latents is not None:
@@ -167,3 +170,20 @@ def _places(table: pa.Table, parts: Sequence[str]) -> tuple[dict[str, np.ndarray
         places[part] = np.stack([table[column].to_numpy() for column in where], axis=1)
         sums[part] = table[crc32].to_pylist() if crc32 in table.column_names else [None] * len(table)
     return places, sums
+
+
+def captions_by_slot(rows: pa.Table, keys: pa.Array) -> dict[str, pa.Array]:
+    """Return slot → the text of each key, null where the layer has none of its own: `store.texts_of` as columns.
+
+    `rows` is what `rows_of_shard` returns; of several rows with one key and slot the first counts.
+    """
+    flags = rows["flags"].combine_chunks()
+    own = pc.not_equal(rows["text"], "").to_numpy().copy()
+    own[pc.list_parent_indices(flags).filter(pc.equal(pc.list_flatten(flags), linter.ORIGINAL)).to_numpy()] = False
+    rows = rows.select(["key", "slot", "text"]).filter(pa.array(own))
+    captions = {}
+    for slot in pc.unique(rows["slot"]).to_pylist():
+        part = rows.filter(pc.equal(rows["slot"], slot)).combine_chunks()
+        places = pc.index_in(keys, part["key"].combine_chunks())
+        captions[slot] = part["text"].combine_chunks().take(places)
+    return captions
