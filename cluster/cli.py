@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -28,11 +27,12 @@ import capstan.recaption.cli
 import capstan.training.cli
 import capstan.training.experiment.cli
 from capstan.cluster.commands import describe
+from capstan.cluster.interrupts import Interrupts
 from capstan.cluster.jobs.cli import ClustersOption
 from capstan.cluster.trackers import tracked
 from capstan.pipeline import extras
 from capstan.pipeline.cli import JsonOption, RecipeArgument, SetOption, concluded, finish
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.errors import CapstanError, RecipeError, first_line
 from capstan.pipeline.text.completion import offer_settings, split_setting
 from capstan.pipeline.text.printable import PrintableFormatter, printable
 
@@ -202,13 +202,18 @@ def world(
 describe(app)
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    code = _run(arguments)
+def run(arguments: list[str] | None = None, interrupts: Interrupts | None = None) -> int:
+    """Run one command and return its exit code. Without `interrupts`, signals do what they did before."""
+    code = INTERRUPTED
+    try:
+        code = _run(arguments) if interrupts is None else interrupts.during(lambda: _run(arguments))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:  # of what was interrupted, or of Ray's processes, which a terminal ends as well
+        if interrupts is None or not interrupts.seen:
+            raise
+        _report(f"while it ended: {type(error).__name__}: {first_line(str(error))}")
     if code == INTERRUPTED:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Another one would cut short the end of Ray's processes.
-            signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
             print("\ninterrupted: finished work is kept; run the same command again to resume", file=sys.stderr)
     return code
@@ -222,9 +227,6 @@ def _run(arguments: list[str] | None) -> int:
     for library in ("botocore", "aiobotocore"):  # they log where credentials were found
         logging.getLogger(library).setLevel(logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries' warnings, in worker processes
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup does
-        signal.signal(signal.SIGHUP, _interrupt)
     try:
         result = typer.main.get_command(app)(args=arguments, standalone_mode=False)
     except typer.Exit as exit_:
@@ -234,8 +236,8 @@ def _run(arguments: list[str] | None) -> int:
         hint = f"did you mean {near} " if near else ""
         _report(f"{problem.rstrip('.')}. Fix: {hint}see `capstan --help`")
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except CapstanError as error:
         _report(" ".join(str(error).split()) if isinstance(error, RecipeError) else str(error))
         return error.exit_code
@@ -262,16 +264,13 @@ def _print_traceback(kind: type[BaseException], error: BaseException, where: Tra
     print(printable("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """Run the console command, or complete one."""
+    interrupts = Interrupts()
     split_setting(os.environ)
     code = [1]  # of a traceback
     atexit.register(_end_at_once, code)  # registered first, so that it runs last
-    code[0] = run()
+    code[0] = run(interrupts=interrupts)
     sys.exit(code[0])
 
 

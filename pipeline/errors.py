@@ -8,12 +8,18 @@
     ├── DamagedFile          1    a file of a dataset is not what was written: names the file
     └── Quarantined          3    finished, but some units kept failing
 
-An interrupt (Ctrl-C, SIGTERM, a closed terminal) ends with 130; the command line sees to that.
+An interrupt (Ctrl-C, Ctrl-\\, SIGTERM, a closed terminal) ends with 130; the command line sees to that.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
+from typing import Final
+
+# The signals that interrupt a command. A terminal sends all but SIGTERM to each process of its foreground.
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+FROM_TERMINAL: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class CapstanError(Exception):

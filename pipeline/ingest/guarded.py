@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import cloudpickle  # by value what the child cannot import
 
+from capstan.pipeline.errors import FROM_TERMINAL
 from capstan.pipeline.image.decode import Failure
 from capstan.pipeline.units import child
 from capstan.pipeline.units.child import start_child
@@ -113,7 +114,7 @@ class _Child:
 
 def main() -> None:
     """Decode what comes through the pipe, until it is closed."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
+    for number in FROM_TERMINAL:  # a terminal sends them to all; the parent decides
         signal.signal(number, signal.SIG_IGN)
     connection = child.connection()
     with contextlib.suppress(EOFError, OSError):  # the parent has closed its end, or is gone

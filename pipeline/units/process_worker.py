@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
+from capstan.pipeline.errors import FROM_TERMINAL
 from capstan.pipeline.units import child
 from capstan.pipeline.units.job import Unit
 from capstan.pipeline.units.shared import OnSocket, set_shared
@@ -46,7 +47,7 @@ class Done(NamedTuple):
 
 def main() -> None:
     """Work for the driver at the other end of the pipe."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the driver decides
+    for number in FROM_TERMINAL:  # a terminal sends them to all; the driver decides
         signal.signal(number, signal.SIG_IGN)
     connection, inbox = child.connection(), queue.Queue[Any](1)
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import INTERRUPTS, RecipeError
 
 _GIB = 1 << 30
 _CORE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] \S+\.cc:\d+:")  # as Ray's C++ core writes them
@@ -69,7 +69,7 @@ def _remove_session(ray: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGINT, SIGTERM or SIGHUP once Ray has started; at once for a second one.
+    """Raise KeyboardInterrupt for a signal that interrupts once Ray has started; at once for a second one.
 
     Ray swallows exceptions at some points of its start, and would replace the handler of SIGTERM by one that ends the
     process before it could save.
@@ -86,12 +86,15 @@ def _interrupts_held() -> Iterator[None]:
         if len(held) > 1:
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     left = (None, signal.SIG_IGN)
-    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) not in left}
+    before = {number: signal.signal(number, hold) for number in INTERRUPTS if signal.getsignal(number) not in left}
     set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     try:
         yield
+    except Exception as error:  # a terminal that is closed ends Ray's processes as well
+        if held:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         utils.set_sigterm_handler = set_by_ray
         for number, handler in before.items():

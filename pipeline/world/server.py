@@ -22,7 +22,7 @@ import numpy as np
 from aiohttp import web
 
 from capstan.pipeline.config import WorldSource
-from capstan.pipeline.errors import CapstanError
+from capstan.pipeline.errors import FROM_TERMINAL, CapstanError
 from capstan.pipeline.world.defects import defect, file_format, shown_index
 from capstan.pipeline.world.render import encode_jpeg, render
 from capstan.pipeline.world.scene import Vocabulary, dice, draw_scene, vocabulary
@@ -96,7 +96,7 @@ def main(respond: Respond | None = None) -> None:
 
     `respond` makes the response for a scene; by default its image, or a defect.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
+    for number in FROM_TERMINAL:  # a terminal sends them to all; the parent decides
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     world = WorldSource.model_validate_json(sys.argv[2])

@@ -79,23 +79,115 @@ def test_a_second_interrupt_while_it_ends(tmp_path: Path, ray_folder: Path, exec
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not list(ray_folder.glob("ray/session_*"))
     until(lambda: not processes_naming(str(ray_folder)))
 
 
-def test_a_closed_terminal_ends_a_command_and_its_children(tmp_path: Path, ray_folder: Path) -> None:
+# A command is interrupted, and again at the n-th line that Python runs after that: each n in a process of its own.
+MOMENTS = """
+import os, signal, sys
+import capstan.cluster.recipe
+from capstan.cluster.cli import main
+
+NAMES = ("cli.py", "interrupts.py", "core.py", "main.py", "_main.py")
+
+def at(moment, fired):
+    left = moment
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(NAMES):
+            return None
+        left -= 1
+        if left == 0:
+            os.write(fired, b"x")
+            os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    def schema():
+        frame = sys._getframe()
+        while frame is not None:
+            frame.f_trace = trace
+            frame = frame.f_back
+        sys.settrace(trace)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    capstan.cluster.recipe.schema = schema
+
+moment, codes, more = 0, [], True
+while more:
+    moment += 1
+    read, fired = os.pipe()
+    if not (child := os.fork()):
+        at(moment, fired)
+        sys.argv = ["capstan", "schema"]
+        main()
+    os.close(fired)
+    _, status = os.waitpid(child, 0)
+    more = bool(os.read(read, 1))
+    os.close(read)
+    if status != 130 << 8:
+        print(f"moment {moment}: {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
+print(moment)
+"""
+
+
+def test_a_second_interrupt_at_any_line_after_the_first() -> None:
+    done = subprocess.run([sys.executable, "-c", MOMENTS], capture_output=True, text=True, timeout=1200)
+    assert set(done.stderr.split("\n")) == {
+        "",
+        "interrupted: finished work is kept; run the same command again to resume",
+    }, done.stderr
+    assert int(done.stdout) > 20
+
+
+# A finalizer, from which Python lets no exception out.
+FINALIZER = """
+import os, signal, sys, time
+import capstan.cluster.recipe
+from capstan.cluster.cli import main
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+def schema():
+    Slow()
+    time.sleep(600)
+
+capstan.cluster.recipe.schema = schema
+sys.argv = ["capstan", "schema"]
+main()
+"""
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", FINALIZER], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "interrupted: finished work is kept; run the same command again to resume"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_terminal_ends_a_command_and_its_children(
+    tmp_path: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     with start(tmp_path, ray_folder, "processes") as process:
         until(lambda: any(tmp_path.glob("ds/state/ingest-*/done/*.json")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (*children, process.pid):  # a terminal's end reaches all of its processes
-            os.kill(int(pid), signal.SIGHUP)
+        for pid in (*children, process.pid):  # its end, and Ctrl-\\, reach all of its processes
+            os.kill(int(pid), number)
         _, err = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "interrupted: " in err
     assert "Traceback" not in err
     assert children
+    # That of a worker that was killed meanwhile is removed by the next process that needs one.
+    assert not list((tmp_path / "tmp").glob(f"*-{process.pid}-*"))
     until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()])
 
 
