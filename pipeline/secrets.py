@@ -31,9 +31,11 @@ _TOKEN: Final = re.compile(
     r"(?<![A-Za-z0-9])(sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|AIza[\w-]{35}"
     r"|(AKIA|ASIA)[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY|glpat-[\w-]{20,}|npm_[A-Za-z0-9]{36}"
     r"|ya29\.[\w-]{20,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+|[sr]k_live_\w{20,}|SG\.[\w-]{16,}\.[\w-]{16,}"
+    r"|(IQoJb3JpZ2lu|FwoGZXIvYXdz)[\w/+=]{20,}"  # session tokens of AWS
     r"|(account|sharedaccess)key=[^;\s]{4,}|password=[^;\s]+)|^\s*(bearer|basic)\s+\S{6,}\s*$",  # connection strings
     re.IGNORECASE,
 )
+_LOGIN: Final = re.compile(r"[^\s/@:]+:[^\s/@]+@([\w-]+(\.[\w-]+)+|localhost|\[[0-9a-f:]+\])(:\d+)?([/?#]\S*)?", re.I)
 _URL: Final = re.compile(
     r"(?P<scheme>\s*(?:[a-z][a-z0-9+.-]*:)?[/\\]{2})(?P<authority>[^/\\?#]*)"
     r"(?P<path>[^?#]*)(?P<query>\?[^#]*)?(?P<fragment>#.*)?",
@@ -162,6 +164,8 @@ def _secret_in(text: str) -> str:
     """Return what kind of credential a string holds, or ""."""
     if "://" in text and not any(character.isspace() for character in text):
         return _secret_in_url(text)
+    if _LOGIN.fullmatch(text.strip()):
+        return "has a password before its host"
     header = _HEADER.match(text)
     if header is not None and header[1].lower() in _HEADERS:
         return f"is a header {header[1]}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,16 +48,34 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Any]) 
         return web.json_response({"field": error.field, "problem": error.problem, "hint": error.hint}, status=400)
     except CapstanError as error:
         return web.Response(status=409, text=str(error))
+
+
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """Raise RecipeError for a request that lacks a field, or has another type in it.
+
+    It is for the lines that take a request apart. An error of these kinds elsewhere is a defect: it is logged, and
+    answered with status 500.
+    """
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, ValueError):
-        problem = {"field": "request", "problem": "cannot be read", "hint": "reload the page"}
-        return web.json_response(problem, status=400)
+        raise RecipeError("request", "cannot be read", "reload the page") from None
 
 
 async def writing(request: web.Request) -> dict[str, Any]:
     """Return the body of a request that writes. Raises 403 if the viewer may only read."""
     if request.app[READ_ONLY]:
         raise web.HTTPForbidden(text="This viewer was started with --read-only.")
-    body: dict[str, Any] = await request.json()
+    return await json_body(request)
+
+
+async def json_body(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object that a request holds. Raises RecipeError if it holds none."""
+    with parsing():
+        body = await request.json()
+        if not isinstance(body, dict):
+            raise TypeError
     return body
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from aiohttp import web
 
-from capstan.cluster.view.answers import json_answer, known_row, writing
+from capstan.cluster.view.answers import json_answer, known_row, parsing, writing
 from capstan.cluster.view.leased import Kept, LeasedTables
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report.explore import Explorer
@@ -38,10 +38,11 @@ class Captions:
     async def edit(self, request: web.Request) -> web.Response:
         """Publish another text of an image, layer and slot, or take it back; return the one before, and all."""
         asked = await writing(request)
-        layer, slot, text = str(asked["layer"]), str(asked["slot"]), asked["text"]
+        with parsing():
+            layer, slot, text, key = str(asked["layer"]), str(asked["slot"]), asked["text"], str(asked["key"])
         if text is not None and not isinstance(text, str):
             raise RecipeError("text", "is not a text", "reload the page")
-        row = await known_row(self._explorer(), str(asked["key"]))
+        row = await known_row(self._explorer(), key)
         before = await asyncio.to_thread(self._publish, row, layer, slot, text)
         return json_answer({"before": before, "captions": await asyncio.to_thread(self.of, row)})
 

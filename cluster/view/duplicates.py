@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from aiohttp import web
 
-from capstan.cluster.view.answers import KEY, json_answer, writing
+from capstan.cluster.view.answers import KEY, json_answer, parsing, writing
 from capstan.cluster.view.leased import Kept, LeasedTables
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.report import duplicates
@@ -75,16 +75,19 @@ class Duplicates:
     async def judge(self, request: web.Request) -> web.Response:
         """Publish a verdict on pairs: those listed, or all that the page has chosen. Return how many."""
         asked = await writing(request)
-        verdict = str(asked["verdict"])
+        with parsing():
+            verdict = str(asked["verdict"])
         if verdict not in ("", *pairs.VERDICTS):
             raise RecipeError("verdict", f"{verdict!r} is unknown", f"use {', '.join(pairs.VERDICTS)} or an empty text")
         if "chosen" in asked:
             judged = await asyncio.to_thread(self._tables.read, self._kept)
-            chosen = Chosen.of(asked["chosen"])
+            with parsing():
+                chosen = Chosen.of(asked["chosen"])
             find = functools.partial(duplicates.all_pairs, among_copies=verdict != pairs.SAME)
             wanted = await asyncio.to_thread(find, self._explorer(), judged, chosen)
         else:
-            wanted = [pairs.pair(str(one), str(other)) for one, other in asked["pairs"]]
+            with parsing():
+                wanted = [pairs.pair(str(one), str(other)) for one, other in asked["pairs"]]
             await self._known({key for both in wanted for key in both}, wanted)
         before, after = await self._publish(dict.fromkeys(wanted, verdict))
         self._undone.append(before)

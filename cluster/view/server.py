@@ -19,7 +19,16 @@ import yaml
 from aiohttp import web
 
 from capstan.cluster.view.access import Access
-from capstan.cluster.view.answers import KEY, READ_ONLY, add_static, json_answer, problems, writing
+from capstan.cluster.view.answers import (
+    KEY,
+    READ_ONLY,
+    add_static,
+    json_answer,
+    json_body,
+    parsing,
+    problems,
+    writing,
+)
 from capstan.cluster.view.captions import Captions
 from capstan.cluster.view.duplicates import Duplicates
 from capstan.cluster.view.images import Images
@@ -146,7 +155,8 @@ class Viewer:
     async def page(self, request: web.Request) -> web.Response:
         """Return a page of rows, and read their thumbnails ahead. `look=grid` needs no text but captions."""
         asked = request.query
-        after = json.loads(asked["after"]) if "after" in asked else None
+        with parsing():
+            after = json.loads(asked["after"]) if "after" in asked else None
         if after is not None and not (isinstance(after, list) and len(after) == 2 and isinstance(after[1], str)):
             raise RecipeError("after", "is not the end of a page", "use the `next` of the page before")
         review = await asyncio.to_thread(self.reviews.read, asked["review"]) if asked.get("review") else None
@@ -196,8 +206,9 @@ class Viewer:
 
     async def funnel(self, request: web.Request) -> web.Response:
         """Return what conditions would leave, and the conditions as YAML for a recipe."""
-        asked = await request.json()
-        conditions = [(str(one["name"]), str(one["where"])) for one in asked["conditions"]]
+        asked = await json_body(request)
+        with parsing():
+            conditions = [(str(one["name"]), str(one["where"])) for one in asked["conditions"]]
         steps = await asyncio.to_thread(self.explorer.funnel, conditions)
         select = [{"name": name, "where": where} for name, where in conditions]
         text = yaml.safe_dump({"select": select}, sort_keys=False, allow_unicode=True, width=100)
@@ -230,8 +241,10 @@ class Viewer:
 
     async def review(self, request: web.Request) -> web.Response:
         """Publish verdicts; return those before, with which the page can undo them."""
-        asked = (await writing(request))["verdicts"]
-        given = {str(one["key"]): Verdict(str(one["verdict"]), str(one.get("note", ""))) for one in asked}
+        asked = await writing(request)
+        with parsing():
+            listed = asked["verdicts"]
+            given = {str(one["key"]): Verdict(str(one["verdict"]), str(one.get("note", ""))) for one in listed}
         if any(one.verdict not in ("", *VERDICTS) for one in given.values()):
             raise RecipeError("verdict", "is unknown", f"use {', '.join(VERDICTS)} or an empty text")
         await self._known(given)
@@ -246,7 +259,8 @@ class Viewer:
     async def take_down(self, request: web.Request) -> web.Response:
         """Add keys to the takedown list, or take them out of it. Nothing is removed from the dataset."""
         asked = await writing(request)
-        add, remove = ([str(key) for key in asked.get(name, [])] for name in ("add", "remove"))
+        with parsing():
+            add, remove = [[str(key) for key in asked.get(name, [])] for name in ("add", "remove")]
         await self._known(add)
         return json_answer(await asyncio.to_thread(self.takedown.change, add, remove))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from capstan.cluster.view.answers import json_answer, known_row, writing
+from capstan.cluster.view.answers import json_answer, known_row, parsing, writing
 from capstan.cluster.view.leased import Kept, LeasedTables
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.report.explore import Explorer
@@ -65,8 +65,10 @@ class Votes:
         """Publish a vote, or take it back; return the number of votes on the pair."""
         asked = await writing(request)
         sides = await self._sides(asked)
-        row = await known_row(self._explorer(), str(asked["key"]))
-        winner = votes.winner_of(sides, row.key, str(asked["choice"]))
+        with parsing():
+            key, choice = str(asked["key"]), str(asked["choice"])
+        row = await known_row(self._explorer(), key)
+        winner = votes.winner_of(sides, row.key, choice)
         who = self._tables.who
         _, after = await asyncio.to_thread(
             self._tables.change, self._kept, lambda table: votes.changed(table, sides, row.key, winner, who)
@@ -74,4 +76,6 @@ class Votes:
         return json_answer({"votes": len(votes.voted(after, sides))})
 
     async def _sides(self, asked: Any) -> Sides:
-        return await asyncio.to_thread(votes.check_sides, self._storage, str(asked["a"]), str(asked["b"]))
+        with parsing():
+            one, other = str(asked["a"]), str(asked["b"])
+        return await asyncio.to_thread(votes.check_sides, self._storage, one, other)

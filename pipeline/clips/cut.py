@@ -63,7 +63,7 @@ def cut(recipe: Recipe, *, retry: str | None = None, progress: bool = True) -> d
         if storage.exists(CLIPS) and (again or job.markers.pending(units)):
             _publish(recipe, storage, planned, {u: m for u, m in marks.items() if u not in again}, complete=False)
         with _site(world, needed=bool(again or job.markers.pending(units))) as resolve:
-            job.resolve = dict(resolve)
+            job.resolve |= resolve
             summary = run(job, units, recipe.resources, redo=again, progress=progress)
         return _finish(recipe, storage, planned, job, summary)
 

@@ -68,6 +68,9 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         ({"storage": {"x": f"Endpoint=https;AccountKey={CANARY}"}}, "storage.x"),
         ({"storage": {"x": f"host=h user=u password={CANARY}"}}, "storage.x"),
         ({"storage": {"x": f"eyJhbGciOiJI.eyJzdWIiOiIx.{CANARY}"}}, "storage.x"),
+        ({"source": {"path": f"me:{CANARY}@data.example.org/x.csv"}}, "source.path"),
+        ({"storage": {"client_kwargs": {"proxy": f"me:{CANARY}@localhost:8080"}}}, "storage.client_kwargs.proxy"),
+        ({"storage": {"x": f"IQoJb3JpZ2lu{20 * chr(65)}{CANARY}"}}, "storage.x"),
         ({"storage": {"x": f"glpat-{CANARY}{CANARY}"}}, "storage.x"),
         ({"storage": {"x": f"ya29.{CANARY}{CANARY}"}}, "storage.x"),
     ],
@@ -82,6 +85,7 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, conten
 
 def test_what_is_no_secret_is_taken(tmp_path: Path) -> None:
     storage = {"endpoint_url": "http://x", "profile": "work", "anon": True, "token": "anon", "requester_pays": True}
+    storage |= {"image": "ns/image:1.2@sha256:0a1b", "remote": "git@github.com:me/x.git", "contact": "me@example.org"}
     storage |= {"credentials": {"file": "/home/me/credentials.json"}, "auth": None, "author": "me"}
     assert load(write(tmp_path, {"storage": storage})).storage == storage
 

@@ -205,7 +205,7 @@ def test_a_run_cannot_vouch_for_a_program() -> None:
     """Its recipe may be a stranger's: `capstan evaluate` asks its own user."""
     fid = {"features": "/no/x.pt", "trust_torchscript": True}
     recipe = Recipe(dataset="x", train={"watch": {"evaluate": {"measures": ["fid"], "fid": fid}}})
-    (metric,) = evaluate._judges(recipe, ["fid"], None, None, 4)
+    (metric,) = evaluate._judges(recipe, ["fid"], None, None, 4, "image")
     assert isinstance(metric, FrechetDistance)
     assert not metric.trusted
 
