@@ -27,6 +27,14 @@ SamplerOption = Annotated[
 LevelOption = Annotated[
     float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
 ]
+MeasuresOption = Annotated[
+    str | None,
+    typer.Option(
+        "--measures",
+        help="Comma-separated metrics: oracle, world, clip, cmmd, kid, fid. "
+        "Default: oracle, or world for a model without prompts.",
+    ),
+]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps. Default: from the recipe.")]
 GuidanceOption = Annotated[
     float | None, typer.Option("--guidance", min=0, help="Guidance scale. Default: from the recipe.")
@@ -154,14 +162,7 @@ def _add_evaluate(app: typer.Typer) -> None:
         count: Annotated[
             int, typer.Option("--count", min=2, help="Number of unseen scenes or held-out samples.")
         ] = 128,
-        measures: Annotated[
-            str | None,
-            typer.Option(
-                "--measures",
-                help="Comma-separated metrics: oracle, world, clip, cmmd, kid, fid. "
-                "Default: oracle, or world for a model without prompts.",
-            ),
-        ] = None,
+        measures: MeasuresOption = None,
         clip: Annotated[
             str | None,
             typer.Option("--clip", metavar="MODEL", help="CLIP for clip and cmmd: a folder, or an open_clip name."),

@@ -17,7 +17,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -90,9 +90,7 @@ def evaluate(
     if family is not None and family.draws is not None:
         if copies is not None and family.draws not in ("image", "scene"):
             raise RecipeError("--copies", f"compares images, and this model draws {family.draws}s", "remove it")
-        drawer = open_sampler(product, str(device), sampler)
-        if level is not None:
-            drawer.use_level(level)
+        drawer = open_sampler(product, str(device), sampler, level)
         measures = measures or ("oracle" if drawer.prompted else "world",)
         alone = world is not None and tuple(measures) in (("oracle",), ("world",)) and copies is None
         recipe = None if alone else _recipe_of(product)
@@ -102,8 +100,8 @@ def evaluate(
         for judge in judges:
             judge.check(subjects)
         check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
-        pairs = list(zip(judges, unused, strict=True))
-        result, image, images = _drawn(drawer, subjects, pairs, steps=steps, guidance=guidance, batch=batch)
+        twice = list(zip(judges, unused, strict=True))
+        result, image, images = _drawn(drawer, subjects, twice, steps=steps, guidance=guidance, batch=batch)
         if sampler is not None:
             result["sampling"]["sampler"] = sampler
         explained = drawer.explained(subjects.prompts(range(count)), range(count))
@@ -115,16 +113,19 @@ def evaluate(
             raise RecipeError(f"--{given[0]}", f"{kind} draws no images of its own", _DRAWS)
         result, image = _of_images(family, product, world, count, device, batch)
     result = {"kind": kind, "scenes": count, **result}
+    _publish(run, result, {"evaluation.png": image, "evaluation-attention.png": explained})
+    logger.info("evaluate: %s", _summary_line(result["measures"]))
+    return result
+
+
+def _publish(run: str | Path, result: Evaluation, sheets: Mapping[str, Any]) -> None:
+    """Write the sheets that there are, and, last, evaluation.json, which marks a complete evaluation."""
     storage = Storage(str(run), field="RUN")
-    for name, drawn in {"evaluation.png": image, "evaluation-attention.png": explained}.items():
+    for name, drawn in sheets.items():
         if drawn is not None:
             drawn.save(png := io.BytesIO(), format="PNG")
             storage.write(name, png.getvalue())
-    storage.write(
-        "evaluation.json", json.dumps(result, indent=1).encode() + b"\n"
-    )  # last: it marks a complete evaluation
-    logger.info("evaluate: %s", _summary_line(result["measures"]))
-    return result
+    storage.write("evaluation.json", json.dumps(result, indent=1).encode() + b"\n")
 
 
 def _of_images(

@@ -54,11 +54,9 @@ def sample(
         for before, after in zip(originals, prompts, strict=True):
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
-    opened = open_sampler(run, sampler=sampler)
+    opened = open_sampler(run, sampler=sampler, level=level)
     if opened.kind == "clip":
         extras.require(extras.VIDEO, "sample")
-    if level is not None:
-        opened.use_level(level)
     prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
     labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
     if not opened.prompted:
@@ -142,10 +140,13 @@ def upsampler_of(run: str | Path) -> RecaptionConfig:
     return config
 
 
-def open_sampler(run: str | Path, device: str | None = None, sampler: str | None = None) -> Drawer:
+def open_sampler(
+    run: str | Path, device: str | None = None, sampler: str | None = None, level: float | None = None
+) -> Drawer:
     """Open the model of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError.
 
-    The family that trained it opens it. `sampler` replaces the model's own by another one of the same noise schedule.
+    The family that trained it opens it. `sampler` replaces the model's own by another one of the same noise schedule,
+    `level` the noise on a cascade's small images.
     """
     import torch
 
@@ -158,6 +159,8 @@ def open_sampler(run: str | Path, device: str | None = None, sampler: str | None
     drawer = family.open(product, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if sampler is not None:
         drawer.use_sampler(sampler)
+    if level is not None:
+        drawer.use_level(level)
     return drawer
 
 

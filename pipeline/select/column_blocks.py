@@ -51,7 +51,7 @@ class Part:
     def read(self, storage: Storage, columns: list[str]) -> pa.Table:
         """Return columns of the units' rows from the block. Raises DamagedFile and FileNotFoundError."""
         table = storage.read_table(self.block, columns)
-        if len(table) < self.ranges[-1][1] or table.num_columns < len(columns):
+        if len(table) < max(stop for _, stop in self.ranges) or table.num_columns < len(columns):
             raise DamagedFile(storage.path(self.block), "it lacks rows or columns")
         return pa.concat_tables([table.slice(start, stop - start) for start, stop in self.ranges])
 

@@ -13,18 +13,16 @@ layout_overlap      mean overlap (intersection over union) of boxes; 0 for a thi
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
-import torch
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.world.scene import relation_of, third
 from capstan.training.drawing.drawer import Drawn, Kind
-from capstan.training.metrics.metric import Metric, Total
+from capstan.training.metrics.metric import Means
 from capstan.training.metrics.samples import EvalSet
 
 Thing = Mapping[str, Any]
@@ -32,25 +30,18 @@ Thing = Mapping[str, Any]
 MEASURES: Final = ("count", "labels", "attributes", "place", "relation", "overlap")
 
 
-class LayoutScore(Metric):
+class LayoutScore(Means):
     """The mean of each measure over the scenes for which it is defined."""
 
     name: ClassVar[str] = "layout"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"scene"})
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        self.sums = torch.zeros(2, len(MEASURES), dtype=torch.float64)  # sum of the values; their number
+    measures: ClassVar[Sequence[str]] = MEASURES
+    prefix: ClassVar[str] = "layout_"
 
     def check(self, eval_set: EvalSet) -> None:
         if not isinstance(eval_set.columns([0])[0].get("objects"), list):
             problem = "layout compares scenes with the column objects, and the dataset has none"
             raise RecipeError(self.field, problem, "remove layout")
-
-    @contextlib.contextmanager
-    def ready(self, device: torch.device) -> Iterator[None]:
-        self.sums.zero_()
-        yield
 
     def seen(self, drawn: Drawn) -> np.ndarray:
         return drawn.arrays
@@ -63,13 +54,7 @@ class LayoutScore(Metric):
     def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         """Add composed scenes [N], for the prompts `numbers`."""
         for true, scene in zip(eval_set.columns(numbers), images, strict=True):
-            scores = score(true["objects"], scene["objects"])
-            values = torch.tensor([scores[name] for name in MEASURES], dtype=torch.float64)
-            self.sums += torch.stack([values.nan_to_num(), (~values.isnan()).double()])
-
-    def result(self, total: Total) -> dict[str, float]:
-        values, counts = total(self.sums.clone())
-        return {f"layout_{name}": value for name, value in zip(MEASURES, (values / counts).tolist(), strict=True)}
+            self.count(score(true["objects"], scene["objects"]))
 
 
 def score(true: Sequence[Thing], drawn: Sequence[Thing]) -> dict[str, float]:

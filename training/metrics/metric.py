@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -56,6 +56,32 @@ class Metric(ABC):
     @abstractmethod
     def result(self, total: Total) -> dict[str, float]:
         """Return name → value; nan where no image has a defined value."""
+
+
+class Means(Metric):
+    """The mean of each of `measures` over what was judged, where it is defined (not nan)."""
+
+    measures: ClassVar[Sequence[str]]
+    prefix: ClassVar[str] = ""  # of the names in the result
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        self._sums = torch.zeros(2, len(self.measures), dtype=torch.float64)  # sum of the values; their number
+
+    @contextlib.contextmanager
+    def ready(self, device: torch.device) -> Iterator[None]:
+        self._sums.zero_()
+        yield
+
+    def count(self, scores: Mapping[str, float]) -> None:
+        """Add the scores of one image, clip, sound or scene."""
+        values = torch.tensor([scores[name] for name in self.measures], dtype=torch.float64)
+        self._sums += torch.stack([values.nan_to_num(), (~values.isnan()).double()])
+
+    def result(self, total: Total) -> dict[str, float]:
+        values, counts = total(self._sums.clone())
+        means = (values / counts).tolist()
+        return {f"{self.prefix}{name}": mean for name, mean in zip(self.measures, means, strict=True)}
 
 
 def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Metric]:

@@ -7,7 +7,7 @@ prompts, so that any dataset whose captions name things as the sounding world's 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -19,33 +19,23 @@ from capstan.pipeline.world.moving.oracle import SOUND_MEASURES, listen, score_h
 from capstan.training.data.sounds import Form, to_samples
 from capstan.training.drawing.drawer import Drawn, Kind, SoundCodec
 from capstan.training.drawing.grid import sheet
-from capstan.training.metrics.metric import Metric, Total, single_worker
+from capstan.training.metrics.clips import check_things
+from capstan.training.metrics.metric import Means, single_worker
 from capstan.training.metrics.samples import EvalSet
 
 _SHOWN: Final = 8  # sounds in a sheet of before and after
 
 
-class SoundOracle(Metric):
+class SoundOracle(Means):
     """The mean of each measure of sounds: pitch, pitch with rhythm, the number of things, and all in order."""
 
     name: ClassVar[str] = "oracle"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"sound"})
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        self.rate = 0  # of the sounds seen last
-        self.sums = torch.zeros(2, len(SOUND_MEASURES), dtype=torch.float64)  # sum of the values; their number
+    measures: ClassVar[Sequence[str]] = SOUND_MEASURES
+    rate = 0  # of the sounds seen last
 
     def check(self, eval_set: EvalSet) -> None:
-        for prompt in eval_set.prompts(range(len(eval_set))):
-            if not read(prompt).things:
-                problem = f"oracle reads from prompts what shall sound, and {prompt[:80]!r} names no coloured shape"
-                raise RecipeError(self.field, problem, "remove oracle, or train on the sounding world")
-
-    @contextlib.contextmanager
-    def ready(self, device: torch.device) -> Iterator[None]:
-        self.sums.zero_()
-        yield
+        check_things(eval_set, self.field, "sound", "sounding")
 
     def seen(self, drawn: Drawn) -> np.ndarray:
         assert drawn.rate is not None, "sounds have a rate"
@@ -56,13 +46,7 @@ class SoundOracle(Metric):
         """Add sounds, float [N, values, channels] in −1 … 1 at the rate of those seen, for the prompts `numbers`."""
         for prompt, sound in zip(eval_set.prompts(numbers), images, strict=True):
             wanted = [(thing.colour, thing.shape) for thing in read(prompt).things]
-            scores = score_heard(wanted, listen(to_samples(sound), self.rate))
-            values = torch.tensor([scores[name] for name in SOUND_MEASURES], dtype=torch.float64)
-            self.sums += torch.stack([values, torch.ones_like(values)])
-
-    def result(self, total: Total) -> dict[str, float]:
-        values, counts = total(self.sums.clone())
-        return dict(zip(SOUND_MEASURES, (values / counts).tolist(), strict=True))
+            self.count(score_heard(wanted, listen(to_samples(sound), self.rate)))
 
 
 def measure_codec(codec: SoundCodec, subjects: EvalSet, *, batch: int) -> tuple[dict[str, Any], Any]:

@@ -16,7 +16,6 @@ from safetensors.numpy import load, save
 from capstan.pipeline import build
 from capstan.pipeline.config import Blocklist, Recipe, Resources
 from capstan.pipeline.dataset.shards import Dataset, sha256_of
-from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.pack import takedown
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.select import column_blocks
@@ -356,26 +355,6 @@ def test_a_blocklist_of_the_recipe_is_not_fetched_and_not_kept(tmp_path: Path, t
     blocklist |= {"sha256": str(tmp_path / "sums.txt")}
     counts = build.select(recipe_for(tmp_path, blocklist=blocklist), progress=False)["counts"]
     assert (counts["kept"], counts["rejected"]) == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("lists", "entry", "message"),
-    [
-        ("keys", "12", "--keys: .*line 3: '12' is not a key"),
-        ("sha256", "zz", "--sha256: .*is not a SHA-256"),
-        ("domains", "not a domain", "--domains: .*is not a domain"),
-        ("urls", "", "remove: names no entry"),
-    ],
-)
-def test_a_bad_list_changes_nothing(tmp_path: Path, lists: str, entry: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        build.remove(str(tmp_path / "dataset"), Blocklist(**{lists: listed(tmp_path, entry)}), progress=False)
-    assert Storage(str(tmp_path / "dataset")).names() == []
-
-
-def test_a_list_that_is_not_there_names_its_option(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--urls: no file at"):
-        build.remove(str(tmp_path), Blocklist(urls=str(tmp_path / "none.txt")), progress=False)
 
 
 @pytest.mark.integration

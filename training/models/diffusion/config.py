@@ -12,7 +12,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import Crop, FamilySettings
 from capstan.training.models.diffusion.presets import Preset
 from capstan.training.models.noise.schedulers import SamplerName
-from capstan.training.models.noise.settings import DdpmSettings, FlowSettings
+from capstan.training.models.noise.settings import DdpmSettings, FlowSettings, check_sampler
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -158,10 +158,7 @@ class DiffusionSettings(FamilySettings):
 
     @model_validator(mode="after")
     def _sampler_fits_objective(self) -> DiffusionSettings:
-        others = {"flow": ("ddim", "ddpm"), "ddpm": ("euler",)}[self.objective]
-        if (other := self.sampling.sampler) in others:
-            hint = "dpm++ or euler" if self.objective == "flow" else "ddim, ddpm or dpm++"
-            raise ValueError(f"sampling.sampler {other} is not for objective {self.objective}; use {hint}")
+        check_sampler(self.objective, self.sampling.sampler)
         return self
 
     def models(self) -> dict[str, str]:

@@ -38,6 +38,7 @@ from capstan.training.models.diffusion.text_encoders import (
     open_encoders,
     unread_encoders,
 )
+from capstan.training.models.load_parts import load_parts
 from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
 from capstan.training.models.noise.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
@@ -130,14 +131,7 @@ class DiffusionFamily(Family):
     def start_from(self, product: Path) -> None:
         model = self.model
         mine = {slot.name: getattr(model, slot.name) for slot in model.text_slots} | {self.backbone.part: model.net}
-        try:
-            for name, module in mine.items():
-                if module is not None:
-                    module.load_state_dict(type(module).from_pretrained(product / name).state_dict())
-        except (OSError, RuntimeError) as error:
-            raise RecipeError(
-                "train.init", f"{product} has a different shape ({error})", "use the settings of that run"
-            ) from None
+        load_parts({name: module for name, module in mine.items() if module is not None}, product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch: Batch = {**self.text.ids([sample.text for sample in samples]), **states_of(samples)}

@@ -11,6 +11,13 @@ from capstan.pipeline.config import Section
 Positive = Annotated[int, Field(ge=1)]
 
 
+def check_sampler(objective: str, sampler: str | None) -> None:
+    """Raise ValueError (for pydantic) if a sampler is for another objective."""
+    if sampler in {"flow": ("ddim", "ddpm"), "ddpm": ("euler",)}[objective]:
+        hint = "dpm++ or euler" if objective == "flow" else "ddim, ddpm or dpm++"
+        raise ValueError(f"sampling.sampler {sampler} is not for objective {objective}; use {hint}")
+
+
 class FlowSettings(Section):
     """Rectified flow (`objective: flow`)."""
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.config.families import traits_of
 from capstan.training.data.transforms import batch_of, image_size, to_signed
@@ -22,6 +21,7 @@ from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sampl
 from capstan.training.models.diffusion.backbone import LatentSpec
 from capstan.training.models.diffusion.denoiser import Denoiser
 from capstan.training.models.diffusion.text_encoders import TextEncoders, Texts
+from capstan.training.models.load_parts import load_parts
 from capstan.training.models.noise.objectives import drop_rows, predicted_x0, sample_mse, weighted_mse
 from capstan.training.models.noise.process import Task
 from capstan.training.models.noise.schedulers import STEPS, check_all_steps
@@ -63,12 +63,7 @@ class PixelFamily(Family):
         self.posterior = Posterior(process.alphas) if self.train.variance == "learned" else None
 
     def start_from(self, product: Path) -> None:
-        try:
-            for name, module in self.model.named_children():
-                module.load_state_dict(type(module).from_pretrained(product / name).state_dict())
-        except (OSError, RuntimeError, ValueError) as error:
-            problem = f"{product} has a different shape ({error})"
-            raise RecipeError("train.init", problem, "use the settings of that run") from None
+        load_parts(dict(self.model.named_children()), product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         images = batch_of(samples, self.size, crop=self.train.crop, flip=self.train.flip)

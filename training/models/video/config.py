@@ -11,7 +11,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.config.families import FamilySettings
 from capstan.training.models.diffusion.config import SamplingSettings
-from capstan.training.models.noise.settings import DdpmSettings, FlowSettings
+from capstan.training.models.noise.settings import DdpmSettings, FlowSettings, check_sampler
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -67,10 +67,7 @@ class VideoSettings(FamilySettings):
             raise ValueError("trained names a part twice; remove one")
         if self.frames > self.motion.positions:
             raise ValueError(f"frames {self.frames} are more than motion.positions {self.motion.positions}; raise them")
-        others = {"flow": ("ddim", "ddpm"), "ddpm": ("euler",)}[self.objective]
-        if (other := self.sampling.sampler) in others:
-            hint = "dpm++ or euler" if self.objective == "flow" else "ddim, ddpm or dpm++"
-            raise ValueError(f"sampling.sampler {other} is not for objective {self.objective}; use {hint}")
+        check_sampler(self.objective, self.sampling.sampler)
         return self
 
     def models(self) -> dict[str, str]:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from capstan.pipeline.config import Section
-from capstan.pipeline.errors import RecipeError
 from capstan.training.config import TrainConfig
 from capstan.training.data.clips import clips_of, first_rate
 from capstan.training.data.transforms import to_signed
@@ -24,6 +23,7 @@ from capstan.training.draws import normal
 from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.text_encoders import TextEncoders
+from capstan.training.models.load_parts import load_parts
 from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
 from capstan.training.models.noise.objectives import drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
@@ -87,14 +87,7 @@ class VideoFamily(Family):
         return None if encoders.own else encoders.to(torch.device("cpu"))
 
     def start_from(self, product: Path) -> None:
-        try:
-            for name, module in self.model.named_children():
-                trained: Any = module
-                trained.load_state_dict(type(trained).from_pretrained(product / name).state_dict())
-        except (OSError, RuntimeError) as error:
-            raise RecipeError(
-                "train.init", f"{product} has a different shape ({error})", "use the settings of that run"
-            ) from None
+        load_parts(dict(self.model.named_children()), product)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         batch: Batch = {**self.text.ids([sample.text for sample in samples]), **states_of(samples)}
