@@ -47,6 +47,7 @@ from capstan.pipeline.source.table_checks import (
     header,
     lines_of,
     refuse_images,
+    rows_at_once,
     unpacked,
 )
 from capstan.pipeline.storage.listing import SourceFile
@@ -76,9 +77,9 @@ def parquet(file: SourceFile, source: Source, open_: Open) -> Iterator[pa.Table]
         check_columns(source, table.schema_arrow.names, file)
         check_types(source, table.schema_arrow, file)
         names = carried_columns(table, source)
-        for batch in table.iter_batches(
-            batch_size=_batch_rows(table.metadata, IMAGE_ROWS if source.image else BATCH_ROWS), columns=names
-        ):
+        most = IMAGE_ROWS if source.image else BATCH_ROWS
+        at_once = min(rows_at_once(stream, table.metadata, names), _mean_rows(table.metadata))
+        for batch in _regrouped(table.iter_batches(batch_size=at_once, columns=names), most):
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             for key, column in _meant(source):
                 if column in columns:
@@ -105,14 +106,28 @@ def _single(column: pa.Array, key: str, name: str, file: SourceFile) -> pa.Array
         raise RecipeError(f"source.{key}", f"{name!r} in {file.path} holds {error}", hint) from None
 
 
-def _batch_rows(metadata: pq.FileMetaData, most: int) -> int:
-    """Return the number of rows that fit in BATCH_BYTES, from the file's largest mean row size; at most `most`.
-
-    The mean can be too small: a value that is repeated in a column counts once.
-    """
+def _mean_rows(metadata: pq.FileMetaData) -> int:
+    """Return the number of rows that fit in BATCH_BYTES, from the file's largest mean row size."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
-    return max(1, min(most, int(BATCH_BYTES / max(1, row_bytes))))
+    return max(1, int(BATCH_BYTES / max(1, row_bytes)))
+
+
+def _regrouped(batches: Iterator[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
+    """Yield the same rows in batches of up to `most` rows and about BATCH_BYTES."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        fit = max(1, min(most, len(batch) * BATCH_BYTES // max(1, batch.nbytes)))
+        for start in range(0, len(batch), fit):
+            part = batch.slice(start, fit)
+            if held and (rows + len(part) > most or size + part.nbytes > BATCH_BYTES):
+                yield from pa.Table.from_batches(held).combine_chunks().to_batches()
+                held, rows, size = [], 0, 0
+            held.append(part)
+            rows, size = rows + len(part), size + part.nbytes
+    if held:
+        yield from pa.Table.from_batches(held).combine_chunks().to_batches()
 
 
 def _with_urls(columns: dict[str, pa.Array], count: int, source: Source) -> pa.Table:
