@@ -3,7 +3,7 @@
     python benchmarks/lanes.py [--only reads|buckets|place|restart|sample|layer]
 
 reads     how often a shard is opened in an epoch, by all nodes together and by each; 320 shards of 64 images. A node
-          is one worker, with the data that it opens in a run of so many
+          is one worker, with the data that it opens in a run of that many
 buckets   the same with aspect-ratio buckets, of which some are rare; and the tables read before the first sample
 place     CPU microseconds to find a sample at 1,000,000,000 of a billion, with the order alone
 restart   CPU and wall seconds from the start of a worker of 32 to its first batch at sample 1,000,000,000 of a dataset

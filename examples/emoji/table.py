@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Code points, in the hexadecimal digits of which OpenMoji makes file names.
+# Code points; OpenMoji's file names are their hexadecimal digits.
 JOINER, EMOJI_STYLE = "200D", "FE0F"
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 PERSONS = {"1F9D1": "person", "1F468": "man", "1F469": "woman"}

@@ -133,7 +133,7 @@ class Pack(Job):
                 self.storage, segment.table, segment.tar, rows[_ROW].to_pylist(), shelf, damaged_is_none=True
             )
             for row, (_, stored) in zip(rows.to_pylist(), found, strict=True):
-                if stored is None:  # all damage is noted before the shard fails, so that one more build mends it
+                if stored is None:  # all damage is noted before the shard fails, so that one more build repairs it
                     bad.append(self.storage.path(segment.tar or segment.table))
                     continue
                 report({"samples": 1, "bytes": len(stored.jpeg) + sum(map(len, stored.parts.values()))})

@@ -223,7 +223,7 @@ def test_a_run_keeps_the_lanes_that_it_began_with(tmp_path: Path) -> None:
     file = tmp_path / "run" / "recipe.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({name: value for name, value in content.items() if name != "lanes"}))
-    run().open({})  # begun by an earlier version
+    run().open({})  # started by an earlier version
     assert run().lanes == 1
     for wrong in (0, "8", 7):
         file.write_text(json.dumps(content | {"lanes": wrong}))

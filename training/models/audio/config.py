@@ -85,7 +85,7 @@ class AudioSettings(FamilySettings):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Length of the sounds that are drawn; null: that of the first sound."""
     part: Literal["start", "random"] = "start"
-    """Which piece of a longer sound is read; the model is told where it starts and how long the whole is."""
+    """Which piece of a longer sound is read; the model knows where it starts and how long the whole is."""
     longest: Positive = 512
     """Longest sound in seconds that timing can state."""
     transformer: TransformerSettings = TransformerSettings()

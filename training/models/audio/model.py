@@ -2,7 +2,7 @@
 
 Noise is that of a variance-preserving path, x = cos φ · x0 + sin φ · ε with σ = tan φ, and the target is v = cos φ · ε
 − sin φ · x0 (Salimans & Ho 2022, section 4): what diffusers' EDMDPMSolverMultistepScheduler with `v_prediction` and
-`sigma_data` 1 makes of its inputs and outputs. The network is told 0.25 log σ (Karras et al. 2022, table 1).
+`sigma_data` 1 makes of its inputs and outputs. The network's input for it is 0.25 log σ (Karras et al. 2022, table 1).
 """
 
 from __future__ import annotations
