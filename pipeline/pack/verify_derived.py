@@ -16,7 +16,6 @@ from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Manifest
 from capstan.pipeline.errors import DamagedFile
-from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.select.pairs import verify_pairs
 from capstan.pipeline.select.review import verify_reviews
 from capstan.pipeline.storage import Storage
@@ -27,19 +26,26 @@ _ENCODE: Final = "run `capstan encode` to make it again"
 _ID: Final = re.compile(r"[0-9a-f]{16}")  # a layer or encoder that is named by the hash of its settings
 
 
-def verify_derived(storage: Storage, manifest: Manifest) -> list[str]:
-    """Return every problem of captions, latents, reviews and verdicts on pairs, one line each that names the file."""
+def derived_files(storage: Storage) -> list[str]:
+    """Return the files of captions, latents and text states that `file_problem` checks."""
+    captions, latents = storage.names("captions"), storage.names("latents")
+    tensors = [name for name in latents if name.endswith(".safetensors")]
+    return [*(name for name in captions if name.endswith(".parquet")), *tensors]
+
+
+def verify_derived(storage: Storage, manifest: Manifest, damaged: Iterable[str]) -> list[str]:
+    """Return every problem of captions, latents, reviews and verdicts on pairs, one line each that names the file.
+
+    `damaged` are the problems of `derived_files`.
+    """
     captions, latents = storage.names("captions"), storage.names("latents")
     problems = [*_missing_captions(storage, manifest, captions), *_missing_latents(storage, manifest, latents)]
     problems += [*_caption_recipes(storage, captions), *_latent_recipes(storage, latents)]
-    files = [name for name in captions if name.endswith(".parquet")]
-    files += [name for name in latents if name.endswith(".safetensors")]
-    problems += [problem for problem in ahead(lambda name: _problem(storage, name), files) if problem is not None]
-    return [*problems, *verify_reviews(storage), *verify_pairs(storage)]
+    return [*problems, *damaged, *verify_reviews(storage), *verify_pairs(storage)]
 
 
-def _problem(storage: Storage, name: str) -> str | None:
-    """Return what is wrong with one file."""
+def file_problem(storage: Storage, name: str) -> str | None:
+    """Return what is wrong with one of `derived_files`."""
     try:
         if name.endswith(".parquet"):
             storage.read_table(name)
@@ -58,21 +64,22 @@ def _problem(storage: Storage, name: str) -> str | None:
 def _missing_captions(storage: Storage, manifest: Manifest, names: list[str]) -> Iterator[str]:
     """Yield a line for every committed shard of a layer whose captions are gone."""
     layers = [name.split("/")[1] for name in names if name.count("/") == 2 and name.endswith("/recipe.json")]
+    present = set(names)
     for layer in layers:
         committed = MarkerLog(storage, f"recaption-{layer}").read()
         for shard in (entry.name for entry in manifest.shards if entry.name in committed):
-            if (name := f"captions/{layer}/{shard}.parquet") not in names:
+            if (name := f"captions/{layer}/{shard}.parquet") not in present:
                 yield f"{name}: missing: {_RECAPTION}"
 
 
 def _missing_latents(storage: Storage, manifest: Manifest, names: list[str]) -> Iterator[str]:
     """Yield a line for every committed shard of an encoder whose latents or text states are gone."""
-    encoders = sorted({name.split("/")[1] for name in names if name.count("/") == 2})
+    encoders, present = sorted({name.split("/")[1] for name in names if name.count("/") == 2}), set(names)
     for encoder in encoders:
         committed = MarkerLog(storage, f"latents-{encoder}").read()
         for entry in manifest.shards:
             name = f"latents/{encoder}/{entry.name}.safetensors"
-            if f"{entry.name}-{entry.sha256[:12]}" in committed and name not in names:
+            if f"{entry.name}-{entry.sha256[:12]}" in committed and name not in present:
                 yield f"{name}: missing: {_ENCODE}"
 
 

@@ -163,19 +163,25 @@ def units_of_keys(storage: Storage, planned: Plan, keys: Iterable[str]) -> set[P
     return found
 
 
-def plan_problems(storage: Storage) -> list[str]:
-    """Return what is wrong with the batches' facts and keys, one line each that names the file; write nothing."""
-    problems = []
-    for name in storage.names("state/plan"):
-        batch = name.split("/")[2].removeprefix("batch-")
-        if name.endswith("/batch.json") and batch.isdigit():
-            try:
-                counts = storage.read_json(name, "")["units"]
-                if not _keys_hold(storage, int(batch), sum(counts)):
-                    problems.append(f"{_keys_of(int(batch))}: missing, or not what was written")
-            except (DamagedFile, KeyError, TypeError):
-                problems.append(f"{name}: damaged; the next build writes it again")
-    return problems
+def planned_batches(storage: Storage) -> list[str]:
+    """Return the files of the batches' facts."""
+    return [name for name in storage.names("state/plan") if name.endswith("/batch.json") and _number_of(name).isdigit()]
+
+
+def _number_of(name: str) -> str:
+    return name.split("/")[2].removeprefix("batch-")
+
+
+def batch_problem(storage: Storage, name: str) -> str | None:
+    """Return what is wrong with the file `name` of a batch's facts, or with its keys; write nothing."""
+    batch = int(_number_of(name))
+    try:
+        counts = storage.read_json(name, "")["units"]
+        if not _keys_hold(storage, batch, sum(counts)):
+            return f"{_keys_of(batch)}: missing, or not what was written"
+    except (DamagedFile, KeyError, TypeError):
+        return f"{name}: damaged; the next build writes it again"
+    return None
 
 
 def _keys_hold(storage: Storage, batch: int, rows: int) -> bool:

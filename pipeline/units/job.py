@@ -49,6 +49,10 @@ class Job(ABC):
         """The job's markers."""
         return MarkerLog(self.storage, self.name)
 
+    def check_storage(self) -> None:
+        """Raise CapstanError if no unit can be done at the moment, since the storage does not answer or is full."""
+        self.storage.check_writable()
+
     @abstractmethod
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Read, fetch and decode on a CPU worker; yield pieces of at most some MB (encoded bytes, not arrays).

@@ -14,7 +14,7 @@ from capstan.pipeline.config import fingerprint
 from capstan.pipeline.dataset import tensor_file
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import DamagedFile
-from capstan.pipeline.pack.verify_derived import forget_derived, verify_derived
+from capstan.pipeline.pack.verify_derived import derived_files, file_problem, forget_derived, verify_derived
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 from capstan.recaption.lint.linter import Settings
@@ -37,7 +37,8 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def derived(storage: Storage) -> list[str]:
-    return verify_derived(storage, Dataset(storage).manifest)
+    found = [file_problem(storage, name) for name in derived_files(storage)]
+    return verify_derived(storage, Dataset(storage).manifest, [line for line in found if line is not None])
 
 
 def test_whole_captions_are_no_problem(storage: Storage) -> None:
