@@ -16,6 +16,16 @@ class MovingWorld(Section):
     """Frames of each clip."""
     fps: Annotated[int, Field(ge=1, le=60)] = 8
     """Frames per second."""
+    entries: bool = False
+    """Whether things enter one after the other, from left to right; else all are there from the start."""
+    sound: Annotated[int, Field(ge=2000, le=48_000)] | None = None
+    """Samples per second of the clips' sound, in which each thing's colour is a pitch; null: they are silent."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is unset, so that worlds of earlier versions keep their URLs."""
+        values = without_unset(dump(self), "sound")
+        return values if self.entries else {name: value for name, value in values.items() if name != "entries"}
 
 
 class WorldSource(Section):
@@ -27,8 +37,8 @@ class WorldSource(Section):
     """Side of the drawn images in pixels."""
     seed: int = 0
     """Seed of the scenes: the same seed draws the same scenes."""
-    captions: Literal["alt", "short", "descriptive"] = "alt"
-    """Captions of the rows: like careless alt texts of the web, or true short or descriptive ones."""
+    captions: Literal["alt", "short", "descriptive", "heard"] = "alt"
+    """Captions of the rows: like careless alt texts of the web, true short or descriptive ones, or what is heard."""
     defects: bool = True
     """Whether the site serves every known defect of the web, in known proportions."""
     shapes: list[str] | None = None
@@ -53,6 +63,8 @@ class WorldSource(Section):
     def _moves_truly(self) -> WorldSource:
         if self.moving is not None and (self.captions == "alt" or self.defects):
             raise ValueError("moving scenes have true captions and no defects; set captions: short, defects: false")
+        if self.captions == "heard" and (self.moving is None or self.moving.sound is None):
+            raise ValueError("captions: heard are of clips with sound; set moving.sound, or other captions")
         return self
 
 

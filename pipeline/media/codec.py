@@ -193,6 +193,35 @@ def encode_flac(samples: np.ndarray, rate: int) -> bytes:
     return buffer.getvalue()
 
 
+def with_sound(mp4: bytes, samples: np.ndarray, rate: int, codec: str = "flac") -> bytes:
+    """Return a clip with samples (int16 [samples, channels]) as its sound: FLAC, or AAC, which all players know.
+
+    The frames are copied. AAC does not keep the samples, and needs a rate that it has, such as 48,000.
+    """
+    buffer, layout = io.BytesIO(), "stereo" if samples.shape[1] == _STEREO else "mono"
+    with (
+        av.open(io.BytesIO(mp4), "r", format="mov") as clip,
+        av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as file,
+    ):
+        shown = clip.streams.video[0]
+        copied = file.add_stream_from_template(shown)
+        heard = file.add_stream(codec, rate=rate, options={"flags": "+bitexact"})
+        heard.codec_context.layout, heard.codec_context.thread_count = layout, 1
+        for packet in clip.demux(shown):
+            if packet.dts is not None:
+                packet.stream = copied
+                file.mux(packet)
+        given = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), "s16", layout)
+        given.sample_rate, given.pts, given.time_base = rate, 0, Fraction(1, rate)
+        sizes = heard.codec_context.frame_size or len(samples)
+        resampler = av.AudioResampler(heard.codec_context.format, layout, rate, frame_size=sizes)
+        for part in (given, None):
+            for frame in resampler.resample(part):
+                file.mux(heard.encode(frame))
+        file.mux(heard.encode(None))
+    return buffer.getvalue()
+
+
 def decode_flac(data: bytes) -> tuple[np.ndarray, int]:
     """Return the samples (int16 [samples, channels]) of a clip's FLAC, and their rate."""
     parts = []

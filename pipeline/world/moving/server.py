@@ -8,8 +8,8 @@ from aiohttp import web
 
 from capstan.pipeline.config import WorldSource
 from capstan.pipeline.config.cut import Cut
-from capstan.pipeline.media.codec import Scaler, VideoWriter
-from capstan.pipeline.world.moving.render import frames_of
+from capstan.pipeline.media.codec import Scaler, VideoWriter, with_sound
+from capstan.pipeline.world.moving.render import frames_of, samples_of
 from capstan.pipeline.world.moving.table import scene_at
 from capstan.pipeline.world.scene import Vocabulary
 from capstan.pipeline.world.server import Site, main
@@ -25,14 +25,17 @@ class MovingSite(Site):
 
 
 def clip(world: WorldSource, vocab: Vocabulary, index: int) -> web.Response:
-    """Return the site's response for one clip."""
+    """Return the site's response for one clip, with its sound if the world has any."""
     assert world.moving is not None
+    scene, rate = scene_at(world, vocab, index), world.moving.sound
     scaler = Scaler(world.size, world.size, "yuv444p")
     writer = VideoWriter(world.size, world.size, world.moving.fps, _CUT)
     try:
-        for frame in frames_of(scene_at(world, vocab, index), world.size):
+        for frame in frames_of(scene, world.size):
             writer.add(scaler.from_rgb(frame))
-        return web.Response(body=writer.finish(), content_type="video/mp4")
+        mp4 = writer.finish()
+        mp4 = mp4 if rate is None else with_sound(mp4, samples_of(scene, rate), rate)
+        return web.Response(body=mp4, content_type="video/mp4")
     finally:
         writer.close()
 
