@@ -125,7 +125,7 @@ def _build(
     check_conditions(recipe)
     check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
-    resume(storage)
+    resume(storage, progress=progress)
     planned = planned or plan(recipe, storage, progress=progress)
     clock.lap("plan")
     job = Ingest(recipe, storage)
@@ -222,7 +222,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     if not scorers:
         raise RecipeError("score", "names no scorer", "add one, e.g. score: {caption: {}, image: {}}")
     with lease(storage, "score") as held:
-        resume(storage)
+        resume(storage, progress=progress)
         units = _found(recipe, storage)
         return {**_publish(recipe, storage, held, units, scorers, clock, progress), "seconds": clock.laps}
 
@@ -257,7 +257,7 @@ def _select(recipe: Recipe, storage: Storage, held: HeldLease, progress: bool) -
     check_conditions(recipe)
     check_reviews(recipe, storage)
     scorers = registry.scorers(recipe)
-    resume(storage)
+    resume(storage, progress=progress)
     units = as_scored(recipe, storage, scorers, _found(recipe, storage))
     published = _publish(recipe, storage, held, units, scorers, clock, progress)
     if "pack" in clock.laps:

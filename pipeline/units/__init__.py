@@ -173,6 +173,8 @@ def results(job: Job, units: Sequence[Unit], resources: Resources, *, progress: 
     worker starts, and no marker is written. An error of a unit is raised there as it is; on workers, which try a unit
     again, CapstanError says why units kept failing.
     """
+    if not units:
+        return []
     if len(units) > SMALL_RUN or os.environ.get("RAY_ADDRESS"):
         try:
             return run_once(job, units, resources, progress=progress)

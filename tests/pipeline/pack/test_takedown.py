@@ -1,136 +1,38 @@
 """Takedown: what is removed is nowhere in the dataset, never comes back, and leaves everything else as it was."""
 
-import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load, save
+from takedowns import (
+    ROWS,
+    Draw,
+    contents,
+    everything,
+    gone,
+    key_of,
+    ledger,
+    listed,
+    recipe_for,
+    row,
+    storage_of,
+    stored,
+    tars,
+)
 
 from capstan.pipeline import build
-from capstan.pipeline.config import Blocklist, Recipe, Resources
+from capstan.pipeline.config import Blocklist, Resources
 from capstan.pipeline.dataset.shards import Dataset, sha256_of
-from capstan.pipeline.pack import takedown
+from capstan.pipeline.pack import scrub_units, takedown
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.select import column_blocks
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
-
-ROWS = 24
-Draw = Callable[[int], bytes]
-
-
-def row(draw: Draw, number: int) -> dict[str, Any]:
-    """Row 20 holds the same file as row 3; hosts differ by the row's number."""
-    image = draw(3 if number == 20 else number)
-    url = f"https://host{number % 4}.example{number % 2}.org/secret-{number:02}.jpg"
-    caption = f"words-{number:02} of a person"
-    return {"image": image, "url": url, "caption": caption, "photographer": f"name-{number:02}"}
-
-
-def recipe_for(folder: Path, **sections: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "dataset": str(folder / "dataset"),
-            "source": {"path": str(folder / "rows.parquet"), "image": "image"},
-            "image": {"size": 64, "min_size": 8},
-            "dedup": {"perceptual": None},
-            "shards": {"samples": 4},
-            "unit": {"rows": 7},
-            **sections,
-        }
-    )
-
-
-def layers(storage: Storage) -> None:
-    """A caption layer and latents of every shard, as the floors above write them."""
-    dataset = Dataset(storage)
-    for entry in dataset.manifest.shards:
-        table = dataset.table(entry.name, ["key", "caption"])
-        captions = pa.table({"key": table["key"], "text": table["caption"]})
-        storage.write_table(f"captions/mine/{entry.name}.parquet", captions)
-        numbers = np.array([int(key[:4], 16) for key in table["key"].to_pylist()], np.float16).reshape(-1, 1, 1, 1)
-        data = save({"latents": numbers}, metadata={"shard_sha256": entry.sha256})
-        storage.write(f"latents/enc/{entry.name}.safetensors", data)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, two_cpus: Resources, draw: Draw) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    pq.write_table(pa.Table.from_pylist([row(draw, number) for number in range(ROWS)]), folder / "rows.parquet")
-    recipe = recipe_for(folder)
-    assert build.build(recipe, progress=False)["counts"]["kept"] == ROWS - 1
-    layers(Storage(recipe.dataset))
-    storage = Storage(recipe.dataset)
-    # What else is made of a dataset: a report, a comparison of layers, a layer that is moving, latents of a shard as it
-    # was once, and what is left on the shelf by packing that was killed at its very end.
-    for name in ("report.html", "samples.png", "captions/diff-a-b.html", "captions/diff-a-b.png", "shelf/0.tar"):
-        storage.write(name, b"<p>words-05 of a person")
-    moving = pa.table({"key": [key_of(storage, 5), key_of(storage, 6)], "raw": ["words-05", "words-06"]})
-    storage.write_table("captions/mine/aside/part.parquet", moving)
-    old = save({"latents": np.zeros((3, 1, 1, 1), np.float16)}, metadata={"shard_sha256": "0" * 64})
-    for shard in ("shard-000000", "shard-000099"):
-        storage.write(f"latents/old/{shard}.safetensors", old)
-    return folder
-
-
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    shutil.copytree(built, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def storage_of(folder: Path) -> Storage:
-    return Storage(str(folder / "dataset"))
-
-
-def listed(folder: Path, *entries: str) -> str:
-    path = folder / "list.txt"
-    path.write_text("# what is asked for\n\n" + "\n".join(entries) + "\n")
-    return str(path)
-
-
-def everything(storage: Storage) -> bytes:
-    """All bytes of all files, and every cell of every table as text."""
-    parts = []
-    for name in storage.names():
-        data = storage.read(name)
-        parts.append(data)
-        if name.endswith(".parquet"):
-            for column in pq.read_table(io.BytesIO(data)).columns:
-                parts += [v if isinstance(v, bytes) else str(v).encode() for v in column.to_pylist() if v is not None]
-    return b"\n".join(parts)
-
-
-def ledger(storage: Storage) -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in Dataset(storage).ledger().to_pylist()}
-
-
-def key_of(storage: Storage, number: int) -> str:
-    (key,) = [key for key, row in ledger(storage).items() if row["url"].endswith(f"secret-{number:02}.jpg")]
-    return key
-
-
-def gone(storage: Storage, number: int, jpeg: bytes) -> bool:
-    held = everything(storage)
-    words = [f"{what}-{number:02}".encode() for what in ("secret", "words", "name")]
-    return not any(trace in held for trace in (*words, jpeg[200:-2]))
-
-
-def stored(storage: Storage, number: int) -> bytes:
-    """The image as it lies in the shards."""
-    key, dataset = key_of(storage, number), Dataset(storage)
-    return dict(dataset.read_images(ledger(storage)[key]["shard"]))[key]
-
-
-def tars(storage: Storage) -> dict[str, str]:
-    return {name: sha256_of(storage.read(name)) for name in storage.names("shards") if name.endswith(".tar")}
 
 
 @pytest.mark.integration
@@ -163,12 +65,6 @@ def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder
     (line,) = storage.read("removed/log.jsonl").splitlines()
     said = {name: value for name, value in json.loads(line).items() if name != "date"}
     assert said == {"asked": {"urls": 1}, "rows": 1, "kept": 1, "shards": [shard]}
-
-
-def contents(storage: Storage) -> dict[str, bytes]:
-    """All files but those with dates in them."""
-    dated = ("removed/log.jsonl", "state/runs.jsonl")
-    return {name: storage.read(name) for name in storage.names() if name not in dated}
 
 
 @pytest.mark.integration
@@ -308,7 +204,7 @@ def test_a_takedown_that_was_cut_off_is_completed_by_the_next_build(
         raise KilledError
 
     with monkeypatch.context() as broken:
-        broken.setattr(build if stage == "finish" else takedown, stage, killed)
+        broken.setattr({"finish": build, "_scrub_staged": scrub_units}.get(stage, takedown), stage, killed)
         with pytest.raises(KilledError):
             build.remove(storage.url, Blocklist(keys=listed(folder, key)), progress=False)
     assert storage.exists("removed/pending.parquet")
