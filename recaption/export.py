@@ -4,15 +4,16 @@ KEY.txt and the `caption` of KEY.json become the text of one slot, or stay the s
 including the original, go into KEY.json's `extra` under `capstan`. No tar member is added: open_clip and most training
 scripts read only `txt`, and Hugging Face refuses tars whose samples have different members.
 
-A unit is a shard. Its tar, table and offsets are written first, then its marker; the manifest is written last.
+A unit is a shard. Its tar, table and offsets are written first, then its marker; the manifest is written last. Workers
+also read the captions, to see which shards are up to date, and copy the ledger.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
@@ -24,6 +25,7 @@ from capstan.pipeline.dataset.ratios import ratios_of
 from capstan.pipeline.dataset.shards import (
     PLACE_COLUMNS,
     Dataset,
+    LedgerEntry,
     Manifest,
     Sample,
     ShardEntry,
@@ -32,18 +34,18 @@ from capstan.pipeline.dataset.shards import (
     write_manifest,
     write_samples,
 )
-from capstan.pipeline.errors import Quarantined, RecipeError
+from capstan.pipeline.errors import DamagedFile, Quarantined, RecipeError
 from capstan.pipeline.lease import lease
 from capstan.pipeline.pack.job import sample_fields, unlisted
-from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import CRC32, FORMAT_VERSION
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
-from capstan.pipeline.units import Job, Piece, Unit, report, run
+from capstan.pipeline.units import Job, Piece, Unit, report, results, run
 from capstan.recaption import store
 
 SECTION: Final = "captions"  # of the manifest's recipe, in exported datasets only
 ORIGINAL: Final = "original"
+_TOGETHER: Final = 16  # shards or ledger tables that one worker reads
 _STARTED: Final = "state/export/begun.json"  # written first: marks the folder as an export
 
 
@@ -154,15 +156,14 @@ def _export(
     job: Export, recipe: dict[str, Any], before: Manifest | None, resources: Resources, progress: bool
 ) -> dict[str, Any]:
     dataset, target = job.dataset, job.storage
-    units = _units(job)
+    units = _units(job, resources, progress)
     wanted, done = {unit.id for unit in units}, job.markers.read()
     if before is not None:
         kept = [ShardEntry(**done[unit.id]["entry"]) for unit in units if unit.id in done]
         write_manifest(target, Manifest(recipe=recipe, complete=False, shards=kept))
     hide_indexes(target)
     job.markers.forget(done.keys() - wanted)
-    for entry in dataset.manifest.ledger:
-        target.write(entry.table, dataset.storage.read(entry.table))
+    _copy_ledger(job, before, resources, progress)
     summary = run(job, units, resources, progress=progress)
     done = job.markers.read()
     manifest = dataset.manifest.model_copy(
@@ -207,19 +208,80 @@ def _check_target(source: Storage, target: Storage) -> Manifest | None:
     return before
 
 
-def _units(job: Export) -> list[Unit]:
+# On workers, before and next to the shards ---------------------------------------------------------------------------
+
+
+class Fingerprints(Job):
+    """The job that reads the captions of some shards. A unit is a few shards.
+
+    Its markers hold a hash of each shard's captions; None for a shard that a model has not captioned.
+    """
+
+    name, title = "export-captions", "export: captions"
+
+    def __init__(self, dataset: Dataset, layer: str, target: Storage) -> None:
+        self.dataset, self.layer, self.storage = dataset.part(), layer, target
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        source = self.dataset.storage
+        found = [
+            fingerprint(store.read_layer(source, self.layer, shard))
+            if store.is_captioned(source, self.layer, shard)
+            else None
+            for shard in unit.spec["shards"]
+        ]
+        yield {"captions": found}
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (facts,) = pieces
+        return facts
+
+
+class CopyLedger(Fingerprints):
+    """The job that copies ledger tables. A unit is a few tables."""
+
+    name, title = "export-ledger", "export: ledger"
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        for entry in (LedgerEntry(**fields) for fields in unit.spec["tables"]):
+            data = self.dataset.storage.read(entry.table)
+            if sha256_of(data) != entry.sha256:
+                raise DamagedFile(self.dataset.storage.path(entry.table), "its SHA-256 is not that of what was written")
+            self.storage.write(entry.table, data)
+        yield {"tables": len(unit.spec["tables"])}
+
+
+def _units(job: Export, resources: Resources, progress: bool) -> list[Unit]:
     """Return one unit per shard; its id includes a hash of everything that determines its bytes."""
-    entries, storage = job.dataset.manifest.shards, job.dataset.storage
-    lacking = [entry.name for entry in entries if not store.is_captioned(storage, job.layer, entry.name)]
+    entries = job.dataset.manifest.shards
+    work = [Unit(part[0].name, {"shards": [entry.name for entry in part]}) for part in _parts(entries)]
+    done = results(Fingerprints(job.dataset, job.layer, job.storage), work, resources, progress=progress)
+    captions = [found for facts in done for found in facts["captions"]]
+    lacking = [entry.name for entry, found in zip(entries, captions, strict=True) if found is None]
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         problem = f"layer {job.layer} has no captions for {lacking[0]}{more}"
         raise RecipeError("LAYER", problem, "complete it with `capstan recaption`")
-    texts = ahead(lambda entry: fingerprint(store.read_layer(storage, job.layer, entry.name)), entries)
     return [
         Unit(
-            f"{entry.name}-{fingerprint([FORMAT_VERSION, entry.sha256, captions, job.layer, job.slot])}",
+            f"{entry.name}-{fingerprint([FORMAT_VERSION, entry.sha256, found, job.layer, job.slot])}",
             {"shard": entry.name, "rows": entry.samples, "entry": entry.model_dump()},
         )
-        for entry, captions in zip(entries, texts, strict=True)
+        for entry, found in zip(entries, captions, strict=True)
     ]
+
+
+def _copy_ledger(job: Export, before: Manifest | None, resources: Resources, progress: bool) -> None:
+    """Copy the ledger tables that an earlier export has not copied as they are."""
+    known = {entry for entry in before.ledger if before.complete} if before is not None else set()
+    present = set(job.storage.names("ledger")) if known else set()
+    tables = [entry for entry in job.dataset.manifest.ledger if entry not in known or entry.table not in present]
+    work = [Unit(part[0].name, {"tables": [entry.model_dump() for entry in part]}) for part in _parts(tables)]
+    results(CopyLedger(job.dataset, job.layer, job.storage), work, resources, progress=progress)
+
+
+E = TypeVar("E")
+
+
+def _parts(items: Sequence[E]) -> list[Sequence[E]]:
+    return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]

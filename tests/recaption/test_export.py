@@ -13,9 +13,10 @@ import pytest
 from in_process import run_here
 from small_dataset import as_if_a_model_wrote_it, replace_image
 
+from capstan.pipeline import units
 from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset.shards import Dataset, LedgerEntry, read_manifest, sha256_of, write_manifest
-from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.records import LEDGER_SCHEMA, make_key
 from capstan.pipeline.select.licenses import LICENSE
@@ -261,3 +262,33 @@ def test_a_layer_over_another_is_exported_with_both_texts(source: Storage, tmp_p
     replace_image(source, "shard-000002", KEY[5])
     with pytest.raises(RecipeError, match=r"layer model has no captions for 1 newer sample\(s\) of shard-000002"):
         export(source, "mine", Storage(str(tmp_path / "other")), slot="descriptive", resources=Resources())
+
+
+@pytest.mark.integration
+def test_workers_write_what_this_process_writes(
+    source: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path / "copy")
+    monkeypatch.setattr(units, "SMALL_RUN", 0)
+    monkeypatch.setattr(units, "_on_ray", lambda *_: False)
+    monkeypatch.setattr(export_module, "run", units.run)
+    run(source, tmp_path / "other")
+    assert content(tmp_path / "other") == content(tmp_path / "copy")
+
+
+def test_only_ledger_tables_that_changed_or_are_gone_are_copied_again(source: Storage, tmp_path: Path) -> None:
+    run(source, tmp_path / "copy")
+    target, name = Storage(str(tmp_path / "copy")), "ledger/unit-u.parquet"
+    whole = target.read(name)
+    target.write(name, b"as it was")
+    run(source, tmp_path / "copy")
+    assert target.read(name) == b"as it was"
+    target.delete(name)
+    run(source, tmp_path / "copy")
+    assert target.read(name) == whole
+
+
+def test_a_damaged_ledger_is_not_copied(source: Storage, tmp_path: Path) -> None:
+    source.write("ledger/unit-u.parquet", b"something else")
+    with pytest.raises(DamagedFile, match="unit-u"):
+        run(source, tmp_path / "copy")
