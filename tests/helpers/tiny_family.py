@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 
 from capstan.pipeline.config import Section
 from capstan.training.config import TrainConfig
-from capstan.training.family import Batch, Family, Metrics, Sample, Samples
+from capstan.training.family import Batch, Family, Metrics, Sample, Samples, Step
 
 
 class TinySettings(Section):
@@ -68,6 +69,14 @@ class TinyFamily(Family):
         bad = [self.options.explode_at is not None and f"number {self.options.explode_at}" in s.text for s in samples]
         numbers = torch.tensor([json.loads(sample.extra)["index"] for sample in samples])
         return {"ids": ids, "colour": colour, "bad": torch.tensor(bad), "number": numbers}
+
+    def begin_step(self, model: torch.nn.Module, parts: Sequence[Batch], step: Step) -> None:
+        """Die by SIGKILL, once, where $TINY_KILL has a file named STEP-RANK."""
+        if folder := os.environ.get("TINY_KILL"):
+            order = Path(folder) / f"{step.number}-{os.environ.get('RANK', '0')}"
+            if order.exists():
+                order.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         time.sleep(self.options.sleep_s)

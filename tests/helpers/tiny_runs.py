@@ -20,7 +20,8 @@ def make_recipe(dataset: Path, run: Path, **section: Any) -> Recipe:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    text = (run / "log.jsonl").read_text() if (run / "log.jsonl").exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may still be being written
     timed = ("samples_per_s", "images_per_s", "data_wait", "cpu_s", "flops_per_s", "host_memory_gib")
     return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
 

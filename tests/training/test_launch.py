@@ -87,24 +87,18 @@ def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tm
     assert_same(run, whole)
 
 
-def kill_workers(run: Path, steps: list[int], victims: random.Random) -> None:
-    """SIGKILL one of the workers of this process's run as soon as each of these steps is logged, once a start."""
-    for starts, step in enumerate(steps, 1):
-        wait_for_step(run, step)
-        while (run / "train.log").read_text().count("engine: ") < starts:
-            time.sleep(0.02)
-        found = [p for p in psutil.Process().children() if "training.launch" in " ".join(p.cmdline())]
-        victims.choice(found).kill()
-
-
 @pytest.mark.integration
-def test_workers_that_are_killed_are_started_again(recipe, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    killer = threading.Thread(target=kill_workers, args=(run, [3, 9], random.Random(1)), daemon=True)
-    killer.start()
-    train(recipe(engine={**DEEPSPEED, "launcher": "local"}, tiny={"sleep_s": 0.2}))
-    killer.join()
+def test_workers_that_are_killed_are_started_again(
+    recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, orders = tmp_path / "run", tmp_path / "orders"
+    orders.mkdir()
+    for order in ("3-1", "9-0"):  # before the first checkpoint, and after the second
+        (orders / order).touch()
+    monkeypatch.setenv("TINY_KILL", str(orders))
+    train(recipe(engine={**DEEPSPEED, "launcher": "local"}))
     assert (run / "train.log").read_text().count("world size 2") == 3
+    assert not list(orders.iterdir())
     assert_same(run, whole)
 
 
@@ -230,6 +224,16 @@ def test_errors_of_workers_are_raised_as_they_are(recipe) -> None:
 
 
 # Minutes -------------------------------------------------------------------------------------------------------------
+
+
+def kill_workers(run: Path, steps: list[int], victims: random.Random) -> None:
+    """SIGKILL one of the workers of this process's run soon after each of these steps is logged, once a start."""
+    for starts, step in enumerate(steps, 1):
+        wait_for_step(run, step)
+        while (run / "train.log").read_text().count("engine: ") < starts:
+            time.sleep(0.02)
+        found = [p for p in psutil.Process().children() if "training.launch" in " ".join(p.cmdline())]
+        victims.choice(found).kill()
 
 
 @pytest.mark.slow
