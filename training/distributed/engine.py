@@ -14,8 +14,10 @@ import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from capstan.pipeline.ports import free_port
 from capstan.training.config import TrainConfig
 from capstan.training.distributed import model_options
 from capstan.training.distributed.loss_scale import LossScale
+from capstan.training.distributed.optimizer import adamw
 from capstan.training.distributed.state import WEIGHT, StateReader, StateSlice, adam_slices, adam_state, even_share
 from capstan.training.distributed.zero import load_forward_weights, slices_of_stage_1_or_2, slices_of_stage_3
 
@@ -62,6 +65,7 @@ class Engine:
         # Small values are exchanged by gloo, which never waits for a GPU.
         self._small = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
         self.model: Any = None
+        self._module: Any = None  # what `model` wraps
         self.optimizer: Any = None
 
     def _start(self) -> Any:
@@ -124,8 +128,9 @@ class Engine:
                     "stage3_gather_16bit_weights_on_model_save": True,
                 }
             self._accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"].update(zero)
-        optimizer = _adamw(model, self.train, fused=self.device.type in ("cpu", "cuda"))
+        optimizer = adamw(model, self.train, fused=self.device.type in ("cpu", "cuda"))
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
+        self._module = model
         strategy = f"DeepSpeed, ZeRO stage {self.zero}" if self._deepspeed else "DDP"
         if self._deepspeed and self.model.zero_optimization_stage() != self.zero:
             raise CapstanError(f"training: requested ZeRO {self.zero}, got {self.model.zero_optimization_stage()}")
@@ -220,8 +225,7 @@ class Engine:
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Return the trainable weights, named as in the model passed to `prepare`."""
-        module = self._accelerator.unwrap_model(self.model)
-        return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        return [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the full shape of every trainable weight, even if this worker holds only a part of it."""
@@ -255,12 +259,11 @@ class Engine:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the model's buffers on the CPU, such as running statistics; they are never sharded."""
-        module = self._accelerator.unwrap_model(self.model)
-        return {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
+        return {name: buffer.detach().cpu() for name, buffer in self._module.named_buffers()}
 
     def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         """Restore what `buffers` returned."""
-        for name, buffer in self._accelerator.unwrap_model(self.model).named_buffers():
+        for name, buffer in self._module.named_buffers():
             buffer.copy_(buffers[name])
 
     # Collectives -----------------------------------------------------------------------------------------------------
@@ -335,19 +338,6 @@ class Engine:
         GradientState._reset_state()
 
 
-def _adamw(model: torch.nn.Module, train: TrainConfig, fused: bool) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and kernels only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused)
-
-
 def _set_environment(*, alone: bool) -> None:
     """Set what a launcher would set, if there is none (nothing, if `alone`), and silence libraries."""
     if alone:
@@ -369,10 +359,25 @@ def _refuse_inference_kernel() -> None:
     Training never calls it (only `inference_all_reduce` does). Building it takes g++ and tens of seconds, fails the run
     without a compiler, and if killed leaves a lock on which every later run would wait.
     """
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = {}  # checked before building: nothing counts as compatible
+
+
+def _import_deepspeed() -> ModuleType:
+    """Import DeepSpeed without what takes 3 CPU seconds and is not used here: mlflow, and a compiled Muon optimizer."""
+    compile_, hidden = torch.compile, "mlflow" not in sys.modules
+    try:
+        if hidden:
+            sys.modules["mlflow"] = None  # type: ignore[assignment]
+        torch.compile = lambda function, **_options: function  # type: ignore[assignment]
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        torch.compile = compile_
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 def _keep_transformers_out() -> None:

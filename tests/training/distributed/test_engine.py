@@ -171,6 +171,17 @@ def test_what_runs_is_said_and_no_compiler_is_needed(two: Path, one: Path) -> No
     assert not (two / "extensions").exists()
 
 
+def test_importing_deepspeed_skips_what_is_slow_and_hides_nothing_afterwards() -> None:
+    code = (
+        "import sys, torch; from capstan.training.distributed.engine import _import_deepspeed\n"
+        "compile_ = torch.compile; deepspeed = _import_deepspeed()\n"
+        "assert torch.compile is compile_ and 'mlflow' not in sys.modules and hasattr(deepspeed, 'initialize')\n"
+        "import mlflow; assert callable(mlflow.log_metric)\n"
+        "from deepspeed.runtime.zero.muon.original_muon import muon_update; assert callable(muon_update)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_one_process_needs_no_launcher(plain: dict, tmp_path: Path) -> None:
     worker = load_worker()
     for _ in range(2):  # nor does an engine leave anything for the next one to trip over
