@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from capstan.pipeline import config  # noqa: E402
 from capstan.pipeline.image.decode import StoredImage, decode  # noqa: E402
 from capstan.pipeline.score.descriptors import Descriptor  # noqa: E402
-from capstan.pipeline.select.near_duplicates import colours_agree  # noqa: E402
+from capstan.pipeline.select.hash_pairs import colours_agree  # noqa: E402
 
 DISTANCE = 4
 PDQ_DISTANCE = 31

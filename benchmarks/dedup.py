@@ -35,7 +35,7 @@ from capstan.pipeline import config  # noqa: E402
 from capstan.pipeline.config import WorldSource  # noqa: E402
 from capstan.pipeline.image.decode import StoredImage, decode  # noqa: E402
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours  # noqa: E402
-from capstan.pipeline.select import near_duplicates  # noqa: E402
+from capstan.pipeline.select import hash_pairs, near_duplicates  # noqa: E402
 from capstan.pipeline.select.semantic import find_semantic, unit  # noqa: E402
 
 DISTANCE = 4
@@ -152,7 +152,7 @@ def brute_force(hashes: np.ndarray, colours: np.ndarray | None) -> np.ndarray:
         (close,) = np.nonzero(np.bitwise_count(held[:count] ^ own) <= DISTANCE)
         if colours is not None and len(close):
             other = np.broadcast_to(colours[row], (len(close), COLOUR_BYTES))
-            close = close[near_duplicates.colours_agree(colours[kept[close]], other, TOLERANCE)]
+            close = close[hash_pairs.colours_agree(colours[kept[close]], other, TOLERANCE)]
         if len(close):
             near[row] = kept[close[0]]
         else:
@@ -271,7 +271,7 @@ def photos_part(arguments: argparse.Namespace) -> None:
         for change, data in changes(photo).items():
             other = _decoded(data)
             by_hash = (first.phash ^ other.phash).bit_count() <= (SETTINGS.perceptual or 0)
-            agree = near_duplicates.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
+            agree = hash_pairs.colours_agree(_unpacked([first.colours]), _unpacked([other.colours]), TOLERANCE)[0]
             near.setdefault(change, []).append((by_hash, by_hash and bool(agree)))
     print(f"  {len(photos)} photographs, distance {SETTINGS.perceptual}; recall by hash, and by hash and colours")
     for change, hits in near.items():

@@ -24,11 +24,15 @@ _MEMORY_EVERY_S = 1.0  # reading a process's share of memory costs milliseconds
 
 @dataclass(frozen=True)
 class Run:
-    """The cost of a command. `memory` is the peak of the sum of all its processes' proportional set sizes, in bytes."""
+    """The cost of a command.
+
+    `memory` is the peak of the sum of all its processes' proportional set sizes, in bytes, `own` that without files.
+    """
 
     wall_s: float
     cpu_s: float
     memory: int
+    own: int
     output: str
 
 
@@ -53,7 +57,7 @@ def measure(
     watch.finish()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command), output)
-    return Run(wall, watch.cpu_s, watch.peak, output)
+    return Run(wall, watch.cpu_s, watch.peak, watch.own, output)
 
 
 class _Watch(threading.Thread):
@@ -65,7 +69,7 @@ class _Watch(threading.Thread):
         self._cpu: dict[tuple[int, int], float] = {}  # (pid, start time) → CPU seconds when last seen
         self._other: set[tuple[int, int]] = set()
         self._ending = False
-        self.peak = 0
+        self.peak = self.own = 0
 
     @property
     def cpu_s(self) -> float:
@@ -81,7 +85,9 @@ class _Watch(threading.Thread):
             alive = self._look()
             if self._memory and time.monotonic() - looked >= _MEMORY_EVERY_S:
                 looked = time.monotonic()
-                self.peak = max(self.peak, sum(map(_share, alive)))
+                shares = [_shares(pid) for pid in alive]
+                self.peak = max(self.peak, sum(all_ for all_, _ in shares))
+                self.own = max(self.own, sum(own for _, own in shares))
             if self._ending and not alive:
                 return
             time.sleep(_EVERY_S)
@@ -110,10 +116,11 @@ class _Watch(threading.Thread):
         return alive
 
 
-def _share(pid: int) -> int:
-    """Return a process's proportional set size in bytes, 0 if it has ended."""
+def _shares(pid: int) -> tuple[int, int]:
+    """Return a process's proportional set size in bytes, and its part without files; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+        return 0, 0
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss")}
+    return sizes.get("Pss:", 0), sizes.get("Pss_Anon:", 0)

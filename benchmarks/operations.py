@@ -155,7 +155,7 @@ def of_takedown(number: int) -> dict[str, int]:
 
 
 def of_rows(number: int) -> dict[str, int]:
-    """Return the operations that half a unit of new rows takes, and those of a condition that decides few rows."""
+    """Return the operations that half a unit of new rows takes, and those of conditions that decide 4 and 16 rows."""
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), dict[str, int]()
         built(folder, number)
@@ -164,14 +164,16 @@ def of_rows(number: int) -> dict[str, int]:
             summary = build.build(recipe_for(folder), progress=False)
         assert summary["counts"]["kept"] == number * ROWS + ROWS // 2
         found["new"] = counts.total()
-        for named in ("one", "other"):
-            few = " AND ".join(f"url <> 'https://host{place}.example.org/{place}.jpg'" for place in range(4))
-            select = [{"name": named, "where": few}]
-            with Counted() as counts:
-                summary = build.build(recipe_for(folder, select=select), progress=False)
-            assert summary["counts"]["rejected"] == 4
-        found["condition"] = counts.total()
-        found["read"] = counts["read"] + counts["open"]
+        for rejected in (4, 16):
+            for named in ("one", "other"):
+                places = range(rejected)
+                few = " AND ".join(f"url <> 'https://host{place}.example.org/{place}.jpg'" for place in places)
+                select = [{"name": f"{named}{rejected}", "where": few}]
+                with Counted() as counts:
+                    summary = build.build(recipe_for(folder, select=select), progress=False)
+                assert summary["counts"]["rejected"] == rejected
+            found[f"condition{rejected}"] = counts.total()
+            found[f"read{rejected}"] = counts["read"] + counts["open"]
         return found
 
 
@@ -255,12 +257,12 @@ def main() -> None:
             found = of_takedown(number)
             print(f"| {number} | {found['keys']:,} | {found['urls']:,} |", flush=True)
     if "rows" in parts:
-        print(
-            "\n| units | operations: half a unit of new rows | another condition | of these reads |\n|---|---|---|---|"
-        )
+        print("\n| units | operations: half a unit of new rows | 4 other rows rejected | reads | 16 | reads |")
+        print("|---|---|---|---|---|---|")
         for number in arguments.units:
             found = of_rows(number)
-            print(f"| {number} | {found['new']:,} | {found['condition']:,} | {found['read']:,} |", flush=True)
+            figures = [found[name] for name in ("new", "condition4", "read4", "condition16", "read16")]
+            print(f"| {number} | " + " | ".join(f"{count:,}" for count in figures) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`capstan select --dry-run` on a large ledger: seconds, CPU, and the memory of all processes together.
 
+`own` is memory without files: arrays of many rows are files on the scratch disk, which the system may drop from memory.
+
     python benchmarks/selection.py [--rows 10000000] [--work FOLDER]
 
 Writes staged tables, scores and markers as a build leaves them (random keys, hashes and measurements; one row in fifty
@@ -62,15 +64,15 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         write_ledger(folder / "dataset", arguments.rows)
         (folder / "done").touch()
-    print(f"{arguments.rows:,} rows{'':<15}{'seconds':>9}{'CPU s':>8}{'peak GiB':>10}{'kept':>12}")
+    print(f"{arguments.rows:,} rows{'':<15}{'seconds':>9}{'CPU s':>8}{'peak GiB':>10}{'own':>7}{'kept':>12}")
     for name, question in QUESTIONS.items():
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(settings(folder / "dataset") | question))
         command = [sys.executable, "-m", "capstan", "select", str(recipe), "--dry-run", "--json"]
         run = measure(command, {"PYTHONPATH": str(ROOT)})
         summary = json.loads(run.output.splitlines()[-1])
-        figures = f"{run.wall_s:>9.1f}{run.cpu_s:>8.1f}{run.memory / 2**30:>10.2f}{summary['counts']['kept']:>12,}"
-        print(f"  {name:<26}{figures}", flush=True)
+        figures = f"{run.wall_s:>9.1f}{run.cpu_s:>8.1f}{run.memory / 2**30:>10.2f}{run.own / 2**30:>7.2f}"
+        print(f"  {name:<26}{figures}{summary['counts']['kept']:>12,}", flush=True)
     print(json.dumps(summary["funnel"]))
 
 

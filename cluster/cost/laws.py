@@ -41,7 +41,7 @@ RATES: Final[dict[str, Law]] = {
 PLAN: Final = Law(2.8e-6, "s a row", "measured", _BUILDING)
 UNIT: Final = Law(2.7e-3, "s a unit", "measured", _DRIVER)
 SELECT: Final = Law(1.0e-6, "s a row", "measured", _SELECTION)
-SELECT_BYTES: Final = Law(156, "bytes a row, with duplicates", "measured", _SELECTION)
+SELECT_BYTES: Final = Law(210, "bytes a row on the scratch disk", "measured", _SELECTION)
 DUPLICATES: Final = Law(1.1e-6, "s a row", "measured", _SELECTION)
 # Storage. A unit's share of the shards is left out: they have lines of their own.
 UNIT_OBJECTS: Final = Law(4, "objects a unit", "measured", _OPERATIONS)

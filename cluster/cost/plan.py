@@ -37,7 +37,7 @@ class Stage:
     core_s: float = 0.0
     gpu_s: float = 0.0
     driver_s: float = 0.0  # of one process, however large the cluster is
-    driver_bytes: float = 0.0
+    scratch: float = 0.0  # bytes on that process's disk, while it runs
     objects: float = 0.0
     writes: float = 0.0
     reads: float = 0.0
@@ -85,7 +85,7 @@ class Plan:
             "core_hours": _rounded(stage.core_s / _HOUR),
             "gpu_hours": _rounded(stage.gpu_s / _HOUR),
             "hours": _rounded(stage.hours(self.cores, self.gpus)),
-            "driver_gib": _rounded(stage.driver_bytes / 2**30),
+            "scratch_gb": _rounded(stage.scratch / 1e9),
             "objects": round(stage.objects),
             "requests": round(stage.writes + stage.reads),
             "stored_gb": _rounded(stage.stored / 1e9),
@@ -202,9 +202,7 @@ class _Costs:
         near = self.recipe.dedup.perceptual is not None
         seconds = SELECT.value + (DUPLICATES.value if near else 0)
         used = {"select": SELECT, "select_bytes": SELECT_BYTES} | ({"duplicates": DUPLICATES} if near else {})
-        return self._stage(
-            "select", driver_s=self.rows * seconds, driver_bytes=self.rows * SELECT_BYTES.value, used=used
-        )
+        return self._stage("select", driver_s=self.rows * seconds, scratch=self.rows * SELECT_BYTES.value, used=used)
 
     def _train(self) -> Iterator[Stage]:
         if self.recipe.train is None:

@@ -10,7 +10,7 @@ COLUMNS: Final = {
     "core_hours": "core hours",
     "gpu_hours": "GPU hours",
     "hours": "hours",
-    "driver_gib": "driver GiB",
+    "scratch_gb": "scratch GB",
     "objects": "objects",
     "requests": "requests",
     "stored_gb": "GB stored",

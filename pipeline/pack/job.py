@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,10 +44,11 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.ingest.staging import Packed, free, samples
 from capstan.pipeline.pack.carryover import carry_over, clear
 from capstan.pipeline.pack.ledger import WriteLedger, ledger_name
-from capstan.pipeline.records import CRC32, FORMAT_VERSION, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
+from capstan.pipeline.records import CRC32, FORMAT_VERSION, KEPT, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import pins
-from capstan.pipeline.select.decide import Decided, Decisions, shard_name
+from capstan.pipeline.select.arrays.large_arrays import release
+from capstan.pipeline.select.decide import Decided, Decisions, shard_name, shard_rows
 from capstan.pipeline.select.dedup import evaluation_signature
 from capstan.pipeline.select.derived import CLIP_FACTS, identity, parts_of
 from capstan.pipeline.select.licenses import LICENSE
@@ -226,9 +226,10 @@ def pack(
 
     Raises RecipeError if images that should be packed no longer exist.
     """
-    if not (decisions.shard >= 0).any():
+    counts = decisions.counts
+    if not counts[KEPT]:
         log.warning("pack: no row is kept, so there is no shard (%s)", _losses(decisions))
-    result = Manifest(counts=decisions.counts, funnel=decisions.funnel)
+    result = Manifest(counts=counts, funnel=decisions.funnel)
     return pack_part(recipe, storage, decisions, decisions.units, result, scorers, progress=progress)
 
 
@@ -264,7 +265,8 @@ def pack_part(
         write_manifest(storage, manifest.model_copy(update={"shards": _in_order([*result.shards, *unchanged])}))
     tables = ledger.units(decisions)
     _forget_changed(job, ledger, tables, result, done.keys() - wanted, {unit: done[unit] for unit in changed})
-    summary = run(ledger, tables, recipe.resources, progress=progress)
+    summary = run(ledger, ledger.handed_over(tables, decisions), recipe.resources, progress=progress)
+    ledger.forget()
     if not summary.quarantined:  # a shard takes its rows from the ledger
         work = [_with_sources(unit, shelf, done[unit.id] if unit.id in changed else None) for unit in units]
         summary = run(job, work, recipe.resources, redo=changed, progress=progress)
@@ -342,23 +344,20 @@ def _shard_units(recipe: Recipe, decisions: Decided, pinned: list[dict[str, Any]
     """Return one unit per shard. Its id includes a hash of everything that determines the tar's bytes; `scores` is a
     hash of everything else in the table.
     """
-    order = np.argsort(decisions.shard, kind="stable")
-    bounds = np.searchsorted(decisions.shard[order], np.arange(decisions.shard.max(initial=-1) + 2))
     units, starts = [], decisions.starts
-    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
-        rows = order[first:last]
-        if not len(rows):  # all its rows were taken down
-            continue
+    for number, (first, last) in shard_rows(decisions.shard).items():
+        rows = first + np.flatnonzero(decisions.shard[first : last + 1] == number)
         image = recipe.image.model_dump(mode="json")
         facts = [image, decisions.keys(rows), decisions.hashes(rows), *identity(recipe)]
         content = fingerprint([FORMAT_VERSION, *facts])
-        segments = _segments(decisions, starts, int(rows[0]), int(rows[-1]) + 1)
+        segments = _segments(decisions, starts, first, last + 1)
         files = [dict(decisions.units[segment.pop("number")].scores) for segment in segments]
         scores = fingerprint([pinned, files]) if pinned else ""
         name = shard_name(number)
         spec = {"shard": name, "segments": segments, "rows": len(rows), "scores": scores}
         spec |= {"parts": parts_of(recipe)} if parts_of(recipe) else {}
         units.append(Unit(f"{name}-{content}", spec))
+    release(decisions.key, decisions.sha256)
     return units
 
 

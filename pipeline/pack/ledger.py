@@ -1,19 +1,22 @@
 """Decisions → ledger tables, on workers; only those that changed
 
     ledger/unit-<unit>.parquet    one row for every input row of a unit, with its final outcome
+    state/decisions/<hash>        decisions on the rows of many units, while their tables are being written
 
 A unit of this job is a table. Its id ends with a hash of everything that decides the table's content, so after a
 changed threshold only the tables whose rows are decided differently are written.
+
+One process decides, since rows are compared with all others. It goes through the units one by one and holds only their
+ids. Decisions that tables lack go into few files, of which each worker reads its units' bytes. Tables are written as a
+whole: readers see one table of every row, with columns that compress well, and need not know of decisions.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +24,7 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.dataset.damage import noted_damage
 from capstan.pipeline.dataset.shards import LedgerEntry, sha256_of
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import FORMAT_VERSION, KEPT, LEDGER_SCHEMA, with_scores
 from capstan.pipeline.score import registry
@@ -32,6 +36,8 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.units import Job, Piece, Unit
 
 _DECIDED = ("outcome", "reason", "detail", "shard")
+_HANDED_OVER: Final = "state/decisions"
+_FILE_BYTES: Final = 8 << 20  # of decisions in one file, about
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
@@ -55,14 +61,49 @@ class WriteLedger(Job):
         self._content = fingerprint([FORMAT_VERSION, str(self._schema), pinned, *identity(recipe)])
 
     def units(self, decisions: Decided) -> list[Unit]:
-        """Return a unit for every ingest unit, in order. The decisions on its rows travel in the spec."""
-        starts, made = decisions.starts, []
-        for unit, start, stop in zip(decisions.units, starts, starts[1:], strict=False):
-            decided = _to_text(pa.table(decisions.columns(start, stop)))
+        """Return a unit for every ingest unit, in order."""
+        made = []
+        for unit, start, stop in _with_rows(decisions):
             staged = {"table": unit.table, "rows": unit.rows, "scores": dict(unit.scores)}
-            content = fingerprint([self._content, staged, hashlib.sha256(decided.encode()).hexdigest()])
-            made.append(Unit(f"{unit.unit}-{content}", {"unit": unit.unit, **staged, "decided": decided}))
+            content = fingerprint([self._content, staged, sha256_of(_decided(decisions, start, stop))])
+            made.append(Unit(f"{unit.unit}-{content}", {"unit": unit.unit, **staged}))
         return made
+
+    def handed_over(self, wanted: list[Unit], decisions: Decided) -> list[Unit]:
+        """Return the units with what their workers need: the place of the decisions on their rows.
+
+        Decisions are written for those whose tables are not there. `forget` removes them.
+        """
+        done = self.markers.read()
+        made, held, size = list[Unit](), list[tuple[Unit, bytes]](), 0
+        for unit, (_, start, stop) in zip(wanted, _with_rows(decisions), strict=True):
+            if unit.id in done:
+                made.append(unit)
+                continue
+            data = _decided(decisions, start, stop)
+            held.append((unit, data))
+            size += len(data)
+            if size >= _FILE_BYTES:
+                made += self._hand_over(held)
+                held, size = [], 0
+        return made + self._hand_over(held)
+
+    def _hand_over(self, held: list[tuple[Unit, bytes]]) -> list[Unit]:
+        """Publish decisions in one file; return their units with their places in it."""
+        if not held:
+            return []
+        whole = b"".join(data for _, data in held)
+        name, start, made = f"{_HANDED_OVER}/{sha256_of(whole)[:32]}", 0, list[Unit]()
+        self.storage.write(name, whole)
+        for unit, data in held:
+            place = {"file": name, "start": start, "stop": start + len(data), "sha256": sha256_of(data)}
+            made.append(Unit(unit.id, {**unit.spec, "decided": place}))
+            start += len(data)
+        return made
+
+    def forget(self) -> None:
+        """Remove decisions that were handed over."""
+        self.storage.delete(*self.storage.names(_HANDED_OVER))
 
     def forget_stale(self, wanted: list[Unit], others: Collection[str] = ()) -> None:
         """Remove the markers of tables that will be replaced, and of those that are lost or damaged.
@@ -91,7 +132,7 @@ class WriteLedger(Job):
         spec = unit.spec
         staged = Staged(spec["unit"], spec["table"], "", spec["rows"], tuple(spec["scores"].items()))
         rows, scored = self.storage.read_table(staged.table), joined(self.storage, staged, self._scores)
-        decided = _of_text(spec["decided"])
+        decided = self._read(**spec["decided"])
         columns = {name: rows[name] for name in LEDGER_SCHEMA.names if name in rows.column_names}
         columns |= {name: decided[name] for name in ("outcome", "shard")}
         columns |= {name: pc.coalesce(decided[name], rows[name]) for name in ("reason", "detail")}
@@ -109,6 +150,13 @@ class WriteLedger(Job):
         (entry,) = pieces
         return entry
 
+    def _read(self, file: str, start: int, stop: int, sha256: str) -> pa.Table:
+        """Return decisions that were handed over. Raises DamagedFile."""
+        data = self.storage.read_range(file, start, stop)
+        if sha256_of(data) != sha256:
+            raise DamagedFile(self.storage.path(file), "its SHA-256 is not that of the decisions", "run it again")
+        return pa.ipc.open_stream(data).read_all()
+
 
 def _entry(facts: dict[str, Any]) -> LedgerEntry:
     return LedgerEntry(name=facts["name"], rows=facts["rows"], sha256=facts["sha256"])
@@ -118,12 +166,15 @@ def _count(values: pa.Array) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist()}
 
 
-def _to_text(decided: pa.Table) -> str:
+def _with_rows(decisions: Decided) -> Iterator[tuple[Staged, int, int]]:
+    """Yield the units with their first row, and the one after their last."""
+    starts = decisions.starts
+    return zip(decisions.units, starts, starts[1:], strict=False)
+
+
+def _decided(decisions: Decided, start: int, stop: int) -> bytes:
+    decided = pa.table(decisions.columns(start, stop))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, decided.schema, options=_COMPRESSED) as writer:
         writer.write_table(decided)
-    return base64.b85encode(sink.getvalue()).decode()
-
-
-def _of_text(text: str) -> pa.Table:
-    return pa.ipc.open_stream(base64.b85decode(text)).read_all()
+    return bytes(sink.getvalue())

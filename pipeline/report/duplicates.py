@@ -18,7 +18,8 @@ from capstan.pipeline.records import DUPLICATE
 from capstan.pipeline.report.explore import Explorer
 from capstan.pipeline.report.query import Row, literal
 from capstan.pipeline.select import pairs
-from capstan.pipeline.select.near_duplicates import CONTAMINATED, HASH_BITS, REASONS
+from capstan.pipeline.select.hash_pairs import HASH_BITS
+from capstan.pipeline.select.near_duplicates import CONTAMINATED, REASONS
 
 MOST_PAIRS: Final = 100_000  # that are judged together
 MOST_MEMBERS: Final = 60  # of a group, that a page shows

@@ -30,9 +30,9 @@ from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
 from capstan.pipeline.score.store import Columns, added, joined
+from capstan.pipeline.select.arrays.large_arrays import LargeArrays
 from capstan.pipeline.select.column_blocks import MEASURED, ColumnBlocks, Part
 from capstan.pipeline.select.derived import CLIP_FACTS, derived_columns, derived_fields
-from capstan.pipeline.select.large_arrays import LargeArrays
 from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.review import reviews_of
 from capstan.pipeline.source.blocklist import Blocklist, blocked

@@ -5,6 +5,7 @@ No image is read here: thresholds are queries on tables (select.conditions, sele
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,17 @@ from capstan.pipeline.config import Recipe
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
 from capstan.pipeline.score.store import DESCRIPTORS, embeddings
+from capstan.pipeline.select.arrays.large_arrays import (
+    count,
+    empty,
+    filled,
+    joined,
+    pieces,
+    release,
+    taken,
+    tally,
+    which,
+)
 from capstan.pipeline.select.conditions import (
     BLOCKED,
     PASSED,
@@ -29,8 +41,7 @@ from capstan.pipeline.select.conditions import (
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
 from capstan.pipeline.select.dedup import Repeats, find_repeats
-from capstan.pipeline.select.large_arrays import taken
-from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, PERCEPTUAL, REASONS, SEMANTIC
+from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, NONE, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.pairs import apart
 from capstan.pipeline.select.sampling import sample
 from capstan.pipeline.storage import Storage
@@ -86,10 +97,14 @@ class Decisions(Decided):
     @property
     def counts(self) -> dict[str, int]:
         """Number of rows by outcome, and number of shards."""
-        failed, rejected = int((self.step == _FAILED).sum()), int(((self.step > 0) | (self.step == BLOCKED)).sum())
-        duplicate, kept = int((self.repeats.kept >= 0).sum()), int((self.shard >= 0).sum())
-        rows = {"rows": len(self.step), KEPT: kept, REJECTED: rejected, DUPLICATE: duplicate, FAILED: failed}
-        return rows | {"shards": len(np.unique(self.shard[self.shard >= 0]))}
+        steps, kinds = tally(self.step), tally(self.repeats.kind)
+        outcomes = {
+            KEPT: count(len(self.shard), lambda piece: self.shard[piece] >= 0),
+            REJECTED: sum(rows for step, rows in steps.items() if step > 0 or step == BLOCKED),
+            DUPLICATE: sum(rows for kind, rows in kinds.items() if kind != NONE),
+            FAILED: steps[_FAILED],
+        }
+        return {"rows": len(self.step), **outcomes, "shards": len(shard_rows(self.shard))}
 
     def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         step, kept, shard = self.step[start:stop], self.repeats.kept[start:stop], self.shard[start:stop]
@@ -128,18 +143,23 @@ def shard_name(number: int) -> str:
 
 
 def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
-    """Apply `recipe.select` and `recipe.dedup` to the rows of `units` (in order).
+    """Apply `recipe.select` and `recipe.dedup` to the rows of `units`, which are ordered by batch.
 
     Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
     """
+    assert all(_batch(one) <= _batch(other) for one, other in itertools.pairwise(units))
     check_conditions(recipe)
     rows = evaluate_conditions(recipe, storage, units)
-    batch = np.repeat([_batch(unit.unit) for unit in units], [unit.rows for unit in units]).astype(np.int64)
+    batch = _batches(units)
     step = sample(recipe.select, rows, batch)
-    placed = step == TOMBSTONE
-    repeats = _repeats(recipe, storage, units, rows, batch, np.flatnonzero((step == PASSED) | placed), placed)
-    shard = _allot(batch, ((step == PASSED) | placed) & (repeats.kept < 0), recipe.shards.samples)
+    n = len(step)
+    passed = which(n, lambda piece: (step[piece] == PASSED) | (step[piece] == TOMBSTONE))
+    placed = which(n, lambda piece: step[piece] == TOMBSTONE)
+    repeats = _repeats(recipe, storage, units, rows, batch, passed, placed)
+    kept = joined((own[repeats.kept[own] < 0] for own in (passed[piece] for piece in pieces(len(passed)))), np.int64)
+    shard = _allot(units, kept, recipe.shards.samples)
     shard[placed], step[placed] = -1, BLOCKED
+    release(batch, step, shard, passed, kept)
     names = [condition.name for condition in recipe.select]
     funnel = _funnel(recipe, step, names, repeats)
     return Decisions(units, rows.key, rows.sha256, shard, step, repeats, names, funnel)
@@ -152,7 +172,7 @@ def _repeats(
     rows: QueryResult,
     batch: npt.NDArray[np.int64],
     passed: npt.NDArray[np.int64],
-    placed: npt.NDArray[np.bool_],
+    placed: npt.NDArray[np.int64],
 ) -> Repeats:
     """Find the rows that repeat another, comparing only those that `passed`.
 
@@ -164,44 +184,73 @@ def _repeats(
         colours = None if rows.colours is None else taken(rows.colours, passed)
         measures = (taken(rows.sha256, passed), taken(rows.phash, passed), colours, taken(rows.area, passed))
         different = apart(storage, taken(rows.key, passed))
-        found = find_repeats(recipe, storage, *measures, batch[passed], seen, passed, described, different)
-    kept, kind = np.full(len(batch), -1, np.int64), np.zeros(len(batch), np.int8)
-    own = (found.kept >= 0) & (found.kind != CONTAMINATED)
-    kept[passed] = found.kept
-    kept[passed[own]] = passed[found.kept[own]]
-    kind[passed] = found.kind
-    kept[placed], kind[placed] = -1, 0
+        found = find_repeats(recipe, storage, *measures, taken(batch, passed), seen, passed, described, different)
+    kept, kind = filled(len(batch), -1, np.int64), filled(len(batch), NONE, np.int8)
+    for piece in pieces(len(passed)):
+        other, how = found.kept[piece], found.kind[piece]
+        kept[passed[piece]] = np.where((other >= 0) & (how != CONTAMINATED), passed[other], other)
+        kind[passed[piece]] = how
+    kept[placed], kind[placed] = -1, NONE
+    release(kept, kind, passed)
     return Repeats(kept, kind, found.evaluation)
 
 
-def _batch(unit: str) -> int:
-    return int(unit.partition("-")[0])
+def _batch(unit: Staged) -> int:
+    return int(unit.unit.partition("-")[0])
 
 
-def _allot(batch: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_], samples: int) -> npt.NDArray[np.int64]:
-    """Assign a shard to each kept row, -1 to the others.
+def _batches(units: Sequence[Staged]) -> npt.NDArray[np.int64]:
+    """Return the batch of each row."""
+    batch, start = empty(sum(unit.rows for unit in units), np.int64), 0
+    for unit in units:
+        batch[start : start + unit.rows] = _batch(unit)
+        start += unit.rows
+    return release(batch)
+
+
+def _allot(units: Sequence[Staged], kept: npt.NDArray[np.int64], samples: int) -> npt.NDArray[np.int64]:
+    """Assign a shard to each of the rows `kept`, -1 to the others.
 
     Each batch gets as few shards as hold its rows, with sizes that differ by at most one. A shard holds rows of one
     batch only, so that a new batch moves no row.
     """
-    shard = np.full(len(batch), -1, np.int64)
-    first = 0
-    for number in np.unique(batch):
-        (rows,) = np.nonzero(kept & (batch == number))
-        count = -(-len(rows) // samples)
-        for part in np.array_split(rows, count) if count else []:
+    shard, ends = filled(sum(unit.rows for unit in units), -1, np.int64), dict[int, int]()
+    for unit, end in zip(units, itertools.accumulate(unit.rows for unit in units), strict=True):
+        ends[_batch(unit)] = end
+    first = start = 0
+    for end in ends.values():
+        stop = start + int(np.searchsorted(kept[start:], end))
+        count = -(-(stop - start) // samples)
+        for part in np.array_split(kept[start:stop], count) if count else []:
             shard[part] = first
             first += 1
-    return shard
+        start = stop
+    return release(shard, kept)
+
+
+def shard_rows(shard: npt.NDArray[np.int64]) -> dict[int, tuple[int, int]]:
+    """Return shard → (first, last) of its rows, for the shards in `shard` [n]."""
+    found = dict[int, tuple[int, int]]()
+    for piece in pieces(len(shard)):
+        own = shard[piece]
+        here = np.flatnonzero(own >= 0)
+        numbers, places = np.unique(own[here], return_index=True)
+        last = len(here) - 1 - np.unique(own[here][::-1], return_index=True)[1]
+        bounds = [(piece.start + here[side]).tolist() for side in (places, last)]
+        for number, start, stop in zip(numbers.tolist(), *bounds, strict=True):
+            found[number] = (found.get(number, (start, stop))[0], stop)
+    release(shard)
+    return dict(sorted(found.items()))
 
 
 def _funnel(recipe: Recipe, step: npt.NDArray[np.int16], names: list[str], repeats: Repeats) -> list[dict[str, Any]]:
     """Count the rows left after each step, and the rows that it removed."""
-    losses = [("fetched and decoded", int((step == _FAILED).sum()))]
-    if removed := int((step == BLOCKED).sum()):
+    steps, kinds = tally(step), tally(repeats.kind)
+    losses = [("fetched and decoded", steps[_FAILED])]
+    if removed := steps[BLOCKED]:
         losses.append((REMOVED, removed))
-    losses += [(name, int((step == number).sum())) for number, name in enumerate(names, 1)]
-    losses += [(_SHOWN[kind], int((repeats.kind == kind).sum())) for kind in _duplicates(recipe)]
+    losses += [(name, steps[number]) for number, name in enumerate(names, 1)]
+    losses += [(_SHOWN[kind], kinds[kind]) for kind in _duplicates(recipe)]
     return _left(len(step), losses)
 
 

@@ -22,8 +22,18 @@ from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.records import FORMAT_VERSION
-from capstan.pipeline.select.apart import NOTHING, Apart
-from capstan.pipeline.select.large_arrays import taken
+from capstan.pipeline.select.arrays.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.large_arrays import (
+    copied,
+    count,
+    filled,
+    joined,
+    made_of,
+    pieces,
+    release,
+    taken,
+    which,
+)
 from capstan.pipeline.select.near_duplicates import (
     CONTAMINATED,
     COPIES,
@@ -98,9 +108,9 @@ def find_repeats(
     """
     dedup, n, hashed = recipe.dedup, len(phash), _hashed(recipe, phash)
     evaluation, contaminated = _contaminated(recipe, storage, sha256, phash, colours, hashed)
-    kept, kind = np.full(n, -1, np.int64), np.zeros(n, np.int8)
-    (clean,) = np.nonzero(contaminated < 0)
-    order, apart = precedence(batch[clean], area[clean]), apart.take(clean)
+    clean = which(n, lambda piece: contaminated[piece] < 0)
+    batch = taken(batch, clean)
+    order, apart = precedence(batch, taken(area, clean)), apart.take(clean)
     found = find_duplicates(
         order,
         taken(sha256, clean),
@@ -110,28 +120,31 @@ def find_repeats(
         colours=None if colours is None else taken(colours, clean),
         tolerance=dedup.colours or 0,
         apart=apart,
-        hashed=hashed[clean],
+        hashed=None if hashed is None else taken(hashed, clean),
     )
-    at = clean if places is None else places[clean]
+    at = clean if places is None else taken(places, clean)
     if dedup.copies is not None:
         assert descriptors is not None
-        found = _by_vectors(found, order, batch[clean], descriptors, at, dedup.copies.threshold, COPIES, apart)
+        found = _by_vectors(found, order, batch, descriptors, at, dedup.copies.threshold, COPIES, apart)
     if dedup.semantic is not None:
         assert embeddings is not None
-        found = _by_vectors(found, order, batch[clean], embeddings, at, dedup.semantic, SEMANTIC, apart)
-    kept[clean] = np.where(found.kept >= 0, clean[found.kept], -1)
-    kind[clean] = found.kind
-    hit = contaminated >= 0
-    kept[hit], kind[hit] = contaminated[hit], CONTAMINATED
+        found = _by_vectors(found, order, batch, embeddings, at, dedup.semantic, SEMANTIC, apart)
+    kept = made_of(n, lambda piece: contaminated[piece], np.int64)
+    kind = made_of(n, lambda piece: np.where(contaminated[piece] >= 0, CONTAMINATED, NONE), np.int8)
+    for piece in pieces(len(clean)):
+        own = found.kept[piece]
+        kept[clean[piece]] = np.where(own >= 0, clean[own], -1)
+        kind[clean[piece]] = found.kind[piece]
+    release(kept, kind)
     return Repeats(kept, kind, evaluation)
 
 
-def _hashed(recipe: Recipe, phash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return which rows have a perceptual hash: images that were copied without decoding have 0."""
+def _hashed(recipe: Recipe, phash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_] | None:
+    """Return which rows have a perceptual hash: images that were copied without decoding have 0. None: all."""
     if recipe.image.check == "full" or recipe.dedup.perceptual is None:
-        return np.ones(len(phash), np.bool_)
-    hashed = phash != 0
-    if missing := len(hashed) - int(hashed.sum()):
+        return None
+    hashed = made_of(len(phash), lambda piece: phash[piece] != 0, np.bool_)
+    if missing := count(len(hashed), lambda piece: ~hashed[piece]):
         message = "select: %s of %s images have no perceptual hash (image.check: header); near copies of these stay"
         log.warning(message, f"{missing:,}", f"{len(hashed):,}")
     return hashed
@@ -151,12 +164,13 @@ def _by_vectors(
 
     A copy of a row that now repeats a third row, from which the copy is apart, repeats neither: it is compared itself.
     """
-    before, reasons = found.kept.copy(), found.kind.copy()
+    before, reasons = copied(found.kept), copied(found.kind)
     while True:
-        left = order[before[order] < 0]
-        first = int((batch[left] == batch[left].min(initial=0)).sum())
-        near = find_semantic(vectors, places[left], threshold, first=first, apart=apart.take(left))
-        kept, kind = before.copy(), reasons.copy()
+        ordered = (order[piece] for piece in pieces(len(order)))
+        left = joined((rows[before[rows] < 0] for rows in ordered), np.int64)
+        first = sum(int((batch[left[piece]] == 0).sum()) for piece in pieces(len(left)))
+        near = find_semantic(vectors, taken(places, left), threshold, first=first, apart=apart.take(left))
+        kept, kind = copied(before), copied(reasons)
         free = settle(kept, kind, left, near, reason, apart)
         if not len(free):
             return Duplicates(kept, kind)
@@ -230,21 +244,30 @@ def _contaminated(
     sums: Sums,
     phash: npt.NDArray[np.uint64],
     colours: Colours,
-    hashed: npt.NDArray[np.bool_],
+    hashed: npt.NDArray[np.bool_] | None,
 ) -> tuple[list[str], Ints]:
     """Return the evaluation images' names, and for each row the first of them that it repeats, or -1."""
     if recipe.dedup.decontaminate is None:
-        return [], np.full(len(phash), -1, np.int64)
+        return [], filled(len(phash), -1, np.int64)
     images = evaluation_images(recipe, storage)
     names = images["name"].to_pylist()
     if not names:
-        return [], np.full(len(phash), -1, np.int64)
+        return [], filled(len(phash), -1, np.int64)
     held = np.array([bytes.fromhex(sha256) for sha256 in images["sha256"].to_pylist()], "S32")
     by = np.argsort(held, kind="stable")
-    at = np.minimum(np.searchsorted(held[by], sums), max(len(held) - 1, 0))
-    exact = np.where(held[by[at]] == sums, by[at], -1)
+
+    def first_with(piece: slice) -> Ints:
+        at = np.minimum(np.searchsorted(held[by], sums[piece]), max(len(held) - 1, 0))
+        return np.where(held[by[at]] == sums[piece], by[at], -1)
+
+    exact = made_of(len(phash), first_with, np.int64)
     if recipe.dedup.perceptual is None:
         return names, exact
     reference = images["phash"].to_numpy(), None if colours is None else read_colours(images["colours"])
     near = near_reference(reference, phash, colours, recipe.dedup.perceptual, recipe.dedup.colours or 0)
-    return names, np.where((exact >= 0) | ~hashed, exact, near)
+
+    def first_of(piece: slice) -> Ints:
+        found = exact[piece] >= 0
+        return np.where(found if hashed is None else found | ~hashed[piece], exact[piece], near[piece])
+
+    return names, made_of(len(phash), first_of, np.int64)

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from capstan.pipeline.config import fingerprint
 from capstan.pipeline.errors import DamagedFile
-from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.large_arrays import which
 from capstan.pipeline.storage import Storage
 
 FOLDER: Final = "pairs"
@@ -106,12 +107,16 @@ def apart(storage: Storage, keys: npt.NDArray[np.bytes_]) -> Apart:
     if not len(found) or not len(keys):
         return NOTHING
     a, b = ([bytes.fromhex(key) for key in found[name].to_pylist()] for name in ("a", "b"))
-    first = np.frombuffer(np.ascontiguousarray(keys).tobytes(), np.uint64)[::2]  # comparing halves is fast
-    wanted = np.unique(np.frombuffer(b"".join([*a, *b]), np.uint64)[::2])
-    (near,) = np.nonzero(np.isin(first, wanted))
+    wanted = np.unique(_first_halves(b"".join([*a, *b])))
+    near = which(len(keys), lambda piece: np.isin(_first_halves(np.ascontiguousarray(keys[piece]).tobytes()), wanted))
     place = {keys[row].ljust(16, b"\0"): row for row in near.tolist()}  # numpy drops zeros at the end
     both = [(place[one], place[other]) for one, other in zip(a, b, strict=True) if one in place and other in place]
     return Apart.of(len(keys), np.array(both, np.int64).reshape(-1, 2))
+
+
+def _first_halves(keys: bytes) -> npt.NDArray[np.uint64]:
+    """Return the first halves of keys, which are fast to compare."""
+    return np.frombuffer(keys, np.uint64)[::2]
 
 
 # Damage ----------------------------------------------------------------------------------------------------------

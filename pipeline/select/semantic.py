@@ -4,6 +4,10 @@ SemDeDup: Abbas et al. 2023. All pairs of a million images would take half a tri
 almost always in the same k-means cluster, so only those are compared: the only pairs missed are those that a border
 separates.
 
+The number of clusters is in proportion to the rows. To compare each row with the centres of so many would take time in
+proportion to the square of their number: more than `MOST_CLUSTERS` are made in two steps, or more. Each cluster of the
+first step, of which there are as many as the square root, is clustered by itself.
+
 Clusters are computed from the first batch alone, in order of precedence, so that a new batch changes no earlier
 decision. Every product is computed in one thread and in pieces of fixed size; threads work on different clusters. The
 outcome therefore does not depend on the number of cores.
@@ -12,24 +16,35 @@ outcome therefore does not depend on the number of cores.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.large_arrays import (
+    Ints,
+    empty,
+    filled,
+    numbered,
+    pieces,
+    release,
+    taken,
+)
+from capstan.pipeline.select.arrays.partitions import scattered
 
 CLUSTER_ROWS: Final = 1000  # rows of the first batch per cluster, on average
 _TRAINED_ON: Final = 64  # rows per cluster in the sample for k-means
-_MOST_CLUSTERS: Final = 4096
+MOST_CLUSTERS: Final = 4096  # that are made at once
 _ROUNDS: Final = 8  # of k-means
 _PIECE: Final = 4096  # rows converted to float32 at a time
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
@@ -43,22 +58,50 @@ def find_semantic(
     repeats nothing. `embeddings` may be a memory map: it is read in pieces. Positions that are `apart` do not repeat
     each other.
     """
-    near = np.full(len(order), -1, np.int64)
-    if not len(order):
-        return near
+    near = filled(len(order), -1, np.int64)
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        centres = _centres(embeddings, order[:first] if first else order, pool)
-        cluster = _nearest(embeddings, order, centres, pool)
-        by = np.argsort(cluster, kind="stable")
-        bounds = np.searchsorted(cluster[by], np.arange(len(centres) + 1))
+        if len(order):
+            _Search(embeddings, order, threshold, apart, pool).compare(numbered(len(order)), first or len(order), near)
+    return release(near)
 
-        def of_cluster(number: int) -> tuple[Ints, Ints]:
-            rows = by[bounds[number] : bounds[number + 1]]
-            return rows, _first_kept(embeddings, order[rows], threshold, apart.take(rows).pairs.tolist())
 
-        for rows, found in pool.map(of_cluster, range(len(centres))):
-            near[rows] = np.where(found >= 0, rows[found], -1)
-    return near
+@dataclass(frozen=True)
+class _Search:
+    """The arguments of `find_semantic`, and the threads."""
+
+    embeddings: npt.NDArray[np.float16]
+    order: Ints
+    threshold: float
+    apart: Apart
+    pool: ThreadPoolExecutor
+
+    def compare(self, places: Ints, first: int, near: Ints) -> None:
+        """Set `near` of some positions of `order`, of which the first `first` are of the first batch."""
+        k = max(first // CLUSTER_ROWS, 1)
+        clusters = self._split(places, first, k if k <= MOST_CLUSTERS else math.isqrt(k)) if k > 1 else [places]
+        if k > MOST_CLUSTERS and len(clusters) > 1:
+            for own in clusters:
+                self.compare(own, int(np.searchsorted(own, places[first - 1], "right")), near)
+            return
+
+        def of_cluster(own: Ints) -> Ints:
+            return _first_kept(self.embeddings, self.order[own], self.threshold, self.apart.take(own).pairs.tolist())
+
+        for own, found in zip(clusters, self.pool.map(of_cluster, clusters), strict=True):
+            near[own] = np.where(found >= 0, own[found], -1)
+        release(self.embeddings)
+
+    def _split(self, places: Ints, first: int, k: int) -> list[Ints]:
+        """Return the positions by cluster, of which there are `k` or, as some are empty, fewer."""
+        order, nearest = taken(self.order, places), empty(len(places), np.uint16)
+        centres = _centres(self.embeddings, order[:first], k, self.pool)
+        for piece in pieces(len(order)):
+            rows = _pieces(order[piece])
+            found = self.pool.map(lambda own: _closest(unit(self.embeddings[own]), centres), rows)
+            nearest[piece] = np.concatenate(list(found))
+            release(self.embeddings)
+        clusters = scattered([places], lambda piece: nearest[piece], k)
+        return [own for (own,) in clusters if len(own)]
 
 
 def unit(rows: npt.NDArray[np.float16]) -> Floats:
@@ -68,9 +111,8 @@ def unit(rows: npt.NDArray[np.float16]) -> Floats:
     return np.asarray(wide / np.maximum(length, 1e-12)[:, None], np.float32)
 
 
-def _centres(embeddings: npt.NDArray[np.float16], order: Ints, pool: ThreadPoolExecutor) -> Floats:
+def _centres(embeddings: npt.NDArray[np.float16], order: Ints, k: int, pool: ThreadPoolExecutor) -> Floats:
     """Run spherical k-means over an even sample of `order`: float32 [k, d], of length 1."""
-    k = min(max(len(order) // CLUSTER_ROWS, 1), _MOST_CLUSTERS)
     count = min(len(order), k * _TRAINED_ON)
     chosen = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
     sample = np.concatenate([unit(embeddings[rows]) for rows in _pieces(np.sort(chosen))])
@@ -83,14 +125,6 @@ def _centres(embeddings: npt.NDArray[np.float16], order: Ints, pool: ThreadPoolE
         centres[there] = np.add.reduceat(sample[by], starts, axis=0)
         centres = unit(centres)  # an empty cluster stays where it is
     return centres
-
-
-def _nearest(embeddings: npt.NDArray[np.float16], order: Ints, centres: Floats, pool: ThreadPoolExecutor) -> Ints:
-    """Return the cluster of each row."""
-    if len(centres) == 1:
-        return np.zeros(len(order), np.int64)
-    found = pool.map(lambda rows: _closest(unit(embeddings[rows]), centres), _pieces(order))
-    return np.concatenate(list(found))
 
 
 def _closest(rows: Floats, centres: Floats) -> Ints:

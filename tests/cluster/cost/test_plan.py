@@ -35,7 +35,7 @@ def test_ten_times_the_rows_cost_ten_times_as_much():
     small, large = (stages_of(plan(recipe(), rows=rows)) for rows in (10**8, 10**9))
     assert list(small) == ["plan", "build", "score", "select", "recaption"]
     for name, stage in small.items():
-        for amount in ("core_s", "gpu_s", "driver_s", "driver_bytes", "objects", "writes", "reads", "stored"):
+        for amount in ("core_s", "gpu_s", "driver_s", "scratch", "objects", "writes", "reads", "stored"):
             assert getattr(large[name], amount) == pytest.approx(10 * getattr(stage, amount)), (name, amount)
 
 

@@ -18,7 +18,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.pack.job import selection_of
-from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.apart import NOTHING, Apart
 from capstan.pipeline.select.dedup import Repeats, find_repeats
 from capstan.pipeline.select.near_duplicates import REASONS
 from capstan.pipeline.storage import Storage

@@ -10,15 +10,10 @@ from capstan.pipeline import config
 from capstan.pipeline.config import WorldSource
 from capstan.pipeline.image.decode import StoredImage, decode
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours
-from capstan.pipeline.select import near_duplicates
-from capstan.pipeline.select.apart import Apart
-from capstan.pipeline.select.near_duplicates import (
-    close_pairs,
-    colours_agree,
-    find_duplicates,
-    near_reference,
-    precedence,
-)
+from capstan.pipeline.select import hash_pairs
+from capstan.pipeline.select.arrays.apart import Apart
+from capstan.pipeline.select.hash_pairs import close_pairs, colours_agree
+from capstan.pipeline.select.near_duplicates import find_duplicates, near_reference, precedence
 from capstan.pipeline.world.defects import defect, shown_index
 from capstan.pipeline.world.scene import vocabulary
 from capstan.pipeline.world.server import file_bytes
@@ -90,9 +85,9 @@ def test_near_duplicates_are_those_of_brute_force(
     hashes = np.random.default_rng(seed).permutation(hashes)
     colours = looks(seed, n) if coloured else None
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(near_duplicates, "_FEW", few)
-        small.setattr(near_duplicates, "MAX_PAIRS", 2 * n)
-        small.setattr(near_duplicates, "MAX_CANDIDATES", 20 * n)
+        small.setattr(hash_pairs, "_FEW", few)
+        small.setattr(hash_pairs, "MAX_PAIRS", 2 * n)
+        small.setattr(hash_pairs, "MAX_CANDIDATES", 20 * n)
         found = find_duplicates(
             np.arange(n), np.arange(n, dtype=np.uint64).reshape(-1, 1), hashes, exact=False, distance=distance,
             colours=colours, tolerance=5,
@@ -104,9 +99,9 @@ def test_near_duplicates_are_those_of_brute_force(
 def test_a_few_thousand_hashes_whatever_sets_of_bits_are_compared(sets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = clustered(7, 3000)
     bands = {"one": 100, "five": 100_000, "fifteen": 10_000_000}[sets]
-    masks = near_duplicates._masks(bands, 4)
+    masks = hash_pairs._masks(bands, 4)
     assert len(masks) == {"one": 1, "five": 5, "fifteen": 15}[sets]
-    monkeypatch.setattr(near_duplicates, "_masks", lambda n, distance: masks)
+    monkeypatch.setattr(hash_pairs, "_masks", lambda n, distance: masks)
     found = find_duplicates(np.arange(3000), hashes.reshape(-1, 1), hashes, exact=False, distance=4)
     assert found.kept.tolist() == brute_force(hashes, None, 4, 0)
 
@@ -205,8 +200,8 @@ def test_rows_that_are_apart_repeat_only_others(seed: int, n: int, distance: int
     sums = hashes.reshape(-1, 1)  # files are equal where their hashes are
     with pytest.MonkeyPatch.context() as patch:
         if few:
-            patch.setattr(near_duplicates, "_FEW", 8)
-            patch.setattr(near_duplicates, "MAX_PAIRS", 4)
+            patch.setattr(hash_pairs, "_FEW", 8)
+            patch.setattr(hash_pairs, "MAX_PAIRS", 4)
         found = find_duplicates(order, sums, hashes, exact=True, distance=distance, apart=apart)
     told, kept = {frozenset(pair) for pair in pairs.tolist()}, list[int]()
     free = set[np.uint64]()  # files of the rows before that are in no pair

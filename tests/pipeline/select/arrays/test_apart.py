@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capstan.pipeline.select.apart import NOTHING, Apart
+from capstan.pipeline.select.arrays.apart import NOTHING, Apart
 
 PAIRS = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2, unique=True), max_size=6)
 

@@ -8,7 +8,7 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from capstan.pipeline.select.arrays.large_arrays import Ints, which
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Apart:
         """Return the pairs among `rows`, as indices into them."""
         if not len(self.codes):
             return Apart(len(rows), self.codes)
-        (here,) = np.nonzero(np.isin(rows, self.rows))
+        named = self.rows
+        here = which(len(rows), lambda piece: np.isin(rows[piece], named))
         place = dict(zip(rows[here].tolist(), here.tolist(), strict=True))
         both = [(place[a], place[b]) for a, b in self.pairs.tolist() if a in place and b in place]
         return Apart.of(len(rows), np.array(both, np.int64).reshape(-1, 2))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capstan.pipeline.select import large_arrays
-from capstan.pipeline.select.large_arrays import LargeArrays, taken
+from capstan.pipeline.select.arrays import large_arrays
+from capstan.pipeline.select.arrays.large_arrays import LargeArrays, taken
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -24,7 +24,7 @@ def test_blocks_are_put_one_after_the_other(mapped: bool, monkeypatch: pytest.Mo
         whole = arrays.array(name, values[:0])
         assert whole.dtype == values.dtype
         assert (whole == values).all()
-        assert isinstance(whole, np.memmap) == (mapped and name != "step")
+        assert isinstance(whole, np.memmap) == mapped
 
 
 def test_files_are_gone_with_their_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_all_rows_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 def test_some_rows_are_copied_in_pieces(mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_arrays, "MAPPED_ROWS", 0 if mapped else 1 << 20)
-    monkeypatch.setattr(large_arrays, "_COPIED", 7)
+    monkeypatch.setattr(large_arrays, "_PIECE", 7)
     values, rows = np.arange(4800, dtype=np.uint8).reshape(100, 48), np.arange(1, 100, 3)
     found = taken(values, rows)
     assert (found == values[rows]).all()

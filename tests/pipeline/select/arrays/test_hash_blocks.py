@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from capstan.pipeline.image.phash import COLOUR_BYTES
-from capstan.pipeline.select import hash_blocks, near_duplicates
-from capstan.pipeline.select.hash_blocks import block_bits, blocks_of, in_threads
+from capstan.pipeline.select import hash_pairs
+from capstan.pipeline.select.arrays import hash_blocks
+from capstan.pipeline.select.arrays.hash_blocks import block_bits, blocks_of, in_threads
 from capstan.pipeline.select.near_duplicates import find_duplicates, near_reference
 
 
@@ -26,9 +27,10 @@ def test_rows_that_agree_are_in_one_block(bits: int) -> None:
     found, mask = hashes(1000), 0xFFFF0000FF
     blocks = blocks_of(found, mask, bits)
     assert len(blocks) == 1 << bits
-    assert np.sort(np.concatenate(blocks)).tolist() == list(range(1000))
+    assert np.sort(np.concatenate([rows for rows, _ in blocks])).tolist() == list(range(1000))
     place = np.empty(1000, int)
-    for number, rows in enumerate(blocks):
+    for number, (rows, own) in enumerate(blocks):
+        assert (own == found[rows]).all()
         assert (np.diff(rows) > 0).all()
         place[rows] = number
     masked = found & np.uint64(mask)
@@ -37,7 +39,7 @@ def test_rows_that_agree_are_in_one_block(bits: int) -> None:
 
 
 def test_more_rows_have_more_blocks_of_the_same_size() -> None:
-    assert [block_bits(rows) for rows in (0, 20_000, 40_000, 1 << 20, 10**9)] == [0, 0, 1, 6, 8]
+    assert [block_bits(rows) for rows in (0, 20_000, 40_000, 1 << 20, 10**9)] == [0, 0, 1, 6, 15]
 
 
 def test_results_come_in_order() -> None:
@@ -53,12 +55,12 @@ def test_the_outcome_is_that_of_one_block(crowded: bool, coloured: bool, monkeyp
     colours = rng.integers(100, 104, (n, COLOUR_BYTES), dtype=np.uint8) if coloured else None
     reference = found[rng.integers(0, n, 200)] ^ np.uint64(3), None if colours is None else colours[:200]
     if crowded:  # pairs are too many to be listed: rows are split in halves
-        monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 500)
-        monkeypatch.setattr(near_duplicates, "_FEW", 64)
-    masks = near_duplicates._masks(1 << 20, 4)
-    monkeypatch.setattr(near_duplicates, "_masks", lambda *_: masks)
+        monkeypatch.setattr(hash_pairs, "MAX_PAIRS", 500)
+        monkeypatch.setattr(hash_pairs, "_FEW", 64)
+    masks = hash_pairs._masks(1 << 20, 4)
+    monkeypatch.setattr(hash_pairs, "_masks", lambda *_: masks)
     outcomes = []
-    for rows in (1 << 14, 100, 4):
+    for rows in (1 << 14, 100, 32):
         monkeypatch.setattr(hash_blocks, "BLOCK_ROWS", rows)
         given = {"exact": True, "distance": 4, "colours": colours, "tolerance": 10}
         decided = find_duplicates(order, sums, found, **given)
