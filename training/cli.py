@@ -25,7 +25,7 @@ SamplerOption = Annotated[
     typer.Option(help="ddim, ddpm or dpm++ for DDPM models, dpm++ or euler for flow models. Default: from the recipe."),
 ]
 LevelOption = Annotated[
-    float | None, typer.Option("--level", min=0, max=1, help="Noise on a cascade's small images, 0 to 1.")
+    float | None, typer.Option("--level", min=0, max=1, help="Noise on images that are enlarged or continued, 0 to 1.")
 ]
 MeasuresOption = Annotated[
     str | None,
@@ -106,6 +106,12 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
         guidance: GuidanceOption = None,
         sampler: SamplerOption = None,
         level: LevelOption = None,
+        image: Annotated[
+            list[Path], typer.Option("--image", metavar="FILE", help="Image to continue as a clip; repeatable.")
+        ] = [],  # noqa: B006
+        motion: Annotated[
+            int | None, typer.Option("--motion", min=0, max=255, help="How much such a clip moves, 0 to 255.")
+        ] = None,
         size: Annotated[
             str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Pixels, e.g. 640x512.")
         ] = None,
@@ -143,6 +149,8 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
             level=level,
             size=None if size is None else _pixels(size),
             upsampler=engine,
+            images=image,
+            motion=motion,
         )
         finish(drawn, as_json)
 

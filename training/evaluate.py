@@ -7,7 +7,8 @@ Measures unseen scenes of the captioned world, or held-out samples (training.met
                     FID): between two disjoint halves of the true images
     a matcher       drawings and texts → R-precision of 100 texts. Chance: a text drawn at random
     a first stage   drawings → latents → drawings: PSNR. Chance: an image of the drawings' mean colour. A VQGAN's
-                    codebook use, too. Chance: a codebook with one code in use. Of sounds: the ratio of signal to noise
+                    codebook use, too. Chance: a codebook with one code in use. Of sounds: the ratio of signal to noise.
+                    Of clips: the PSNR of their frames, and the oracle's measures
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from capstan.pipeline.world.scene import Scene, vocabulary
 from capstan.training.config import TrainConfig
 from capstan.training.config.monitoring import ClipSettings, Evaluate, Fid, Measure
 from capstan.training.data.sounds import Form
-from capstan.training.drawing.drawer import Codec, Drawer, Drawn, Kind, Matcher, SoundCodec
+from capstan.training.drawing.drawer import ClipCodec, Codec, Drawer, Drawn, Kind, Matcher, Options, SoundCodec
 from capstan.training.drawing.grid import grid, sheet
 from capstan.training.metrics.ceiling import ceiling
+from capstan.training.metrics.clips import measure_clips
 from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept, single_worker
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.r_precision import r_precision
@@ -74,7 +76,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a run on `count` unseen scenes or held-out samples; return the summary.
 
-    `measures` default to oracle, or world for a model without prompts. Writes evaluation.json and evaluation.png into
+    `measures` default to oracle, to world for a model without prompts, to none but its own for one that continues
+    images. Writes evaluation.json and evaluation.png into
     the run's folder. `clip` and `fid` name the judging networks (default: train.watch.evaluate of the run's recipe).
     `world` is the captioned world that the run was trained on (default: from its recipe). `copies` names the network
     that finds copies of training images; the nearest pairs are drawn to evaluation-copies.png. A model with
@@ -91,12 +94,12 @@ def evaluate(
         if copies is not None and family.draws not in ("image", "scene"):
             raise RecipeError("--copies", f"compares images, and this model draws {family.draws}s", "remove it")
         drawer = open_sampler(product, str(device), sampler, level)
-        measures = measures or ("oracle" if drawer.prompted else "world",)
+        measures = _default(drawer) if measures is None else measures
         alone = world is not None and tuple(measures) in (("oracle",), ("world",)) and copies is None
         recipe = None if alone else _recipe_of(product)
         subjects = _subjects(recipe, product, world, count)
         memory = None if copies is None else _memorisation(recipe, copies)
-        judges, unused = (_judges(recipe, measures, clip, fid, count, family.draws) for _ in range(2))
+        judges, unused = (_judges(recipe, measures, clip, fid, count, family.draws) if measures else [] for _ in "ab")
         for judge in judges:
             judge.check(subjects)
         check_kinds(judges, family.draws, "--measures", prompted=drawer.prompted)
@@ -116,6 +119,13 @@ def evaluate(
     _publish(run, result, {"evaluation.png": image, "evaluation-attention.png": explained})
     logger.info("evaluate: %s", _summary_line(result["measures"]))
     return result
+
+
+def _default(drawer: Drawer) -> tuple[Measure, ...]:
+    """Return the metrics of a model that none are named for; none but its own if it continues images."""
+    if drawer.continues is not None:
+        return ()
+    return ("oracle",) if drawer.prompted else ("world",)
 
 
 def _publish(run: str | Path, result: Evaluation, sheets: Mapping[str, Any]) -> None:
@@ -139,6 +149,8 @@ def _of_images(
     if codec is not None:
         if isinstance(codec, SoundCodec):
             return measure_codec(codec, _subjects(_recipe_of(product), product, None, count), batch=batch)
+        if isinstance(codec, ClipCodec):
+            return measure_clips(codec, _subjects(_recipe_of(product), product, None, count), batch=batch)
         return _encoded(codec, Scenes(world or _world_of(product), count).scenes, batch=batch)
     problem = f"cannot evaluate a model of kind {kind_of(product) or 'unknown'} ({product})"
     raise RecipeError("RUN", problem, "name a run of a model that draws, or of a first stage")
@@ -215,7 +227,10 @@ def _drawn(
     """
     numbers = range(len(subjects))
     prompts = subjects.prompts(numbers)
-    drawn = drawer.draw(prompts, numbers, steps=steps, guidance=guidance, batch=batch)
+    given: Options = {"steps": steps, "guidance": guidance}
+    if drawer.continues is not None:
+        given["first_frames"] = subjects.clips(numbers, *drawer.continues)[:, 0]
+    drawn = drawer.draw(prompts, numbers, batch=batch, **given)
     images, side = drawn.images, drawn.images.shape[-2]
     true = _true(subjects, numbers, drawn)
     reconstructed = drawer.ceiling(true, batch)

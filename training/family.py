@@ -26,7 +26,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import FamilySettings
 from capstan.training.distributed.adversary import Adversary
 from capstan.training.distributed.step import Step
-from capstan.training.drawing.drawer import Codec, Drawer, Kind, Matcher, Size, SoundCodec, refuse_options
+from capstan.training.drawing.drawer import ClipCodec, Codec, Drawer, Kind, Matcher, Size, SoundCodec, refuse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +236,8 @@ class Family(ABC):
         raise TypeError(f"the family {cls.name} does not draw")
 
     @classmethod
-    def codec(cls, product: Path, device: torch.device) -> Codec | SoundCodec | None:
-        """Open a product to encode and decode images or sounds with it; None if the family is not a first stage."""
+    def codec(cls, product: Path, device: torch.device) -> Codec | SoundCodec | ClipCodec | None:
+        """Open a product to encode and decode images, sounds or clips; None if the family is not a first stage."""
         return None
 
     @classmethod

@@ -34,6 +34,9 @@ _KINDS: Final = {
     "TextToPixelsPipeline": "ddpm",
     "IFPipeline": "imagen",
     "AnimateDiffPipeline": "video",
+    "StableVideoDiffusionPipeline": "svd",
+    "AutoencoderKLCogVideoX": "video_autoencoder",
+    "CogVideoXPipeline": "cogvideox",
 }
 
 

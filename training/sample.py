@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from capstan.pipeline import extras
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.recaption.config import RecaptionConfig
 from capstan.recaption.upsample import PAPER, Style, expand, text_engine
+from capstan.training.data.transforms import fitted
 from capstan.training.drawing.clips import gif_of, mp4_of
-from capstan.training.drawing.drawer import Drawer, Drawn, Size
+from capstan.training.drawing.drawer import Drawer, Drawn, Options, Size
 from capstan.training.drawing.grid import sheet
 from capstan.training.drawing.sounds import wav_of
 from capstan.training.product import family_of, find_product, kind_of, read_facts
@@ -37,6 +40,8 @@ def sample(
     batch: int = 16,
     columns: int | None = None,
     upsampler: RecaptionConfig | None = None,
+    images: Sequence[str | Path] = (),
+    motion: int | None = None,
 ) -> dict[str, Any]:
     """Generate one image, clip or sound per prompt and write the labelled grid `out` (PNG); return a summary.
 
@@ -47,6 +52,9 @@ def sample(
     number for a single prompt. `steps`, `guidance`, `sampler` and `level` (of the noise on a cascade's small images)
     default to the run's recipe, `size` to that of its images. An `upsampler` expands the prompts first: the summary has
     the expanded prompts, the grid is labelled with the originals.
+
+    A model that continues images draws one clip per file of `images`, or per seed of a single one, with as much
+    `motion` (0 to 255) as is set.
     """
     originals = prompts
     if upsampler is not None:
@@ -54,14 +62,17 @@ def sample(
         for before, after in zip(originals, prompts, strict=True):
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
-    opened = open_sampler(run, sampler=sampler, level=level)
+    opened = open_sampler(run, sampler=sampler, level=level, motion=motion)
     if opened.kind == "clip":
         extras.require(extras.VIDEO, "sample")
+    given: Options = {"negative": negative, "steps": steps, "guidance": guidance, "size": size}
+    if images or opened.continues is not None:
+        given["first_frames"], labels, seeds = _continued(opened, images, seeds)
     prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
-    labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
-    if not opened.prompted:
-        labels = [f"seed {seed}" for seed in seeds]
-    drawn = opened.draw(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, batch=batch)
+    if opened.continues is None:
+        labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
+        labels = labels if opened.prompted else [f"seed {seed}" for seed in seeds]
+    drawn = opened.draw(prompts, seeds, batch=batch, **given)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +83,37 @@ def sample(
     logger.info("sample: %d %ss in %s", len(drawn), "image" if drawn.kind == "scene" else drawn.kind, path)
     shape = {} if drawn.kind == "sound" else {"size": list(drawn.images.shape[-3:-1])}
     return {"grid": str(path), "pictures": len(drawn), **shape, "seeds": list(seeds), **files, **expanded}
+
+
+def _continued(
+    drawer: Drawer, files: Sequence[str | Path], seeds: Sequence[int] | None
+) -> tuple[np.ndarray, list[str], list[int]]:
+    """Return the images to continue, uint8 [N, side, side, 3], their labels and seeds. Raises RecipeError."""
+    if drawer.continues is None:
+        raise RecipeError("--image", "this model continues no image", "remove it")
+    if not files:
+        raise RecipeError("--image", "is missing: this model continues images", "add one or more image files")
+    chosen = list(range(len(files))) if seeds is None else list(seeds)
+    if len(files) not in (1, len(chosen)):
+        raise RecipeError("--seed", f"{len(chosen)} seeds for {len(files)} images", "use one seed per image")
+    side = drawer.continues.side
+    images = [_squared(Path(file), side) for file in files]
+    labels = [Path(file).name for file in files]
+    if len(files) == 1:
+        images, labels = images * len(chosen), [f"{labels[0]}, seed {seed}" for seed in chosen]
+    return np.stack(images), labels, chosen
+
+
+def _squared(file: Path, side: int) -> np.ndarray:
+    """Return an image file as uint8 RGB [side, side, 3], cut to its middle. Raises RecipeError if it is none."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise RecipeError("--image", f"cannot read {file} ({error})", "name a PNG or JPEG file") from None
+    return fitted(pixels, (side, side))
 
 
 def write_sounds(drawn: Drawn, grid: Path) -> dict[str, Any]:
@@ -141,12 +183,16 @@ def upsampler_of(run: str | Path) -> RecaptionConfig:
 
 
 def open_sampler(
-    run: str | Path, device: str | None = None, sampler: str | None = None, level: float | None = None
+    run: str | Path,
+    device: str | None = None,
+    sampler: str | None = None,
+    level: float | None = None,
+    motion: int | None = None,
 ) -> Drawer:
     """Open the model of a run, a product or an exported folder, on the GPU if there is one. Raises RecipeError.
 
     The family that trained it opens it. `sampler` replaces the model's own by another one of the same noise schedule,
-    `level` the noise on a cascade's small images.
+    `level` the noise on a cascade's small images or on the images that are continued, `motion` their motion bucket.
     """
     import torch
 
@@ -161,6 +207,8 @@ def open_sampler(
         drawer.use_sampler(sampler)
     if level is not None:
         drawer.use_level(level)
+    if motion is not None:
+        drawer.use_motion(motion)
     return drawer
 
 

@@ -33,6 +33,7 @@ FAMILIES: Final = {
     "audio": _named("audio", "Audio"),
     "autoencoder": _named("autoencoder", "Autoencoder"),
     "captioner": _named("captioner", "Captioner"),
+    "cogvideox": _named("cogvideox", "Cogvideox"),
     "dalle": _named("dalle", "Dalle"),
     "damsm": _named("damsm", "Damsm"),
     "ddpm": _named("ddpm", "Ddpm"),
@@ -40,8 +41,10 @@ FAMILIES: Final = {
     "dvae": _named("dvae", "Dvae"),
     "imagen": _named("imagen", "Imagen"),
     "oobleck": _named("oobleck", "Oobleck"),
+    "svd": _named("svd", "Svd"),
     "text2scene": _named("text2scene", "Text2scene"),
     "video": _named("video", "Video"),
+    "video_autoencoder": _named("video_autoencoder", "VideoAutoencoder"),
     "vitvqgan": _named("vitvqgan", "Vitvqgan"),
     "vqgan": _named("vqgan", "Vqgan"),
 }

@@ -6,6 +6,7 @@ frame.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,25 +38,30 @@ def chosen(count: int, rate: float, frames: int, fps: float, rng: np.random.Gene
 
 
 def frames_of(
-    mp4: bytes, frames: int, fps: float | None, size: Size, rng: np.random.Generator | None = None
+    mp4: bytes, frames: int | Sequence[int], fps: float | None, size: Size, rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """Return frames of a clip as uint8 RGB [frames, height, width, 3], scaled to cover `size` and cut to its middle.
 
-    `fps` None: at the clip's own rate.
+    Of several numbers of frames it is the largest that the clip has. `fps` None: at the clip's own rate.
     """
     from capstan.pipeline.media.codec import decode_frames
 
+    *longer, shortest = [frames] if isinstance(frames, int) else sorted(frames, reverse=True)
+
     def wanted(count: int, rate: float) -> list[int]:
-        return chosen(count, rate, frames, fps or rate, rng)
+        for number in longer:
+            with contextlib.suppress(ValueError):
+                return chosen(count, rate, number, fps or rate, rng)
+        return chosen(count, rate, shortest, fps or rate, rng)
 
     found = decode_frames(mp4, wanted)
     return np.stack([fitted(frame, size) for frame in found])
 
 
 def file_frames(
-    file: bytes, frames: int, fps: float | None, size: Size, rng: np.random.Generator | None = None
+    file: bytes, frames: int | Sequence[int], fps: float | None, size: Size, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Return the frames of a clip, or the single one of a JPEG: uint8 [frames or 1, height, width, 3]."""
+    """Return the frames of a clip, or the one of a JPEG: uint8 [frames or 1, height, width, 3]; see `frames_of`."""
     from capstan.pipeline.dataset.parts import is_part
 
     return frames_of(file, frames, fps, size, rng) if is_part("mp4", file) else cut(file, size)[None]
@@ -75,6 +81,23 @@ def clips_of(
     still = np.array([len(one) == 1 for one in shown])
     clips = np.stack([one if len(one) == frames else one.repeat(frames, 0) for one in shown])
     return np.ascontiguousarray(clips.transpose(0, 1, 4, 2, 3)), still
+
+
+def clips_of_lengths(
+    samples: Sequence[Sample], lengths: Sequence[int], fps: float | None, size: Size, part: Part = "center"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return clips as uint8 [B, frames, 3, height, width], and how many frames each has, int64 [B].
+
+    A clip has the largest of `lengths` that it is long enough for, an image one; zeros follow.
+    """
+    clips = np.zeros((len(samples), max(lengths), 3, size[1], size[0]), np.uint8)
+    counts = np.ones(len(samples), np.int64)
+    for row, sample in enumerate(samples):
+        rng = sample.rng() if part == "random" else None
+        shown = file_frames(sample.parts.get("mp4", sample.jpeg), lengths, fps, size, rng)
+        counts[row] = len(shown)
+        clips[row, : len(shown)] = shown.transpose(0, 3, 1, 2)
+    return clips, counts
 
 
 def first_rate(samples: Samples) -> float | None:

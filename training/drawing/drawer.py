@@ -2,7 +2,7 @@
 matcher compares images with texts
 
     Family.open(product, device) → Drawer       Drawer.draw(prompts, seeds, …) → Drawn(kind, arrays, fps, rate)
-    Family.codec(product, device) → Codec       images → latents → images
+    Family.codec(product, device) → Codec       images → latents → images; SoundCodec, ClipCodec: of sounds, of clips
     Family.matcher(product, device) → Matcher   images, texts → how well they fit
 
 Sampling, watching, evaluation and experiments know no family: they ask the family that trained a product to open it.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -76,6 +76,15 @@ class Options(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     size: Size | None
+    first_frames: np.ndarray | None  # images that a model continues: uint8 [N, side, side, 3]
+
+
+class Continued(NamedTuple):
+    """The clips that a model makes of images: number of frames, frames per second, side in pixels."""
+
+    frames: int
+    fps: float
+    side: int
 
 
 class Drawer(ABC):
@@ -83,6 +92,7 @@ class Drawer(ABC):
 
     kind: ClassVar[Kind] = "image"
     prompted: bool = True  # whether what it draws depends on the prompts
+    continues: Continued | None = None  # what it makes of the option `first_frames`; None: it starts from noise alone
     device: torch.device = torch.device("cpu")
 
     @abstractmethod
@@ -103,8 +113,12 @@ class Drawer(ABC):
         raise RecipeError("--sampler", f"this model cannot be sampled by {sampler}", "remove it")
 
     def use_level(self, level: float) -> None:
-        """Add noise of this level, 0 to 1, to the images that are enlarged. Raises RecipeError if there are none."""
+        """Add noise of this level, 0 to 1, to the images that are enlarged or continued. Raises RecipeError if none."""
         raise RecipeError("--level", "this model enlarges no image of another", "remove it")
+
+    def use_motion(self, bucket: int) -> None:
+        """Draw clips with this much motion, 0 to 255. Raises RecipeError if the model has no such condition."""
+        raise RecipeError("--motion", "this model has no such setting", "remove it")
 
     def ablated(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> Mapping[str, np.ndarray]:
         """Return the images that are drawn without a part of the model, by the part's name: what is it worth?"""
@@ -150,6 +164,18 @@ class SoundCodec(ABC):
     @abstractmethod
     def reconstruct(self, sounds: np.ndarray, batch: int) -> np.ndarray:
         """Encode and decode sounds, float32 [N, values, channels] in −1 … 1; return them in the same form."""
+
+
+class ClipCodec(ABC):
+    """An opened first stage of clips: of `frames` frames, `fps` per second, of `size` pixels per side."""
+
+    frames: int
+    fps: float
+    size: int
+
+    @abstractmethod
+    def reconstruct(self, clips: np.ndarray, batch: int) -> np.ndarray:
+        """Encode and decode clips, uint8 [N, frames, H, W, 3]; return them in the same form."""
 
 
 class Matcher(Protocol):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from capstan.pipeline.errors import RecipeError
-from capstan.training.drawing.drawer import Codec, SoundCodec
+from capstan.training.drawing.drawer import ClipCodec, Codec, SoundCodec
 from capstan.training.experiment.measure import Clock, score_images
 from capstan.training.experiment.prompts import Prompt
 from capstan.training.lecture.clock import Spent
@@ -57,8 +57,8 @@ def measure(run: Path, prompts: Sequence[Prompt], used: Spent, field: str) -> tu
     return facts | {"seconds": clock.seconds, "values": score_images(prompts, images, None)}, images
 
 
-def _reads_images(codec: Codec | SoundCodec | None) -> TypeGuard[Codec]:
-    return codec is not None and not isinstance(codec, SoundCodec)
+def _reads_images(codec: Codec | SoundCodec | ClipCodec | None) -> TypeGuard[Codec]:
+    return codec is not None and not isinstance(codec, SoundCodec | ClipCodec)
 
 
 def parameters(product: Path) -> int:

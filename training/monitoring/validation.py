@@ -13,6 +13,7 @@ The run's random state is not changed. Work interrupted by a stop is redone on r
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.errors import DamagedFile, RecipeError
@@ -31,7 +32,7 @@ from capstan.training.config import TrainConfig
 from capstan.training.config.families import family_class, reads_captions
 from capstan.training.config.monitoring import Best, Evaluate, Samples
 from capstan.training.distributed.engine import Engine
-from capstan.training.drawing.drawer import Drawer, Drawn, joined
+from capstan.training.drawing.drawer import Drawer, Drawn, Options, joined
 from capstan.training.drawing.grid import sheet
 from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, random_state_kept
@@ -61,6 +62,9 @@ class Validation:
         self.train, self.engine, self.meter, self.run = train, engine, meter, Run(train)
         self.write_average = write_average
         self.eval_set: EvalSet | None = None
+        self.continued = functools.cache(
+            lambda count: make_eval_set(recipe, train, layer, count, "train.watch.samples.count")
+        )
         self.metrics: list[Metric] = []
         self.ceilings: dict[str, float] | None = None  # of distances, measured with the first evaluation
         self.prompts: list[str] = []
@@ -141,7 +145,11 @@ class Validation:
 
     def _draw_grid(self, step: int, wanted: Samples, sampler: Drawer) -> None:
         mine = self._mine(len(self.prompts))
-        drawn = self._draw(sampler, [self.prompts[n] for n in mine], mine, wanted, _AT_ONCE) if mine else None
+        given: Options = {}
+        if sampler.continues is not None and mine:
+            given["first_frames"] = self.continued(len(self.prompts)).clips(mine, *sampler.continues)[:, 0]
+        prompts = [self.prompts[n] for n in mine]
+        drawn = self._draw(sampler, prompts, mine, wanted, _AT_ONCE, **given) if mine else None
         shares = self.engine.collect(drawn)
         if self.engine.is_main:
             png = io.BytesIO()
@@ -151,11 +159,18 @@ class Validation:
             logger.info("samples after step %d: %s", step, self.run.folder / _grid_name(step))
 
     def _draw(
-        self, sampler: Drawer, prompts: list[str], seeds: list[int], wanted: Samples | Evaluate, batch: int
+        self,
+        sampler: Drawer,
+        prompts: list[str],
+        seeds: list[int],
+        wanted: Samples | Evaluate,
+        batch: int,
+        **given: Unpack[Options],
     ) -> Drawn:
         """Draw in the precision of training."""
+        options: Options = {"steps": wanted.steps, "guidance": wanted.guidance, **given}
         with self.engine.computing():
-            return sampler.draw(prompts, seeds, steps=wanted.steps, guidance=wanted.guidance, batch=batch)
+            return sampler.draw(prompts, seeds, batch=batch, **options)
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from torch import nn
 from capstan.pipeline.errors import RecipeError, first_line
 from capstan.training.models.diffusion.text_encoders import TextEncoder, TextEncoders, states_of
 from capstan.training.models.diffusion.unet import UNet
+from capstan.training.models.image_run import find_image_run
 from capstan.training.models.video.config import VideoSettings
-from capstan.training.product import find_product
 
 FIELD: Final = "train.video.after"
 _SLOT: Final = UNet.slots[0]
@@ -27,13 +27,7 @@ _SLOT: Final = UNet.slots[0]
 
 def image_product(settings: VideoSettings) -> Path:
     """Return the folder of the image run's pipeline. Raises RecipeError if motion modules do not fit it."""
-    product = find_product(settings.after, FIELD)
-    index = product / "model_index.json"
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "") if index.is_file() else ""
-    if kind != "StableDiffusionPipeline":
-        found = f"a {kind}" if kind else "no pipeline"
-        problem = f"{product} is {found}; motion modules need a StableDiffusionPipeline"
-        raise RecipeError(FIELD, problem, "name a run of model: diffusion with train.diffusion.unet")
+    product = find_image_run(settings.after, FIELD, "motion modules need")
     scheduler = json.loads((product / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     learnt = "flow" if scheduler.get("prediction_type") == "flow_prediction" else "ddpm"
     if learnt != settings.objective:
