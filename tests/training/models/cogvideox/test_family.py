@@ -31,6 +31,7 @@ from capstan.training.data.dataset import TrainingData
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
 from capstan.training.launch import train
+from capstan.training.models.audio.text import ids_of
 from capstan.training.models.cogvideox.family import CogvideoxFamily
 from capstan.training.precomputed.latents import LatentsJob, plan, reader
 from capstan.training.sample import open_sampler, sample
@@ -96,6 +97,28 @@ def test_all_patches_see_each_other_but_not_those_that_are_not_there(opened: Any
     assert not before[1, 1:].any()
     torch.testing.assert_close(alone[0, 0], before[1, 0], atol=1e-5, rtol=1e-4)
     assert (other - before).abs().max() > 1e-5
+
+
+def test_the_pipeline_calls_the_network_with_what_training_does(opened: Any, tmp_path: Path) -> None:
+    """Tensor by tensor: the states of the empty caption and of the prompt, without a mask; times; what is predicted."""
+    family, _ = opened
+    family.save(family.model, tmp_path)
+    drawer, seen = CogvideoxFamily.open(tmp_path, torch.device("cpu")), []
+    net = drawer.pipeline.transformer
+    net.register_forward_hook(lambda _, args, kwargs, made: seen.append((kwargs, made[0])), with_kwargs=True)
+    drawer.draw([PROMPT], [3])
+    ids = torch.cat([family.empty, ids_of(family.tokenizer, [PROMPT])["ids"]])
+    task = family.process.draw(torch.zeros(64, 1), torch.Generator().manual_seed(0))
+    assert seen
+    for kwargs, made in seen:
+        noisy, times = kwargs["hidden_states"], kwargs["timestep"]
+        assert noisy.shape == (2, 3, 2, 8, 8)
+        assert times.dtype == task.timesteps.dtype
+        with torch.no_grad():
+            states = family.model.text_encoder(ids)[0]
+            ours = family.model(noisy, times, {"ids": ids}, torch.tensor([3, 3]))
+        torch.testing.assert_close(kwargs["encoder_hidden_states"], states, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours, made, atol=1e-5, rtol=1e-4)
 
 
 def test_clips_are_seen_with_the_most_frames_that_they_have(make: Make, run: Path, opened: Any) -> None:
