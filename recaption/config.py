@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -73,6 +74,22 @@ class Vllm(Section):
     """Seconds until a server must be healthy, downloads included."""
 
 
+class Frames(Section):
+    """Captions of clips: the frames that the model sees. Part of a layer's id."""
+
+    count: Annotated[int, Field(ge=2, le=64)] = 4
+    """Number of frames of a clip, evenly spread from its first to its last one."""
+    show: Literal["sheet", "list"] = "sheet"
+    """Whether the frames are one image, or a list of images, for servers that take several."""
+    columns: Annotated[int, Field(ge=1)] | None = None
+    """Frames next to each other in a sheet; null: so that it is nearly a square of frames."""
+
+    @property
+    def across(self) -> int:
+        """The number of frames next to each other."""
+        return self.columns or math.ceil(math.sqrt(self.count))
+
+
 class RecaptionConfig(Section):
     """Settings of a recaptioning run. All but `server` (except `extra`), `batch` and `device` enter the layer's id."""
 
@@ -97,6 +114,8 @@ class RecaptionConfig(Section):
     """Context length of engine coca in tokens; null: the model's. Positions are interpolated if it is longer."""
     max_side: Annotated[int, Field(ge=16)] | None = 1024
     """Longest side in pixels of images that chat engines see; null: full size."""
+    frames: Frames | None = None
+    """Frames of clips, in place of their images; null: images. The dataset has source.parts: [mp4]."""
     decoding: Decoding = Decoding()
     """How captions are decoded: greedily, by sampling or by beam search."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -149,6 +168,8 @@ class RecaptionConfig(Section):
             raise ValueError("decoding.method beam is not supported by OpenAI-compatible servers; use greedy or top_p")
         if self.engine != "coca" and self.context is not None:
             raise ValueError("context applies only to engine coca; remove it")
+        if self.frames is not None and self.frames.show == "list" and self.engine not in ("openai", "vllm"):
+            raise ValueError(f"frames.show list needs a server, and engine {self.engine} sees one image; use sheet")
         if self.engine == "coca" and self.system is not None:
             raise ValueError("system applies only to chat engines; remove it")
         return self

@@ -30,6 +30,7 @@ from capstan.recaption.layer_job import CaptionsFailed, RecaptionJob
 from capstan.recaption.lint import linter
 from capstan.recaption.machine import check_machine
 from capstan.recaption.planning.existing import Lookup, aside_name, existing
+from capstan.recaption.planning.frames import check_clips
 from capstan.recaption.planning.incomplete import (
     Incomplete,
     New,
@@ -47,8 +48,7 @@ MOST_FAILED: Final = 0.25  # share of a layer's captions: with more, a run ends 
 
 
 def _lookup(job: RecaptionJob, todo: Incomplete, **more: Any) -> Lookup:
-    quoting = job.engine.uses_original
-    return Lookup(job.dataset, job.layer, job.slots, quoting, todo.entries, todo.captions, **more)
+    return Lookup(job.dataset, job.layer, job.slots, job.view.reads, todo.entries, todo.captions, **more)
 
 
 def _units(job: RecaptionJob, todo: Incomplete, lookup: Lookup, *, sharing: bool) -> list[units.Unit]:
@@ -79,6 +79,7 @@ def _job(recipe: Recipe) -> RecaptionJob:
     check_machine(config, recipe.resources)
     config.announce()
     dataset = Dataset(Storage(recipe.dataset, recipe.storage))
+    check_clips(dataset, config)
     resources = recipe.resources
     if config.engine == "vllm":
         resources = resources.model_copy(update={"model_workers": _servers(config, resources)})
@@ -122,7 +123,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     `tokens` and `eta_s` are extrapolated from a timed sample whose captions are discarded.
     """
     job = _job(recipe)
-    dataset, quoting = job.dataset, job.engine.uses_original
+    dataset, reads = job.dataset, job.view.reads
     todo = incomplete(dataset, job.layer, job.markers.read())
     others = files_of_others(job.storage, job.layer) if todo.entries else []
     with scratch() as folder:
@@ -130,7 +131,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         if todo.scattered or others:
             lookup = _lookup(job, todo, others=others, work=work, resources=None)
             found = lookup.find(sharing=True)
-        counts = found.counts if found else counts_of(dataset, todo, job.slots, quoting=quoting)
+        counts = found.counts if found else counts_of(dataset, todo, job.slots, reads)
 
         def new() -> Iterator[tuple[str, New]]:
             for number, entry in enumerate(todo.entries):
@@ -139,9 +140,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 else:
                     own = todo.own.get(entry.name)
                     have, elsewhere = slots_in(job.storage, own) if own else {}, set()
-                yield entry.name, lacking_of(dataset, entry.name, job.slots, have, elsewhere, quoting=quoting)
+                yield entry.name, lacking_of(dataset, entry.name, job.slots, have, elsewhere, reads=reads)
 
-        sample = take_sample(dataset, job.engine, job.write, new(), job.config.batch)
+        sample = take_sample(dataset, job.view, job.write, new(), job.config.batch)
     total = sum(entry.samples for entry in dataset.manifest.shards)
     pending = sum(entry.samples for entry in todo.entries)
     return {

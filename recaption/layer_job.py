@@ -1,6 +1,6 @@
 """A shard → a file of captions: the job that writes one caption layer
 
-prepare   on CPU workers: JPEG → engine input, only for images without captions
+prepare   on CPU workers: JPEG, or frames of a clip → engine input, only for images without captions
 model     on model workers: captions, lint rules, retries
 commit    on the unit's CPU worker: one Parquet file per shard
 """
@@ -23,6 +23,7 @@ from capstan.recaption.engines import CaptionEngine, EngineInput, Request, size_
 from capstan.recaption.lint import linter
 from capstan.recaption.planning.contents import Content, Image, images, lacking
 from capstan.recaption.planning.existing import captioned, existing
+from capstan.recaption.planning.frames import View
 from capstan.recaption.store import Place, Row
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class RecaptionJob(units.Job):
     def __init__(self, dataset: Dataset, engine: CaptionEngine, config: RecaptionConfig, resources: Resources) -> None:
         self.dataset, self.storage, self.engine = dataset, dataset.storage, engine
         self.config, self.slots, self.resources = config, tuple(config.slots), resources
-        self.description = engine.describe()
+        self.view = View(engine, config.frames)
+        self.description = self.view.describe()
         self.layer = store.layer_id(self.description, config.lint)
         self.name = f"recaption-{self.layer}"
 
@@ -67,9 +69,9 @@ class RecaptionJob(units.Job):
         first = {image.content: row for row, image in reversed(list(enumerate(table)))}
         rows = sorted(row for content, row in first.items() if missing[content] and content not in elsewhere)
         piece = _Piece()
-        for row, (_, jpeg) in zip(rows, dataset.read_images(shard, rows), strict=True):
+        for row, (_, jpeg, parts) in zip(rows, self.view.samples(dataset, shard, rows), strict=True):
             try:
-                engine_input = self.engine.prepare(jpeg)
+                engine_input = self.view.prepare(jpeg, parts)
             except Exception as error:  # noqa: BLE001 - sample boundary: a broken image becomes a flagged row
                 log.warning("%s: cannot read image %s: %s", shard, table[row].content.sha256, error)
                 slots = len(missing[table[row].content])
@@ -154,7 +156,7 @@ class RecaptionJob(units.Job):
 
     def _images(self, unit: units.Unit) -> list[Image]:
         dataset = self.dataset.part(unit.spec["entry"])
-        return images(dataset, unit.spec["shard"], quoting=self.engine.uses_original)
+        return images(dataset, unit.spec["shard"], self.view.reads)
 
     def _reused(self, unit: units.Unit) -> Captions:
         """Return content → slot → row of the captions that the unit's images already have."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from capstan.pipeline.errors import RecipeError
+from capstan.recaption.config import Frames
 
 ORIGINAL: Final = "{original}"  # placeholder in a prompt for the image's original caption
 
@@ -54,6 +55,34 @@ INSTRUCTIONS: Final[Mapping[str, str]] = {
 }
 
 
+# For frames of a clip: what the image or images are, and what to say of them.
+CLIP_VERSION: Final = 1  # of the texts below
+
+CLIP_SHEET: Final = (
+    "The picture shows {count} frames of one video clip, in the order of time, from left to right and from top to "
+    "bottom. "
+)
+CLIP_LIST: Final = "The {count} pictures are frames of one video clip, in the order of time. "
+CLIP_INSTRUCTIONS: Final[Mapping[str, str]] = {
+    "short": (
+        "Write one short caption of the clip that names its main subject and what it does, and nothing else. "
+        "Answer with the caption only: one phrase of at most twenty words."
+    ),
+    "descriptive": (
+        "Describe the clip for somebody who is to film it without having seen it. Say what is shown, what happens "
+        "first and what then, what moves, in which direction, and what stays as it is, whether the camera moves, what "
+        "surrounds the subject, and which colours things have. Say only what can be seen, and do not mention frames. "
+        "Answer with the description only, in one paragraph of 40 to 100 words, and begin with the subject itself."
+    ),
+    "fused": (
+        "Describe the clip in one paragraph of 30 to 80 words, in the order in which things happen. It was published "
+        "with the caption below, which may be wrong or about something else. Take from it names, places and facts "
+        "that the frames bear out, and nothing that contradicts what can be seen. Do not mention frames. Answer with "
+        "the description only.\n\nCaption: " + ORIGINAL
+    ),
+}
+
+
 def choose(slots: Sequence[str], recipe: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
     """Return slot → prompt: the recipe's, else the one in `own` (the model's, or the defaults for its kind).
 
@@ -74,10 +103,19 @@ def choose(slots: Sequence[str], recipe: Mapping[str, str], own: Mapping[str, st
     return prompts
 
 
-def instruct(slots: Sequence[str], recipe: Mapping[str, str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return slot → instruction for chat engines, and slot → version (0 for the recipe's own prompts)."""
-    prompts = choose(slots, recipe, INSTRUCTIONS)
-    return prompts, {slot: 0 if slot in recipe else VERSION for slot in slots}
+def instruct(
+    slots: Sequence[str], recipe: Mapping[str, str], frames: Frames | None = None
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Return slot → instruction for chat engines, and slot → version (0 for the recipe's own prompts).
+
+    With `frames` they are about clips, of which that many are seen.
+    """
+    own, version = INSTRUCTIONS, VERSION
+    if frames is not None:
+        head = (CLIP_SHEET if frames.show == "sheet" else CLIP_LIST).format(count=frames.count)
+        own, version = {slot: head + text for slot, text in CLIP_INSTRUCTIONS.items()}, CLIP_VERSION
+    prompts = choose(slots, recipe, own)
+    return prompts, {slot: 0 if slot in recipe else version for slot in slots}
 
 
 def quote(prompt: str, original: str) -> str:

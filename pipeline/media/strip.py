@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import cv2
@@ -18,7 +19,11 @@ _WAVE: Final = 0.25  # height of the waveform, of a frame's
 def sheet_of_frames(mp4: bytes, frames: int, count: int = 4, columns: int = 2) -> np.ndarray:
     """Return `count` frames of a clip of `frames`, evenly spread, from left to right and top to bottom: RGB uint8."""
     wanted = sorted({round((frames - 1) * number / max(1, count - 1)) for number in range(count)})
-    shown = decode_frames(mp4, wanted)
+    return sheet_of(decode_frames(mp4, wanted), columns)
+
+
+def sheet_of(shown: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Return frames (RGB uint8) from left to right and top to bottom in one image."""
     height, width = shown[0].shape[:2]
     rows = math.ceil(len(shown) / columns)
     across = min(columns, len(shown))

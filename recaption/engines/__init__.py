@@ -20,7 +20,8 @@ from capstan.recaption.lint.linter import Finish
 CUT_BEFORE_TEXT: Final = "cut_before_text"  # reason: all of max_tokens went into reasoning
 MAX_TOKENS: Final = 256  # default of recaption.max_tokens for chat engines
 
-EngineInput: TypeAlias = np.ndarray | bytes  # uint8 RGB [height, width, 3], or an encoded image
+# uint8 RGB [height, width, 3], an encoded image, or encoded frames of a clip for engines of servers
+EngineInput: TypeAlias = np.ndarray | bytes | tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +138,6 @@ def need(package: str, extra: str, field: str = "recaption.engine") -> Any:
 
 def size_of(image: EngineInput) -> int:
     """Return the bytes that an engine input occupies in transit."""
+    if isinstance(image, tuple):
+        return sum(map(len, image))
     return len(image) if isinstance(image, bytes) else image.nbytes

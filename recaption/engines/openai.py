@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from PIL import Image
 
 from capstan.pipeline.errors import RecipeError
@@ -41,6 +42,7 @@ _MOST_READ, _MOST_SHOWN = 10_000, 200  # characters of a server's message
 _SEED_BITS: Final = 31  # all servers accept seeds of this size
 
 Body = dict[str, Any]
+Seen = bytes | tuple[bytes, ...] | None  # an image, the frames of a clip, or nothing
 
 
 class OpenAIEngine:
@@ -50,7 +52,7 @@ class OpenAIEngine:
         assert config.server.url is not None, "validated by RecaptionConfig"
         self.config, self.server = config, config.server
         self.endpoint = config.server.url.rstrip("/") + "/chat/completions"
-        self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
+        self.prompts, self.versions = prompts.instruct(config.slots, config.prompts, config.frames)
         # Each worker has an equal share of the limits.
         self.requests = RateLimiter(None if (limit := self.server.requests_per_minute) is None else limit / workers)
         self.tokens = RateLimiter(None if (limit := self.server.tokens_per_minute) is None else limit / workers)
@@ -81,7 +83,7 @@ class OpenAIEngine:
             how = how.model_copy(update={"method": "top_p"})
         for row, (image, request) in enumerate(zip(images, requests, strict=True)):
             for slot in request.slots:
-                assert isinstance(image, bytes)
+                assert not isinstance(image, np.ndarray)
                 seed = seed_of(how.seed, request.sha256, slot, attempt)
                 text = prompts.quote(self.prompts[slot], request.original)
                 bodies.append(self._body(text, how, seed, image))
@@ -96,11 +98,10 @@ class OpenAIEngine:
         pairs = zip(prompts, seeds, strict=True)
         return self._send([self._body(text, how, seed, None, max_tokens) for text, seed in pairs])
 
-    def _body(self, text: str, how: Decoding, seed: int, image: bytes | None, max_tokens: int | None = None) -> Body:
-        content: list[Body] = [{"type": "text", "text": text}]
-        if image is not None:
-            url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    def _body(self, text: str, how: Decoding, seed: int, image: Seen, max_tokens: int | None = None) -> Body:
+        files = (image,) if isinstance(image, bytes) else image or ()
+        content: list[Body] = [{"type": "image_url", "image_url": {"url": _data_url(file)}} for file in files]
+        content.append({"type": "text", "text": text})
         messages: list[Body] = [{"role": "user", "content": content}]
         if self.config.system:
             messages.insert(0, {"role": "system", "content": self.config.system})
@@ -168,11 +169,11 @@ class OpenAIEngine:
         return replace(outcome, message=message)
 
     def probe_body(self, body: Body) -> Body:
-        """Return a plain request of the kind of `body`, with an image if that has one."""
-        if not any("image_url" in part for message in body["messages"] for part in _parts(message["content"])):
+        """Return a plain request of the kind of `body`, with as many images."""
+        if not (count := _images(body)):
             return {**body, "messages": [{"role": "user", "content": "Write one word."}]}
         text = prompts.quote(next(iter(self.prompts.values())), "")
-        return self._body(text, self.config.decoding, 0, _plain_image())
+        return self._body(text, self.config.decoding, 0, (_plain_image(),) * count)
 
 
 class _Client:
@@ -257,8 +258,16 @@ def _expected_tokens(body: Body) -> int:
     """Estimate the tokens of prompt and answer, generously, before the server reports them."""
     parts = [part for message in body["messages"] for part in _parts(message["content"])]
     letters = sum(len(part.get("text", "")) for part in parts)
-    image = _IMAGE_TOKENS * any("image_url" in part for part in parts)
-    return image + letters // _LETTERS_PER_TOKEN + int(body.get("max_tokens") or MAX_TOKENS)
+    return _IMAGE_TOKENS * _images(body) + letters // _LETTERS_PER_TOKEN + int(body.get("max_tokens") or MAX_TOKENS)
+
+
+def _images(body: Body) -> int:
+    """Return the number of images in a request."""
+    return sum("image_url" in part for message in body["messages"] for part in _parts(message["content"]))
+
+
+def _data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def _parts(content: str | list[Body]) -> list[Body]:

@@ -56,7 +56,7 @@ class TransformersEngine:
         if self.folder is not None and not (self.folder / "config.json").is_file():
             hint = "use a folder written by save_pretrained"
             raise RecipeError("recaption.model", f"{self.folder} has no config.json", hint)
-        self.prompts, self.versions = prompts.instruct(config.slots, config.prompts)
+        self.prompts, self.versions = prompts.instruct(config.slots, config.prompts, config.frames)
         self._description: dict[str, Any] | None = None
         self._loaded: _Loaded | None = None
 

@@ -26,7 +26,7 @@ from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.dataset.sorted_runs import HASH, hash_of, ranges, rows_between, write_run
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
-from capstan.recaption.planning.contents import Content, images
+from capstan.recaption.planning.contents import Content, Reads, images
 
 _RANGE_ROWS: Final = 2 << 20  # images and captions that one worker joins
 _SCANNED: Final = 16  # shards or files that one worker scans
@@ -89,7 +89,7 @@ class Lookup:
     dataset: Dataset
     layer: str
     slots: tuple[str, ...]
-    quoting: bool
+    reads: Reads
     entries: Sequence[ShardEntry]
     captions: Sequence[str]
     others: Sequence[str]
@@ -178,7 +178,7 @@ class _Step(units.Job):
 
     def __init__(self, lookup: Lookup) -> None:
         self.storage, self.source, self.dataset = lookup.work, lookup.dataset.storage, lookup.dataset.part()
-        self.slots, self.quoting = lookup.slots, lookup.quoting
+        self.slots, self.reads = lookup.slots, lookup.reads
 
     def commit(self, unit: units.Unit, pieces: list[units.Piece]) -> dict[str, Any]:
         (facts,) = pieces
@@ -198,7 +198,7 @@ class _Scan(_Step):
         yield self._write(unit, pa.concat_tables(tables))
 
     def _images(self, number: int, entry: Mapping[str, Any]) -> pa.Table:
-        listed = images(self.dataset.part(entry), entry["name"], quoting=self.quoting)
+        listed = images(self.dataset.part(entry), entry["name"], self.reads)
         found = sorted({image.content for image in listed})
         sums, quoted = [content.sha256 for content in found], [content.quoted for content in found]
         return _scanned(number, sums, quoted)

@@ -22,9 +22,10 @@ from capstan.pipeline.dataset.shards import Dataset, ShardEntry
 from capstan.pipeline.select.pairs import read_pairs
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
-from capstan.recaption.engines import CaptionEngine, EngineInput, Request
-from capstan.recaption.planning.contents import Content, images, lacking
+from capstan.recaption.engines import EngineInput, Request
+from capstan.recaption.planning.contents import Content, Reads, images, lacking
 from capstan.recaption.planning.existing import captioned, files_of
+from capstan.recaption.planning.frames import View
 from capstan.recaption.store import Row
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,10 @@ def lacking_of(
     have: Mapping[Content, Collection[str]],
     elsewhere: Collection[Content] = (),
     *,
-    quoting: bool,
+    reads: Reads,
 ) -> New:
     """Return the images to caption for a shard, given the slots that they `have`."""
-    contents = sorted({image.content for image in images(dataset, shard, quoting=quoting)} - set(elsewhere))
+    contents = sorted({image.content for image in images(dataset, shard, reads)} - set(elsewhere))
     missing = {content: lacking(slots, have.get(content, ())) for content in contents}
     return {content: left for content, left in missing.items() if left}
 
@@ -117,13 +118,13 @@ def slots_in(storage: Storage, name: str) -> dict[Content, set[str]]:
     return have
 
 
-def counts_of(dataset: Dataset, todo: Incomplete, slots: Sequence[str], *, quoting: bool) -> Counter[str]:
+def counts_of(dataset: Dataset, todo: Incomplete, slots: Sequence[str], reads: Reads) -> Counter[str]:
     """Return the numbers of `new` images and of their `captions`, for shards that are not `scattered`."""
     counts = Counter[str]()
     for entry in todo.entries:
         if entry.name in todo.own:
             have = slots_in(dataset.storage, todo.own[entry.name])
-            new = lacking_of(dataset, entry.name, slots, have, quoting=quoting)
+            new = lacking_of(dataset, entry.name, slots, have, reads=reads)
             counts.update({"new": len(new), "captions": sum(map(len, new.values()))})
         else:
             counts.update({"new": entry.samples, "captions": entry.samples * len(slots)})
@@ -154,12 +155,10 @@ class Sample:
         }
 
 
-def take_sample(
-    dataset: Dataset, engine: CaptionEngine, write: Write, todo: Iterable[tuple[str, New]], batch: int
-) -> Sample:
+def take_sample(dataset: Dataset, view: View, write: Write, todo: Iterable[tuple[str, New]], batch: int) -> Sample:
     """Caption up to a batch of the new images of shards and time it, without loading the model."""
     inputs, requests = list[EngineInput](), list[Request]()
-    for engine_input, request in _new_images(dataset, engine, todo):
+    for engine_input, request in _new_images(dataset, view, todo):
         inputs.append(engine_input)
         requests.append(request)
         if len(inputs) >= batch:
@@ -178,15 +177,13 @@ def take_sample(
     return Sample(count, len(captions), seconds, sum(row.tokens for row in captions))
 
 
-def _new_images(
-    dataset: Dataset, engine: CaptionEngine, todo: Iterable[tuple[str, New]]
-) -> Iterator[tuple[EngineInput, Request]]:
+def _new_images(dataset: Dataset, view: View, todo: Iterable[tuple[str, New]]) -> Iterator[tuple[EngineInput, Request]]:
     for shard, new in todo:
-        table = images(dataset, shard, quoting=engine.uses_original)
+        table = images(dataset, shard, view.reads)
         rows = sorted({image.content: row for row, image in enumerate(table) if image.content in new}.values())
-        for row, (_, jpeg) in zip(rows, dataset.read_images(shard, rows), strict=True):
+        for row, (_, jpeg, parts) in zip(rows, view.samples(dataset, shard, rows), strict=True):
             try:
-                engine_input = engine.prepare(jpeg)
+                engine_input = view.prepare(jpeg, parts)
             except Exception as error:  # noqa: BLE001 - sample boundary: `recaption` will flag it
                 log.warning("%s: cannot read an image: %s", shard, error)
                 continue
