@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,7 +42,7 @@ from capstan.training.metrics.metric import Metric, check_kinds, make_metrics, r
 from capstan.training.metrics.oracle import OracleScore
 from capstan.training.metrics.r_precision import r_precision
 from capstan.training.metrics.samples import EvalSet, Scenes, make_eval_set, world_of
-from capstan.training.metrics.sounds import SoundOracle, measure_codec
+from capstan.training.metrics.sounds import FilmOracle, SoundOracle, measure_codec
 from capstan.training.product import family_of, find_product, kind_of
 from capstan.training.sample import open_sampler
 
@@ -249,8 +248,8 @@ def _drawn(
             chance = oracle.chance(subjects.scenes, list(images))
             reliability = {"oracle": oracle.accuracy_on_clean(side, vocabulary(subjects.world))}
         else:
-            chance = judged(others, seen) if judge.uses_prompts else {}
-            if isinstance(judge, SoundOracle):
+            chance = judged(others, judge.mismatched(seen)) if judge.uses_prompts else {}
+            if isinstance(judge, SoundOracle | FilmOracle):
                 reliability = {"oracle": judged(numbers, true)}
         for name in value:
             row = {"value": value[name], "chance": chance.get(name, math.nan), "ceiling": best.get(name, math.nan)}
@@ -263,8 +262,7 @@ def _drawn(
         reliability.setdefault("ablations", {})[name] = rows
     result = {"measures": measures, **reliability, "sampling": drawer.settings(steps=steps, guidance=guidance)}
     labels = prompts if drawer.prompted else [f"seed {number}" for number in numbers]
-    first = replace(drawn, arrays=drawn.arrays[:_SHOWN], drawings=None if drawn.drawings is None else images[:_SHOWN])
-    return result, sheet(first, labels[:_SHOWN]), images
+    return result, sheet(drawn.first(_SHOWN), labels[:_SHOWN]), images
 
 
 def _true(subjects: EvalSet, numbers: Sequence[int], drawn: Drawn) -> np.ndarray:
@@ -273,6 +271,10 @@ def _true(subjects: EvalSet, numbers: Sequence[int], drawn: Drawn) -> np.ndarray
         assert drawn.rate is not None, "sounds have a rate"
         _, values, channels = drawn.arrays.shape
         return subjects.sounds(numbers, Form(drawn.rate, channels, values))
+    if drawn.kind == "film":
+        assert drawn.sounds is not None, "films have sounds"
+        form = Form(drawn.rate or 0, drawn.sounds.shape[2], drawn.sounds.shape[1])
+        return subjects.films(numbers, drawn.arrays.shape[1], drawn.fps or 0.0, drawn.arrays.shape[-2], form)
     if drawn.kind == "clip":
         assert drawn.fps is not None, "clips have a rate"
         return subjects.clips(numbers, drawn.arrays.shape[1], drawn.fps, drawn.arrays.shape[-2])

@@ -46,7 +46,7 @@ def sample(
     """Generate one image, clip or sound per prompt and write the labelled grid `out` (PNG); return a summary.
 
     Clips are MP4 and GIF files next to the grid, which shows their frames; sounds are WAV files, and it shows their
-    spectrograms.
+    spectrograms; films are all of these, and their MP4 has the sound.
 
     `run` is a run folder, a product or an exported pipeline. `seeds` (default 0, 1, …) are one per prompt, or any
     number for a single prompt. `steps`, `guidance`, `sampler` and `level` (of the noise on a cascade's small images)
@@ -63,7 +63,7 @@ def sample(
             logger.info("sample: %s → %s", before, after)
     expanded = {} if upsampler is None else {"upsampled": list(prompts)}
     opened = open_sampler(run, sampler=sampler, level=level, motion=motion)
-    if opened.kind == "clip":
+    if opened.kind in ("clip", "film"):
         extras.require(extras.VIDEO, "sample")
     given: Options = {"negative": negative, "steps": steps, "guidance": guidance, "size": size}
     if images or opened.continues is not None:
@@ -118,18 +118,19 @@ def _squared(file: Path, side: int) -> np.ndarray:
 
 def write_sounds(drawn: Drawn, grid: Path) -> dict[str, Any]:
     """Write each sound next to the grid of their spectrograms, as a WAV file; return their names, for the summary."""
-    if drawn.kind != "sound":
+    if drawn.kind not in ("sound", "film"):
         return {}
     files = [grid.with_name(f"{grid.stem}-{number}.wav") for number in range(len(drawn))]
     for number, file in enumerate(files):
         file.write_bytes(wav_of(drawn, number))
     assert drawn.rate is not None, "sounds have a rate"
-    return {"wav": [str(file) for file in files], "rate": drawn.rate, "seconds": drawn.arrays.shape[1] / drawn.rate}
+    values = (drawn.arrays if drawn.sounds is None else drawn.sounds).shape[1]
+    return {"wav": [str(file) for file in files], "rate": drawn.rate, "seconds": values / drawn.rate}
 
 
 def write_clips(drawn: Drawn, grid: Path) -> dict[str, Any]:
     """Write each clip next to the grid of their frames, as MP4 and GIF; return their names, for the summary."""
-    if drawn.kind != "clip":
+    if drawn.kind not in ("clip", "film"):
         return {}
     files = {}
     for suffix, made in (("mp4", mp4_of), ("gif", gif_of)):

@@ -236,13 +236,19 @@ def decode_flac(data: bytes) -> tuple[np.ndarray, int]:
 def decode_sound(data: bytes, rate: int, channels: int) -> np.ndarray:
     """Return the samples (int16 [samples, channels]) of a clip's FLAC at another rate, as mono or stereo."""
     samples, stored = decode_flac(data)
-    if stored != rate and len(samples):
-        layout = "stereo" if samples.shape[1] == _STEREO else "mono"
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), "s16", layout)
-        frame.sample_rate = stored
-        resampler = av.AudioResampler("s16", layout, rate)
-        parts = [part.to_ndarray() for given in (frame, None) for part in resampler.resample(given)]
-        samples = np.concatenate([part.reshape(-1, samples.shape[1]) for part in parts])
+    samples = resampled(samples, stored, rate)
     if samples.shape[1] > channels:  # loudness is kept: FFmpeg would make a stereo of a mono more quiet
         return np.rint(samples.mean(axis=1, keepdims=True)).astype(np.int16)
     return np.repeat(samples, channels // samples.shape[1], axis=1)
+
+
+def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """Return samples (int16 [samples, channels]) of one rate at another."""
+    if rate == wanted or not len(samples):
+        return samples
+    layout = "stereo" if samples.shape[1] == _STEREO else "mono"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), "s16", layout)
+    frame.sample_rate = rate
+    resampler = av.AudioResampler("s16", layout, wanted)
+    parts = [part.to_ndarray() for given in (frame, None) for part in resampler.resample(given)]
+    return np.concatenate([part.reshape(-1, samples.shape[1]) for part in parts])

@@ -10,11 +10,11 @@ import pyarrow as pa
 from capstan.pipeline.config.cut import Cut
 from capstan.pipeline.dataset.parts import part_columns, part_fields
 from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_samples
-from capstan.pipeline.media.codec import Scaler, VideoWriter
+from capstan.pipeline.media.codec import Scaler, VideoWriter, encode_flac
 from capstan.pipeline.records import SHARD_SCHEMA, make_key
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.world.moving.captions import descriptive
-from capstan.pipeline.world.moving.render import frames_of
+from capstan.pipeline.world.moving.render import frames_of, samples_of
 from capstan.pipeline.world.moving.scene import MovingScene, draw_moving
 from capstan.pipeline.world.render import encode_jpeg
 from capstan.pipeline.world.scene import Vocabulary
@@ -42,20 +42,25 @@ def mp4_of(frames: np.ndarray, fps: int = FPS) -> bytes:
         writer.close()
 
 
-def sample(index: int, *, image: bool = False) -> Sample:
-    """A clip and its middle frame; or an image alone."""
+def sample(index: int, *, image: bool = False, rate: int | None = None) -> Sample:
+    """A clip and its middle frame, with sound at a rate; or an image alone."""
     key, frames = make_key(str(index)), frames_of(scene(index), SIDE)
     jpg = encode_jpeg(frames[(FRAMES - 1) // 2])
-    return Sample(key, jpg, {"key": key}, descriptive(scene(index)), {} if image else {"mp4": mp4_of(frames)})
+    sound = {} if rate is None else {"flac": encode_flac(samples_of(scene(index), rate), rate)}
+    parts = {} if image else {"mp4": mp4_of(frames)} | sound
+    return Sample(key, jpg, {"key": key}, descriptive(scene(index)), parts)
 
 
-def write_clips(folder: Path, counts: list[int], images: int = 0) -> Path:
-    """A finished dataset with shards of these many samples; the first `images` of each are images alone."""
+def write_clips(folder: Path, counts: list[int], images: int = 0, rate: int | None = None) -> Path:
+    """A finished dataset with shards of these many samples; the first `images` of each are images alone.
+
+    Clips have sound at `rate`.
+    """
     storage, entries, index = Storage(str(folder)), [], 0
     (folder / "shards").mkdir(parents=True)
     for number, count in enumerate(counts):
         name, tar = f"shard-{number:06d}", folder / f"shards/shard-{number:06d}.tar"
-        samples = [sample(index + place, image=place < images) for place in range(count)]
+        samples = [sample(index + place, image=place < images, rate=rate) for place in range(count)]
         index += count
         places = write_samples(tar, samples)
         rows = [
@@ -67,8 +72,9 @@ def write_clips(folder: Path, counts: list[int], images: int = 0) -> Path:
             for one, place in zip(samples, places, strict=True)
         ]
         table = pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
-        for field in part_fields(["mp4"]):
-            table = table.append_column(field, part_columns([place.parts for place in places], ["mp4"])[field.name])
+        kinds = ["mp4"] if rate is None else ["mp4", "flac"]
+        for field in part_fields(kinds):
+            table = table.append_column(field, part_columns([place.parts for place in places], kinds)[field.name])
         storage.write_table(f"shards/{name}.parquet", table)
         sums = {"sha256": sha256_of(tar.read_bytes())}
         sums["table_sha256"] = sha256_of(storage.read(f"shards/{name}.parquet"))

@@ -31,6 +31,7 @@ def _named(folder: str, name: str) -> Named:
 FAMILIES: Final = {
     "attngan": _named("attngan", "Attngan"),
     "audio": _named("audio", "Audio"),
+    "audiovideo": _named("audiovideo", "Audiovideo"),
     "autoencoder": _named("autoencoder", "Autoencoder"),
     "captioner": _named("captioner", "Captioner"),
     "cogvideox": _named("cogvideox", "Cogvideox"),

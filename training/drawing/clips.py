@@ -1,4 +1,4 @@
-"""Drawn clips → MP4 and GIF files"""
+"""Drawn clips, with their sound if they have any → MP4 and GIF files"""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Final
 import numpy as np
 
 from capstan.training.drawing.drawer import Drawn
+from capstan.training.drawing.sounds import samples_of
 
+_PLAYED: Final = 48_000  # samples per second of the sound in an MP4: AAC has few rates
 _SIDE: Final = 256  # pixels: smaller clips are enlarged by a whole factor, which also keeps their colours in 4:2:0
 
 
 def mp4_of(drawn: Drawn, number: int) -> bytes:
-    """Return drawn clip `number` as an MP4 that players and browsers show."""
+    """Return drawn clip `number` as an MP4 that players and browsers show; the sound of a film is AAC."""
     from capstan.pipeline.config.cut import Cut
-    from capstan.pipeline.media.codec import Scaler, VideoWriter
+    from capstan.pipeline.media.codec import Scaler, VideoWriter, resampled, with_sound
 
     frames = _shown(drawn.arrays[number])
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # 4:2:0 has even sides
@@ -25,9 +27,13 @@ def mp4_of(drawn: Drawn, number: int) -> bytes:
     try:
         for frame in frames:
             writer.add(scaler.from_rgb(np.ascontiguousarray(frame)))
-        return writer.finish()
+        mp4 = writer.finish()
     finally:
         writer.close()
+    if drawn.sounds is None:
+        return mp4
+    assert drawn.rate is not None, "sounds have a rate"
+    return with_sound(mp4, resampled(samples_of(drawn, number), drawn.rate, _PLAYED), _PLAYED, "aac")
 
 
 def gif_of(drawn: Drawn, number: int) -> bytes:

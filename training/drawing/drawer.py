@@ -20,7 +20,7 @@ import torch
 
 from capstan.pipeline.errors import RecipeError
 
-Kind = Literal["image", "clip", "sound", "scene"]
+Kind = Literal["image", "clip", "sound", "film", "scene"]
 Size = tuple[int, int]  # width and height, pixels
 
 
@@ -31,6 +31,7 @@ class Drawn:
     image   uint8 [N, H, W, 3]
     clip    uint8 [N, frames, H, W, 3], `fps` frames per second
     sound   float32 [N, values, channels] in −1 … 1, `rate` values per second
+    film    a clip with its sound: `arrays` as of clips, `sounds` as of sounds
     scene   {background, objects} [N], as the columns of a dataset; `drawings` and `svgs` are what it looks like
     """
 
@@ -38,6 +39,7 @@ class Drawn:
     arrays: np.ndarray
     fps: float | None = None
     rate: int | None = None
+    sounds: np.ndarray | None = None  # of films: float32 [N, values, channels]
     drawings: np.ndarray | None = None  # of scenes: uint8 [N, H, W, 3]
     svgs: Sequence[str] | None = None  # of scenes
 
@@ -45,6 +47,14 @@ class Drawn:
     def images(self) -> np.ndarray:
         """Return what metrics of images judge: uint8 [N, H, W, 3]."""
         return self.arrays if self.drawings is None else self.drawings
+
+    def first(self, count: int) -> Drawn:
+        """Return the first `count` items."""
+        cut: dict[str, Any] = {"arrays": self.arrays[:count]}
+        for name in ("sounds", "drawings", "svgs"):
+            if (values := getattr(self, name)) is not None:
+                cut[name] = values[:count]
+        return replace(self, **cut)
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -65,8 +75,8 @@ def joined(shares: Sequence[Drawn | None], count: int) -> Drawn:
         arrays[:] = picked("arrays")
     else:
         arrays = np.stack(picked("arrays"))
-    drawings = picked("drawings")
-    return replace(first, arrays=arrays, drawings=None if drawings is None else np.stack(drawings), svgs=picked("svgs"))
+    drawings, sounds = (None if (one := picked(name)) is None else np.stack(one) for name in ("drawings", "sounds"))
+    return replace(first, arrays=arrays, drawings=drawings, sounds=sounds, svgs=picked("svgs"))
 
 
 class Options(TypedDict, total=False):

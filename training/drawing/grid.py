@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from capstan.training.drawing.drawer import Drawn
+from capstan.training.drawing.films import pictures
 from capstan.training.drawing.sounds import spectrograms
 
 _CELL: Final = 224  # smallest side of an image in the grid, pixels
@@ -17,13 +18,18 @@ _MARGIN: Final = 12  # pixels
 
 
 def sheet(drawn: Drawn, labels: Sequence[str], *, columns: int | None = None) -> Any:
-    """Return a PIL image of everything drawn, labelled. A clip is the row of its frames, a sound its spectrogram."""
+    """Return a PIL image of everything drawn, labelled.
+
+    A clip is the row of its frames, a sound its spectrogram, a film both.
+    """
     if drawn.kind in ("image", "scene"):
         return grid(drawn.images, labels, columns=columns)
     if drawn.kind == "clip":
         frames = drawn.arrays.shape[1]
         names = [label if frame == 0 else "" for label in labels for frame in range(frames)]
         return grid(drawn.arrays.reshape(-1, *drawn.arrays.shape[2:]), names, columns=frames, cell=_CELL // 2)
+    if drawn.kind == "film":
+        return grid(pictures(drawn), labels, columns=columns or 1, cell=1)
     assert drawn.kind == "sound"
     return grid(spectrograms(drawn), labels, columns=columns)
 

@@ -16,7 +16,7 @@ _FULL = 32_768  # of 16 bits
 def wav_of(drawn: Drawn, number: int) -> bytes:
     """Return drawn sound `number` as a WAV file of 16 bits."""
     assert drawn.rate is not None, "sounds have a rate"
-    samples = _int16(drawn.arrays[number])
+    samples = samples_of(drawn, number)
     with wave.open(buffer := io.BytesIO(), "wb") as file:
         file.setnchannels(samples.shape[1])
         file.setsampwidth(2)
@@ -28,9 +28,11 @@ def wav_of(drawn: Drawn, number: int) -> bytes:
 def spectrograms(drawn: Drawn) -> np.ndarray:
     """Return an image of each drawn sound: uint8 [N, 128, W, 3]."""
     assert drawn.rate is not None, "sounds have a rate"
-    return np.stack([spectrogram(_int16(sound), drawn.rate) for sound in drawn.arrays])
+    return np.stack([spectrogram(samples_of(drawn, number), drawn.rate) for number in range(len(drawn))])
 
 
-def _int16(sound: np.ndarray) -> np.ndarray:
-    made: np.ndarray = np.clip(np.rint(sound.astype(np.float64) * _FULL), -_FULL, _FULL - 1).astype(np.int16)
+def samples_of(drawn: Drawn, number: int) -> np.ndarray:
+    """Return drawn sound `number`, or the sound of a drawn film, as int16 [values, channels]."""
+    sound = (drawn.arrays if drawn.sounds is None else drawn.sounds)[number].astype(np.float64)
+    made: np.ndarray = np.clip(np.rint(sound * _FULL), -_FULL, _FULL - 1).astype(np.int16)
     return made

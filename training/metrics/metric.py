@@ -45,6 +45,10 @@ class Metric(ABC):
         """Return what `add` judges of what was drawn, one per prompt; images by default."""
         return drawn.images
 
+    def mismatched(self, images: np.ndarray) -> np.ndarray:
+        """Return what is judged for chance, with other prompts: as it is, or with parts that belong to others."""
+        return images
+
     def truth(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
         """Return what `add` judges of the truth: its images, as the best model of this kind would draw them."""
         return images
@@ -93,14 +97,14 @@ def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Met
     from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.layout import LayoutScore
     from capstan.training.metrics.oracle import OracleScore
-    from capstan.training.metrics.sounds import SoundOracle
+    from capstan.training.metrics.sounds import FilmOracle, SoundOracle
     from capstan.training.metrics.world import WorldLikeness
 
     metrics: list[Metric] = []
     for name in dict.fromkeys(wanted.measures or []):
         if name == "oracle":
-            oracle = {"sound": SoundOracle, "clip": ClipOracle}.get(kind, OracleScore)
-            metrics.append(oracle(f"{field}.measures"))
+            oracles: dict[str, Callable[[str], Metric]] = {"sound": SoundOracle, "clip": ClipOracle, "film": FilmOracle}
+            metrics.append(oracles.get(kind, OracleScore)(f"{field}.measures"))
         elif name == "layout":
             metrics.append(LayoutScore(f"{field}.measures"))
         elif name == "world":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from capstan.pipeline.config import Recipe, WorldSource
 from capstan.pipeline.dataset.shards import Dataset
@@ -20,6 +21,7 @@ from capstan.training.config import Data, TrainConfig
 from capstan.training.config.families import traits_of
 from capstan.training.data.clips import clips_of
 from capstan.training.data.dataset import TrainingData
+from capstan.training.data.films import film_of
 from capstan.training.data.sounds import Form, batch_of, pieces_of, to_wave
 from capstan.training.data.sources import open_storage, weighted_datasets
 from capstan.training.data.transforms import square
@@ -47,6 +49,12 @@ class EvalSet(ABC):
     def clips(self, numbers: Sequence[int], frames: int, fps: float, side: int) -> np.ndarray:
         """Return the true clips, uint8 [N, frames, side, side, 3]. Raises RecipeError if there are none."""
         raise RecipeError("dataset", "it has no clips to compare with", "name a run that was trained on clips")
+
+    def films(self, numbers: Sequence[int], frames: int, fps: float, side: int, form: Form) -> np.ndarray:
+        """Return the true clips with their sounds [N]: (uint8 [frames, side, side, 3], float32 [values, channels])."""
+        raise RecipeError(
+            "dataset", "it has no clips with sound to compare with", "name a run that was trained on them"
+        )
 
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the further columns of the true samples, such as `objects`; empty if nothing is known."""
@@ -97,6 +105,13 @@ class HeldOut(EvalSet):
     def clips(self, numbers: Sequence[int], frames: int, fps: float, side: int) -> np.ndarray:
         samples = [self.data.sample(len(self.data) + number) for number in numbers]
         return clips_of(samples, frames, fps, (side, side))[0].transpose(0, 1, 3, 4, 2)
+
+    def films(self, numbers: Sequence[int], frames: int, fps: float, side: int, form: Form) -> np.ndarray:
+        made = np.empty(len(numbers), dtype=object)
+        for place, number in enumerate(numbers):
+            shown, sound = film_of(self.data.sample(len(self.data) + number), frames, fps, (side, side), form)
+            made[place] = shown, to_wave(torch.from_numpy(sound)).numpy()
+        return made
 
     def columns(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         columns = [json.loads(self.data.sample(len(self.data) + number).extra) for number in numbers]

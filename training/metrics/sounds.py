@@ -1,7 +1,9 @@
-"""Whether sounds have the pitches, rhythms and order that their prompts state: the oracle of the sounding world
+"""Whether sounds, alone or with clips, are what their prompts state: the oracle of the sounding world
 
 Sounds are judged by FFT and onsets (pipeline.world.moving.oracle); nothing is learnt. What shall sound is read from the
-prompts, so that any dataset whose captions name things as the sounding world's do can be judged.
+prompts, so that any dataset whose captions name things as the sounding world's do can be judged. Of clips with sound,
+`in_time` compares the two, whatever the prompt: the share of the things seen whose pitch starts within a frame of their
+entry. What is judged of a film is a pair (frames, sound).
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ import torch
 
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.world.moving.captions import read
-from capstan.pipeline.world.moving.oracle import SOUND_MEASURES, listen, score_heard
+from capstan.pipeline.world.moving.oracle import (
+    FRAME_MEASURES,
+    SOUND_MEASURES,
+    in_time,
+    listen,
+    score_heard,
+    score_stated,
+    watch,
+)
 from capstan.training.data.sounds import Form, to_samples
 from capstan.training.drawing.drawer import Drawn, Kind, SoundCodec
 from capstan.training.drawing.grid import sheet
@@ -23,6 +33,7 @@ from capstan.training.metrics.clips import check_things
 from capstan.training.metrics.metric import Means, single_worker
 from capstan.training.metrics.samples import EvalSet
 
+_HEARD: Final = {name: "sounds" if name == "count" else name for name in SOUND_MEASURES}  # `count` is of what is seen
 _SHOWN: Final = 8  # sounds in a sheet of before and after
 
 
@@ -47,6 +58,47 @@ class SoundOracle(Means):
         for prompt, sound in zip(eval_set.prompts(numbers), images, strict=True):
             wanted = [(thing.colour, thing.shape) for thing in read(prompt).things]
             self.count(score_heard(wanted, listen(to_samples(sound), self.rate)))
+
+
+class FilmOracle(Means):
+    """The mean of each measure of clips, of sounds, and of both together."""
+
+    name: ClassVar[str] = "oracle"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"film"})
+    measures: ClassVar[Sequence[str]] = (*FRAME_MEASURES, *_HEARD.values(), "in_time")
+    rate, fps = 0, 0.0  # of the films seen last
+
+    def check(self, eval_set: EvalSet) -> None:
+        check_things(eval_set, self.field, "be seen and heard", "sounding")
+
+    def seen(self, drawn: Drawn) -> np.ndarray:
+        assert drawn.rate is not None, "sounds have a rate"
+        assert drawn.fps is not None, "clips have a rate"
+        assert drawn.sounds is not None, "films have sounds"
+        self.rate, self.fps = drawn.rate, drawn.fps
+        return pairs(drawn.arrays, drawn.sounds)
+
+    def mismatched(self, images: np.ndarray) -> np.ndarray:
+        """Return the films, each with the sound of the one before."""
+        frames, sounds = zip(*images, strict=True)
+        return pairs(frames, [*sounds[-1:], *sounds[:-1]])
+
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        """Add films [N], (uint8 [frames, H, W, 3], float [values, channels]) each, for the prompts `numbers`."""
+        for prompt, (frames, sound) in zip(eval_set.prompts(numbers), images, strict=True):
+            stated, shown, heard = read(prompt), watch(frames), listen(to_samples(sound), self.rate)
+            scores = score_stated(stated, shown)
+            sounding = score_heard([(thing.colour, thing.shape) for thing in stated.things], heard)
+            scores |= {_HEARD[name]: value for name, value in sounding.items()}
+            self.count(scores | {"in_time": in_time(shown, heard, self.fps)})
+
+
+def pairs(frames: Sequence[Any] | np.ndarray, sounds: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Return films [N], each a pair of frames and sound."""
+    made = np.empty(len(frames), dtype=object)
+    for number, pair in enumerate(zip(frames, sounds, strict=True)):
+        made[number] = pair
+    return made
 
 
 def measure_codec(codec: SoundCodec, subjects: EvalSet, *, batch: int) -> tuple[dict[str, Any], Any]:

@@ -192,7 +192,7 @@ def score_heard(wanted: Sequence[tuple[str, str]], found: Sequence[Heard]) -> di
     }
 
 
-def in_time(seen: Watched, found: Sequence[Heard], fps: int) -> float:
+def in_time(seen: Watched, found: Sequence[Heard], fps: float) -> float:
     """Return the share of the things seen that start to sound within one frame of their entry (nan: none is seen)."""
     if not seen.things:
         return math.nan

@@ -8,9 +8,9 @@ are images of the image model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
@@ -19,49 +19,65 @@ from capstan.pipeline.errors import RecipeError, first_line
 from capstan.training.models.diffusion.text_encoders import TextEncoder, TextEncoders, states_of
 from capstan.training.models.diffusion.unet import UNet
 from capstan.training.models.image_run import find_image_run
-from capstan.training.models.video.config import VideoSettings
+from capstan.training.models.video.config import MotionSettings
 
-FIELD: Final = "train.video.after"
+_SECTION: Final = "train.video"
+FIELD: Final = f"{_SECTION}.after"
 _SLOT: Final = UNet.slots[0]
 
 
-def image_product(settings: VideoSettings) -> Path:
+class Starting(Protocol):
+    """Settings of a family that starts from an image run; in the functions below `section` is its own, for errors."""
+
+    @property
+    def after(self) -> str: ...
+    @property
+    def objective(self) -> str: ...
+    @property
+    def trained(self) -> Sequence[str]: ...
+    @property
+    def motion(self) -> MotionSettings: ...
+
+
+def image_product(settings: Starting, section: str = _SECTION) -> Path:
     """Return the folder of the image run's pipeline. Raises RecipeError if motion modules do not fit it."""
-    product = find_image_run(settings.after, FIELD, "motion modules need")
+    product = find_image_run(settings.after, f"{section}.after", "motion modules need")
     scheduler = json.loads((product / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     learnt = "flow" if scheduler.get("prediction_type") == "flow_prediction" else "ddpm"
     if learnt != settings.objective:
         problem = f"is {settings.objective}, and the image run {settings.after} learnt {learnt}"
-        raise RecipeError("train.video.objective", problem, f"set objective: {learnt}")
+        raise RecipeError(f"{section}.objective", problem, f"set objective: {learnt}")
     return product
 
 
-def text_encoders(settings: VideoSettings) -> TextEncoders:
+def text_encoders(settings: Starting, section: str = _SECTION) -> TextEncoders:
     """Return the image run's text encoder; it is trained further if the settings say so."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    product = image_product(settings)
+    product = image_product(settings, section)
     encoder = CLIPTextModel.from_pretrained(product / _SLOT.name)
     tokenizer = CLIPTokenizer.from_pretrained(product / _SLOT.tokenizer, trust_remote_code=False)
-    return TextEncoders([TextEncoder(_SLOT, encoder, tokenizer)], own="text" in settings.trained, field=FIELD)
+    return TextEncoders(
+        [TextEncoder(_SLOT, encoder, tokenizer)], own="text" in settings.trained, field=f"{section}.after"
+    )
 
 
-def moving_unet(settings: VideoSettings, side: int) -> Any:
+def moving_unet(settings: Starting, side: int, section: str = _SECTION) -> Any:
     """Return diffusers' UNetMotionModel: the image run's UNet with new motion modules, for latents of `side`.
 
     Raises RecipeError for settings that do not fit the image run.
     """
     from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
-    unet = UNet2DConditionModel.from_pretrained(image_product(settings) / "unet")
+    unet = UNet2DConditionModel.from_pretrained(image_product(settings, section) / "unet")
     config, motion = unet.config, settings.motion
     if side % 2 ** (len(config.block_out_channels) - 1):
         problem = f"latents of side {side} cannot be halved {len(config.block_out_channels) - 1} times"
-        raise RecipeError("train.video.size", problem, "use another size")
+        raise RecipeError(f"{section}.size", problem, "use another size")
     for channels in config.block_out_channels:
         if channels % motion.heads:
             problem = f"{motion.heads} does not divide the image model's {channels} channels"
-            raise RecipeError("train.video.motion.heads", problem, "use fewer")
+            raise RecipeError(f"{section}.motion.heads", problem, "use fewer")
     try:
         adapter = MotionAdapter(
             block_out_channels=config.block_out_channels,
@@ -75,7 +91,7 @@ def moving_unet(settings: VideoSettings, side: int) -> Any:
         net = UNetMotionModel.from_unet2d(unet, adapter)
     except (ValueError, RuntimeError) as error:  # networks of other tools, with blocks that do not exist in it
         problem = f"has a UNet that takes no motion modules ({first_line(error)})"
-        raise RecipeError(FIELD, problem, "use another image run") from None
+        raise RecipeError(f"{section}.after", problem, "use another image run") from None
     for name, module in net.named_modules():
         if name.endswith("proj_out") and "motion_modules" in name:
             nn.init.zeros_(module.weight)
