@@ -31,7 +31,7 @@ MeasuresOption = Annotated[
     str | None,
     typer.Option(
         "--measures",
-        help="Comma-separated metrics: oracle, world, clip, cmmd, kid, fid. "
+        help="Comma-separated metrics: oracle, world, clip, cmmd, kid, fid, consistency. "
         "Default: oracle, or world for a model without prompts.",
     ),
 ]

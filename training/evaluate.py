@@ -200,10 +200,10 @@ def _judges(
         settings[name] = from_recipe.get(name) if given is None else given.model_dump()
         if given is None and settings[name] is not None:  # a run may be a stranger's, and so cannot vouch for a program
             settings[name] = {key: value for key, value in settings[name].items() if key != "trust_torchscript"}
-    networks = {"clip": ("clip",), "cmmd": ("cmmd", "clip"), "fid": ("fid",), "kid": ("fid",)}
+    networks = {"clip": ("clip",), "cmmd": ("cmmd", "clip"), "fid": ("fid",), "kid": ("fid",), "consistency": ("clip",)}
     for name in measures:
         if name in networks and all(settings.get(network) is None for network in networks[name]):
-            hint = "add --clip MODEL" if name in ("clip", "cmmd") else "add --features FILE"
+            hint = "add --clip MODEL" if name in ("clip", "cmmd", "consistency") else "add --features FILE"
             raise RecipeError("--measures", f"{name} needs a model, and the run's recipe does not name one", hint)
     return make_metrics(validate(Evaluate, settings, "train.watch.evaluate"), "train.watch.evaluate", kind)
 
@@ -243,6 +243,7 @@ def _drawn(
         if judge.uses_prompts:
             best = judged(numbers, judge.truth(subjects, numbers, reconstructed))
         else:
+            unused.seen(drawn)  # which form the truth has
             best = _ceiling(unused, subjects, side, batch, drawer.device)
         if isinstance(judge, OracleScore) and isinstance(subjects, Scenes):
             chance = oracle.chance(subjects.scenes, list(images))

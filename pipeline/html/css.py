@@ -93,6 +93,8 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px } .pixel
 .frame.none span { padding: .5rem; overflow-wrap: anywhere }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr)); gap: 1.1rem .9rem;
          margin: .7rem 0 1.2rem }
+.player video, .player audio { width: 100%; max-width: 17rem; display: block; margin-bottom: .4rem }
+.player img { max-width: 100%; height: auto }
 .gallery.pairs { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1.6rem }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem } .sides b { display: block; color: var(--soft);
          font-size: .78rem; font-weight: 600; margin-bottom: .2rem }

@@ -46,7 +46,11 @@ class Page:
         """Return the page as one file."""
         # The policy names the style by its hash, so that no other style applies, inline ones included.
         style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-        policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+        blocks = "".join(block for _, section in self._sections for block in section)
+        media = "media-src data:; " if 'class="player"' in blocks else ""
+        policy = (
+            f"default-src 'none'; img-src data:; {media}style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+        )
         head = [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
@@ -223,6 +227,16 @@ def image(data: bytes, alt: str) -> Html:
     pixels = ' class="pixels"' if max(width, height) <= _SMALL_SIDE else ""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Html(f'<img{pixels} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">')
+
+
+def player(data: bytes, poster: bytes, text: str) -> Html:
+    """Return a clip (MP4) or a sound (WAV) embedded in the page, with an image of all of it, and its text."""
+    tag, kind = ("audio", "audio/wav") if data.startswith(b"RIFF") else ("video", "video/mp4")
+    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    label = escape(f"{'sound' if tag == 'audio' else 'clip'}: {text}")
+    media = f'<{tag} controls loop preload="metadata" aria-label="{label}" src="{source}"></{tag}>'
+    shown = image(poster, f"all of the {'sound' if tag == 'audio' else 'clip'}: {text}")
+    return Html(f'<figure class="player">{media}{shown}<figcaption><p>{user_text(text)}</p></figcaption></figure>')
 
 
 def frame(data: bytes | None, alt: str, missing: str = "no image") -> Html:

@@ -11,7 +11,7 @@ from capstan.pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=1)]
-Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world", "layout"]
+Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world", "layout", "consistency"]
 _LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd", "background_tv", "colours_tv")
 _INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 
@@ -45,7 +45,7 @@ class Fid(Section):
 
     features: str
     """File of the feature network: torch-fidelity's Inception (.pth, .safetensors, or .pt with trust_torchscript); or
-    open_nsfw."""
+    open_nsfw. Of clips and sounds: a network of those (.pt)."""
     trust_torchscript: bool = False
     """Whether to run the program in a .pt file, which can do anything that you can."""
 
@@ -75,7 +75,7 @@ class Evaluate(Section):
     guidance: Guidance | None = None
     """Guidance scale of the generated images; null: train.diffusion.sampling."""
     clip: ClipSettings | None = None
-    """The CLIP that judges images and prompts (clip, cmmd); null: none."""
+    """The CLIP that judges images and prompts (clip, cmmd), and frames of clips (consistency); null: none."""
     fid: Fid | None = None
     """The feature network of FID and KID; null: none."""
     kid: Kid = Kid()
@@ -91,7 +91,9 @@ class Evaluate(Section):
             object.__setattr__(self, "measures", measures)  # sections are frozen
         clip, fid = "clip: {model: ./clip}", "fid: {features: ./inception.pth}"
         there = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "cmmd": self.cmmd or self.clip}
-        for name, example in (("clip", clip), ("fid", fid), ("kid", fid), ("cmmd", f"cmmd: {clip[6:]}")):
+        there["consistency"] = self.clip
+        needed = {"clip": clip, "fid": fid, "kid": fid, "cmmd": f"cmmd: {clip[6:]}", "consistency": clip}
+        for name, example in needed.items():
             if name in measures and there[name] is None:
                 raise ValueError(f"measure {name} needs {example}")
         return self
@@ -118,7 +120,8 @@ class Evaluate(Section):
         {'count': 100, 'steps': None, 'guidance': None, 'judge': {'features': 'a.pth'}}
         """
         cmmd = self.cmmd or self.clip
-        judge = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "kid_std": self.fid, "cmmd": cmmd}.get(measure)
+        judges = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "kid_std": self.fid, "cmmd": cmmd}
+        judge = {**judges, "consistency": self.clip}.get(measure)
         settings = None if judge is None else judge.model_dump(mode="json", exclude={"trust_torchscript"})
         if settings is not None and measure in ("kid", "kid_std"):
             settings |= self.kid.model_dump(mode="json")

@@ -50,10 +50,17 @@ class Drawn:
 
     def first(self, count: int) -> Drawn:
         """Return the first `count` items."""
-        cut: dict[str, Any] = {"arrays": self.arrays[:count]}
+        return self._part(slice(count))
+
+    def only(self, number: int) -> Drawn:
+        """Return one item."""
+        return self._part(slice(number, number + 1))
+
+    def _part(self, places: slice) -> Drawn:
+        cut: dict[str, Any] = {"arrays": self.arrays[places]}
         for name in ("sounds", "drawings", "svgs"):
             if (values := getattr(self, name)) is not None:
-                cut[name] = values[:count]
+                cut[name] = values[places]
         return replace(self, **cut)
 
     def __len__(self) -> int:

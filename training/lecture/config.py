@@ -38,6 +38,21 @@ class System(Section):
         return self
 
 
+class Played(Section):
+    """A finished run that draws clips, sounds or both, for the page to play."""
+
+    name: Name
+    """Name on the page and of its folder."""
+    run: str
+    """The run, of model video, audio or audiovideo."""
+    prompts: Annotated[list[str], Field(min_length=1)]
+    """What it draws, with the seeds 0, 1, …."""
+    paper: str = ""
+    """The paper, for the page."""
+    claim: str = ""
+    """What the paper says that it shows, for the page."""
+
+
 class LectureConfig(Section):
     """A comparison of systems on the recipe's dataset, which is the captioned world."""
 
@@ -45,6 +60,8 @@ class LectureConfig(Section):
     """Folder of all runs, measurements, and the page."""
     systems: Annotated[list[System], Field(min_length=1)]
     """The systems, in the order of the page; more may be added later."""
+    media: list[Played] = []  # noqa: RUF012
+    """Finished runs whose clips and sounds the page plays, with what `capstan evaluate` measured."""
     minutes: Minutes = 10.0
     """Training time of each system, its runs in `train.before` included."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -66,9 +83,10 @@ class LectureConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> LectureConfig:
-        names = [system.name for system in self.systems]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"systems has {', '.join(twice)} twice; rename one")
+        for field in ("systems", "media"):
+            names = [one.name for one in getattr(self, field)]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{field} has {', '.join(twice)} twice; rename one")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds has a seed twice; remove one")
         return self

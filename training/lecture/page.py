@@ -19,12 +19,14 @@ from capstan.training.experiment.contact_sheet import side_by_side
 from capstan.training.experiment.intervals import Interval
 from capstan.training.experiment.measure import SHOWN, Measurements
 from capstan.training.experiment.prompts import Prompt
+from capstan.training.lecture import media
 from capstan.training.lecture.config import LectureConfig
 from capstan.training.lecture.measure import SHOWN_SET
 from capstan.training.lecture.results import MEASURES, PRIMARY, Found, sentence
 
 PAGE: Final = "index.html"
 _STRIP: Final = 3  # prompts in strip.png
+_PLAYED: Final = "Finished runs, which had time and data of their own. All prompts are shown, none chosen."
 _MEANS: Final = {
     "colour_shape": "share of the prompt's coloured shapes that are in the image",
     "count": "whether the number of things is right",
@@ -46,7 +48,10 @@ def write_page(
     generators = [one for one in done if not one.is_first_stage]
     if generators:
         storage.write("strip.png", _strip(prompts, {one.system.name: drawn[one.system.name] for one in generators}))
-    storage.write(PAGE, _page(config, done, prompts, drawn).html().encode())
+    made = _page(config, done, prompts, drawn)
+    if played := list(media.rows(storage, config.media)):
+        made.section("Moving pictures and sound", page.note(_PLAYED), *played)
+    storage.write(PAGE, made.html().encode())
     return f"{storage.url}/{PAGE}"
 
 

@@ -3,6 +3,7 @@
     lecture.run/lecture.json        what must not change between starts; systems may be added
     lecture.run/systems/            the runs (lecture.systems), each an ordinary run
     lecture.run/measured/           scores and first images (lecture.measure)
+    lecture.run/played/             clips and sounds of finished runs (lecture.media)
     lecture.run/results.json, strip.png, index.html
 
 A system is trained to its first point, measured with its averaged weights, then resumed up to the next one. Every
@@ -51,6 +52,8 @@ def run_lecture(recipe: Recipe, beside: Path, only: str | None = None) -> dict[s
         if (only is None or only == one.system.name) and not lecture.finished(one):
             lecture.work(one)
             lecture.report()
+    if only is None:
+        lecture.play()
     return lecture.report()
 
 
@@ -105,6 +108,13 @@ class Lecture:
                 used = self._train(last, 60 * last.minutes * point / self.config.points)
                 whole = Spent(used.steps, before.wall_s + used.wall_s, before.cpu_s + used.cpu_s)
                 self._measure(one, point, whole)
+
+    def play(self) -> None:
+        """Draw the clips and sounds of finished runs."""
+        from capstan.training.lecture.media import draw_media
+
+        for one in self.config.media:
+            draw_media(self.storage, one)
 
     def _train(self, stage: Stage, seconds: float) -> Spent:
         batch = TrainConfig.from_section(stage.section | {"steps": 1}).batch

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from capstan.pipeline.errors import RecipeError
+from capstan.training.data.sounds import Form
 from capstan.training.metrics.metric import Metric, Total
 from capstan.training.metrics.samples import EvalSet
 
@@ -32,6 +33,12 @@ class SecondHalf(EvalSet):
     def images(self, numbers: Sequence[int], side: int) -> np.ndarray:
         return self.whole.images([self.count + number for number in numbers], side)
 
+    def clips(self, numbers: Sequence[int], frames: int, fps: float, side: int) -> np.ndarray:
+        return self.whole.clips([self.count + number for number in numbers], frames, fps, side)
+
+    def sounds(self, numbers: Sequence[int], form: Form) -> np.ndarray:
+        return self.whole.sounds([self.count + number for number in numbers], form)
+
 
 def ceiling(
     metric: Metric,
@@ -49,14 +56,14 @@ def ceiling(
     Empty if half of the images are too few for the metric.
     """
     halves = SecondHalf(eval_set)
+    mine = range(rank, len(halves), world)
     try:
         metric.check(halves)
+        with metric.ready(device):
+            for start in range(0, len(mine), batch):
+                numbers = mine[start : start + batch]
+                metric.add(halves, numbers, metric.of_truth(eval_set, numbers, side))
+            values = metric.result(total)
     except RecipeError:
         return {}
-    mine = range(rank, len(halves), world)
-    with metric.ready(device):
-        for start in range(0, len(mine), batch):
-            numbers = mine[start : start + batch]
-            metric.add(halves, numbers, eval_set.images(numbers, side))
-        values = metric.result(total)
     return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,4 +1,4 @@
-"""Fréchet inception distance of generated and true images, by torchmetrics.
+"""Fréchet distance of generated and true images (FID, by torchmetrics), clips or sounds.
 
     ‖μ − μ'‖² + Tr(Σ + Σ' − 2 (Σ Σ')^½)      of the means and covariances of a network's features
 
@@ -25,6 +25,8 @@ from capstan.pipeline.errors import MissingExtra, RecipeError
 from capstan.pipeline.score import open_nsfw
 from capstan.pipeline.score.descriptors import OPEN_NSFW
 from capstan.training.config.monitoring import Fid
+from capstan.training.data.sounds import Form
+from capstan.training.drawing.drawer import Drawn, Kind
 from capstan.training.metrics.metric import Metric, Total, random_state_kept
 from capstan.training.metrics.samples import EvalSet
 
@@ -144,6 +146,117 @@ class FrechetDistance(Metric):
         return {name: total(getattr(self.metric, f"{kind}_{name}").cpu()) for name in _SUMS}
 
 
+class MediaDistance(Metric):
+    """Fréchet distance of clips (FVD, Unterthiner et al. 2019) or sounds (FAD, Kilgour et al. 2019).
+
+    The network is a TorchScript file that the user names: of clips, uint8 [N, 3, frames, H, W], or sounds, float32
+    [N, channels, values] → features [N, F]. Clips of films are judged, not their sounds.
+    """
+
+    name: ClassVar[str] = "fid"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"clip", "film", "sound"})
+    uses_prompts: ClassVar[bool] = False
+
+    def __init__(self, settings: Fid, field: str) -> None:
+        self.file, self.field, self.trusted = Path(settings.features), f"{field}.features", settings.trust_torchscript
+        self.section = field.rpartition(".")[0]
+        self.drawn: Drawn | None = None  # seen last, for its form
+        self.network: _Script | None = None
+        self.device = torch.device("cpu")
+        self.sums: dict[str, torch.Tensor] = {}
+        self.known: dict[str, torch.Tensor] | None = None  # sums over all workers, once computed
+
+    def check(self, eval_set: EvalSet) -> None:
+        if not self.file.is_file():
+            raise RecipeError(self.field, f"{self.file} is not on this machine", "set a TorchScript file (.pt)")
+        if self.file.suffix != ".pt":
+            problem = f"{self.file.name} is no TorchScript, and clips and sounds have no network of a known form"
+            raise RecipeError(self.field, problem, "set a TorchScript file (.pt), e.g. I3D of FVD")
+        if not self.trusted:
+            problem = f"{self.file} is TorchScript, a program that can read, change and send your files"
+            option = f"{self.field.removesuffix('features')}trust_torchscript: true (--trust-torchscript)"
+            raise RecipeError(self.field, problem, f"set {option} if you trust its source")
+
+    @contextlib.contextmanager
+    def ready(self, device: torch.device) -> Iterator[None]:
+        try:
+            self.network = _Script(self.file).to(device)
+        except _UNREADABLE as error:
+            problem = f"{self.file} is not TorchScript ({(str(error).splitlines() or [''])[0]})"
+            raise RecipeError(self.field, problem, "set a TorchScript file (.pt)") from None
+        self.device, self.sums = device, {}
+        try:
+            yield
+        finally:
+            self.network = None
+
+    def seen(self, drawn: Drawn) -> np.ndarray:
+        self.drawn = drawn
+        return drawn.arrays
+
+    def of_truth(self, eval_set: EvalSet, numbers: Sequence[int], side: int) -> np.ndarray:
+        """Return true clips or sounds, of the form of those seen last."""
+        drawn = self.drawn
+        assert drawn is not None, "something was seen"
+        if drawn.kind == "sound":
+            return eval_set.sounds(numbers, Form(drawn.rate or 0, drawn.arrays.shape[2], drawn.arrays.shape[1]))
+        return eval_set.clips(numbers, drawn.arrays.shape[1], drawn.fps or 1.0, drawn.arrays.shape[-2])
+
+    def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
+        self._update("drawn", images, len(eval_set))
+        if self.known is None:
+            self._update("true", self.of_truth(eval_set, numbers, 0), len(eval_set))
+
+    def _update(self, kind: str, media: np.ndarray, count: int) -> None:
+        assert self.network is not None
+        order = (0, 2, 1) if media.ndim == _SOUND_DIMS else (0, 4, 1, 2, 3)
+        given = torch.from_numpy(np.ascontiguousarray(media.transpose(order))).to(self.device)
+        try:
+            with torch.no_grad():
+                features = self.network(given).double().cpu()
+        except RuntimeError as error:
+            problem = f"{self.file} does not take {list(given.shape)} ({str(error).strip().splitlines()[-1]})"
+            raise RecipeError(self.field, problem, "set a network of clips, or of sounds") from None
+        if count <= features.shape[1]:
+            problem = f"{count} are too few for a Fréchet distance of {features.shape[1]} features"
+            hint = f"set count (--count) to more than {features.shape[1]}, better ten times that"
+            raise RecipeError(f"{self.section}.count", problem, hint)
+        for name, part in _sums_of(features).items():
+            key = f"{kind}_{name}"
+            self.sums[key] = self.sums.get(key, torch.zeros_like(part)) + part
+
+    def result(self, total: Total) -> dict[str, float]:
+        """Return the distance; every worker has judged something."""
+        whole = {name: total(part) for name, part in self.sums.items()}
+        drawn, true = (
+            {name.partition("_")[2]: part for name, part in whole.items() if name.startswith(kind)}
+            for kind in ("drawn", "true")
+        )
+        self.known = self.known or true
+        return {"fid": frechet(*(_moments(sums) for sums in (drawn, self.known)))}
+
+
+_SOUND_DIMS: Final = 3  # of sounds [N, values, channels]
+Moments = tuple[torch.Tensor, torch.Tensor]  # mean [F], covariance [F, F]
+
+
+def _sums_of(features: torch.Tensor) -> dict[str, torch.Tensor]:
+    count = torch.tensor(float(len(features)), dtype=torch.float64)
+    return {"count": count, "sum": features.sum(0), "products": features.T @ features}
+
+
+def _moments(sums: dict[str, torch.Tensor]) -> Moments:
+    mean = sums["sum"] / sums["count"]
+    return mean, (sums["products"] - sums["count"] * torch.outer(mean, mean)) / (sums["count"] - 1)
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """Return the Fréchet distance of two normal distributions (Heusel et al. 2017, eq. 6)."""
+    (mean, covariance), (mean_too, covariance_too) = one, other
+    root = torch.linalg.eigvals(covariance @ covariance_too).sqrt().real.sum()
+    return float((mean - mean_too).square().sum() + covariance.trace() + covariance_too.trace() - 2 * root)
+
+
 @contextlib.contextmanager
 def _without_code(file: Path) -> Iterator[Path]:
     """Yield a copy of a weights file (.pth or .safetensors) that holds tensors only.
@@ -174,9 +287,10 @@ class _OpenNsfw(torch.nn.Module):
 
 
 class _Script(torch.nn.Module):
-    """A TorchScript network of uint8 images [N, 3, H, W] → features [N, F].
+    """A TorchScript network of uint8 images [N, 3, H, W] → features [N, F]; or of clips or sounds.
 
-    NVIDIA's inception-2015-12-05.pt, used by clean-fid and StyleGAN, returns them if `return_features` is set.
+    NVIDIA's inception-2015-12-05.pt, used by clean-fid and StyleGAN, returns them if `return_features` is set. So does
+    StyleGAN-V's I3D of clips, which also scales them if it is told to.
     """
 
     def __init__(self, file: Path) -> None:
@@ -185,7 +299,7 @@ class _Script(torch.nn.Module):
             warnings.simplefilter("ignore")
             self.network = torch.jit.load(str(file), map_location="cpu").eval()
         arguments = [argument.name for argument in self.network.forward.schema.arguments]
-        self.options = {"return_features": True} if "return_features" in arguments else {}
+        self.options = {name: True for name in ("return_features", "rescale", "resize") if name in arguments}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.network(images, **self.options)

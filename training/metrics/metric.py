@@ -53,6 +53,10 @@ class Metric(ABC):
         """Return what `add` judges of the truth: its images, as the best model of this kind would draw them."""
         return images
 
+    def of_truth(self, eval_set: EvalSet, numbers: Sequence[int], side: int) -> np.ndarray:
+        """Return what `add` judges of true samples, for metrics that compare two sets of them."""
+        return eval_set.images(numbers, side)
+
     @abstractmethod
     def add(self, eval_set: EvalSet, numbers: Sequence[int], images: np.ndarray) -> None:
         """Add generated images, uint8 [N, H, W, 3], for the prompts `numbers`."""
@@ -90,10 +94,10 @@ class Means(Metric):
 
 def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Metric]:
     """Return the metrics named in `measures`, for what is drawn; `field` is the section's name, for errors."""
-    from capstan.training.metrics.clip_score import ClipScore
+    from capstan.training.metrics.clip_score import ClipScore, FrameConsistency
     from capstan.training.metrics.clips import ClipOracle
     from capstan.training.metrics.cmmd import ClipDistance
-    from capstan.training.metrics.fid import FrechetDistance
+    from capstan.training.metrics.fid import FrechetDistance, MediaDistance
     from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.layout import LayoutScore
     from capstan.training.metrics.oracle import OracleScore
@@ -111,8 +115,11 @@ def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Met
             metrics.append(WorldLikeness(f"{field}.measures"))
         elif name == "clip" and wanted.clip is not None:
             metrics.append(ClipScore(wanted.clip, f"{field}.clip"))
+        elif name == "consistency" and wanted.clip is not None:
+            metrics.append(FrameConsistency(wanted.clip, f"{field}.clip"))
         elif name == "fid" and wanted.fid is not None:
-            metrics.append(FrechetDistance(wanted.fid, f"{field}.fid"))
+            distance = FrechetDistance if kind in ("image", "scene") else MediaDistance
+            metrics.append(distance(wanted.fid, f"{field}.fid"))
         elif name == "kid" and wanted.fid is not None:
             metrics.append(KernelDistance(wanted.kid, wanted.fid, f"{field}.fid"))
         elif name == "cmmd" and (judge := wanted.cmmd or wanted.clip) is not None:

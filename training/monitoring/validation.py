@@ -202,8 +202,9 @@ class Validation:
         """Return the values of distances between two halves of the true images, of `side` pixels."""
         assert self.eval_set is not None
         engine, ceilings = self.engine, dict[str, float]()
-        for metric in make_metrics(wanted, "train.watch.evaluate"):
-            if not metric.uses_prompts:
+        kind = family_class(self.train.model).draws
+        for metric in make_metrics(wanted, "train.watch.evaluate", kind):
+            if not metric.uses_prompts and kind in ("image", "scene"):
                 where = {"device": engine.device, "batch": wanted.batch, "rank": engine.rank, "world": engine.world}
                 ceilings |= ceiling(metric, self.eval_set, side, total=engine.total, **where)
         return ceilings
