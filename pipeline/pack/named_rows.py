@@ -1,15 +1,14 @@
 """Entries of a takedown → the rows that they name, and all others that hold the same files
 
 Only units that may hold such rows are read: by the first keys of the plan's units, and by the index of URLs, domains
-and sums (pipeline.pack.row_lookup).
+and sums (pipeline.pack.row_lookup). Workers read them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,13 +17,14 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.dataset.shards import read_manifest
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.pack import row_lookup
-from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.source.blocklist import Blocklist, url_digest
 from capstan.pipeline.source.plan import Plan, units_of_keys
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import MarkerLog
+from capstan.pipeline.storage.local import scratch
+from capstan.pipeline.units import Job, MarkerLog, Piece, Unit, results
 
+_TABLES: Final = 16  # that one worker reads to find shards
 SCHEMA: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -56,12 +56,12 @@ def find_rows(storage: Storage, plan: Plan, asked: Blocklist, progress: bool) ->
     found: dict[str, dict[str, str]] = {}
     units = row_lookup.units_with(storage, tables, asked)
     units |= {unit.id for unit in units_of_keys(storage, plan, asked.keys)}
-    _note(storage, {name: unit for name, unit in tables.items() if unit in units}, asked, found)
+    _note(storage, {name: unit for name, unit in tables.items() if unit in units}, asked, found, progress)
     same_files = Blocklist(sha256=frozenset(row["sha256"] for row in found.values()) - {""})
     if same_files.sha256 - asked.sha256:
         units = row_lookup.units_with(storage, staged, same_files)
-        _note(storage, {name: unit for name, unit in staged.items() if unit in units}, same_files, found)
-    kept = _kept(storage, found)
+        _note(storage, {name: unit for name, unit in staged.items() if unit in units}, same_files, found, progress)
+    kept = _kept(storage, found, progress)
     _drop_reasons(storage, [row["url"] for row in found.values()])
     return [
         {"key": key, "sha256": row["sha256"], "url": row["url_digest"], "shard": kept.get(key, ""), "unit": row["unit"]}
@@ -69,47 +69,123 @@ def find_rows(storage: Storage, plan: Plan, asked: Blocklist, progress: bool) ->
     ]
 
 
-def _note(storage: Storage, tables: Mapping[str, str], wanted: Blocklist, found: dict[str, dict[str, str]]) -> None:
+class FindRows(Job):
+    """The job that looks for rows in the planned and staged tables of a unit, planned ones first.
+
+    Its markers hold URLs of rows that are to be removed, so they are in `state`, a folder of this machine.
+    """
+
+    name, title = "takedown-find", "remove: rows"
+
+    def __init__(self, dataset: Storage, state: Storage, wanted: Blocklist) -> None:
+        self.dataset, self.storage, self.wanted = dataset, state, wanted
+
+    def check_storage(self) -> None:
+        self.dataset.check_reachable()
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """Yield one piece: key → sum, URL and its digest, of the rows that are wanted and not removed already."""
+        found: dict[str, dict[str, str]] = {}
+        for name in unit.spec["tables"]:
+            staged = name.startswith("staged/")
+            mark_column = "reason" if staged else "hash"
+            table = self.dataset.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
+            keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", mark_column))
+            sums = table["sha256"].to_pylist() if staged else [""] * len(keys)
+            for row, hit in enumerate(self.wanted.hits(keys, urls, sums)):
+                if hit and (urls[row] or marks[row] != REMOVED):
+                    _add(found, keys[row], {"sha256": sums[row], "url": urls[row], "unit": unit.id})
+        yield {"found": found}
+
+    def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
+        (facts,) = pieces
+        return facts
+
+
+def _add(found: dict[str, dict[str, str]], key: str, row: dict[str, str]) -> None:
+    """Add what one more table says about a row. A URL is that of the first table that has one."""
+    seen = found.setdefault(key, {"sha256": "", "url_digest": "", "url": "", "unit": row["unit"]})
+    seen["sha256"] = seen["sha256"] or row["sha256"]
+    if row["url"] and not seen["url"]:
+        seen |= {"url_digest": url_digest(row["url"]), "url": row["url"]}
+
+
+def _note(
+    storage: Storage, tables: Mapping[str, str], wanted: Blocklist, found: dict[str, dict[str, str]], progress: bool
+) -> None:
     """Add to `found` the rows of planned or staged tables that are `wanted` and not removed already."""
+    of_unit: dict[str, list[str]] = {}
     for name, unit in tables.items():
-        staged = name.startswith("staged/")
-        mark_column = "reason" if staged else "hash"
-        table = storage.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
-        keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", mark_column))
-        sums = table["sha256"].to_pylist() if staged else [""] * len(keys)
-        for row, hit in enumerate(wanted.hits(keys, urls, sums)):
-            if hit and (urls[row] or marks[row] != REMOVED):
-                seen = found.setdefault(keys[row], {"sha256": "", "url_digest": "", "url": "", "unit": unit})
-                seen["sha256"] = seen["sha256"] or sums[row]
-                if urls[row] and not seen["url"]:  # planned tables come first, with the URL as the source has it
-                    seen |= {"url_digest": url_digest(urls[row]), "url": urls[row]}
+        of_unit.setdefault(unit, []).append(name)
+    work = [Unit(unit, {"tables": names}) for unit, names in of_unit.items()]
+    with scratch() as folder:
+        done = results(FindRows(storage, Storage(str(folder)), wanted), work, Resources(), progress=progress)
+    for facts in done:
+        for key, row in facts["found"].items():
+            _add(found, key, row)
 
 
-def _kept(storage: Storage, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+class FindPlaces(FindRows):
+    """The job that looks up in which shards rows are: in ledger tables, or in tables of shards."""
+
+    name, title = "takedown-places", "remove: shards"
+
+    def prepare(self, unit: Unit) -> Iterator[Piece]:
+        """Yield one piece: key → shard, and whether all of the unit's tables could be read."""
+        wanted, shards = pa.array(sorted(self.wanted.keys), pa.string()), dict[str, str]()
+        try:
+            for name, sha256, shard in unit.spec["tables"]:
+                table = self.dataset.read_table(name, ["key", *([] if shard else ["shard"])], sha256=sha256)
+                held = table.filter(pc.is_in(table["key"], wanted))
+                names = [shard] * len(held) if shard else held["shard"].to_pylist()
+                shards |= {key: place for key, place in zip(held["key"].to_pylist(), names, strict=True) if place}
+        except (DamagedFile, FileNotFoundError):
+            if not unit.spec["may_fail"]:
+                raise
+            yield {"shards": {}, "whole": False}
+        else:
+            yield {"shards": shards, "whole": True}
+
+
+def _kept(storage: Storage, found: Mapping[str, Mapping[str, str]], progress: bool) -> dict[str, str]:
     """Return key → shard for the rows that are in the shards, by the ledger.
 
     While the dataset is repacked, or if the ledger is damaged, the shards are read instead.
     """
-    manifest, wanted = read_manifest(storage), pa.array(found, pa.string())
-    if manifest is None or not len(wanted):
+    manifest = read_manifest(storage)
+    if manifest is None or not found:
         return {}
     if manifest.complete:
-        names = {f"unit-{row['unit']}" for row in found.values()}
-        listed = [(entry.table, entry.sha256, "") for entry in manifest.ledger if entry.name in names]
-        with contextlib.suppress(DamagedFile, FileNotFoundError):
-            return _places(storage, listed, wanted)
-    return _places(storage, [(entry.table, entry.table_sha256, entry.name) for entry in manifest.shards], wanted)
+        units = {f"unit-{row['unit']}" for row in found.values()}
+        listed = [(entry.table, entry.sha256, "") for entry in manifest.ledger if entry.name in units]
+        if (places := _places(storage, listed, found, progress, may_fail=True)) is not None:
+            return places
+    listed = [(entry.table, entry.table_sha256, entry.name) for entry in manifest.shards]
+    places = _places(storage, listed, found, progress)
+    assert places is not None
+    return places
 
 
-def _places(storage: Storage, tables: list[tuple[str, str, str]], wanted: pa.Array) -> dict[str, str]:
-    """Return key → shard for the `wanted` keys in tables, given by name, SHA-256, and shard ("": in a column)."""
-    shards: dict[str, str] = {}
-    read = ahead(lambda one: storage.read_table(one[0], ["key", *([] if one[2] else ["shard"])], sha256=one[1]), tables)
-    for (_, _, shard), table in zip(tables, read, strict=True):
-        held = table.filter(pc.is_in(table["key"], wanted))
-        names = [shard] * len(held) if shard else held["shard"].to_pylist()
-        shards |= {key: name for key, name in zip(held["key"].to_pylist(), names, strict=True) if name}
-    return shards
+def _places(
+    storage: Storage,
+    tables: list[tuple[str, str, str]],
+    wanted: Iterable[str],
+    progress: bool,
+    *,
+    may_fail: bool = False,
+) -> dict[str, str] | None:
+    """Return key → shard for the `wanted` keys in tables, given by name, SHA-256, and shard ("": in a column).
+
+    None if one cannot be read and they `may_fail`.
+    """
+    parts = [tables[start : start + _TABLES] for start in range(0, len(tables), _TABLES)]
+    work = [Unit(f"{number:06d}", {"tables": part, "may_fail": may_fail}) for number, part in enumerate(parts)]
+    with scratch() as folder:
+        job = FindPlaces(storage, Storage(str(folder)), Blocklist(keys=frozenset(wanted)))
+        done = results(job, work, Resources(), progress=progress)
+    if not all(facts["whole"] for facts in done):
+        return None
+    return {key: shard for facts in done for key, shard in facts["shards"].items()}
 
 
 def _drop_reasons(storage: Storage, urls: list[str]) -> None:
