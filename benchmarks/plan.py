@@ -2,8 +2,9 @@
 
     python benchmarks/plan.py [--rows 10000000]
 
-Writes a Parquet table of (url, caption, two more columns) to a temporary folder and plans it in a process of its own,
-then again unchanged, then with 1% of new rows.
+Writes Parquet tables of (url, caption, two more columns), 20 of equal size, to a temporary folder and plans them in a
+process of its own; then again unchanged; with 1% of new rows in a table of their own; and with as many more in the last
+of the tables, which is written again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 CHUNK = 250_000
+TABLES = 20
 MIB = 1 << 20
 PLAN = """
 import json, sys, time
@@ -43,35 +45,41 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     rows = parser.parse_args().rows
     with tempfile.TemporaryDirectory(prefix="capstan-bench-plan-") as folder:
-        table, dataset = Path(folder) / "rows.parquet", Path(folder) / "dataset"
-        write_table(table, rows)
+        tables, dataset = Path(folder) / "rows", Path(folder) / "dataset"
+        tables.mkdir()
+        for number in range(TABLES):
+            write_table(tables / f"{number:02}.parquet", rows * number // TABLES, rows * (number + 1) // TABLES)
         idle = peak_of(["-c", "import capstan.pipeline.source.plan"])[1]
-        print(f"table: {rows:,} rows, {table.stat().st_size / MIB:,.0f} MiB; an idle process: {idle:,.0f} MiB")
+        size = sum(table.stat().st_size for table in tables.iterdir())
+        print(f"tables: {rows:,} rows, {size / MIB:,.0f} MiB; an idle process: {idle:,.0f} MiB")
         print(f"{'':<22}{'rows':>12}{'seconds':>10}{'CPU s':>8}{'rows/s':>14}{'peak MiB':>10}  batches")
-        measure("planned", rows, table, dataset)
-        measure("again, unchanged", rows, table, dataset)
+        measure("planned", rows, tables, dataset)
+        measure("again, unchanged", rows, tables, dataset)
         grown = rows + max(1, rows // 100)
-        write_table(table, grown)
-        measure("with 1% of new rows", grown, table, dataset)
+        write_table(tables / f"{TABLES:02}.parquet", rows, grown)
+        measure("1% in a new table", grown, tables, dataset)
+        more = grown + max(1, rows // 100)
+        write_table(tables / f"{TABLES:02}.parquet", rows, more)
+        measure("1% in a changed one", more, tables, dataset)
 
 
-def measure(what: str, rows: int, table: Path, dataset: Path) -> None:
+def measure(what: str, rows: int, tables: Path, dataset: Path) -> None:
     """Plan in a child process and print a line."""
-    out, peak = peak_of(["-c", PLAN, str(table), str(dataset)])
+    out, peak = peak_of(["-c", PLAN, str(tables), str(dataset)])
     found = json.loads(out.splitlines()[-1])
     seconds = f"{found['seconds']:>10.2f}{found['cpu']:>8.1f}{rows / found['seconds']:>14,.0f}"
     print(f"{what:<22}{rows:>12,}{seconds}{peak:>10,.0f}  {found['batches']}", flush=True)
 
 
-def write_table(path: Path, rows: int) -> None:
-    """Write rows like those of large public tables: URLs of about 70 characters, captions of about 60."""
+def write_table(path: Path, first: int, stop: int) -> None:
+    """Write rows [first, stop) like those of large public tables: URLs of about 70 characters, captions of about 60."""
     schema = pa.schema(
         [("url", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("licence", pa.string())]
     )
     licences = pa.array(["cc0", "cc-by", "cc-by-sa", "unknown"])
     with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, rows, CHUNK):
-            count = min(CHUNK, rows - start)
+        for start in range(first, stop, CHUNK):
+            count = min(CHUNK, stop - start)
             number = pa.array(np.arange(start, start + count)).cast(pa.string())
             url = pc.binary_join_element_wise(
                 "https://images", number, ".example.org/photos/2024/large/", number, ".jpg", ""

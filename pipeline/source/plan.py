@@ -2,12 +2,16 @@
 
     state/plan/batch-0000/unit-0000-000000.parquet    records.PLAN_SCHEMA, sorted by key
     state/plan/batch-0000/keys.bin                    its keys in order, 16 bytes each
-    state/plan/batch-0000/batch.json                  the batch: its units, their first keys, and the SHA-256 of
-                                                      keys.bin; written last
-    state/plan/source.json                            the source as last planned, so that planning can be skipped
+    state/plan/batch-0000/batch.json                  the batch: its units, their first keys and sums, and the SHA-256
+                                                      of keys.bin; written last
+    state/plan/source.json                            the source as last planned, and its files, so that planning can
+                                                      be skipped, or reads new files alone
 
 Rows whose key is in an earlier batch are dropped; the others become a new batch. Existing batches never change. Only
 the key is planned of rows that are blocked (see blocklist.py). The order of samples is decided here, once.
+
+If files were added to the source and none was changed or removed since, all rows of the others are in earlier batches:
+only the new files are read, and of the earlier keys those of units that may hold a new row's.
 """
 
 from __future__ import annotations
@@ -19,31 +23,34 @@ import io
 import itertools
 import json
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.errors import DamagedFile, RecipeError
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.progress import Progress
 from capstan.pipeline.source import SourceReader
 from capstan.pipeline.source.blocklist import blocked
-from capstan.pipeline.source.external_sort import KEY_BYTES, ExternalKeySort, raw_keys
+from capstan.pipeline.source.planning.external_sort import KEY_BYTES, ExternalKeySort, Known, raw_keys
+from capstan.pipeline.source.planning.known_keys import Keys, KnownKeys, UnitKeys
+from capstan.pipeline.source.reader import OUTSIDE
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 
 log = logging.getLogger(__name__)
 
 UNIT_BYTES = 256 << 20  # embedded images of a unit
-_KEYS_BYTES = 1 << 20  # keys of an earlier batch read at once
+_KEYS_BYTES = 1 << 20  # of a file of keys that is hashed, read at once
 _WRITERS = 2
 _SMALL_BYTES = 16 << 20
 _SOURCE = "state/plan/source.json"
@@ -135,19 +142,13 @@ def _restore_batch(storage: Storage, batch: int) -> list[int]:
     keys = [storage.read_table(name, ["key"])["key"].to_pylist() for name in tables]
     counts = [len(part) for part in keys]
     log.warning("%s is damaged: written again from %d tables", storage.path(_batch_name(batch)), len(tables))
-    _write_facts(storage, batch, counts, _first_keys(_raw(keys), counts), hashlib.sha256(_raw(keys)).hexdigest())
+    _write_facts(storage, batch, UnitKeys.of(_raw(keys), counts), hashlib.sha256(_raw(keys)).hexdigest())
     return counts
 
 
-def _write_facts(storage: Storage, batch: int, counts: list[int], first: list[str], keys_sha256: str) -> None:
-    facts = {"batch": batch, "units": counts, "first": first, "keys_sha256": keys_sha256}
-    storage.write(_batch_name(batch), json.dumps(facts).encode())
-
-
-def _first_keys(keys: bytes, counts: list[int]) -> list[str]:
-    """Return the first key of each unit; `keys` are all keys of their batch, raw and in order."""
-    starts = [KEY_BYTES * start for start in itertools.accumulate(counts, initial=0)][:-1]
-    return [keys[start : start + KEY_BYTES].hex() for start in starts]
+def _write_facts(storage: Storage, batch: int, units: UnitKeys, keys_sha256: str) -> None:
+    facts = {"batch": batch, "units": units.counts, "first": units.first, "crc32": units.crc32}
+    storage.write(_batch_name(batch), json.dumps(facts | {"keys_sha256": keys_sha256}).encode())
 
 
 def units_of_keys(storage: Storage, planned: Plan, keys: Iterable[str]) -> set[PlannedUnit]:
@@ -158,7 +159,7 @@ def units_of_keys(storage: Storage, planned: Plan, keys: Iterable[str]) -> set[P
         counts, batch = [unit.rows for unit in units], units[0].batch
         first = storage.read_json(_batch_name(batch), "").get("first")
         if first is None:  # planned before first keys were written down
-            first = _first_keys(storage.read(_keys_of(batch)), counts)
+            first = UnitKeys.of(storage.read(_keys_of(batch)), counts).first
         found |= {units[max(bisect.bisect_right(first, key) - 1, 0)] for key in wanted}
     return found
 
@@ -230,27 +231,49 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True, rows: Sourc
         return _warned(read_plan(storage))
     before = read_plan(storage)
     unwanted = blocked(recipe, storage)
-    earlier = sorted({unit.batch for unit in before.units})
-    batch = earlier[-1] + 1 if earlier else 0
-    restore_keys(storage, before.units)
+    batch = max((unit.batch for unit in before.units), default=-1) + 1
+    files = rows.files()
+    planned = _planned_files(seen, before, files)
     with (
         scratch() as folder,
         Progress("plan", None, unit="rows", enabled=progress) as bar,
     ):
         sort, captions = ExternalKeySort(folder), 0
-        for table in rows.tables():
+        for table in rows.tables(planned):
             captions += _captions(table)
             sort.add(unwanted.without(table))
             bar.advance(len(table))
-        units, first, keys_sha256 = _write_batch(
-            sort.sorted(_Known(storage, earlier)), batch, recipe.unit.rows, storage, folder
-        )
+        tables = sort.sorted(_known(storage, before.units))
+        units, keys, keys_sha256 = _write_batch(tables, batch, recipe.unit.rows, storage, folder)
     made = Plan(before.units + units, sort.rows, sort.repeats, captions, dict(rows.unused))
+    if planned:
+        made = _added(before, made, units)
     if units:
-        _write_facts(storage, batch, [unit.rows for unit in units], first, keys_sha256)
-    counts = {"read": made.read, "repeats": made.repeats, "captions": captions, "unused": made.unused}
-    storage.write(_SOURCE, json.dumps({"signature": rows.signature, **counts}).encode())
+        _write_facts(storage, batch, keys, keys_sha256)
+    counts = {"read": made.read, "repeats": made.repeats, "captions": made.captions, "unused": made.unused}
+    record = {"signature": rows.signature, **counts, "files": files}
+    storage.write(_SOURCE, json.dumps(record).encode())
     return _warned(made)
+
+
+def _planned_files(seen: Mapping[str, Any], before: Plan, files: list[str] | None) -> frozenset[str]:
+    """Return the files whose rows are all in earlier batches; none if it is not certain, or rows could not be counted.
+
+    The batches must hold no other rows than the source as it was: a row of a new file that they have repeats one of it.
+    """
+    earlier = frozenset(seen.get("files") or ())
+    exact = before.captions is not None and before.rows == before.read - before.repeats
+    return earlier if exact and files is not None and earlier <= set(files) else frozenset()
+
+
+def _added(before: Plan, new: Plan, units: list[PlannedUnit]) -> Plan:
+    """Return the plan of a source to which the files of the plan `new` were added, with the fresh rows in `units`."""
+    repeats = new.read - sum(unit.rows for unit in units)
+    unused = Counter(before.unused) + Counter(new.unused)
+    if before.unused.get(OUTSIDE):  # of all files, whether they are new
+        unused[OUTSIDE] -= before.unused[OUTSIDE]
+    captions = (before.captions or 0) + (new.captions or 0)
+    return Plan(new.units, before.read + new.read, before.repeats + repeats, captions, dict(+unused))
 
 
 def _warned(made: Plan) -> Plan:
@@ -278,61 +301,49 @@ def _captions(table: pa.Table) -> int:
     return int(pc.sum(pc.not_equal(table["caption"], "")).as_py() or 0)
 
 
-class _Known:
-    """The keys of earlier batches, read in order and in blocks; each call must have a higher bound."""
+def _known(storage: Storage, units: Sequence[PlannedUnit]) -> Known:
+    """Return a function that says which of some keys earlier batches have."""
+    batches = [_known_of(storage, batch, list(own)) for batch, own in itertools.groupby(units, lambda one: one.batch)]
 
-    def __init__(self, storage: Storage, batches: list[int]) -> None:
-        self._batches = [_Keys(storage, batch) for batch in batches]
+    def among(keys: Keys) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(keys), bool)
+        for batch in batches:
+            try:
+                found |= batch.among(keys)
+            except DamagedFile:
+                restore_keys(storage, units)
+                found |= batch.among(keys)
+        return found
 
-    def __call__(self, bound: bytes) -> Iterator[pa.Array]:
-        """Yield the raw keys below `bound` that were not yielded yet, block by block."""
-        for batch in self._batches:
-            for block in batch.below(bound):
-                size = len(block) // KEY_BYTES
-                yield pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), size, [None, pa.py_buffer(block)])
+    return among
 
 
-class _Keys:
-    """The sorted keys of one batch."""
-
-    def __init__(self, storage: Storage, batch: int) -> None:
-        self._storage, self._name, self._block, self._at = storage, _keys_of(batch), b"", 0
-        try:
-            self._size = storage.size(self._name)
-        except FileNotFoundError:
-            problem = f"{storage.url} was planned by an older Capstan"
-            raise RecipeError("dataset", problem, "choose a new folder, or remove this one") from None
-
-    def below(self, bound: bytes) -> Iterator[bytes]:
-        while True:
-            count = bisect.bisect_left(range(len(self._block) // KEY_BYTES), bound, key=self._key) * KEY_BYTES
-            found, self._block = self._block[:count], self._block[count:]
-            if found:
-                yield found
-            if self._block or self._at == self._size:
-                return
-            stop = min(self._size, self._at + _KEYS_BYTES)
-            self._block, self._at = self._storage.read_range(self._name, self._at, stop), stop
-
-    def _key(self, number: int) -> bytes:
-        return self._block[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+def _known_of(storage: Storage, batch: int, units: list[PlannedUnit]) -> KnownKeys:
+    facts, counts = storage.read_json(_batch_name(batch), ""), [unit.rows for unit in units]
+    if "crc32" not in facts:  # of an older version
+        restore_keys(storage, units)
+        return KnownKeys(storage, _keys_of(batch), UnitKeys.of(storage.read(_keys_of(batch)), counts))
+    return KnownKeys(storage, _keys_of(batch), UnitKeys(counts, facts["first"], facts["crc32"]))
 
 
 def _write_batch(
     tables: Iterator[pa.Table], batch: int, unit_rows: int, storage: Storage, scratch: Path
-) -> tuple[list[PlannedUnit], list[str], str]:
-    """Write the units, several small ones at a time, then their keys; return the units, their first keys, and the
+) -> tuple[list[PlannedUnit], UnitKeys, str]:
+    """Write the units, several small ones at a time, then their keys; return the units, their keys' facts, and the
     SHA-256 of all keys.
     """
-    units, first = list[PlannedUnit](), list[str]()
+    units, facts = list[PlannedUnit](), UnitKeys([], [], [])
     keys, digest = scratch / "keys.bin", hashlib.sha256()
     with keys.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
         writing: deque[Future[None]] = deque()
         for table in _cut(tables, unit_rows):
             unit = PlannedUnit(batch, len(units), len(table))
             units.append(unit)
-            first.append(table["key"][0].as_py())
             raw = memoryview(raw_keys(table["key"]).buffers()[1])
+            for known, own in zip(
+                vars(facts).values(), vars(UnitKeys.of(bytes(raw), [len(table)])).values(), strict=True
+            ):
+                known += own
             file.write(raw)
             digest.update(raw)
             writing.append(writers.submit(_write_unit, storage, unit, table))
@@ -342,7 +353,7 @@ def _write_batch(
             left.result()
     if units:
         storage.put(keys, _keys_of(batch))
-    return units, first, digest.hexdigest()
+    return units, facts, digest.hexdigest()
 
 
 def _write_unit(storage: Storage, unit: PlannedUnit, table: pa.Table) -> None:

@@ -18,14 +18,14 @@ import json
 import logging
 import lzma
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from capstan.pipeline.config import Recipe, Source, WorldSource
+from capstan.pipeline.config import Recipe, Source, WorldSource, fingerprint
 from capstan.pipeline.dataset.own_shards import own_rows, own_table
 from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.source import tables
@@ -45,6 +45,7 @@ from capstan.pipeline.storage.local import scratch
 log = logging.getLogger(__name__)
 
 _CHECKED_AT_ONCE = 16  # tables
+_MOST_FILES = 200_000  # whose ids are kept, so that only new ones are read
 _BATCH_ROWS = 4096  # rows of a folder or a tar in a table,
 _BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
@@ -55,7 +56,7 @@ _TABLES: dict[str, Reader] = {
     "txt": tables.txt,
 }
 
-_OUTSIDE = "links out of the folder"  # counted next to the suffixes of files that are not used
+OUTSIDE = "links out of the folder"  # counted next to the suffixes of files that are not used
 
 
 class SourceReader:
@@ -77,32 +78,51 @@ class SourceReader:
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
         self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
         self._outside = dict[str, int]()  # path of the source → links to texts outside it, which are not read
+        settings = self.source.model_dump(mode="json", exclude={"storage", "path"})
+        self._settings = fingerprint([settings, recipe.image.check])  # what a file's rows depend on
         self.signature = self._signature()
 
-    def tables(self) -> Generator[pa.Table, None, None]:
+    def tables(self, without: Collection[str] = ()) -> Generator[pa.Table, None, None]:
         """Yield all rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
 
-        Raises RecipeError for a file that cannot be read.
+        Files whose id (see `files`) is in `without` are left out. Raises RecipeError for a file that cannot be read.
         """
-        for rows in self._tables():
+        for rows in self._tables(without):
             yield bounded(rows)
         if outside := sum(self._outside.values()):
-            self.unused[_OUTSIDE] = outside
+            self.unused[OUTSIDE] = outside
 
-    def _tables(self) -> Iterator[pa.Table]:
+    def files(self) -> list[str] | None:
+        """Return an id of each file that is read, which changes with it and with how it is read.
+
+        None if rows are of no single file, as in a folder of images, or if there are more than `_MOST_FILES`.
+        """
+        if self.source.format == "world" or (choice := self._choice()).images:
+            return None
+        found = [self._id(kind, file) for batch in self._files() for kind, file in choice.of(batch) if kind]
+        return found if len(found) <= _MOST_FILES else None
+
+    def _choice(self) -> FormatPolicy:
+        return FormatPolicy(self.source, self._kinds.values(), self._suffixes)
+
+    def _id(self, kind: str, file: SourceFile) -> str:
+        return fingerprint([self._settings, kind, file.path, file.size, file.stamp])
+
+    def _tables(self, without: Collection[str]) -> Iterator[pa.Table]:
         if self.source.format == "world":
             yield from _in_tables(_world(self.source))
             return
-        choice = FormatPolicy(self.source, self._kinds.values(), self._suffixes)
+        choice = self._choice()
         if choice.images:
             yield from self._folder()
             return
-        self._check(choice)
+        self._check(choice, without)
         read, left, first = 0, 0, ""
         for kind, file in (pair for batch in self._files() for pair in choice.of(batch)):
             if kind:
                 read += 1
-                yield from _guarded(self._read(kind, file), file.path)
+                if not without or self._id(kind, file) not in without:
+                    yield from _guarded(self._read(kind, file), file.path)
             else:
                 left, first = left + 1, first or file.path
         if not read:
@@ -111,11 +131,12 @@ class SourceReader:
         if left:
             log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
 
-    def _check(self, choice: FormatPolicy) -> None:
+    def _check(self, choice: FormatPolicy, without: Collection[str]) -> None:
         """Raise RecipeError for the first table that cannot be right, before a row of any is read."""
         with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
             for batch in self._files():
                 found = [(kind, file) for kind, file in choice.of(batch) if kind in _TABLES]
+                found = [pair for pair in found if not without or self._id(*pair) not in without]
                 for _ in pool.map(lambda pair: self._check_one(*pair), found):
                     pass
 

@@ -1,5 +1,7 @@
 """Planning: keys once, sorted, cut into units; new rows make a new batch and move nothing."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import pytest
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.records import PLAN_SCHEMA
-from capstan.pipeline.source import external_sort, tables
 from capstan.pipeline.source import plan as planning
+from capstan.pipeline.source import reader, tables
 from capstan.pipeline.source.plan import plan, read_plan
+from capstan.pipeline.source.planning import external_sort, known_keys
 from capstan.pipeline.storage import Storage
 
 
@@ -132,7 +135,7 @@ def test_a_table_that_does_not_fit_into_memory_is_planned_the_same(
     monkeypatch.setattr(external_sort, "RUN_BYTES", 50_000)
     monkeypatch.setattr(external_sort, "GROUP_BYTES", 20_000)
     monkeypatch.setattr(tables, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(planning, "_KEYS_BYTES", 1600)
+    monkeypatch.setattr(known_keys, "_READ_BYTES", 1600)
     pieces = Storage(str(tmp_path / "pieces"))
     assert plan(recipe(urls, pieces, 700), pieces, progress=False) == whole
     assert files(pieces) == files(storage)
@@ -145,3 +148,73 @@ def test_a_table_that_does_not_fit_into_memory_is_planned_the_same(
     write(urls, list(range(4000)))
     assert plan(recipe(urls, pieces, 700), pieces, progress=False).rows == 4000
     assert len(set(planned(pieces)["key"].to_pylist())) == 4000
+
+
+def folder_of(path: Path, parts: dict[str, list[int]]) -> Path:
+    path.mkdir(exist_ok=True)
+    for name, numbers in parts.items():
+        write(path / name, numbers)
+    return path
+
+
+def test_only_files_that_were_added_are_read(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is as if all had been read: units, and counts of rows and repeats."""
+    source = folder_of(tmp_path / "urls", {"a.txt": list(range(25)), "b.txt": [*range(20, 40), 20]})
+    plan(recipe(source, storage), storage, progress=False)
+    folder_of(source, {"c.txt": [3, 50, 51, 50]})
+    shutil.copytree(storage.url, tmp_path / "whole")
+    whole = Storage(str(tmp_path / "whole"))
+    with monkeypatch.context() as forgetful:
+        forgetful.setattr(planning, "_planned_files", lambda *_: frozenset())
+        expected = plan(recipe(source, whole), whole, progress=False)
+    read = list[str]()
+    txt = reader._TABLES["txt"]
+
+    def noting(file: Any, *more: Any) -> Any:
+        read.append(Path(file.path).name)
+        return txt(file, *more)
+
+    monkeypatch.setitem(reader._TABLES, "txt", noting)
+    made = plan(recipe(source, storage), storage, progress=False)
+    assert read == ["c.txt"]
+    assert made == expected
+    assert (made.read, made.repeats, made.rows) == (50, 8, 42)
+    assert files(storage) == files(whole)
+
+
+@pytest.mark.parametrize("change", ["changed", "removed", "settings"])
+def test_all_files_are_read_after_any_other_change(storage: Storage, tmp_path: Path, change: str) -> None:
+    source = folder_of(tmp_path / "urls", {"a.txt": list(range(25)), "b.txt": list(range(25, 40))})
+    plan(recipe(source, storage), storage, progress=False)
+    folder_of(source, {"c.txt": [0, 50]})
+    wanted = recipe(source, storage)
+    if change == "changed":
+        write(source / "b.txt", list(range(30, 45)))
+    elif change == "removed":
+        (source / "b.txt").unlink()
+    else:
+        wanted = wanted.model_copy(update={"source": wanted.source.model_copy(update={"columns": "all"})})
+    made = plan(wanted, storage, progress=False)
+    assert made.read == {"changed": 42, "removed": 27, "settings": 42}[change]
+    assert made.repeats == 1
+
+
+def test_keys_that_were_damaged_are_written_again_from_the_tables(storage: Storage, urls: Path) -> None:
+    write(urls, list(range(15)))
+    plan(recipe(urls, storage), storage, progress=False)
+    name = "state/plan/batch-0000/keys.bin"
+    whole = storage.read(name)
+    storage.write(name, whole[:40] + b"x" + whole[41:])
+    write(urls, list(range(20)))
+    assert plan(recipe(urls, storage), storage, progress=False).rows == 20
+    assert storage.read(name) == whole
+
+
+def test_batches_of_older_versions_are_known(storage: Storage, urls: Path) -> None:
+    write(urls, list(range(15)))
+    plan(recipe(urls, storage), storage, progress=False)
+    name = "state/plan/batch-0000/batch.json"
+    facts = {key: value for key, value in storage.read_json(name, "").items() if key in ("batch", "units")}
+    storage.write(name, json.dumps(facts).encode())
+    write(urls, list(range(20)))
+    assert plan(recipe(urls, storage), storage, progress=False).rows == 20

@@ -1,21 +1,22 @@
 """Rows in any order → rows by key, each key once: the same whether they fit into memory or not."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from capstan.pipeline.source import external_sort
 from capstan.pipeline.source.columns import Row, of_rows
-from capstan.pipeline.source.external_sort import KEY_BYTES, ExternalKeySort, Known, hex_keys, raw_keys
+from capstan.pipeline.source.planning import external_sort
+from capstan.pipeline.source.planning.external_sort import KEY_BYTES, ExternalKeySort, Known, hex_keys, raw_keys
 
 ROWS = [Row(f"http://example.org/{number % 900}", extra=f'{{"n":{number}}}') for number in range(1500)]
 
 
-def nothing(_: bytes) -> Iterator[pa.Array]:
-    return iter(())
+def nothing(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+    return np.zeros(len(keys), bool)
 
 
 def sort(folder: Path, rows: list[Row], known: Known = nothing) -> tuple[list[pa.Table], ExternalKeySort]:
@@ -59,14 +60,8 @@ def test_many_runs_are_sorted_as_one_table(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("little_memory")
 def test_known_keys_are_dropped(tmp_path: Path) -> None:
-    known = sorted(bytes.fromhex(row.key) for row in ROWS[:450])
-
-    def below(bound: bytes) -> Iterator[pa.Array]:
-        block = [key for key in known if key < bound]
-        del known[: len(block)]
-        yield pa.array(block, pa.binary(KEY_BYTES))
-
-    tables, _ = sort(tmp_path / "a", shuffled(0), below)
+    known = np.array([bytes.fromhex(row.key) for row in ROWS[:450]], f"S{KEY_BYTES}")
+    tables, _ = sort(tmp_path / "a", shuffled(0), lambda keys: np.isin(keys, known))
     assert set(pa.concat_tables(tables)["key"].to_pylist()) == {row.key for row in ROWS} - {r.key for r in ROWS[:450]}
 
 

@@ -7,7 +7,7 @@ rows become a run: one file, in which each slice is a record batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ _RAW_KEY: Final = pa.binary(KEY_BYTES)
 _RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
 _ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # the least row of a key is kept
 
-Known = Callable[[bytes], Iterable[pa.Array]]  # bound → the raw keys below it that were not returned yet, in blocks
+Known = Callable[[npt.NDArray[np.bytes_]], npt.NDArray[np.bool_]]  # keys (S16, sorted) → which of them are known
 
 
 class ExternalKeySort:
@@ -53,16 +53,13 @@ class ExternalKeySort:
 
     def sorted(self, known: Known) -> Iterator[pa.Table]:
         """Yield tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
-        for group, bound in self._groups():
+        for group in self._groups():
             rows = group.combine_chunks()
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
             keys = _bytes(rows["key"].combine_chunks())
             repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
             self.repeats += int(repeated.sum())
-            fresh = pc.invert(pa.array(repeated))
-            for block in known(bound):
-                fresh = pc.and_not(fresh, pc.is_in(rows["key"], value_set=block))
-            rows = rows.filter(fresh)
+            rows = rows.filter(pa.array(~(repeated | known(keys))))
             if len(rows):
                 yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
 
@@ -83,18 +80,18 @@ class ExternalKeySort:
                 writer.write_batch(batch)
         self._runs.append(run)
 
-    def _groups(self) -> Iterator[tuple[pa.Table, bytes]]:
-        """Yield the rows to sort together, group by group, each with an upper bound of its keys."""
+    def _groups(self) -> Iterator[pa.Table]:
+        """Yield the rows to sort together, group by group, in the order of keys."""
         if not self._runs:
             if self._held:
-                yield pa.concat_tables(self._held), _bound(_SLICES)
+                yield pa.concat_tables(self._held)
             return
         if self._held:
             self._spill()
         first = size = 0
         for number, more in enumerate([*self._slice_bytes.tolist(), GROUP_BYTES]):
             if number > first and size + more > GROUP_BYTES:
-                yield pa.concat_tables([self._slices(run, first, number) for run in self._runs]), _bound(number)
+                yield pa.concat_tables([self._slices(run, first, number) for run in self._runs])
                 first, size = number, 0
             size += more
 
@@ -128,10 +125,3 @@ def _bytes(keys: Any) -> npt.NDArray[np.bytes_]:
     """Return raw keys as numpy's S16, without a copy."""
     start = keys.offset * KEY_BYTES
     return np.frombuffer(keys.buffers()[1], f"S{KEY_BYTES}", len(keys), start) if len(keys) else np.zeros(0, "S16")
-
-
-def _bound(slice_: int) -> bytes:
-    """Return the least key of the slice; for the slice after the last, a value above all keys."""
-    if slice_ == _SLICES:
-        return b"\xff" * (KEY_BYTES + 1)
-    return (slice_ << (16 - _SLICE_BITS)).to_bytes(2, "big") + bytes(KEY_BYTES - 2)
