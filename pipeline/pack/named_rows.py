@@ -21,7 +21,6 @@ from capstan.pipeline.records import REMOVED
 from capstan.pipeline.source.blocklist import Blocklist, url_digest
 from capstan.pipeline.source.plan import Plan, units_of_keys
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import Job, MarkerLog, Piece, Unit, results
 
 _TABLES: Final = 16  # that one worker reads to find shards
@@ -70,18 +69,12 @@ def find_rows(storage: Storage, plan: Plan, asked: Blocklist, progress: bool) ->
 
 
 class FindRows(Job):
-    """The job that looks for rows in the planned and staged tables of a unit, planned ones first.
-
-    Its markers hold URLs of rows that are to be removed, so they are in `state`, a folder of this machine.
-    """
+    """The job that looks for rows in the planned and staged tables of a unit, planned ones first."""
 
     name, title = "takedown-find", "remove: rows"
 
-    def __init__(self, dataset: Storage, state: Storage, wanted: Blocklist) -> None:
-        self.dataset, self.storage, self.wanted = dataset, state, wanted
-
-    def check_storage(self) -> None:
-        self.dataset.check_reachable()
+    def __init__(self, storage: Storage, wanted: Blocklist) -> None:
+        self.storage, self.wanted = storage, wanted
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Yield one piece: key → sum, URL and its digest, of the rows that are wanted and not removed already."""
@@ -89,7 +82,7 @@ class FindRows(Job):
         for name in unit.spec["tables"]:
             staged = name.startswith("staged/")
             mark_column = "reason" if staged else "hash"
-            table = self.dataset.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
+            table = self.storage.read_table(name, ["key", "url", mark_column, *(["sha256"] if staged else [])])
             keys, urls, marks = (table[column].to_pylist() for column in ("key", "url", mark_column))
             sums = table["sha256"].to_pylist() if staged else [""] * len(keys)
             for row, hit in enumerate(self.wanted.hits(keys, urls, sums)):
@@ -118,9 +111,7 @@ def _note(
     for name, unit in tables.items():
         of_unit.setdefault(unit, []).append(name)
     work = [Unit(unit, {"tables": names}) for unit, names in of_unit.items()]
-    with scratch() as folder:
-        done = results(FindRows(storage, Storage(str(folder)), wanted), work, Resources(), progress=progress)
-    for facts in done:
+    for facts in results(FindRows(storage, wanted), work, Resources(), progress=progress):
         for key, row in facts["found"].items():
             _add(found, key, row)
 
@@ -135,7 +126,7 @@ class FindPlaces(FindRows):
         wanted, shards = pa.array(sorted(self.wanted.keys), pa.string()), dict[str, str]()
         try:
             for name, sha256, shard in unit.spec["tables"]:
-                table = self.dataset.read_table(name, ["key", *([] if shard else ["shard"])], sha256=sha256)
+                table = self.storage.read_table(name, ["key", *([] if shard else ["shard"])], sha256=sha256)
                 held = table.filter(pc.is_in(table["key"], wanted))
                 names = [shard] * len(held) if shard else held["shard"].to_pylist()
                 shards |= {key: place for key, place in zip(held["key"].to_pylist(), names, strict=True) if place}
@@ -180,9 +171,8 @@ def _places(
     """
     parts = [tables[start : start + _TABLES] for start in range(0, len(tables), _TABLES)]
     work = [Unit(f"{number:06d}", {"tables": part, "may_fail": may_fail}) for number, part in enumerate(parts)]
-    with scratch() as folder:
-        job = FindPlaces(storage, Storage(str(folder)), Blocklist(keys=frozenset(wanted)))
-        done = results(job, work, Resources(), progress=progress)
+    job = FindPlaces(storage, Blocklist(keys=frozenset(wanted)))
+    done = results(job, work, Resources(), progress=progress)
     if not all(facts["whole"] for facts in done):
         return None
     return {key: shard for facts in done for key, shard in facts["shards"].items()}

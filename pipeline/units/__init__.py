@@ -37,6 +37,8 @@ from capstan.pipeline.config import Resources
 from capstan.pipeline.errors import CapstanError, DiskFull, Quarantined, RecipeError, StorageError, first_line
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.progress import Progress
+from capstan.pipeline.storage import Storage
+from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units.job import Job, Piece, Unit, report
 from capstan.pipeline.units.markers import MarkerLog
 from capstan.pipeline.units.on_processes import ProcessWorkers
@@ -170,17 +172,19 @@ def results(job: Job, units: Sequence[Unit], resources: Resources, *, progress: 
     """Return what `commit` returned for each unit, in order: `run_once`, but for few units with what costs least.
 
     If at most `SMALL_RUN` units are to be done and RAY_ADDRESS names no cluster, threads of this process do them: no
-    worker starts, and no marker is written. An error of a unit is raised there as it is; on workers, which try a unit
-    again, CapstanError says why units kept failing.
+    worker starts. An error of a unit is raised there as it is; on workers, which try a unit again, CapstanError says
+    why units kept failing. Markers are kept in this machine's scratch space while the units run.
     """
     if not units:
         return []
     if len(units) > SMALL_RUN or os.environ.get("RAY_ADDRESS"):
-        try:
-            return run_once(job, units, resources, progress=progress)
-        except Quarantined as bad:
-            unit, reason = min(bad.units.items())
-            raise CapstanError(f"{bad.job}: {len(bad.units)} unit(s) failed, e.g. {unit}: {reason}") from bad
+        with scratch() as folder:
+            job.state = Storage(str(folder))
+            try:
+                return run_once(job, units, resources, progress=progress)
+            except Quarantined as bad:
+                unit, reason = min(bad.units.items())
+                raise CapstanError(f"{bad.job}: {len(bad.units)} unit(s) failed, e.g. {unit}: {reason}") from bad
     done, samples = list[dict[str, Any]](), sum(unit.spec.get("rows", 0) for unit in units)
     with Progress(job.title or job.name, len(units), samples=samples, enabled=progress) as bar:
         for facts in ahead(lambda unit: job.commit(unit, list(job.prepare(unit))), units):

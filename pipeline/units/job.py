@@ -36,18 +36,19 @@ class Unit:
 class Job(ABC):
     """The work to do for each unit. Instances are pickled to the workers, so they hold only settings and storages.
 
-    `name` names the folder of markers, state/<name>/, in `storage`; `title` is for the display.
+    `name` names the folder of markers, state/<name>/, in `state` or else in `storage`; `title` is for the display.
     """
 
     name: str
     title: str = ""
     storage: Storage
+    state: Storage | None = None  # of the driver, for markers that nothing needs after the run
     gpus_per_worker: int | None = None  # of a model worker; None: its share of the GPUs, at most 1
 
     @property
     def markers(self) -> MarkerLog:
         """The job's markers."""
-        return MarkerLog(self.storage, self.name)
+        return MarkerLog(self.state or self.storage, self.name)
 
     def check_storage(self) -> None:
         """Raise CapstanError if no unit can be done at the moment, since the storage does not answer or is full."""
