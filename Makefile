@@ -11,7 +11,7 @@ STAMP := $(VENV)/.capstan-installed
 
 .PHONY: architecture demo docs gallery experiment fuzz lock sbom test test-cluster test-slow check format clean
 .PHONY: bench-build bench-checksums bench-clips bench-copies bench-dedup bench-first-stages bench-jpeg-damage bench-loader
-.PHONY: bench-lanes bench-plan bench-real bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-startup bench-submit
+.PHONY: bench-lanes bench-plan bench-real bench-rebuild bench-recaption bench-reshard bench-scale bench-score bench-select bench-soak bench-startup bench-submit
 .PHONY: bench-train bench-view
 
 demo: $(STAMP)
@@ -106,12 +106,16 @@ bench-reshard: $(STAMP)
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/operations.py
+	$(BIN)/python benchmarks/slots.py
 
 bench-score: $(STAMP)
 	$(BIN)/python benchmarks/score.py
 
 bench-select: $(STAMP)
 	$(BIN)/python benchmarks/selection.py
+
+bench-soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py
 
 bench-startup: $(STAMP)
 	$(BIN)/python benchmarks/startup.py

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.names() if name.startswith(COMPARED)}
 
 
+def untouched(recipe: Path, env: dict[str, str]) -> None:
+    """Run all stages without Ray."""
+    for stage in STAGES:
+        done = start(stage, recipe, env | {SLEEP: "0"})
+        done.communicate()
+        assert done.returncode == 0, stage
+
+
 def soak(units: int, workers: int, sleep_s: float) -> list[dict[str, Any]]:
     """Return what each stage cost, and how many of its files differ from those of the untouched run."""
     with tempfile.TemporaryDirectory(prefix="capstan-soak-") as name:
@@ -200,13 +209,11 @@ def soak(units: int, workers: int, sleep_s: float) -> list[dict[str, Any]]:
         touched, sound = recipe_of(folder, "touched"), recipe_of(folder, "untouched", "processes")
         found = list[dict[str, Any]]()
         cluster = Soak(folder, workers, sleep_s)
-        with cluster.nodes:
+        with cluster.nodes, ThreadPoolExecutor() as pool:
+            plain = pool.submit(untouched, sound, cluster.env)
             for stage in STAGES:
                 found.append({"stage": stage, **cluster.run(stage, touched, units)})
-        for stage in STAGES:
-            done = start(stage, sound, cluster.env | {SLEEP: "0"})
-            done.communicate()
-            assert done.returncode == 0, stage
+            plain.result()
         ours, theirs = contents(folder / "touched"), contents(folder / "untouched")
         assert len(theirs) > 5 * units, f"too few files: {len(theirs)}"
         differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
