@@ -51,12 +51,14 @@ class OobleckFamily(Family):
         count = min(settings.statistics, len(samples))
         chosen = [samples.sample(number * len(samples) // count) for number in range(count)]
         np.save(folder / _SOUNDS, batch_of(pieces_of(chosen, form)).numpy())
-        write_facts(folder, rate=form.rate, channels=form.channels, values=form.values)
+        whole = form_of(samples, settings.model_copy(update={"seconds": None}), settings.hop, f"train.{cls.name}")
+        write_facts(folder, rate=form.rate, channels=form.channels, values=form.values, whole=whole.values)
 
     def __init__(self, train: TrainConfig, assets: Path) -> None:
         self.train: OobleckSettings = train.settings
         facts = read_facts(assets)
         self.form = Form(facts["rate"], facts["channels"], facts["values"])
+        self.whole = int(facts.get("whole", self.form.values))
         self.sounds = np.load(assets / _SOUNDS, mmap_mode="r")
         self.model = Oobleck(build(self.train.shape(), channels=self.form.channels, rate=self.form.rate))
 
@@ -96,7 +98,7 @@ class OobleckFamily(Family):
         settle(vae)
         scale = standardise(vae, sounds)
         vae.save_pretrained(folder, safe_serialization=True)
-        write_facts(folder, family=self.name, values=self.form.values, latents_before=scale.tolist())
+        write_facts(folder, family=self.name, values=self.whole, latents_before=scale.tolist())
 
     @classmethod
     def codec(cls, product: Path, device: torch.device) -> OobleckCodec:

@@ -25,7 +25,7 @@ from capstan.training.launch import train
 from capstan.training.models.audio.config import SoundSampling
 from capstan.training.models.audio.model import noised, scheduler_of
 from capstan.training.models.oobleck.config import OobleckSettings
-from capstan.training.models.oobleck.family import load_oobleck
+from capstan.training.models.oobleck.family import OobleckFamily, load_oobleck
 from capstan.training.models.oobleck.model import build, reconstruct, spectral_difference, standardise
 from capstan.training.sample import open_sampler, sample
 from capstan.training.trainer import fit
@@ -77,6 +77,14 @@ def test_a_killed_first_stage_ends_as_one_that_was_not(make: Make, tmp_path: Pat
 
 def test_a_killed_run_ends_as_one_that_was_not(make: Make, stage: Path, tmp_path: Path) -> None:
     assert_killed_run_ends_as_whole(make, "transformer/diffusion_pytorch_model.safetensors", tmp_path)
+
+
+def test_a_first_stage_trained_on_pieces_is_measured_on_whole_sounds(make: Make) -> None:
+    run = Path(fit(make("pieces", 1, "oobleck", seconds=0.3))["run"])
+    codec = OobleckFamily.codec(run / "product", torch.device("cpu"))
+    assert (codec.values, codec.rate) == (2000, 1000)  # two seconds
+    measures = evaluate(run, count=4)["measures"]
+    assert {"snr", "pitch", "count"} <= set(measures)
 
 
 def test_latents_have_a_mean_square_of_one_and_sounds_are_unchanged(stage: Path) -> None:
