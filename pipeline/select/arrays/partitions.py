@@ -91,10 +91,14 @@ def scattered(columns: Sequence[Array], number_of: Callable[[slice], Numbers], c
         own = number_of(piece)
         order = np.argsort(own, kind="stable")  # a radix sort
         there = np.bincount(own, minlength=count)
-        place = np.arange(len(own)) + np.repeat(free - (np.cumsum(there) - there), there)
-        free += there
+        chosen = np.flatnonzero(there)
+        starts = (np.cumsum(there) - there)[chosen]
+        runs = [side.tolist() for side in (starts, starts + there[chosen], free[chosen], free[chosen] + there[chosen])]
         for column, target in zip(columns, made, strict=True):
-            target[place] = column[piece][order]
+            ordered = column[piece][order]
+            for start, stop, place, end in zip(*runs, strict=True):
+                target[place:end] = ordered[start:stop]
+        free += there
     release(*columns, *made)
     bounds = [0, *ends.tolist()]
     return [[column[start:stop] for column in made] for start, stop in itertools.pairwise(bounds)]

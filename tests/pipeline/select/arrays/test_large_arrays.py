@@ -1,14 +1,17 @@
 """Arrays of a value per row: filled in blocks, and large ones not in this process's own memory."""
 
+import errno
 import gc
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from capstan.pipeline.errors import DiskFull
 from capstan.pipeline.select.arrays import large_arrays
-from capstan.pipeline.select.arrays.large_arrays import LargeArrays, taken
+from capstan.pipeline.select.arrays.large_arrays import LargeArrays, count, empty, joined, taken, tally, which
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -60,3 +63,29 @@ def test_some_rows_are_copied_in_pieces(mapped: bool, monkeypatch: pytest.Monkey
     found = taken(values, rows)
     assert (found == values[rows]).all()
     assert isinstance(found, np.memmap) == mapped
+
+
+def test_a_full_disk_is_said_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing to a file in memory whose disk is full would kill the process."""
+    monkeypatch.setattr(large_arrays, "MAPPED_ROWS", 0)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFull):
+        empty(100, np.int64)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_rows_are_chosen_and_counted_in_pieces(mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_arrays, "MAPPED_ROWS", 10 if mapped else 1 << 20)
+    monkeypatch.setattr(large_arrays, "_PIECE", 7)
+    values = np.arange(100) % 3
+    found = which(100, lambda piece: values[piece] == 2)
+    assert found.tolist() == list(range(2, 100, 3))
+    assert isinstance(found, np.memmap) == mapped
+    assert count(100, lambda piece: values[piece] == 2) == 33
+    assert tally(values) == {0: 34, 1: 33, 2: 33}
+    assert joined([np.arange(4), np.arange(0), np.arange(9)], np.int64).tolist() == [*range(4), *range(9)]
+    assert joined([], np.int64).tolist() == []
