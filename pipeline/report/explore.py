@@ -330,7 +330,7 @@ class _Deadline:
 
     def __init__(self, connections: Sequence[duckdb.DuckDBPyConnection]) -> None:
         self._connections, self._lock = connections, threading.Lock()
-        self._passed, self.waits, self._ended = 0, False, False
+        self._passed, self.waits, self._over, self._ended = 0, False, False, False
 
     def start(self, seconds: float) -> None:
         """Set the deadline, in seconds from now."""
@@ -351,13 +351,13 @@ class _Deadline:
         with self._lock:  # so that no later question is interrupted
             if self._ended:
                 return
-            self._passed += 1
-            self.waits = time.process_time() - self._began < _BUSY * self.seconds
-            if self.waits and self._passed < PATIENCE:
-                self._again()
-                return
-            for connection in self._connections:
+            if not self._over:
+                self._passed += 1
+                self.waits = time.process_time() - self._began < _BUSY * self.seconds
+                self._over = not self.waits or self._passed == PATIENCE
+            for connection in self._connections if self._over else ():
                 connection.interrupt()
+            self._again()  # also after it: DuckDB forgets an interrupt that comes while it plans
 
     def cancel(self) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.dataset.shards import Dataset, sha256_of
+from capstan.pipeline.pack.scrub import scrub_derived
 from capstan.pipeline.storage import Storage
 
 ROWS = 24
@@ -103,3 +104,10 @@ def contents(storage: Storage) -> dict[str, bytes]:
     """All files but those with dates in them."""
     dated = ("removed/log.jsonl", "state/runs.jsonl")
     return {name: storage.read(name) for name in storage.names() if name not in dated}
+
+
+def scrub(storage: Storage, *keys: str) -> None:
+    """Remove these rows, which no shard holds, from what people said of them."""
+    rows = pa.table({"key": list(keys), "shard": [""] * len(keys)})
+    storage.write_table("pending.parquet", rows)
+    scrub_derived(storage, "pending.parquet", rows, [], progress=False)

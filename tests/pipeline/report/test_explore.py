@@ -121,7 +121,7 @@ def test_a_question_that_takes_too_long_is_interrupted(hostile_dataset: Path) ->
     with Rows(Storage(str(hostile_dataset))) as rows:
         explorer = Explorer(rows, deadline_s=0.3)
         slow = " AND ".join(f"NOT regexp_matches(caption, '[xyz]{number}.*(a|b)+$')" for number in range(3000))
-        with pytest.raises(RecipeError, match=r"longer than 0.3 s"):
+        with pytest.raises(RecipeError, match=r"longer than \d\.\d s"):
             explorer.page(where=slow)
         with pytest.raises(RecipeError, match=r"^where: calls sleep_ms\(\), which computes nothing"):
             explorer.page(where="sleep_ms(1000000) IS NULL")

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from staged_rows import key, outcomes, recipe, stage
+from takedowns import scrub
 
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.pack.job import selection_of
-from capstan.pipeline.pack.scrub import scrub_derived
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.pairs import FILE, SCHEMA, among, changed, pair, read_pairs, verify_pairs, write_pairs
 from capstan.pipeline.storage import Storage
@@ -114,7 +114,7 @@ def test_verify_names_damaged_verdicts(storage: Storage, table: pa.Table, proble
 
 def test_a_takedown_removes_the_pairs_of_a_row(storage: Storage) -> None:
     judge(storage, "different", (0, 1), (1, 2), (3, 4))
-    scrub_derived(storage, pa.array([KEYS[1]]), [], [])
+    scrub(storage, KEYS[1])
     assert read_pairs(storage)["a"].to_pylist() == [KEYS[3]]
 
 

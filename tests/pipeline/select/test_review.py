@@ -7,11 +7,11 @@ import datetime
 import pyarrow as pa
 import pytest
 from staged_rows import key, outcomes, recipe, stage, survivors
+from takedowns import scrub
 
 from capstan.pipeline.config import Condition, fingerprint
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.pack.job import selection_of
-from capstan.pipeline.pack.scrub import scrub_derived
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.review import (
     SCHEMA,
@@ -139,6 +139,6 @@ def test_verify_names_a_damaged_review(storage: Storage, table: pa.Table, proble
 
 def test_a_takedown_removes_verdicts_and_notes(storage: Storage) -> None:
     write_review(storage, "mine", changed(SCHEMA.empty_table(), {KEYS[0]: Verdict("reject", "shows a face")}, "me"))
-    scrub_derived(storage, pa.array([KEYS[0]]), [], [])
+    scrub(storage, KEYS[0])
     assert len(read_review(storage, "mine")) == 0
     assert b"face" not in storage.read("review/mine.parquet")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_dataset import as_if_a_model_wrote_it
+from takedowns import scrub
 
 from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import DamagedFile, RecipeError
-from capstan.pipeline.pack.scrub import scrub_derived
 from capstan.pipeline.records import make_key
 from capstan.pipeline.storage import Storage
 from capstan.recaption import store
@@ -104,7 +103,7 @@ def test_a_takedown_removes_votes(storage: Storage) -> None:
     for key in KEY[:2]:
         table = changed(table, PAIR, key, "a", "somebody")
     write_votes(storage, table)
-    scrub_derived(storage, pa.array(KEY[:1]), [], [])
+    scrub(storage, KEY[0])
     assert voted(read_votes(storage), PAIR) == {KEY[1]}
 
 
