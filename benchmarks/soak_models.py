@@ -9,7 +9,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,9 @@ class SleepingStage:
         return torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
 
 
+_UNTRAINED: Final = "the soak encodes its latents and never trains it"
+
+
 class SleepingFamily(Family):
     """A family that has a first stage, and is not trained."""
 
@@ -108,17 +111,17 @@ class SleepingFamily(Family):
     captions: ClassVar[bool] = False
 
     def __init__(self, train: TrainConfig, assets: Any) -> None:
-        raise NotImplementedError("its latents are encoded, and it is not trained")
+        raise AssertionError(_UNTRAINED)
 
     @classmethod
     def encoder(cls, train: TrainConfig) -> Encoder:
         return SleepingStage()
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        raise NotImplementedError
+        raise AssertionError(_UNTRAINED)
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        raise NotImplementedError
+        raise AssertionError(_UNTRAINED)
 
     def save(self, model: torch.nn.Module, folder: Any) -> None:
-        raise NotImplementedError
+        raise AssertionError(_UNTRAINED)

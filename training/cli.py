@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from capstan.pipeline.cli import JsonOption, Load, RecipeArgument, SetOption, concluded, finish
 from capstan.pipeline.errors import RecipeError
 from capstan.training.style.cli import add_command as add_style
+
+if TYPE_CHECKING:
+    from capstan.recaption.config import RecaptionConfig
 
 
 def _local_run(run: str) -> Path:
@@ -128,31 +131,34 @@ def _add_sample(app: typer.Typer, load: Load) -> None:
         from capstan.training.product import find_product
 
         find_product(run)  # before torch is loaded
-        from capstan.recaption.config import RecaptionConfig
         from capstan.training.sample import sample as draw
-        from capstan.training.sample import upsampler_of
 
-        seeds, engine = seed or None, None
-        if upsampler is not None:
-            engine = RecaptionConfig.from_recipe(load(upsampler, []))
-        elif upsample:
-            engine = upsampler_of(run)
         drawn = draw(
             run,
             prompt,
             out,
-            seeds=seeds,
+            seeds=seed or None,
             negative=negative,
             steps=steps,
             guidance=guidance,
             sampler=sampler,
             level=level,
             size=None if size is None else _pixels(size),
-            upsampler=engine,
+            upsampler=_upsampler(load, run, upsample, upsampler),
             images=image,
             motion=motion,
         )
         finish(drawn, as_json)
+
+
+def _upsampler(load: Load, run: Path, wanted: bool, recipe: Path | None) -> RecaptionConfig | None:
+    """Return the engine that expands prompts: that of `recipe`, else the run's if it is wanted."""
+    from capstan.recaption.config import RecaptionConfig
+    from capstan.training.sample import upsampler_of
+
+    if recipe is not None:
+        return RecaptionConfig.from_recipe(load(recipe, []))
+    return upsampler_of(run) if wanted else None
 
 
 def _pixels(size: str) -> tuple[int, int]:

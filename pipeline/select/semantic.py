@@ -4,9 +4,9 @@ SemDeDup: Abbas et al. 2023. All pairs of a million images would take half a tri
 almost always in the same k-means cluster, so only those are compared: the only pairs missed are those that a border
 separates.
 
-The number of clusters is in proportion to the rows. To compare each row with the centres of so many would take time in
-proportion to the square of their number: more than `MOST_CLUSTERS` are made in two steps, or more. Each cluster of the
-first step, of which there are as many as the square root, is clustered by itself.
+The number of clusters grows in proportion to the rows. Comparing each row with all centres would take time in
+proportion to the square of the rows, so more than `MOST_CLUSTERS` are made in two steps or more: the first makes as
+many as the square root of their number, and each of these is clustered by itself.
 
 Clusters are computed from the first batch alone, in order of precedence, so that a new batch changes no earlier
 decision. Every product is computed in one thread and in pieces of fixed size; threads work on different clusters. The

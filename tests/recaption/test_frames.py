@@ -15,6 +15,7 @@ import pytest
 from chat_server import Body, ChatServer
 from moving_clips import FRAMES, SIDE, scene, write_clips
 from PIL import Image
+from small_captioner import write_captioner
 from sounding import write_sounds
 
 from capstan.pipeline.config import Recipe, validate
@@ -96,6 +97,19 @@ def test_a_sheet_is_one_image_that_any_engine_sees(clips: Path, server: ChatServ
     others = [plan(recipe(clips, server, **more))["layer"] for more in ({}, {"frames": {"count": 5}})]
     assert len({layer, *others}) == 3
     assert store.layer_recipe(Storage(str(clips)), layer)["engine"]["frames"]["count"] == 4
+
+
+def test_a_captioner_on_this_machine_sees_the_sheet(clips: Path, tmp_path: Path) -> None:
+    section = {"engine": "coca", "model": str(write_captioner(tmp_path / "coca")), "slots": ["short"]}
+    texts = []
+    for frames in ({}, {"frames": {"count": 4, "show": "sheet"}}):
+        own = Recipe.model_validate({"dataset": str(clips), "recaption": section | frames})
+        layer = recaption(own, progress=False)["layer"]
+        rows = store.read_rows(Storage(str(clips)), layer, "shard-000000", ["key", "raw"]).to_pylist()
+        texts.append({row["key"]: row["raw"] for row in rows})
+    middle, sheet = texts
+    assert len(middle) == len(sheet) == 4
+    assert len([key for key in middle if middle[key] != sheet[key]]) == 3  # the clips; the image is as it was
 
 
 def test_clips_with_the_same_middle_frame_have_captions_of_their_own(

@@ -290,7 +290,7 @@ class _Script(torch.nn.Module):
     """A TorchScript network of uint8 images [N, 3, H, W] → features [N, F]; or of clips or sounds.
 
     NVIDIA's inception-2015-12-05.pt, used by clean-fid and StyleGAN, returns them if `return_features` is set. So does
-    StyleGAN-V's I3D of clips, which also scales them if it is told to.
+    StyleGAN-V's I3D of clips, whose option to scale them is set.
     """
 
     def __init__(self, file: Path) -> None:

@@ -30,7 +30,7 @@ from capstan.training.models.audio.model import (
     scheduler_of,
 )
 from capstan.training.models.audio.text import ids_of, open_text, save_tokenizer
-from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.drawer import export_product, open_pipeline
 from capstan.training.models.noise.objectives import drop_rows, sample_mse
 from capstan.training.models.oobleck.family import load_oobleck
 from capstan.training.models.text_length import some_captions, warn_of_cut
@@ -151,7 +151,7 @@ class AudioFamily(Family):
     @classmethod
     def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
         refuse_options({"sampler": sampler})
-        return export_pipeline(open_pipeline(product, torch.device("cpu")), folder, precision)
+        return export_product(product, folder, precision)
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the text encoder reads."""

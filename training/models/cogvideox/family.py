@@ -29,10 +29,10 @@ from capstan.training.models.cogvideox.config import CogvideoxSettings
 from capstan.training.models.cogvideox.drawer import TextToClip
 from capstan.training.models.cogvideox.model import Denoiser, build_transformer
 from capstan.training.models.load_parts import load_parts
-from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.drawer import export_product
 from capstan.training.models.noise.objectives import drop_rows
 from capstan.training.models.noise.process import process_of
-from capstan.training.models.noise.schedulers import STEPS, check_all_steps, set_sampler
+from capstan.training.models.noise.schedulers import STEPS, check_all_steps
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.models.video_autoencoder.config import fits
@@ -158,10 +158,7 @@ class CogvideoxFamily(Family):
 
     @classmethod
     def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
-        pipeline = open_pipeline(product, torch.device("cpu"))
-        if sampler is not None:
-            set_sampler(pipeline, sampler)
-        return export_pipeline(pipeline, folder, precision)
+        return export_product(product, folder, precision, sampler)
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the text encoder reads."""

@@ -39,10 +39,10 @@ from capstan.training.models.diffusion.text_encoders import (
     unread_encoders,
 )
 from capstan.training.models.load_parts import load_parts
-from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.drawer import export_product
 from capstan.training.models.noise.objectives import drop_encoders, drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
-from capstan.training.models.noise.schedulers import STEPS, check_all_steps, set_sampler
+from capstan.training.models.noise.schedulers import STEPS, check_all_steps
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.latents import check_latents, measure
@@ -188,10 +188,7 @@ class DiffusionFamily(Family):
         if (chunks := read_facts(product).get("text_chunks", 1)) > 1:
             problem = f"{product} reads prompts in {chunks} chunks, and a diffusers pipeline reads one"
             raise RecipeError("RUN", problem, "use capstan sample, or train with train.diffusion.text.chunks: 1")
-        pipeline = open_pipeline(product, torch.device("cpu"))
-        if sampler is not None:
-            set_sampler(pipeline, sampler)
-        return export_pipeline(pipeline, folder, precision)
+        return export_product(product, folder, precision, sampler)
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the longest text encoder reads."""

@@ -118,6 +118,14 @@ def open_pipeline(product: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
+def export_product(product: Path, folder: Path, precision: str, sampler: str | None = None) -> str:
+    """Write the pipeline in `product` as `export_pipeline` does, with another sampler if one is named."""
+    pipeline = open_pipeline(product, torch.device("cpu"))
+    if sampler is not None:
+        set_sampler(pipeline, sampler)
+    return export_pipeline(pipeline, folder, precision)
+
+
 def export_pipeline(pipeline: Any, folder: Path, precision: str) -> str:
     """Write a pipeline on the CPU into `folder` as safetensors in `precision`; return its class's name."""
     check_weights(pipeline, precision)

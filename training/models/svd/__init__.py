@@ -1,5 +1,5 @@
 """Clips → an image model that continues an image: Stable Video Diffusion (Blattmann et al. 2023)
 
 Order: config (settings, without torch) → noise (EDM preconditioning) → network (what starts from the image run) →
-conditions (what the network is told of an image and a clip) → drawer, with measures → family (batches, loss, product).
+conditions (of an image and a clip) → drawer, with measures → family (batches, loss, product).
 """

@@ -1,4 +1,4 @@
-"""What the network is told of an image and a clip: the image for CLIP, its latents, frame rate, motion, noise level"""
+"""Conditions of the network on an image and a clip: the image for CLIP, its latents, frame rate, motion, noise level"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from capstan.training.draws import normal
 from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sample, Samples, finite
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.load_parts import load_parts
-from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.drawer import export_product
 from capstan.training.models.noise.objectives import drop_rows, sample_mse
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.svd.conditions import buckets_of, for_clip, image_encoder, motion_of
@@ -137,7 +137,7 @@ class SvdFamily(Family):
     @classmethod
     def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
         refuse_options({"sampler": sampler})
-        return export_pipeline(open_pipeline(product, torch.device("cpu")), folder, precision)
+        return export_product(product, folder, precision)
 
     def describe(self) -> dict[str, Any]:
         side = self.size // factor_of(self.vae.config)

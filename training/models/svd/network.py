@@ -104,7 +104,9 @@ def _check(shape: Any, side: int) -> None:
         hint = f"use an image run with train.diffusion.unet.norm_num_groups: {_GROUPS}"
         raise RecipeError(FIELD, problem, hint)
     if (least := min(shape.block_out_channels)) <= _GROUPS:
-        problem = f"has a level of {least} channels, each a group of its own, which hides what the network is told"
+        problem = (
+            f"has a level of {least} channels, each a group of its own, which hides noise level, frame rate and motion"
+        )
         raise RecipeError(FIELD, problem, f"use {2 * _GROUPS} or more in train.diffusion.unet.block_out_channels")
 
 

@@ -24,10 +24,10 @@ from capstan.training.family import Batch, Family, Metrics, PerSampleLoss, Sampl
 from capstan.training.models.autoencoder.family import factor_of, load_autoencoder
 from capstan.training.models.diffusion.text_encoders import TextEncoders
 from capstan.training.models.load_parts import load_parts
-from capstan.training.models.noise.drawer import export_pipeline, open_pipeline
+from capstan.training.models.noise.drawer import export_product
 from capstan.training.models.noise.objectives import drop_rows, sample_mse, weighted_mse
 from capstan.training.models.noise.process import process_of
-from capstan.training.models.noise.schedulers import STEPS, check_all_steps, set_sampler
+from capstan.training.models.noise.schedulers import STEPS, check_all_steps
 from capstan.training.models.precision import needs_upcast, outside_autocast
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.models.video.config import VideoSettings
@@ -140,10 +140,7 @@ class VideoFamily(Family):
 
     @classmethod
     def export(cls, product: Path, folder: Path, *, precision: str = "fp32", sampler: str | None = None) -> str:
-        pipeline = open_pipeline(product, torch.device("cpu"))
-        if sampler is not None:
-            set_sampler(pipeline, sampler)
-        return export_pipeline(pipeline, folder, precision)
+        return export_product(product, folder, precision, sampler)
 
     def inspect(self, samples: Samples) -> None:
         """Warn of captions that are longer than the text encoder reads."""

@@ -12,7 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def fits(frames: int, ratio: int) -> bool:
-    """Return whether clips of so many frames come back whole where `ratio` frames are one latent.
+    """Return whether clips with this number of frames come back whole where `ratio` frames are one latent.
 
     The first frame is a latent of its own, and diffusers decodes two further latents at a time.
     """

@@ -55,7 +55,7 @@ def by_length(counts: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def latent_frames(frames: int, ratio: int) -> int:
-    """Return the number of latents of so many frames along time."""
+    """Return the number of latents along time for this number of frames."""
     return (frames - 1) // ratio + 1
 
 
