@@ -1,11 +1,11 @@
-"""Seconds of verify, remove and captions export by the number of workers, on storage that sleeps.
+"""Seconds of verify, remove, captions export and reading for a selection by the number of workers, on slow storage.
 
     python benchmarks/slots.py [--units 96] [--slots 2 4 8 16] [--sleep 0.3]
 
 Every read, write and look-up of a file by a worker takes `--sleep` seconds more, so that figures are those of a slow
 bucket and hold on a machine with few cores. The driver's operations do not sleep; they are counted. Workers are
 processes of this machine, started before the clock. One row of each unit is removed; what is timed ends before shards
-are packed again, which is the job of packing.
+are packed again, which is the job of packing. A worker that reads for a selection does so in four threads.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
-from operations import ROWS, built
+from operations import ROWS, built, recipe_for
 
-from capstan.pipeline import config, units
+from capstan.pipeline import build, config, units
 from capstan.pipeline.config import Resources
 from capstan.pipeline.pack import named_rows, scrub, scrub_units
 from capstan.pipeline.pack.takedown import take_down
 from capstan.pipeline.pack.verify import verify
+from capstan.pipeline.select import evaluate
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Job, Piece, Unit
 from capstan.recaption import store
@@ -97,12 +98,15 @@ def measured(made: Storage, slots: int, sleep_s: float, folder: Path) -> dict[st
     for module in (named_rows, scrub, scrub_units):
         module.Resources = lambda: resources  # type: ignore[attr-defined]
     units.results(Warm(Storage(str(folder / "warm"))), [Unit(str(n)) for n in range(slots)], resources, progress=False)
-    shutil.copytree(made.url, folder / "copy")
+    shutil.copytree(made.url, folder / "copy", ignore=shutil.ignore_patterns("columns"))  # each unit's tables are read
     slow, target = (sleeping(str(folder / name), sleep_s, os.getpid()) for name in ("copy", "export"))
+    recipe = recipe_for(folder.parent).model_copy(update={"dataset": slow.url, "resources": resources})
+    staged = build._found(recipe, slow)
     lists = config.Blocklist(keys=str(folder.parent / "keys.txt"))
     found = {
         "verify": cost(lambda: verify(slow, resources=resources)),
         "export": cost(lambda: export(slow, "given", target, slot="descriptive", resources=resources, progress=False)),
+        "select": cost(lambda: evaluate.evaluate_conditions(recipe, slow, staged, may_write=True, progress=False)),
         "remove": cost(lambda: take_down(slow, lists, progress=False)),
     }
     shutil.rmtree(folder)
@@ -120,11 +124,14 @@ def main() -> None:
         ledger = pq.read_table(Path(name) / "dataset" / "ledger", columns=["key"])["key"].to_pylist()
         (Path(name) / "keys.txt").write_text("\n".join(ledger[::ROWS]) + "\n")
         store.write_given_layer(made, "given", {key: {"descriptive": f"a long caption of {key}"} for key in ledger})
-        units.SMALL_RUN = 0  # type: ignore[misc]
-        print("| workers | verify, s (operations of the driver) | captions export | remove |\n|---|---|---|---|")
+        units.SMALL_RUN = evaluate.SMALL_RUN = 0  # type: ignore[misc]
+        evaluate._UNIT_ROWS = 2 * ROWS  # type: ignore[misc]
+        evaluate._BLOCK_ROWS = ROWS  # type: ignore[misc]
+        print("| workers | verify, s (operations of the driver) | captions export | select | remove |")
+        print("|---|---|---|---|---|")
         for slots in arguments.slots:
             took = measured(made, slots, arguments.sleep, Path(name) / f"slots-{slots}")
-            print(f"| {slots} | {took['verify']} | {took['export']} | {took['remove']} |", flush=True)
+            print(f"| {slots} | " + " | ".join(took.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def _publish(
         bad |= scored.quarantined
         clock.lap("score")
     if manifest is None or not is_current(manifest, recipe, storage, units):
-        decisions = decide(recipe, storage, units)
+        decisions = decide(recipe, storage, units, may_write=True, progress=progress)
         clock.lap("select")
         held.check()
         manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)

@@ -1,6 +1,6 @@
 """Measured rows → decisions: kept, rejected or duplicate, each with a reason.
 
-column_blocks → conditions, sampling: the recipe's SQL conditions, caps and balance
+column_blocks → conditions → evaluate, sampling: the recipe's SQL conditions, caps and balance
 hash_pairs → near_duplicates, semantic → dedup: exact, near and semantic duplicates
 arrays: values of more rows than fit in memory
 decide: all steps in the recipe's order, and the funnel

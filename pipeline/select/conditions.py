@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import duckdb
 import numpy as np
@@ -26,16 +26,14 @@ from capstan.pipeline.config import Condition, Recipe
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.image.phash import read_colours
 from capstan.pipeline.ingest.job import STAGED_SCHEMA, Staged
-from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.records import REMOVED
 from capstan.pipeline.score import registry
-from capstan.pipeline.score.store import Columns, added, joined
-from capstan.pipeline.select.arrays.large_arrays import LargeArrays
-from capstan.pipeline.select.column_blocks import MEASURED, ColumnBlocks, Part
+from capstan.pipeline.score.store import added, joined
+from capstan.pipeline.select.column_blocks import MEASURED, Part
 from capstan.pipeline.select.derived import CLIP_FACTS, derived_columns, derived_fields
 from capstan.pipeline.select.licenses import LICENSE
 from capstan.pipeline.select.review import reviews_of
-from capstan.pipeline.source.blocklist import Blocklist, blocked
+from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.sql import lock, open_sealed, parse, refuse_costly_calls, walk
 from capstan.pipeline.storage import Storage
 
@@ -50,10 +48,8 @@ _BASE: Final = [name for name in STAGED_SCHEMA.names if name not in ("offset", "
 _DOMAIN: Final = "domain"
 # The host in lower case, without user and port: https://user@WWW.Example.org:443/a → www.example.org
 _DOMAIN_SQL: Final = r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1))"
-_BLOCK_ROWS: Final = 100_000  # evaluated together: a query costs milliseconds even for few rows
 _MEMORY_LIMIT: Final = "1GB"
 _OTHER_ROWS: Final = "use the row's own columns only; at_most, balance and top compare rows"
-_ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
 _ALWAYS: Final = ["key", "reason", "detail", "original_width", "original_height", "sha256", "phash"]
 
 
@@ -106,55 +102,16 @@ def check_conditions(recipe: Recipe) -> None:
                     raise RecipeError(_field(condition, key), f"returns {kind.lower()}, not true or false", hint)
 
 
-def evaluate_conditions(recipe: Recipe, storage: Storage, units: Sequence[Staged]) -> QueryResult:
-    """Evaluate the recipe's conditions on all rows of the units. Raises RecipeError for a condition that fails."""
-    columns, unwanted = registry.columns(recipe), blocked(recipe, storage)
-    coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
-    whole = LargeArrays(sum(unit.rows for unit in units))
-    with _connect() as db:
-        reviews = reviews_of(recipe, storage)
-        query = _Query(db, recipe, columns, unwanted, reviews, coloured=coloured)
-        found, start = query.empty(), 0
-        parts = ColumnBlocks(storage, columns).parts(units, _BLOCK_ROWS)
-        for block in ahead(lambda part: query.run(storage, part), parts):
-            for name, values in _flat(block).items():
-                whole.put(name, start, values)
-            start += len(block.step)
-    empty = _flat(found)
-    arrays = {name: whole.array(name, empty[name]) for name in empty}
-    return QueryResult(
-        **{name: arrays[name] for name in _ARRAYS},
-        colours=arrays["colours"] if coloured else None,
-        groups={number: arrays[f"group {number}"] for number in found.groups},
-        ranks={number: arrays[f"rank {number}"] for number in found.ranks},
-    )
+class Query:
+    """All conditions of the recipe as one query. It may run in several threads at once."""
 
-
-def _flat(found: QueryResult) -> dict[str, npt.NDArray[Any]]:
-    """Return all arrays of a result by name."""
-    arrays = {name: getattr(found, name) for name in _ARRAYS}
-    arrays |= {} if found.colours is None else {"colours": found.colours}
-    arrays |= {f"group {number}": values for number, values in found.groups.items()}
-    return arrays | {f"rank {number}": values for number, values in found.ranks.items()}
-
-
-class _Query:
-    """All conditions of the recipe as one query."""
-
-    def __init__(
-        self,
-        db: duckdb.DuckDBPyConnection,
-        recipe: Recipe,
-        columns: Columns,
-        unwanted: Blocklist,
-        reviews: Mapping[int, pa.Array],
-        *,
-        coloured: bool,
-    ) -> None:
+    def __init__(self, recipe: Recipe, storage: Storage) -> None:
         conditions: Sequence[Condition] = recipe.select
-        self._db, self._conditions, self._columns = db, conditions, columns
+        self._storage, self._columns = storage, registry.columns(recipe)
+        self._db, self._conditions = _connect(), conditions
         self._recipe, self._derived = recipe, derived_fields(recipe)
-        self._unwanted, self._reviews, self._coloured = unwanted, reviews, coloured
+        self._unwanted, self._reviews = blocked(recipe, storage), reviews_of(recipe, storage)
+        self._coloured = recipe.dedup.perceptual is not None and recipe.dedup.colours is not None
         cases, self._groups, self._ranks = "", list[int](), list[int]()
         taken_down = f"CASE WHEN reason = '{REMOVED}' THEN if(detail = '{HELD_PLACE}', {TOMBSTONE}, {BLOCKED})"
         expressions = [f"{taken_down} WHEN reason <> '' THEN {FAILED}"]
@@ -187,23 +144,29 @@ class _Query:
             needed |= {"extra", *derived}
         return {name for name in known if name in named} | needed | ({"colours"} if self._coloured else set())
 
-    def run(self, storage: Storage, part: Part) -> QueryResult:
+    def close(self) -> None:
+        """Close its database."""
+        self._db.close()
+
+    def run(self, part: Part) -> QueryResult:
+        """Return the result for the rows of a part. Raises RecipeError for a condition that fails."""
         scores = [field.name for field in added(self._columns) if field.name in self._named]
         if part.block and not any(name in self._named for name in _BASE if name not in MEASURED):
             names = [name for name in MEASURED if name in self._named or name in _ALWAYS]
             try:
-                return self._result(part.read(storage, names + scores))
+                return self._result(part.read(self._storage, names + scores))
             except (DamagedFile, FileNotFoundError) as error:
                 log.warning("%s: the units' own tables are read", error)
-        return self._result(pa.concat_tables([self._read(storage, unit) for unit in part.units]))
+        return self._result(pa.concat_tables([self._read(unit) for unit in part.units]))
 
     def empty(self) -> QueryResult:
+        """Return the result for no rows."""
         more = [*self._derived, *added(self._columns)]
         return self._result(pa.schema([*STAGED_SCHEMA, *more]).empty_table())
 
-    def _read(self, storage: Storage, unit: Staged) -> pa.Table:
-        rows = storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])
-        scores = joined(storage, unit, self._columns, self._named)
+    def _read(self, unit: Staged) -> pa.Table:
+        rows = self._storage.read_table(unit.table, [name for name in _BASE if name in self._named or name in _ALWAYS])
+        scores = joined(self._storage, unit, self._columns, self._named)
         for field in scores.schema:
             rows = rows.append_column(field, scores[field.name])
         derived = [field for field in self._derived if field.name in self._named]

@@ -37,10 +37,10 @@ from capstan.pipeline.select.conditions import (
     TOMBSTONE,
     QueryResult,
     check_conditions,
-    evaluate_conditions,
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
 from capstan.pipeline.select.dedup import Repeats, find_repeats
+from capstan.pipeline.select.evaluate import evaluate_conditions
 from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, NONE, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.pairs import apart
 from capstan.pipeline.select.sampling import sample
@@ -142,14 +142,18 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def decide(recipe: Recipe, storage: Storage, units: list[Staged]) -> Decisions:
+def decide(
+    recipe: Recipe, storage: Storage, units: list[Staged], *, may_write: bool = False, progress: bool = True
+) -> Decisions:
     """Apply `recipe.select` and `recipe.dedup` to the rows of `units`, which are ordered by batch.
+
+    Many rows are read on workers if the dataset's folder may be written to.
 
     Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
     """
     assert all(_batch(one) <= _batch(other) for one, other in itertools.pairwise(units))
     check_conditions(recipe)
-    rows = evaluate_conditions(recipe, storage, units)
+    rows = evaluate_conditions(recipe, storage, units, may_write=may_write, progress=progress)
     batch = _batches(units)
     step = sample(recipe.select, rows, batch)
     n = len(step)

@@ -61,7 +61,7 @@ def test_scores_are_columns_and_null_rejects(storage: Storage) -> None:
 def test_units_are_evaluated_in_blocks_in_order(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     units = [stage(storage, f"0000-{n:06}", [{"width": n}, {"width": 100 + n}]) for n in range(9)]
     whole = decide(recipe(select=[{"name": "w", "where": "width % 3 > 0"}]), storage, units)
-    monkeypatch.setattr("capstan.pipeline.select.conditions._BLOCK_ROWS", 5)
+    monkeypatch.setattr("capstan.pipeline.select.evaluate._BLOCK_ROWS", 5)
     parts = decide(recipe(select=[{"name": "w", "where": "width % 3 > 0"}]), storage, units)
     assert parts.step.tolist() == whole.step.tolist()
     assert parts.step.tolist() == [int(w % 3 == 0) for n in range(9) for w in (n, 100 + n)]
