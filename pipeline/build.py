@@ -38,7 +38,8 @@ from capstan.pipeline.select import column_blocks
 from capstan.pipeline.select.conditions import check_conditions
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.select.review import check_reviews
-from capstan.pipeline.source.plan import Plan, plan, read_plan, restore_keys
+from capstan.pipeline.source.plan import Plan, plan, read_plan
+from capstan.pipeline.source.planning.batches import restore_keys
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import run
 

@@ -19,6 +19,7 @@ class Law:
 
 
 _BUILDING: Final = "docs/benchmarks.md, Building"
+_PLANNING: Final = "docs/benchmarks.md, Planning"
 _DRIVER: Final = "docs/benchmarks.md, The driver"
 _SELECTION: Final = "docs/benchmarks.md, Selection and duplicates"
 _OPERATIONS: Final = "docs/benchmarks.md, Operations"
@@ -37,8 +38,10 @@ RATES: Final[dict[str, Law]] = {
     "mfu": Law(0.4, "of the GPU's peak", "assumed", "docs/benchmarks-gpu.md has the goal"),
     "peak_tflops": Law(989, "TFLOP/s a GPU, bf16", "published", "NVIDIA's data sheet of the H100"),
 }
+# What cores do, whatever is on GPUs.
+PLAN: Final = Law(5.4e-6, "core s a row", "measured", _PLANNING)
 # What one process, the driver, does for all.
-PLAN: Final = Law(2.8e-6, "s a row", "measured", _BUILDING)
+PLAN_DRIVER: Final = Law(6e-8, "s a row", "measured", _PLANNING)
 UNIT: Final = Law(2.7e-3, "s a unit", "measured", _DRIVER)
 SELECT: Final = Law(1.0e-6, "s a row", "measured", _SELECTION)
 SELECT_BYTES: Final = Law(210, "bytes a row on the scratch disk", "measured", _SELECTION)

@@ -10,6 +10,7 @@ from capstan.cluster.cost.laws import (
     DUPLICATES,
     PART_BYTES,
     PLAN,
+    PLAN_DRIVER,
     PRICES,
     RATES,
     SELECT,
@@ -148,7 +149,8 @@ class _Costs:
     def stages(self) -> Iterator[Stage]:
         recipe = self.recipe
         if recipe.source is not None:
-            yield self._stage("plan", driver_s=self.rows * PLAN.value, used={"plan": PLAN})
+            amounts = {"core_s": self.rows * PLAN.value, "driver_s": self.rows * PLAN_DRIVER.value}
+            yield self._stage("plan", **amounts, used={"plan": PLAN, "plan_driver": PLAN_DRIVER})
             yield self._build()
         if recipe.score.clip is not None:
             yield self._on_gpus("score", "clip")

@@ -45,7 +45,7 @@ from capstan.pipeline.ingest.row_bytes import read_rows, read_sample_parts
 from capstan.pipeline.records import CRC32, FORMAT_VERSION, MEASURED, REMOVED, storable
 from capstan.pipeline.secrets import public_text, public_url
 from capstan.pipeline.source.blocklist import blocked
-from capstan.pipeline.source.plan import PlannedUnit
+from capstan.pipeline.source.planning.batches import PlannedUnit
 from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import Job, Piece, Unit, report

@@ -44,6 +44,7 @@ from capstan.pipeline.source.blocklist import (
     read_lists,
 )
 from capstan.pipeline.source.plan import read_plan
+from capstan.pipeline.source.plan_on_workers import discard
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
@@ -105,6 +106,7 @@ def take_down(storage: Storage, lists: config.Blocklist, *, progress: bool = Tru
     rows_left = pa.Table.from_pylist(rows, schema).replace_schema_metadata({"requests": json.dumps(requests)})
     # The blocklist comes first: a build in between must not bring these rows back.
     add_removed(storage, asked)
+    discard(storage)
     storage.write_table(_PENDING, rows_left)
     takedown = resume(storage, progress=progress)
     assert takedown is not None

@@ -27,7 +27,7 @@ from capstan.pipeline.pack.job import unlisted
 from capstan.pipeline.pack.verify_derived import derived_files, verify_derived
 from capstan.pipeline.pack.verify_job import Checked, repeated_keys, run_checks
 from capstan.pipeline.records import FORMAT_VERSION, OUTCOMES
-from capstan.pipeline.source.plan import planned_batches
+from capstan.pipeline.source.planning.batches import planned_batches
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import MarkerLog

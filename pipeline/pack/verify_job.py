@@ -19,7 +19,7 @@ from capstan.pipeline.pack.verify_shard import check_shard, check_table, file_sh
 from capstan.pipeline.records import KEPT, LEDGER_SCHEMA, SHARD_SCHEMA, with_scores
 from capstan.pipeline.score.store import pinned_columns
 from capstan.pipeline.select.derived import fields_of, parts_of_manifest
-from capstan.pipeline.source.plan import batch_problem
+from capstan.pipeline.source.planning.batches import batch_problem
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Job, Piece, Unit, report, results
 

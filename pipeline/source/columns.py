@@ -83,6 +83,11 @@ def of_urls(url: pa.Array, caption: pa.Array, extra: pa.Array, hash_: pa.Array) 
     return pa.table({name: columns.get(name, zeros) for name in PLAN_SCHEMA.names}, schema=PLAN_SCHEMA)
 
 
+def captions_in(rows: pa.Table) -> int:
+    """Return how many rows have a caption."""
+    return int(pc.sum(pc.not_equal(rows["caption"], "")).as_py() or 0)
+
+
 def make_keys(*parts: pa.Array) -> list[str]:
     """Return `records.make_key` of each row of these text columns."""
     pieces = [piece for part in parts for piece in (_lengths(part), part.cast(pa.binary()))]

@@ -18,9 +18,9 @@ import json
 import logging
 import lzma
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _CHECKED_AT_ONCE = 16  # tables
 _MOST_FILES = 200_000  # whose ids are kept, so that only new ones are read
+_TEXT_BYTES = 32  # of a table as text, perhaps compressed, and
+_TAR_BYTES = 4096  # of a tar, that take as long to plan as a row of Parquet
 _BATCH_ROWS = 4096  # rows of a folder or a tar in a table,
 _BATCH_BYTES = 16 << 20  # and characters of their text
 _TABLES: dict[str, Reader] = {
@@ -59,22 +61,78 @@ _TABLES: dict[str, Reader] = {
 OUTSIDE = "links out of the folder"  # counted next to the suffixes of files that are not used
 
 
+class FileReader:
+    """Reads one table or tar of a recipe's source at a time, on any machine.
+
+    `unused` counts, by suffix, the members of tars that no row was made of.
+    """
+
+    def __init__(self, recipe: Recipe, suffixes: Suffixes = IMAGES) -> None:
+        """Read the source of a recipe; `suffixes` are those of the files in tars that rows are of."""
+        assert recipe.source is not None
+        self.source, self.suffixes, self._recipe = recipe.source, suffixes, recipe
+        self.unused = Counter[str]()
+
+    def tables(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
+        """Yield a file's rows as tables of PLAN_SCHEMA of bounded size; `kind` is its format.
+
+        Raises RecipeError if it cannot be read.
+        """
+        with _reading(file.path):
+            yield from map(bounded, self._rows(kind, file))
+
+    def check(self, kind: str, file: SourceFile) -> int:
+        """Return about how many rows take as long to plan as this file's.
+
+        Raises RecipeError for a table that cannot be right; reads no row of it.
+        """
+        if kind not in _TABLES:
+            return file.size // _TAR_BYTES
+        with _reading(file.path):
+            rows = check(kind, file, self.source, self.open)
+        return file.size // _TEXT_BYTES if rows is None else rows
+
+    def open(self, path: str, *, ahead: bool = True) -> Any:
+        """Return a reader of a file of the source."""
+        return open_file(path, options_of(path, self._recipe), ahead=ahead)
+
+    def _rows(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
+        if kind == "webdataset":
+            header = self._recipe.image.check == "header"
+            table = own_table(file.path, file.size, self.open) if header else None
+            if table is not None and self.suffixes == IMAGES and is_read_by_table(table, self.source):
+                return (by_table(file, part, self.source) for part in _slices(table))
+            own = {} if table is None else own_rows(table)
+            suffixes = TAR_IMAGES if self.suffixes == IMAGES else self.suffixes
+            return _in_tables(webdataset(file, self.source, self.open, self.unused, own, suffixes))
+        return _TABLES[kind](file, self.source, self.open)
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePart:
+    """A table or a tar of the source, its format, and about how many rows take as long to plan as its rows."""
+
+    kind: str
+    file: SourceFile
+    rows: int
+
+
 class SourceReader:
     """The rows of a recipe's source. `signature` changes when the source does, so that planning can be skipped.
 
     `unused` counts, by suffix, the files of folders and members of tars that no row was made of, once all are read.
 
-    The files of one folder or glob on a disk are listed each time they are needed, not held. Raises RecipeError for a
-    source that does not exist.
+    The files of one folder or glob on a disk are listed each time they are needed; of tables and tars those to read are
+    held. Raises RecipeError for a source that does not exist.
     """
 
     def __init__(self, recipe: Recipe, suffixes: Suffixes = IMAGES) -> None:
         """Open the source of a recipe; `suffixes` are those of the files in folders and tars that rows are of."""
         if recipe.source is None:
             raise RecipeError("source", "is missing", "set source.path to the files that hold the rows")
-        self._suffixes = suffixes
+        self._reader, self._suffixes = FileReader(recipe, suffixes), suffixes
         self.source, self._recipe = recipe.source, recipe
-        self.unused = Counter[str]()
+        self.unused = self._reader.unused
         self._paths = self.source.path if isinstance(self.source.path, list) else [self.source.path or ""]
         self._kinds, self._gathered = dict[str, FormatGuess](), list[SourceFile]()
         self._outside = dict[str, int]()  # path of the source → links to texts outside it, which are not read
@@ -82,15 +140,59 @@ class SourceReader:
         self._settings = fingerprint([settings, recipe.image.check])  # what a file's rows depend on
         self.signature = self._signature()
 
-    def tables(self, without: Collection[str] = ()) -> Generator[pa.Table, None, None]:
+    def tables(
+        self, without: Collection[str] = (), parts: Sequence[SourcePart] | None = None
+    ) -> Generator[pa.Table, None, None]:
         """Yield all rows, with their keys, as tables of PLAN_SCHEMA of bounded size.
 
-        Files whose id (see `files`) is in `without` are left out. Raises RecipeError for a file that cannot be read.
+        Files whose id (see `files`) is in `without` are left out; `parts` are the others, if they are known. Raises
+        RecipeError for a file that cannot be read.
         """
-        for rows in self._tables(without):
-            yield bounded(rows)
+        if parts is None:
+            parts = self.parts(without)
+        if parts is None:
+            rows = _in_tables(_world(self.source)) if self.source.format == "world" else self._folder()
+            yield from map(bounded, rows)
+        for part in parts or ():
+            yield from self._reader.tables(part.kind, part.file)
+        self.note_unused({})
+
+    def parts(self, without: Collection[str] = ()) -> list[SourcePart] | None:
+        """Return the files to read, in order; None if rows are of no single file, as in a folder of images.
+
+        Files whose id (see `files`) is in `without` are left out. Raises RecipeError for the first table that cannot be
+        right, before a row of any is read.
+        """
+        if self.source.format == "world" or (choice := self._choice()).images:
+            return None
+        parts, found, left, first = list[SourcePart](), 0, 0, ""
+        with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+            for batch in self._files():
+                chosen = list(choice.of(batch))
+                other = [file.path for kind, file in chosen if not kind]
+                left, first = left + len(other), first or next(iter(other), "")
+                pairs = [(kind, file) for kind, file in chosen if kind]
+                found += len(pairs)
+                pairs = [pair for pair in pairs if not without or self._id(*pair) not in without]
+                rows = pool.map(lambda pair: self._reader.check(*pair), pairs)
+                parts += [SourcePart(*pair, count) for pair, count in zip(pairs, rows, strict=True)]
+        if not found:
+            hint = f"set it to one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
+            raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
+        if left:
+            log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
+        return parts
+
+    def note_unused(self, counts: Mapping[str, int]) -> None:
+        """Add what was not used of files that were read elsewhere, and of what is outside the source."""
+        self.unused.update(counts)
         if outside := sum(self._outside.values()):
             self.unused[OUTSIDE] = outside
+
+    @property
+    def reader(self) -> FileReader:
+        """What reads one file of the source."""
+        return self._reader
 
     def files(self) -> list[str] | None:
         """Return an id of each file that is read, which changes with it and with how it is read.
@@ -107,42 +209,6 @@ class SourceReader:
 
     def _id(self, kind: str, file: SourceFile) -> str:
         return fingerprint([self._settings, kind, file.path, file.size, file.stamp])
-
-    def _tables(self, without: Collection[str]) -> Iterator[pa.Table]:
-        if self.source.format == "world":
-            yield from _in_tables(_world(self.source))
-            return
-        choice = self._choice()
-        if choice.images:
-            yield from self._folder()
-            return
-        self._check(choice, without)
-        read, left, first = 0, 0, ""
-        for kind, file in (pair for batch in self._files() for pair in choice.of(batch)):
-            if kind:
-                read += 1
-                if not without or self._id(kind, file) not in without:
-                    yield from _guarded(self._read(kind, file), file.path)
-            else:
-                left, first = left + 1, first or file.path
-        if not read:
-            hint = f"set it to one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
-            raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
-        if left:
-            log.warning("source: skipped %d files whose names are not those of tables: %s …", left, first)
-
-    def _check(self, choice: FormatPolicy, without: Collection[str]) -> None:
-        """Raise RecipeError for the first table that cannot be right, before a row of any is read."""
-        with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
-            for batch in self._files():
-                found = [(kind, file) for kind, file in choice.of(batch) if kind in _TABLES]
-                found = [pair for pair in found if not without or self._id(*pair) not in without]
-                for _ in pool.map(lambda pair: self._check_one(*pair), found):
-                    pass
-
-    def _check_one(self, kind: str, file: SourceFile) -> None:
-        with _reading(file.path):
-            check(kind, file, self.source, self._open)
 
     def _folder(self) -> Iterator[pa.Table]:
         described = [file for guess in self._kinds.values() for file in guess.metadata]
@@ -162,7 +228,7 @@ class SourceReader:
         """Yield the rows of a file that describes a folder's images, with the image's name as their URL."""
         source = self.source.model_copy(update={"url": FILE_NAME, "image": None})
         try:
-            yield from _TABLES[kind_of(file.path)](file, source, self._open)
+            yield from _TABLES[kind_of(file.path)](file, source, self._reader.open)
         except RecipeError as error:
             if error.field != "source.url":
                 raise
@@ -211,17 +277,6 @@ class SourceReader:
             digest.update(json.dumps([(file.path, file.size, file.stamp) for file in batch]).encode())
         return digest.hexdigest()
 
-    def _read(self, kind: str, file: SourceFile) -> Iterator[pa.Table]:
-        if kind == "webdataset":
-            header = self._recipe.image.check == "header"
-            table = own_table(file.path, file.size, self._open) if header else None
-            if table is not None and self._suffixes == IMAGES and is_read_by_table(table, self.source):
-                return (by_table(file, part, self.source) for part in _slices(table))
-            own = {} if table is None else own_rows(table)
-            suffixes = TAR_IMAGES if self._suffixes == IMAGES else self._suffixes
-            return _in_tables(webdataset(file, self.source, self._open, self.unused, own, suffixes))
-        return _TABLES[kind](file, self.source, self._open)
-
     def _read_all(self, files: list[SourceFile]) -> dict[str, bytes]:
         spans = [Span(file.path, 0, file.size, number) for number, file in enumerate(files)]
         content = {}
@@ -232,9 +287,6 @@ class SourceReader:
                 raise OSError(f"{files[number].path}: {data}")
             content[files[number].path] = data
         return content
-
-    def _open(self, path: str, *, ahead: bool = True) -> Any:
-        return open_file(path, options_of(path, self._recipe), ahead=ahead)
 
 
 def _guarded(tables_: Iterator[pa.Table], path: str) -> Iterator[pa.Table]:

@@ -46,8 +46,11 @@ def unpacked(stream: Any, path: str) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
 
 
-def check(kind: str, file: SourceFile, source: Source, open_: Open) -> None:
-    """Raise RecipeError for a file whose columns, types or encoding cannot be right; read no row of it."""
+def check(kind: str, file: SourceFile, source: Source, open_: Open) -> int | None:
+    """Raise RecipeError for a file whose columns, types or encoding cannot be right; read no row of it.
+
+    Return the number of its rows, None if it does not say.
+    """
     if kind == "parquet":
         with open_(file.path, ahead=False) as stream, contextlib.suppress(pa.ArrowInvalid):  # which reading reports
             metadata = pq.read_metadata(stream)
@@ -55,7 +58,8 @@ def check(kind: str, file: SourceFile, source: Source, open_: Open) -> None:
                 schema = metadata.schema.to_arrow_schema()
                 check_columns(source, schema.names, file)
                 check_types(source, schema, file)
-        return
+            return int(metadata.num_rows)
+        return None
     with unpacked(open_(file.path, ahead=False), file.path) as stream:
         head = stream.read(4)
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in (head[:1], head[1:2]):
@@ -64,6 +68,7 @@ def check(kind: str, file: SourceFile, source: Source, open_: Open) -> None:
     refuse_images(source, file)
     if kind in DELIMITERS:
         check_columns(source, header(file, open_, dialect(kind, source)), file)
+    return None
 
 
 def dialect(kind: str, source: Source) -> dict[str, Any]:

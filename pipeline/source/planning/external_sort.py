@@ -24,7 +24,7 @@ GROUP_BYTES = 48 << 20  # slices sorted at once, unless one alone is larger
 _SLICE_BITS: Final = 10
 _SLICES: Final = 1 << _SLICE_BITS
 _RAW_KEY: Final = pa.binary(KEY_BYTES)
-_RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
+RUN_SCHEMA: Final = PLAN_SCHEMA.set(0, PLAN_SCHEMA.field("key").with_type(_RAW_KEY))
 _ORDER: Final = ["key", "extra", "url", "caption", "hash"]  # the least row of a key is kept
 
 Known = Callable[[npt.NDArray[np.bytes_]], npt.NDArray[np.bool_]]  # keys (S16, sorted) → which of them are known
@@ -46,7 +46,7 @@ class ExternalKeySort:
 
     def add(self, table: pa.Table) -> None:
         self.rows += len(table)
-        self._held.append(table.set_column(0, _RUN_SCHEMA.field("key"), raw_keys(table["key"])))
+        self._held.append(with_raw_keys(table))
         self._held_bytes += table.nbytes
         if self._held_bytes >= RUN_BYTES:
             self._spill()
@@ -54,29 +54,22 @@ class ExternalKeySort:
     def sorted(self, known: Known) -> Iterator[pa.Table]:
         """Yield tables of PLAN_SCHEMA, of bounded size, without the rows whose keys are `known`."""
         for group in self._groups():
-            rows = group.combine_chunks()
-            rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
-            keys = _bytes(rows["key"].combine_chunks())
-            repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
-            self.repeats += int(repeated.sum())
-            rows = rows.filter(pa.array(~(repeated | known(keys))))
+            rows, repeats = unique(group, known)
+            self.repeats += repeats
             if len(rows):
-                yield rows.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(rows["key"])).cast(PLAN_SCHEMA)
+                yield rows
 
     def _spill(self) -> None:
         """Write the rows in memory as a run."""
         rows = pa.concat_tables(self._held).combine_chunks()
         self._held, self._held_bytes = [], 0
-        first_bits = _bytes(rows["key"].combine_chunks()).view(">u2")[:: KEY_BYTES // 2] >> (16 - _SLICE_BITS)
-        order = np.argsort(first_bits, kind="stable")
-        rows = rows.take(pa.array(order)).combine_chunks()
-        bounds = np.searchsorted(first_bits[order], np.arange(_SLICES + 1)).tolist()
+        rows, bounds = sliced(rows, _SLICE_BITS)
         run = self._scratch / f"run-{len(self._runs):06d}.arrow"
-        with pa.OSFile(str(run), "wb") as file, pa.ipc.new_file(file, _RUN_SCHEMA) as writer:
+        with pa.OSFile(str(run), "wb") as file, pa.ipc.new_file(file, RUN_SCHEMA) as writer:
             for number in range(_SLICES):
                 part = rows.slice(bounds[number], bounds[number + 1] - bounds[number])
                 self._slice_bytes[number] += part.nbytes
-                (batch,) = part.to_batches() or [pa.RecordBatch.from_pylist([], _RUN_SCHEMA)]
+                (batch,) = part.to_batches() or [pa.RecordBatch.from_pylist([], RUN_SCHEMA)]
                 writer.write_batch(batch)
         self._runs.append(run)
 
@@ -99,7 +92,40 @@ class ExternalKeySort:
     def _slices(run: Path, first: int, stop: int) -> pa.Table:
         with pa.OSFile(str(run)) as file:
             reader = pa.ipc.open_file(file)
-            return pa.Table.from_batches([reader.get_batch(number) for number in range(first, stop)], _RUN_SCHEMA)
+            return pa.Table.from_batches([reader.get_batch(number) for number in range(first, stop)], RUN_SCHEMA)
+
+
+def with_raw_keys(table: pa.Table) -> pa.Table:
+    """Return rows of PLAN_SCHEMA as rows of RUN_SCHEMA."""
+    return table.set_column(0, RUN_SCHEMA.field("key"), raw_keys(table["key"]))
+
+
+def sliced(rows: pa.Table, bits: int) -> tuple[pa.Table, list[int]]:
+    """Return rows of RUN_SCHEMA, in one piece, slice by slice, and where each slice begins.
+
+    A slice is what begins with the same `bits` bits of a key. Its rows keep their order.
+    """
+    slices = slice_of(key_bytes(rows["key"]), bits)
+    order = np.argsort(slices, kind="stable")
+    bounds = np.searchsorted(slices[order], np.arange((1 << bits) + 1)).tolist()
+    return rows.take(pa.array(order)).combine_chunks(), bounds
+
+
+def slice_of(keys: npt.NDArray[np.bytes_], bits: int) -> npt.NDArray[Any]:
+    """Return the slice of each key: its first `bits` bits, at most 16."""
+    return keys.view(">u2")[:: KEY_BYTES // 2] >> (16 - bits)
+
+
+def unique(rows: pa.Table, known: Known) -> tuple[pa.Table, int]:
+    """Return rows of RUN_SCHEMA, sorted, as PLAN_SCHEMA: one of each key not `known`; and how many repeat another."""
+    rows = rows.combine_chunks()
+    rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _ORDER]))
+    keys = key_bytes(rows["key"])
+    repeated = np.concatenate([[False], keys[1:] == keys[:-1]]) if len(keys) else np.zeros(0, bool)
+    fresh = rows.filter(pa.array(~(repeated | known(keys))))
+    if len(fresh):
+        fresh = fresh.set_column(0, PLAN_SCHEMA.field("key"), hex_keys(fresh["key"])).cast(PLAN_SCHEMA)
+    return fresh, int(repeated.sum())
 
 
 def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
@@ -116,12 +142,13 @@ def raw_keys(keys: pa.ChunkedArray) -> pa.Array:
 
 def hex_keys(keys: pa.ChunkedArray) -> pa.Array:
     """Return raw keys as hexadecimal text: the inverse of `raw_keys`."""
-    text = _bytes(keys.combine_chunks()).tobytes().hex().encode()
+    text = key_bytes(keys).tobytes().hex().encode()
     offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
     return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
 
 
-def _bytes(keys: Any) -> npt.NDArray[np.bytes_]:
-    """Return raw keys as numpy's S16, without a copy."""
+def key_bytes(keys: Any) -> npt.NDArray[np.bytes_]:
+    """Return raw keys, an array or a column, as numpy's S16, without a copy if they are in one piece."""
+    keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     start = keys.offset * KEY_BYTES
     return np.frombuffer(keys.buffers()[1], f"S{KEY_BYTES}", len(keys), start) if len(keys) else np.zeros(0, "S16")

@@ -40,6 +40,7 @@ def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder
     storage = storage_of(folder)
     key, jpeg, before = key_of(storage, 5), stored(storage, 5), tars(storage)
     shard = ledger(storage)[key]["shard"]
+    storage.write("state/planning/0123/run-000000-0000.rows", b"http://host1.example1.org/secret-05.jpg")  # of a kill
     assert not gone(storage, 5, jpeg)
     # In other letters, without TLS, and with a fragment: it is the same address.
     asked = listed(folder, "http://HOST1.example1.org/secret-05.jpg#top")

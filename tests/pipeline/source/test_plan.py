@@ -13,7 +13,7 @@ from capstan.pipeline.records import PLAN_SCHEMA
 from capstan.pipeline.source import plan as planning
 from capstan.pipeline.source import reader, tables
 from capstan.pipeline.source.plan import plan, read_plan
-from capstan.pipeline.source.planning import external_sort, known_keys
+from capstan.pipeline.source.planning import external_sort, known_keys, unit_tables
 from capstan.pipeline.storage import Storage
 
 
@@ -116,7 +116,7 @@ def test_a_plan_that_was_cut_off_is_made_again(storage: Storage, urls: Path) -> 
 def test_units_with_embedded_images_are_bounded(storage: Storage, tmp_path: Path, monkeypatch: Any) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(planning, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(unit_tables, "UNIT_BYTES", 3000)
     images = [bytes([n]) * 1000 for n in range(8)]
     pq.write_table(pa.table({"image": images, "caption": [""] * 8}), tmp_path / "t.parquet")
     settings = {"dataset": storage.url, "source": {"path": str(tmp_path / "t.parquet"), "image": "image"}}
