@@ -83,10 +83,13 @@ class TextEncoder(Protocol):
 class Encoder(Protocol):
     """A frozen first stage of a family, as `capstan encode` runs it before training.
 
-    `factor` is the number of pixels per latent along one side. `part` says what encodes, and which recipe key names it.
+    `factor` is the number of pixels per latent along one side; None: it reads none (a sound's). `part` says what
+    encodes, and which recipe key names it.
     """
 
-    factor: int
+    @property
+    def factor(self) -> int | None: ...
+
     part: str
 
     def identity(self) -> dict[str, Any]:

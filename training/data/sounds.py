@@ -79,7 +79,7 @@ def to_samples(wave: np.ndarray) -> np.ndarray:
     return made
 
 
-def form_of(samples: Samples, settings: Any, multiple: int, field: str) -> Form:
+def form_of(samples: Samples | None, settings: Any, multiple: int, field: str) -> Form:
     """Return the form to train in: the settings' `rate`, `channels` and `seconds`, or those of the first sound.
 
     The length is rounded down to whole latents of `multiple` values. Raises RecipeError naming `field` if a piece is
@@ -89,6 +89,7 @@ def form_of(samples: Samples, settings: Any, multiple: int, field: str) -> Form:
 
     rate, channels, seconds = settings.rate, settings.channels, settings.seconds
     if None in (rate, channels, seconds):
+        assert samples is not None, "the settings leave something to the first sound"
         first = samples.sample(0)
         if "flac" not in first.parts:
             hint = f"set {field}.rate, {field}.channels and {field}.seconds"

@@ -5,9 +5,10 @@
                                                         tokens int16
 
 What a latent is, its family says (`Family.encoder`): an AutoencoderKL's is [2 C, h, w], mean and standard deviation;
-a codebook's is a token [h, w]; a clip's is that of each of its frames. With aspect-ratio buckets, whose latents differ
-in shape, the tensor is [samples, ..., A]: a sample's h·w values, and zeros up to the area A of the largest. The encoder
-id is a hash of everything that can change a latent. Training reads the files by mmap.
+a codebook's is a token [h, w]; a clip's is that of each of its frames; a sound's, of no image's size, is [C + 1, L].
+With aspect-ratio buckets, whose latents differ in shape, the tensor is [samples, ..., A]: a sample's h·w values, and
+zeros up to the area A of the largest. The encoder id is a hash of everything that can change a latent. Training reads
+the files by mmap.
 """
 
 from __future__ import annotations
@@ -61,9 +62,14 @@ def measure(train: TrainConfig, encoder: Encoder, samples: Samples) -> tuple[int
     """Return the side in pixels of the squares that the network generates, and the identity of its latents.
 
     Both encoding and training call this, so that they agree. Without `size` the side is the first image's, or with
-    buckets that of a square with the area of the largest. Raises RecipeError if network or encoder do not support it.
+    buckets that of a square with the area of the largest; that of sounds is 0. Raises RecipeError if network or encoder
+    do not support it.
     """
     family, factor = family_class(train.model), encoder.factor
+    if factor is None:
+        if train.data.buckets is not None:
+            raise RecipeError("train.data.buckets", f"{train.model} reads no images", "remove it")
+        return 0, encoder.identity()
     patch, divisor = family.multiples(train)
     multiple, wanted = math.lcm(8, factor * patch), getattr(train.settings, "size", None)  # pipelines step by 8 pixels
     buckets = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from capstan.pipeline.config import Section
+from capstan.pipeline.errors import RecipeError
 from capstan.training.config.families import FamilySettings
+
+if TYPE_CHECKING:
+    from capstan.training.config import TrainConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -105,3 +109,13 @@ class AudioSettings(FamilySettings):
 
     def models(self) -> dict[str, str]:
         return {"autoencoder": self.autoencoder}
+
+    def check(self, train: TrainConfig) -> None:
+        if train.data.latents is None:
+            return
+        if self.part == "random":
+            problem = "latents are precomputed from the start of sounds, whatever part is"
+            raise RecipeError("train.audio.part", problem, "set part: start, or remove train.data.latents")
+        if self.seconds is None:
+            problem = "latents are precomputed in one length, which null leaves to the first sound"
+            raise RecipeError("train.audio.seconds", problem, "set it, or remove train.data.latents")

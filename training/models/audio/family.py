@@ -32,8 +32,10 @@ from capstan.training.models.audio.model import (
 from capstan.training.models.audio.text import ids_of, open_text, save_tokenizer
 from capstan.training.models.noise.drawer import export_product, open_pipeline
 from capstan.training.models.noise.objectives import drop_rows, sample_mse
+from capstan.training.models.oobleck.encoder import SoundEncoder, split_latents
 from capstan.training.models.oobleck.family import load_oobleck
 from capstan.training.models.text_length import some_captions, warn_of_cut
+from capstan.training.precomputed.latents import check_latents, measure
 from capstan.training.product import find_product, quieten, read_facts, write_facts
 
 _TOKENIZER: Final = "tokenizer"
@@ -48,6 +50,12 @@ class _Wanted:
         self.seconds = seconds
 
 
+def _form(settings: AudioSettings, samples: Samples | None) -> Form:
+    """Return the form of the sounds; `samples` may be None if the settings state its seconds."""
+    vae = load_oobleck(settings.autoencoder, _FIELD)
+    return form_of(samples, _Wanted(vae, settings.seconds), vae.hop_length, "train.audio")
+
+
 class AudioFamily(Family):
     """The family that trains a StableAudioDiTModel, and a T5 unless a frozen one is given, on latents of sounds."""
 
@@ -60,8 +68,12 @@ class AudioFamily(Family):
     def make_assets(cls, train: TrainConfig, samples: Samples, folder: Path) -> None:
         """Write the tokenizer (learnt from the captions, or that of `train.init`), and the sounds' form."""
         settings: AudioSettings = train.settings
-        vae = load_oobleck(settings.autoencoder, _FIELD)
-        form = form_of(samples, _Wanted(vae, settings.seconds), vae.hop_length, "train.audio")
+        if train.data.latents is not None:
+            encoder = cls.encoder(train)
+            check_latents(train, measure(train, encoder, samples)[1])
+            form = encoder.form
+        else:
+            form = _form(settings, samples)
         if form.seconds > settings.longest:
             problem = f"the sounds have {form.seconds:g} s, and timing states up to {settings.longest}"
             raise RecipeError("train.audio.longest", problem, "raise it, or set train.audio.seconds")
@@ -89,6 +101,11 @@ class AudioFamily(Family):
         )
         self.frozen = [self.vae] if own else [self.vae, self.t5]
 
+    @classmethod
+    def encoder(cls, train: TrainConfig) -> SoundEncoder:
+        settings: AudioSettings = train.settings
+        return SoundEncoder(load_oobleck(settings.autoencoder, _FIELD), _form(settings, None), _FIELD)
+
     def start_from(self, product: Path) -> None:
         pipeline = open_pipeline(product, torch.device("cpu"))
         try:
@@ -100,32 +117,40 @@ class AudioFamily(Family):
             raise RecipeError("train.init", problem, "use the settings of that run") from None
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
+        batch = ids_of(self.tokenizer, [sample.text for sample in samples])
+        if stored := [sample.latent for sample in samples if sample.latent is not None]:
+            latents, seconds = split_latents(stored)
+            return {"latents": latents, "seconds": seconds, **batch}
         pieces = pieces_of(samples, self.form, self.train.part)
         seconds = torch.tensor([[piece.start_s, piece.total_s] for piece in pieces], dtype=torch.float32)
-        return {
-            "sounds": batch_of(pieces),
-            "seconds": seconds,
-            **ids_of(self.tokenizer, [sample.text for sample in samples]),
-        }
+        return {"sounds": batch_of(pieces), "seconds": seconds, **batch}
 
     def loss(self, model: torch.nn.Module, batch: Batch, draw: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         dtype = next(model.parameters()).dtype
         text = {"ids": batch["ids"], "mask": batch["mask"]}
         with torch.no_grad():
-            latents = self.vae.encode(to_wave(batch["sounds"]).to(self.vae.dtype)).latent_dist.mean.float()
+            latents = self._latents(batch)
             if self.train.text.pretrained is not None:
                 text["states"] = self.t5(text["ids"], attention_mask=text["mask"])[0]
         task = noised(latents, self.train.sampling, draw)
         dropped = drop_rows(len(latents), self.train.drop_text, draw)
         made = model(task.noisy.to(dtype), task.levels, text, batch["seconds"], dropped)
+        source = "the stored latents" if "latents" in batch else f"the autoencoder ({_FIELD})"
         self.finite = {
-            f"the autoencoder ({_FIELD})": finite([latents]),
+            source: finite([latents]),
             "the network (transformer)": finite([made.detach()]),
         }
         errors = sample_mse(made, task.target)
         metrics: dict[str, Any] = {"text_dropped": dropped.float().mean(), "latent_rms": latents.square().mean().sqrt()}
         metrics["loss_by_time"] = PerSampleLoss(errors.detach(), task.places)
         return errors.mean(), metrics
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        """Return the sounds' latents [B, C, L], float32: the posteriors' means."""
+        if "latents" in batch:
+            return batch["latents"]
+        means: torch.Tensor = self.vae.encode(to_wave(batch["sounds"]).to(self.vae.dtype)).latent_dist.mean.float()
+        return means
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the folder of a StableAudioPipeline with the EMA's weights."""

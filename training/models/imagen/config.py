@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from capstan.pipeline.config import Section
-from capstan.training.models.pixels.settings import PixelNoise, PixelSettings, Positive, Variance
+from capstan.training.models.pixels.settings import CHANNELS, PixelNoise, PixelSettings, Positive, Variance
 
 StageSampler = Literal["ddpm", "dpm++"]
+_COPIED: Final = 4  # channels of a group that `begin_as_input` takes
 
 
 class Enlarge(Section):
@@ -19,6 +20,8 @@ class Enlarge(Section):
     """The run of the stage before, or its product, whose images are enlarged; its T5 is used."""
     most: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Highest level of the noise that training adds to the small image; drawn uniformly from 0 to this."""
+    start: Literal["random", "image"] = "random"
+    """What the network returns before it has learnt anything: noise (random), or the small image, enlarged (image)."""
 
 
 class StageNoise(PixelNoise):
@@ -73,6 +76,20 @@ class ImagenSettings(PixelSettings):
         if self.variance == "learned" and self.sampling.sampler not in (None, "ddpm"):
             raise ValueError(
                 f"variance learned is used by sampler ddpm alone, not by {self.sampling.sampler}; use ddpm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_begin_as_image(self) -> ImagenSettings:
+        if self.enlarge is None or self.enlarge.start == "random":
+            return self
+        if self.noise.prediction != "sample":
+            raise ValueError("enlarge.start image is a prediction of the image; set noise.prediction: sample")
+        groups, channels = self.unet.norm_num_groups, self.unet.block_out_channels[0]
+        if groups < CHANNELS or channels // groups < _COPIED:
+            raise ValueError(
+                f"enlarge.start image needs {CHANNELS} groups of {_COPIED} channels, and unet.norm_num_groups {groups}"
+                f" makes groups of {channels // groups}; use e.g. norm_num_groups 4 with 16 channels or more"
             )
         return self
 

@@ -24,6 +24,7 @@ from capstan.training.models.diffusion.config import EncoderSettings
 from capstan.training.models.diffusion.load_text_encoder import load_text_encoder
 from capstan.training.models.diffusion.text_encoders import TextEncoder, TextEncoders
 from capstan.training.models.imagen.config import ImagenSettings
+from capstan.training.models.imagen.copying import begin_as_input
 from capstan.training.models.imagen.drawer import CascadeDrawer
 from capstan.training.models.imagen.networks import BaseNet, SuperNet
 from capstan.training.models.imagen.noising import NoisedImages, shrunk
@@ -38,6 +39,7 @@ from capstan.training.models.imagen.stages import (
 from capstan.training.models.noise.drawer import export_pipeline
 from capstan.training.models.pixels.family import PixelFamily
 from capstan.training.models.pixels.process import PixelDdpm
+from capstan.training.models.pixels.settings import CHANNELS
 from capstan.training.product import find_product, write_facts
 
 _AFTER = "train.imagen.enlarge.after"
@@ -76,6 +78,8 @@ class ImagenFamily(PixelFamily):
         )
         backbone = (BaseNet if enlarge is None else SuperNet)(settings.unet, section=self.name)
         self.build(train, assets, process, backbone, self.text_encoder(train))
+        if enlarge is not None and enlarge.start == "image":
+            begin_as_input(self.model.net, CHANNELS)
 
     @classmethod
     def text_encoder(cls, train: TrainConfig) -> TextEncoders:

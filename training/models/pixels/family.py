@@ -26,14 +26,12 @@ from capstan.training.models.noise.objectives import drop_rows, predicted_x0, sa
 from capstan.training.models.noise.process import Task
 from capstan.training.models.noise.schedulers import STEPS, check_all_steps
 from capstan.training.models.pixels.process import PixelDdpm
-from capstan.training.models.pixels.settings import PixelSettings
+from capstan.training.models.pixels.settings import CHANNELS, PixelSettings
 from capstan.training.models.pixels.unet import PixelNet
 from capstan.training.models.pixels.variance import Posterior
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.text_embeddings import states_of
 from capstan.training.product import quieten, read_facts
-
-CHANNELS = 3
 
 
 class PixelFamily(Family):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
 from capstan.pipeline.config import Section
 from capstan.training.config.families import Crop, FamilySettings
 from capstan.training.models.noise import settings as noise_settings
+
+CHANNELS: Final = 3  # of an image
 
 Positive = Annotated[int, Field(ge=1)]
 Variance = Literal["fixed_small", "fixed_large", "learned"]

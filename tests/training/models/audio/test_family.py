@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,15 +19,21 @@ from safetensors.torch import load_file
 
 from capstan.cluster import cli
 from capstan.pipeline.config import Recipe
+from capstan.pipeline.dataset.shards import Dataset
 from capstan.pipeline.errors import RecipeError
+from capstan.pipeline.storage import Storage
+from capstan.training.config import TrainConfig
+from capstan.training.data.dataset import TrainingData
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
 from capstan.training.launch import train
 from capstan.training.models.audio.config import SoundSampling
+from capstan.training.models.audio.family import AudioFamily
 from capstan.training.models.audio.model import noised, scheduler_of
 from capstan.training.models.oobleck.config import OobleckSettings
 from capstan.training.models.oobleck.family import OobleckFamily, load_oobleck
 from capstan.training.models.oobleck.model import build, reconstruct, spectral_difference, standardise
+from capstan.training.precomputed.latents import LatentsJob, plan, reader
 from capstan.training.sample import open_sampler, sample
 from capstan.training.trainer import fit
 
@@ -215,3 +222,38 @@ def test_a_wrong_setting_ends_with_its_field(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert cli.run(["train", str(tmp_path / "recipe.yaml")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_sounds_encoded_ahead_are_those_of_the_files(make: Make, stage: Path, tmp_path: Path) -> None:
+    recipe = make("ahead")
+    config, dataset = TrainConfig.from_recipe(recipe), Dataset(Storage(recipe.dataset))
+    job = LatentsJob(dataset, config, plan(config, dataset), recipe.resources)
+    assert not {"size", "buckets"} & set(job.identity)
+    job.storage.write(f"{job.folder}/recipe.json", json.dumps(job.identity).encode())
+    apply = job.model()
+    for entry in dataset.manifest.shards:
+        job.commit(unit := job.unit(entry), [apply(piece) for piece in job.prepare(unit)])
+    data = TrainingData(dataset, config.data, 0, layer=None, parts=AudioFamily.reads)
+    latents = reader(job.storage, job.encoder)
+    ahead = TrainingData(dataset, config.data, 0, layer=None, latents=latents, parts=AudioFamily.reads)
+    (assets := tmp_path / "assets").mkdir()
+    AudioFamily.make_assets(config, data, assets)
+    family = AudioFamily(config, assets)
+    read, stored = (family.prepare([some.sample(index) for index in range(4)]) for some in (data, ahead))
+    torch.testing.assert_close(read["seconds"], stored["seconds"], atol=1e-3, rtol=0)
+    with torch.no_grad():
+        draws = (torch.Generator().manual_seed(0) for _ in range(2))
+        first, second = (family.loss(family.model, batch, next(draws))[0] for batch in (read, stored))
+    assert float(first) == pytest.approx(float(second), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [({"part": "random"}, r"^train\.audio\.part"), ({"seconds": None}, "seconds")]
+)
+def test_sounds_of_no_fixed_start_or_length_have_no_latents_ahead(
+    make: Make, stage: Path, setting: dict[str, Any], said: str
+) -> None:
+    recipe = make("wrong", **setting)
+    recipe = recipe.model_copy(update={"train": recipe.train | {"data": {"layer": None, "latents": "auto"}}})
+    with pytest.raises(RecipeError, match=said):
+        TrainConfig.from_recipe(recipe)
