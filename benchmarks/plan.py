@@ -36,11 +36,14 @@ SCRATCH_EVERY_S = 0.5
 PLAN = """
 import json, sys, time
 from capstan.pipeline.config import Recipe
-from capstan.pipeline.source import plan_on_workers
+from capstan.pipeline.source import plan as planning, plan_on_workers
 from capstan.pipeline.source.plan import plan
 from capstan.pipeline.storage import Storage
 source, dataset, workers, executor = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-plan_on_workers.SMALL_ROWS = 0 if workers else 1 << 60
+if workers:
+    plan_on_workers.SMALL_ROWS = 0
+else:
+    planning.on_workers = lambda parts: False
 resources = {"executor": executor, "cpus": max(1, workers)}
 recipe = Recipe.model_validate({"dataset": dataset, "source": {"path": source}, "resources": resources})
 start = time.monotonic()

@@ -1,12 +1,12 @@
 """A soak: build, score, recaption and encode on a Ray cluster of several nodes, with nodes and drivers lost on the way.
 
-    python benchmarks/soak.py [--units 200] [--workers 4] [--sleep 0.2]
+    python benchmarks/soak.py [--units 200] [--workers 4] [--rows 4] [--sleep 0.2]
 
 Nodes are process trees of this machine: a head that runs no work, and workers of one CPU each. Models sleep. In every
-stage one node is killed, with all that runs on it, and another one comes; later the driver is killed, and the same
-command is run again. At the end every file that users rely on is compared with that of an untouched run on this machine
-without Ray. Of each stage's last driver the growth of its memory is measured, from the moment when a tenth of its units
-had ended.
+stage the driver is killed after an eighth of the units, and the same command is run again; later one node is killed,
+with all that runs on it, and another one comes. At the end every file that users rely on is compared with that of an
+untouched run on this machine without Ray. The memory of each stage's last driver is noted whenever units of the stage's
+job end: its mean over each quarter of them says whether it grows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from capstan.pipeline.units.workers import Ended
 
 SLEEP = "CAPSTAN_SOAK_SLEEP_S"  # see soak_models
 STAGES = {"build": "ingest-", "score": "score", "recaption": "recaption-", "encode": "latents-"}  # and their markers
-ROWS = 4  # of a unit, and of a shard
 COMPARED = ("shards/", "ledger/", "scores/", "captions/", "latents/")
 SEEN_SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 PATHS = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -57,15 +56,15 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
-def recipe_of(folder: Path, name: str, executor: str = "auto") -> Path:
-    """Write the recipe of the dataset `name`."""
+def recipe_of(folder: Path, name: str, rows: int, executor: str = "auto") -> Path:
+    """Write the recipe of the dataset `name`, with `rows` rows in a unit and in a shard."""
     content = {
         "dataset": str(folder / name),
         "source": {"path": str(folder / "rows.parquet"), "image": "image"},
         "image": {"size": 16, "min_size": 8},
         "dedup": {"perceptual": None},
-        "unit": {"rows": ROWS},
-        "shards": {"samples": ROWS},
+        "unit": {"rows": rows},
+        "shards": {"samples": rows},
         "resources": {"gpus": 0, "model_workers": 2, "executor": executor},
         "recaption": {"engine": "openai", "model": "sleeping", "server": {"url": "http://127.0.0.1:9/v1"}},
         "train": {"model": "soak_models:SleepingFamily", "run": str(folder / "run"), "steps": 1, "batch": 1},
@@ -79,9 +78,10 @@ def recipe_of(folder: Path, name: str, executor: str = "auto") -> Path:
 
 
 class Memory:
-    """Growth of this process's memory while units end on Ray, in MiB."""
+    """This process's memory while units of the jobs whose names begin with `prefix` end on Ray."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
         self._seen: list[tuple[int, int]] = []  # units that have ended, and bytes
         self._process, self._stream = psutil.Process(), RayWorkers.stream
         RayWorkers.stream = self._watched(self._stream)  # type: ignore[method-assign]
@@ -90,22 +90,23 @@ class Memory:
         def watched(workers: RayWorkers, units: Sequence[Any]) -> Iterator[list[Ended]]:
             for ended in stream(workers, units):
                 yield ended
-                count = self._seen[-1][0] if self._seen else 0
-                self._seen.append((count + len(ended), self._process.memory_info().rss))
+                if workers.job.name.startswith(self._prefix):
+                    count = self._seen[-1][0] if self._seen else 0
+                    self._seen.append((count + len(ended), self._process.memory_info().rss))
 
         return watched
 
     def costs(self) -> dict[str, float]:
-        if not self._seen:
-            return {"units": 0, "grew": 0.0, "peak": self._process.memory_info().rss / 2**20}
-        units, first = self._seen[-1][0], next(size for count, size in self._seen if count * 10 >= self._seen[-1][0])
-        peak = max(size for _, size in self._seen)
-        return {"units": units, "grew": (peak - first) / 2**20, "peak": peak / 2**20}
+        """Return the number of units, and the mean memory (MiB) over each quarter of them."""
+        seen = [(count, size) for count, size in self._seen if count]
+        units = seen[-1][0] if seen else 0
+        quarters = [[size for count, size in seen if 4 * (count - 1) // units == n] for n in range(4)]
+        return {"units": units, **{f"quarter {n + 1}": sum(q) / len(q) / 2**20 for n, q in enumerate(quarters) if q}}
 
 
 def drive(stage: str, path: str) -> None:
     """Run a stage with models that sleep; print what it cost."""
-    recipe, memory = Recipe.model_validate(yaml.safe_load(Path(path).read_text())), Memory()
+    recipe, memory = Recipe.model_validate(yaml.safe_load(Path(path).read_text())), Memory(STAGES[stage])
     if stage == "build":
         build.build(recipe, progress=False)
     elif stage == "score":
@@ -150,7 +151,7 @@ class Soak:
         self.workers.append(self._start())
 
     def run(self, stage: str, recipe: Path, units: int) -> dict[str, float]:
-        """Run a stage; lose a node after a quarter of its units, and the driver after half of them."""
+        """Run a stage; lose the driver after an eighth of its units, and a node after half of them."""
         storage, started = Storage(str(recipe.with_suffix(""))), time.perf_counter()
         env = self.env | self.nodes.driver_env()
         driver = start(stage, recipe, env)
@@ -158,14 +159,14 @@ class Soak:
         replacing = threading.Thread(target=self.replace)
         while driver.poll() is None:
             done = committed(storage, STAGES[stage])
-            if done >= units // 4 and not lost["nodes"]:
-                lost["nodes"] += 1
-                replacing.start()
-            if done >= units // 2 and not lost["drivers"]:
+            if done >= max(1, units // 8) and not lost["drivers"]:
                 lost["drivers"] += 1
                 driver.kill()
                 driver.wait()
                 driver = start(stage, recipe, env)
+            if done >= units // 2 and not lost["nodes"]:
+                lost["nodes"] += 1
+                replacing.start()
             time.sleep(0.2)
         output, _ = driver.communicate()
         if lost["nodes"]:
@@ -200,13 +201,13 @@ def untouched(recipe: Path, env: dict[str, str]) -> None:
         assert done.returncode == 0, stage
 
 
-def soak(units: int, workers: int, sleep_s: float) -> list[dict[str, Any]]:
+def soak(units: int, rows: int, workers: int, sleep_s: float) -> list[dict[str, Any]]:
     """Return what each stage cost, and how many of its files differ from those of the untouched run."""
     with tempfile.TemporaryDirectory(prefix="capstan-soak-") as name:
         folder = Path(name)
-        rows = [{"image": jpeg(n), "caption": f"image {n}"} for n in range(units * ROWS)]
-        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-        touched, sound = recipe_of(folder, "touched"), recipe_of(folder, "untouched", "processes")
+        images = [{"image": jpeg(n), "caption": f"image {n}"} for n in range(units * rows)]
+        pq.write_table(pa.Table.from_pylist(images), folder / "rows.parquet")
+        touched, sound = recipe_of(folder, "touched", rows), recipe_of(folder, "untouched", rows, "processes")
         found = list[dict[str, Any]]()
         cluster = Soak(folder, workers, sleep_s)
         with cluster.nodes, ThreadPoolExecutor() as pool:
@@ -224,17 +225,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=200, help="units of each stage (default: 200)")
     parser.add_argument("--workers", type=int, default=4, help="nodes besides the head (default: 4)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a unit and of a shard (default: 4)")
     parser.add_argument("--sleep", type=float, default=0.2, metavar="S", help="seconds of a model's batch")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         drive(*arguments.child)
         return
-    *stages, end = soak(arguments.units, arguments.workers, arguments.sleep)
-    print("| stage | nodes lost | drivers killed | seconds | last driver: units | grew by MiB | peak MiB |")
-    print("|---|---|---|---|---|---|---|")
+    *stages, end = soak(arguments.units, arguments.rows, arguments.workers, arguments.sleep)
+    print("| stage | nodes lost | drivers killed | seconds | last driver: units | its memory by quarter of them, MiB |")
+    print("|---|---|---|---|---|---|")
     for one in stages:
-        costs = f"{one['s']:.0f} | {one['units']:.0f} | {one['grew']:.1f} | {one['peak']:.0f}"
+        quarters = ", ".join(f"{value:.1f}" for name, value in one.items() if name.startswith("quarter"))
+        costs = f"{one['s']:.0f} | {one['units']:.0f} | {quarters}"
         print(f"| {one['stage']} | {one['nodes']} | {one['drivers']} | {costs} |")
     print(f"\n{end['files']:,} files, of which {len(end['differing'])} differ from the untouched run's")
     sys.exit(1 if end["differing"] else 0)

@@ -10,8 +10,9 @@
 Rows whose key is in an earlier batch are dropped; the others become a new batch. Existing batches never change. Only
 the key is planned of rows that are blocked (see blocklist.py). The order of samples is decided here, once.
 
-If files were added to the source and none was changed or removed since, all rows of the others are in earlier batches:
-only the new files are read, and of the earlier keys those of units that may hold a new row's.
+All rows of files that are in the source as planned last are in earlier batches, so only the others are read, and of the
+earlier keys those of units that may hold one of their rows. If any was changed or removed, that is so for large sources
+only: it is not known then how many rows repeat a key.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -36,8 +37,9 @@ from capstan.pipeline.progress import Progress
 from capstan.pipeline.source import SourceReader
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.source.columns import captions_in
-from capstan.pipeline.source.plan_on_workers import BatchOnWorkers, discard, on_workers
+from capstan.pipeline.source.plan_on_workers import BatchOnWorkers, counted, discard, is_large, on_workers
 from capstan.pipeline.source.planning.batches import (
+    FileCounts,
     NewBatch,
     PlannedUnit,
     batch_name,
@@ -62,13 +64,14 @@ _SOURCE: Final = "state/plan/source.json"
 class Plan:
     """All units of all batches, in order.
 
-    The current source has `read` rows; `repeats` of them repeat a key, `captions` have a caption (None: planned by a
-    version that did not count them). `unused` counts by suffix the files and tar members that no row was made of.
+    The current source has `read` rows. `repeats` of them repeat a key (None: a large source changed, and only what
+    changed was read), `captions` have a caption (None: planned by a version that did not count them). `unused` counts
+    the files and tar members that no row was made of, by suffix.
     """
 
     units: list[PlannedUnit]
     read: int
-    repeats: int
+    repeats: int | None
     captions: int | None = None
     unused: dict[str, int] = field(default_factory=dict)
 
@@ -133,21 +136,28 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True, rows: Sourc
     before = read_plan(storage)
     batch = max((unit.batch for unit in before.units), default=-1) + 1
     files = rows.files()
-    planned = _planned_files(seen, before, files)
+    earlier = _counts_of(seen)
+    planned, exact = _planned_files(earlier, before, files)
     parts = rows.parts(planned)
     with scratch() as folder:
         if parts is not None and on_workers(parts):
             new = BatchOnWorkers(recipe, storage, rows, parts, batch).plan(folder, progress=progress)
         else:
             new = _plan_here(recipe, storage, rows, parts, before.units, batch, folder, progress)
+    counts = None
+    if files is not None and parts is not None:
+        counts = {file: earlier[file] for file in planned}
+        counts |= {part.id: count for part, count in zip(parts, new.files, strict=True)}
     made = Plan(before.units + new.units, new.read, new.repeats, new.captions, new.unused)
-    if planned:
+    if planned and exact:
         made = _added(before, made, new.units)
+    elif planned and counts is not None:
+        made = _with_unread(made, [counts[file] or [0, 0, {}] for file in planned])
     if new.units:
         write_facts(storage, batch, new.keys, new.keys_sha256)
     discard(storage)
-    counts = {"read": made.read, "repeats": made.repeats, "captions": made.captions, "unused": made.unused}
-    record = {"signature": rows.signature, **counts, "files": files}
+    sums = {"read": made.read, "repeats": made.repeats, "captions": made.captions, "unused": made.unused}
+    record = {"signature": rows.signature, **sums, "files": counts}
     storage.write(_SOURCE, json.dumps(record).encode())
     return _warned(made)
 
@@ -166,13 +176,23 @@ def _plan_here(
     unwanted, new = blocked(recipe, storage), NewBatch()
     with Progress("plan", None, unit="rows", enabled=progress) as bar:
         sort = ExternalKeySort(folder)
-        for table in rows.tables(parts=parts):
+        for table in rows.tables() if parts is None else _counted(new, rows, parts):
             new.captions += captions_in(table)
             sort.add(unwanted.without(table))
             bar.advance(len(table))
         _write_batch(new, cut(sort.sorted(known(storage, before)), recipe.unit.rows), batch, storage, folder)
     new.read, new.repeats, new.unused = sort.rows, sort.repeats, dict(rows.unused)
     return new
+
+
+def _counted(new: NewBatch, rows: SourceReader, parts: list[SourcePart]) -> Iterator[pa.Table]:
+    """Yield the rows of the files, and count those of each."""
+    for part in parts:
+        with counted(rows.reader, new.files) as count:
+            for table in rows.reader.tables(part.kind, part.file):
+                count(table)
+                yield table
+    rows.note_unused({})
 
 
 def _write_batch(new: NewBatch, tables: Iterable[pa.Table], batch: int, storage: Storage, folder: Path) -> None:
@@ -190,14 +210,33 @@ def _write_batch(new: NewBatch, tables: Iterable[pa.Table], batch: int, storage:
         storage.put(whole, keys_name(batch))
 
 
-def _planned_files(seen: Mapping[str, Any], before: Plan, files: list[str] | None) -> frozenset[str]:
-    """Return the files whose rows are all in earlier batches; none if it is not certain, or rows could not be counted.
+def _counts_of(seen: Mapping[str, Any]) -> dict[str, FileCounts | None]:
+    """Return the counts of each file of the source as planned last; None if an older version did not note them."""
+    files = seen.get("files") or {}
+    return files if isinstance(files, dict) else dict.fromkeys(files)
 
-    The batches must hold no other rows than the source as it was: a row of a new file that they have repeats one of it.
+
+def _planned_files(
+    earlier: Mapping[str, FileCounts | None], before: Plan, files: list[str] | None
+) -> tuple[frozenset[str], bool]:
+    """Return the files whose rows are all in earlier batches, and whether repeats can still be counted.
+
+    If files were added and none was changed or removed, repeats are counted, provided that the batches hold no other
+    rows than the source as it was: a row of a new file that they have repeats one of it. After any other change of a
+    large source only what changed is read, and repeats are not counted; of another source all is read.
     """
-    earlier = frozenset(seen.get("files") or ())
-    exact = before.captions is not None and before.rows == before.read - before.repeats
-    return earlier if exact and files is not None and earlier <= set(files) else frozenset()
+    exact = None not in (before.captions, before.repeats) and before.rows == before.read - (before.repeats or 0)
+    if files is not None and exact and earlier.keys() <= set(files):
+        return frozenset(earlier), True
+    unchanged = frozenset(file for file in files or () if earlier.get(file) is not None)
+    return (unchanged, False) if unchanged and is_large(before.read) else (frozenset(), True)
+
+
+def _with_unread(new: Plan, unread: list[FileCounts]) -> Plan:
+    """Return the plan of a source that has the files of the plan `new`, and others with these counts."""
+    unused = sum((Counter(each) for _, _, each in unread), Counter(new.unused))
+    rows, captions = (sum(counts[of] for counts in unread) for of in (0, 1))
+    return Plan(new.units, new.read + rows, None, (new.captions or 0) + captions, dict(unused))
 
 
 def _added(before: Plan, new: Plan, units: list[PlannedUnit]) -> Plan:
@@ -207,7 +246,7 @@ def _added(before: Plan, new: Plan, units: list[PlannedUnit]) -> Plan:
     if before.unused.get(OUTSIDE):  # of all files, whether they are new
         unused[OUTSIDE] -= before.unused[OUTSIDE]
     captions = (before.captions or 0) + (new.captions or 0)
-    return Plan(new.units, before.read + new.read, before.repeats + repeats, captions, dict(+unused))
+    return Plan(new.units, before.read + new.read, (before.repeats or 0) + repeats, captions, dict(+unused))
 
 
 def _warned(made: Plan) -> Plan:

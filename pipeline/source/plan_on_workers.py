@@ -16,18 +16,19 @@ import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from capstan.pipeline.config import Recipe, fingerprint
 from capstan.pipeline.errors import Quarantined, RecipeError
 from capstan.pipeline.source.blocklist import blocked
 from capstan.pipeline.source.columns import captions_in
-from capstan.pipeline.source.planning.batches import NewBatch, PlannedUnit, keys_name
+from capstan.pipeline.source.planning.batches import FileCounts, NewBatch, PlannedUnit, keys_name
 from capstan.pipeline.source.planning.jobs import KEYS, SIZES, CountKeys, WriteUnits
 from capstan.pipeline.source.planning.runs import RunWriter, write_index
 from capstan.pipeline.source.planning.unit_tables import Sizes, unit_rows
@@ -44,12 +45,17 @@ _KEYS_AT_ONCE: Final = 1_000_000  # of one of the second,
 _GROUP_BYTES: Final = 48 << 20  # of rows in memory of the third, and of the second if there are images
 _MANY_ROWS: Final = 50_000_000  # from here on more and smaller slices
 _FOLDER: Final = "state/planning"
-_VERSION: Final = 1  # of what the steps leave for each other
+_VERSION: Final = 2  # of what the steps leave for each other
+
+
+def is_large(rows: int) -> bool:
+    """Return whether a source of so many rows is planned with as little work as possible, by several processes."""
+    return rows > SMALL_ROWS
 
 
 def on_workers(parts: Sequence[SourcePart] | None) -> bool:
     """Return whether files of a source are planned on workers: several, with more than SMALL_ROWS rows in all."""
-    return parts is not None and len(parts) > 1 and sum(part.rows for part in parts) > SMALL_ROWS
+    return parts is not None and len(parts) > 1 and is_large(sum(part.rows for part in parts))
 
 
 class ReadFiles(Job):
@@ -65,21 +71,35 @@ class ReadFiles(Job):
         """Write the rows as runs; yield their counts, and the warnings about them."""
         reader, runs = FileReader(self.recipe, self.suffixes), RunWriter(self.storage, unit.id, self.bits)
         unwanted = blocked(self.recipe, self.dataset)
-        read = captions = images = 0
+        files, images = list[FileCounts](), 0
         with _noted_warnings() as warnings:
             for kind, *fields in unit.spec["files"]:
-                for table in reader.tables(kind, SourceFile(*fields)):
-                    read, captions = read + len(table), captions + captions_in(table)
-                    images += len(table) - table["image"].null_count
-                    runs.add(unwanted.without(table))
-                    report({"samples": len(table)})
+                with counted(reader, files) as count:
+                    for table in reader.tables(kind, SourceFile(*fields)):
+                        count(table)
+                        images += len(table) - table["image"].null_count
+                        runs.add(unwanted.without(table))
+                        report({"samples": len(table)})
         runs.flush()
-        counts = {"read": read, "captions": captions, "images": images, "nbytes": runs.nbytes}
-        yield counts | {"runs": runs.names, "unused": dict(reader.unused), "warnings": warnings}
+        counts = {"read": sum(rows for rows, *_ in files), "images": images, "nbytes": runs.nbytes}
+        yield counts | {"files": files, "runs": runs.names, "warnings": warnings}
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (facts,) = pieces
         return facts
+
+
+@contextlib.contextmanager
+def counted(reader: FileReader, files: list[FileCounts]) -> Iterator[Callable[[pa.Table], None]]:
+    """Append the counts of the file that is read meanwhile to `files`; yield what counts its rows."""
+    before, counts = Counter(reader.unused), [0, 0]
+
+    def count(rows: pa.Table) -> None:
+        counts[0] += len(rows)
+        counts[1] += captions_in(rows)
+
+    yield count
+    files.append([*counts, dict(reader.unused - before)])
 
 
 class _Noted(logging.Handler):
@@ -158,14 +178,14 @@ class BatchOnWorkers:
 
     def _counted(self, read: Sequence[dict[str, Any]]) -> NewBatch:
         """Return the counts of all files together; log what workers said of them."""
-        unused = Counter[str]()
-        for facts in read:
-            unused.update(facts["unused"])
-            for text in facts["warnings"]:
-                log.warning("%s", text)
-        self._rows.note_unused(unused)
-        captions = sum(facts["captions"] for facts in read)
-        return NewBatch(read=sum(facts["read"] for facts in read), captions=captions, unused=dict(self._rows.unused))
+        made = NewBatch(files=[counts for facts in read for counts in facts["files"]])
+        for _, _, unused in made.files:
+            self._rows.note_unused(unused)
+        for text in (text for facts in read for text in facts["warnings"]):
+            log.warning("%s", text)
+        made.read, made.captions = (sum(counts[of] for counts in made.files) for of in (0, 1))
+        made.unused = dict(self._rows.unused)
+        return made
 
     def _lengths(self, keys: Sequence[tuple[str, int]], images: bool) -> Iterator[Sizes | int]:
         """Yield the sizes of the embedded images of each range of keys; without images, only its number of rows."""

@@ -110,11 +110,15 @@ class FileReader:
 
 @dataclass(frozen=True, slots=True)
 class SourcePart:
-    """A table or a tar of the source, its format, and about how many rows take as long to plan as its rows."""
+    """A table or a tar of the source, its format, about how many rows take as long to plan as its rows, and its id.
+
+    The id changes with the file and with how it is read.
+    """
 
     kind: str
     file: SourceFile
     rows: int
+    id: str
 
 
 class SourceReader:
@@ -168,14 +172,14 @@ class SourceReader:
         parts, found, left, first = list[SourcePart](), 0, 0, ""
         with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
             for batch in self._files():
-                chosen = list(choice.of(batch))
-                other = [file.path for kind, file in chosen if not kind]
+                named = list(choice.of(batch))
+                other = [file.path for kind, file in named if not kind]
                 left, first = left + len(other), first or next(iter(other), "")
-                pairs = [(kind, file) for kind, file in chosen if kind]
+                pairs = [(kind, file) for kind, file in named if kind]
                 found += len(pairs)
-                pairs = [pair for pair in pairs if not without or self._id(*pair) not in without]
-                rows = pool.map(lambda pair: self._reader.check(*pair), pairs)
-                parts += [SourcePart(*pair, count) for pair, count in zip(pairs, rows, strict=True)]
+                chosen = [(pair, name) for pair in pairs if (name := self._id(*pair)) not in without]
+                rows = pool.map(lambda one: self._reader.check(*one[0]), chosen)
+                parts += [SourcePart(*pair, count, name) for (pair, name), count in zip(chosen, rows, strict=True)]
         if not found:
             hint = f"set it to one of {', '.join([*_TABLES, 'webdataset', 'folder'])}"
             raise RecipeError("source.format", f"cannot tell the format of {first}", hint)
@@ -195,7 +199,7 @@ class SourceReader:
         return self._reader
 
     def files(self) -> list[str] | None:
-        """Return an id of each file that is read, which changes with it and with how it is read.
+        """Return the id (see SourcePart) of each file that is read.
 
         None if rows are of no single file, as in a folder of images, or if there are more than `_MOST_FILES`.
         """

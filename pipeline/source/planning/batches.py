@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +46,15 @@ class PlannedUnit:
         return f"state/plan/batch-{self.batch:04d}/unit-{self.id}.parquet"
 
 
+FileCounts = list[Any]  # [rows, captions, unused]: JSON
+
+
 @dataclass
 class NewBatch:
     """What a batch was made of: `read` rows, of which `repeats` repeat a key and `captions` have a caption.
 
-    `keys` are the facts of each unit's keys, `keys_sha256` is that of all; `unused` as in `plan.Plan`.
+    `keys` are the facts of each unit's keys, `keys_sha256` is that of all; `unused` as in `plan.Plan`. `files` are the
+    counts of each file that was read, in order: its rows, those with a caption, and what of it was not used.
     """
 
     units: list[PlannedUnit] = field(default_factory=list)
@@ -60,6 +64,7 @@ class NewBatch:
     repeats: int = 0
     captions: int = 0
     unused: dict[str, int] = field(default_factory=dict)
+    files: list[FileCounts] = field(default_factory=list)
 
 
 def batch_name(batch: int) -> str:

@@ -1,5 +1,6 @@
 """Planning: keys once, sorted, cut into units; new rows make a new batch and move nothing."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.records import PLAN_SCHEMA
 from capstan.pipeline.source import plan as planning
-from capstan.pipeline.source import reader, tables
+from capstan.pipeline.source import plan_on_workers, reader, tables
 from capstan.pipeline.source.plan import plan, read_plan
 from capstan.pipeline.source.planning import external_sort, known_keys, unit_tables
 from capstan.pipeline.storage import Storage
@@ -157,6 +158,18 @@ def folder_of(path: Path, parts: dict[str, list[int]]) -> Path:
     return path
 
 
+def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the names of text files are added as they are read."""
+    read, txt = list[str](), reader._TABLES["txt"]
+
+    def noting(file: Any, *more: Any) -> Any:
+        read.append(Path(file.path).name)
+        return txt(file, *more)
+
+    monkeypatch.setitem(reader._TABLES, "txt", noting)
+    return read
+
+
 def test_only_files_that_were_added_are_read(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is as if all had been read: units, and counts of rows and repeats."""
     source = folder_of(tmp_path / "urls", {"a.txt": list(range(25)), "b.txt": [*range(20, 40), 20]})
@@ -165,16 +178,9 @@ def test_only_files_that_were_added_are_read(storage: Storage, tmp_path: Path, m
     shutil.copytree(storage.url, tmp_path / "whole")
     whole = Storage(str(tmp_path / "whole"))
     with monkeypatch.context() as forgetful:
-        forgetful.setattr(planning, "_planned_files", lambda *_: frozenset())
+        forgetful.setattr(planning, "_planned_files", lambda *_: (frozenset(), True))
         expected = plan(recipe(source, whole), whole, progress=False)
-    read = list[str]()
-    txt = reader._TABLES["txt"]
-
-    def noting(file: Any, *more: Any) -> Any:
-        read.append(Path(file.path).name)
-        return txt(file, *more)
-
-    monkeypatch.setitem(reader._TABLES, "txt", noting)
+    read = noted_reads(monkeypatch)
     made = plan(recipe(source, storage), storage, progress=False)
     assert read == ["c.txt"]
     assert made == expected
@@ -197,6 +203,51 @@ def test_all_files_are_read_after_any_other_change(storage: Storage, tmp_path: P
     made = plan(wanted, storage, progress=False)
     assert made.read == {"changed": 42, "removed": 27, "settings": 42}[change]
     assert made.repeats == 1
+
+
+@pytest.mark.parametrize("change", ["changed", "removed", "both"])
+def test_of_a_large_source_only_what_changed_is_read(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The plan is as if all had been read, but that it is not known how many rows repeat a key."""
+    source = folder_of(tmp_path / "urls", {"a.txt": list(range(25)), "b.txt": list(range(25, 40)), "c.txt": [3, 41]})
+    plan(recipe(source, storage), storage, progress=False)
+    if change != "removed":
+        write(source / "b.txt", list(range(30, 45)))
+    if change != "changed":
+        (source / "c.txt").unlink()
+    shutil.copytree(storage.url, tmp_path / "whole")
+    whole = Storage(str(tmp_path / "whole"))
+    expected = plan(recipe(source, whole), whole, progress=False)
+    read = noted_reads(monkeypatch)
+    monkeypatch.setattr(plan_on_workers, "SMALL_ROWS", 10)
+    monkeypatch.setattr(planning, "on_workers", lambda _: False)
+    made = plan(recipe(source, storage), storage, progress=False)
+    assert read == {"changed": ["b.txt"], "removed": [], "both": ["b.txt"]}[change]
+    assert made == dataclasses.replace(expected, repeats=None)
+    assert files(storage) == files(whole)
+    assert read_plan(storage) == made
+
+    folder_of(source, {"d.txt": [50, 51], "e.txt": [50]})
+    read.clear()
+    grown = plan(recipe(source, storage), storage, progress=False)
+    assert read == ["d.txt", "e.txt"]
+    assert (grown.read, grown.repeats, grown.rows) == (made.read + 3, None, made.rows + 2)
+
+
+def test_the_counts_of_files_of_an_older_version_are_not_known(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_of(tmp_path / "urls", {"a.txt": list(range(25)), "b.txt": list(range(25, 40))})
+    plan(recipe(source, storage), storage, progress=False)
+    seen = storage.read_json("state/plan/source.json", "")
+    storage.write("state/plan/source.json", json.dumps(seen | {"files": list(seen["files"])}).encode())
+    write(source / "b.txt", list(range(30, 45)))
+    read = noted_reads(monkeypatch)
+    monkeypatch.setattr(plan_on_workers, "SMALL_ROWS", 10)
+    monkeypatch.setattr(planning, "on_workers", lambda _: False)
+    assert plan(recipe(source, storage), storage, progress=False).repeats == 0
+    assert read == ["a.txt", "b.txt"]
 
 
 def test_keys_that_were_damaged_are_written_again_from_the_tables(storage: Storage, urls: Path) -> None:
