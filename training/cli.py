@@ -44,7 +44,7 @@ GuidanceOption = Annotated[
 ]
 FeaturesOption = Annotated[
     Path | None,
-    typer.Option("--features", metavar="FILE", help="Network for fid, kid: .pth, .safetensors, open_nsfw."),
+    typer.Option("--features", metavar="FILE", help="Network for fid, kid, fad: .pth, .safetensors, open_nsfw."),
 ]
 TorchScriptOption = Annotated[
     bool, typer.Option("--trust-torchscript", help="Run the program in a TorchScript file (.pt).")

@@ -196,11 +196,12 @@ def _judges(
     section = (recipe.train if recipe is not None else None) or {}
     from_recipe = (section.get("watch") or {}).get("evaluate") or {}
     settings |= {name: from_recipe[name] for name in ("kid", "cmmd") if from_recipe.get(name) is not None}
-    for name, given in (("clip", clip), ("fid", fid)):
+    for name, given in (("clip", clip), ("fid", fid), ("fad", fid if "fad" in measures else None)):
         settings[name] = from_recipe.get(name) if given is None else given.model_dump()
         if given is None and settings[name] is not None:  # a run may be a stranger's, and so cannot vouch for a program
             settings[name] = {key: value for key, value in settings[name].items() if key != "trust_torchscript"}
     networks = {"clip": ("clip",), "cmmd": ("cmmd", "clip"), "fid": ("fid",), "kid": ("fid",), "consistency": ("clip",)}
+    networks["fad"] = ("fad",)
     for name in measures:
         if name in networks and all(settings.get(network) is None for network in networks[name]):
             hint = "add --clip MODEL" if name in ("clip", "cmmd", "consistency") else "add --features FILE"

@@ -11,8 +11,8 @@ from capstan.pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=1)]
-Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world", "layout", "consistency"]
-_LOWER_IS_BETTER = ("fid", "kid", "kid_std", "cmmd", "background_tv", "colours_tv")
+Measure = Literal["oracle", "clip", "fid", "kid", "cmmd", "world", "layout", "consistency", "fad"]
+_LOWER_IS_BETTER = ("fid", "fad", "kid", "kid_std", "cmmd", "background_tv", "colours_tv")
 _INCEPTION_FEATURES = 2048  # FID of no more images than features is mostly bias
 
 
@@ -78,6 +78,8 @@ class Evaluate(Section):
     """The CLIP that judges images and prompts (clip, cmmd), and frames of clips (consistency); null: none."""
     fid: Fid | None = None
     """The feature network of FID and KID; null: none."""
+    fad: Fid | None = None
+    """The feature network (.pt) of the sounds of films, or of sounds alone; null: none."""
     kid: Kid = Kid()
     """Subsets over which KID is computed."""
     cmmd: ClipSettings | None = None
@@ -91,8 +93,9 @@ class Evaluate(Section):
             object.__setattr__(self, "measures", measures)  # sections are frozen
         clip, fid = "clip: {model: ./clip}", "fid: {features: ./inception.pth}"
         there = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "cmmd": self.cmmd or self.clip}
-        there["consistency"] = self.clip
+        there |= {"consistency": self.clip, "fad": self.fad}
         needed = {"clip": clip, "fid": fid, "kid": fid, "cmmd": f"cmmd: {clip[6:]}", "consistency": clip}
+        needed["fad"] = "fad: {features: ./vggish.pt}"
         for name, example in needed.items():
             if name in measures and there[name] is None:
                 raise ValueError(f"measure {name} needs {example}")
@@ -107,6 +110,8 @@ class Evaluate(Section):
             chosen.append("kid")
             if self.count > _INCEPTION_FEATURES and not self.fid.features.endswith(".pt"):
                 chosen.append("fid")
+        if self.fad is not None:
+            chosen.append("fad")
         if not chosen:
             raise ValueError(
                 "names no network to measure with; set clip: {model: ./clip}, or measures: [oracle] for format: world"
@@ -121,7 +126,7 @@ class Evaluate(Section):
         """
         cmmd = self.cmmd or self.clip
         judges = {"clip": self.clip, "fid": self.fid, "kid": self.fid, "kid_std": self.fid, "cmmd": cmmd}
-        judge = {**judges, "consistency": self.clip}.get(measure)
+        judge = {**judges, "consistency": self.clip, "fad": self.fad}.get(measure)
         settings = None if judge is None else judge.model_dump(mode="json", exclude={"trust_torchscript"})
         if settings is not None and measure in ("kid", "kid_std"):
             settings |= self.kid.model_dump(mode="json")

@@ -150,7 +150,7 @@ class MediaDistance(Metric):
     """Fréchet distance of clips (FVD, Unterthiner et al. 2019) or sounds (FAD, Kilgour et al. 2019).
 
     The network is a TorchScript file that the user names: of clips, uint8 [N, 3, frames, H, W], or sounds, float32
-    [N, channels, values] → features [N, F]. Clips of films are judged, not their sounds.
+    [N, channels, values] → features [N, F]. Of films it judges the clips, and SoundDistance the sounds.
     """
 
     name: ClassVar[str] = "fid"
@@ -233,7 +233,19 @@ class MediaDistance(Metric):
             for kind in ("drawn", "true")
         )
         self.known = self.known or true
-        return {"fid": frechet(*(_moments(sums) for sums in (drawn, self.known)))}
+        return {self.name: frechet(*(_moments(sums) for sums in (drawn, self.known)))}
+
+
+class SoundDistance(MediaDistance):
+    """Fréchet distance of sounds (FAD, Kilgour et al. 2019): of films those that they have, or of sounds alone."""
+
+    name: ClassVar[str] = "fad"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"film", "sound"})
+
+    def seen(self, drawn: Drawn) -> np.ndarray:
+        if drawn.sounds is not None:
+            drawn = Drawn("sound", drawn.sounds, rate=drawn.rate)
+        return super().seen(drawn)
 
 
 _SOUND_DIMS: Final = 3  # of sounds [N, values, channels]

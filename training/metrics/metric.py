@@ -97,7 +97,7 @@ def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Met
     from capstan.training.metrics.clip_score import ClipScore, FrameConsistency
     from capstan.training.metrics.clips import ClipOracle
     from capstan.training.metrics.cmmd import ClipDistance
-    from capstan.training.metrics.fid import FrechetDistance, MediaDistance
+    from capstan.training.metrics.fid import FrechetDistance, MediaDistance, SoundDistance
     from capstan.training.metrics.kid import KernelDistance
     from capstan.training.metrics.layout import LayoutScore
     from capstan.training.metrics.oracle import OracleScore
@@ -120,6 +120,8 @@ def make_metrics(wanted: Evaluate, field: str, kind: Kind = "image") -> list[Met
         elif name == "fid" and wanted.fid is not None:
             distance = FrechetDistance if kind in ("image", "scene") else MediaDistance
             metrics.append(distance(wanted.fid, f"{field}.fid"))
+        elif name == "fad" and wanted.fad is not None:
+            metrics.append(SoundDistance(wanted.fad, f"{field}.fad"))
         elif name == "kid" and wanted.fid is not None:
             metrics.append(KernelDistance(wanted.kid, wanted.fid, f"{field}.fid"))
         elif name == "cmmd" and (judge := wanted.cmmd or wanted.clip) is not None:

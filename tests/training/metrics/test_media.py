@@ -16,7 +16,7 @@ from capstan.training.data.sounds import Form
 from capstan.training.drawing.drawer import Drawn
 from capstan.training.metrics.ceiling import ceiling
 from capstan.training.metrics.clip_score import FrameConsistency
-from capstan.training.metrics.fid import MediaDistance, frechet
+from capstan.training.metrics.fid import MediaDistance, SoundDistance, frechet
 from capstan.training.metrics.metric import check_kinds, make_metrics, single_worker
 from capstan.training.metrics.samples import EvalSet
 
@@ -76,7 +76,7 @@ def distance(metric: MediaDistance, truth: EvalSet, drawn: Drawn) -> float:
     with metric.ready(torch.device("cpu")):
         for start in range(0, len(seen), 16):
             metric.add(truth, range(start, min(len(seen), start + 16)), seen[start : start + 16])
-        return metric.result(single_worker)["fid"]
+        return metric.result(single_worker)[metric.name]
 
 
 def clips(media: Media) -> Drawn:
@@ -111,6 +111,22 @@ def test_sounds_and_the_distance_of_two_halves(tmp_path: Path) -> None:
     unused.seen(drawn)
     halves = ceiling(unused, truth, SIDE, device=torch.device("cpu"), batch=8, total=single_worker)
     assert 0 < halves["fid"] < 0.1
+
+
+def test_the_sounds_of_films_have_a_distance_of_their_own(tmp_path: Path) -> None:
+    metric = SoundDistance(script(OfSounds(), tmp_path / "net.pt"), "x")
+    truth, other = Media(40, 0), Media(40, 1)
+    film = Drawn("film", other.all, fps=8.0, rate=100, sounds=truth.heard)
+    assert metric.name == "fad"
+    assert distance(metric, truth, film) == pytest.approx(0, abs=1e-9)  # whatever its frames are
+    alone = SoundDistance(Fid(features=str(metric.file), trust_torchscript=True), "x")
+    heard = distance(alone, truth, Drawn("sound", other.heard, rate=100))
+    assert heard > 0
+    assert distance(metric, truth, Drawn("film", truth.all, fps=8.0, rate=100, sounds=other.heard)) == heard
+    wanted = Evaluate(count=40, fad=Fid(features="net.pt"), measures=["fad"])
+    assert [type(one) for one in make_metrics(wanted, "x", "film")] == [SoundDistance]
+    with pytest.raises(RecipeError, match="fad judges films and sounds, and this model draws clips"):
+        check_kinds([metric], "clip", "x")
 
 
 @pytest.mark.parametrize(
