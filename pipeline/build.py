@@ -19,8 +19,9 @@ from capstan.pipeline.ingest.job import Ingest, Staged, clean
 from capstan.pipeline.ingest.retry_rows import FREED, RetryRound, begin_retry, end_retry, parse_reasons
 from capstan.pipeline.ingest.staging import free, may_be_freed, staged_units
 from capstan.pipeline.lease import HeldLease, lease
+from capstan.pipeline.pack.added import decide_and_pack
 from capstan.pipeline.pack.carryover import lost_rows, packed_shards
-from capstan.pipeline.pack.job import is_current, pack
+from capstan.pipeline.pack.job import is_current
 from capstan.pipeline.pack.named_rows import row_tables
 from capstan.pipeline.pack.repair import broken_units, drop_broken
 from capstan.pipeline.pack.row_lookup import cover
@@ -341,10 +342,12 @@ def _publish(
         bad |= scored.quarantined
         clock.lap("score")
     if manifest is None or not is_current(manifest, recipe, storage, units):
-        decisions = decide(recipe, storage, units, may_write=True, progress=progress)
-        clock.lap("select")
-        held.check()
-        manifest, summary = pack(recipe, storage, decisions, scorers, progress=progress)
+
+        def decided() -> None:
+            clock.lap("select")
+            held.check()
+
+        manifest, summary = decide_and_pack(recipe, storage, units, manifest, scorers, decided, progress=progress)
         bad |= summary.quarantined
         column_blocks.cover(recipe, storage, units, progress=progress)
         clock.lap("pack")

@@ -35,7 +35,7 @@ from capstan.pipeline.pack.carryover import clear
 from capstan.pipeline.pack.named_rows import SCHEMA, find_rows, ingests
 from capstan.pipeline.pack.scrub import scrub_derived, settle_latents
 from capstan.pipeline.pack.scrub_units import scrub_units
-from capstan.pipeline.select import column_blocks
+from capstan.pipeline.select import column_blocks, kept_runs
 from capstan.pipeline.source.blocklist import (
     FOLDER,
     KINDS,
@@ -124,6 +124,7 @@ def resume(storage: Storage, *, progress: bool = False) -> Takedown | None:
         renamed = scrub_units(storage, takedown.rows, progress)
         row_lookup.follow(storage, renamed)
         column_blocks.forget(storage, takedown.units)
+        kept_runs.forget(storage, takedown.units)
         scrub_derived(storage, _PENDING, takedown.rows, _packed(storage), progress)
         _sweep(storage)
     return takedown

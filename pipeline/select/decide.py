@@ -9,7 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ from capstan.pipeline.select.conditions import (
     check_conditions,
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
-from capstan.pipeline.select.dedup import Repeats, find_repeats
+from capstan.pipeline.select.dedup import Meet, Repeats, find_repeats, renumbered
 from capstan.pipeline.select.evaluate import evaluate_conditions
 from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, NONE, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.pairs import apart
@@ -56,7 +56,7 @@ class Decided(ABC):
     """
 
     units: list[Staged]
-    key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes
+    key: npt.NDArray[np.bytes_]  # [n], 16 raw bytes; then those of earlier batches' rows that are repeated
     sha256: npt.NDArray[np.bytes_]  # [n], 32 raw bytes
     shard: npt.NDArray[np.int64]
 
@@ -93,6 +93,7 @@ class Decisions(Decided):
     repeats: Repeats
     conditions: list[str]
     funnel: list[dict[str, Any]]
+    settled: bool  # no row that was taken down, and holds its place, would repeat another
 
     @property
     def counts(self) -> dict[str, int]:
@@ -142,14 +143,30 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
+class Earlier(Protocol):
+    """The shards and the kept rows of earlier batches, to which the rows of new ones are added."""
+
+    shards: int
+    keys: npt.NDArray[np.bytes_]  # of the rows that are repeated, once `meet` is called; 16 raw bytes
+
+    @property
+    def meet(self) -> Meet:
+        """Return the function that finds rows that new rows repeat, by their numbers in `keys`."""
+
+
 def decide(
-    recipe: Recipe, storage: Storage, units: list[Staged], *, may_write: bool = False, progress: bool = True
+    recipe: Recipe,
+    storage: Storage,
+    units: list[Staged],
+    *,
+    earlier: Earlier | None = None,
+    may_write: bool = False,
+    progress: bool = True,
 ) -> Decisions:
     """Apply `recipe.select` and `recipe.dedup` to the rows of `units`, which are ordered by batch.
 
-    Many rows are read on workers if the dataset's folder may be written to.
-
-    Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
+    With `earlier`, these are the rows of new batches. Many rows are read on workers if the dataset's folder may be
+    written to. Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
     """
     assert all(_batch(one) <= _batch(other) for one, other in itertools.pairwise(units))
     check_conditions(recipe)
@@ -159,14 +176,22 @@ def decide(
     n = len(step)
     passed = which(n, lambda piece: (step[piece] == PASSED) | (step[piece] == TOMBSTONE))
     placed = which(n, lambda piece: step[piece] == TOMBSTONE)
-    repeats = _repeats(recipe, storage, units, rows, batch, passed, placed)
+    meet = None if earlier is None else earlier.meet
+    repeats = _repeats(recipe, storage, units, rows, batch, passed, meet)
+    settled = not (repeats.kept[placed] >= 0).any()
+    repeats.kept[placed], repeats.kind[placed] = -1, NONE
     kept = joined((own[repeats.kept[own] < 0] for own in (passed[piece] for piece in pieces(len(passed)))), np.int64)
     shard = _allot(units, kept, recipe.shards.samples)
     shard[placed], step[placed] = -1, BLOCKED
+    key = rows.key
+    if earlier is not None:
+        for piece in pieces(n):
+            shard[piece] += np.where(shard[piece] >= 0, earlier.shards, 0)
+        key = joined([key, earlier.keys], key.dtype)
     release(batch, step, shard, passed, kept)
     names = [condition.name for condition in recipe.select]
     funnel = _funnel(recipe, step, names, repeats)
-    return Decisions(units, rows.key, rows.sha256, shard, step, repeats, names, funnel)
+    return Decisions(units, key, rows.sha256, shard, step, repeats, names, funnel, settled)
 
 
 def _repeats(
@@ -176,25 +201,22 @@ def _repeats(
     rows: QueryResult,
     batch: npt.NDArray[np.int64],
     passed: npt.NDArray[np.int64],
-    placed: npt.NDArray[np.int64],
+    meet: Meet | None,
 ) -> Repeats:
-    """Find the rows that repeat another, comparing only those that `passed`.
-
-    A row that was taken down but holds its place (`placed`) counts as repeating none.
-    """
+    """Find the rows that repeat another, comparing only those that `passed`."""
     with scratch() as folder:
         seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
         described = None if recipe.dedup.copies is None else embeddings(storage, units, folder, scorer=DESCRIPTORS)
         colours = None if rows.colours is None else taken(rows.colours, passed)
         measures = (taken(rows.sha256, passed), taken(rows.phash, passed), colours, taken(rows.area, passed))
         different = apart(storage, taken(rows.key, passed))
-        found = find_repeats(recipe, storage, *measures, taken(batch, passed), seen, passed, described, different)
+        found = find_repeats(recipe, storage, *measures, taken(batch, passed), seen, passed, described, different, meet)
     kept, kind = filled(len(batch), -1, np.int64), filled(len(batch), NONE, np.int8)
     for piece in pieces(len(passed)):
         other, how = found.kept[piece], found.kind[piece]
-        kept[passed[piece]] = np.where((other >= 0) & (how != CONTAMINATED), passed[other], other)
+        contaminated = how == CONTAMINATED
+        kept[passed[piece]] = np.where(contaminated, other, renumbered(other, passed, len(batch)))
         kind[passed[piece]] = how
-    kept[placed], kind[placed] = -1, NONE
     release(kept, kind, passed)
     return Repeats(kept, kind, found.evaluation)
 
@@ -267,13 +289,34 @@ def _left(rows: int, losses: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
     return funnel
 
 
+def funnel_with(
+    recipe: Recipe, funnel: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a dataset's funnel once the rows of new batches are there, whose own funnel is `added`."""
+    losses = [sum(both) for both in zip(*(_losses(recipe, one) for one in (funnel, added)), strict=True)]
+    return _named(recipe, int(funnel[0]["left"]) + int(added[0]["left"]), losses)
+
+
+def _losses(recipe: Recipe, funnel: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how many rows each step removed, as numbers in the order of `_named`."""
+    losses = [int(step["lost"]) for step in funnel[1:]]
+    if len(losses) == 1 + len(recipe.select) + len(_duplicates(recipe)):
+        losses.insert(1, 0)
+    return losses
+
+
+def _named(recipe: Recipe, rows: int, losses: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the funnel by how many rows each step removed: failures, takedowns, conditions, duplicates."""
+    conditions = [condition.name for condition in recipe.select]
+    names = ["fetched and decoded", REMOVED, *conditions, *(_SHOWN[kind] for kind in _duplicates(recipe))]
+    return _left(rows, [step for step in zip(names, losses, strict=True) if step != (REMOVED, 0)])
+
+
 def funnel_without(recipe: Recipe, funnel: Sequence[Mapping[str, Any]], removed: pa.Table) -> list[dict[str, Any]]:
     """Return a dataset's funnel after a takedown of rows; `removed` holds their outcome and reason before."""
     kinds = _duplicates(recipe)
     conditions = [condition.name for condition in recipe.select]
-    losses = [int(step["lost"]) for step in funnel[1:]]
-    if len(losses) == 1 + len(conditions) + len(kinds):
-        losses.insert(1, 0)
+    losses = _losses(recipe, funnel)
     first_kind = 2 + len(conditions)
     for outcome, reason in zip(removed["outcome"].to_pylist(), removed["reason"].to_pylist(), strict=True):
         losses[1] += 1
@@ -283,9 +326,7 @@ def funnel_without(recipe: Recipe, funnel: Sequence[Mapping[str, Any]], removed:
             losses[1 if reason == REMOVED else 2 + conditions.index(reason)] -= 1
         elif outcome == DUPLICATE:
             losses[first_kind + kinds.index(REASONS.index(reason))] -= 1
-    names = ["fetched and decoded", REMOVED, *conditions, *(_SHOWN[kind] for kind in kinds)]
-    steps = [step for step in zip(names, losses, strict=True) if step != (REMOVED, 0)]
-    return _left(int(funnel[0]["left"]), steps)
+    return _named(recipe, int(funnel[0]["left"]), losses)
 
 
 _SHOWN: Final = {

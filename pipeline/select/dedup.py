@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,7 @@ from capstan.pipeline.select.near_duplicates import (
     REASONS,
     SEMANTIC,
     Duplicates,
+    Earlier,
     find_duplicates,
     near_reference,
     precedence,
@@ -68,13 +70,16 @@ Ints = npt.NDArray[np.int64]
 Embeddings = npt.NDArray[np.float16]
 Sums = npt.NDArray[np.bytes_]  # SHA-256, 32 raw bytes each
 Colours = npt.NDArray[np.uint8] | None
+# SHA-256, hashes, colours, and which rows have a hash (None: all) → what the rows repeat
+Meet = Callable[[Sums, npt.NDArray[np.uint64], Colours, npt.NDArray[np.bool_] | None], Earlier]
 
 
 @dataclass(frozen=True)
 class Repeats:
     """For each of n rows: the row that it repeats (-1: none) and how (near_duplicates.EXACT, …).
 
-    For a row that repeats an evaluation image, `kept` is the index of that image in `evaluation`.
+    For a row that repeats an evaluation image, `kept` is the index of that image in `evaluation`. n + number stands for
+    a kept row of an earlier batch (near_duplicates.Earlier).
     """
 
     kept: Ints
@@ -97,12 +102,14 @@ def find_repeats(
     places: Ints | None = None,
     descriptors: Embeddings | None = None,
     apart: Apart = NOTHING,
+    meet: Meet | None = None,
 ) -> Repeats:
     """Find repeats among n rows, ordered by batch and, within a batch, by key.
 
     `sha256` is 32 raw bytes per row, `colours` [n, phash.COLOUR_BYTES] (None: compare hashes only), `area` is in
     pixels. `embeddings` [m, d] serve `dedup.semantic`, `descriptors` [m, e] `dedup.copies`; `places` holds the rows'
-    indices in them, if they are not in order. Rows that are `apart` do not repeat each other.
+    indices in them, if they are not in order. Rows that are `apart` do not repeat each other. Rows of new batches
+    `meet` those of earlier ones.
 
     Raises RecipeError for evaluation images that cannot be read.
     """
@@ -111,16 +118,18 @@ def find_repeats(
     clean = which(n, lambda piece: contaminated[piece] < 0)
     batch = taken(batch, clean)
     order, apart = precedence(batch, taken(area, clean)), apart.take(clean)
+    values = taken(sha256, clean), taken(phash, clean), None if colours is None else taken(colours, clean)
+    known = None if hashed is None else taken(hashed, clean)
     found = find_duplicates(
         order,
-        taken(sha256, clean),
-        taken(phash, clean),
+        *values[:2],
         exact=dedup.exact,
         distance=dedup.perceptual,
-        colours=None if colours is None else taken(colours, clean),
+        colours=values[2],
         tolerance=dedup.colours or 0,
         apart=apart,
-        hashed=None if hashed is None else taken(hashed, clean),
+        hashed=known,
+        earlier=None if meet is None else meet(*values, known),
     )
     at = clean if places is None else taken(places, clean)
     if dedup.copies is not None:
@@ -133,10 +142,16 @@ def find_repeats(
     kind = made_of(n, lambda piece: np.where(contaminated[piece] >= 0, CONTAMINATED, NONE), np.int8)
     for piece in pieces(len(clean)):
         own = found.kept[piece]
-        kept[clean[piece]] = np.where(own >= 0, clean[own], -1)
+        kept[clean[piece]] = renumbered(own, clean, n)
         kind[clean[piece]] = found.kind[piece]
     release(kept, kind)
     return Repeats(kept, kind, evaluation)
+
+
+def renumbered(kept: Ints, rows: Ints, n: int) -> Ints:
+    """Return the repeated rows `kept`, which are places in `rows`, as they are among n rows; -1 stays -1."""
+    named = rows[np.clip(kept, 0, len(rows) - 1)]
+    return np.where(kept < 0, -1, np.where(kept < len(rows), named, kept - len(rows) + n))
 
 
 def _hashed(recipe: Recipe, phash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_] | None:

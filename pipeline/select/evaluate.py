@@ -8,21 +8,19 @@ a bucket, waiting for thousands of files takes longer than reading them. What is
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from capstan.pipeline.config import Recipe, Resources
-from capstan.pipeline.dataset.shards import sha256_of
-from capstan.pipeline.errors import DamagedFile, Quarantined
+from capstan.pipeline.errors import Quarantined
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.score import registry
 from capstan.pipeline.select.arrays.large_arrays import LargeArrays
+from capstan.pipeline.select.arrays.saved import Arrays, load, save
 from capstan.pipeline.select.column_blocks import SCRATCH, ColumnBlocks, Part
 from capstan.pipeline.select.conditions import Query, QueryResult
 from capstan.pipeline.storage import Storage
@@ -32,8 +30,6 @@ _BLOCK_ROWS: Final = 100_000  # evaluated together: a query costs milliseconds e
 _UNIT_ROWS: Final = 500_000  # that a worker reads at a time: half a second of work
 _ON_CLUSTER: Final = 16  # units that are worth the workers of a cluster
 _ARRAYS: Final = ("step", "key", "sha256", "area", "phash")
-
-Values = dict[str, npt.NDArray[Any]]
 
 
 def evaluate_conditions(
@@ -65,7 +61,7 @@ def evaluate_conditions(
     )
 
 
-def flat(found: QueryResult) -> Values:
+def flat(found: QueryResult) -> Arrays:
     """Return all arrays of a result by name."""
     arrays = {name: getattr(found, name) for name in _ARRAYS}
     arrays |= {} if found.colours is None else {"colours": found.colours}
@@ -73,7 +69,7 @@ def flat(found: QueryResult) -> Values:
     return arrays | {f"rank {number}": values for number, values in found.ranks.items()}
 
 
-def _read(query: Query, parts: Iterable[Part]) -> Iterator[Values]:
+def _read(query: Query, parts: Iterable[Part]) -> Iterator[Arrays]:
     """Yield the values of the parts' rows in order."""
     yield from map(flat, ahead(query.run, parts))
 
@@ -94,14 +90,11 @@ class _Evaluate(Job):
         return {**vars(self), "_query": None}
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """Publish the values; yield one piece: their SHA-256."""
+        """Publish the values; yield one piece: where they are."""
         self._query = self._query or Query(self._recipe, self.storage)
-        blocks, file = list(_read(self._query, map(_part_of, unit.spec["parts"]))), io.BytesIO()
-        for name in blocks[0]:
-            np.save(file, np.concatenate([values[name] for values in blocks]), allow_pickle=False)
-        data = file.getvalue()
-        self.storage.write(unit.spec["file"], data)
-        yield {"sha256": sha256_of(data), "values": list(blocks[0])}
+        blocks = list(_read(self._query, map(_part_of, unit.spec["parts"])))
+        values = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        yield save(self.storage, unit.spec["file"], values)
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Any]:
         (facts,) = pieces
@@ -142,7 +135,7 @@ def _pays(work: Sequence[Unit]) -> bool:
 
 def _read_on_workers(
     recipe: Recipe, query: Query, storage: Storage, work: Sequence[Unit], progress: bool
-) -> Iterator[Values]:
+) -> Iterator[Arrays]:
     """Yield the values of all units in order, read on workers."""
     storage.delete(*storage.names(SCRATCH))  # of a selection that was killed
     try:
@@ -150,7 +143,7 @@ def _read_on_workers(
         if done is None:
             yield from _read(query, (_part_of(one) for unit in work for one in unit.spec["parts"]))
         else:
-            yield from ahead(lambda one: _values(storage, *one), zip(work, done, strict=True))
+            yield from ahead(lambda facts: load(storage, **facts), done)
     finally:
         storage.delete(*(unit.spec["file"] for unit in work))
 
@@ -161,14 +154,3 @@ def _run(job: Job, work: Sequence[Unit], resources: Resources, progress: bool) -
         return run_once(job, work, resources, progress=progress)
     except Quarantined:
         return None
-
-
-def _values(storage: Storage, unit: Unit, facts: dict[str, Any]) -> Values:
-    """Return the values of a unit. Raises DamagedFile."""
-    data = storage.read(unit.spec["file"])
-    if sha256_of(data) != facts["sha256"]:
-        raise DamagedFile(
-            storage.path(unit.spec["file"]), "its SHA-256 is not that of what was written", "run it again"
-        )
-    file = io.BytesIO(data)
-    return {name: np.load(file, allow_pickle=False) for name in facts["values"]}

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capstan.pipeline.select.arrays.apart import NOTHING, Apart
-from capstan.pipeline.select.arrays.hash_blocks import block_bits, blocks_of, in_threads
+from capstan.pipeline.select.arrays.hash_blocks import MIX, block_bits, blocks_of, in_threads
 from capstan.pipeline.select.arrays.large_arrays import (
     Array,
     Ints,
@@ -46,6 +46,7 @@ MAX_OFFSET: Final = 30  # largest difference of brightness, levels of 256
 _PART_OF_CONTRAST: Final = 0.1
 _LEAST_TOLERANCE: Final = 2.0  # levels
 _FEW = 1024  # rows that are never split
+_MANY: Final = 1 << 18  # rows, about, that meet a few
 _CHUNK = 1 << 16  # rows compared together, so that they stay in the cache
 
 Words = npt.NDArray[np.uint64]
@@ -303,23 +304,67 @@ def _meet(kept: Prints, held: list[Array], rows: Prints, chosen: list[Array], ma
             low = low + 1
 
 
-def _masks(n: int, distance: int) -> list[int]:
+class Few:
+    """Some rows, sorted by the bits of each mask, for many kept rows to meet, which are not sorted."""
+
+    def __init__(self, prints: Prints) -> None:
+        self._prints, self._sorted = prints, list[tuple[np.uint64, Words, Ints, np.uint64, npt.NDArray[np.bool_]]]()
+        for mask in map(np.uint64, _masks(len(prints), prints.distance, _MANY) if len(prints) else ()):
+            keys = prints.phash & mask
+            by = np.argsort(keys)
+            shift = np.uint64(HASH_BITS - len(keys).bit_length() - 5)
+            there = np.zeros(1 << (HASH_BITS - int(shift)), bool)  # most kept rows agree with none, as this table says
+            there[(keys * MIX) >> shift] = True
+            self._sorted.append((mask, keys[by], by, shift, there))
+
+    def first_near(self, kept: Prints) -> Ints:
+        """Return for each row the first of `kept` that is near it, or -1: what the function `first_near` returns."""
+        few = self._prints
+        best = np.full(len(few), len(kept), np.int64)
+        for mask, keys, by, shift, there in self._sorted:
+            for piece in (slice(start, start + _CHUNK) for start in range(0, len(kept), _CHUNK)):
+                own = kept.phash[piece] & mask
+                rows = np.flatnonzero(there[(own * MIX) >> shift])
+                low, high = (np.searchsorted(keys, own[rows], side) for side in ("left", "right"))
+                for left, right in matches(low, high):
+                    a, b = piece.start + rows[left], by[right]
+                    close = np.bitwise_count(kept.phash[a] ^ few.phash[b]) <= few.distance
+                    a, b = a[close], b[close]
+                    agree = kept.agree(a, few, b)
+                    np.minimum.at(best, b[agree], a[agree])
+        return np.where(best < len(kept), best, -1)
+
+
+def matches(low: Ints, high: Ints) -> Iterator[Pairs]:
+    """Yield all pairs of i and a number from low[i] up to high[i], some ten thousands at a time."""
+    ends: Ints = np.cumsum(high - low)
+    for start in range(0, int(ends[-1]) if len(ends) else 0, _CHUNK):
+        number = np.arange(start, min(start + _CHUNK, int(ends[-1])))
+        left = np.searchsorted(ends, number, "right")
+        yield left, high[left] - (ends[left] - number)
+
+
+def _masks(n: int, distance: int, others: int = 0) -> list[int]:
     """Return bit masks such that two hashes at most `distance` bits apart agree on all bits of at least one mask.
 
     At most `distance` of `count` bands can differ, so count - distance agree. More bands make more masks, and fewer of
-    n hashes agree by chance: the count of least cost is chosen. For small n there is one empty mask (all pairs).
+    n hashes agree by chance: the count of least cost is chosen. For small n there is one empty mask (all pairs). With
+    `others`, so many hashes are compared with the n.
 
     >>> len(_masks(100, 4)), len(_masks(100_000, 4)), len(_masks(10_000_000, 4))
     (1, 5, 15)
     """
     counts = range(distance + 1, min(distance + 6, HASH_BITS) + 1)
-    best = min([distance, *counts], key=lambda count: _cost(n, distance, count))
+    best = min([distance, *counts], key=lambda count: _cost(n, distance, count, others))
     bands = [sum(1 << bit for bit in range(band, HASH_BITS, best)) for band in range(best)]
     return [sum(chosen) for chosen in itertools.combinations(bands, best - distance)]
 
 
-def _cost(n: int, distance: int, count: int) -> float:
-    """Estimate the nanoseconds that comparing n random hashes takes with `count` bands."""
+def _cost(n: int, distance: int, count: int, others: int = 0) -> float:
+    """Estimate the nanoseconds that comparing n random hashes, or n with `others`, takes with `count` bands."""
     sets = math.comb(count, distance)
     bits = HASH_BITS * (count - distance) / count if count else 0
+    if others:
+        agree = n / 2**bits  # of the n with each of the others; the table lets one in 32 pass besides
+        return sets * (200_000 + 100 * n + others * (8 + 150 * (min(1, agree) + 1 / 32) + 30 * agree))
     return sets * (200_000 + 100 * n + 3 * n * n / 2 ** (bits + 1))

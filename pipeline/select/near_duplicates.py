@@ -47,6 +47,14 @@ class Duplicates:
         return self.kind == EXACT
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Kept rows of earlier batches, by number, that n rows repeat: by an identical file, and by a near hash; or -1."""
+
+    exact: Ints  # [n]
+    near: Ints  # [n]
+
+
 def precedence(batch: Ints, area: Ints, key: npt.NDArray[np.bytes_] | None = None) -> Ints:
     """Return row indices [n] by precedence. `area` is the source's, in pixels.
 
@@ -73,34 +81,53 @@ def find_duplicates(
     tolerance: int = 0,
     apart: Apart = NOTHING,
     hashed: npt.NDArray[np.bool_] | None = None,
+    earlier: Earlier | None = None,
 ) -> Duplicates:
     """Find the rows that repeat another.
 
     `order` [n] is their precedence; `sha256` is text, or words [n, w]. `distance` is in bits of `phash` (None: no near
     duplicates). `colours` [n, bytes], if given, must then agree too, within `tolerance`. Pairs that are `apart` do not
-    repeat each other. `hashed` [n] masks the rows whose `phash` is known (None: all).
+    repeat each other. `hashed` [n] masks the rows whose `phash` is known (None: all). In the result, n + number stands
+    for a row that is `earlier`; none of these is apart from any.
     """
     n = len(order)
     kept = _exact(order, sha256, apart, near=distance is not None) if exact else filled(n, -1, np.int64)
     kind = made_of(n, lambda piece: np.where(kept[piece] >= 0, EXACT, NONE), np.int8)
-    if distance is None:
-        return Duplicates(kept, kind)
+    if distance is not None:
 
-    def undecided(rows: Ints) -> npt.NDArray[np.bool_]:
-        return np.asarray((kept[rows] < 0) & (True if hashed is None else hashed[rows]))
+        def undecided(rows: Ints) -> npt.NDArray[np.bool_]:
+            left = (kept[rows] < 0) & (True if hashed is None else hashed[rows])
+            return np.asarray(left if earlier is None else left & (earlier.exact[rows] < 0) & (earlier.near[rows] < 0))
 
-    ordered = (order[piece] for piece in pieces(n))
-    left = joined((rows[undecided(rows)] for rows in ordered), np.int64)
-    release(order, kept)
-    near = _near(Prints(phash, colours, distance, tolerance, None, apart).take(left))
-    settle(kept, kind, left, near, PERCEPTUAL)
-    if exact and len(apart.codes):
+        ordered = (order[piece] for piece in pieces(n))
+        left = joined((rows[undecided(rows)] for rows in ordered), np.int64)
+        release(order, kept)
+        near = _near(Prints(phash, colours, distance, tolerance, None, apart).take(left))
+        settle(kept, kind, left, near, PERCEPTUAL)
+    if earlier is not None:
+        _add_earlier(kept, kind, earlier)
+    if exact and distance is not None and len(apart.codes):
         found = which(n, lambda piece: kind[piece] == PERCEPTUAL)
         for piece in pieces(len(found)):
             rows = found[piece]
             same = (as_words(sha256[rows]) == as_words(sha256[kept[rows]])).all(axis=1)
             kind[rows[same]] = EXACT
     return Duplicates(kept, kind)
+
+
+def _add_earlier(kept: Ints, kind: npt.NDArray[np.int8], earlier: Earlier) -> None:
+    """Let rows repeat those that are earlier, and so do the rows that repeat them."""
+    n = len(kept)
+    for piece in pieces(n):
+        exact, near = earlier.exact[piece], earlier.near[piece]
+        close = (kept[piece] < 0) & (exact < 0) & (near >= 0)
+        kept[piece] = np.where(exact >= 0, n + exact, np.where(close, n + near, kept[piece]))
+        kind[piece] = np.where(exact >= 0, EXACT, np.where(close, PERCEPTUAL, kind[piece]))
+    for piece in pieces(n):
+        rows = piece.start + np.flatnonzero((kept[piece] >= 0) & (kept[piece] < n))
+        root = kept[kept[rows]]
+        kept[rows] = np.where(root >= 0, root, kept[rows])
+    release(kept, kind)
 
 
 def _exact(order: Ints, sha256: npt.NDArray[np.bytes_] | Words, apart: Apart, *, near: bool) -> Ints:

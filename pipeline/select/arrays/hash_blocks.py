@@ -20,7 +20,7 @@ from capstan.pipeline.select.arrays.partitions import Numbers, scattered
 
 BLOCK_ROWS: Final = 1 << 14  # of a block, on average, unless that makes more blocks than can be numbered
 _MOST_BITS: Final = 15
-_MIX: Final = np.uint64(0x9E3779B97F4A7C15)
+MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 
 Words = npt.NDArray[np.uint64]
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def blocks_of(hashes: Words, mask: int, bits: int) -> list[list[Array]]:
         return [[rows, hashes]]
 
     def number_of(piece: slice) -> Numbers:
-        mixed = (hashes[piece] & np.uint64(mask)) * _MIX
+        mixed = (hashes[piece] & np.uint64(mask)) * MIX
         return np.asarray(mixed >> np.uint64(64 - bits), np.uint16)
 
     return scattered([rows, hashes], number_of, 1 << bits)

@@ -28,7 +28,7 @@ from takedowns import (
 from capstan.pipeline import build
 from capstan.pipeline.config import Blocklist, Resources
 from capstan.pipeline.dataset.shards import Dataset, sha256_of
-from capstan.pipeline.pack import scrub_units, takedown
+from capstan.pipeline.pack import added, scrub_units, takedown
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.select import column_blocks
 from capstan.pipeline.storage import Storage
@@ -82,7 +82,7 @@ def test_only_what_held_the_rows_is_written_again_and_all_is_as_if_all_were_sele
     outcomes = [ledger(storage)[key]["outcome"] for key in keys]
     assert outcomes[:2] == ["kept", "rejected"]  # and of rows 3 and 20, which hold one file, one is kept
     shutil.copytree(folder / "dataset", tmp_path / "other")
-    monkeypatch.setattr(build, "decide", lambda *_: pytest.fail("all rows were selected again"))
+    monkeypatch.setattr(added, "decide", lambda *_: pytest.fail("all rows were selected again"))
     build.remove(storage.url, Blocklist(keys=listed(folder, *keys)), progress=False)
     monkeypatch.undo()
     shutil.move(folder / "dataset", folder / "fast")
@@ -94,7 +94,7 @@ def test_only_what_held_the_rows_is_written_again_and_all_is_as_if_all_were_sele
     assert [name for name in fast if fast[name] != slow[name]] == []
     # The next selection finds nothing to do.
     monkeypatch.undo()
-    monkeypatch.setattr(build, "decide", lambda *_: pytest.fail("all rows were selected again"))
+    monkeypatch.setattr(added, "decide", lambda *_: pytest.fail("all rows were selected again"))
     assert build.select(changed, progress=False)["counts"]["rejected"] == 4
 
 
