@@ -201,24 +201,30 @@ def untouched(recipe: Path, env: dict[str, str]) -> None:
         assert done.returncode == 0, stage
 
 
-def soak(units: int, rows: int, workers: int, sleep_s: float) -> list[dict[str, Any]]:
-    """Return what each stage cost, and how many of its files differ from those of the untouched run."""
+def soak(units: int, rows: int, workers: int, sleep_s: float) -> tuple[int, list[str]]:
+    """Print what each stage cost; return the number of files, and those that differ from the untouched run's."""
     with tempfile.TemporaryDirectory(prefix="capstan-soak-") as name:
         folder = Path(name)
         images = [{"image": jpeg(n), "caption": f"image {n}"} for n in range(units * rows)]
         pq.write_table(pa.Table.from_pylist(images), folder / "rows.parquet")
         touched, sound = recipe_of(folder, "touched", rows), recipe_of(folder, "untouched", rows, "processes")
-        found = list[dict[str, Any]]()
         cluster = Soak(folder, workers, sleep_s)
         with cluster.nodes, ThreadPoolExecutor() as pool:
             plain = pool.submit(untouched, sound, cluster.env)
             for stage in STAGES:
-                found.append({"stage": stage, **cluster.run(stage, touched, units)})
+                show(stage, cluster.run(stage, touched, units))
             plain.result()
         ours, theirs = contents(folder / "touched"), contents(folder / "untouched")
         assert len(theirs) > 5 * units, f"too few files: {len(theirs)}"
         differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-        return [*found, {"stage": "", "files": len(theirs), "differing": differing}]
+        return len(theirs), differing
+
+
+def show(stage: str, one: dict[str, float]) -> None:
+    """Print a line of the table."""
+    quarters = ", ".join(f"{value:.1f}" for name, value in one.items() if name.startswith("quarter"))
+    costs = f"{one['s']:.0f} | {one['units']:.0f} | {quarters}"
+    print(f"| {stage} | {one['nodes']} | {one['drivers']} | {costs} |", flush=True)
 
 
 def main() -> None:
@@ -232,15 +238,11 @@ def main() -> None:
     if arguments.child:
         drive(*arguments.child)
         return
-    *stages, end = soak(arguments.units, arguments.rows, arguments.workers, arguments.sleep)
     print("| stage | nodes lost | drivers killed | seconds | last driver: units | its memory by quarter of them, MiB |")
-    print("|---|---|---|---|---|---|")
-    for one in stages:
-        quarters = ", ".join(f"{value:.1f}" for name, value in one.items() if name.startswith("quarter"))
-        costs = f"{one['s']:.0f} | {one['units']:.0f} | {quarters}"
-        print(f"| {one['stage']} | {one['nodes']} | {one['drivers']} | {costs} |")
-    print(f"\n{end['files']:,} files, of which {len(end['differing'])} differ from the untouched run's")
-    sys.exit(1 if end["differing"] else 0)
+    print("|---|---|---|---|---|---|", flush=True)
+    files, differing = soak(arguments.units, arguments.rows, arguments.workers, arguments.sleep)
+    print(f"\n{files:,} files, of which {len(differing)} differ from the untouched run's")
+    sys.exit(1 if differing else 0)
 
 
 if __name__ == "__main__":

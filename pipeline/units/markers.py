@@ -11,6 +11,7 @@ and batches that it contains are removed, so at no moment is a unit in none. Tho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,13 +19,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from capstan.pipeline.errors import first_line
+from capstan.pipeline.errors import DamagedFile, first_line
 from capstan.pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]  # what `Job.commit` returned
 _GATHER_FROM = 100  # markers
+_READS = 8  # of all markers, if some vanish meanwhile
 _BATCH_FROM = 8  # units that ended at the same time; fewer have a marker each
 
 
@@ -48,8 +50,11 @@ class MarkerLog:
 
         `known` holds facts that need not be read again.
         """
-        batches, markers = self._files()
-        return self._read_log() | self._read_batches(batches) | self._read_markers(markers, known or {})
+        for _ in range(_READS):
+            batches, markers = self._files()
+            with contextlib.suppress(FileNotFoundError):  # another process has just gathered it
+                return self._read_log() | self._read_batches(batches) | self._read_markers(markers, known or {})
+        raise DamagedFile(self.storage.path(f"state/{self.name}"), "markers that are listed cannot be read")
 
     def gather(self, fresh: Mapping[str, Facts] | None = None) -> dict[str, Facts]:
         """Return the same as `read`, and move the markers into the log if there are many, or a batch.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog, Unit
 
@@ -106,3 +107,16 @@ def test_quarantined_units_and_their_release(log: MarkerLog) -> None:
     assert log.quarantined() == {"bad": "ValueError: bad"}
     log.release("bad")
     assert log.quarantined() == {}
+
+
+def test_markers_are_read_while_another_process_gathers_them(log: MarkerLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(log, some(150))
+    listed = log.storage.names("state/nothing/done")
+    log.gather()
+    names, stale = Storage.names, [listed]
+    monkeypatch.setattr(Storage, "names", lambda *of: stale.pop() if stale else names(*of))
+    assert log.read() == some(150)
+    assert not stale
+    monkeypatch.setattr(Storage, "names", lambda *_: listed)
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        log.read()
