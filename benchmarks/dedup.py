@@ -1,6 +1,6 @@
 """Duplicates at scale: seconds and peak memory, exactness, precision and recall on planted ones.
 
-    python benchmarks/dedup.py [--rows 10000000] [--only random|crowded|exact|semantic|world|photos]
+    python benchmarks/dedup.py [--rows 10000000] [--only random|crowded|exact|semantic|workers|world|photos]
 
 Each part runs in a process of its own, which has its own peak memory.
 
@@ -8,6 +8,7 @@ random     random hashes, with near ones among them
 crowded    also what the web holds: equal hashes, flat images, templates with other words in them
 exact      the outcome against a comparison of every row with every kept one
 semantic   a million embeddings, and what clusters miss
+workers    the same embeddings as a build keeps them, by one process, and by two workers: what this process needs
 world      the captioned world's planted duplicates
 photos     photographs saved again, smaller, or with another brightness
 """
@@ -27,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,8 +37,12 @@ from capstan.pipeline import config  # noqa: E402
 from capstan.pipeline.config import WorldSource  # noqa: E402
 from capstan.pipeline.image.decode import StoredImage, decode  # noqa: E402
 from capstan.pipeline.image.phash import COLOUR_BYTES, read_colours  # noqa: E402
+from capstan.pipeline.ingest.job import Staged  # noqa: E402
+from capstan.pipeline.score.store import embeddings  # noqa: E402
 from capstan.pipeline.select import hash_pairs, near_duplicates  # noqa: E402
-from capstan.pipeline.select.semantic import find_semantic, unit  # noqa: E402
+from capstan.pipeline.select.semantic.clusters import find_semantic, unit  # noqa: E402
+from capstan.pipeline.select.semantic.on_workers import VectorFiles  # noqa: E402
+from capstan.pipeline.storage import Storage  # noqa: E402
 
 DISTANCE = 4
 SETTINGS = config.Dedup()
@@ -202,6 +208,35 @@ def _fill(rows: np.ndarray, topics: int = 5000) -> np.ndarray:
     return copies
 
 
+def workers_part(arguments: argparse.Namespace) -> None:
+    n, dim, threshold, rows = arguments.embeddings, 512, 0.95, 10_000
+    with tempfile.TemporaryDirectory() as folder:
+        storage, units = Storage(folder), list[Staged]()
+        vectors = np.memmap(Path(folder) / "embeddings.f16", np.float16, "w+", shape=(n, dim))
+        _fill(vectors)
+        for number, start in enumerate(range(0, n, rows)):
+            own = vectors[start : start + rows]
+            column = pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), dim)
+            name = f"scores/e/{number}.parquet"
+            storage.write_table(name, pa.table({"embedding": column, "error": [""] * len(own)}))
+            units.append(Staged(f"0000-{number:06d}", name, "", len(own), (("embeddings", name),)))
+        files = VectorFiles(
+            storage, units, "embeddings", config.Resources(executor="processes", cpus=2), progress=False
+        )
+        found = []
+        for how in ("two workers", "one process"):  # the peak of a process never falls
+            before, start = time.process_time(), time.perf_counter()
+            if how == "one process":
+                held = embeddings(storage, units, Path(folder))
+                found.append(find_semantic(held, np.arange(n), threshold, first=n))
+            else:
+                found.append(files.find(np.arange(n), threshold, first=n))
+            seconds, cpu = time.perf_counter() - start, time.process_time() - before
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"  {n:,} x {dim}, {how}: {seconds:.0f} s, {cpu:.1f} CPU s of this process, peak {peak:.2f} GiB")
+        print(f"  {int((found[0] != found[1]).sum())} rows decided differently, {int((found[0] >= 0).sum()):,} repeats")
+
+
 # Images ------------------------------------------------------------------------------------------------------------
 
 
@@ -307,8 +342,6 @@ def _decoded(data: bytes) -> StoredImage:
 
 
 def _unpacked(colours) -> np.ndarray:
-    import pyarrow as pa
-
     return read_colours(pa.chunked_array([pa.array(list(colours), pa.string())]))
 
 
@@ -317,6 +350,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "crowded": crowded_part,
     "exact": exact_part,
     "semantic": semantic_part,
+    "workers": workers_part,
     "world": world_part,
     "photos": photos_part,
 }

@@ -105,13 +105,9 @@ def embeddings(
     If `folder` is given, the array is a memory-mapped file there, so that it need not fit in memory. Raises RecipeError
     if none were kept.
     """
-    column, field, hint = _VECTORS[scorer]
-    files = [dict(unit.scores).get(scorer) for unit in units]
+    check_vectors(units, scorer)
     rows = sum(unit.rows for unit in units)
-    kept = [file for file in files if file is not None]
-    if not kept:
-        raise RecipeError(field, f"no {scorer} are kept", hint)
-    blocks = ahead(lambda pair: _block(storage, *pair, column), zip(units, files, strict=True))
+    blocks = ahead(lambda unit: vectors_of(storage, unit, scorer), units)
     made: npt.NDArray[np.float16] | None = None
     start = 0
     for unit, block in zip(units, blocks, strict=True):
@@ -122,6 +118,18 @@ def embeddings(
         start += unit.rows
     assert made is not None
     return made
+
+
+def vectors_of(storage: Storage, unit: Staged, scorer: str) -> npt.NDArray[np.float16] | None:
+    """Return the vectors that `scorer` kept of a unit [rows, dim], zeros where there is none; None without a file."""
+    return _block(storage, unit, dict(unit.scores).get(scorer), _VECTORS[scorer][0])
+
+
+def check_vectors(units: Sequence[Staged], scorer: str) -> None:
+    """Raise RecipeError if no vectors of `scorer` were kept."""
+    _, field, hint = _VECTORS[scorer]
+    if all(dict(unit.scores).get(scorer) is None for unit in units):
+        raise RecipeError(field, f"no {scorer} are kept", hint)
 
 
 def _zeros(shape: tuple[int, int], folder: Path | None, name: str) -> npt.NDArray[np.float16]:

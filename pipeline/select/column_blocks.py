@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _FOLDER: Final = "state/columns"
 _INDEX: Final = f"{_FOLDER}/index.json"
-SCRATCH: Final = f"{_FOLDER}/values"  # of selections on workers (evaluate)
 LEAST: Final = 16  # units; fewer are read one by one
 _UNITS, _ROWS = 64, 100_000  # of a block, at most
 _LEFT_OUT: Final = ("caption", "extra", "unit", "offset", "size", "crc32")

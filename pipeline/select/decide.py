@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from capstan.pipeline.config import Recipe
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.records import DUPLICATE, FAILED, KEPT, REJECTED, REMOVED
-from capstan.pipeline.score.store import DESCRIPTORS, embeddings
+from capstan.pipeline.score.store import DESCRIPTORS, EMBEDDINGS, check_vectors, embeddings
 from capstan.pipeline.select.arrays.large_arrays import (
     count,
     empty,
@@ -39,11 +39,12 @@ from capstan.pipeline.select.conditions import (
     check_conditions,
 )
 from capstan.pipeline.select.conditions import FAILED as _FAILED
-from capstan.pipeline.select.dedup import Meet, Repeats, find_repeats, renumbered
+from capstan.pipeline.select.dedup import Embeddings, Meet, Repeats, find_repeats, renumbered
 from capstan.pipeline.select.evaluate import evaluate_conditions
 from capstan.pipeline.select.near_duplicates import CONTAMINATED, COPIES, EXACT, NONE, PERCEPTUAL, REASONS, SEMANTIC
 from capstan.pipeline.select.pairs import apart
 from capstan.pipeline.select.sampling import sample
+from capstan.pipeline.select.semantic.on_workers import VectorFiles
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import scratch
 
@@ -165,8 +166,10 @@ def decide(
 ) -> Decisions:
     """Apply `recipe.select` and `recipe.dedup` to the rows of `units`, which are ordered by batch.
 
-    With `earlier`, these are the rows of new batches. Many rows are read on workers if the dataset's folder may be
-    written to. Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
+    With `earlier`, these are the rows of new batches. Many rows are read, and many embeddings compared, on workers, if
+    the dataset's folder may be written to.
+
+    Raises RecipeError (select.<name>.where) for a condition that DuckDB rejects.
     """
     assert all(_batch(one) <= _batch(other) for one, other in itertools.pairwise(units))
     check_conditions(recipe)
@@ -177,7 +180,7 @@ def decide(
     passed = which(n, lambda piece: (step[piece] == PASSED) | (step[piece] == TOMBSTONE))
     placed = which(n, lambda piece: step[piece] == TOMBSTONE)
     meet = None if earlier is None else earlier.meet
-    repeats = _repeats(recipe, storage, units, rows, batch, passed, meet)
+    repeats = _repeats(recipe, storage, units, rows, batch, passed, meet, may_write, progress)
     settled = not (repeats.kept[placed] >= 0).any()
     repeats.kept[placed], repeats.kind[placed] = -1, NONE
     kept = joined((own[repeats.kept[own] < 0] for own in (passed[piece] for piece in pieces(len(passed)))), np.int64)
@@ -202,11 +205,20 @@ def _repeats(
     batch: npt.NDArray[np.int64],
     passed: npt.NDArray[np.int64],
     meet: Meet | None,
+    may_write: bool,
+    progress: bool,
 ) -> Repeats:
     """Find the rows that repeat another, comparing only those that `passed`."""
+    dedup = recipe.dedup
     with scratch() as folder:
-        seen = None if recipe.dedup.semantic is None else embeddings(storage, units, folder)
-        described = None if recipe.dedup.copies is None else embeddings(storage, units, folder, scorer=DESCRIPTORS)
+
+        def vectors(scorer: str) -> Embeddings:
+            files = VectorFiles(storage, units, scorer, recipe.resources, progress)
+            check_vectors(units, scorer)
+            return files if may_write and files.many else embeddings(storage, units, folder, scorer=scorer)
+
+        seen = None if dedup.semantic is None else vectors(EMBEDDINGS)
+        described = None if dedup.copies is None else vectors(DESCRIPTORS)
         colours = None if rows.colours is None else taken(rows.colours, passed)
         measures = (taken(rows.sha256, passed), taken(rows.phash, passed), colours, taken(rows.area, passed))
         different = apart(storage, taken(rows.key, passed))

@@ -48,7 +48,8 @@ from capstan.pipeline.select.near_duplicates import (
     precedence,
     settle,
 )
-from capstan.pipeline.select.semantic import find_semantic
+from capstan.pipeline.select.semantic.clusters import find_semantic
+from capstan.pipeline.select.semantic.on_workers import VectorFiles
 from capstan.pipeline.source.image_reader import read_images, span_of
 from capstan.pipeline.source.reader import SourceReader
 from capstan.pipeline.storage import Storage
@@ -67,7 +68,7 @@ _SCHEMA = pa.schema(
 )
 
 Ints = npt.NDArray[np.int64]
-Embeddings = npt.NDArray[np.float16]
+Embeddings = npt.NDArray[np.float16] | VectorFiles
 Sums = npt.NDArray[np.bytes_]  # SHA-256, 32 raw bytes each
 Colours = npt.NDArray[np.uint8] | None
 # SHA-256, hashes, colours, and which rows have a hash (None: all) → what the rows repeat
@@ -184,7 +185,11 @@ def _by_vectors(
         ordered = (order[piece] for piece in pieces(len(order)))
         left = joined((rows[before[rows] < 0] for rows in ordered), np.int64)
         first = sum(int((batch[left[piece]] == 0).sum()) for piece in pieces(len(left)))
-        near = find_semantic(vectors, taken(places, left), threshold, first=first, apart=apart.take(left))
+        rows, different = taken(places, left), apart.take(left)
+        if isinstance(vectors, VectorFiles):
+            near = vectors.find(rows, threshold, first=first, apart=different)
+        else:
+            near = find_semantic(vectors, rows, threshold, first=first, apart=different)
         kept, kind = copied(before), copied(reasons)
         free = settle(kept, kind, left, near, reason, apart)
         if not len(free):

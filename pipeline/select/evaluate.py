@@ -20,8 +20,8 @@ from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.score import registry
 from capstan.pipeline.select.arrays.large_arrays import LargeArrays
-from capstan.pipeline.select.arrays.saved import Arrays, load, save
-from capstan.pipeline.select.column_blocks import SCRATCH, ColumnBlocks, Part
+from capstan.pipeline.select.arrays.saved import SCRATCH, Arrays, load, save
+from capstan.pipeline.select.column_blocks import ColumnBlocks, Part
 from capstan.pipeline.select.conditions import Query, QueryResult
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import SMALL_RUN, Job, Piece, Unit, run_once

@@ -32,7 +32,7 @@ from capstan.pipeline.errors import CapstanError, RecipeError
 from capstan.pipeline.ingest.job import staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.score.store import EMBEDDINGS, ROOT, file_name
-from capstan.pipeline.select.semantic import unit
+from capstan.pipeline.select.semantic.clusters import unit
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units.markers import MarkerLog
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
 
+SCRATCH: Final = "state/columns/values"  # files of selections on workers; column_blocks removes what a kill has left
 Arrays = dict[str, npt.NDArray[Any]]
 
 

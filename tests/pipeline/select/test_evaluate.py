@@ -15,6 +15,7 @@ from capstan.pipeline import units
 from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.select import column_blocks, evaluate
+from capstan.pipeline.select.arrays.saved import SCRATCH
 from capstan.pipeline.select.decide import decide
 from capstan.pipeline.storage import Storage
 
@@ -90,7 +91,7 @@ def test_a_table_that_cannot_be_read_is_named(storage: Storage, runs: list[int])
     with pytest.raises(DamagedFile, match=made[9].table):
         decide(ASKED, storage, made, may_write=True, progress=False)
     assert runs
-    assert not storage.names(column_blocks.SCRATCH)
+    assert not storage.names(SCRATCH)
 
 
 def test_values_that_changed_on_the_way_are_refused(
@@ -108,12 +109,12 @@ def test_values_that_changed_on_the_way_are_refused(
 
 
 def test_what_a_killed_selection_left_is_removed(storage: Storage, runs: list[int]) -> None:
-    storage.write(f"{column_blocks.SCRATCH}/000000099", b"")
+    storage.write(f"{SCRATCH}/000000099", b"")
     decide(ASKED, storage, staged_units(storage, 20), may_write=True, progress=False)
     assert runs
-    storage.write(f"{column_blocks.SCRATCH}/000000099", b"")
+    storage.write(f"{SCRATCH}/000000099", b"")
     column_blocks.forget(storage, {"of a takedown"})
-    assert not storage.names(column_blocks.SCRATCH)
+    assert not storage.names(SCRATCH)
 
 
 def test_jobs_travel_without_their_database(storage: Storage) -> None:

@@ -1,4 +1,4 @@
-"""Find semantic repeats: cosine of embeddings within clusters (SemDeDup).
+"""Clusters of embeddings, and the rows of each that repeat another (SemDeDup)
 
 SemDeDup: Abbas et al. 2023. All pairs of a million images would take half a trillion products. Similar images are
 almost always in the same k-means cluster, so only those are compared: the only pairs missed are those that a border
@@ -61,12 +61,12 @@ def find_semantic(
     near = filled(len(order), -1, np.int64)
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         if len(order):
-            _Search(embeddings, order, threshold, apart, pool).compare(numbered(len(order)), first or len(order), near)
+            Search(embeddings, order, threshold, apart, pool).compare(numbered(len(order)), first or len(order), near)
     return release(near)
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """The arguments of `find_semantic`, and the threads."""
 
     embeddings: npt.NDArray[np.float16]
@@ -77,12 +77,16 @@ class _Search:
 
     def compare(self, places: Ints, first: int, near: Ints) -> None:
         """Set `near` of some positions of `order`, of which the first `first` are of the first batch."""
-        k = max(first // CLUSTER_ROWS, 1)
-        clusters = self._split(places, first, k if k <= MOST_CLUSTERS else math.isqrt(k)) if k > 1 else [places]
-        if k > MOST_CLUSTERS and len(clusters) > 1:
+        k, at_once = steps(first)
+        clusters = self._split(places, first, at_once) if k > 1 else [places]
+        if k > at_once and len(clusters) > 1:
             for own in clusters:
                 self.compare(own, int(np.searchsorted(own, places[first - 1], "right")), near)
             return
+        self.within(clusters, near)
+
+    def within(self, clusters: Sequence[Ints], near: Ints) -> None:
+        """Set `near` of the positions of clusters, by comparing those of each."""
 
         def of_cluster(own: Ints) -> Ints:
             return _first_kept(self.embeddings, self.order[own], self.threshold, self.apart.take(own).pairs.tolist())
@@ -96,29 +100,43 @@ class _Search:
         order, nearest = taken(self.order, places), empty(len(places), np.uint16)
         centres = _centres(self.embeddings, order[:first], k, self.pool)
         for piece in pieces(len(order)):
-            rows = _pieces(order[piece])
-            found = self.pool.map(lambda own: _closest(unit(self.embeddings[own]), centres), rows)
+            rows = in_pieces(order[piece])
+            found = self.pool.map(lambda own: closest(unit(self.embeddings[own]), centres), rows)
             nearest[piece] = np.concatenate(list(found))
             release(self.embeddings)
         clusters = scattered([places], lambda piece: nearest[piece], k)
         return [own for (own,) in clusters if len(own)]
 
 
-def unit(rows: npt.NDArray[np.float16]) -> Floats:
+def unit(rows: npt.NDArray[np.floating]) -> Floats:
     """Convert rows [n, d] to float32 of length 1; zeros stay zeros."""
     wide = rows.astype(np.float32)
     length = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     return np.asarray(wide / np.maximum(length, 1e-12)[:, None], np.float32)
 
 
+def steps(first: int) -> tuple[int, int]:
+    """Return how many clusters `first` rows make in all, and how many of these in the first step."""
+    k = max(first // CLUSTER_ROWS, 1)
+    return k, k if k <= MOST_CLUSTERS else math.isqrt(k)
+
+
+def sampled(first: int, k: int) -> Ints:
+    """Return the places of an even sample of `first` rows, from which `k` centres are made."""
+    return np.linspace(0, first - 1, min(first, k * _TRAINED_ON)).astype(np.int64)
+
+
 def _centres(embeddings: npt.NDArray[np.float16], order: Ints, k: int, pool: ThreadPoolExecutor) -> Floats:
     """Run spherical k-means over an even sample of `order`: float32 [k, d], of length 1."""
-    count = min(len(order), k * _TRAINED_ON)
-    chosen = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
-    sample = np.concatenate([unit(embeddings[rows]) for rows in _pieces(np.sort(chosen))])
-    centres = sample[np.linspace(0, count - 1, k).astype(np.int64)]
+    chosen = np.sort(order[sampled(len(order), k)])
+    return centres_of(np.concatenate([unit(embeddings[rows]) for rows in in_pieces(chosen)]), k, pool)
+
+
+def centres_of(sample: Floats, k: int, pool: ThreadPoolExecutor) -> Floats:
+    """Run spherical k-means over rows of length 1: float32 [k, d], of length 1."""
+    centres = sample[np.linspace(0, len(sample) - 1, k).astype(np.int64)]
     for _ in range(_ROUNDS if k > 1 else 0):
-        nearest = np.concatenate(list(pool.map(_closest, _pieces(sample), itertools.repeat(centres))))
+        nearest = np.concatenate(list(pool.map(closest, in_pieces(sample), itertools.repeat(centres))))
         by = np.argsort(nearest, kind="stable")
         there, starts = np.unique(nearest[by], return_index=True)
         centres = centres.copy()
@@ -127,11 +145,13 @@ def _centres(embeddings: npt.NDArray[np.float16], order: Ints, k: int, pool: Thr
     return centres
 
 
-def _closest(rows: Floats, centres: Floats) -> Ints:
+def closest(rows: Floats, centres: Floats) -> Ints:
+    """Return the number of the centre that is closest to each row."""
     return np.asarray((rows @ centres.T).argmax(axis=1), np.int64)
 
 
-def _pieces(rows: npt.NDArray) -> Iterator[npt.NDArray]:
+def in_pieces(rows: npt.NDArray) -> Iterator[npt.NDArray]:
+    """Yield the rows some thousands at a time."""
     return (rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE))
 
 

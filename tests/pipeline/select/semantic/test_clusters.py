@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capstan.pipeline.select import semantic
 from capstan.pipeline.select.arrays.apart import Apart
-from capstan.pipeline.select.semantic import find_semantic, unit
+from capstan.pipeline.select.semantic import clusters as semantic
+from capstan.pipeline.select.semantic.clusters import find_semantic, unit
 
 
 def embeddings(seed: int, n: int, dim: int = 16) -> np.ndarray:
