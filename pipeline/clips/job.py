@@ -32,7 +32,7 @@ from capstan.pipeline.storage import Storage, parquet_bytes
 from capstan.pipeline.storage.local import scratch
 from capstan.pipeline.units import Job, Piece, Unit, report
 
-_VERSION: Final = 1  # rises if clips of the same video and settings get other bytes
+_VERSION: Final = 2  # rises if clips of the same video and settings get other bytes
 _LONGEST_DETAIL: Final = 1000  # characters
 _BODIES: Final = 1 << 30  # bytes of source files that a worker may have in memory at once
 _SPEED: Final = 0.5  # seconds that a second of video may take, before its worker is ended

@@ -1,4 +1,4 @@
-"""A clip → one image of it: frames in the order of time, and below them the waveform of its sound"""
+"""A clip → one image of it: frames in the order of time, or a sound's spectrogram, and below them its waveform"""
 
 from __future__ import annotations
 
@@ -34,14 +34,19 @@ def sheet_of(shown: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def picture_of(mp4: bytes | None, flac: bytes | None, frames: int, side: int) -> np.ndarray | None:
-    """Return what a contact sheet shows of a clip, with at most `side` pixels on the longer side; None: nothing."""
+def picture_of(
+    mp4: bytes | None, flac: bytes | None, frames: int, side: int, still: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return what a contact sheet shows of a clip, with at most `side` pixels on the longer side; None: nothing.
+
+    `still` is the spectrogram of a sound alone (RGB uint8); it is as wide as the waveform, so their times agree.
+    """
     wave = None
     if flac:
         samples, _ = decode_flac(flac)
         wave = waveform(samples, side, round(side * _WAVE)) if samples.any() else None
     if not mp4:
-        return wave
+        return wave if wave is None or still is None else _above(wave, still, side)
     sheet = sheet_of_frames(mp4, frames)
     room = side - (len(wave) + _GAP if wave is not None else 0)
     scale = min(side / sheet.shape[1], room / sheet.shape[0], 1.0)
@@ -49,6 +54,13 @@ def picture_of(mp4: bytes | None, flac: bytes | None, frames: int, side: int) ->
     sheet = cv2.resize(sheet, size, interpolation=cv2.INTER_AREA)
     if wave is None:
         return sheet
-    wave = cv2.resize(wave, (sheet.shape[1], len(wave)), interpolation=cv2.INTER_AREA)
-    gap = np.full((_GAP, sheet.shape[1], 3), 255, np.uint8)
-    return np.concatenate([sheet, gap, wave])
+    return _joined(sheet, cv2.resize(wave, (sheet.shape[1], len(wave)), interpolation=cv2.INTER_AREA))
+
+
+def _above(wave: np.ndarray, still: np.ndarray, side: int) -> np.ndarray:
+    return _joined(cv2.resize(still, (wave.shape[1], side - len(wave) - _GAP), interpolation=cv2.INTER_LINEAR), wave)
+
+
+def _joined(sheet: np.ndarray, wave: np.ndarray) -> np.ndarray:
+    """Return two images of the same width, one above the other."""
+    return np.concatenate([sheet, np.full((_GAP, sheet.shape[1], 3), 255, np.uint8), wave])

@@ -11,11 +11,12 @@ import functools
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from capstan.pipeline import extras
@@ -30,6 +31,7 @@ SHOWN: Final = 64  # rows on a sheet, by default
 MOST: Final = 1000
 _COLUMNS: Final = 8
 _SIDE, _GAP, _MARGIN = 192, 16, 24  # pixels: of an image, between cells, around the sheet
+_MOST_STILL: Final = 1024  # pixels of a spectrogram, the longer side
 _KEY, _TEXT, _TITLE = 9, 12, 16  # pixels: font sizes
 _LINES: Final = 2  # lines of a caption
 _BOX_LINES: Final = 10  # lines in the frame of a row without an image
@@ -58,7 +60,8 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
     with Rows(storage) as rows:
         chosen = _choose(rows, samples, count)
         shown = rows.rows(chosen.keys)
-        images = find_images(rows, shown.values()) | _clips(rows, list(shown.values()))
+        images = find_images(rows, shown.values())
+        images |= _clips(rows, list(shown.values()), images)
         cells = [_cell(shown[key], images.get(key)) for key in chosen.keys]
     title = f"{storage.url} · {chosen.title} · {len(cells):,} of {chosen.found:,} rows"
     data = io.BytesIO()
@@ -75,8 +78,8 @@ def write_sheet(storage: Storage, samples: Sequence[str], out: Path, count: int 
     }
 
 
-def _clips(rows: Rows, shown: list[Row]) -> dict[str, bytes]:
-    """Return key → JPEG of a clip's frames and waveform, for rows that are clips."""
+def _clips(rows: Rows, shown: list[Row], images: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return key → JPEG of a clip's frames and waveform, for rows that are clips; `images` are their own images."""
     if "frames" not in rows.columns or not shown or extras.missing(extras.VIDEO) is not None:
         return {}
     from capstan.pipeline.media.strip import picture_of
@@ -85,7 +88,9 @@ def _clips(rows: Rows, shown: list[Row]) -> dict[str, bytes]:
     frames = dict(rows.query(f"SELECT key, frames FROM rows WHERE key IN ({keys})"))
     found = {}
     for key, parts in find_parts(rows, shown).items():
-        picture = picture_of(parts.get("mp4"), parts.get("flac"), frames[key], _SIDE)
+        still = shrink(images[key], _MOST_STILL) if key in images and "mp4" not in parts else None
+        spectrogram = None if still is None else np.asarray(still)
+        picture = picture_of(parts.get("mp4"), parts.get("flac"), frames[key], _SIDE, spectrogram)
         if picture is not None:
             data = io.BytesIO()
             Image.fromarray(picture).save(data, "JPEG", quality=92, subsampling=0)

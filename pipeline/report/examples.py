@@ -49,6 +49,7 @@ class Examples:
     failed: dict[str, list[str]]  # reason → rows
     rows: dict[str, Row] = field(default_factory=dict)
     values: dict[tuple[str, str], float] = field(default_factory=dict)  # (condition, key) → the value it compares
+    clips: dict[str, tuple[float, str]] = field(default_factory=dict)  # key → seconds and codec, of rows that are clips
 
     def shown(self) -> list[Row]:
         """Return the rows whose images are shown, the most important first."""
@@ -75,7 +76,17 @@ def choose(rows: Rows) -> Examples:
         row.detail for row in [*found.values()] if row.outcome == DUPLICATE and row.reason != CONTAMINATED
     )
     values = {(step.name, key): number for step in steps for key, number in _values(rows, step)}
-    return Examples(kept, steps, {k: [d for d in v if d in found] for k, v in pairs.items()}, failed, found, values)
+    shown_pairs = {kind: [key for key in listed if key in found] for kind, listed in pairs.items()}
+    return Examples(kept, steps, shown_pairs, failed, found, values, _clips(rows, found))
+
+
+def _clips(rows: Rows, keys: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """Return key → (seconds, codec) of those of `keys` that are clips; the codec of a sound alone is "none"."""
+    if not {"start_s", "end_s", "codec"} <= rows.columns.keys() or not keys:
+        return {}
+    listed = ", ".join(map(literal, keys))
+    found = rows.query(f"SELECT key, end_s - start_s, codec FROM rows WHERE key IN ({listed}) AND end_s > start_s")
+    return {key: (seconds, codec) for key, seconds, codec in found}
 
 
 def _steps(rows: Rows) -> Iterator[Step]:

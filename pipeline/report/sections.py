@@ -102,7 +102,7 @@ def kept(examples: Examples, thumbs: Thumbs) -> Html:
     """Return a gallery of kept rows."""
     if not examples.kept:
         return page.paragraph("Nothing is kept.")
-    return page.gallery(_card(examples.rows[key], thumbs) for key in examples.kept)
+    return page.gallery(_card(examples, key, thumbs) for key in examples.kept)
 
 
 def by_step(examples: Examples, thumbs: Thumbs, rows: Rows) -> list[Html]:
@@ -242,15 +242,16 @@ def _image(row: Row, thumbs: Thumbs) -> Html:
     return page.frame(thumbs.get(row.key), page.clip(row.caption, _CAPTION), why_missing(row))
 
 
-def _card(row: Row, thumbs: Thumbs, *facts: str) -> Html:
+def _card(examples: Examples, key: str, thumbs: Thumbs, *facts: str) -> Html:
+    row = examples.rows[key]
     shown = page.clip(row.caption, _CAPTION)
     why = ": ".join(text for text in (row.outcome, row.reason) if text) if row.outcome not in (KEPT, STAGED) else ""
-    return page.card(_image(row, thumbs), shown, *facts, _sizes(row), why, key=row.key)
+    return page.card(_image(row, thumbs), shown, *facts, _extent(row, examples), why, key=row.key)
 
 
 def _stepped(step: Step, key: str, examples: Examples, thumbs: Thumbs) -> Html:
     number = examples.values.get((step.name, key))
-    return _card(examples.rows[key], thumbs, "" if number is None else f"value {short(number)}")
+    return _card(examples, key, thumbs, "" if number is None else f"value {short(number)}")
 
 
 def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
@@ -262,15 +263,21 @@ def _pair(dropped: Row, examples: Examples, thumbs: Thumbs) -> Html:
         return page.pair(left, right, page.clip(dropped.caption, _CAPTION), keys=[dropped.key])
     bits = (dropped.phash ^ kept_row.phash).bit_count()
     apart = "the same file" if dropped.reason == "exact" else f"hashes {bits} of 64 bits apart"
-    sizes = " · ".join([" | ".join(dict.fromkeys([_sizes(kept_row), _sizes(dropped)])), apart])
+    sizes = " · ".join([" | ".join(dict.fromkeys(_extent(row, examples) for row in (kept_row, dropped))), apart])
     captions = [page.clip(row.caption, _CAPTION) for row in (kept_row, dropped)]
     texts = captions[:1] if captions[0] == captions[1] else [f"kept: {captions[0]}", f"dropped: {captions[1]}"]
     word = "kept" if kept_row.is_shown else kept_row.reason  # a row that was taken down holds its place
     return page.pair((_image(kept_row, thumbs), word), right, *texts, sizes, keys=[kept_row.key, dropped.key])
 
 
-def _sizes(row: Row) -> str:
-    return f"{row.original_width} × {row.original_height}" if row.original_width else ""
+def _extent(row: Row, examples: Examples) -> str:
+    """Return the size of an image, with its length that of a clip, and the length of a sound alone."""
+    size = f"{row.original_width} × {row.original_height}" if row.original_width else ""
+    if row.key not in examples.clips:
+        return size
+    seconds, codec = examples.clips[row.key]
+    length = f"{seconds:.1f} s"
+    return length if codec == "none" else f"{size} · {length}"
 
 
 def _meaning(reason: str) -> str:

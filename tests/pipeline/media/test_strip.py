@@ -9,8 +9,10 @@ from moving import BLUE, GREEN, RED, WHITE, middle, movie, seconds_of, tone, wri
 from PIL import Image
 
 from capstan.pipeline.media.codec import encode_flac
+from capstan.pipeline.media.spectrogram import spectrogram
 from capstan.pipeline.media.strip import picture_of, sheet_of_frames
 from capstan.pipeline.report.contact_sheet import write_sheet
+from capstan.pipeline.report.report import write_report
 from capstan.pipeline.storage import Storage
 
 
@@ -44,6 +46,16 @@ def test_a_waveform_is_below_the_frames_or_alone() -> None:
     assert picture_of(None, None, 1, 192) is None
 
 
+def test_the_spectrogram_of_a_sound_alone_is_above_its_waveform() -> None:
+    samples = np.concatenate([np.zeros((8000, 1), np.int16), tone(1.0)])  # silence, then a tone
+    picture = picture_of(None, encode_flac(samples, 8000), 32, 192, spectrogram(samples, 8000))
+    assert picture is not None
+    assert picture.shape == (192, 192, 3)
+    above, wave = picture[:142], picture[144:]
+    assert above[:, :90].max() < 60 < 200 < above[:, 100:].max(), "both begin halfway"
+    assert (wave[:, :95] < 255).any(axis=2).sum(axis=0).max() == 1 < (wave[:, 100:] < 255).any(axis=2).sum(axis=0).max()
+
+
 def test_contact_sheets_show_frames_and_waveforms(tmp_path: Path) -> None:
     dataset = write_clips(tmp_path)
     write_sheet(Storage(str(dataset)), ["outcome=kept"], tmp_path / "sheet.png")
@@ -51,3 +63,5 @@ def test_contact_sheets_show_frames_and_waveforms(tmp_path: Path) -> None:
     for colour in (RED, GREEN):  # of the first and the last frames: a middle frame shows one of them
         assert (np.abs(pixels - colour).max(axis=2) <= 14).mean() > 0.005
     assert (np.abs(pixels - (40, 80, 140)).max(axis=2) <= 40).any(), "a waveform"
+    page = Path(write_report(Storage(str(dataset)))).read_text()
+    assert page.count("96 × 64 · 3.0 s") == 2, "the report says how long a clip is"
