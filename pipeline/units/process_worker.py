@@ -27,6 +27,8 @@ from capstan.pipeline.units.shared import OnSocket, set_shared
 from capstan.pipeline.units.workers import Model, Prepare, Wire, reason_of, stand_in
 
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as in Ray's workers
+# A model's threads sleep while they wait: spinning, they would keep cores from those that prepare images for it.
+_SLEEPING: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
 _IDLE_S: Final = 300  # without work, a worker that is kept for the driver's next run ends
 
 
@@ -69,7 +71,7 @@ def main() -> None:
 def _begin(start: Start, tracker: _Tracker) -> Callable[[Any], Iterator[Wire]]:
     sys.path[:] = start.path
     os.environ.clear()
-    os.environ.update(start.environment | ONE_THREAD)
+    os.environ.update(_SLEEPING | start.environment | ONE_THREAD)
     stand_in(start.folder)
     set_shared(OnSocket(*start.shared) if start.shared else None)
     try:

@@ -53,7 +53,8 @@ class Plain(Job):
         self.storage = storage
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        yield {"process": os.getpid(), "environment": os.environ.get("CAPSTAN_TEST", "")}
+        seen = {name: os.environ.get(name, "") for name in ("CAPSTAN_TEST", "OMP_WAIT_POLICY")}
+        yield {"process": os.getpid(), "environment": seen["CAPSTAN_TEST"], "threads": seen["OMP_WAIT_POLICY"]}
 
     def commit(self, unit: Unit, pieces: list[Piece]) -> dict[str, Piece]:
         return dict(pieces[0])
@@ -126,6 +127,17 @@ def test_workers_are_kept_for_the_next_run_with_the_drivers_environment(
     second = other.markers.read()["0"]
     assert (first["environment"], second["environment"]) == ("", "changed")
     assert first["process"] == second["process"]
+
+
+def test_threads_without_work_sleep_unless_the_driver_says_otherwise(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert run(Plain(storage)).done == 1
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    other = Plain(Storage(f"{storage.url}-2"))
+    assert run(other).done == 1
+    assert [job.markers.read()["0"]["threads"] for job in (Plain(storage), other)] == ["PASSIVE", "ACTIVE"]
 
 
 def test_a_job_that_cannot_be_loaded_gives_its_reason(storage: Storage) -> None:
