@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import warm_python
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import records, wait_for_step
@@ -36,7 +36,7 @@ def assert_killed_run_ends_as_whole(make: Callable[[str, int], Recipe], weights:
     recipe = make("killed", 40)
     (path := folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
+    worker = warm_python.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
     killed = Path(TrainConfig.from_recipe(recipe).run)
     wait_for_step(killed, 2)
     worker.send_signal(signal.SIGKILL)
@@ -64,6 +64,6 @@ def made_elsewhere(code: str, export: Path, folder: Path) -> np.ndarray:
     )
     environment = os.environ | {"HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
     command = [sys.executable, "-c", whole, str(export), str(folder / "made.npy")]
-    subprocess.run(command, check=True, cwd=folder, env=environment, timeout=500)
+    warm_python.run(command, check=True, cwd=folder, env=environment, timeout=500)
     made: np.ndarray = np.load(folder / "made.npy")
     return made

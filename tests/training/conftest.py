@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import warm_python
 from PIL import Image
 
 from capstan.pipeline.dataset.shards import Manifest, Sample, ShardEntry, sha256_of, write_manifest, write_tar
@@ -28,6 +29,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork a run's workers; how they are started is tested in test_launch.py."""
+    monkeypatch.setattr("capstan.training.launch.subprocess", warm_python)
 
 
 def jpeg(index: int, width: int = 16, height: int = 16) -> tuple[bytes, str]:

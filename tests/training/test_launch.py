@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm_python
 import yaml
 from repo import HELPERS, ROOT
 from tiny_runs import assert_same, make_recipe, records, wait_for_step, weights
@@ -36,6 +37,12 @@ def _importable() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HELPERS))
         yield
+
+
+@pytest.fixture
+def _cold_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers as users do; in other tests of training they are forks."""
+    monkeypatch.setattr("capstan.training.launch.subprocess", subprocess)
 
 
 @pytest.fixture
@@ -65,7 +72,9 @@ def launch(launcher: list[str], recipe: Recipe, tmp_path: Path) -> subprocess.Po
 def whole(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes with ZeRO 2 that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(make_recipe(squares, run, engine={**DEEPSPEED, "launcher": "local"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capstan.training.launch.subprocess", warm_python)
+        train(make_recipe(squares, run, engine={**DEEPSPEED, "launcher": "local"}))
     return run
 
 
@@ -87,6 +96,7 @@ def test_torchrun_is_told_to_stop_and_accelerate_goes_on(recipe, whole: Path, tm
     assert_same(run, whole)
 
 
+@pytest.mark.usefixtures("_cold_workers")
 @pytest.mark.integration
 def test_workers_that_are_killed_are_started_again(
     recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +246,7 @@ def kill_workers(run: Path, steps: list[int], victims: random.Random) -> None:
         victims.choice(found).kill()
 
 
+@pytest.mark.usefixtures("_cold_workers")
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_kills_change_nothing(recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +270,7 @@ def test_twenty_kills_change_nothing(recipe, tmp_path: Path, capsys: pytest.Capt
         print(f"200 losses and all weights are those of the run that nothing happened to: {weights(run).keys()}")
 
 
+@pytest.mark.usefixtures("_cold_workers")
 @pytest.mark.slow
 def test_two_then_one_then_two_workers_see_every_sample_once_an_epoch(
     recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 
 from capstan.pipeline.ports import free_port
 from capstan.training.distributed.ema import decay_at
@@ -76,18 +77,9 @@ def run_workers(phase: str, folder: Path, before: Path, processes: int, **enviro
     ports = ",".join(str(free_port()) for _ in NAMES)
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"OMP_NUM_THREADS": "1", **environment}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), phase, str(folder), str(before), ports],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    logs = [worker.communicate(timeout=480)[1] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(logs)[-4000:]
-    return logs[0]
+    environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    command = [sys.executable, str(WORKER), phase, str(folder), str(before), ports]
+    return warm_python.run_together(command, environments, timeout=480)[0]
 
 
 @pytest.fixture(scope="module")

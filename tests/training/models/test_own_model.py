@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 
 from capstan.pipeline.errors import RecipeError
 from capstan.training.models.own_model import export_own, load_own
@@ -79,7 +79,7 @@ def test_the_export_is_opened_by_transformers_alone(half: Any, tmp_path: Path) -
         "print(model.layer.weight.tolist())"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    out = subprocess.run(
+    out = warm_python.run(
         [sys.executable, "-c", code, str(folder)], env=environment, cwd=tmp_path, check=True, capture_output=True
     )
     seen = torch.tensor(json.loads(out.stdout.decode().splitlines()[-1]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import sounding
 import torch
+import warm_python
 from family_runs import assert_killed_run_ends_as_whole, small_run
 from safetensors.torch import load_file
 
@@ -187,7 +187,7 @@ def test_diffusers_alone_draws_the_export_as_we_do(run: Path, tmp_path: Path) ->
     assert export(run, tmp_path / "export")["pipeline"] == "StableAudioPipeline"
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "export"), PROMPT, str(tmp_path / "made.npy")]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
+    warm_python.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
     ours = open_sampler(run).draw([PROMPT], [5]).arrays
     theirs = np.load(tmp_path / "made.npy").transpose(0, 2, 1)
     assert np.abs(ours - theirs.clip(-1, 1)).max() < 1e-4

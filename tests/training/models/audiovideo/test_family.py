@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import wave
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_networks as tiny
 import torch
+import warm_python
 import yaml
 from family_runs import assert_killed_run_ends_as_whole, made_elsewhere, small_run
 from moving import shown
@@ -245,7 +245,7 @@ def test_the_command_ends_with_2_and_the_field(make: Make, tmp_path: Path) -> No
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "capstan", "train", str(path)]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    out = warm_python.run(command, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 2, out.stderr
     assert "train.audiovideo" in out.stderr
 

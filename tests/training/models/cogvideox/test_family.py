@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from causal_clips import FRAMES, STAGE, TEXT, TRANSFORMER, recipe
 from family_runs import assert_killed_run_ends_as_whole
@@ -252,7 +252,7 @@ def test_diffusers_alone_draws_the_clip_that_we_draw(run: Path, tmp_path: Path) 
     assert export(run, folder)["pipeline"] == "CogVideoXPipeline"
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     command = [sys.executable, "-c", _ELSEWHERE, str(folder), PROMPT, str(tmp_path / "made.npy")]
-    out = subprocess.run(
+    out = warm_python.run(
         command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
     )
     assert out.stdout.split() == ["CogVideoXPipeline"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 from tiny_towers import save_open_clip
 
 from capstan.pipeline.config import Recipe, WorldSource
@@ -131,7 +131,7 @@ def test_janus_draws_the_same_without_capstan(make: Callable[..., Recipe], stage
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     asked = json.dumps(list(zip(PROMPTS, [0, 1, 2], strict=True)))
     command = [sys.executable, "-c", CODE, str(folder), str(tmp_path / "made.npy"), asked]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
+    warm_python.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
     ours = open_sampler(run, "cpu").draw(PROMPTS, [0, 1, 2]).arrays.astype(int)
     assert np.abs(np.load(tmp_path / "made.npy").astype(int) - ours).max() <= 1
     assert len(np.unique(ours[0].reshape(-1, 3), axis=0)) > 4

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import records, wait_for_step
@@ -95,7 +95,7 @@ def test_a_killed_run_ends_as_one_that_was_not(make: Make, run: Callable[[str], 
     recipe = make("killed", "text", steps=40, checkpoint={"every": 1, "keep": 1})
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
+    worker = warm_python.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
     folder = Path(TrainConfig.from_recipe(recipe).run)
     wait_for_step(folder, 2)
     worker.send_signal(signal.SIGKILL)
@@ -231,7 +231,7 @@ def test_diffusers_alone_draws_the_image_that_we_draw(run: Callable[[str], Path]
         ours[folder] = images[0] / 255
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", _ELSEWHERE, json.dumps(wanted)]
-    out = subprocess.run(command, check=True, cwd=tmp_path, timeout=500, env=environment, stdout=subprocess.PIPE)
+    out = warm_python.run(command, check=True, cwd=tmp_path, timeout=500, env=environment, stdout=warm_python.PIPE)
     named = out.stdout.decode().split()
     assert named == ["DDPMPipeline", "TextToPixelsPipeline", "TextToPixelsPipeline", "DDPMPipeline"]
     for folder, image in ours.items():

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny_networks as tiny
 import torch
+import warm_python
 from diffusers import DiffusionPipeline
 
 from capstan.pipeline.errors import RecipeError
@@ -181,7 +181,7 @@ def test_diffusers_alone_draws_the_image_that_we_draw(make, run_of, root, square
             more,
             open_sampler(run, sampler=sampler).draw(["a red square"], [3]).arrays[0] / 255,
         )
-    subprocess.run([sys.executable, "-c", _ELSEWHERE, json.dumps(asked)], check=True, cwd=root, timeout=300)
+    warm_python.run([sys.executable, "-c", _ELSEWHERE, json.dumps(asked)], check=True, cwd=root, timeout=300)
     for folder, image in ours.items():
         theirs = np.load(folder + ".npy")
         assert np.abs(theirs - image).max() <= 0.5 / 255 + 1e-3, folder  # ours is rounded to 8 bits

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_towers
 import torch
+import warm_python
 import yaml
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
@@ -143,7 +143,7 @@ def test_a_killed_run_ends_as_one_that_was_not(make: Make, cascade: Path, tmp_pa
     recipe = make("killed", after="base", steps=40, **every)
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
+    worker = warm_python.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
     folder = Path(TrainConfig.from_recipe(recipe).run)
     wait_for_step(folder, 2)
     worker.send_signal(signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_diffusers_alone_draws_the_image_that_we_draw(make: Make, cascade: Path,
     assert (ours[0] == ours[1]).all()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", _ELSEWHERE, str(folder), PROMPT]
-    out = subprocess.run(command, check=True, cwd=tmp_path, timeout=500, env=environment, stdout=subprocess.PIPE)
+    out = warm_python.run(command, check=True, cwd=tmp_path, timeout=500, env=environment, stdout=warm_python.PIPE)
     assert out.stdout.decode().split() == ["IFPipeline", "IFSuperResolutionPipeline"]
     theirs = np.load(f"{folder}.npy")
     assert np.abs(theirs - ours[0] / 255).max() <= 0.5 / 255 + 1e-3  # ours is rounded to 8 bits

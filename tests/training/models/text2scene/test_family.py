@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_as_one_that_was_not(make: Make, tmp_path: Path) -> No
     recipe = make("killed", steps=200, checkpoint={"every": 1, "keep": 1})
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
+    worker = warm_python.Popen([sys.executable, "-m", "capstan.training.trainer", str(path)], env=environment)
     killed = Path(TrainConfig.from_recipe(recipe).run)
     wait_for_step(killed, 2)
     worker.send_signal(signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_a_wrong_setting_ends_with_its_field(make: Make, tmp_path: Path, setting
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "capstan", "train", str(path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    out = warm_python.run(command, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 2, out.stderr
     with pytest.raises(RecipeError, match=field) as found:
         TrainConfig.from_recipe(make("wrong", settings))
@@ -275,7 +275,7 @@ def test_transformers_alone_draws_what_we_draw(run: Path, tmp_path: Path) -> Non
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", _ELSEWHERE, str(folder), PROMPT]
-    subprocess.run(command, check=True, cwd=tmp_path, timeout=500, env=environment)
+    warm_python.run(command, check=True, cwd=tmp_path, timeout=500, env=environment)
     ours = [open_sampler(place).draw([PROMPT], [0]).drawings[0] for place in (run, folder)]
     assert (ours[0] == ours[1]).all()
     assert (np.load(f"{folder}.npy") == ours[0]).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from family_runs import assert_killed_run_ends_as_whole
 from moving_clips import FRAMES, SIDE
@@ -184,7 +184,7 @@ def test_the_command_ends_with_2_and_the_field(make: Make, tmp_path: Path) -> No
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "capstan", "train", str(path)]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    out = warm_python.run(command, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 2, out.stderr
     assert "train.video" in out.stderr
 
@@ -279,7 +279,7 @@ def test_diffusers_alone_draws_the_clip_that_we_draw(run: Path, tmp_path: Path) 
     assert export(run, folder)["pipeline"] == "AnimateDiffPipeline"
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     command = [sys.executable, "-c", _ELSEWHERE, str(folder), str(tmp_path / "made.npy")]
-    out = subprocess.run(
+    out = warm_python.run(
         command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
     )
     assert out.stdout.split() == ["AnimateDiffPipeline"]

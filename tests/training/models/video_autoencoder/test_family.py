@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from causal_clips import FRAMES, STAGE, recipe
 from family_runs import assert_killed_run_ends_as_whole
@@ -185,7 +185,7 @@ def test_diffusers_alone_decodes_the_clip_that_we_decode(run: Path, tmp_path: Pa
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     files = [tmp_path / name for name in ("export", "clips.npy", "made.npy")]
     command = [sys.executable, "-c", _ELSEWHERE, *map(str, files)]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
+    warm_python.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
     theirs = ((np.load(tmp_path / "made.npy").clip(-1, 1) + 1) * 127.5).round()
     ours = VideoAutoencoderFamily.codec(run / "product", torch.device("cpu")).reconstruct(clips, 2)
     assert np.abs(theirs - ours).max() <= 1
