@@ -113,6 +113,17 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int]:
     return marker, at + 4, at + 2 + size
 
 
+def before_scan(data: bytes) -> Iterator[Segment]:
+    """Yield the segments before the first scan. Raises Unreadable if the file ends there."""
+    at = 2
+    for count in itertools.count(1):
+        _check_count(count)
+        marker, start, at = _segment(data, at)
+        if marker in (_SOS, _EOI):
+            return
+        yield Segment(marker, data[start:at])
+
+
 def segments(data: bytes, *, needs_end: bool = True) -> Iterator[Segment]:
     """Yield the segments up to EOI. Raises Unreadable if the file ends before EOI, unless `needs_end` is false."""
     at = 2

@@ -19,7 +19,7 @@ from typing import Final
 from capstan.pipeline.image import jpeg
 from capstan.pipeline.image.sniff import PNG_MAGIC, Unreadable
 
-_APP1, _APP11, _SOS = 0xE1, 0xEB, 0xDA
+_APP1, _APP11 = 0xE1, 0xEB
 _XMP: Final = b"http://ns.adobe.com/xap/1.0/\0"
 _MORE_XMP: Final = b"http://ns.adobe.com/xmp/extension/\0"
 _EXTENSION_HEADER: Final = len(_MORE_XMP) + 32 + 8  # GUID, full length, offset
@@ -33,10 +33,10 @@ Blocks = tuple[bytes, list[bytes]]  # all XMP, and JUMBF boxes
 
 def blocks(kind: str, data: bytes) -> Blocks:
     """Return the XMP of an image file of a kind of `sniff`, and its JUMBF superboxes."""
+    if kind == "jpeg":  # walking the segments before its scans is quicker than searching all of it for words
+        return _of_jpeg(data)
     if b"jumb" not in data and b"DataMining" not in data and _PNG_XMP not in data and _MORE_XMP not in data:
         return b"", []  # nearly all files
-    if kind == "jpeg":
-        return _of_jpeg(data)
     if kind == "png":
         return _of_png(data)
     if kind == "webp":
@@ -51,10 +51,8 @@ def _of_jpeg(data: bytes) -> Blocks:
     more: list[tuple[int, bytes]] = []
     boxes: dict[bytes, list[tuple[int, bytes]]] = defaultdict(list)  # by number of the box: (position, part)
     try:
-        for segment in jpeg.segments(data, needs_end=False):
+        for segment in jpeg.before_scan(data):
             payload = segment.payload
-            if segment.marker == _SOS:
-                break
             if segment.marker == _APP1 and payload.startswith(_XMP):
                 xmp.append(payload[len(_XMP) :])
             elif segment.marker == _APP1 and payload.startswith(_MORE_XMP):
