@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import threading
@@ -25,6 +24,7 @@ import pytest
 import tiny_networks
 import tiny_towers
 import transformers
+import warm_python
 import yaml
 from moving import RED, movie, seconds_of
 from PIL import Image
@@ -227,7 +227,7 @@ def test_recaption_server(run: Run, two_cpus: dict[str, int]) -> None:
 
 
 @pytest.mark.integration
-def test_sdxl_finetune(run: Run, tmp_path: Path) -> None:
+def test_sdxl_finetune(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of a network of SDXL's shape, started from a pipeline's folder with both of its text encoders."""
     dataset = tmp_path / "dataset"
     write_dataset(Storage(str(dataset)), [[0, 1, 2, 3], [4, 5]])
@@ -254,6 +254,7 @@ def test_sdxl_finetune(run: Run, tmp_path: Path) -> None:
         "train.batch": 2,
         "train.precision": "fp32",
     }
+    monkeypatch.setattr("capstan.training.launch.subprocess", warm_python)
     run("train", str(EXAMPLES / "sdxl_finetune.yaml"), **smaller)
     product = Path("out/sdxl/product")
     assert json.loads((product / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
@@ -286,7 +287,7 @@ def test_imagen(run: Run, two_cpus: dict[str, int]) -> None:
     recipe, settings = str(EXAMPLES / "imagen.yaml"), shortened("imagen.yaml")
     run("build", recipe, resources=two_cpus, **settings)
     script = [sys.executable, str(EXAMPLES / "small_t5.py"), settings["dataset"], "out/t5", "--steps", "2"]
-    subprocess.run(script, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    warm_python.run(script, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     words = transformers.T5Tokenizer.from_pretrained("out/t5")
     assert words.tokenize("a circle.") == ["▁a", "▁circle", "."]
     assert run("train", recipe, resources=two_cpus, **settings)["steps"] == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_towers
 import torch
+import warm_python
 from safetensors.torch import load_file
 
 from capstan.pipeline.config import Recipe
@@ -110,17 +110,8 @@ class Runs:
         jobs = self.folder / "jobs.json"
         jobs.write_text(json.dumps([{"port": free_port(), "recipe": recipe} for recipe in recipes]))
         common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(jobs)],
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        logs = [worker.communicate(timeout=480)[1] for worker in workers]
-        assert all(worker.returncode == 0 for worker in workers), "\n".join(logs)[-4000:]
+        environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        warm_python.run_together([sys.executable, str(WORKER), str(jobs)], environments, timeout=480)
 
     def records(self, *run: Any) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.path(*run) / "log.jsonl").read_text().splitlines()]
