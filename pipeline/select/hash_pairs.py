@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -186,14 +186,16 @@ def _codes(prints: Prints, masks: list[int], number: int, limit: int | None, mos
 
     None if there are more than `most`, or more than `limit` candidates; without a limit all are returned.
     """
-    blocks = blocks_of(prints.phash, masks[number], block_bits(len(prints)))
+    bits = block_bits(len(prints))
+    blocks = blocks_of(prints.phash, masks[number], bits)
 
     def of_block(place: int) -> tuple[int, list[Ints]]:
         rows, hashes = blocks[place]
-        by, candidates = _sorted(hashes, masks[number], limit)
+        by, later = _grouped(hashes, masks[number], bits)
+        candidates = int(later.sum(dtype=np.int64))
         if limit is not None and candidates > limit:
             return candidates, []
-        found = _agreeing(prints, masks, number, rows[by], hashes[by])
+        found = _agreeing(prints, masks, number, rows[by], hashes[by], later)
         codes = [b * len(prints) + a for a, b in found]
         release(rows, hashes)
         if prints.colours is not None and codes:
@@ -210,32 +212,43 @@ def _codes(prints: Prints, masks: list[int], number: int, limit: int | None, mos
     return np.concatenate(codes)
 
 
-def _sorted(hashes: Words, mask: int, limit: int | None) -> tuple[Ints, int]:
-    """Return the order by the bits of a mask, and the number of pairs that agree on them (0 without `limit`)."""
-    keys = hashes & np.uint64(mask)
-    by = np.argsort(keys)
-    if limit is None or not len(keys):
-        return by, 0
-    bounds = np.flatnonzero(np.diff(keys[by])) + 1
-    sizes = np.diff(np.concatenate([[0], bounds, [len(keys)]]))
-    return by, int((sizes * (sizes - 1) // 2).sum())
+def _grouped(hashes: Words, mask: int, bits: int) -> tuple[Ints, npt.NDArray[np.int32]]:
+    """Return an order of a block's hashes in which those that agree on the bits of a mask are in one group.
+
+    Also return how many of its group come after each. Groups are made by 16 bits, which numpy sorts by radix; so some
+    hold hashes that do not agree.
+    """
+    mixed = (hashes & np.uint64(mask)) * MIX  # its first bits are those of the block
+    group = (mixed >> np.uint64(48 - bits)).astype(np.uint16)
+    by = np.argsort(group, kind="stable")
+    group = group[by]
+    ends = np.append(np.flatnonzero(group[1:] != group[:-1]) + 1, len(group))
+    later = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(1, len(group) + 1)
+    return by, later.astype(np.int32)
 
 
-def _agreeing(prints: Prints, masks: list[int], number: int, order: Ints, hashes: Words) -> Iterator[Pairs]:
+def _agreeing(
+    prints: Prints, masks: list[int], number: int, order: Ints, hashes: Words, later: npt.NDArray[np.int32]
+) -> Iterator[Pairs]:
     """Yield near pairs (i < j) of rows whose hashes agree on the bits of one mask, and on no mask before it.
 
-    `order` holds the rows, sorted by these bits, and `hashes` theirs.
+    `order` holds the rows, `hashes` theirs, in groups; `later` is how many of its group come after each.
     """
     mask, distance = np.uint64(masks[number]), prints.distance
     for start in range(0, len(hashes), _CHUNK):
-        # Compare each row with the next one, the one after, … as long as they agree.
-        rows, step = np.arange(start, min(start + _CHUNK, len(hashes))), 0
+        # Compare each row with the next one of its group, the one after, …
+        rows, step, asked = np.arange(start, min(start + _CHUNK, len(hashes))), 0, 1
         while True:
             step += 1
             rows = rows[: np.searchsorted(rows, len(hashes) - step)]
-            apart = _apart(hashes, rows, step)
-            same = (apart & mask) == 0
-            close = np.flatnonzero(same & (np.bitwise_count(apart) <= distance))
+            if step >= asked:  # rows that are compared with another group cost time and nothing else
+                left, asked = _at(later, rows) >= step, step + 1 + step // 8
+                if not (most := np.count_nonzero(left)):
+                    break
+                if most < len(rows) - len(rows) // 4:  # else they stay a slice
+                    rows = rows[left]
+            apart = _at(hashes, rows) ^ _at(hashes, rows, step)
+            close = np.flatnonzero((np.bitwise_count(apart) <= distance) & ((apart & mask) == 0))
             if len(close):
                 apart, hits = apart[close], rows[close]
                 first = np.ones(len(close), bool)
@@ -245,19 +258,13 @@ def _agreeing(prints: Prints, masks: list[int], number: int, order: Ints, hashes
                 a, b = np.minimum(one, other), np.maximum(one, other)
                 agree = prints.agree(a, prints, b)
                 yield a[agree], b[agree]
-            agreeing = np.count_nonzero(same)
-            if not agreeing:
-                break
-            if agreeing < len(rows) - len(rows) // 4:
-                rows = rows[same]
 
 
-def _apart(hashes: Words, rows: Ints, step: int) -> Words:
-    """Return hashes[rows] ^ hashes[rows + step]; consecutive rows are sliced instead of gathered."""
+def _at(values: npt.NDArray[Any], rows: Ints, step: int = 0) -> npt.NDArray[Any]:
+    """Return values[rows + step]; of consecutive rows a slice."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        low, high = int(rows[0]), int(rows[-1]) + 1
-        return hashes[low:high] ^ hashes[low + step : high + step]
-    return hashes[rows] ^ hashes[rows + step]
+        return values[int(rows[0]) + step : int(rows[-1]) + 1 + step]
+    return values[rows + step]
 
 
 def first_near(kept: Prints, rows: Prints) -> Ints:

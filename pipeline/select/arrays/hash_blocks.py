@@ -36,15 +36,14 @@ def blocks_of(hashes: Words, mask: int, bits: int) -> list[list[Array]]:
 
     Hashes that agree on the bits of `mask` share a block.
     """
-    rows = numbered(len(hashes))
     if not bits:
-        return [[rows, hashes]]
+        return [[numbered(len(hashes)), hashes]]
 
     def number_of(piece: slice) -> Numbers:
         mixed = (hashes[piece] & np.uint64(mask)) * MIX
         return np.asarray(mixed >> np.uint64(64 - bits), np.uint16)
 
-    return scattered([rows, hashes], number_of, 1 << bits)
+    return scattered([None, hashes], number_of, 1 << bits)
 
 
 def in_threads(work: Callable[[int], T], count: int) -> Generator[T, None, None]:

@@ -78,15 +78,23 @@ def split(columns: Sequence[Array], by: int) -> list[list[Array]]:
     return scattered(columns, number_of, 2 * len(bounds) + 1)
 
 
-def scattered(columns: Sequence[Array], number_of: Callable[[slice], Numbers], count: int) -> list[list[Array]]:
-    """Return the rows in `count` parts, in order within each; `number_of` returns the parts of the rows of a slice."""
-    rows = len(columns[0])
+def scattered(columns: Sequence[Array | None], number_of: Callable[[slice], Numbers], count: int) -> list[list[Array]]:
+    """Return the rows in `count` parts, in order within each; `number_of` returns the parts of the rows of a slice.
+
+    A column that is None (not all may be) holds the numbers of the rows.
+    """
+    given = [column for column in columns if column is not None]
+    rows = len(given[0])
     sizes = np.zeros(count, np.int64)
     for piece in pieces(rows):
         sizes += np.bincount(number_of(piece), minlength=count)
     ends = np.cumsum(sizes)
     free = ends - sizes  # place of the next row of each part
-    made = [empty(rows, column) for column in columns]
+    made = [empty(rows, np.dtype(np.int64) if column is None else column) for column in columns]
+    plain = [
+        (None if column is None else np.asarray(column), np.asarray(target))
+        for column, target in zip(columns, made, strict=True)
+    ]
     for piece in pieces(rows):
         own = number_of(piece)
         order = np.argsort(own, kind="stable")  # a radix sort
@@ -94,12 +102,12 @@ def scattered(columns: Sequence[Array], number_of: Callable[[slice], Numbers], c
         chosen = np.flatnonzero(there)
         starts = (np.cumsum(there) - there)[chosen]
         runs = [side.tolist() for side in (starts, starts + there[chosen], free[chosen], free[chosen] + there[chosen])]
-        for column, target in zip(columns, made, strict=True):
-            ordered = column[piece][order]
+        for column, target in plain:  # slices of memory maps are slow
+            ordered = piece.start + order if column is None else column[piece][order]
             for start, stop, place, end in zip(*runs, strict=True):
                 target[place:end] = ordered[start:stop]
         free += there
-    release(*columns, *made)
+    release(*given, *made)
     bounds = [0, *ends.tolist()]
     return [[column[start:stop] for column in made] for start, stop in itertools.pairwise(bounds)]
 

@@ -106,6 +106,19 @@ def test_a_few_thousand_hashes_whatever_sets_of_bits_are_compared(sets: str, mon
     assert found.kept.tolist() == brute_force(hashes, None, 4, 0)
 
 
+@pytest.mark.parametrize("mix", [0, 1 << 47])
+def test_hashes_of_one_group_need_not_agree(mix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are made by 16 bits of what is mixed: none, or one bit, that tells hashes apart."""
+    hashes = np.random.default_rng(0).integers(0, 2**64, 1500, dtype=np.uint64)
+    hashes[500:] = hashes[:1000] ^ np.uint64(0b1001)
+    masks = hash_pairs._masks(10_000_000, 4)
+    monkeypatch.setattr(hash_pairs, "_masks", lambda n, distance: masks)
+    expected = [side.tolist() for side in close_pairs(hashes, 4)]
+    monkeypatch.setattr(hash_pairs, "MIX", np.uint64(mix))
+    assert [side.tolist() for side in close_pairs(hashes, 4)] == expected
+    assert len(expected[0]) >= 500
+
+
 def test_a_new_batch_changes_no_earlier_decision() -> None:
     hashes, area = clustered(3, 400), np.random.default_rng(3).integers(1, 5, 400)
     batch = np.repeat([0, 1], 200)

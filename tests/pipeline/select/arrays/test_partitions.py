@@ -57,9 +57,10 @@ def test_parts_of_different_values_fit_and_are_few() -> None:
     assert len(sizes) < 8 * 4000 / FIT
 
 
-def test_columns_are_scattered_together() -> None:
+@pytest.mark.parametrize("rows", [np.arange(50), None])
+def test_columns_are_scattered_together(rows: np.ndarray | None) -> None:
     numbers, wide = np.arange(50) * 7 % 4, np.arange(150, dtype=np.uint8).reshape(50, 3)
-    found = scattered([np.arange(50), wide], lambda piece: numbers[piece].astype(np.uint16), 5)
+    found = scattered([rows, wide], lambda piece: numbers[piece].astype(np.uint16), 5)
     for number, (rows, own) in enumerate(found):
         assert rows.tolist() == np.flatnonzero(numbers == number).tolist()
         assert (own == wide[rows]).all()
