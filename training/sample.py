@@ -67,7 +67,7 @@ def sample(
         extras.require(extras.VIDEO, "sample")
     given: Options = {"negative": negative, "steps": steps, "guidance": guidance, "size": size}
     if images or opened.continues is not None:
-        given["first_frames"], labels, seeds = _continued(opened, images, seeds)
+        given["first_frames"], labels, seeds = continued(opened, images, seeds)
     prompts, seeds = paired(prompts, seeds, prompted=opened.prompted)
     if opened.continues is None:
         labels = list(originals) if len(originals) == len(prompts) else list(originals) * len(prompts)
@@ -85,26 +85,29 @@ def sample(
     return {"grid": str(path), "pictures": len(drawn), **shape, "seeds": list(seeds), **files, **expanded}
 
 
-def _continued(
-    drawer: Drawer, files: Sequence[str | Path], seeds: Sequence[int] | None
+def continued(
+    drawer: Drawer, files: Sequence[str | Path], seeds: Sequence[int] | None, *, field: str = "--image"
 ) -> tuple[np.ndarray, list[str], list[int]]:
-    """Return the images to continue, uint8 [N, side, side, 3], their labels and seeds. Raises RecipeError."""
+    """Return the images to continue, uint8 [N, side, side, 3], their labels and seeds.
+
+    Raises RecipeError naming `field`, which lists the files, if the model or a file is not fit for that.
+    """
     if drawer.continues is None:
-        raise RecipeError("--image", "this model continues no image", "remove it")
+        raise RecipeError(field, "this model continues no image", "remove it")
     if not files:
-        raise RecipeError("--image", "is missing: this model continues images", "add one or more image files")
+        raise RecipeError(field, "is missing: this model continues images", "add one or more image files")
     chosen = list(range(len(files))) if seeds is None else list(seeds)
     if len(files) not in (1, len(chosen)):
         raise RecipeError("--seed", f"{len(chosen)} seeds for {len(files)} images", "use one seed per image")
     side = drawer.continues.side
-    images = [_squared(Path(file), side) for file in files]
+    images = [_squared(Path(file), side, field) for file in files]
     labels = [Path(file).name for file in files]
     if len(files) == 1:
         images, labels = images * len(chosen), [f"{labels[0]}, seed {seed}" for seed in chosen]
     return np.stack(images), labels, chosen
 
 
-def _squared(file: Path, side: int) -> np.ndarray:
+def _squared(file: Path, side: int, field: str) -> np.ndarray:
     """Return an image file as uint8 RGB [side, side, 3], cut to its middle. Raises RecipeError if it is none."""
     from PIL import Image, ImageOps
 
@@ -112,7 +115,7 @@ def _squared(file: Path, side: int) -> np.ndarray:
         with Image.open(file) as opened:
             pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise RecipeError("--image", f"cannot read {file} ({error})", "name a PNG or JPEG file") from None
+        raise RecipeError(field, f"cannot read {file} ({error})", "name a PNG or JPEG file") from None
     return fitted(pixels, (side, side))
 
 

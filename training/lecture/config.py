@@ -44,13 +44,21 @@ class Played(Section):
     name: Name
     """Name on the page and of its folder."""
     run: str
-    """The run, of model video, audio or audiovideo."""
-    prompts: Annotated[list[str], Field(min_length=1)]
+    """The run, of a model that draws clips or sounds, as video, svd or audio do."""
+    prompts: list[str] = Field(default=[])
     """What it draws, with the seeds 0, 1, …."""
+    images: list[str] = Field(default=[])
+    """Image files that it continues, with the same seeds, in place of prompts (svd)."""
     paper: str = ""
     """The paper, for the page."""
     claim: str = ""
     """What the paper says that it shows, for the page."""
+
+    @model_validator(mode="after")
+    def _starts_from_something(self) -> Played:
+        if bool(self.prompts) == bool(self.images):
+            raise ValueError(f"{self.name} needs either prompts or images")
+        return self
 
 
 class LectureConfig(Section):

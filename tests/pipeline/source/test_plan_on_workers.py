@@ -25,8 +25,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(on_workers, name, value)
 
 
-def recipe(path: Path, dataset: Path, workers: int = 2, **more: Any) -> Recipe:
-    settings: dict[str, Any] = {"dataset": str(dataset), "source": {"path": str(path)}, "unit": {"rows": 70}}
+def recipe(path: Path, folder: Path, workers: int = 2, **more: Any) -> Recipe:
+    settings: dict[str, Any] = {"dataset": str(folder), "source": {"path": str(path)}, "unit": {"rows": 70}}
     resources = {"executor": "processes", "cpus": workers}
     return Recipe.model_validate(settings | {"resources": resources} | more)
 
@@ -43,7 +43,7 @@ def write(folder: Path, files: dict[str, range]) -> Path:
 
 def planned(wanted: Recipe) -> tuple[Plan, dict[str, bytes]]:
     """Plan; return the plan, and all that is left of planning."""
-    storage = Storage(wanted.dataset)
+    storage = Storage(wanted.dataset, wanted.storage)
     made = plan(wanted, storage, progress=False)
     return made, {name: storage.read(name) for name in storage.names("state")}
 
@@ -94,6 +94,14 @@ def test_units_with_embedded_images_are_cut_alike(tmp_path: Path, small: None, m
     assert made == planned(recipe(tmp_path / "images", tmp_path / "alone", **image))
     assert made[0].repeats == 30
     assert len(made[0].units) > 10
+
+
+def test_a_bucket_ends_with_the_bytes_of_a_folder(
+    source: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, bucket: dict[str, Any]
+) -> None:
+    made = planned(recipe(source, tmp_path / "unused", **bucket))
+    monkeypatch.setattr(on_workers, "SMALL_ROWS", 1 << 40)
+    assert made == planned(recipe(source, tmp_path / "alone"))
 
 
 KILLED = """

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from capstan.pipeline.config import validate
 from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.html import page
 from capstan.pipeline.storage import Storage
-from capstan.training.drawing.drawer import Drawer, Drawn, Kind
+from capstan.training.drawing.drawer import Continued, Drawer, Drawn, Kind
 from capstan.training.experiment.measure import Measurements
 from capstan.training.lecture import media
 from capstan.training.lecture.config import LectureConfig
@@ -45,6 +46,16 @@ class FilmDrawer(Drawer):
 
 class SoundDrawer(FilmDrawer):
     kind: ClassVar[Kind] = "sound"
+
+
+class Continuing(FilmDrawer):
+    """Draws clips of a single image each, the one that it is given."""
+
+    continues = Continued(4, 4.0, 16)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 16, **options: Any) -> Drawn:
+        self.calls.append([str(seed) for seed in seeds])
+        return Drawn("clip", np.repeat(options["first_frames"][:, None], 4, axis=1), fps=4.0)
 
 
 def family(drawer: type[FilmDrawer], draws: str) -> Any:
@@ -110,6 +121,46 @@ def test_sounds_are_played_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     html = page_of(lecture)
     assert [sound[:4] for sound in embedded(html, "audio")] == [b"RIFF", b"RIFF"]
     assert "Not measured" in html
+
+
+def test_images_are_continued(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "family_of", lambda product: family(Continuing, "clip"))
+    files = [run.parent / name for name in ("one.png", "two.png")]
+
+    def paint(*colours: str) -> None:
+        for file, colour in zip(files, colours, strict=True):
+            Image.new("RGB", (16, 16), colour).save(file)
+
+    def played(**start: Any) -> LectureConfig:
+        one = {"name": "svd", "run": str(run), **start}
+        folder = str(run.parent / "lecture")
+        systems = [{"name": "one", "run": "elsewhere"}]
+        return validate(LectureConfig, {"run": folder, "systems": systems, "media": [one]}, "lecture")
+
+    paint("red", "blue")
+    lecture = played(images=[str(file) for file in files])
+    for _ in range(2):
+        media.draw_media(Storage(lecture.run), lecture.media[0])
+    assert FilmDrawer.calls == [["0", "1"]]
+    html = page_of(lecture)
+    assert len(embedded(html, "video")) == 2
+    assert "two.png" in html
+    paint("red", "green")  # another image under the same name
+    media.draw_media(Storage(lecture.run), lecture.media[0])
+    assert len(FilmDrawer.calls) == 2
+    with pytest.raises(RecipeError, match=r"^lecture\.media\.svd\.images: is missing"):
+        media.draw_media(Storage(lecture.run), played(prompts=PROMPTS).media[0])
+    files[0].write_bytes(b"no image")
+    with pytest.raises(RecipeError, match=r"^lecture\.media\.svd\.images: cannot read .*one\.png"):
+        media.draw_media(Storage(lecture.run), lecture.media[0])
+    files[0].unlink()
+    with pytest.raises(RecipeError, match=r"^lecture\.media\.svd\.images: cannot read .*one\.png"):
+        media.draw_media(Storage(lecture.run), lecture.media[0])
+    with pytest.raises(RecipeError, match="svd needs either prompts or images"):
+        played(prompts=PROMPTS, images=["one.png"])
+    monkeypatch.setattr(media, "family_of", lambda product: family(FilmDrawer, "film"))
+    with pytest.raises(RecipeError, match=r"^lecture\.media\.svd\.images: this model continues no image"):
+        media.draw_media(Storage(lecture.run), played(images=[str(files[1])]).media[0])
 
 
 def test_a_page_without_media_allows_none(run: Path) -> None:
