@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_python
 from PIL import Image
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
@@ -104,13 +105,14 @@ def test_the_exported_folder_draws_the_same_image_without_capstan(
     folder, _ = demo
     exported, grid = tmp_path / "pipeline", tmp_path / "ours.npy"
     command = [sys.executable, "-m", "capstan", "export", str(folder / "diffusion"), str(exported)]
-    subprocess.run(command, check=True, capture_output=True)
+    warm_python.run(command, check=True, capture_output=True)
     theirs = (
         "import sys, numpy, torch; from diffusers import DiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]); "
         "r = p(['a red circle'], num_inference_steps=15, guidance_scale=3.0, output_type='np', "
         "generator=[torch.Generator().manual_seed(7)]); numpy.save(sys.argv[2], r.images)"
     )
-    subprocess.run([sys.executable, "-c", theirs, str(exported), str(grid)], check=True, capture_output=True, cwd="/")
+    command = [sys.executable, "-c", theirs, str(exported), str(grid)]
+    warm_python.run(command, check=True, capture_output=True, cwd="/")
     from capstan.training.sample import open_sampler
 
     ours = open_sampler(folder / "diffusion").draw(["a red circle"], [7], steps=15, guidance=3.0).arrays
