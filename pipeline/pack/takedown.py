@@ -45,6 +45,7 @@ from capstan.pipeline.source.blocklist import (
 )
 from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.source.plan_on_workers import discard
+from capstan.pipeline.source.planning.batches import delete_unfinished
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
@@ -107,6 +108,7 @@ def take_down(storage: Storage, lists: config.Blocklist, *, progress: bool = Tru
     # The blocklist comes first: a build in between must not bring these rows back.
     add_removed(storage, asked)
     discard(storage)
+    delete_unfinished(storage)
     storage.write_table(_PENDING, rows_left)
     takedown = resume(storage, progress=progress)
     assert takedown is not None

@@ -43,6 +43,7 @@ from capstan.pipeline.source.planning.batches import (
     NewBatch,
     PlannedUnit,
     batch_name,
+    delete_others,
     keys_name,
     known,
     planned_units,
@@ -143,6 +144,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True, rows: Sourc
         if parts is not None and on_workers(parts):
             new = BatchOnWorkers(recipe, storage, rows, parts, batch).plan(folder, progress=progress)
         else:
+            discard(storage)  # its jobs count on tables that are written over here
             new = _plan_here(recipe, storage, rows, parts, before.units, batch, folder, progress)
     counts = None
     if files is not None and parts is not None:
@@ -153,6 +155,7 @@ def plan(recipe: Recipe, storage: Storage, *, progress: bool = True, rows: Sourc
         made = _added(before, made, new.units)
     elif planned and counts is not None:
         made = _with_unread(made, [counts[file] or [0, 0, {}] for file in planned])
+    delete_others(storage, batch, new.units)
     if new.units:
         write_facts(storage, batch, new.keys, new.keys_sha256)
     discard(storage)

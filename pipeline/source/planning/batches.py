@@ -97,10 +97,26 @@ def write_facts(storage: Storage, batch: int, units: UnitKeys, keys_sha256: str)
     storage.write(batch_name(batch), json.dumps(facts | {"keys_sha256": keys_sha256}).encode())
 
 
+def delete_others(storage: Storage, batch: int, units: Sequence[PlannedUnit]) -> None:
+    """Delete what interrupted plans have left in the folder of a batch that is to have these units."""
+    own = {unit.table for unit in units} | {keys_name(batch)}
+    storage.delete(*(name for name in storage.names(_folder(batch)) if name not in own))
+
+
+def delete_unfinished(storage: Storage) -> None:
+    """Delete the folders of batches that were never part of the plan: they have no batch.json."""
+    names = storage.names("state/plan")
+    finished = {name.rpartition("/")[0] for name in names if name.endswith("/batch.json")}
+    storage.delete(*(name for name in names if "/batch-" in name and name.rpartition("/")[0] not in finished))
+
+
+def _folder(batch: int) -> str:
+    return batch_name(batch).rpartition("/")[0]
+
+
 def _restore_batch(storage: Storage, batch: int) -> list[int]:
     """Write batch.json again from the batch's tables, which were all written before it; return the units' rows."""
-    folder = batch_name(batch).rpartition("/")[0]
-    tables = [name for name in storage.names(folder) if name.endswith(".parquet")]
+    tables = [name for name in storage.names(_folder(batch)) if name.endswith(".parquet")]
     keys = [storage.read_table(name, ["key"])["key"].to_pylist() for name in tables]
     counts = [len(part) for part in keys]
     log.warning("%s is damaged: written again from %d tables", storage.path(batch_name(batch)), len(tables))

@@ -31,6 +31,7 @@ from capstan.pipeline.dataset.shards import Dataset, sha256_of
 from capstan.pipeline.pack import added, scrub_units, takedown
 from capstan.pipeline.pack.verify import verify
 from capstan.pipeline.select import column_blocks
+from capstan.pipeline.source.plan import read_plan
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import MarkerLog
 
@@ -41,6 +42,8 @@ def test_what_is_removed_is_nowhere_and_the_other_shards_keep_their_bytes(folder
     key, jpeg, before = key_of(storage, 5), stored(storage, 5), tars(storage)
     shard = ledger(storage)[key]["shard"]
     storage.write("state/planning/0123/run-000000-0000.rows", b"http://host1.example1.org/secret-05.jpg")  # of a kill
+    for unit in read_plan(storage).units:  # of a batch that was not finished
+        storage.write(unit.table.replace("0000", "0007", 2), storage.read(unit.table))
     assert not gone(storage, 5, jpeg)
     # In other letters, without TLS, and with a fragment: it is the same address.
     asked = listed(folder, "http://HOST1.example1.org/secret-05.jpg#top")

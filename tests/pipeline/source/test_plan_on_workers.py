@@ -153,6 +153,20 @@ def test_what_a_killed_plan_left_is_not_used_for_another_source(
     assert made == planned(recipe(source, tmp_path / "whole"))
 
 
+def test_tables_of_a_killed_plan_are_not_part_of_a_smaller_one(
+    source: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(source, tmp_path / "killed")
+    subprocess.run([sys.executable, "-c", KILLED, wanted.model_dump_json(), "13"], check=False)
+    left = Storage(wanted.dataset).names("state/plan")
+    for file in sorted(source.iterdir())[1:]:
+        file.unlink()
+    monkeypatch.setattr(on_workers, "SMALL_ROWS", 1 << 40)  # in one process, which knows nothing of the jobs
+    made = planned(wanted)
+    assert made == planned(recipe(source, tmp_path / "whole"))
+    assert set(left) - made[1].keys()
+
+
 def test_a_file_that_cannot_be_read_ends_with_the_same_error(
     source: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

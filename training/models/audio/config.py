@@ -111,8 +111,11 @@ class AudioSettings(FamilySettings):
         return {"autoencoder": self.autoencoder}
 
     def check(self, train: TrainConfig) -> None:
-        if train.data.latents is None:
-            return
+        if train.data.latents is not None:
+            self.check_ahead()
+
+    def check_ahead(self) -> None:
+        """Raise RecipeError if latents that are computed ahead would depend on more than a sound's start."""
         if self.part == "random":
             problem = "latents are precomputed from the start of sounds, whatever part is"
             raise RecipeError("train.audio.part", problem, "set part: start, or remove train.data.latents")

@@ -32,7 +32,7 @@ from capstan.training.models.audio.model import (
 from capstan.training.models.audio.text import ids_of, open_text, save_tokenizer
 from capstan.training.models.noise.drawer import export_product, open_pipeline
 from capstan.training.models.noise.objectives import drop_rows, sample_mse
-from capstan.training.models.oobleck.encoder import SoundEncoder, split_latents
+from capstan.training.models.oobleck.encoder import LEAST, SoundEncoder, split_latents
 from capstan.training.models.oobleck.family import load_oobleck
 from capstan.training.models.text_length import some_captions, warn_of_cut
 from capstan.training.precomputed.latents import check_latents, measure
@@ -104,7 +104,12 @@ class AudioFamily(Family):
     @classmethod
     def encoder(cls, train: TrainConfig) -> SoundEncoder:
         settings: AudioSettings = train.settings
-        return SoundEncoder(load_oobleck(settings.autoencoder, _FIELD), _form(settings, None), _FIELD)
+        settings.check_ahead()
+        vae, form = load_oobleck(settings.autoencoder, _FIELD), _form(settings, None)
+        if form.values < LEAST * vae.hop_length:
+            problem = f"{settings.seconds} s are less than {LEAST} latents of {vae.hop_length} values"
+            raise RecipeError("train.audio.seconds", problem, f"set {LEAST * vae.hop_length / form.rate:g} or more")
+        return SoundEncoder(vae, form, _FIELD)
 
     def start_from(self, product: Path) -> None:
         pipeline = open_pipeline(product, torch.device("cpu"))

@@ -12,6 +12,7 @@ from capstan.training.data.sounds import Form, batch_of, piece_of, to_wave
 from capstan.training.drawing.drawer import Size
 from capstan.training.models.autoencoder.encoder import digest_of
 
+LEAST: Final = 2  # latents of a sound: beside them are two numbers
 _MILLI: Final = 1000
 
 
@@ -39,7 +40,9 @@ class SoundEncoder:
         waves = to_wave(batch_of(pieces)).to(self.vae.device, self.vae.dtype)
         means = self.vae.encode(waves).latent_dist.mean.float()
         lengths = means.new_zeros(len(means), 1, means.shape[-1])
-        lengths[:, 0, :2] = torch.tensor([divmod(round(piece.total_s * _MILLI), _MILLI) for piece in pieces]).to(means)
+        lengths[:, 0, :LEAST] = torch.tensor([divmod(round(piece.total_s * _MILLI), _MILLI) for piece in pieces]).to(
+            means
+        )
         return torch.cat([means, lengths], dim=1)
 
 

@@ -24,6 +24,7 @@ from capstan.pipeline.errors import RecipeError
 from capstan.pipeline.storage import Storage
 from capstan.training.config import TrainConfig
 from capstan.training.data.dataset import TrainingData
+from capstan.training.encode import encode
 from capstan.training.evaluate import evaluate
 from capstan.training.export import export
 from capstan.training.launch import train
@@ -254,6 +255,15 @@ def test_sounds_of_no_fixed_start_or_length_have_no_latents_ahead(
     make: Make, stage: Path, setting: dict[str, Any], said: str
 ) -> None:
     recipe = make("wrong", **setting)
+    with pytest.raises(RecipeError, match=said):  # `capstan encode`, whose id is then set
+        encode(recipe)
     recipe = recipe.model_copy(update={"train": recipe.train | {"data": {"layer": None, "latents": "auto"}}})
     with pytest.raises(RecipeError, match=said):
         TrainConfig.from_recipe(recipe)
+
+
+def test_sounds_of_one_latent_have_none_ahead(make: Make, stage: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^train\.audio\.seconds: 0\.04 s are less than 2 latents .*set 0\.08 or more"
+    ):
+        encode(make("short", seconds=0.04))
