@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 from urllib.parse import quote
 
-from capstan.pipeline.dataset.damage import note_damage
+from capstan.pipeline.dataset.damage import note_error
 from capstan.pipeline.errors import CapstanError, DamagedFile, StorageError
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.storage.local import is_alive, owner
@@ -170,8 +170,7 @@ def lease(storage: Storage, command: str, part: str = "", *, wait: bool = False)
     try:
         yield held
     except DamagedFile as error:  # the next build rebuilds it
-        if error.file.startswith(f"{storage.url}/"):
-            note_damage(storage, error.file.removeprefix(f"{storage.url}/"), error.problem)
+        note_error(storage, error)
         raise
     finally:
         held.release()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote, unquote
 
+from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
 
 _FOLDER: Final = "state/damaged"
@@ -18,6 +19,12 @@ _FOLDER: Final = "state/damaged"
 def note_damage(storage: Storage, name: str, problem: str) -> None:
     """Note that the file `name` is not what was written."""
     storage.write(_note(name), json.dumps({"file": name, "problem": problem}).encode())
+
+
+def note_error(storage: Storage, error: DamagedFile) -> None:
+    """Note the file that an error names, if it is a file of this dataset."""
+    if error.file.startswith(f"{storage.url}/"):
+        note_damage(storage, error.file.removeprefix(f"{storage.url}/"), error.problem)
 
 
 def noted_damage(storage: Storage) -> set[str]:

@@ -7,22 +7,28 @@ With at_most, balance, top, duplicates by embeddings, or verdicts on pairs, all 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from capstan.pipeline.config import Recipe, fingerprint
+from capstan.pipeline.dataset.damage import note_error
 from capstan.pipeline.dataset.shards import Manifest
+from capstan.pipeline.errors import CapstanError, DamagedFile, RecipeError, StorageError
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.pack.job import pack, pack_part, selection_of
 from capstan.pipeline.pack.without import decides_rows_alone
 from capstan.pipeline.score.scorer import Scorer
 from capstan.pipeline.score.store import pins
 from capstan.pipeline.select import kept_runs
+from capstan.pipeline.select.arrays.saved import SCRATCH
 from capstan.pipeline.select.decide import Decisions, decide, funnel_with, shard_name
 from capstan.pipeline.select.kept_runs import is_settled
-from capstan.pipeline.select.meeting import KeptRows
+from capstan.pipeline.select.meeting import MEETING, KeptRows
 from capstan.pipeline.select.pairs import pairs_signature
 from capstan.pipeline.storage import Storage
 from capstan.pipeline.units import Summary
+
+log = logging.getLogger(__name__)
 
 
 def decide_and_pack(
@@ -39,12 +45,13 @@ def decide_and_pack(
 
     `decided` is called between the two.
     """
+    _sweep(storage)
     there = {entry.name for entry in before.ledger} if before else set()
     grown = any(f"unit-{unit.unit}" not in there for unit in units)
     new = added_units(recipe, storage, units, before, scorers) if grown else []
-    if new and before is not None:
-        kept = KeptRows(recipe, storage, before, units, progress=progress)
-        decisions = decide(recipe, storage, new, earlier=kept, may_write=True, progress=progress)
+    alone = _decide_added(recipe, storage, new, before, units, progress) if new and before is not None else None
+    if alone is not None and before is not None:
+        decisions = alone
         decided()
         manifest, summary = pack_added(recipe, storage, decisions, units, before, scorers, progress=progress)
     else:
@@ -54,6 +61,28 @@ def decide_and_pack(
     if grown and manifest.complete and decides_rows_alone(recipe):
         kept_runs.cover(recipe, storage, manifest, units, settled=decisions.settled, progress=progress)
     return manifest, summary
+
+
+def _sweep(storage: Storage) -> None:
+    """Remove what a selection that was killed has left."""
+    met = [name for name in storage.names(kept_runs.FOLDER) if name.startswith(MEETING)]
+    storage.delete(*met, *storage.names(SCRATCH))
+
+
+def _decide_added(
+    recipe: Recipe, storage: Storage, new: list[Staged], before: Manifest, units: list[Staged], progress: bool
+) -> Decisions | None:
+    """Return the decisions on new rows; None if earlier ones cannot be read: their ledger tables are written again."""
+    try:
+        kept = KeptRows(recipe, storage, before, units, progress=progress)
+        return decide(recipe, storage, new, earlier=kept, may_write=True, progress=progress)
+    except (RecipeError, StorageError):
+        raise
+    except CapstanError as error:
+        log.warning("%s: all rows are selected again", error)
+        if isinstance(error, DamagedFile):
+            note_error(storage, error)  # so that packing replaces it
+        return None
 
 
 def added_units(

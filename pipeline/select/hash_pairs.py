@@ -47,6 +47,7 @@ _PART_OF_CONTRAST: Final = 0.1
 _LEAST_TOLERANCE: Final = 2.0  # levels
 _FEW = 1024  # rows that are never split
 _MANY: Final = 1 << 18  # rows, about, that meet a few
+_FEW_BYTES: Final = 512 << 20  # that `Few` may hold
 _CHUNK = 1 << 16  # rows compared together, so that they stay in the cache
 
 Words = npt.NDArray[np.uint64]
@@ -311,18 +312,32 @@ def _meet(kept: Prints, held: list[Array], rows: Prints, chosen: list[Array], ma
             low = low + 1
 
 
+def rows_of_few(rows: int, distance: int) -> int:
+    """Return how many rows, of `rows` at most, a `Few` may have whose tables need no more than 512 MiB.
+
+    >>> [rows_of_few(1_000_000, distance) for distance in (4, 6, 8, 12)]
+    [1000000, 1000000, 125000, 62500]
+    """
+    while rows > _FEW and len(_masks(rows, distance, _MANY)) * (12 * rows + (4 << rows.bit_length())) > _FEW_BYTES:
+        rows //= 2
+    return rows
+
+
 class Few:
-    """Some rows, sorted by the bits of each mask, for many kept rows to meet, which are not sorted."""
+    """Some rows, sorted by the bits of each mask, for many kept rows to meet, which are not sorted.
+
+    For each mask it holds 12 bytes per row, and a table of 32 to 64 bits per row. See `rows_of_few`.
+    """
 
     def __init__(self, prints: Prints) -> None:
-        self._prints, self._sorted = prints, list[tuple[np.uint64, Words, Ints, np.uint64, npt.NDArray[np.bool_]]]()
+        self._prints, self._sorted = prints, list[tuple[np.uint64, Words, npt.NDArray[np.int32], np.uint64, Bytes]]()
         for mask in map(np.uint64, _masks(len(prints), prints.distance, _MANY) if len(prints) else ()):
             keys = prints.phash & mask
-            by = np.argsort(keys)
+            by = np.argsort(keys).astype(np.int32)
             shift = np.uint64(HASH_BITS - len(keys).bit_length() - 5)
             there = np.zeros(1 << (HASH_BITS - int(shift)), bool)  # most kept rows agree with none, as this table says
             there[(keys * MIX) >> shift] = True
-            self._sorted.append((mask, keys[by], by, shift, there))
+            self._sorted.append((mask, keys[by], by, shift, np.packbits(there, bitorder="little")))
 
     def first_near(self, kept: Prints) -> Ints:
         """Return for each row the first of `kept` that is near it, or -1: what the function `first_near` returns."""
@@ -331,7 +346,8 @@ class Few:
         for mask, keys, by, shift, there in self._sorted:
             for piece in (slice(start, start + _CHUNK) for start in range(0, len(kept), _CHUNK)):
                 own = kept.phash[piece] & mask
-                rows = np.flatnonzero(there[(own * MIX) >> shift])
+                bit = (own * MIX) >> shift
+                rows = np.flatnonzero(there[bit >> np.uint64(3)] >> (bit & np.uint64(7)).astype(np.uint8) & np.uint8(1))
                 low, high = (np.searchsorted(keys, own[rows], side) for side in ("left", "right"))
                 for left, right in matches(low, high):
                     a, b = piece.start + rows[left], by[right]

@@ -28,16 +28,17 @@ from capstan.pipeline.select import kept_runs
 from capstan.pipeline.select.arrays.equal_rows import first_equal
 from capstan.pipeline.select.arrays.large_arrays import Ints, filled
 from capstan.pipeline.select.arrays.saved import Arrays, load, save
-from capstan.pipeline.select.hash_pairs import Few, Prints, matches
+from capstan.pipeline.select.hash_pairs import Few, Prints, matches, rows_of_few
 from capstan.pipeline.select.kept_runs import FOLDER, Table, hashes_of, raw
 from capstan.pipeline.select.near_duplicates import Earlier
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Unit, results
+from capstan.pipeline.units import Job, Piece, Unit, done_here, results
 
 log = logging.getLogger(__name__)
 
-_NEW: Final = f"{FOLDER}/meet-new"
-_NEW_ROWS: Final = 1 << 20  # that meet the runs together
+MEETING: Final = f"{FOLDER}/meet-"  # how files of a selection begin
+_NEW: Final = f"{MEETING}new"
+_NEW_ROWS: Final = 1_000_000  # that meet the runs together
 _UNIT_ROWS: Final = 500_000  # that a worker compares with the new rows at a time
 
 
@@ -65,8 +66,9 @@ class KeptRows:
         n, dedup = len(phash), self._recipe.dedup
         found, keys = Earlier(filled(n, -1, np.int64), filled(n, -1, np.int64)), [self.keys]
         if dedup.exact or dedup.perceptual is not None:
-            for start in range(0, n, _NEW_ROWS):
-                own = slice(start, min(start + _NEW_ROWS, n))
+            rows = _NEW_ROWS if dedup.perceptual is None else rows_of_few(min(n, _NEW_ROWS), dedup.perceptual)
+            for start in range(0, n, max(rows, 1)):
+                own = slice(start, min(start + rows, n))
                 alone = None if colours is None else colours[own]
                 self._meet(found, own, keys, sha256[own], phash[own], alone, None if hashed is None else hashed[own])
         self.keys = np.concatenate(keys)
@@ -114,7 +116,8 @@ class KeptRows:
             job = _Meet(
                 self._storage, place, dedup.exact, dedup.perceptual, dedup.colours or 0, self._recipe.image.check
             )
-            job.open()
+            if done_here(self._work):  # for all its threads; workers open it themselves
+                job.open()
             done = results(job, self._work, self._recipe.resources, progress=self._progress)
             found = list(ahead(lambda facts: load(self._storage, **facts), done))
         finally:
@@ -133,8 +136,7 @@ def _units(groups: Iterable[tuple[str, list[Table]]]) -> list[Unit]:
         batch = int(tables[0].unit.partition("-")[0])
         made[-1].append({"run": run, "tables": [one.plain for one in tables], "batch": batch, "number": number})
     return [
-        Unit(f"{number:09d}", {"parts": parts, "file": f"{FOLDER}/meet-{number:09d}"})
-        for number, parts in enumerate(made)
+        Unit(f"{number:09d}", {"parts": parts, "file": f"{MEETING}{number:09d}"}) for number, parts in enumerate(made)
     ]
 
 

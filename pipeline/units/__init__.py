@@ -55,6 +55,7 @@ __all__ = [
     "Piece",
     "Summary",
     "Unit",
+    "done_here",
     "model_threads",
     "report",
     "results",
@@ -62,6 +63,7 @@ __all__ = [
     "run_once",
     "shared",
     "start_ray",
+    "why_failed",
 ]
 
 SMALL_RUN: Final = 64  # units: no more run without Ray
@@ -172,25 +174,43 @@ def results(job: Job, units: Sequence[Unit], resources: Resources, *, progress: 
     """Return what `commit` returned for each unit, in order: `run_once`, but for few units with what costs least.
 
     If at most `SMALL_RUN` units are to be done and RAY_ADDRESS names no cluster, threads of this process do them: no
-    worker starts. An error of a unit is raised there as it is; on workers, which try a unit again, CapstanError says
+    worker starts. An error of a unit is raised there as it is; on workers, which try a unit again, `why_failed` says
     why units kept failing. Markers are kept in this machine's scratch space while the units run.
     """
     if not units:
         return []
-    if len(units) > SMALL_RUN or os.environ.get("RAY_ADDRESS"):
+    if not done_here(units):
         with scratch() as folder:
             job.state = Storage(str(folder))
             try:
                 return run_once(job, units, resources, progress=progress)
             except Quarantined as bad:
-                unit, reason = min(bad.units.items())
-                raise CapstanError(f"{bad.job}: {len(bad.units)} unit(s) failed, e.g. {unit}: {reason}") from bad
+                raise why_failed(job, units, bad) from bad
     done, samples = list[dict[str, Any]](), sum(unit.spec.get("rows", 0) for unit in units)
     with Progress(job.title or job.name, len(units), samples=samples, enabled=progress) as bar:
         for facts in ahead(lambda unit: job.commit(unit, list(job.prepare(unit))), units):
             done.append(facts)
             bar.advance(counts=_numbers(facts))
     return done
+
+
+def done_here(units: Sequence[Unit]) -> bool:
+    """Return whether `results` does these units by threads of this process."""
+    return len(units) <= SMALL_RUN and not os.environ.get("RAY_ADDRESS")
+
+
+def why_failed(job: Job, units: Sequence[Unit], bad: Quarantined) -> CapstanError:
+    """Return the error that one of the units that kept failing is due to.
+
+    If that is a damaged file, the unit is done in this process, for an error that names the file and the fix.
+    """
+    name, reason = min(bad.units.items())
+    if " is damaged (" in reason:  # no other unit is done here: it might end this process as it ended workers
+        try:
+            list(job.prepare(next(unit for unit in units if unit.id == name)))
+        except CapstanError as error:
+            return error
+    return CapstanError(f"{bad.job}: {len(bad.units)} unit(s) failed, e.g. {name}: {reason}")
 
 
 def _on_ray(job: Job, units: Sequence[Unit], resources: Resources) -> bool:

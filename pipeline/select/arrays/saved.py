@@ -13,7 +13,7 @@ from capstan.pipeline.dataset.shards import sha256_of
 from capstan.pipeline.errors import DamagedFile
 from capstan.pipeline.storage import Storage
 
-SCRATCH: Final = "state/columns/values"  # files of selections on workers; column_blocks removes what a kill has left
+SCRATCH: Final = "state/columns/values"  # files of selections on workers; pack.added removes what a kill has left
 Arrays = dict[str, npt.NDArray[Any]]
 
 

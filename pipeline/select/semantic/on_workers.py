@@ -4,9 +4,10 @@
     assign     some units' embeddings → the nearest centre of each, and the embeddings by buckets of clusters
     compare    the embeddings of a bucket → the rows of its clusters that repeat another
 
-What the process that decides holds of a row is its place, and the row that it repeats. The outcome is that of one
-process (`clusters`), whatever the number of workers: units are grouped by their rows, and every product is computed in
-pieces of fixed size. Only a row that is as near to two centres as rounding can tell may be in the other cluster.
+What the process that decides holds of a row is its place, and the row that it repeats; and 32 bytes for each bucket in
+each group of units, which is less than one byte per row. The outcome is that of one process (`clusters`), whatever the
+number of workers: units are grouped by their rows, and every product is computed in pieces of fixed size. Only a row
+that is as near to two centres as rounding can tell may be in the other cluster.
 
     state/columns/values/semantic-…       files between the steps, gone with the selection
 """
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import CapstanError, DamagedFile, Quarantined
+from capstan.pipeline.errors import DamagedFile, Quarantined
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.prefetch import ahead
 from capstan.pipeline.score.store import vectors_of
@@ -36,7 +37,7 @@ from capstan.pipeline.select.arrays.saved import SCRATCH, Arrays, load, save
 from capstan.pipeline.select.semantic.clusters import Search, centres_of, closest, in_pieces, sampled, steps
 from capstan.pipeline.select.semantic.clusters import unit as _unit
 from capstan.pipeline.storage import Storage
-from capstan.pipeline.units import Job, Piece, Unit, run_once
+from capstan.pipeline.units import Job, Piece, Unit, run_once, why_failed
 
 GROUP_ROWS: Final = 100_000  # whose embeddings a worker reads at a time
 _BUCKET_ROWS: Final = 250_000  # whose embeddings a worker compares at a time, about
@@ -64,14 +65,14 @@ class VectorFiles:
         return sum(unit.rows for unit in self.units) > most * GROUP_ROWS
 
     def find(self, order: Ints, threshold: float, *, first: int, apart: Apart = NOTHING) -> Ints:
-        """Return what `find_semantic` returns. `order` lists rows of all units, by precedence."""
+        """Return what `find_semantic` returns. `order` lists rows of all units, by precedence.
+
+        Raises DamagedFile, or CapstanError if workers kept failing.
+        """
         if not len(order):
             return filled(0, -1, np.int64)
         try:
             return _Steps(self, threshold, first or len(order), apart).find(order)
-        except Quarantined as bad:
-            unit_, reason = min(bad.units.items())
-            raise CapstanError(f"{bad.job}: {len(bad.units)} unit(s) failed, e.g. {unit_}: {reason}") from bad
         finally:
             self.storage.delete(*(name for name in self.storage.names(SCRATCH) if name.startswith(_FOLDER)))
 
@@ -95,17 +96,25 @@ class _Steps:
         given: dict[str, Any] = {"threshold": self._threshold, "first": self._first, "n": len(order), "deeper": deeper}
         given["dim"] = max(facts["dim"] for facts in parts)
         given["apart"] = save(self._storage, f"{_FOLDER}-apart", {"pairs": self._apart.pairs})
-        work = [
-            Unit(f"{number:09d}", {**given, "from": [facts["parts"][number] for facts in parts], "number": number})
-            for number in range(buckets)
-        ]
+        work = [Unit(f"{number:09d}", {**given, "sections": file}) for number, file in self._buckets(parts, buckets)]
         near = filled(len(order), -1, np.int64)
         for found in ahead(lambda facts: load(self._storage, **facts), self._run(_Compare(self._vectors), work)):
             near[found["place"]] = found["near"]
         return release(near)
 
+    def _buckets(self, parts: Sequence[dict[str, Any]], buckets: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of each bucket, and a file: where its rows are in the file of each group."""
+        sections = empty(len(parts) * buckets, np.zeros((0, 4), np.int64)).reshape(len(parts), buckets, 4)
+        for number, own in enumerate(ahead(lambda facts: load(self._storage, **facts["sections"]), parts)):
+            sections[number] = own["sections"]
+        for number in range(buckets):
+            yield number, save(self._storage, f"{_FOLDER}-sections-{number:09d}", {"sections": sections[:, number]})
+
     def _run(self, job: Job, work: Sequence[Unit]) -> list[dict[str, Any]]:
-        return run_once(job, work, self._vectors.resources, progress=self._vectors.progress)
+        try:
+            return run_once(job, work, self._vectors.resources, progress=self._vectors.progress)
+        except Quarantined as bad:
+            raise why_failed(job, work, bad) from bad
 
     def _groups(self, order: Ints) -> list[Unit]:
         """Return a unit for each group of units, with a file: its rows that are compared, and their places."""
@@ -192,7 +201,7 @@ class _Assign(_Step):
     name, title = "semantic-assign", "semantic: assign"
 
     def prepare(self, unit: Unit) -> Iterator[Piece]:
-        """Publish places, clusters and embeddings by bucket; yield where each bucket is, and its CRC-32."""
+        """Publish places, clusters and embeddings by bucket, and the start, end, rows and CRC-32 of each bucket."""
         vectors, own = self._read(unit.spec)
         centres, rows = load(self.storage, **unit.spec["centres"])["centres"], own["rows"]
         nearest = np.zeros(len(rows), np.int64)
@@ -203,16 +212,17 @@ class _Assign(_Step):
         bucket = nearest * unit.spec["buckets"] // len(centres)
         by = np.argsort(bucket, kind="stable")
         bounds = np.searchsorted(bucket[by], np.arange(unit.spec["buckets"] + 1))
-        name, start, parts, written = f"{_FOLDER}-assigned-{unit.id}", 0, list[list[Any]](), list[bytes]()
+        start, sections, written = 0, list[tuple[int, int, int, int]](), list[bytes]()
         for low, high in itertools.pairwise(bounds.tolist()):
             chosen = by[low:high]
             data = own["places"][chosen].tobytes() + nearest[chosen].tobytes() + vectors[rows[chosen]].tobytes()
             written.append(data)
-            parts.append([name, start, start + len(data), high - low, zlib.crc32(data)])
+            sections.append((start, start + len(data), high - low, zlib.crc32(data)))
             start += len(data)
-        self.storage.write(name, b"".join(written))
+        self.storage.write(f"{_FOLDER}-assigned-{unit.id}", b"".join(written))
+        places = save(self.storage, f"{_FOLDER}-places-{unit.id}", {"sections": np.array(sections, np.int64)})
         alone = int(nearest[0]) if len(rows) and (nearest == nearest[0]).all() else -1
-        yield {"parts": parts, "alone": alone, "rows": len(rows), "dim": vectors.shape[1]}
+        yield {"sections": places, "alone": alone, "rows": len(rows), "dim": vectors.shape[1]}
 
 
 class _Compare(_Step):
@@ -223,17 +233,18 @@ class _Compare(_Step):
     def prepare(self, unit: Unit) -> Iterator[Piece]:
         """Publish the rows of the bucket that repeat another, by their places; yield where they are."""
         spec = unit.spec
-        rows, dim = sum(count for *_, count, _ in spec["from"]), spec["dim"]
+        sections = load(self.storage, **spec["sections"])["sections"]
+        rows, dim = int(sections[:, 2].sum()), spec["dim"]
         places, nearest = empty(rows, np.int64), empty(rows, np.int64)
         vectors = empty(rows, np.zeros((0, dim), np.float16))
         start = 0
-        for part in spec["from"]:
-            data, stop = self._section(*part), start + part[3]
-            places[start:stop] = np.frombuffer(data, np.int64, part[3])
-            nearest[start:stop] = np.frombuffer(data, np.int64, part[3], 8 * part[3])
+        for group, (first, last, count, crc32) in enumerate(sections.tolist()):
+            data, stop = self._section(f"{_FOLDER}-assigned-{group:09d}", first, last, crc32), start + count
+            places[start:stop] = np.frombuffer(data, np.int64, count)
+            nearest[start:stop] = np.frombuffer(data, np.int64, count, 8 * count)
             vectors[start:stop] = 0  # of a group without embeddings
-            if len(data) > 16 * part[3]:
-                vectors[start:stop] = np.frombuffer(data, np.float16, offset=16 * part[3]).reshape(-1, dim)
+            if len(data) > 16 * count:
+                vectors[start:stop] = np.frombuffer(data, np.float16, offset=16 * count).reshape(-1, dim)
             start = stop
         order = np.argsort(places)
         places, near = places[order], np.full(rows, -1, np.int64)
@@ -252,7 +263,7 @@ class _Compare(_Step):
         found = {"place": places[hit], "near": places[near[hit]]}
         yield save(self.storage, f"{_FOLDER}-found-{unit.id}", found)
 
-    def _section(self, name: str, start: int, stop: int, count: int, crc32: int) -> bytes:
+    def _section(self, name: str, start: int, stop: int, crc32: int) -> bytes:
         data = self.storage.read_range(name, start, stop) if stop > start else b""
         if zlib.crc32(data) != crc32:
             raise DamagedFile(self.storage.path(name), "its CRC-32 is not that of what was written", "run it again")

@@ -17,7 +17,7 @@ from PIL import Image
 from capstan.pipeline import build, units
 from capstan.pipeline.config import Blocklist, Recipe, Resources
 from capstan.pipeline.pack import added
-from capstan.pipeline.select import kept_runs
+from capstan.pipeline.select import kept_runs, meeting
 from capstan.pipeline.storage import Storage
 
 
@@ -139,3 +139,36 @@ def test_after_a_takedown_all_rows_are_selected_once(grow: Callable[..., Any], t
     (storage, how) = grow("added", then=take_down)
     assert how == ["whole", "added"]
     assert content(storage) == content(grow("whole", whole=True, then=take_down)[0])
+
+
+@pytest.mark.parametrize(("how", "few"), [("damaged", True), ("damaged", False), ("lost", True)])
+def test_a_ledger_table_that_cannot_be_read_is_written_again(
+    how: str, few: bool, grow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New rows would meet its rows, since no run holds them: all rows are selected, and the build succeeds."""
+    for module in (units, meeting):
+        monkeypatch.setattr(module, "done_here", lambda work: few)
+
+    def damage(storage: Storage, number: int) -> None:
+        if number == 1:
+            kept_runs.forget(storage, None)
+            name = storage.names("ledger")[0]
+            data = storage.read(name)
+            storage.delete(name)
+            if how == "damaged":
+                storage.write(name, data[:-9] + b"no footer")
+
+    storage, _ = grow("added", then=damage)
+    assert content(storage) == content(grow("whole", whole=True)[0])
+    assert build.verify(storage, progress=False) == []
+
+
+def test_files_of_a_selection_that_was_killed_are_removed(grow: Callable[..., Any]) -> None:
+    left = ["state/duplicates/meet-new", "state/duplicates/meet-000000003", "state/columns/values/semantic-centres"]
+
+    def leave(storage: Storage, number: int) -> None:
+        assert not {*left} & {*storage.names("state")}
+        for name in left:
+            storage.write(name, b"of a selection that was killed")
+
+    grow("whole", then=leave, select=[{"name": "few", "at_most": 3, "per": "width"}])

@@ -18,9 +18,10 @@ from capstan.pipeline.image.phash import COLOUR_BYTES
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.pack.ledger import WriteLedger
 from capstan.pipeline.records import KEPT, REMOVED
-from capstan.pipeline.select import kept_runs, meeting
+from capstan.pipeline.select import hash_pairs, kept_runs, meeting
 from capstan.pipeline.select.conditions import HELD_PLACE
 from capstan.pipeline.select.decide import Decisions, decide, funnel_with, shard_name
+from capstan.pipeline.select.hash_pairs import Few, Prints, rows_of_few
 from capstan.pipeline.select.meeting import KeptRows
 from capstan.pipeline.storage import Storage
 
@@ -139,6 +140,64 @@ def test_a_row_follows_one_that_repeats_an_earlier_row(storage: Storage, staged:
     decisions = decide(of, storage, [new], earlier=KeptRows(of, storage, manifest, [old, new], progress=False))
     assert listed(decisions) == listed(decide(of, storage, [old, new]), 1)
     assert listed(decisions)[1] == ["perceptual", "exact"]
+
+
+def test_new_rows_meet_in_parts_that_fit_in_memory(
+    storage: Storage, staged: list[Staged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hash_pairs, "_FEW", 4)
+    monkeypatch.setattr(hash_pairs, "_FEW_BYTES", 1000)
+    seen: list[int] = []
+    made = Few.__init__
+
+    def noted(few: Few, prints: Prints) -> None:
+        made(few, prints)
+        seen.append(sum(part.nbytes for _, keys, by, _, there in few._sorted for part in (keys, by, there)))
+
+    monkeypatch.setattr(Few, "__init__", noted)
+    manifest = published(storage, asked(), decide(asked(), storage, staged[:6]), Manifest())
+    kept = KeptRows(asked(), storage, manifest, staged, progress=False)
+    decisions = decide(asked(), storage, staged[6:], earlier=kept)
+    assert listed(decisions) == listed(decide(asked(), storage, staged), 240)
+    assert len(seen) > 1
+    assert max(seen) <= 1000
+
+
+@pytest.mark.parametrize("distance", range(17))
+def test_memory_of_new_rows_is_bounded_at_every_distance(distance: int) -> None:
+    for rows in (20_000, 1_000_000):
+        few = rows_of_few(rows, distance)
+        masks = len(hash_pairs._masks(few, distance, hash_pairs._MANY))
+        assert masks * (12 * few + (4 << few.bit_length())) <= 512 << 20
+        assert few >= min(rows, 10_000)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_new_rows_are_sorted_where_they_are_met(
+    few: bool, storage: Storage, staged: list[Staged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that decides sorts none if workers do it."""
+    opened: list[bool] = []
+    once = meeting._Meet.open
+
+    def noted(job: meeting._Meet) -> Any:
+        opened.append(on_workers)
+        return once(job)
+
+    def run(*arguments: Any, **more: Any) -> unit_map.Summary:
+        nonlocal on_workers
+        on_workers = True
+        summary = run_all_here(*arguments, **more)
+        on_workers = False
+        return summary
+
+    manifest, on_workers = published(storage, asked(), decide(asked(), storage, staged[:6]), Manifest()), False
+    monkeypatch.setattr(unit_map, "run", run)
+    monkeypatch.setattr(unit_map, "SMALL_RUN", 64 if few else 0)
+    monkeypatch.setattr(meeting._Meet, "open", noted)
+    kept = KeptRows(asked(), storage, manifest, staged, progress=False)
+    decide(asked(), storage, staged[6:], earlier=kept)
+    assert set(opened) == {not few}
 
 
 @pytest.mark.parametrize("what", ["damaged", "lost", "another", "index"])

@@ -13,7 +13,7 @@ from staged_rows import outcomes, recipe, stage
 
 from capstan.pipeline import units as unit_map
 from capstan.pipeline.config import Resources
-from capstan.pipeline.errors import CapstanError, RecipeError
+from capstan.pipeline.errors import DamagedFile, RecipeError
 from capstan.pipeline.ingest.job import Staged
 from capstan.pipeline.score.store import embeddings
 from capstan.pipeline.select.arrays.apart import NOTHING, Apart
@@ -124,6 +124,33 @@ def test_a_file_that_changed_on_the_way_is_refused(
         return summary
 
     monkeypatch.setattr(unit_map, "run", run)
-    with pytest.raises(CapstanError, match="CRC-32"):
+    with pytest.raises(DamagedFile, match="CRC-32"):
         VectorFiles(storage, units, "embeddings", Resources(), progress=False).find(np.arange(600), 0.9, first=600)
     assert not storage.names("state/columns")
+
+
+def test_a_damaged_file_of_scores_is_named(storage: Storage, units: list[Staged]) -> None:
+    name = dict(units[7].scores)["embeddings"]
+    storage.write(name, storage.read(name)[:-9] + b"no footer")
+    with pytest.raises(DamagedFile) as raised:
+        VectorFiles(storage, units, "embeddings", Resources(), progress=False).find(np.arange(600), 0.9, first=600)
+    assert raised.value.file == storage.path(name)
+    assert not storage.names("state/columns")
+
+
+def test_what_workers_are_handed_does_not_grow_with_the_groups(
+    storage: Storage, units: list[Staged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the rows of a bucket are in each group is in files, not in lists of the process that decides."""
+    sizes: dict[int, list[int]] = {}
+
+    def run(job: unit_map.Job, work: list[unit_map.Unit], *_: Any, **__: Any) -> unit_map.Summary:
+        if job.name == "semantic-compare":
+            sizes.setdefault(rows, []).extend(len(str(unit.spec)) for unit in work)
+        return run_all_here(job, work)
+
+    monkeypatch.setattr(unit_map, "run", run)
+    for rows in (50, 300):
+        monkeypatch.setattr(on_workers, "GROUP_ROWS", rows)
+        VectorFiles(storage, units, "embeddings", Resources(), progress=False).find(np.arange(600), 0.9, first=600)
+    assert sizes[50] == sizes[300]
