@@ -50,9 +50,8 @@ class _Wanted:
         self.seconds = seconds
 
 
-def _form(settings: AudioSettings, samples: Samples | None) -> Form:
+def _form(settings: AudioSettings, vae: Any, samples: Samples | None) -> Form:
     """Return the form of the sounds; `samples` may be None if the settings state its seconds."""
-    vae = load_oobleck(settings.autoencoder, _FIELD)
     return form_of(samples, _Wanted(vae, settings.seconds), vae.hop_length, "train.audio")
 
 
@@ -73,7 +72,7 @@ class AudioFamily(Family):
             check_latents(train, measure(train, encoder, samples)[1])
             form = encoder.form
         else:
-            form = _form(settings, samples)
+            form = _form(settings, load_oobleck(settings.autoencoder, _FIELD), samples)
         if form.seconds > settings.longest:
             problem = f"the sounds have {form.seconds:g} s, and timing states up to {settings.longest}"
             raise RecipeError("train.audio.longest", problem, "raise it, or set train.audio.seconds")
@@ -105,7 +104,8 @@ class AudioFamily(Family):
     def encoder(cls, train: TrainConfig) -> SoundEncoder:
         settings: AudioSettings = train.settings
         settings.check_ahead()
-        vae, form = load_oobleck(settings.autoencoder, _FIELD), _form(settings, None)
+        vae = load_oobleck(settings.autoencoder, _FIELD)
+        form = _form(settings, vae, None)
         if form.values < LEAST * vae.hop_length:
             problem = f"{settings.seconds} s are less than {LEAST} latents of {vae.hop_length} values"
             raise RecipeError("train.audio.seconds", problem, f"set {LEAST * vae.hop_length / form.rate:g} or more")
